@@ -19,7 +19,7 @@ from nlgmoe.checkpoint.same_run import check_same_run, check_tokenizer
 from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import TrainingData, training_data
-from nlgmoe.distill.distiller import Distiller, KeepsState
+from nlgmoe.distill.distiller import Distiller
 from nlgmoe.gpt_module import GPTModule
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.non_finite import NonFinite, StepGradients
@@ -215,7 +215,7 @@ class MoEGPTModule(GPTModule):
         data = training_data(self.trainer)
         if data is not None and (tokenizer := data.tokenizer_json()) is not None:
             checkpoint["tokenizer"] = tokenizer
-        if isinstance(self.distiller, KeepsState):
+        if self.distiller is not None:
             checkpoint["distiller"] = self.distiller.state_dict()
         for scheduler in checkpoint.get("lr_schedulers", []):
             # All groups have one rate. Ranks that share experts have more groups; a checkpoint knows the two of one process.
@@ -233,7 +233,7 @@ class MoEGPTModule(GPTModule):
         self.steps.guard.load_state_dict(checkpoint["non_finite"])
         if fits:
             self.resuming.load(checkpoint, self.trainer)
-            if isinstance(self.distiller, KeepsState):
+            if self.distiller is not None:
                 self.distiller.load_state_dict(checkpoint.get("distiller", {}))
         else:
             # Log where training logs a validation of this step.

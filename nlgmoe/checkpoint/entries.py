@@ -82,8 +82,6 @@ def optimizer_from_entries(entries: dict[str, Tensor], groups: list[dict[str, An
     state: dict[int, dict[str, Tensor]] = {}
     numbered, index = [], 0
     for group in groups:
-        if not isinstance(group, dict) or not isinstance(group.get("param_names"), list):
-            raise RunError(f"optimizer_groups has {group!r:.80} in place of a group; use another checkpoint")
         numbered.append({**group, "params": list(range(index, index + len(group["param_names"])))})
         for name in group["param_names"]:
             moments = {moment: values[name] for moment, values in by_moment.items() if name in values}

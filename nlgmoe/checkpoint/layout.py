@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nlgmoe.checkpoint.folder import REMEDY, TensorFiles
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import Router
@@ -50,6 +51,10 @@ class Entry:
     def stop(self) -> int:
         """Return the offset after its last value in the flat parameter."""
         return self.start + self.shape.numel()
+
+    def copy_(self, value: Tensor) -> None:
+        """Copy the values of the entry into the parameter, in its dtype and on its device."""
+        self.parameter.view(-1)[self.start : self.stop] = value.view(-1).to(self.parameter)
 
 
 def local_entries(model: nn.Module) -> Iterator[Entry]:
@@ -101,6 +106,14 @@ def describe_differences(model: Shapes, checkpoint: Shapes) -> dict[str, str]:
     }
     differences |= {name: "not in the checkpoint" for name in model if name not in checkpoint}
     return differences | {name: "not in the model" for name in checkpoint if name not in model}
+
+
+def require_entries(files: TensorFiles, model: Shapes) -> None:
+    """Check that a checkpoint has the entries of the model that it describes."""
+    if differences := describe_differences(model, files.shapes):
+        raise RunError(
+            f"{files.folder} does not hold the model that it describes: {summarize_differences(differences)}; {REMEDY}"
+        )
 
 
 def summarize_differences(differences: dict[str, str]) -> str:

@@ -24,7 +24,7 @@ from typing_extensions import override
 from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.entries import join_experts, optimizer_from_entries, optimizer_to_entries, split_experts
 from nlgmoe.checkpoint.folder import FORMAT, VERSION, Contents, TensorFiles, read_document
-from nlgmoe.checkpoint.layout import describe_differences, shapes_of, summarize_differences
+from nlgmoe.checkpoint.layout import entry_shapes, require_entries
 from nlgmoe.checkpoint.newest import choose_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
@@ -114,12 +114,9 @@ def load_model(path: str | Path) -> GPT:
     config = GPTConfig.from_dict(read_document(path)["model_config"])
     with torch.device("meta"):
         model = GPT(config)
-    entries = join_experts(TensorFiles(path, "model").read_all())
-    if differences := describe_differences(shapes_of(model.state_dict()), shapes_of(entries)):
-        raise RunError(
-            f"{path} does not hold the model that it describes: {summarize_differences(differences)}; use another checkpoint"
-        )
-    model.load_state_dict(entries, assign=True)
+    files = TensorFiles(path, "model")
+    require_entries(files, entry_shapes(model))
+    model.load_state_dict(join_experts(files.read_all()), assign=True)
     return model.eval()
 
 

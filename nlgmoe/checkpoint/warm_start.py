@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nlgmoe.checkpoint.agreement import raise_on_all_ranks
 from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
+from nlgmoe.checkpoint.folder import TensorFiles, read_document
 from nlgmoe.checkpoint.layout import (
     Entry,
     describe_differences,
@@ -27,8 +27,8 @@ from nlgmoe.checkpoint.layout import (
     summarize_differences,
 )
 from nlgmoe.checkpoint.newest import find_checkpoint
+from nlgmoe.checkpoint.same_run import tokenizer_matches
 from nlgmoe.config import GPTConfig
-from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.validation import SettingError
@@ -97,7 +97,7 @@ def load_initial_weights(
         available = {name: stored[source] for name, source in sources.items()}
         fitting = {name for name, shape in shapes.items() if available.get(name) == shape}
         different = describe_differences(shapes, available)
-        if tokenizer is not None and not has_same_ids(tokenizer, path):
+        if tokenizer is not None and not tokenizer_matches(tokenizer, path):
             different = {"token_embedding.weight": "of another tokenizer than data.tokenizer"} | different
         if not fitting:
             raise SettingError(
@@ -111,7 +111,7 @@ def load_initial_weights(
         for entry in local_entries(model):
             if entry.name in fitting:
                 value = files.read(sources[entry.name])
-                entry.parameter.view(-1)[entry.start : entry.stop] = value.view(-1).to(entry.parameter)
+                entry.copy_(value)
                 if on_entry is not None:
                     on_entry(entry, value)
     total, loaded = (sum(shapes[name].numel() for name in names) for names in (shapes, fitting))
@@ -119,14 +119,6 @@ def load_initial_weights(
     more = "; differences:" if different else ""
     lines = [f"the weights are those of {path}{blocks}: loaded {loaded:,} of {total:,} values{more}"]
     return WarmStartResult(model_config, "\n  ".join(lines + format_differences(different)), path)
-
-
-def has_same_ids(data: str, path: str | Path) -> bool:
-    """Return True if the data's tokenizer, as JSON, has the ids of the checkpoint's, or the checkpoint has none."""
-    checkpoint = read_tokenizer(path)
-    if checkpoint is None or checkpoint == data:
-        return True
-    return Tokenizer.from_json(data, "of the run").has_same_ids(Tokenizer.from_json(checkpoint, "of the checkpoint"))
 
 
 def check_layers(layers: list[int], checkpoint: GPTConfig, model: GPTConfig, path: Path) -> None:

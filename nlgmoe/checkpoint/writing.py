@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -133,11 +133,7 @@ def recover_one(path: Path) -> None:
 
     Deletes incomplete folders, and restores one that was being replaced; skips those of processes that are alive.
     """
-    _clean_up(path.parent.glob(f".{glob.escape(path.name)}.*-*"))
-
-
-def _clean_up(leftovers: Iterable[Path]) -> None:
-    for leftover in sorted(leftovers):
+    for leftover in sorted(path.parent.glob(f".{glob.escape(path.name)}.*-*")):
         match = _LEFTOVER.fullmatch(leftover.name)
         if match is None:
             continue

@@ -18,7 +18,7 @@ from nlgmoe.data.corpus import Corpus, Fingerprint, OpenCorpus
 from nlgmoe.data.samples import CursorSource, Sample, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.seeding import derive_seed
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError, error_type_like
 
 SMALLEST_SHARE = 1e-9  # 300 billion tokens are 146 million samples of 2,048
 
@@ -284,6 +284,5 @@ def _naming(part: str) -> Iterator[None]:
     """Name the part in its errors."""
     try:
         yield
-    except ValueError as error:
-        kind = SettingError if isinstance(error, SettingError) else ValueError
-        raise kind(f"In the part {part!r} of the blend: {error}") from error
+    except (SettingError, RunError) as error:
+        raise error_type_like(error)(f"In the part {part!r} of the blend: {error}") from error

@@ -54,7 +54,7 @@ class OpenCorpus(Protocol):
         ...
 
     def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
-        """Tokens of each domain in the form of `packing.py`, `[N_d]` each; None if there is no such split.
+        """Tokens of each domain in the form of `samples.py`, `[N_d]` each; None if there is no such split.
 
         Args:
             split: "validation", which every corpus has, or "test".
@@ -69,7 +69,7 @@ class TokenArrays:
     Args:
         tokenizer: of the tokens.
         domains: names; a batch's domain ids index them.
-        tokens: split -> tokens of each domain, each [N_d], in the form of `packing.py`: every document closed by the
+        tokens: split -> tokens of each domain, each [N_d], in the form of `samples.py`: every document closed by the
             end-of-document token. Has "train" and "validation"; has "test" where the corpus has one.
         fingerprint: what determines the training tokens: name -> setting or hash, such as `{"lines.txt": sha256}`.
     """

@@ -34,10 +34,6 @@ class UnusableError(ValueError):
     """A document or file cannot be used for this reason; `read_documents` adds the place."""
 
 
-class BadDataError(RunError):
-    """A document or file cannot be used: its file, its line and the reason."""
-
-
 Skip = Callable[[str], object]
 
 
@@ -128,8 +124,7 @@ def read_documents(
         skip: gets place and reason of each document, file or rest of a file that cannot be used; None: they are an error.
 
     Raises:
-        BadDataError: a document or the file cannot be used.
-        RunError: the disk or the network failed, which may succeed another time.
+        RunError: a document or the file cannot be used; or the disk or the network failed, which may succeed another time.
     """
     assert has_records(path) or is_plain_text(path), path
     read, unit = (
@@ -142,9 +137,7 @@ def read_documents(
 
     def refuse(place: str, reason: object) -> None:
         if skip is None:
-            raise BadDataError(
-                f"{place}: {reason}; repair it, or leave it out with nlgmoe prepare-data --on-bad-data skip"
-            )
+            raise RunError(f"{place}: {reason}; repair it, or leave it out with nlgmoe prepare-data --on-bad-data skip")
         skip(f"{place}: {reason}")
 
     number = start

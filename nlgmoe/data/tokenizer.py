@@ -72,9 +72,7 @@ class Tokenizer:
             backend.post_processor = None
         if getattr(backend.model, "dropout", None):  # of BPE: merges left out at random
             backend.model.dropout = None
-        self._removed_normalizer: Any = None
         if [part["type"] for part in _parts(backend.normalizer, "normalizers")] == ["NFC"]:
-            self._removed_normalizer = json.loads(backend.normalizer.__getstate__())
             backend.normalizer = None  # it changes only text that it would not reproduce
         self._backend = backend
         self.name = name
@@ -194,8 +192,6 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """sha256 of its JSON, hexadecimal: two tokenizers with the same one give the same ids."""
         description = json.loads(self._backend.to_str())
-        if self._removed_normalizer is not None:  # earlier versions kept it
-            description["normalizer"] = self._removed_normalizer
         for setting in ("version", "truncation", "padding", "post_processor"):
             description.pop(setting, None)  # without effect on the ids used here
         return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()

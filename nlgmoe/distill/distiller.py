@@ -3,56 +3,88 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from lightning import Trainer
 from torch import Tensor
 
 from nlgmoe.batch import Batch
+from nlgmoe.checkpoint.folder import hash_of_weights, read_document
+from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.layers.losses import TeacherTargets
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.token_schedule import SequenceCurriculum, sequence_length
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, error_type_like
 
 
-class Distiller(Protocol):
+class Distiller(ABC):
     """A source of teacher targets for `MoEGPTModule`.
+
+    Args:
+        beta: weight of the distillation loss.
+        temperature: divides the logits of both models before the KL divergence.
 
     Attributes:
         loss_weight: factor of `beta`, from 1 to 0; `StagedDistillation` lowers it before a step.
     """
 
-    loss_weight: float
+    def __init__(self, beta: float, temperature: float) -> None:
+        if not (math.isfinite(beta) and beta > 0):
+            raise SettingError(f"beta={beta} must be above 0; model.distiller=null trains without a teacher")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise SettingError(f"temperature={temperature} must be above 0; 1.0 compares the distributions as they are")
+        self.beta = beta
+        self.temperature = temperature
+        self.loss_weight = 1.0
+        self._used: dict[str, Any] = {}  # `setting`, `checkpoint` and `weights` of the teacher, also in the resumed run
 
+    @abstractmethod
     def start(self, student: GPT, trainer: Trainer) -> None:
         """Prepare for training, unless `loss_weight` is 0. A collective: all ranks call this.
+
+        Args:
+            student: the model that learns, on its device.
+            trainer: its trainer, with the student's data; its strategy may distribute the teacher's experts over ranks.
 
         Raises:
             ValueError: the teacher is missing, damaged, or does not fit the run. Every rank raises.
         """
-        ...
 
+    @abstractmethod
     def read(self, batch: Batch, mask: Tensor | None) -> TeacherTargets | None:
-        """Return the targets of a batch, as the student reads it, with its token mask; None once distillation has ended."""
-        ...
+        """Return the teacher's targets for a batch; None once distillation has ended.
 
+        Args:
+            batch: as the student reads it.
+            mask: its token mask; None if nothing is masked.
+
+        Raises:
+            ValueError: a recorded sample is missing or damaged.
+        """
+
+    @abstractmethod
     def release(self) -> bool:
         """Free what `start` loaded. Returns whether there was anything."""
-        ...
-
-
-@runtime_checkable
-class KeepsState(Protocol):
-    """A distiller with state in the student's checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        ...
+        """Return the teacher that the run has used, for the student's checkpoint."""
+        return self._used
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it, before `start`."""
-        ...
+        """Restore it, before `start`; the teacher is kept unless the setting that names it has changed."""
+        self._used = state_dict
+
+
+def find_teacher(teacher: str, remedy: str) -> tuple[Path, dict[str, Any], str]:
+    """Return a teacher's checkpoint, of a run the newest valid one; its document and the hash of its weights. A collective."""
+    try:
+        path = find_checkpoint(teacher)
+        return path, read_document(path), hash_of_weights(path)
+    except (ValueError, OSError) as error:
+        raise error_type_like(error)(f"model.distiller.teacher={teacher}: {error}; {remedy}") from error
 
 
 class End(NamedTuple):
@@ -67,20 +99,11 @@ class End(NamedTuple):
         return End(*(min((n for n in pair if n is not None), default=None) for pair in pairs))
 
 
-@runtime_checkable
-class EndsDistillation(Protocol):
-    """A callback that ends distillation."""
-
-    def distillation_end(self, train_tokens: int | None) -> End:
-        """Return the end, in a run of `train_tokens` tokens."""
-        ...
-
-
 def distillation_end(train_tokens: int | None, trainer: Trainer) -> End:
     """Return the end of distillation in a run of `train_tokens` tokens: the run's, or that of a callback of its trainer."""
     end = End(train_tokens, trainer.max_steps if trainer.max_steps >= 0 else None)
     for callback in getattr(trainer, "callbacks", []):
-        if isinstance(callback, EndsDistillation):
+        if hasattr(callback, "distillation_end"):
             end = end.earlier(callback.distillation_end(train_tokens))
     return end
 
@@ -117,11 +140,3 @@ def samples_before_end(
         size = batch_size_after(samples)
         tokens, steps, samples = tokens + size * length, steps + 1, samples + size
     return samples
-
-
-def check_loss(beta: float, temperature: float) -> None:
-    """Check the settings of a distillation loss."""
-    if not (math.isfinite(beta) and beta > 0):
-        raise SettingError(f"beta={beta} must be above 0; model.distiller=null trains without a teacher")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise SettingError(f"temperature={temperature} must be above 0; 1.0 compares the distributions as they are")

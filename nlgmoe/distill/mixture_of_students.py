@@ -19,33 +19,26 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from typing_extensions import override
 
 from nlgmoe.batch import Batch
 from nlgmoe.checkpoint.agreement import raise_on_all_ranks
-from nlgmoe.checkpoint.folder import TensorFiles, is_complete, read_document
-from nlgmoe.checkpoint.layout import (
-    PRECISIONS,
-    describe_differences,
-    entry_shapes,
-    local_entries,
-    summarize_differences,
-)
-from nlgmoe.checkpoint.newest import checkpoint_path, find_checkpoint, is_checkpoint, saved_steps
-from nlgmoe.checkpoint.warm_start import has_same_ids
+from nlgmoe.checkpoint.folder import TensorFiles, hash_of_weights, is_complete
+from nlgmoe.checkpoint.layout import PRECISIONS, entry_shapes, local_entries, require_entries
+from nlgmoe.checkpoint.same_run import tokenizer_matches
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import TrainingData, training_data
 from nlgmoe.device import free_cached_memory
-from nlgmoe.distill.distiller import check_loss
-from nlgmoe.distill.teacher_logits import weights_of
+from nlgmoe.distill.distiller import Distiller, find_teacher
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import SoftTargets, TeacherTargets
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import experts_per_layer, experts_per_position
-from nlgmoe.validation import RunError, SettingError, error_type_like
+from nlgmoe.validation import RunError, SettingError
 
 
-class MixtureOfStudents:
+class MixtureOfStudents(Distiller):
     """A frozen teacher and its distillation loss.
 
     The teacher's architecture is read from its checkpoint: dense or MoE, of any size, with the student's vocabulary. Its
@@ -75,12 +68,10 @@ class MixtureOfStudents:
         num_heads: int | None = None,
         num_experts: int | list[int] | None = None,
     ) -> None:
-        check_loss(beta, temperature)
+        super().__init__(beta, temperature)
         if precision not in (None, *PRECISIONS):
             raise SettingError(f"precision={precision} must be fp32, bf16 or null")
         self.teacher = teacher
-        self.beta = beta
-        self.temperature = temperature
         self.precision = precision
         self.expected = {
             "num_layers": num_layers,
@@ -88,28 +79,11 @@ class MixtureOfStudents:
             "num_heads": num_heads,
             "num_experts": num_experts,
         }
-        self.loss_weight = 1.0  # factor of beta, from 1 to 0: `StagedDistillation` lowers it before a step
         self.model: GPT | None = None  # this rank's part of the teacher, until `release`
-        self._used: dict[str, Any] = {}  # `setting`, `checkpoint` and `weights` of the teacher, also in the resumed run
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the teacher that the run has used."""
-        return self._used
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the teacher; it is kept unless the setting `teacher` has changed."""
-        self._used = state_dict
-
+    @override
     def start(self, student: GPT, trainer: Trainer) -> None:
-        """Load the teacher to the student's device, unless `loss_weight` is 0. A collective: all ranks call this.
-
-        Args:
-            student: the model that learns, on its device.
-            trainer: its trainer; its strategy may distribute the teacher's experts over ranks.
-
-        Raises:
-            ValueError: the checkpoint does not exist, is damaged, or does not fit the student. Every rank raises.
-        """
+        """Load the teacher to the student's device."""
         self.release()
         if self.loss_weight == 0:
             return
@@ -132,7 +106,7 @@ class MixtureOfStudents:
             config = GPTConfig.from_dict(document["model_config"])
             _check_shape(config, self.expected, path)
             _check(config, student, path)
-            _check_tokenizer(document, data, path)
+            _check_tokenizer(data, path)
         placements = strategy.expert_placements(config, of="teacher") if isinstance(strategy, PlacesExperts) else {}
         with raise_on_all_ranks():
             self.model = _load(path, config, placements, like.device, PRECISIONS.get(self.precision or "", like.dtype))
@@ -144,33 +118,21 @@ class MixtureOfStudents:
         if self._used and self._used.get("setting") != self.teacher:
             rank_zero_info(f"model.distiller.teacher was {self._used.get('setting')}, now it is {self.teacher}")
             self._used = {}
-        path = self._find_again() if self._used else None
-        try:
-            path = path or find_checkpoint(self.teacher)
-            document, weights = read_document(path), weights_of(path)
-        except (ValueError, OSError) as error:
-            raise error_type_like(error)(
-                f"model.distiller.teacher={self.teacher}: {error}; set it to a trained checkpoint, or model.distiller=null "
-                "to train on text alone"
-            ) from error
+        if self._used:
+            path = Path(self._used["checkpoint"])
+            if not is_complete(path) or hash_of_weights(path) != self._used["weights"]:
+                raise RunError(
+                    f"model.distiller.teacher={self.teacher}: this run has learned from {path}, whose weights are gone or were "
+                    "replaced; bring them back, or set it to the path of another checkpoint to learn from that"
+                )
+        path, document, weights = find_teacher(
+            self._used.get("checkpoint", self.teacher),
+            "set it to a trained checkpoint, or model.distiller=null to train on text alone",
+        )
         self._used = {"setting": self.teacher, "checkpoint": str(path), "weights": weights}
         return path, document
 
-    def _find_again(self) -> Path:
-        """Return a checkpoint with the weights that the run has learned from, under any name."""
-        teacher = Path(self.teacher)
-        candidates = (
-            [teacher] if is_checkpoint(teacher) else [checkpoint_path(teacher, step) for step in saved_steps(teacher)]
-        )
-        for path in [Path(self._used["checkpoint"]), *candidates]:
-            if is_complete(path) and weights_of(path) == self._used["weights"]:
-                return path
-        raise RunError(
-            f"model.distiller.teacher={self.teacher}: this run has learned from {self._used['checkpoint']}, whose weights "
-            f"are gone or were replaced, not from {candidates[0] if candidates else 'what is there'}; bring them back, or set "
-            "it to the path of another checkpoint to learn from that"
-        )
-
+    @override
     def release(self) -> bool:
         """Free the teacher, and return its memory to the system. Returns whether one was loaded."""
         if self.model is None:
@@ -183,14 +145,10 @@ class MixtureOfStudents:
             trim(0)
         return True
 
+    @override
     @torch.no_grad()
     def read(self, batch: Batch, mask: Tensor | None) -> TeacherTargets | None:
-        """Return the teacher's targets for a batch; None once distillation has ended.
-
-        Args:
-            batch: as the student reads it.
-            mask: its token mask; None if nothing is masked.
-        """
+        """Compute the teacher's targets for a batch; None once distillation has ended."""
         model = self.model
         if model is None:
             return None
@@ -254,23 +212,11 @@ def _check(teacher: GPTConfig, student: GPTConfig, path: Path) -> None:
         )
 
 
-def _check_tokenizer(document: dict[str, Any], data: TrainingData | None, path: Path) -> None:
-    """Compare the tokenizers of both runs, if both data modules recorded theirs, and that of a checkpoint without a run."""
-    if data is None:
-        return
-    tokenizer = data.tokenizer_json()
-    if tokenizer is not None and not has_same_ids(tokenizer, path):
+def _check_tokenizer(data: TrainingData | None, path: Path) -> None:
+    tokenizer = None if data is None else data.tokenizer_json()
+    if tokenizer is not None and not tokenizer_matches(tokenizer, path):
         raise SettingError(
             f"model.distiller.teacher={path} has another tokenizer than data.tokenizer; use a teacher with the student's"
-        )
-    recorded, current = (
-        state.get("fingerprint", {}).get("tokenizer")
-        for state in (document.get(type(data).__qualname__, {}), data.state_dict())
-    )
-    if None not in (recorded, current) and recorded != current:
-        raise SettingError(
-            f"model.distiller.teacher={path} was trained with another tokenizer ({recorded}, here {current}); use a teacher with "
-            "the student's"
         )
 
 
@@ -280,15 +226,10 @@ def _load(path: Path, config: GPTConfig, placements: Any, device: torch.device, 
     with torch.device("meta"):
         model = GPT(_without_dropping(config), placements=placements)
     files = TensorFiles(path, "model")
-    if different := describe_differences(entry_shapes(model), files.shapes):
-        raise RunError(
-            f"model.distiller.teacher={path} does not hold the model that it describes: {summarize_differences(different)}; "
-            "use another checkpoint"
-        )
+    require_entries(files, entry_shapes(model))
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     for entry in local_entries(model):
-        value = files.read(entry.name)
-        entry.parameter.view(-1)[entry.start : entry.stop] = value.view(-1).to(entry.parameter)
+        entry.copy_(files.read(entry.name))
     return model
 
 

@@ -8,16 +8,21 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from typing_extensions import override
 
 from nlgmoe.batch import Batch
 from nlgmoe.checkpoint.agreement import raise_on_all_ranks
-from nlgmoe.checkpoint.folder import read_document
-from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import differing, training_data
 from nlgmoe.device import to_device
-from nlgmoe.distill.distiller import RunPosition, check_loss, distillation_end, samples_before_end
-from nlgmoe.distill.teacher_logits import TeacherLogits, weights_of
+from nlgmoe.distill.distiller import (
+    Distiller,
+    RunPosition,
+    distillation_end,
+    find_teacher,
+    samples_before_end,
+)
+from nlgmoe.distill.teacher_logits import TeacherLogits
 from nlgmoe.layers.losses import TeacherTargets, TopTargets
 from nlgmoe.model.gpt import GPT
 from nlgmoe.validation import RunError, SettingError, error_type_like, require
@@ -28,7 +33,7 @@ _UNNUMBERED = (
 )
 
 
-class OfflineTeacher:
+class OfflineTeacher(Distiller):
     """Recorded logits of a teacher and their distillation loss.
 
     Each rank reads the logits of its own samples. A curriculum's shorter sequences use the first part of a sample's logits,
@@ -42,34 +47,15 @@ class OfflineTeacher:
     """
 
     def __init__(self, logits: str, beta: float = 1.0, temperature: float = 1.0, teacher: str | None = None) -> None:
-        check_loss(beta, temperature)
+        super().__init__(beta, temperature)
         require(logits != "", "model.distiller.logits is empty; give the folder that nlgmoe distill-logits has written")
         self.logits = logits
-        self.beta = beta
-        self.temperature = temperature
         self.teacher = teacher
-        self.loss_weight = 1.0  # factor of beta, from 1 to 0: `StagedDistillation` lowers it before a step
         self._recording: TeacherLogits | None = None
-        self._used: dict[str, Any] = {}  # `setting`, `checkpoint` and `weights`, as in `MixtureOfStudents`
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the teacher that the run has used."""
-        return self._used
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the teacher; it is kept unless `logits` has changed."""
-        self._used = state_dict
-
+    @override
     def start(self, student: GPT, trainer: Trainer) -> None:
-        """Open the folder, unless `loss_weight` is 0. A collective: all ranks call this.
-
-        Args:
-            student: the model that learns.
-            trainer: its trainer, with the data of the logits.
-
-        Raises:
-            ValueError: the folder does not exist, is unfinished or damaged, or does not fit the run. Every rank raises.
-        """
+        """Open the folder, and check that it is of this run's data and of its teacher."""
         self.release()
         if self.loss_weight == 0:
             return
@@ -87,21 +73,15 @@ class OfflineTeacher:
         checkpoint = recording.header["teacher"]["checkpoint"]
         rank_zero_info(f"the teacher is {checkpoint}, as recorded in {self.logits}: {len(recording):,} samples")
 
+    @override
     def release(self) -> bool:
         """Close the folder. Returns whether it was open."""
         was_open, self._recording = self._recording is not None, None
         return was_open
 
+    @override
     def read(self, batch: Batch, mask: Tensor | None) -> TeacherTargets | None:
-        """Return the teacher's targets for a batch; None once distillation has ended.
-
-        Args:
-            batch: as the student reads it.
-            mask: its token mask.
-
-        Raises:
-            ValueError: a sample is missing or damaged.
-        """
+        """Look up the teacher's targets for a batch; None once distillation has ended."""
         if self._recording is None:
             return None
         if "samples" not in batch:
@@ -175,14 +155,7 @@ class OfflineTeacher:
     def _check_teacher(self, header: dict[str, Any], teacher: str) -> None:
         """Check that the logits are of the weights of `teacher`. A collective: all ranks have to find the same checkpoint."""
         with raise_on_all_ranks():
-            try:
-                path = find_checkpoint(teacher)
-                read_document(path)
-                weights = weights_of(path)
-            except (ValueError, OSError) as error:
-                raise error_type_like(error)(
-                    f"model.distiller.teacher={teacher}: {error}; set it to the teacher whose logits these are, or to null"
-                ) from error
+            path, _, weights = find_teacher(teacher, "set it to the teacher whose logits these are, or to null")
             if weights != header["teacher"]["weights"]:
                 raise SettingError(
                     f"model.distiller.teacher={path} is another teacher than that of model.distiller.logits={self.logits}, "

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from nlgmoe.checkpoint.folder import checksum_of_manifest, kind_of, read_manifest
+from nlgmoe.checkpoint.folder import checksum_of_manifest
 from nlgmoe.validation import RunError, SettingError
 
 FORMAT, VERSION = "nlgmoe-teacher-logits", 2
@@ -111,12 +111,3 @@ def record_type(header: dict[str, Any]) -> np.dtype:
 def checksum(record: np.ndarray, sample: int) -> int:
     """Compute the checksum of a record's bytes `[N]` uint8, the stored checksum excluded."""
     return xxhash.xxh3_64_intdigest(record[_CHECKSUM_BYTES:].data, seed=sample)
-
-
-def weights_of(checkpoint: str | Path) -> str:
-    """Return a hash of a checkpoint's weights, which does not depend on the number of files and on what else they hold."""
-    files: dict[str, Any] = read_manifest(checkpoint)["files"]
-    entries = {
-        entry: record for name, held in files.items() if kind_of(name) == "model" for entry, record in held.items()
-    }
-    return xxhash.xxh3_64_hexdigest(json.dumps(entries, sort_keys=True).encode())

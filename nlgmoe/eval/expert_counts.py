@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from nlgmoe.batch import Batch
+from nlgmoe.batch import Batch, token_mask_or_none
 from nlgmoe.eval.specialisation import Specialisation
 from nlgmoe.eval.token_classes import CLASSES, token_class
 from nlgmoe.layers.counts import count
@@ -99,8 +99,11 @@ def count_experts(
     device = model.unembedding.device
     counts = ExpertCounts(experts, domains, spellings).to(device)
     for batch in batches:
-        tokens, mask = batch["tokens"].to(device), batch["token_mask"].to(device)
-        documents = batch.get("document")
-        output = model(tokens, mask, documents=None if documents is None else documents.to(device))
+        tokens, mask, documents = batch["tokens"].to(device), token_mask_or_none(batch), batch.get("document")
+        output = model(
+            tokens,
+            None if mask is None else mask.to(device),
+            documents=None if documents is None else documents.to(device),
+        )
         counts.update(tokens, batch["domain"].to(device), output.routings)
     return counts.specialisation()

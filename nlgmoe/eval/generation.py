@@ -24,7 +24,7 @@ from nlgmoe.non_finite import require_finite_logits
 from nlgmoe.validation import SettingError
 
 Prompts = Sequence[Sequence[int]] | Tensor
-End = Literal["end_of_document", "max_new_tokens", "seq_len"]
+EndReason = Literal["end_of_document", "max_new_tokens", "seq_len"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class NewToken:
     sequence: int
     token: int
     log_prob: float
-    end: End | None
+    end: EndReason | None
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Completion:
 
     tokens: list[int] = field(default_factory=list)
     log_prob: float = 0.0
-    end: End = "max_new_tokens"
+    end: EndReason = "max_new_tokens"
 
 
 def generate(
@@ -171,7 +171,7 @@ def _stream(
         num_new += 1
         rows, ids = [], sampled.tolist()
         for row, (index, token, log_prob) in enumerate(zip(unfinished, ids, log_probs.tolist(), strict=True)):
-            end: End | None = None
+            end: EndReason | None = None
             if token == stop_id:
                 end = "end_of_document"
             elif num_new == limits[index]:

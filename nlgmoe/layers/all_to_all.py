@@ -90,7 +90,8 @@ class AllToAllDispatch(LocalDispatch):
             expert_of_row = torch.repeat_interleave(
                 expert.repeat(ranks), received_counts.flatten(), output_size=sum(received)
             )
-            rows = _first(rows, sum(sent))
+            if sum(sent) < len(rows):  # a slice of all rows would be copied in the backward pass
+                rows = rows[: sum(sent)]
         self._order_here = expert_of_row.argsort(stable=True)  # rows arrive sorted by rank
         self._exchange = _Exchange(placement.group, sent, received)
         self._num_sent = tokens_per_expert.sum()
@@ -132,11 +133,6 @@ def _pad_to_slots(tokens_per_expert: Tensor, slots: int, rows: int) -> tuple[Ten
     expert = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
     slot_of_row = (expert * slots + row - first[expert]) % len(row_of_slot)
     return row_of_slot, slot_of_row
-
-
-def _first(rows: Tensor, count: int) -> Tensor:
-    """Return `rows[:count]`, without the copy in its gradient where that is all of them."""
-    return rows if count == len(rows) else rows[:count]
 
 
 class _Exchange:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import to_device
-from nlgmoe.validation import RunError
+from nlgmoe.validation import RunError, SettingError
 
 
 class KVCache:
@@ -36,7 +36,7 @@ class KVCache:
     def reserve(self, new: int, mask: Tensor | None) -> None:
         """Make room for `new` positions in every layer; `mask` `[B, length + new]` replaces the stored one."""
         if self.length + new > self.max_len:
-            raise ValueError(
+            raise SettingError(
                 f"the cache holds {self.max_len} positions, {self.length + new} are needed; make KVCache(max_len) larger"
             )
         self._start, self.length, self.mask = self.length, self.length + new, mask

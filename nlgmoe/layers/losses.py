@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,33 +16,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-class TeacherTargets(Protocol):
-    """A teacher's targets for the tokens of a batch.
-
-    Attributes:
-        weight: of the distillation loss.
-        temperature: that both models' logits are divided by.
-    """
-
-    @property
-    def weight(self) -> float: ...  # noqa: D102
-
-    @property
-    def temperature(self) -> float: ...  # noqa: D102
-
-    def compare(self, student: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Compare the student's log-probabilities of a slice of tokens, `[C, V]`, with the teacher's.
-
-        Returns:
-            `KL(teacher || student)` `[C, 1]` at the temperature; whether their argmax is the same, `[C, 1]`; and the difference
-            of their distributions at the temperature, `[C, V]`: the KL's gradient, times the temperature.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class SoftTargets:
-    """`TeacherTargets` of whole distributions.
+    """A teacher's whole distributions for the tokens of a batch.
 
     Attributes:
         logits: of the tokens of a slice, `[C, V]`, without gradient.
@@ -55,7 +31,12 @@ class SoftTargets:
     temperature: float
 
     def compare(self, student: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """See `TeacherTargets`."""
+        """Compare the student's log-probabilities of a slice of tokens, `[C, V]`, with the teacher's.
+
+        Returns:
+            `KL(teacher || student)` `[C, 1]` at the temperature; whether their argmax is the same, `[C, 1]`; and the difference
+            of their distributions at the temperature, `[C, V]`: the KL's gradient, times the temperature.
+        """
         teacher = self.logits(part).to(student.dtype)
         agrees = student.argmax(dim=-1, keepdim=True) == teacher.argmax(dim=-1, keepdim=True)
         if self.temperature != 1:
@@ -68,7 +49,7 @@ class SoftTargets:
 
 @dataclass(frozen=True)
 class TopTargets:
-    """`TeacherTargets` of the teacher's K likeliest tokens; all others are one class, the tail.
+    """A teacher's K likeliest tokens for each token of a batch; all others are one class, the tail.
 
     The divergence is that of distributions over K + 1 classes, at most that over all tokens: what it lacks is the tail's mass
     times the divergence within the tail. Its gradient leaves the odds within the tail as the student has them; it differs
@@ -86,7 +67,7 @@ class TopTargets:
     temperature: float
 
     def compare(self, student: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """See `TeacherTargets`."""
+        """See `SoftTargets.compare`."""
         ids, teacher = self.top(part)
         agrees = student.argmax(dim=-1, keepdim=True) == ids[:, :1]
         if self.temperature != 1:
@@ -101,6 +82,9 @@ class TopTargets:
         divergence = (teacher - torch.cat([picked, tail.log()], dim=1)).mul_(probs).sum(dim=-1, keepdim=True)
         difference.mul_(1 - probs[:, -1:] / tail).scatter_(1, ids, picked.exp() - probs[:, :-1])
         return divergence, agrees, difference
+
+
+TeacherTargets = SoftTargets | TopTargets
 
 
 class DistilledLoss(NamedTuple):

@@ -17,13 +17,7 @@ from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.agreement import raise_on_all_ranks
 from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.folder import Contents, TensorFiles
-from nlgmoe.checkpoint.layout import (
-    Shapes,
-    describe_differences,
-    entry_shapes,
-    local_entries,
-    summarize_differences,
-)
+from nlgmoe.checkpoint.layout import entry_shapes, local_entries, require_entries
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.parallel.engine_gradients import loss_scaler
 from nlgmoe.parallel.engine_state import EngineState
@@ -154,11 +148,11 @@ def load_weights(model: nn.Module, engine: Any | None, files: TensorFiles) -> No
         engine: None in evaluation.
         files: the checkpoint's `model` entries.
     """
-    _check_shapes(entry_shapes(model), files)
+    require_entries(files, entry_shapes(model))
     state = EngineState(engine) if engine is not None else None
     for entry in local_entries(model):
         value = files.read(entry.name)
-        entry.parameter.view(-1)[entry.start : entry.stop] = value.view(-1).to(entry.parameter)
+        entry.copy_(value)
         if state is not None:
             state.load(entry, None, value.float())
 
@@ -168,7 +162,7 @@ def load_moments(model: nn.Module, engine: Any, files: TensorFiles) -> None:
     """Read this rank's part of AdamW's state."""
     trained = entry_shapes(model, buffers=False).items()
     moments = {f"{key}/{name}": shape for key in MOMENTS for name, shape in trained}
-    _check_shapes(moments | {f"step/{name}": torch.Size() for name, _ in model.named_parameters()}, files)
+    require_entries(files, moments | {f"step/{name}": torch.Size() for name, _ in model.named_parameters()})
     state = EngineState(engine)
     state.init_moments()
     for entry in local_entries(model):
@@ -176,10 +170,3 @@ def load_moments(model: nn.Module, engine: Any, files: TensorFiles) -> None:
             for key in MOMENTS:
                 state.load(entry, key, files.read(f"{key}/{entry.name}"))
             state.step_of(entry.parameter).copy_(files.read(f"step/{entry.stack}"))
-
-
-def _check_shapes(expected: Shapes, files: TensorFiles) -> None:
-    if different := describe_differences(expected, files.shapes):
-        raise RunError(
-            f"the checkpoint does not fit the model: {summarize_differences(different)}; use a checkpoint of this model"
-        )

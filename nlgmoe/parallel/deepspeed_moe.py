@@ -64,14 +64,14 @@ def register_world(timeout: timedelta) -> None:
 def disable_deepspeed_extensions() -> None:
     """Declare all of DeepSpeed's compiled extensions unavailable: none is used here.
 
-    Otherwise DeepSpeed checks at start which of them it could compile, with a warning for each if there is no CUDA toolkit, and
-    on CPUs compiles one, an all-reduce for inference.
+    Otherwise DeepSpeed 0.19.8 checks at start which of them it could compile, with a warning for each if there is no CUDA
+    toolkit, and on CPUs compiles one, an all-reduce for inference.
     """
     ops.__compatible_ops__ = {}
 
 
 def use_device(device: torch.device) -> None:
-    """Make DeepSpeed compute on the run's device; by default it uses the machine's GPU, even if `trainer.accelerator` is cpu."""
+    """Make DeepSpeed compute on the run's device; 0.19.8 uses the machine's GPU, even if `trainer.accelerator` is cpu."""
     name = device.type
     if name in SUPPORTED_ACCELERATOR_LIST and get_accelerator().device_name() != name:
         module = import_module(f"deepspeed.accelerator.{name}_accelerator")
@@ -79,7 +79,10 @@ def use_device(device: torch.device) -> None:
 
 
 def resolve_collectives_at_call() -> None:
-    """Let DeepSpeed look up functions of `torch.distributed` at each call, so that `monitoring/stopwatch.py` can wrap them."""
+    """Let DeepSpeed look up functions of `torch.distributed` at each call, so that `monitoring/stopwatch.py` can wrap them.
+
+    DeepSpeed 0.19.8 looks them up once, when its backend is made.
+    """
     backend = deepspeed_comm.cdb
     backend.all_gather_function = lambda *args, **kwargs: distributed.all_gather_into_tensor(*args, **kwargs)
     backend.reduce_scatter_function = lambda *args, **kwargs: distributed.reduce_scatter_tensor(*args, **kwargs)

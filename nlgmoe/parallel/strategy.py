@@ -211,7 +211,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         from nlgmoe.parallel.engine_gradients import EngineGradients
 
         assert isinstance(self.precision_plugin, DeepSpeedPrecision) and isinstance(self.config, dict)
-        self._check_fp16(self.precision_plugin)
         zero = self.config["zero_optimization"]
         # Weights become views of one buffer. grouped_mm, LayerNorm's kernel and matrix products need 16-byte alignment.
         zero["parameter_alignment"] = True
@@ -241,19 +240,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Check that an epoch begins with a step of the engine, which continues to count micro-batches across epochs."""
+        """Refuse an epoch that begins within an accumulation window: the engine counts micro-batches across epochs."""
         window = self._engine.gradient_accumulation_steps()
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        for name, engine in (
-            ("accumulate_grad_batches", window),
-            ("gradient_clip_val", self._engine.gradient_clipping()),
-        ):
-            if (value := getattr(trainer, name) or 0) != engine:
-                raise AllRanksSettingError(
-                    f"trainer.{name}={value} was set during the run, and DeepSpeed's engine keeps {engine}: leave it, or "
-                    "train on one process or with ddp"
-                )
         left = self._engine.micro_steps % window
         if batch_idx == 0 and left:
             raise AllRanksSettingError(
@@ -267,10 +255,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         if self._engine.is_gradient_accumulation_boundary():
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         loss = closure()
-        if loss is None:
-            raise RunError(
-                "training_step has returned None, and DeepSpeed's engine needs the loss of every micro-batch"
-            )
         self._engine.step()
         return loss
 
@@ -279,16 +263,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         assert self._gradients is not None
         _check_parameters(self._gpt)  # a callback may freeze a parameter during training
         return self._gradients.of_step()
-
-    def _check_fp16(self, plugin: DeepSpeedPrecision) -> None:
-        if plugin._desired_dtype != torch.float16:
-            return
-        from deepspeed.accelerator import get_accelerator
-
-        if not get_accelerator().is_fp16_supported():
-            raise AllRanksError(
-                f"trainer.precision={plugin.precision}: DeepSpeed has no fp16 on this device; use bf16-mixed"
-            )
 
     @override
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:

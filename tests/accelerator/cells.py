@@ -36,11 +36,11 @@ from nlgmoe import (
     step,
 )
 from nlgmoe.callbacks import StagedDistillation
+from nlgmoe.checkpoint.folder import hash_of_weights
 from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import OfflineTeacher
 from nlgmoe.distill.record_logits import record_logits
-from nlgmoe.distill.teacher_logits import weights_of
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite, NonFiniteError
 from nlgmoe.optim.param_groups import AdamWConfig
@@ -263,7 +263,7 @@ def recorded_logits(root: Path) -> dict[str, Any]:
     path, data, folder = teacher(root), NumberedData(), root / "logits"
     (spoken := MixtureOfStudents(str(path))).load(config({}), torch.empty(0, device=FAKE), data)
     settings = {
-        **{"teacher": {"checkpoint": str(path), "weights": weights_of(path)}, "data": data.fingerprint()},
+        **{"teacher": {"checkpoint": str(path), "weights": hash_of_weights(path)}, "data": data.fingerprint()},
         **{"document_attention": False, "vocab_size": 61, "seq_len": 16, "top_k": 8, "temperature": 2.0},
         **{"samples": 12, "micro_batch_size": 4, "loss_chunk_size": 24},
     }

@@ -20,7 +20,7 @@ from nlgmoe.data.blend import Interleaving, integer_weights
 from nlgmoe.data.pocket_pile import token_folder
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.seeding import derive_seed
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError
 from tests.data.conftest import tokens_of
 from tests.data.test_datamodule import Ranks, make_trainer
 from tests.data.test_tokenizer import small
@@ -235,3 +235,11 @@ def test_what_cannot_be_blended_is_named_by_its_part(make_blend: Make, indexed: 
     for parts, words in cases:
         with pytest.raises(SettingError, match=words):
             make_blend(*parts)
+
+
+def test_a_damaged_part_is_named_and_ends_the_run(make_blend: Make, indexed: MegatronIndexed, tmp_path: Path) -> None:
+    for ending in (".idx", ".bin"):
+        content = indexed.prefix.with_name(indexed.prefix.name + ending).read_bytes()
+        (tmp_path / f"damaged{ending}").write_bytes(content if ending == ".idx" else content[:-2])
+    with pytest.raises(RunError, match=r"In the part 'b' of the blend: .*\.bin has \d+ bytes, .*: cut off\?"):
+        make_blend((1, "a", indexed), (1, "b", MegatronIndexed(str(tmp_path / "damaged"))))

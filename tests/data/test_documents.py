@@ -18,7 +18,8 @@ import pytest
 import zstandard
 
 from nlgmoe.data import documents
-from nlgmoe.data.documents import BadDataError, Fields, Record, Shard, has_records, is_plain_text, read_documents
+from nlgmoe.data.documents import Fields, Record, Shard, has_records, is_plain_text, read_documents
+from nlgmoe.validation import RunError
 
 ENDINGS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
 PILE = Fields(domain="meta.pile_set_name")
@@ -98,7 +99,7 @@ def test_a_bad_line_is_named_or_skipped(tmp_path: Path, line: bytes, kind: str, 
     good, ids = (GOOD_IDS, "ids") if b"ids" in line else (GOOD, None)
     fields = Fields(ids=ids, vocab_size=50, max_bytes=150_000)
     path = write_lines(tmp_path / "data.jsonl.zst", [good, line, good, line])
-    with pytest.raises(BadDataError) as error:
+    with pytest.raises(RunError) as error:
         read(path, fields)
     assert str(error.value).startswith(f"{path}, line 2: {kind}") and details in str(error.value)
     assert str(error.value).endswith("; repair it, or leave it out with nlgmoe prepare-data --on-bad-data skip")
@@ -113,7 +114,7 @@ def test_a_damaged_file_is_named_or_skipped(tmp_path: Path, ending: str) -> None
     whole = read(path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 4 // 5])
-    with pytest.raises(BadDataError, match=rf"data\.{ending}, behind document \d+: damaged or cut off \("):
+    with pytest.raises(RunError, match=rf"data\.{ending}, behind document \d+: damaged or cut off \("):
         read(path)
     skipped: list[str] = []
     records = read(path, skip=skipped.append)
@@ -123,7 +124,7 @@ def test_a_damaged_file_is_named_or_skipped(tmp_path: Path, ending: str) -> None
         for start in (1, 77, len(records)):  # it ends where it ended, wherever reading began
             assert read(path, start=start, skip=skipped.append) == records[start:]
     path.write_bytes(b"no such format" * 1000)
-    with pytest.raises(BadDataError, match="damaged or cut off"):
+    with pytest.raises(RunError, match="damaged or cut off"):
         read(path)
 
 
@@ -141,9 +142,9 @@ def test_bad_rows_of_parquet(tmp_path: Path) -> None:
         "document too long (40 bytes; at most 30 are allowed)",
     )
     assert skipped == [f"{path}, row {row}: {reason}" for row, reason in enumerate(reasons, 2)]
-    with pytest.raises(BadDataError, match=r"data\.parquet: no such column \(body; there are text\)"):
+    with pytest.raises(RunError, match=r"data\.parquet: no such column \(body; there are text\)"):
         read(path, Fields("body"))
-    with pytest.raises(BadDataError, match=r"data\.parquet, row 2: not UTF-8"):
+    with pytest.raises(RunError, match=r"data\.parquet, row 2: not UTF-8"):
         read(path)
 
 
@@ -187,7 +188,7 @@ def test_plain_text_is_one_document_or_cut_at_ends_of_lines(tmp_path: Path, endi
 
 def test_a_text_file_that_is_none_is_named_or_skipped(tmp_path: Path) -> None:
     (path := tmp_path / "data.txt").write_bytes(b"na\xefve")
-    with pytest.raises(BadDataError, match=r"data\.txt: not UTF-8 \(from byte 2 on; convert it to UTF-8\)"):
+    with pytest.raises(RunError, match=r"data\.txt: not UTF-8 \(from byte 2 on; convert it to UTF-8\)"):
         read(path)
     skipped: list[str] = []
     assert read(path, skip=skipped.append) == [] and len(skipped) == 1

@@ -9,7 +9,7 @@ import pytest
 from nlgmoe.commands.prepare_data import prepare_data
 from nlgmoe.data import PileDataModule, load_tokenizer
 from nlgmoe.data.pocket import packages
-from nlgmoe.data.pocket.build import SPLITS, build_pocket_pile, read_manifest, text_path
+from nlgmoe.data.pocket.build import SPLITS, open_corpus, read_manifest, text_path
 
 ROOT = Path(__file__).parents[2] / "data" / "pocket_pile"
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2] / "data" / "pocket_pile"
 def test_pocket_pile(capsys: pytest.CaptureFixture[str]) -> None:
     prepare_data(str(ROOT), "pocket-8k")
     assert "bytes/token" in capsys.readouterr().out
-    manifest = build_pocket_pile(ROOT)
+    manifest = open_corpus(ROOT)
     assert manifest == read_manifest(ROOT)
     assert manifest.domains == ["literature", "wikipedia", "manuals", "code"]
     assert manifest.total_bytes > 25e6

@@ -131,6 +131,7 @@ def test_the_normaliser_of_composed_characters_is_left_out() -> None:
     assert tokenizer.encode("th\u00e9") == plain.encode("th\u00e9").ids
     exported = Tokenizer.from_json(tokenizer.to_json(), "exported")
     assert exported.encode(apart) == ids and exported.has_same_ids(tokenizer)
+    assert exported.fingerprint == tokenizer.fingerprint
 
 
 def test_unknown_tokenizers_are_refused(tmp_path: Path) -> None:

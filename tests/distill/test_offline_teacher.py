@@ -15,6 +15,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from nlgmoe.callbacks import StagedDistillation
+from nlgmoe.checkpoint.folder import hash_of_weights
 from nlgmoe.config import MoEConfig
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after
 from nlgmoe.distill import record_logits as recording
@@ -29,7 +30,6 @@ from nlgmoe.distill.teacher_logits import (
     file_name,
     read_header,
     record_type,
-    weights_of,
 )
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
@@ -73,7 +73,7 @@ def record(
     spoken = MixtureOfStudents(str(teacher))
     spoken.load(STUDENT, torch.empty(0), data)
     settings = {
-        "teacher": {"checkpoint": str(teacher), "weights": weights_of(teacher)},
+        "teacher": {"checkpoint": str(teacher), "weights": hash_of_weights(teacher)},
         "data": data.fingerprint(),
         "document_attention": data.document_attention,
         "vocab_size": 61,

@@ -485,10 +485,9 @@ def test_what_experts_are_used_for_is_added_up_over_ranks(found: Found, tmp_path
 
 
 def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
-    for lacks, built, more in found[refused, PLAIN.name]:
+    for lacks, built in found[refused, PLAIN.name]:
         assert "broken.ckpt has no model-00001-of-00002.safetensors, with blocks." in lacks
         assert "make a new MoEGPTModule for every trainer" in built
-        assert more.startswith("trainer.accumulate_grad_batches=2 was set during the run")
 
 
 def test_a_parameter_that_the_engine_cannot_train_is_refused_by_name() -> None:

@@ -130,17 +130,9 @@ def read_texts(path: Path) -> Iterator[str]:
 def open_corpus(root: Path) -> Manifest:
     """Return the corpus under `root`, verified; an empty folder, or a damaged pocket Pile, becomes the pocket Pile first."""
     manifest = read_manifest(root)
-    if manifest is None or manifest.name == POCKET_PILE:
-        return build_pocket_pile(root)
-    _verify(root, manifest.files, {name: file.sha256 for name, file in manifest.files.items()})
-    return manifest
-
-
-def build_pocket_pile(root: Path) -> Manifest:
-    """Build the pocket Pile under `root` unless it is there, whole and unchanged; return its manifest."""
-    manifest = read_manifest(root)
     if manifest is not None and manifest.name != POCKET_PILE:
-        raise RunError(f"{root} holds the corpus {manifest.name!r}, not the pocket Pile: choose another `data_dir`.")
+        _verify(root, manifest.files, {name: file.sha256 for name, file in manifest.files.items()})
+        return manifest
     if manifest is not None:
         try:
             _verify(root, manifest.files, TEXT_SHA256)

@@ -150,7 +150,7 @@ def find_files(
         reason = str(error).partition(" with any supported extension")[0].rstrip(".")
         reason = reason if isinstance(error, OSError | ValueError | ImportError | BadZipFile) else "it names no files"
         of_network = isinstance(error, ConnectionError | TimeoutError)
-        raise (ValueError if of_network else SettingError)(
+        raise (RunError if of_network else SettingError)(
             f"path={path}: {reason}; set it to a folder or to a data set on the Hugging Face hub, and data_files to names or "
             "patterns in it"
         ) from error

@@ -6,7 +6,7 @@ A stream's documents and their order are a function of its number, the number of
 are divided into `gcd(files, streams)` groups; the streams of a group share its files, each reading every n-th document.
 Streams have equally many documents, and no two share a file if the files are a multiple of the streams.
 
-Windows are cut as in `packing.py`: every document is closed by the end-of-document token, each token is a target once,
+Windows are cut as in `samples.py`: every document is closed by the end-of-document token, each token is a target once,
 and the first input of all is an end of document.
 """
 

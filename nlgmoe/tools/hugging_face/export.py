@@ -28,10 +28,9 @@ from torch import Tensor
 from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_manifest
 from nlgmoe.checkpoint.layout import (
     PRECISIONS,
-    describe_differences,
     entry_shapes,
     local_entries,
-    summarize_differences,
+    require_entries,
 )
 from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.checkpoint.writing import begin, recover_one, write_error_reason
@@ -181,10 +180,7 @@ def _weights(path: Path, config: GPTConfig, family: str | None, dtype: torch.dty
     with torch.device("meta"):
         model = GPT(config)
     files = TensorFiles(path, "model")
-    if different := describe_differences(entry_shapes(model), files.shapes):
-        raise RunError(
-            f"{path} does not hold the model that it describes: {summarize_differences(different)}; use another checkpoint"
-        )
+    require_entries(files, entry_shapes(model))
     stored = {
         name: record[0] for contents in read_manifest(path)["files"].values() for name, record in contents.items()
     }
