@@ -129,7 +129,7 @@ def draw_differences(results: dict[str, Any], file: Path) -> None:
     axis.set_yticks(range(len(QUESTIONS)), [question.title for question in reversed(QUESTIONS)], fontsize=8)
     axis.set_xlim(-0.2, 0.1)
     axis.set_xlabel(
-        "difference in validation loss (nats/token), 95% interval; left: better; shaded: as good as, margin 0.02",
+        f"difference in validation loss (nats/token), 95% interval\nleft: better; shaded: as good as, margin {MARGIN}",
         fontsize=8,
     )
     axis.grid(axis="x", alpha=0.3)
