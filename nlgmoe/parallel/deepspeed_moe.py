@@ -13,7 +13,6 @@ import torch
 from deepspeed import ops
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.real_accelerator import SUPPORTED_ACCELERATOR_LIST
-from deepspeed.comm import comm as deepspeed_comm
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups as deepspeed_groups
 from torch import distributed
@@ -76,13 +75,3 @@ def use_device(device: torch.device) -> None:
     if name in SUPPORTED_ACCELERATOR_LIST and get_accelerator().device_name() != name:
         module = import_module(f"deepspeed.accelerator.{name}_accelerator")
         set_accelerator(getattr(module, f"{name.upper()}_Accelerator")())
-
-
-def resolve_collectives_at_call() -> None:
-    """Let DeepSpeed look up functions of `torch.distributed` at each call, so that `monitoring/stopwatch.py` can wrap them.
-
-    DeepSpeed 0.19.8 looks them up once, when its backend is made.
-    """
-    backend = deepspeed_comm.cdb
-    backend.all_gather_function = lambda *args, **kwargs: distributed.all_gather_into_tensor(*args, **kwargs)
-    backend.reduce_scatter_function = lambda *args, **kwargs: distributed.reduce_scatter_tensor(*args, **kwargs)

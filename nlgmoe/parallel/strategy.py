@@ -147,12 +147,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     @override
     def setup_distributed(self) -> None:
         """Initialise DeepSpeed's communication, which the base class does on GPUs only."""
-        from nlgmoe.parallel.deepspeed_moe import (
-            disable_deepspeed_extensions,
-            register_world,
-            resolve_collectives_at_call,
-            use_device,
-        )
+        from nlgmoe.parallel.deepspeed_moe import disable_deepspeed_extensions, register_world, use_device
 
         disable_deepspeed_extensions()
         use_device(self.root_device)
@@ -162,7 +157,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             self.set_world_ranks()
             self._init_deepspeed_distributed()
         register_world(self._collective_timeout)
-        resolve_collectives_at_call()
 
     def expert_placements(self, config: GPTConfig, of: str = "model") -> Mapping[int, ExpertPlacement]:
         """Make the process groups and return this rank's experts in every MoE block, by block number. A collective.
