@@ -54,7 +54,7 @@ def sha256_of(path: Path) -> str:
 
 
 def require_regular(file: str | Path, remedy: str) -> None:
-    """Check that `file` is a regular file or a link to one: to open a FIFO would block. The caller reports a missing file."""
+    """Check that `file` is a regular file or a link to one: opening a FIFO would block. The caller reports a missing file."""
     if Path(file).exists() and not Path(file).is_file():
         raise RunError(f"{file} is not a regular file; {remedy}")
 

@@ -107,8 +107,8 @@ def require_paper_parts(moe: Any, what: str, parts: Iterable[str] = tuple(PARTS)
 
     Args:
         moe: its `MoEConfig`; None: a dense model.
-        what: subject and verb of the message, such as `the cost model knows`.
-        parts: that must be the paper's.
+        what: subject and verb of the message, such as `the cost model supports`.
+        parts: names of the parts to check.
 
     Raises:
         ValueError: one is not; the message names it.
@@ -116,7 +116,7 @@ def require_paper_parts(moe: Any, what: str, parts: Iterable[str] = tuple(PARTS)
     for name in parts if moe is not None else ():
         part = getattr(moe, name)
         if part is not None:
-            raise SettingError(f"{what} the paper's {name} alone, not {type(part).__name__} (model.config.moe.{name})")
+            raise SettingError(f"{what} only the paper's {name}, not {type(part).__name__} (model.config.moe.{name})")
 
 
 class ForeignCodeError(SettingError):

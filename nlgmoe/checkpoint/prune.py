@@ -1,7 +1,7 @@
 """Prune: write a checkpoint with fewer experts. A standard mixture becomes a pyramid.
 
-The kept experts keep their order; the rows of the router's weights and biases go with them. A softmax over fewer experts gives
-each of them a larger probability, so that with `top_k` 1 the weights of their tokens grow too.
+The kept experts keep their order and their rows of the router's weights and biases. A softmax over fewer experts assigns larger
+probabilities, so that with `top_k` 1 the weights of the outputs increase.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def upcycle(
             f"{name}={size} is not the width of the dense model's layers, which are copied; leave it null",
         )
     config = replace(dense_config, moe=moe)
-    require_paper_parts(config.moe, "upcycling knows")
+    require_paper_parts(config.moe, "upcycling supports")
     read = _entry_reader(files, config, weight_shapes(config), noise, seed)
     origin = f"{path}, by `nlgmoe upcycle`"
     write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin, source=path)

@@ -1,4 +1,4 @@
-"""Write a checkpoint of weights from another source, to evaluate, or to start a run from with `model.warm_start`."""
+"""Write a weights-only checkpoint from another source, for evaluation or for `model.warm_start`."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def write_weights(
         tokens_seen: tokens that the weights were trained on.
         overwrite: replace an older one.
         started_from: the checkpoint that this training started from; None: random weights.
-        origin: where the weights are from, for a person to read: `NAME.yaml` beside `NAME.ckpt` gets settings to use it with;
+        origin: source of the weights in words, the first line of `NAME.yaml`, which has settings to use the checkpoint with;
             None: no such file.
-        source: a checkpoint that the weights are from: these settings have the corpus of its run.
+        source: checkpoint that the weights are from; the settings name the corpus of its run.
     """
     path, shards = Path(path), _shards(weight_shapes(config))
     writing.recover_one(path)

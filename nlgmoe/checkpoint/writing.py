@@ -129,7 +129,7 @@ def remove(path: Path) -> None:
 
 
 def recover_one(path: Path) -> None:
-    """Clean up what killed processes have left of a checkpoint, or of another folder that is written in this way.
+    """Clean up after processes killed while writing a checkpoint, or another folder that is written in this way.
 
     Deletes incomplete folders, and restores one that was being replaced; skips those of processes that are alive.
     """

@@ -213,10 +213,7 @@ class PileDataModule(TextFacts, TrainingData):
         self._cursors.commit(samples // self._rank_and_world_size()[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return also what validation covers.
-
-        With a `CursorSource` also the `cursors` of all streams; then this is a collective.
-        """
+        """Add the fingerprint of validation, and for a `CursorSource` the `cursors` of all streams, which is a collective."""
         state = super().state_dict() | {"evaluation": self._evaluation_fingerprint()}
         cursors = self._cursors.latest() if self._cursor_source is None else self._cursors.gather()
         return state | ({"cursors": cursors} if cursors else {})

@@ -64,7 +64,7 @@ def record_logits(
     folder: Path,
     report: Callable[[Progress], object],
 ) -> Progress:
-    """Write a folder for `TeacherLogits`, or what an earlier process has left of it.
+    """Write a folder for `TeacherLogits`, or complete one that an earlier process began.
 
     Args:
         teacher: loaded.
@@ -188,7 +188,7 @@ def likeliest(targets: SoftTargets, part: slice, top_k: int, temperature: float)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_probs = (logits / temperature).log_softmax(dim=-1)  # [C, V]
     top, ids = log_probs.topk(top_k, dim=-1)
-    tail = log_probs.exp_().scatter_(1, ids, 0).sum(dim=-1, keepdim=True).log()  # without the others: no cancellation
+    tail = log_probs.exp_().scatter_(1, ids, 0).sum(dim=-1, keepdim=True).log()  # summed directly, without cancellation
     return ids, torch.cat([top, tail], dim=1)
 
 

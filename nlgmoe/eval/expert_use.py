@@ -1,4 +1,4 @@
-"""How much a model uses each expert of a text: the sum of its weights over tokens, and REAP's saliency."""
+"""The use of each expert on a text: the sum of its weights over tokens, and REAP's saliency."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class _Layer:
 
 @contextmanager
 def _measured(model: GPT) -> Iterator[list[_Layer]]:
-    """Sum over the rows that the model's experts compute meanwhile."""
+    """Sum over the rows that the model's experts compute in the block."""
     sums, handles = [], []
     for layer in moe_layers(model):
         sums.append(measured := _Layer(layer))
