@@ -20,7 +20,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     An older `path` stays until then, and stays if the block raises.
 
     Args:
-        path: of the file; its folder exists.
+        path: path of the file, in an existing folder.
     """
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:

@@ -184,7 +184,7 @@ class GPTModule(LightningModule):
             rank_zero_warn(f"step {self.trainer.global_step}: val/loss is {float(values['loss'])}")
         for name, value in values.items():
             if torch.isfinite(value) or not name.startswith("bits_per_byte"):
-                # Every rank has the same value already; sync_dist tells Lightning so.
+                # The values are equal on all ranks; sync_dist declares that to Lightning.
                 self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
         metric.reset()
 

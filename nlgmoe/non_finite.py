@@ -55,7 +55,7 @@ class StepGradients:
     This class is for gradients that every rank holds whole: a single process, or `ddp`.
 
     Args:
-        parameters: of the model.
+        parameters: parameters of the model.
         scaler: fp16's gradient scaler, which has no lower bound; a scale of 1 is taken as its lowest.
     """
 
@@ -127,10 +127,10 @@ class StepGuard:
         Args:
             step: its number, as in the logger.
             loss: sum of all logged losses, each the mean over micro-batches and ranks; only its finiteness is used.
-            norm: of its gradients.
-            model: with the weights before the step.
-            losses: of each micro-batch of this rank.
-            gradients: of the step.
+            norm: norm of its gradients.
+            model: the model with the weights before the step.
+            losses: losses of each micro-batch of this rank.
+            gradients: gradients of the step.
         """
         name, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
         if math.isfinite(value):

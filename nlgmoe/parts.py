@@ -123,8 +123,8 @@ class ForeignCodeError(SettingError):
     """A checkpoint names a class of a module that is not imported.
 
     Args:
-        path: of the class.
-        remedy: that the caller has; None: Python's.
+        path: import path of the class.
+        remedy: the caller's remedy; None: the one for Python.
     """
 
     def __init__(self, path: str, remedy: str | None = None) -> None:

@@ -151,7 +151,7 @@ class Window:
     """The micro-batches of this rank since the last optimizer step, and their losses and sizes over all ranks, on the device.
 
     Attributes:
-        losses: of each micro-batch of this rank, `[names]`.
+        losses: losses of each micro-batch of this rank, `[names]`.
         names: names under which the losses are logged.
         requests: `[E]` of each router that learns from steps, of this rank's micro-batches together.
         samples: sequences of all ranks; until `read`, those of this rank times the number of ranks.

@@ -17,9 +17,9 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
 
     Args:
         checkpoint: Lightning's dictionary.
-        config: of this model.
-        seed: of this run; None in evaluation, which ignores settings that only affect training.
-        path: of the checkpoint, for messages.
+        config: configuration of this model.
+        seed: seed of this run; None in evaluation, which ignores settings that only affect training.
+        path: path of the checkpoint, for messages.
     """
     resumes = seed is not None
     if resumes and "lr_schedulers" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`

@@ -69,7 +69,7 @@ def upcycle(
         moe: the experts.
         noise: standard deviation of independent normal values added to each expert's matrices, as a multiple of the matrix's
             own. 0: experts are equal at first, and diverge as they learn from different tokens.
-        seed: of the noise and the gates.
+        seed: seed of the noise and the gates.
         overwrite: replace an older checkpoint when the new one is complete.
 
     Raises:

@@ -41,7 +41,7 @@ def write_weights(
         path: the checkpoint, `NAME.ckpt`.
         read: returns an entry by its name, such as `blocks.1.moe.experts.3.expand_weight`; called once for each, and
             consecutively for those of one expert.
-        config: of the model.
+        config: configuration of the model.
         tokenizer: JSON of the `tokenizers` library; None writes no tokenizer.
         global_step: optimizer steps that the weights were trained for.
         tokens_seen: tokens that the weights were trained on.

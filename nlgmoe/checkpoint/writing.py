@@ -75,9 +75,9 @@ def finish(
     Args:
         temporary: the folder that `begin` made.
         path: its final name.
-        document: for `checkpoint.json`.
-        files: the results of `write_tensors`, united.
-        tokenizer: for `tokenizer.json`; None writes none.
+        document: content of `checkpoint.json`.
+        files: union of the results of `write_tensors`.
+        tokenizer: content of `tokenizer.json`; None writes no such file.
     """
     texts = {"checkpoint.json": json.dumps(document, indent=1).encode()}
     if tokenizer is not None:

@@ -145,7 +145,7 @@ class TrainCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log training into the run folder, unless the configuration says otherwise; evaluation prints its results.
+        """Log training into the run folder, unless the configuration sets another logger; evaluation prints its results.
 
         A callback of the configuration replaces a default one of its class or of a base class. Any progress bar replaces the
         default one. The last `SaveCheckpoints` replaces earlier ones, so that the command line can set it.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nlgmoe.distill.record_logits import Progress
     from nlgmoe.experiment import Experiment
 
-LARGE_TAIL = 0.1  # probability outside the recorded tokens, of which a student learns the sum alone
+LARGE_TAIL = 0.1  # probability outside the recorded tokens; only its sum is distilled
 
 
 def distill_logits(

@@ -28,7 +28,7 @@ def unigram_entropy(
         train: training tokens of each domain, each [N_d].
         evaluated: evaluated tokens of each domain, each [N_d].
         vocab_size: number of token ids.
-        max_tokens: counted on either side at most.
+        max_tokens: maximum number of tokens counted on either side.
     """
     train_counts = count_tokens(train, vocab_size, max_tokens) + 1
     counts = count_tokens(evaluated, vocab_size, max_tokens)
@@ -44,8 +44,8 @@ def xz_bits_per_byte(
 
     Args:
         evaluated: evaluated tokens of each domain, each [N_d].
-        tokenizer: of these tokens.
-        max_bytes: compressed at most; each domain is cut to an equal share of it, from its beginning.
+        tokenizer: tokenizer of these tokens.
+        max_bytes: maximum number of bytes compressed; each domain is cut to an equal share of it, from its beginning.
     """
     texts = {}
     for name, tokens in evaluated.items():

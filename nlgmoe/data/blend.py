@@ -158,8 +158,8 @@ class BlendedSource:
     It is a `CursorSource` if a part is one; stream s of part p, of P parts, is stream s P + p of the blend.
 
     Args:
-        sources: of the parts; without end, all of one sequence length.
-        weights: of the parts, whole numbers above 0.
+        sources: endless sources of the parts, all of one sequence length.
+        weights: weights of the parts, whole numbers above 0.
         domains: number of domains of each part; a blended sample's domain counts through them.
     """
 
@@ -222,7 +222,7 @@ class _Fork:
 
 
 class Interleaving:
-    """The part that each sample of a blend comes from, and the sample's number in it: exact arithmetic, without tables.
+    """Maps each sample of a blend to its part, and its number in the part, by exact arithmetic without tables.
 
     Megatron writes part and number of each sample of the run into arrays before training, picking every time the part that
     is furthest behind its share: 146 million entries for 300B tokens.
@@ -259,7 +259,7 @@ class Interleaving:
         self._root = queue[0][2]
 
     def place(self, index: int) -> tuple[int, int]:
-        """Return the part that sample `index` comes from, and the sample's number there."""
+        """Return the part of sample `index`, and the sample's number in the part."""
         node = self._root
         while isinstance(node, _Fork):
             before = node.count_left(index)

@@ -45,10 +45,10 @@ class Progress:
 
     Args:
         file: index of the input file that is being read; after the last one, their number.
-        number: of the next document in that file.
-        documents: written.
+        number: index of the next document in that file.
+        documents: documents written.
         bytes: UTF-8 bytes of their texts.
-        tokens: written, one end-of-document token per document included.
+        tokens: tokens written, one end-of-document token per document included.
         held_out: documents of those written that are for validation.
         skipped: documents, files and ends of files that could not be used.
     """
@@ -76,9 +76,9 @@ def build_indexed(
     Args:
         files: what `read_documents` can read, in the order of the result. The documents held out follow all others.
         prefix: path without `.bin` / `.idx`.
-        tokenizer: of the tokens.
-        fields: of a record that are read.
-        workers: threads that tokenise.
+        tokenizer: tokenizer of the tokens.
+        fields: fields of a record to read.
+        workers: number of threads that tokenise.
         report: called with the progress at the start and after each chunk.
         skip: called with place and reason of unusable data; None: raise an error.
     """
@@ -103,7 +103,7 @@ def build_indexed(
         if not (resumes := (folder / "progress.json").exists()):
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError) and error.filename is None:  # of a write
-            then = "it goes on" if resumes else "from the beginning"
+            then = "the build resumes" if resumes else "the build begins again"
             raise RunError(
                 f"output={prefix} cannot be written ({error.strerror}); make room, and start again: {then}"
             ) from error

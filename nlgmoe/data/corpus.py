@@ -67,11 +67,11 @@ class TokenArrays:
     """An open corpus whose tokens lie in arrays, memory-mapped or not.
 
     Args:
-        tokenizer: of the tokens.
+        tokenizer: tokenizer of the tokens.
         domains: names, indexed by a batch's domain ids.
         tokens: split -> tokens of each domain, each [N_d], in the form of `samples.py`: every document closed by the
             end-of-document token. Has "train" and "validation"; has "test" where the corpus has one.
-        fingerprint: what determines the training tokens: name -> setting or hash, such as `{"lines.txt": sha256}`.
+        fingerprint: settings and hashes by name that determine the training tokens, such as `{"lines.txt": sha256}`.
     """
 
     tokenizer: Tokenizer
@@ -175,7 +175,7 @@ def hash_of_pieces(path: str | Path, pieces: int = PIECES) -> str:
 
     Args:
         path: local, or an address that fsspec opens.
-        pieces: at least 2, of 32 KB each; a shorter file is hashed whole.
+        pieces: number of pieces, at least 2, of 32 KB each; a shorter file is hashed whole.
     """
     file_system, name = url_to_fs(str(path))
     size = int(file_system.info(name)["size"])

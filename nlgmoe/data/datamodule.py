@@ -236,7 +236,7 @@ class PileDataModule(TextFacts, TrainingData):
         self._cursors.load(state_dict.get("cursors", []))
 
     def fingerprint(self) -> dict[str, str | int]:
-        """Return what determines the training batches besides `samples_consumed`: option -> value or hash."""
+        """Return options and hashes that, with `samples_consumed`, determine the training batches."""
         corpus = self._opened()
         return {
             **{f"corpus.{name}": value for name, value in corpus.fingerprint.items()},
@@ -247,7 +247,7 @@ class PileDataModule(TextFacts, TrainingData):
         }
 
     def _evaluation_fingerprint(self) -> dict[str, str | int]:
-        """Return what determines the tokens that `val/loss` covers; `trainer.limit_val_batches` counts batches of each rank."""
+        """Return what `val/loss` covers, as options and hashes; `trainer.limit_val_batches` counts batches of each rank."""
         windows_per_batch = self._rank_and_world_size()[1] * self.eval_micro_batch_size
         limit = getattr(self.trainer, "limit_val_batches", 1.0)
         windows = self._validation_windows

@@ -66,10 +66,10 @@ class Record:
     """One document of a file.
 
     Args:
-        number: of the document in its file, from 0, unusable ones counted.
+        number: index of the document in its file, unusable documents included.
         content: its text, or its token ids as int64 [N].
-        domain: in the file; None if it has none.
-        bytes: of its line or text, uncompressed; 0 in Parquet.
+        domain: its domain in the file; None if it has none.
+        bytes: uncompressed size of its line or text; 0 in Parquet.
     """
 
     number: int
@@ -116,7 +116,7 @@ def read_documents(
 
     Args:
         path: a local file, or an address that fsspec opens (`hf://datasets/...`); `has_records` or `is_plain_text` by its ending.
-        fields: of each record that are read.
+        fields: fields of each record to read.
         shard: the documents to yield; others are neither parsed nor checked.
         start: documents at the beginning to leave out.
         skip: called with place and reason of each document, file or end of a file that cannot be used; None: raise an error.

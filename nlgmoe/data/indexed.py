@@ -135,7 +135,7 @@ class IndexedWriter:
     Args:
         prefix: path without `.bin` / `.idx`.
         dtype: type of the stored tokens, one of `DTYPES`.
-        folder: for unfinished files, on the same file system; kept after an error. None: a temporary one.
+        folder: folder of unfinished files, on the same file system; kept after an error. None: a temporary folder.
         sizes: result of `position`: resume there, with the files in `folder`.
 
     Raises:
@@ -158,7 +158,7 @@ class IndexedWriter:
         """Append one document.
 
         Args:
-            tokens: of all its sequences.
+            tokens: tokens of all its sequences.
             lengths: tokens of each of its sequences; None: it is one sequence.
 
         Raises:

@@ -27,7 +27,7 @@ class TokenFile:
     """One split of one domain, tokenised.
 
     Args:
-        text_sha256: of the jsonl file.
+        text_sha256: sha256 of the jsonl file.
         tokens: number of tokens, one end-of-document token per document included.
         documents: number of documents.
         bytes: UTF-8 bytes of the texts.

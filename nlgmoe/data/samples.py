@@ -44,7 +44,7 @@ class TokenSource(Protocol):
     seq_len: int
 
     def sample(self, index: int) -> Sample:
-        """Return the `index`-th sample: a pure function of the index and of what the source was made from."""
+        """Return the `index`-th sample: a pure function of the index and of the settings of the source."""
         ...
 
 
@@ -74,7 +74,7 @@ class _Windows:
     """Windows of all domains, numbered consecutively; no window crosses a border between domains.
 
     Args:
-        tokens: of each domain, without the leading EOD, each [N_d].
+        tokens: tokens of each domain, without the leading EOD, each [N_d].
         counts: windows of each domain.
         seq_len: T, in tokens.
         eod_id: id of the end-of-document token.
@@ -106,10 +106,10 @@ class PackedSource(_Windows):
     A domain's weight is its number of tokens. The rest of a domain (less than a window) is not trained on.
 
     Args:
-        tokens: of each domain, without the leading EOD, each [N_d].
+        tokens: tokens of each domain, without the leading EOD, each [N_d].
         seq_len: T, in tokens.
         eod_id: id of the end-of-document token.
-        seed: of the order.
+        seed: seed of the order.
 
     Raises:
         ValueError: no domain fills a window.
@@ -135,7 +135,7 @@ class EvaluationSource(_Windows):
     number of batches between ranks.
 
     Args:
-        tokens: of each domain, without the leading EOD, each [N_d].
+        tokens: tokens of each domain, without the leading EOD, each [N_d].
         seq_len: T, in tokens.
         eod_id: id of the end-of-document token.
         max_windows: maximum number of windows of each domain, the first ones; None: all.

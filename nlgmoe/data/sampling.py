@@ -65,7 +65,7 @@ class TrainingSampler(DistributedSampler):
         samples_consumed: called when an iteration begins, so that a second one continues.
         batch_size_after: maps samples consumed to the sequences of the next step, over all ranks.
         micro_batches: A, micro-batches of a step.
-        rank: of this process, 0 <= rank < world_size.
+        rank: rank of this process, 0 <= rank < world_size.
         world_size: W, number of data-parallel processes; `A * W` divides every step.
     """
 

@@ -45,7 +45,7 @@ class TrainingData(LightningDataModule, ABC):
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str | int]:
-        """Return what determines a sample's tokens together with its number: name -> setting or hash of contents."""
+        """Return settings and hashes by name; with a sample's number they determine its tokens."""
 
     @abstractmethod
     def batch_size_after(self, samples: int) -> int:

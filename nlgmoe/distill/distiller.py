@@ -126,7 +126,7 @@ def samples_before_end(
     """Return the samples consumed when a run ends, counted from its first; None if it has no end in tokens or steps.
 
     Args:
-        end: of the run.
+        end: end of the run.
         batch_size_after: sequences of the step that follows that many samples, over all ranks.
         seq_len: length of whole sequences.
         curriculum: schedule of shorter sequences, each a cut sample; None: all are whole.

@@ -27,8 +27,8 @@ class ExpertUse:
     Attributes:
         loss: mean over tokens, nats.
         tokens: number of these tokens.
-        weights: for each MoE layer, `[E]` sum over tokens of the expert's weight in the output.
-        saliency: for each MoE layer, `[E]` mean over the expert's tokens of weight times the L2 norm of its output, 0 for an
+        weights: `[E]` for each MoE layer: sum over tokens of the expert's weight in the output.
+        saliency: `[E]` for each MoE layer: mean over the expert's tokens of weight times the L2 norm of its output, 0 for an
             expert without tokens: REAP, arXiv 2510.13999.
     """
 

@@ -32,7 +32,7 @@ class AllToAllDispatcher(LocalDispatcher):
     """Dispatches tokens to experts that are sharded over a group of ranks.
 
     Args:
-        placement: of the layer's experts, with a group.
+        placement: placement of the layer's experts, with a group.
     """
 
     def __init__(self, placement: ExpertPlacement) -> None:
@@ -62,7 +62,7 @@ class AllToAllDispatch(LocalDispatch):
     Args:
         tokens: `[N, H]`.
         routing: their experts and weights.
-        placement: of the layer's experts, with a group.
+        placement: placement of the layer's experts, with a group.
         slots: C, an upper bound of an expert's rows from each rank, the same on all ranks of the group; None: rows are counted.
     """
 

@@ -115,7 +115,7 @@ class CausalSelfAttention(nn.Module):
         y       = softmax(q k^T / sqrt(D)) v W_project
 
     Args:
-        config: of the model.
+        config: configuration of the model.
         layer_index: block number.
     """
 
@@ -197,7 +197,7 @@ def visible_keys(
         token_mask: `[B, S]`, False at padding; None if there is none.
         new: number of new positions (T).
         cached: number of positions in the cache (S - T).
-        device: of the mask.
+        device: device of the mask.
         documents: `[B, T]`, the document of each position; attention ends at its borders. None: one document. Not with a cache.
 
     A padded query attends to itself, so that its softmax is defined; its output is not used.

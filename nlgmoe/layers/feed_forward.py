@@ -67,7 +67,7 @@ class FeedForward(nn.Module):
     """A network applied to every position, `[..., H] -> [..., F] -> [..., H]`; one `nn.Linear` for each of its matrices.
 
     Args:
-        config: of the model.
+        config: configuration of the model.
         ffn_size: F.
     """
 

@@ -21,9 +21,9 @@ class SoftTargets:
     """A teacher's whole distributions for the tokens of a batch.
 
     Attributes:
-        logits: of the tokens of a slice, `[C, V]`, without gradient.
-        weight: of the distillation loss.
-        temperature: that both models' logits are divided by.
+        logits: maps a slice of tokens to their logits, `[C, V]`, without gradient.
+        weight: weight of the distillation loss.
+        temperature: divisor of both models' logits.
     """
 
     logits: Callable[[slice], Tensor]
@@ -56,10 +56,10 @@ class TopTargets:
     from that of the whole distributions by at most twice the tail's mass, summed over the vocabulary (docs/distillation.md).
 
     Attributes:
-        top: of the tokens of a slice: int64 `[C, K]`, the likeliest tokens at the temperature, the likeliest first; and
+        top: maps a slice of tokens to int64 `[C, K]`, the likeliest tokens at the temperature, the likeliest first; and
             `[C, K + 1]`, their log-probabilities and the tail's, up to a constant: they are normalised here.
-        weight: of the distillation loss.
-        temperature: that both models' logits are divided by; the teacher's have been.
+        weight: weight of the distillation loss.
+        temperature: divisor of both models' logits; already applied to the teacher's.
     """
 
     top: Callable[[slice], tuple[Tensor, Tensor]]
@@ -240,7 +240,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if teacher is not None and difference is not None:
                 grad[:, :vocab_size].add_(difference, alpha=teacher.weight * teacher.temperature)
             grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:  # the mask, 0 or 1, goes to the narrower factor of each product
+            if grad_hidden is not None:  # the mask, 0 or 1, multiplies the narrower factor of each product
                 torch.mm(grad, unembedding, out=grad_hidden[part])
                 grad_hidden[part] *= unmasked
             if grad_unembedding is not None:

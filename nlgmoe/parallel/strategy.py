@@ -168,7 +168,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Make the process groups and return this rank's experts in every MoE block, by block number. A collective.
 
         Args:
-            config: of the model to shard.
+            config: configuration of the model to shard.
             of: its name in the log and in errors: "model", or "teacher".
 
         Raises:

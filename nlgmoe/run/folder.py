@@ -151,7 +151,7 @@ class RunTrainer(Trainer):
 
 
 def checkpoint_to_resume(folder: Path, name: str | Path | None) -> str | None:
-    """Return what a `fit` in a run folder resumes: the folder (its newest valid checkpoint), a path, or None for a new run.
+    """Return the checkpoint that `fit` resumes: the run folder (its newest valid one), a path, or None for a new run.
 
     Args:
         folder: the run folder.
@@ -218,7 +218,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 class RunFolder(SaveConfigCallback):
-    """Writes settings and versions into the run folder, and cuts `metrics.csv` where a run is resumed."""
+    """Writes settings and versions into the run folder, and cuts `metrics.csv` when a run is resumed."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

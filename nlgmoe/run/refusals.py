@@ -48,7 +48,7 @@ CALLBACKS = {
 
 
 def check_trainer(trainer: Trainer, stage: str) -> None:
-    """Refuse what is listed above, and make the portable checkpoint the trainer's format."""
+    """Refuse the options listed above, and make the portable checkpoint the trainer's format."""
     strategy = trainer.strategy
     for kinds, reason in STRATEGIES.items():
         if isinstance(strategy, kinds) and not isinstance(strategy, PlacesExperts):

@@ -1,4 +1,4 @@
-"""Resuming: the progress of Lightning's loops in a checkpoint, and what a resumed run does before its first step.
+"""Resuming: the progress of Lightning's loops in a checkpoint, and the start of a resumed run.
 
 A checkpoint always holds the state after an optimizer step. A resumed run continues with the next step; a pending validation of
 the last step runs first. A run resumed at its end validates again, and takes no step.
@@ -74,10 +74,10 @@ class Resuming:
         """Record the size of a step, and warn if that of a resumed run differs.
 
         Args:
-            trainer: of the fit.
-            step: its size.
+            trainer: trainer of the fit.
+            step: size of the step.
             planned: sequences that `batch_ramp_up` plans for it, over all ranks.
-            moe: of the model.
+            moe: MoE settings of the model.
         """
         loop = trainer.fit_loop.epoch_loop
         if loop._num_ready_batches_reached() and loop.batch_idx + 1 > step.micro_batches:
@@ -113,7 +113,7 @@ class Resuming:
         """Run a pending validation of the last step. A run that is resumed at its end is validated, and stops.
 
         Args:
-            trainer: of the fit, in `on_train_start`.
+            trainer: trainer of the fit, in `on_train_start`.
             tokens: tokens that the run has trained on.
             train_tokens: tokens at which it ends; None: never.
         """
@@ -245,7 +245,7 @@ def check_new_run(trainer: Trainer, tokens: int) -> None:
     """Check that a run that resumes nothing begins at the beginning.
 
     Args:
-        trainer: of the fit that begins.
+        trainer: trainer of the fit.
         tokens: tokens that its module has trained on.
     """
     data = training_data(trainer)

@@ -141,8 +141,8 @@ class StopOnSignal(Callback):
         """End the run.
 
         Args:
-            trainer: of the fit.
-            number: order of all ranks.
+            trainer: trainer of the fit.
+            number: agreed order of all ranks.
             saved: the checkpoint to resume; None: nothing was saved.
         """
         number %= _FIRST

@@ -31,7 +31,7 @@ class TextFile:
     """One split of one domain.
 
     Args:
-        sha256: of the jsonl file.
+        sha256: sha256 of the jsonl file.
         documents: number of lines.
         bytes: UTF-8 bytes of the texts alone (not of the JSON around them).
     """
@@ -46,7 +46,7 @@ class Manifest:
     """Contents of a corpus folder.
 
     Args:
-        name: of the corpus.
+        name: name of the corpus.
         domains: names, in the order of the domain ids.
         files: `{domain}.{split}` -> text file.
         sources: licence of each package.
@@ -164,8 +164,8 @@ def write_corpus(
 
     Args:
         root: data folder; a corpus there is replaced.
-        name: of the corpus.
-        documents: of all domains; of duplicates, the first is kept.
+        name: name of the corpus.
+        documents: documents of all domains; the first of equal documents is kept.
         sources: package -> licence.
         limits: (domain, archive) -> bytes kept of it at most.
     """

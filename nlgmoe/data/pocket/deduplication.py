@@ -75,7 +75,7 @@ def cut(document: Document) -> list[Document]:
 
 
 def drop_duplicates(documents: Iterable[Document]) -> list[Document]:
-    """Keep each text once, and drop a document most of which was already seen in its domain.
+    """Keep each text once, and drop near duplicates within a domain.
 
     Two texts are equal if they agree up to blanks and ASCII case; a document is a near duplicate if more than
     `NEAR_DUPLICATE` of its bytes are in paragraphs that earlier documents of the domain contain. Input order decides

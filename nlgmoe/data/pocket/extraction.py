@@ -117,7 +117,7 @@ def clean_wiki_markup(markup: str) -> str:
     text = re.sub(r"__[A-Z]+__", "", text)
     text = re.sub(r"\n=+ *(.*?) *=+(?=\n)", r"\n\n\1\n", text)
     text = re.sub(r"\n[*#:;]+ *", "\n- ", text)
-    # What a removed template leaves behind: "( , 1809)", "()", a list item without text, double blanks.
+    # Remains of removed templates: "( , 1809)", "()", a list item without text, double blanks.
     text = re.sub(r"\(\s*[,;:]*\s*", "(", re.sub(r"\(\s*[,;:\s]*\)", "", text.replace("\xa0", " ")))
     text = re.sub(r"\n- *(?=\n)", "", text)
     text = re.sub(r"(?<=\S) {2,}", " ", re.sub(r" +([,.;:)])", r"\1", text))

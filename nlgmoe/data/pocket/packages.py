@@ -25,8 +25,8 @@ class Package:
     Args:
         requirement: pip's requirement, an exact version.
         archive: file name of the archive.
-        sha256: of the archive, hexadecimal.
-        licence: of the part that is read.
+        sha256: hexadecimal sha256 of the archive.
+        licence: licence of the part that is read.
     """
 
     requirement: str

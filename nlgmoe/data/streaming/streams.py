@@ -58,7 +58,7 @@ class Window(NamedTuple):
     Attributes:
         inputs: int64 [T].
         targets: int64 [T].
-        domain: of most of the targets.
+        domain: domain of most of the targets.
         after: start of the next window.
     """
 
@@ -76,7 +76,7 @@ class StreamConfig:
         files: names or addresses, in a fixed order.
         fields: fields of a record to read.
         domains: names by id; documents of other domains belong to the last one.
-        tokenizer: of the tokens.
+        tokenizer: tokenizer of the corpus.
         num_streams: number of streams.
         shuffle_buffer: documents in a block.
     """
