@@ -1,7 +1,6 @@
 """nlgmoe: mixture-of-experts language models on PyTorch Lightning.
 
-The names below are the public interface. They are looked up when first used, so `import nlgmoe` is quick and nothing
-that a run does not need is imported.
+The names below are the public interface. Each is imported at its first use, so that `import nlgmoe` is fast.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ if TYPE_CHECKING:
     from nlgmoe.tools.lm_eval.zero_shot_eval import ZeroShotEval
     from nlgmoe.tools.report.write_report import WriteReport
 
-# By default a thread of libgomp that waits for others spins so long that a step takes three times as long beside a busy process,
-# and takes the core's other half from those that compute (docs/results/performance.md). torch's import reads the setting.
+# By default, waiting libgomp threads spin: a step takes three times as long beside a busy process, and spinning slows the other
+# hyperthread of the core (docs/results/performance.md). torch reads the setting at its import.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

@@ -12,10 +12,10 @@ class Batch(TypedDict):
 
     Attributes:
         tokens: `[B, T]` int64, the model's input.
-        targets: `[B, T]` int64, the token to predict at each position; an id of the vocabulary also where the loss is masked.
+        targets: `[B, T]` int64, the token to predict at each position; a valid id even where the loss is masked.
         token_mask: `[B, T]` bool, False at padding.
         domain: `[B]` int64, index into the data module's `domains`.
-        padded: true if `token_mask` contains a False; optional, avoids a wait for the GPU to find out.
+        padded: true if `token_mask` contains a False; optional, saves a synchronisation with the GPU.
         loss_mask: `[B, T]` bool, False where a position's loss does not count, padding included; absent if it equals
             `token_mask`. Such positions are read and routed like all others.
         document: `[B, T]` int64, document number of each position; present if attention is limited to a document.

@@ -137,14 +137,14 @@ class GPTConfig:
     """A pre-norm decoder. The defaults are the paper's block, GPT-3's; `configs/block/` has those of open models.
 
     Attributes:
-        vocab_size: number of token ids that the model knows; logits exist for exactly these.
+        vocab_size: number of token ids; logits exist for exactly these.
         seq_len: longest sequence, in tokens; the number of learned positions, if positions are learned.
         num_layers: number of transformer blocks.
         hidden_size: width of the residual stream, in values per token.
         num_heads: number of attention heads; they divide `hidden_size`, unless `head_dim` is set.
         ffn_hidden_size: inner width of the feed-forward layers and of every expert, in values per token; null
             means `4 * hidden_size`.
-        hidden_dropout: dropout probability on the embeddings and on each branch before it joins the residual stream.
+        hidden_dropout: dropout probability on the embeddings and on the output of each branch.
         attention_dropout: dropout probability on the attention weights.
         init_std: standard deviation of the initial weights; `init_std / sqrt(2 * num_layers)` in output projections.
         layer_norm_eps: added to the variance in LayerNorms, and to the mean square in RMSNorms.
@@ -159,7 +159,7 @@ class GPTConfig:
         head_dim: width of a head, in values; null: `hidden_size / num_heads`.
         qk_norm: RMSNorm of queries and keys: of each `head`, or of the whole `projection`; null: none.
         bias: biases in attention, feed-forward layers, experts and LayerNorms; the learned residual mix always has one.
-        tied_embeddings: the head is the token embedding; if false, it has a matrix of its own.
+        tied_embeddings: the head and the token embedding share one matrix.
         moe: mixture-of-experts layers, or null for a dense model.
     """
 
@@ -272,7 +272,7 @@ class GPTConfig:
         """Build the configuration from `to_dict`'s values.
 
         Raises:
-            ForeignCodeError: a part is of a module outside `nlgmoe` that is not imported.
+            ForeignCodeError: a part's class is in a module outside `nlgmoe` that is not imported.
         """
         moe = values.get("moe")
         if moe is None:

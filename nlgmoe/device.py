@@ -57,7 +57,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def side_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a new stream: to wait in it is not to wait for the computation; a CPU has none."""
+    """Return a context with a new stream, in which waiting does not wait for the computation; on a CPU, a null context."""
     return nullcontext() if device.type == "cpu" else torch.Stream(device)
 
 

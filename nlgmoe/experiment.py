@@ -1,4 +1,4 @@
-"""A configuration as objects: what a notebook imports."""
+"""Build objects from a configuration, for notebooks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Experiment:
 
 
 def load_config(*path: str | Path | Sequence[str | Path], **overrides: Any) -> Experiment:
-    """Make the objects that `train.py` would make from the same YAML files.
+    """Build the objects that `train.py` would build from the same YAML files.
 
     Args:
         path: one file, or several of which later ones override earlier ones; or one list of them.
@@ -79,12 +79,12 @@ def _read(
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         try:
             return cli_class(args=args, run=False)
-        except SettingError as error:  # without a hundred frames of the parser's
+        except SettingError as error:  # without the parser's stack frames
             raise error.with_traceback(None) from None
 
 
 def _as_in_a_file(value: Any) -> Any:
-    """Return a number of numpy or a tensor as Python's; `json` calls this for what it does not know."""
+    """Convert a NumPy number or a tensor to Python's; `json` calls this for types that it does not support."""
     if hasattr(value, "tolist"):
         return value.tolist()
     raise SettingError(

@@ -20,7 +20,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     An older `path` stays until then, and stays if the block raises.
 
     Args:
-        path: of the file; its folder exists.
+        path: path of the file, in an existing folder.
     """
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
@@ -54,7 +54,7 @@ def sha256_of(path: Path) -> str:
 
 
 def require_regular(file: str | Path, remedy: str) -> None:
-    """Check that `file` is a regular file or a link to one: to open a FIFO would block. The caller reports a missing file."""
+    """Check that `file` is a regular file or a link to one: opening a FIFO would block. The caller reports a missing file."""
     if Path(file).exists() and not Path(file).is_file():
         raise RunError(f"{file} is not a regular file; {remedy}")
 

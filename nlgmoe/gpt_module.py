@@ -92,7 +92,7 @@ class GPTModule(LightningModule):
             self.model = model
         elif not _has_placements(self.model, placed):
             raise AllRanksError(
-                "this module's model was built before, with its experts elsewhere than trainer.strategy puts them; make a new "
+                "this module's model was built before, with other placements of experts than trainer.strategy's; make a new "
                 "MoEGPTModule for every trainer, and do not use module.gpt before fit"
             )
 
@@ -103,7 +103,7 @@ class GPTModule(LightningModule):
         loaded = load_initial_weights(model, start, tokenizer=tokenizer)
         self.started_from = str(loaded.path)
         changed = differences(loaded.model_config, self.config.to_dict(), ignore=FREE_IN_EVALUATION)
-        rank_zero_info(loaded.report + (f"\n  model.config was another: {', '.join(changed)}" if changed else ""))
+        rank_zero_info(loaded.report + (f"\n  model.config differed: {', '.join(changed)}" if changed else ""))
 
     @property
     def gpt(self) -> GPT:
@@ -118,7 +118,7 @@ class GPTModule(LightningModule):
         """Check that trainer, model and data fit together, and make the portable checkpoint the trainer's format."""
         check_trainer(self.trainer, stage)
         leave_signals_to_callbacks(self.trainer)
-        self._domain_loss = []  # without what an interrupted evaluation has left
+        self._domain_loss = []  # discards the sums of an interrupted evaluation
         if (data := training_data(self.trainer)) is None:
             return
         check_vocabulary(self.config, data)
@@ -158,15 +158,17 @@ class GPTModule(LightningModule):
 
     def _token_losses(self, batch: Batch) -> Tensor:
         losses, routings = batch_losses(self.gpt, batch, self.loss_chunk_size)
-        if self._trainer is None or not self._trainer.training:  # else of a user's callback, not of the step
+        if (
+            self._trainer is None or not self._trainer.training
+        ):  # during training, a user's callback calls this, not the step
             self.routings = routings
         return losses
 
     def _evaluate(self, batch: Batch, loaders: Sequence[int | float]) -> None:
         require(
             len(loaders) == 1,
-            f"{len(loaders)} dataloaders of evaluation, where one is expected: join them with torch.utils.data.ConcatDataset, "
-            "and tell their texts apart by `domain` in a batch and `domains` of the data module",
+            f"expected one evaluation dataloader, not {len(loaders)}: join them with torch.utils.data.ConcatDataset, and "
+            "distinguish their texts by `domain` in a batch and `domains` of the data module",
         )
         if not self._domain_loss:  # another data module: one unnamed domain, no bytes
             self._domain_loss = [DomainLoss(["all"], torch.zeros(self.config.vocab_size))]
@@ -182,7 +184,7 @@ class GPTModule(LightningModule):
             rank_zero_warn(f"step {self.trainer.global_step}: val/loss is {float(values['loss'])}")
         for name, value in values.items():
             if torch.isfinite(value) or not name.startswith("bits_per_byte"):
-                # Every rank has the same value already; sync_dist tells Lightning so.
+                # The values are equal on all ranks; sync_dist declares that to Lightning.
                 self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
         metric.reset()
 

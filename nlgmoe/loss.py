@@ -31,7 +31,7 @@ def training_loss(
         batch: the micro-batch of this rank.
         noise_key: (seed, step, micro-batch index over all ranks) of every random draw.
         chunk_size: tokens whose logits exist at a time.
-        distiller: reads the teacher; None, or a stage that has ended: no distillation.
+        distiller: reads the teacher; None, or after its end: no distillation.
 
     Returns:
         The loss, its parts by logged name without their coefficients, and the routing of each MoE layer.

@@ -1,6 +1,6 @@
 """MoEGPTModule, the LightningModule: settings of a training run, Lightning's hooks, and the entries of a checkpoint.
 
-`step.py` has what a step does, and which hook calls it; `loss.py` the loss; `gpt_module.py` building and evaluating the model.
+`step.py` has the steps and the hooks that call them, `loss.py` the loss, `gpt_module.py` building and evaluation of the model.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class MoEGPTModule(GPTModule):
     def on_fit_start(self) -> None:
         """Set training mode: an interrupted validation leaves the model in evaluation mode."""
         self.train()
-        # Else Lightning ends before `on_train_start`; `Resuming.begin` asks a `Timer` again.
+        # Otherwise Lightning ends before `on_train_start`; `Resuming.begin` checks a `Timer` again.
         self.trainer.should_stop = False
 
     @override
@@ -189,7 +189,7 @@ class MoEGPTModule(GPTModule):
 
     @override
     def on_train_end(self) -> None:
-        """Free the teacher, which evaluation does not need, and warn of a learning rate that has not fallen to its end."""
+        """Free the teacher, which evaluation does not need, and warn if the learning rate has not reached its final value."""
         warn_about_rate(self.schedule, self.tokens_seen, self.train_tokens)
         if self.distiller is not None:
             self.distiller.release()
@@ -218,7 +218,7 @@ class MoEGPTModule(GPTModule):
         if self.distiller is not None:
             checkpoint["distiller"] = self.distiller.state_dict()
         for scheduler in checkpoint.get("lr_schedulers", []):
-            # All groups have one rate. Ranks that share experts have more groups; a checkpoint knows the two of one process.
+            # All groups have one rate. Ranks that share experts have more groups; a checkpoint has the two of one process.
             scheduler |= {name: scheduler[name][:2] for name in ("base_lrs", "_last_lr", "lr_lambdas")}
         self.resuming.save(checkpoint, self.trainer)
 

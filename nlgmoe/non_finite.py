@@ -55,7 +55,7 @@ class StepGradients:
     This class is for gradients that every rank holds whole: a single process, or `ddp`.
 
     Args:
-        parameters: of the model.
+        parameters: parameters of the model.
         scaler: fp16's gradient scaler, which has no lower bound; a scale of 1 is taken as its lowest.
     """
 
@@ -126,11 +126,11 @@ class StepGuard:
 
         Args:
             step: its number, as in the logger.
-            loss: sum of all logged losses, each the mean over micro-batches and ranks; only asked whether it is finite.
-            norm: of its gradients.
-            model: with the weights before the step.
-            losses: of each micro-batch of this rank.
-            gradients: of the step.
+            loss: sum of all logged losses, each the mean over micro-batches and ranks; only its finiteness is used.
+            norm: norm of its gradients.
+            model: the model with the weights before the step.
+            losses: losses of each micro-batch of this rank.
+            gradients: gradients of the step.
         """
         name, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
         if math.isfinite(value):
@@ -208,7 +208,7 @@ def _bad_loss(losses: Sequence[Tensor]) -> str:
 def _bad_gradient(model: nn.Module, gradients: StepGradients) -> str:
     """Name the gradient that is not finite and nearest to the loss, and its ranks."""
     names, weights = zip(*reversed(list(model.named_parameters())), strict=True)
-    finite = [_finite(gradients.full_gradient(weight)) for weight in weights]  # of all: ranks ask together
+    finite = [_finite(gradients.full_gradient(weight)) for weight in weights]  # of all weights: each is a collective
     bad = _first_bad(names, finite, weights[0].device)
     return f"the gradient of {bad}" if bad else "no single gradient, but their squares are too large for float32"
 

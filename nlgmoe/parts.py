@@ -107,8 +107,8 @@ def require_paper_parts(moe: Any, what: str, parts: Iterable[str] = tuple(PARTS)
 
     Args:
         moe: its `MoEConfig`; None: a dense model.
-        what: subject and verb of the message, such as `the cost model knows`.
-        parts: that must be the paper's.
+        what: subject and verb of the message, such as `the cost model supports`.
+        parts: names of the parts to check.
 
     Raises:
         ValueError: one is not; the message names it.
@@ -116,15 +116,15 @@ def require_paper_parts(moe: Any, what: str, parts: Iterable[str] = tuple(PARTS)
     for name in parts if moe is not None else ():
         part = getattr(moe, name)
         if part is not None:
-            raise SettingError(f"{what} the paper's {name} alone, not {type(part).__name__} (model.config.moe.{name})")
+            raise SettingError(f"{what} only the paper's {name}, not {type(part).__name__} (model.config.moe.{name})")
 
 
 class ForeignCodeError(SettingError):
     """A checkpoint names a class of a module that is not imported.
 
     Args:
-        path: of the class.
-        remedy: that the caller has; None: Python's.
+        path: import path of the class.
+        remedy: the caller's remedy; None: the one for Python.
     """
 
     def __init__(self, path: str, remedy: str | None = None) -> None:

@@ -18,7 +18,7 @@ from nlgmoe.validation import SettingError
 
 
 def check_vocabulary(config: GPTConfig, data: TrainingData) -> None:
-    """Check that the model knows every token id of the data."""
+    """Check that the model's vocabulary covers the token ids of the data."""
     if data.vocab_size > config.vocab_size:
         raise SettingError(
             f"the data's tokenizer has {data.vocab_size} ids but model.config.vocab_size is {config.vocab_size}; "
@@ -43,7 +43,7 @@ def warn_about_end(
 ) -> None:
     """Warn if training has no end, or ends before curriculum or schedule, or the first sample of a part of a blend."""
     stoppers = (Timer, EarlyStopping)
-    stopped = any(isinstance(one, stoppers) for one in trainer.callbacks)  # type: ignore[attr-defined]
+    stopped = any(isinstance(callback, stoppers) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if train_tokens is None and trainer.max_steps < 0 and trainer.max_epochs in (None, -1) and not stopped:
         rank_zero_warn(
             "this run has no end; set model.train_tokens, trainer.max_steps or trainer.max_time, or stop it with Ctrl+C"
@@ -77,12 +77,12 @@ def warn_about_rate(schedule: LearningRateSchedule, tokens: int, train_tokens: i
 
     Args:
         schedule: the learning rate over tokens.
-        tokens: seen by the run.
-        train_tokens: at which it ends; `warn_about_end` has warned of too few.
+        tokens: tokens that the run has trained on.
+        train_tokens: tokens at which it ends; `warn_about_end` has warned of too few.
     """
     warned = train_tokens is not None and schedule.decay_tokens is not None and train_tokens < schedule.decay_tokens
     if schedule.decay_tokens is not None and tokens < schedule.decay_tokens and not warned:
         rank_zero_warn(
             f"training has ended after {tokens} tokens, and the learning rate falls until model.schedule.decay_tokens="
-            f"{schedule.decay_tokens}: the loss is that of a rate that is still high; set decay_tokens for a run of this length"
+            f"{schedule.decay_tokens}: the final loss is that of a high learning rate; set decay_tokens for a run of this length"
         )

@@ -1,4 +1,4 @@
-"""Derive seeds from names, so that a random tensor, batch or routing does not depend on where it is computed."""
+"""Derive seeds from names, so that random tensors, batches and routings do not depend on rank or process."""
 
 import hashlib
 

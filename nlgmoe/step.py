@@ -37,7 +37,7 @@ class TrainingSteps:
     """The training steps of one module, one after another.
 
     Args:
-        module: that is trained.
+        module: the module to train.
 
     Attributes:
         tokens_seen: the token clock: positions fed to all ranks, padding included, up to the last optimizer step.
@@ -80,7 +80,7 @@ class TrainingSteps:
         return loss
 
     def before_update(self, gradients: StepGradients, clip_val: float | None, clip_algorithm: str | None) -> None:
-        """Log the step, and clip its gradients, or drop them where they or the loss are not finite.
+        """Log the step, and clip its gradients, or discard them if they or the loss are not finite.
 
         The host reads losses and gradient norm from the device in one copy.
         """
@@ -122,7 +122,7 @@ class TrainingSteps:
             scheduler.step()
         loop = trainer.fit_loop
         assert loop._data_fetcher is not None
-        # Ask before `should_stop` is set, which makes a validation due: a longer run that resumes this one has none here.
+        # Read before `should_stop` is set, which makes a validation due: a longer run that resumes this one has none here.
         module.resuming.validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
         fed = module.train_tokens is not None and self.tokens_seen >= module.train_tokens
         # Set now, so that this step is logged and validated as the last one.
@@ -151,8 +151,8 @@ class Window:
     """The micro-batches of this rank since the last optimizer step, and their losses and sizes over all ranks, on the device.
 
     Attributes:
-        losses: of each micro-batch of this rank, `[names]`.
-        names: that the losses are logged under.
+        losses: losses of each micro-batch of this rank, `[names]`.
+        names: names under which the losses are logged.
         requests: `[E]` of each router that learns from steps, of this rank's micro-batches together.
         samples: sequences of all ranks; until `read`, those of this rank times the number of ranks.
         tokens: positions of all ranks, likewise.

@@ -20,10 +20,10 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Return the version of this code, of Python and of each installed package, without importing a package."""
-    found = {"python": platform.python_version(), "nlgmoe": __version__}
+    installed = {"python": platform.python_version(), "nlgmoe": __version__}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed

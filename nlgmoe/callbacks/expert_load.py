@@ -61,12 +61,12 @@ class ExpertLoad(Callback):
 
     def _begin_run(self) -> None:
         self._step = self._interval = torch.zeros(0)  # sums of all layers, fp64, on the device
-        self._resumed: list[float] = []  # sums of the interval that a checkpoint is in, over all ranks
-        self._last_used: list[list[int]] = []  # by layer and expert: the last logged step with a token for it
+        self._resumed: list[float] = []  # sums over all ranks of the interval at the checkpoint
+        self._last_used: list[list[int]] = []  # by layer and expert: last logged step in which it got a token
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Reset the state; `load_state_dict` restores that of a resumed run after this."""
+        """Reset the state; in a resumed run `load_state_dict` follows."""
         if stage == "fit":
             self._begin_run()
 
@@ -78,13 +78,13 @@ class ExpertLoad(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the state."""
         self._last_used = [[int(step) for step in layer] for layer in state_dict["served"]]
         self._resumed = state_dict.get("interval", [])
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the first interval, or go on with that of a checkpoint."""
+        """Start the first interval, or continue that of a checkpoint."""
         assert isinstance(pl_module, MoEGPTModule)
         self._file = None
         self._experts = list(moe_blocks(pl_module.config).values())
@@ -102,7 +102,7 @@ class ExpertLoad(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Open the file before the first step: a run that is refused before it does not change existing rows."""
+        """Open the file at the first step, so that a run refused earlier leaves existing rows unchanged."""
         if self._file is None and self._experts and trainer.is_global_zero:
             self._file = ExpertLoadFile(Path(trainer.default_root_dir), self._experts, trainer.global_step)
 
@@ -143,7 +143,7 @@ class ExpertLoad(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add the batch, in `validate`; `fit` logs the steps of training."""
+        """Add the batch in `validate`; `fit` logs training steps instead."""
         assert isinstance(pl_module, MoEGPTModule)
         if trainer.state.fn == TrainerFn.VALIDATING and pl_module.routings:
             sums = torch.cat([routing_sums(routing) for routing in pl_module.routings])
@@ -151,7 +151,7 @@ class ExpertLoad(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the statistics of a checkpoint, in `validate`."""
+        """In `validate`, log the statistics of the checkpoint."""
         assert isinstance(pl_module, MoEGPTModule)
         if trainer.state.fn != TrainerFn.VALIDATING or not pl_module.routings:
             return

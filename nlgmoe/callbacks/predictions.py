@@ -22,9 +22,9 @@ from nlgmoe.validation import RunError
 class PredictionFile(BasePredictionWriter):
     """Writes `predictions.safetensors` into the run folder: `losses` `[N, T]`, nats per token, 0 where masked; `windows` `[N]`.
 
-    `windows` has the place of each row among the data module's prediction windows; it is absent for an iterable data set.
-    With several ranks, each writes a file with its rank in the name; the rows of all files sorted by `windows` are in the
-    order of the data. Files of an earlier prediction are removed. The files' metadata name the `checkpoint`
+    `windows` is the index of each row among the data module's prediction windows; it is absent for an iterable data set.
+    With several ranks, each writes a file with its rank in the name; sorting all rows by `windows` restores the order of
+    the data. Files of an earlier prediction are removed. The files' metadata name the `checkpoint`
     and its `step`.
     """
 
@@ -39,7 +39,7 @@ class PredictionFile(BasePredictionWriter):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store its path, also if a run folder was given."""
+        """Store the checkpoint's path, even if a run folder was given."""
         self._metadata = {"checkpoint": checkpoint["path"], "step": str(checkpoint["global_step"])}
 
     @override
@@ -68,8 +68,8 @@ class PredictionFile(BasePredictionWriter):
                 "folder, and give the checkpoint's path"
             ) from error
         if trainer.is_global_zero:
-            others = {*folder.glob("predictions.safetensors"), *folder.glob("predictions-*.safetensors")} - {*paths}
-            for earlier in others:  # of another number of ranks
-                earlier.unlink()
+            outdated = {*folder.glob("predictions.safetensors"), *folder.glob("predictions-*.safetensors")} - {*paths}
+            for file in outdated:  # of a prediction with another number of ranks
+                file.unlink()
         more = " and a file for each other rank; `windows` has the order of the rows" if len(ranks) > 1 else ""
         rank_zero_info(f"token losses written to {path}{more}")

@@ -13,13 +13,13 @@ from typing_extensions import override
 
 from nlgmoe.module import MoEGPTModule
 
-FILE_SECONDS = 10.0  # between updates where standard output is a file or a pipe, which keeps every update
+FILE_SECONDS = 10.0  # between updates if standard output is a file or a pipe, which keeps all of them
 
 
 class TokenProgressBar(TQDMProgressBar):
-    """Lightning's progress bar in tokens instead of batches, whose lengths a curriculum changes.
+    """Lightning's progress bar in tokens, since a curriculum changes the tokens of a batch.
 
-    The bar has a total if the run ends at a token count or a step count. Where standard output is a file, it is updated every ten
+    The bar has a total if the run ends at a token count or a step count. If standard output is a file, it is updated every ten
     seconds.
 
     Args:
@@ -29,7 +29,7 @@ class TokenProgressBar(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 1) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self._validation: dict[str, str] = {}  # metrics of the latest validation
-        self._drawn = 0.0  # when a bar of evaluation was last drawn in a file
+        self._drawn = 0.0  # time of the last update of an evaluation bar in a file
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,7 +53,9 @@ class TokenProgressBar(TQDMProgressBar):
         """Update the bar."""
         module, bar = _module(trainer), self.train_progress_bar
         if module.train_tokens is None and trainer.max_steps > 0 and trainer.global_step > 0:
-            bar.total = module.tokens_seen * trainer.max_steps // trainer.global_step  # steps may grow
+            bar.total = (
+                module.tokens_seen * trainer.max_steps // trainer.global_step
+            )  # later steps may have more tokens
         if self._should_update(batch_idx + 1, -1):
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             if bar.total is not None:
@@ -64,7 +66,7 @@ class TokenProgressBar(TQDMProgressBar):
     @override
     def _should_update(self, current: int, total: int) -> bool:
         due = super()._should_update(current, total)
-        # Below 0: training's bar, which tqdm draws when it is due.
+        # A negative total is the training bar's; tqdm limits its updates itself.
         if total < 0 or current == total or not _writes_to_file():
             return due
         if due := due and time.monotonic() - self._drawn >= FILE_SECONDS:

@@ -25,7 +25,7 @@ from nlgmoe.versions import versions
 
 
 class RunSummary(Callback):
-    """Writes `summary.json` into the run folder (`trainer.default_root_dir`) when `fit` ends; a run that is resumed removes it.
+    """Writes `summary.json` into the run folder (`trainer.default_root_dir`) when `fit` ends; a resumed run removes it.
 
     `train_loss` is the mean of the finite losses of the last 50 steps. Times and tokens are summed over the resumed parts of a
     run, and `peak_memory_bytes` is the largest of them. `tokens_per_second` and `step_seconds` cover only training steps,
@@ -39,14 +39,14 @@ class RunSummary(Callback):
         self._losses: deque[float] = deque(maxlen=50)
         self._wall_seconds = 0.0
         self._step_seconds = self._validation_seconds = 0.0
-        self._fed_tokens = self._tokens_before = 0  # before: of the module, at the end of the last micro-batch
+        self._fed_tokens = self._tokens_before = 0  # before: the module's count after the last micro-batch
         self._fit_started = self._batch_started = self._validation_started = 0.0
         self._peak_memory = 0  # of earlier starts, in bytes
         self._device: torch.device | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Reset the state; `load_state_dict` restores that of a resumed run after this."""
+        """Reset the state; in a resumed run `load_state_dict` follows."""
         if stage == "fit":
             self._begin_run()
 
@@ -54,7 +54,7 @@ class RunSummary(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the sums so far, for a resumed run."""
         return {
-            # With those that are not finite: each is one of the last 50 steps.
+            # Losses that are not finite are kept: they count among the last 50 steps.
             "losses": [loss if math.isfinite(loss) else None for loss in self._losses],
             "wall_seconds": self._wall_so_far(),
             "step_seconds": self._step_seconds,
@@ -83,13 +83,13 @@ class RunSummary(Callback):
         rank_zero_info(f"{total:,} parameters, {active:,} of them active for a token")
         if total != formula:
             rank_zero_warn(
-                f"the model has {total:,} parameters where model.config describes {formula:,}: it was changed in code; FLOPs and "
-                "MFU are those of model.config"
+                f"the model has {total:,} parameters, model.config describes {formula:,}: code has changed the model; FLOPs "
+                "and MFU are computed from model.config"
             )
         if _leaves_out_domains(trainer):
             rank_zero_warn(
-                f"trainer.limit_val_batches={trainer.limit_val_batches} validates on the first domains alone, so summary.json "
-                "compares nothing with other models; remove it and set data.max_eval_windows, which counts for every domain"
+                f"trainer.limit_val_batches={trainer.limit_val_batches} validates only the first domains, so summary.json "
+                "has no comparisons; remove it and set data.max_eval_windows, which limits each domain"
             )
         self._fit_started, self._batch_started = time.perf_counter(), 0.0
         self._tokens_before = pl_module.tokens_fed
@@ -121,7 +121,7 @@ class RunSummary(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop it."""
+        """Stop the clock of the validation."""
         if self._fit_started:
             self._validation_seconds += time.perf_counter() - self._validation_started
 
@@ -177,9 +177,9 @@ class RunSummary(Callback):
 
 
 def _leaves_out_domains(trainer: Trainer) -> bool:
-    """Return whether `trainer.limit_val_batches` cuts the validation, whose windows are in the order of their domains."""
+    """Return whether `trainer.limit_val_batches` cuts off domains: validation windows are ordered by domain."""
     loader, fast_dev_run = trainer.val_dataloaders, trainer.fast_dev_run  # type: ignore[attr-defined]
-    whole = sized_len(loader)  # None of a loader without a length
+    whole = sized_len(loader)  # None for a loader without a length
     return whole is not None and not fast_dev_run and sum(trainer.num_val_batches) < whole
 
 

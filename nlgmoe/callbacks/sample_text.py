@@ -18,9 +18,9 @@ from nlgmoe.validation import SettingError
 
 
 class SampleText(Callback):
-    """Continues each prompt after every validation of `fit` and at its end, into `samples.txt` of the run folder.
+    """Continues each prompt after every validation of `fit` and at its end, and writes `samples.txt` into the run folder.
 
-    After a validation the first is printed on one line, at the end all are.
+    Prints the first text on one line after a validation, and all texts at the end.
 
     Args:
         prompts: texts to continue.
@@ -52,7 +52,7 @@ class SampleText(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the texts of an earlier run; `load_state_dict` restores those of a resumed one after this."""
+        """Remove the texts of an earlier run; in a resumed run `load_state_dict` follows."""
         self._samples = []
 
     @override
@@ -68,7 +68,7 @@ class SampleText(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate in `fit`; show a line."""
+        """Generate texts in `fit`, and print the first on one line."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             first = self._sample(trainer, pl_module)
             if trainer.progress_bar_callback is not None:
@@ -77,7 +77,7 @@ class SampleText(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate, unless a validation of this step has; print."""
+        """Generate texts, unless the validation of this step did, and print them."""
         if not self._samples or self._samples[-1][0] != trainer.global_step:
             self._sample(trainer, pl_module)
         if trainer.is_global_zero:

@@ -22,7 +22,7 @@ from nlgmoe.pyramid import moe_blocks
 class ExpertSpecialisation(Callback):
     """Writes `specialisation.safetensors` after each validation in `fit`; `nlgmoe report` reads it.
 
-    So does `validate` in a folder without a run, such as that of an imported model. Every rank counts its own windows; one
+    `validate` writes it too, in a folder without a run, such as an imported model's. Every rank counts its own windows; one
     collective sums the counts at the end. A dense model has no such file.
     """
 

@@ -57,7 +57,7 @@ class Throughput(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Reset the state; `load_state_dict` restores that of a resumed run after this."""
+        """Reset the state; in a resumed run `load_state_dict` follows."""
         if stage == "fit":
             self._begin_run()
 

@@ -15,7 +15,7 @@ class AllRanksError(RunError):
 
 
 class AllRanksSettingError(AllRanksError, SettingError):
-    """A wrong setting that every rank finds."""
+    """A wrong setting, raised on every rank."""
 
 
 @contextmanager

@@ -148,7 +148,7 @@ class TensorFiles:
 
 
 def file_problems(folder: Path, files: dict[str, Contents], kinds: Iterable[str] = KINDS) -> Iterator[str]:
-    """Yield missing, unknown, truncated and unreadable files, and entries that their headers lack. Reads no tensor."""
+    """Yield missing, unknown, truncated and unreadable files, and entries missing from file headers. Reads no tensor."""
     for name in sorted({file.name for file in folder.glob("*.safetensors")} - files.keys()):
         yield f"{folder / name} is unknown to manifest.json"
     for name, contents in files.items():
@@ -214,7 +214,7 @@ def checksum_of_manifest(manifest: dict[str, Any]) -> str:
 
 
 def hash_of_weights(path: str | Path) -> str:
-    """Return a hash of a checkpoint's weights, which does not depend on the number of files and on what else they hold."""
+    """Return a hash of a checkpoint's weights, which depends neither on the number of files nor on their other entries."""
     files: dict[str, Contents] = read_manifest(path)["files"]
     entries = {
         entry: record for name, held in files.items() if kind_of(name) == "model" for entry, record in held.items()
@@ -223,7 +223,7 @@ def hash_of_weights(path: str | Path) -> str:
 
 
 def followed(path: Path) -> Path:
-    """Return the checkpoint that a link, such as `last.ckpt`, points to: a running training may move the link later."""
+    """Return the checkpoint that a link, such as `last.ckpt`, points to, since a running `fit` may move the link."""
     return path.parent / path.readlink() if path.is_symlink() else path
 
 

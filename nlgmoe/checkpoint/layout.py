@@ -29,7 +29,7 @@ class Entry:
     Attributes:
         name: its name in the checkpoint.
         stack: name of the parameter that contains it: the same name, or a stack of experts.
-        holds_step: true for the one entry of a stack with which AdamW's number of steps of the stack is saved.
+        holds_step: true for the entry of a stack that stores AdamW's step count of the stack.
         parameter: the parameter or buffer that contains it.
         start: offset of its first value in the flat parameter.
         shape: shape of the entry.
@@ -98,7 +98,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 def describe_differences(model: Shapes, checkpoint: Shapes) -> dict[str, str]:
-    """Map each entry that one side lacks or that differs in shape to the reason; differing shapes first."""
+    """Map each missing, unknown or differently shaped entry to the reason; different shapes come first."""
     differences = {
         name: f"{list(checkpoint[name])} in the checkpoint, {list(shape)} in the model"
         for name, shape in model.items()

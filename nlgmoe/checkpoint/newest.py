@@ -58,9 +58,8 @@ def is_checkpoint(path: str | Path) -> bool:
 def choose_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint `path`, or the newest valid checkpoint of a run folder. A collective.
 
-    A link is followed once: the run that it belongs to may move it while the checkpoint is read. All ranks verify a checkpoint
-    together before one of them uses it, so that all raise the same error. A single process verifies a given
-    checkpoint while reading it.
+    A link is resolved once, since a running `fit` may move it. Ranks verify a checkpoint together before they use it, so that
+    all raise the same error; a single process verifies a given checkpoint while reading it.
     """
     path = Path(path)
     if is_checkpoint(path):

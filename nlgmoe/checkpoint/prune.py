@@ -1,7 +1,7 @@
 """Prune: write a checkpoint with fewer experts. A standard mixture becomes a pyramid.
 
-The kept experts keep their order; the rows of the router's weights and biases go with them. A softmax over fewer experts gives
-each of them a larger probability, so that with `top_k` 1 the weights of their tokens grow too.
+The kept experts keep their order and their rows of the router's weights and biases. A softmax over fewer experts assigns larger
+probabilities, so that with `top_k` 1 the weights of the outputs increase.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
     """Return the configuration with other numbers of experts.
 
     Args:
-        config: of a mixture.
-        num_experts: one for each MoE position.
+        config: configuration of an MoE model.
+        num_experts: number of experts at each MoE position.
 
     Raises:
         ValueError: there are too few or too many numbers, one of them is larger than before or below `top_k`, or the router has
@@ -39,7 +39,7 @@ def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
     before, setting = experts_per_position(config), f"num_experts={list(num_experts)}"
     require(
         len(num_experts) == len(before),
-        f"{setting} has {len(num_experts)} numbers, the model has {before}; give as many",
+        f"{setting} has {len(num_experts)} numbers, the model has {before}; give one for each position",
     )
     for position, (old, new) in enumerate(zip(before, num_experts, strict=True)):
         require(
@@ -48,7 +48,7 @@ def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
             if old
             else f"{setting}: number {position + 1} must be 0, the block there is dense",
         )
-    require(list(num_experts) != before, f"{setting} is what the model has; give a smaller number")
+    require(list(num_experts) != before, f"{setting} equals the model's; give a smaller number")
     with torch.device("meta"):
         layer = MoELayer(config, next(iter(moe_blocks(config))))
     require(
@@ -84,7 +84,7 @@ def prune(
     Args:
         source: a checkpoint's folder.
         checkpoint: `NAME.ckpt`.
-        num_experts: one for each MoE position.
+        num_experts: number of experts at each MoE position.
         kept: experts to keep, for each MoE layer.
         overwrite: replace an older checkpoint when the new one is complete.
 

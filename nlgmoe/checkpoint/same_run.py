@@ -13,13 +13,13 @@ from nlgmoe.validation import RunError, SettingError
 
 
 def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | None, path: Any) -> None:
-    """Check that a checkpoint is of this model and, in training, of this run.
+    """Check that a checkpoint belongs to this model and, in training, to this run.
 
     Args:
         checkpoint: Lightning's dictionary.
-        config: of this model.
-        seed: of this run; None in evaluation, which ignores settings that only affect training.
-        path: of the checkpoint, for messages.
+        config: configuration of this model.
+        seed: seed of this run; None in evaluation, which ignores settings that only affect training.
+        path: path of the checkpoint, for messages.
     """
     resumes = seed is not None
     if resumes and "lr_schedulers" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
@@ -39,7 +39,7 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
 
 
 def check_tokenizer(checkpoint: dict[str, Any], data: TrainingData | None) -> None:
-    """Check the tokenizer of a checkpoint without state of the data module, which otherwise compares it itself.
+    """Check the tokenizer of a checkpoint without a data module's state; with it, the data module compares the tokenizer.
 
     Args:
         checkpoint: Lightning's dictionary, for example of an imported checkpoint.
@@ -55,7 +55,7 @@ def check_tokenizer(checkpoint: dict[str, Any], data: TrainingData | None) -> No
 
 
 def tokenizer_matches(tokenizer: str, path: str | Path) -> bool:
-    """Return True if a tokenizer, as JSON, has the ids of the checkpoint's, or the checkpoint has none."""
+    """Return True if `tokenizer`, as JSON, has the same ids as the checkpoint's, or the checkpoint has none."""
     stored = read_tokenizer(path)
     if stored is None or stored == tokenizer:
         return True

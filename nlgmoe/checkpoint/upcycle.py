@@ -69,7 +69,7 @@ def upcycle(
         moe: the experts.
         noise: standard deviation of independent normal values added to each expert's matrices, as a multiple of the matrix's
             own. 0: experts are equal at first, and diverge as they learn from different tokens.
-        seed: of the noise and the gates.
+        seed: seed of the noise and the gates.
         overwrite: replace an older checkpoint when the new one is complete.
 
     Raises:
@@ -91,7 +91,7 @@ def upcycle(
             f"{name}={size} is not the width of the dense model's layers, which are copied; leave it null",
         )
     config = replace(dense_config, moe=moe)
-    require_paper_parts(config.moe, "upcycling knows")
+    require_paper_parts(config.moe, "upcycling supports")
     read = _entry_reader(files, config, weight_shapes(config), noise, seed)
     origin = f"{path}, by `nlgmoe upcycle`"
     write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin, source=path)

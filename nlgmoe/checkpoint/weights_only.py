@@ -1,4 +1,4 @@
-"""Write a checkpoint of weights from another source, to evaluate, or to start a run from with `model.warm_start`."""
+"""Write a weights-only checkpoint from another source, for evaluation or for `model.warm_start`."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def write_weights(
         path: the checkpoint, `NAME.ckpt`.
         read: returns an entry by its name, such as `blocks.1.moe.experts.3.expand_weight`; called once for each, and
             consecutively for those of one expert.
-        config: of the model.
+        config: configuration of the model.
         tokenizer: JSON of the `tokenizers` library; None writes no tokenizer.
         global_step: optimizer steps that the weights were trained for.
         tokens_seen: tokens that the weights were trained on.
         overwrite: replace an older one.
         started_from: the checkpoint that this training started from; None: random weights.
-        origin: where the weights are from, for a person to read: `NAME.yaml` beside `NAME.ckpt` gets settings to use it with;
+        origin: source of the weights in words, the first line of `NAME.yaml`, which has settings to use the checkpoint with;
             None: no such file.
-        source: a checkpoint that the weights are from: these settings have the corpus of its run.
+        source: checkpoint that the weights are from; the settings name the corpus of its run.
     """
     path, shards = Path(path), _shards(weight_shapes(config))
     writing.recover_one(path)

@@ -75,9 +75,9 @@ def finish(
     Args:
         temporary: the folder that `begin` made.
         path: its final name.
-        document: for `checkpoint.json`.
-        files: the results of `write_tensors`, united.
-        tokenizer: for `tokenizer.json`; None writes none.
+        document: content of `checkpoint.json`.
+        files: union of the results of `write_tensors`.
+        tokenizer: content of `tokenizer.json`; None writes no such file.
     """
     texts = {"checkpoint.json": json.dumps(document, indent=1).encode()}
     if tokenizer is not None:
@@ -129,7 +129,7 @@ def remove(path: Path) -> None:
 
 
 def recover_one(path: Path) -> None:
-    """Clean up what killed processes have left of a checkpoint, or of another folder that is written in this way.
+    """Clean up after processes killed while writing a checkpoint, or another folder that is written in this way.
 
     Deletes incomplete folders, and restores one that was being replaced; skips those of processes that are alive.
     """

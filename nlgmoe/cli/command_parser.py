@@ -21,7 +21,7 @@ class text(str):  # --help shows the name
     """Type of an option that may be repeated: one text of the command line, or the list of texts in a file."""
 
     def __new__(cls, value: Any) -> Any:
-        """Return the value as it is; `str` would make one text of a list."""
+        """Return the value unchanged; `str` would convert a list to text."""
         if isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             return value
         raise ValueError("expected a list, each item text")
@@ -90,7 +90,7 @@ class CommandParser(OneLineParser):
 
     @override
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        """Show the names of options as documents write them, `--two-words`."""
+        """Show option names with dashes, `--two-words`."""
         return re.sub(
             r"(?<![\w-])--[a-z]+(_[a-z]+)+\b", lambda match: match[0].replace("_", "-"), super().format_help()
         )
@@ -104,13 +104,13 @@ class CommandParser(OneLineParser):
 
 
 def _is_positional(parameter: inspect.Parameter) -> bool:
-    """Return True if its value is typed without its name: it is required and not keyword-only, or a tuple of words."""
+    """Return True if the argument is positional: required and not keyword-only, or a tuple of words."""
     required = parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
     return required or "tuple[str, ...]" in str(parameter.annotation)
 
 
 def name_as_typed(error: ValueError, function: Callable) -> None:
-    """Rewrite `NAME=VALUE` at the start of an error's message as people type it: `--NAME=VALUE`, or a positional VALUE."""
+    """Rewrite `NAME=VALUE` at the start of an error's message as on the command line: `--NAME=VALUE`, or a positional VALUE."""
 
     def typed(message: Any) -> Any:
         name, equals, rest = str(message).partition("=")

@@ -1,4 +1,4 @@
-"""How a command ends: exit code 0, or one line on stderr for what a user can put right, or Python's traceback.
+"""The end of a command: exit code 0, one line on stderr for an error that a user can correct, or a traceback.
 
     error: model.config.moe.top_k=9 (run.yaml, line 4) must be between 1 and the smallest num_experts (4)
 
@@ -32,7 +32,7 @@ _OF_WORKER = re.compile(r"^Caught \w+ in DataLoader worker process.*\n[\w.]+: (?
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with one line where the block raises an expected error."""
+    """End the process with one line if the block raises an expected error."""
     try:
         yield
     except KeyboardInterrupt:
@@ -55,7 +55,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def is_wrong_setting(error: BaseException) -> bool:
-    """Return True for a `SettingError`, and for what Lightning raises in its place."""
+    """Return True for a `SettingError`, and for Lightning's equivalent."""
     return isinstance(error, SettingError) or type(error).__name__ == "MisconfigurationException"
 
 
@@ -78,12 +78,12 @@ def describe(error: BaseException) -> list[str] | None:
 
 
 def one_line(text: str, limit: int = 600) -> str:
-    """`text` on one line of at most `limit` characters."""
+    """Return `text` on one line of at most `limit` characters."""
     joined = " ".join(text.split())
     return joined if len(joined) <= limit else f"{joined[: limit - 4]} ..."
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?` with the closest known word, or nothing."""
+    """Return `; did you mean ...?` with the closest known word; empty if none is close."""
     close = difflib.get_close_matches(word, sorted(set(known)), n=1)
     return f"; did you mean {close[0]}?" if close else ""

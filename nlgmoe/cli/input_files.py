@@ -17,7 +17,7 @@ ENDINGS = ", ".join([*JSON_LINES, *PLAIN_TEXT, *(f"{JSON_LINES[0]}{ending}" for 
 
 
 def input_files(given: str | Sequence[str]) -> list[str]:
-    """Return text files, those of each pattern and folder sorted. Plain text (a README) beside files of records is left out.
+    """Return the input files, sorted within each pattern and folder. Plain text (a README) beside files of records is left out.
 
     Args:
         given: paths, folders and patterns, `**` for folders at any depth; addresses (`hf://...`) are returned unchanged.
@@ -31,11 +31,11 @@ def input_files(given: str | Sequence[str]) -> list[str]:
                 url_to_fs(source)
             except (ImportError, ValueError) as error:
                 raise SettingError(
-                    f"input={source} cannot be read here ({error}); install what reads it, or give a path"
+                    f"input={source} cannot be read here ({error}); install the package that reads it, or give a path"
                 ) from error
             files = [source]
         elif Path(source).is_dir():
-            # Without hidden files, which a pattern skips too.
+            # Hidden files are skipped, as by patterns.
             children = sorted(path for path in Path(source).iterdir() if not path.name.startswith("."))
             readable = [path for path in children if has_records(path)] or [
                 path for path in children if is_plain_text(path)
@@ -43,7 +43,7 @@ def input_files(given: str | Sequence[str]) -> list[str]:
             files = [str(path) for path in readable]
             if others := [path.name for path in children if path not in readable]:
                 print(
-                    f"note: {len(others)} of what is in {source} are left out, such as {others[0]}: known endings are {ENDINGS}; "
+                    f"note: {len(others)} entries of {source} are left out, such as {others[0]}: known endings are {ENDINGS}; "
                     f"for folders inside give '{source}/**/*{Path(files[0]).suffix if files else JSON_LINES[0]}'",
                     file=sys.stderr,
                 )
@@ -56,10 +56,10 @@ def input_files(given: str | Sequence[str]) -> list[str]:
     for file in all_files:
         if not (has_records(file) or is_plain_text(file)):
             raise SettingError(f"input={file} cannot be read; known endings are {ENDINGS}")
-        if "://" not in file and not Path(file).is_file():  # to open a FIFO would block
+        if "://" not in file and not Path(file).is_file():  # opening a FIFO would block
             raise SettingError(f"input={file} is no regular file; give one, or a folder of them")
         real_path = file if "://" in file else os.path.realpath(file)  # a file may have several names and links
         if real_path in seen:
-            raise SettingError(f"input={file} is given more than once; its documents would be there more than once")
+            raise SettingError(f"input={file} is given more than once; its documents would be repeated")
         seen.add(real_path)
     return all_files

@@ -39,7 +39,7 @@ def keep_freed_memory() -> bool:
 
     Activations, logits and gradients of one step are as large as those of the next. By default glibc unmaps each of them, and the
     kernel then clears it page by page when it is allocated again: a third of a step on CPUs (docs/performance.md). Nothing is
-    changed where the environment has settings of its own (`MALLOC_...`, another allocator), or where there is no glibc.
+    changed if the environment has settings of its own (`MALLOC_...`, another allocator), or there is no glibc.
     """
     if "LD_PRELOAD" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return False

@@ -10,7 +10,7 @@ from nlgmoe.validation import SettingError
 
 
 def check_device(device: str) -> None:
-    """Check that tensors can be made on the device."""
+    """Check that tensors can be created on the device."""
     import torch
 
     try:
@@ -28,5 +28,5 @@ def import_allowed(modules: Sequence[str] | None) -> None:
         except Exception as error:  # the module's code may raise any exception
             reason = f"{type(error).__name__}: {one_line(str(error))}"
             raise SettingError(
-                f"allow_code={module} cannot be imported ({reason}); start the command where it is"
+                f"allow_code={module} cannot be imported ({reason}); start the command in its folder"
             ) from error

@@ -39,7 +39,7 @@ _WORDS = {
 _DURATION = re.compile(
     r"((?P<days>\d+)( days?, |:))?(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+(\.\d+)?)"  # as Lightning and Python write it
 )
-_ITEM = re.compile(r"([^\[]+)\[\d+\]\.")  # the name of a list of objects, in that of a setting of one of them
+_ITEM = re.compile(r"([^\[]+)\[\d+\]\.")  # name of a list of objects, at the start of the name of an item's setting
 
 # Defaults of Lightning's `Timer` are members of enumerations, which jsonargparse dumps as they are.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -61,7 +61,7 @@ class OneLineParser(ArgumentParser):
     """Raises `SettingError` where jsonargparse prints its usage and ends the process."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # An abbreviation that works today becomes ambiguous, or another setting, with the next one that is added.
+        # No abbreviations: a setting added later could make one ambiguous or change its meaning.
         super().__init__(*args, **(kwargs | {"allow_abbrev": False}))
         self.given: list[Setting] = []
         self.known: dict[str, Any] = {}  # name -> type, sections included
@@ -124,7 +124,7 @@ class OneLineParser(ArgumentParser):
         raise SettingError(outermost.explain(message)) from ex
 
     def explain(self, message: str) -> str:
-        """Return the line for a message of jsonargparse: its innermost reason, about the setting's full name.
+        """Return one line for a message of jsonargparse: its innermost reason, with the setting's full name.
 
         jsonargparse nests a reason in those of the enclosing settings and classes, the outermost first.
         """
@@ -174,7 +174,7 @@ class OneLineParser(ArgumentParser):
         return f"{subject}: {one_line(reason)}"
 
     def qualified(self, text: str) -> str:
-        """Put the setting's full name and place where `text` starts with `leaf=value`."""
+        """Replace `leaf=value` at the start of `text` by the setting's full name and place."""
         match = re.match(r"(?P<leaf>\w+)=(?P<value>\[[^\]]*\]|\([^)]*\)|[^\s:;,]+)", text)
         if match is None:  # Lightning's messages quote the value, under Lightning's own names
             quoted = [given for given in self.given if given.name.startswith("trainer.") and f"'{given.value}'" in text]
@@ -244,7 +244,7 @@ class OneLineParser(ArgumentParser):
             if isinstance(action.choices, dict)
             for command in action.choices.values()
         ]
-        for command in commands:  # a value that is typed without its name
+        for command in commands:  # a positional argument
             if any(action.dest == name and not action.option_strings for action in command._actions):
                 return f"missing argument {name.upper()}; {command.prog.replace(' [options]', '')} --help explains it"
         return f"missing setting {name}; give it as --{name}=..., or in a --config file"
@@ -270,7 +270,7 @@ class OneLineParser(ArgumentParser):
 
 
 def _with_home(words: list[str]) -> list[str]:
-    """Expand `~/` in `--name=~/...` and in words of their own, but in no prompt."""
+    """Expand `~/` in `--name=~/...` and at the start of words, except in prompts."""
     expanded = []
     for previous, word in zip(["", *words], words, strict=False):
         name, equals, value = word.partition("=") if word.startswith("--") else (previous, "", word)
@@ -347,7 +347,7 @@ def find_class(path: str, hint: Any = None) -> Any:
 
     Args:
         path: with its module, or the name alone of a known subclass of one in `hint`.
-        hint: the type of the setting that it is for.
+        hint: type of the setting.
     """
     module_name, _, name = path.rpartition(".")
     if not module_name:
@@ -376,7 +376,7 @@ def _subclasses(base: Any) -> Iterator[Any]:
 
 
 def parts_of(hint: Any) -> Iterator[Any]:
-    """Return the types that a type hint is made of, `MoEConfig | None` -> MoEConfig, NoneType."""
+    """Return the members of a type hint, `MoEConfig | None` -> MoEConfig, NoneType."""
     arguments = typing.get_args(hint) if typing.get_origin(hint) is not Literal else ()
     for argument in arguments:
         yield from parts_of(argument)
@@ -389,12 +389,12 @@ def _takes_null(hint: Any) -> bool:
 
 
 def is_section(kind: Any) -> bool:
-    """Return whether a type is a dataclass whose fields are settings, and not one that is named by `class_path`."""
+    """Return whether a type is a dataclass of settings that no `class_path` names."""
     return dataclasses.is_dataclass(kind) and not (inspect.isclass(kind) and issubclass(kind, NAMED_BY_CLASS))
 
 
 def in_words(hint: Any) -> str:
-    """Describe a type in a user's words."""
+    """Describe a type for a message."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)

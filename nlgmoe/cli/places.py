@@ -53,7 +53,7 @@ def read_arguments(args: Sequence[str], config_options: Collection[str]) -> Iter
     """Read `--name=value`, `--name value` and the files that `config_options` name, in their order.
 
     Yields:
-        The index of an argument, and what it gives.
+        The index of an argument, and its settings.
     """
     rest = list(args)
     while rest:

@@ -55,7 +55,7 @@ class TrainCLI(LightningCLI):
             trainer_class=RunTrainer,
             save_config_callback=RunFolder,
             seed_everything_default=False,  # all draws depend on model.seed and data.seed, not on the global generator
-            auto_configure_optimizers=False,  # model.optimizer and model.schedule are the only home of those settings
+            auto_configure_optimizers=False,  # model.optimizer and model.schedule hold those settings
             trainer_defaults={
                 "default_root_dir": "runs/unnamed",
                 "max_epochs": -1,  # the data is endless; train_tokens, max_steps or max_time end a run
@@ -95,13 +95,13 @@ class TrainCLI(LightningCLI):
 
     @override
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return Lightning's, without unused arguments of `Trainer`; only the given one if there is one, to save time."""
+        """Return Lightning's subcommands without unused arguments of `Trainer`; only the given one, if any, to save time."""
         skipped_arguments = {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
         return {self._given: skipped_arguments[self._given]} if self._given in skipped_arguments else skipped_arguments
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, then check what can be checked before any object is made."""
+        """Parse, then check the settings before objects are built."""
         super().parse_arguments(parser, args)
         config = self.config.get(self.config.get("subcommand") or "", self.config)
         assert isinstance(parser, TrainParser)
@@ -125,7 +125,7 @@ class TrainCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        """Make model, data and trainer."""
+        """Build model, data and trainer."""
         assert isinstance(self.parser, TrainParser)
         self.parser.add_instantiator(self.parser.construct, object)
         with self.parser.blaming_settings():
@@ -145,7 +145,7 @@ class TrainCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log training into the run folder, unless the configuration says otherwise; evaluation prints its results.
+        """Log training into the run folder, unless the configuration sets another logger; evaluation prints its results.
 
         A callback of the configuration replaces a default one of its class or of a base class. Any progress bar replaces the
         default one. The last `SaveCheckpoints` replaces earlier ones, so that the command line can set it.
@@ -180,7 +180,7 @@ class TrainCLI(LightningCLI):
 
 
 def _strategy(class_path: str) -> Strategy:
-    """Return the strategy of a class, with its defaults; jsonargparse takes a name alone for a strategy of Lightning's."""
+    """Return the strategy of a class, with its defaults; jsonargparse resolves a bare name to a strategy of Lightning's."""
     try:
         kind = find_class(class_path)
     except SettingError as error:

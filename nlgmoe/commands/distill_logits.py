@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nlgmoe.distill.record_logits import Progress
     from nlgmoe.experiment import Experiment
 
-LARGE_TAIL = 0.1  # probability outside the recorded tokens, of which a student learns the sum alone
+LARGE_TAIL = 0.1  # probability outside the recorded tokens; only its sum is distilled
 
 
 def distill_logits(
@@ -64,7 +64,7 @@ def distill_logits(
         temperature = distiller.get("temperature", 1.0)
     precision = precision or distiller.get("precision") or "fp32"
 
-    # One process reads all samples in micro-batches, whatever the steps and ranks of the run.
+    # One process reads all samples in micro-batches, regardless of the steps and ranks of the run.
     experiment = load_config(
         files,
         trainer__devices=1,
@@ -99,7 +99,7 @@ def distill_logits(
 
 def _check_arguments(output: str, top_k: int, samples: int | None, temperature: float | None) -> None:
     if not Path(output).name:
-        raise SettingError(f"output={output} has no name of its own; name a folder that is not there yet")
+        raise SettingError(f"output={output} is not the name of a folder; name a new one")
     if temperature is not None and not temperature > 0:
         raise SettingError(f"temperature={temperature} must be above 0; 1.0 records the distributions as they are")
     if top_k < 1 or (samples is not None and samples < 1):
@@ -135,7 +135,7 @@ def _describe_tail(tail: float, top_k: int) -> str:
 def _recipe(
     teacher: MixtureOfStudents, checkpoint: Path, document: dict[str, Any], experiment: Experiment
 ) -> dict[str, Any]:
-    """Return what determines the records, but for the settings of the command."""
+    """Return what determines the records, except the command's own settings."""
     module, data = experiment.module, experiment.data
     return {
         "teacher": {

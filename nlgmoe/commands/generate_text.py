@@ -131,7 +131,7 @@ def _read_stdin() -> str:
     try:
         return sys.stdin.read().removesuffix("\n").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise SettingError("prompt: what is piped in is not UTF-8") from error
+        raise SettingError("prompt: the text from stdin is not UTF-8") from error
 
 
 def _read_prompts(path: str) -> list[str]:

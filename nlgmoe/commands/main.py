@@ -1,4 +1,4 @@
-"""The `nlgmoe` command. It imports the module of the command that is given, and no other."""
+"""The `nlgmoe` command. It imports only the module of the given subcommand."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ COMMANDS = {
     "upcycle": ("commands.upcycle_checkpoint", "copy a dense model's feed-forward layers into experts"),
     "prune": ("commands.prune_checkpoint", "keep the experts that a model uses most"),
     "distill-logits": ("commands.distill_logits", "record a teacher's most likely next tokens for a student"),
-    "student": ("commands.student", "write what a student's YAML has beyond its teacher's"),
+    "student": ("commands.student", "write a student's YAML, to be used with its teacher's"),
     "evaluate": ("tools.lm_eval.evaluate", "evaluate a checkpoint on zero-shot tasks with lm-eval"),
     "prepare-eval": ("tools.lm_eval.prepare_eval", "write evaluation sets for `evaluate` without a network"),
     "report": ("tools.report.command:report", "draw run folders as one HTML page"),
-    "check": ("tools.check.command:check", "test a MoE layer for the defects that such layers have had"),
+    "check": ("tools.check.command:check", "test a MoE layer for known defects of such layers"),
 }  # name -> module below `nlgmoe` (and its function, if that has another name), help
 
 
@@ -84,7 +84,7 @@ def _run(name: str, args: list[str] | None) -> None:
     except ForeignCodeError as error:
         takes_code = "allow_code" in signature(function).parameters
         allow = f"add --allow-code {error.module}, if you trust it"
-        refuses = f"nlgmoe {name} takes no such code (docs/extending.md, which commands do)"
+        refuses = f"nlgmoe {name} accepts no such code (docs/extending.md lists the commands that do)"
         raise ForeignCodeError(error.path, allow if takes_code else refuses) from error
     except ValueError as error:
         name_as_typed(error, function)

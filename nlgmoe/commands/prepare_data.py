@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 TOKENIZER = "pocket-8k"
 PIECES = 20  # documents that a single text file is cut into; more of a compressed one
-TRAINING_BYTES = 1_000_000_000  # of files; a tokenizer is trained on every n-th document of more
-SHOWN = 10  # documents that are left out, by name
+TRAINING_BYTES = 1_000_000_000  # of files; of more, every n-th document trains the tokenizer
+SHOWN = 10  # skipped documents that are named
 
 
 def prepare_data(
@@ -124,7 +124,7 @@ def _tokenise_input(
         with build_lock(Path(data_dir)):
             loaded = load_tokenizer(tokenizer, Path(data_dir))
     else:
-        # Again on a resumed build: the same text gives the same tokenizer.
+        # Repeated when a build is resumed: the same text gives the same tokenizer.
         tokenizer = f"{prefix}.tokenizer"
         _note(f"training a tokenizer of {vocab_size:,} ids")
         loaded = train_tokenizer(_texts(files, fields, skips), vocab_size, Path(tokenizer))
@@ -176,7 +176,7 @@ def _print_built(built: Progress, files: int, prefix: Path, tokenizer: str) -> N
     print(f"text       {built.bytes / 1e6:,.2f} MB")
     print(f"tokens     {built.tokens:,}, {built.bytes / built.tokens:.2f} bytes each")
     if built.skipped:
-        print(f"left out   {built.skipped:,} documents, files or rests of files that cannot be used")
+        print(f"left out   {built.skipped:,} documents, files or ends of files that cannot be used")
     print(f"corpus     {prefix}.bin, {prefix}.idx")
     dataset = IndexedDataset(prefix)
     if (split := choose_split(dataset, built.held_out)) is None:

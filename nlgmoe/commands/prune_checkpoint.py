@@ -65,7 +65,7 @@ def prune_checkpoint(
     loaded = load_pretrained(run, tokenizer, data_dir=data_dir)
     if Path(checkpoint).resolve() == loaded.path.resolve():
         raise SettingError(
-            f"checkpoint={checkpoint} is the one to prune, which its training needs as teacher; name another"
+            f"checkpoint={checkpoint} is the checkpoint to prune, the teacher of later training; name another"
         )
     before = loaded.model.config
     if isinstance(num_experts, int):
@@ -90,7 +90,7 @@ def prune_checkpoint(
     print(f"{settings_of(Path(checkpoint))}: its settings")
     config, options = _settings_to_train_on(Path(run), before)
     print(
-        "to train it on, with the whole model as teacher: python train.py fit --config "
+        "to continue training, with the unpruned model as teacher: python train.py fit --config "
         f"{config} --model.config.moe.num_experts '{list(num_experts)}' "
         f"--model.warm_start.checkpoint {quote(checkpoint)} --model.distiller nlgmoe.MixtureOfStudents "
         f"--model.distiller.init_args.teacher {quote(str(loaded.path))}{options} --trainer.default_root_dir RUN"
@@ -98,7 +98,7 @@ def prune_checkpoint(
 
 
 def _settings_to_train_on(run: Path, model: GPTConfig) -> tuple[str, str]:
-    """Return the run's configuration, if it describes the model, and options that undo settings of the model's own start."""
+    """Return the run's configuration, if it describes the model, and options that reset its warm start."""
     from nlgmoe.config import GPTConfig
     from nlgmoe.experiment import parse_config
 
@@ -107,7 +107,11 @@ def _settings_to_train_on(run: Path, model: GPTConfig) -> tuple[str, str]:
     try:
         settings = parse_config(file)["model"]
         same = GPTConfig.from_dict(settings["config"]) == model  # false for a model upcycled in its dense model's run
-    except (ValueError, OSError, ImportError):  # of another version, edited, or with a callback that cannot be imported
+    except (
+        ValueError,
+        OSError,
+        ImportError,
+    ):  # from another version, edited, or with a callback that cannot be imported
         same = False
     if not same:
         return "CONFIG", ""
@@ -120,7 +124,7 @@ def _run_batches(run: str, windows: int, tokenizer: str | None) -> Any:
 
     if (config := run_config(Path(run))) is None:
         raise SettingError(
-            f"run={run} is in no run's folder, which names its text: there is no config.yaml; give --text FILE"
+            f"run={run} is in no run's folder: there is no config.yaml that names its text; give --text FILE"
         )
     changes = {} if tokenizer is None else {"data__tokenizer": tokenizer}
     data = load_config(config, data__max_eval_windows=windows, trainer__logger=False, **changes).data

@@ -1,4 +1,4 @@
-"""`nlgmoe student`: what a student's configuration has beyond its teacher's (docs/distillation.md)."""
+"""`nlgmoe student`: write a student's YAML, to be used with its teacher's (docs/distillation.md)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def student(
     step: int | None = None,
     from_teacher: bool = False,
 ) -> None:
-    """Write what a student's YAML has beyond its teacher's: fewer blocks, the top of the pyramid, and distillation.
+    """Write a student's YAML with its changes to the teacher's: fewer blocks, the top of the pyramid, and distillation.
 
     Train with both files: `train.py fit --config TEACHER.yaml --config STUDENT.yaml`. `StagedDistillation` ends distillation
     before the run ends. All other settings are the teacher's.
@@ -53,7 +53,7 @@ def student(
     ours = student_config(theirs, num_layers)
     if step is None and model["train_tokens"] is None:
         raise SettingError(
-            f"fraction={end['fraction']} is of model.train_tokens, which {file} leaves out; give step in its place"
+            f"fraction={end['fraction']} is of model.train_tokens, which {file} does not set; give step instead"
         )
     folder = (
         str(file.parent) if file.name == "config.yaml" else trainer["default_root_dir"]
@@ -76,7 +76,7 @@ def student(
     elif model["warm_start"] is not None:
         overlay["model"]["warm_start"] = None
     if not isinstance(trainer["logger"], bool | None):
-        overlay["trainer"]["logger"] = None  # the teacher's may write where the teacher's run wrote
+        overlay["trainer"]["logger"] = None  # the teacher's logger may write into the teacher's run
     _write(overlay, output, file, theirs, ours)
 
 
@@ -101,8 +101,8 @@ def _configuration(source: Path) -> tuple[Path, str | None]:
     if (file := run_config(source)) is not None:
         return file, str(source)
     raise SettingError(
-        f"source={source} is in no run's folder: there is no config.yaml above it that says how it was trained; give the YAML "
-        f"in its place, and teacher={source}"
+        f"source={source} is in no run's folder: there is no config.yaml above it; give the teacher's YAML instead, and "
+        f"teacher={source}"
     )
 
 
@@ -115,7 +115,7 @@ def _check_same(teacher_config: GPTConfig, checkpoint: Path, file: Path) -> None
 
 
 def _callbacks(teachers: Any, staged: dict[str, Any]) -> dict[str, Any]:
-    """Return the setting that adds `staged` to the teacher's callbacks, in place of its own if it was a student itself."""
+    """Return the setting that adds `staged` to the teacher's callbacks, and replaces their `StagedDistillation`, if any."""
     callbacks = [] if teachers is None else teachers if isinstance(teachers, list) else [teachers]
     others = [callback for callback in callbacks if callback["class_path"].rpartition(".")[2] != "StagedDistillation"]
     return {"callbacks+": [staged]} if len(others) == len(callbacks) else {"callbacks": [staged, *others]}

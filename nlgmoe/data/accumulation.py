@@ -1,4 +1,4 @@
-"""The batch of an optimizer step: how it grows, and the micro-batches that make it up."""
+"""The batch of an optimizer step: its growth, and its micro-batches."""
 
 from dataclasses import dataclass
 
@@ -29,11 +29,11 @@ class BatchRampUp:
 
 
 def batch_size_after(samples: int, seq_len: int, global_batch_size: int, ramp_up: BatchRampUp | None) -> int:
-    """Sequences of the optimizer step that follows the first `samples`, over all ranks.
+    """Return the sequences of the optimizer step that follows the first `samples`, over all ranks.
 
     Args:
         samples: sequences trained on so far.
-        seq_len: of whole sequences, in tokens.
+        seq_len: length of whole sequences, in tokens.
         global_batch_size: after the ramp-up.
         ramp_up: growth of the batch up to it; None: a constant size.
     """

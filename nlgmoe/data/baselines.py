@@ -19,16 +19,16 @@ SLICES = 64  # of a stream too long to count
 def unigram_entropy(
     train: Sequence[np.ndarray], evaluated: Sequence[np.ndarray], vocab_size: int, max_tokens: int = MAX_TOKENS
 ) -> float:
-    """Loss of the best context-free model, in nats per token.
+    """Compute the loss of the best context-free model, in nats per token.
 
-    Cross-entropy of the training tokens' frequencies (add-one smoothed) on the evaluated tokens. A model that has learned
-    anything of context is below it. Of either side, at most `max_tokens` are counted: evenly spaced slices of each domain.
+    Cross-entropy of the training tokens' frequencies (add-one smoothed) on the evaluated tokens. A model that uses
+    context has a lower loss. At most `max_tokens` are counted on either side, in evenly spaced slices of each domain.
 
     Args:
         train: training tokens of each domain, each [N_d].
         evaluated: evaluated tokens of each domain, each [N_d].
         vocab_size: number of token ids.
-        max_tokens: counted on either side at most.
+        max_tokens: maximum number of tokens counted on either side.
     """
     train_counts = count_tokens(train, vocab_size, max_tokens) + 1
     counts = count_tokens(evaluated, vocab_size, max_tokens)
@@ -44,8 +44,8 @@ def xz_bits_per_byte(
 
     Args:
         evaluated: evaluated tokens of each domain, each [N_d].
-        tokenizer: of these tokens.
-        max_bytes: compressed at most; each domain is cut to an equal share of it, from its beginning.
+        tokenizer: tokenizer of these tokens.
+        max_bytes: maximum number of bytes compressed; each domain is cut to an equal share of it, from its beginning.
     """
     texts = {}
     for name, tokens in evaluated.items():
@@ -64,7 +64,7 @@ def xz_bits_per_byte(
 
 
 def count_tokens(streams: Sequence[np.ndarray], vocab_size: int, max_tokens: int = MAX_TOKENS) -> np.ndarray:
-    """Count each token id, [vocab_size]; of long streams, in evenly spaced slices, as many tokens as its share."""
+    """Count each token id, [vocab_size]; above `max_tokens`, in evenly spaced slices of each stream, by its share."""
     total = sum(len(stream) for stream in streams)
     counts = np.zeros(vocab_size, dtype=np.int64)
     for stream in streams:

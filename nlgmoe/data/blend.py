@@ -76,7 +76,7 @@ class Blend:
                 part.corpus.prepare(data_dir, tokenizer)
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
-        """Open every part; all have one tokenizer, and no two domains one name."""
+        """Open every part, and check that tokenizers agree and names of domains differ."""
         opened = []
         for part in self.parts:
             with _naming(part.name):
@@ -113,7 +113,7 @@ class OpenBlend:
 
     @property
     def shares(self) -> list[float]:
-        """Share of each domain in the training samples, `[D]`; within a part as its training tokens."""
+        """Share of each domain in the training samples, `[D]`; within a part proportional to training tokens."""
         shares: list[float] = []
         for _, weight, corpus in self._parts:
             sizes: Sequence[float]
@@ -136,11 +136,11 @@ class OpenBlend:
         return BlendedSource(sources, self.weights, [len(part.corpus.domains) for part in self._parts])
 
     def training_tokens(self) -> Sequence[np.ndarray]:
-        """Return those of all parts, not in the blend's shares."""
+        """Return the training tokens of all parts, not in the blend's shares."""
         return [tokens for part in self._parts for tokens in part.corpus.training_tokens()]
 
     def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
-        """Return those of all parts; none for the domains of a part without such a split, None if no part has it."""
+        """Return the evaluation tokens of all parts, empty for a part without this split; None if no part has it."""
         arrays_of_parts = [part.corpus.evaluation_tokens(split) for part in self._parts]
         if all(arrays is None for arrays in arrays_of_parts):
             return None
@@ -155,11 +155,11 @@ class OpenBlend:
 class BlendedSource:
     """Training samples of several sources, interleaved by weight.
 
-    It is a `CursorSource` for the parts that are one; stream s of part p, of P parts, is stream s P + p of the blend.
+    It is a `CursorSource` if a part is one; stream s of part p, of P parts, is stream s P + p of the blend.
 
     Args:
-        sources: of the parts; without end, all of one sequence length.
-        weights: of the parts, whole numbers above 0.
+        sources: endless sources of the parts, all of one sequence length.
+        weights: weights of the parts, whole numbers above 0.
         domains: number of domains of each part; a blended sample's domain counts through them.
     """
 
@@ -204,7 +204,7 @@ class BlendedSource:
         return sample
 
     def _of_part(self, part: int, cursors: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return the cursors of a part's streams, as the part made them."""
+        """Return the cursors of a part's streams, in the part's own numbering."""
         parts, length = len(self._sources), self._streamed[part].cursor_length
         return [[stream // parts, *rest[: length - 1]] for stream, *rest in cursors if stream % parts == part]
 
@@ -222,7 +222,7 @@ class _Fork:
 
 
 class Interleaving:
-    """The part that each sample of a blend comes from, and the sample's number in it: exact arithmetic, without tables.
+    """Maps each sample of a blend to its part, and its number in the part, by exact arithmetic without tables.
 
     Megatron writes part and number of each sample of the run into arrays before training, picking every time the part that
     is furthest behind its share: 146 million entries for 300B tokens.
@@ -259,7 +259,7 @@ class Interleaving:
         self._root = queue[0][2]
 
     def place(self, index: int) -> tuple[int, int]:
-        """Return the part that sample `index` comes from, and the sample's number there."""
+        """Return the part of sample `index`, and the sample's number in the part."""
         node = self._root
         while isinstance(node, _Fork):
             before = node.count_left(index)
@@ -271,7 +271,7 @@ class Interleaving:
 
 
 def integer_weights(weights: Sequence[float]) -> list[int]:
-    """Weights in the same ratio, as the smallest whole numbers; 0.1 is a tenth, not the nearest binary fraction."""
+    """Return the smallest whole numbers in the same ratio; 0.1 is a tenth, not the nearest binary fraction."""
     exact = [Fraction(repr(float(weight))) for weight in weights]
     unit = Fraction(
         math.gcd(*(weight.numerator for weight in exact)), math.lcm(*(weight.denominator for weight in exact))
@@ -281,7 +281,7 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
 
 @contextmanager
 def _naming(part: str) -> Iterator[None]:
-    """Name the part in its errors."""
+    """Add the name of the part to errors of the block."""
     try:
         yield
     except (SettingError, RunError) as error:

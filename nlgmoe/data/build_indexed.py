@@ -1,11 +1,11 @@
-"""Text files to one corpus in Megatron's indexed format. A build that was killed resumes.
+"""Convert text files to one corpus in Megatron's indexed format. A killed build can be resumed.
 
-The tokenizer releases the GIL: threads tokenise chunks of text, whose tokens are written in the order of the text, but for the
-documents held out for validation, chosen by hash, which come last. The result does not depend on the number of threads.
+Threads tokenise chunks of text, since the tokenizer releases the GIL. Tokens are written in the order of the text; documents held
+out for validation, chosen by hash, come last. The result does not depend on the number of threads.
 
-    PREFIX.building/bin, lengths, ends   the tokens so far, and what their index is made from
+    PREFIX.building/bin, lengths, ends   the tokens so far, and the data of their index
     PREFIX.building/validation           the same of the documents held out
-    PREFIX.building/progress.json        up to where these are complete, and what they were made from
+    PREFIX.building/progress.json        progress that these files contain, and settings of the build
 
 PREFIX.bin and PREFIX.idx appear when the build is done.
 """
@@ -32,9 +32,9 @@ from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.files import write_json
 from nlgmoe.validation import RunError, SettingError
 
-CHUNK_BYTES = 1 << 18  # of text, tokenised together: a tokenizer holds a hundred times as much for a moment
+CHUNK_BYTES = 1 << 18  # of text, tokenised together; the tokenizer needs a hundred times as much memory
 QUEUED = 3  # chunks per thread that are read ahead
-RECORD_SECONDS = 30.0  # between two records of progress: what a killed build loses
+RECORD_SECONDS = 30.0  # between two records of progress; a killed build loses no more
 SMALL_BYTES = 5_000_000  # of files, below which more is held out
 HELD_OUT, HELD_OUT_OF_SMALL = 0.02, 0.1  # shares of the documents
 
@@ -45,12 +45,12 @@ class Progress:
 
     Args:
         file: index of the input file that is being read; after the last one, their number.
-        number: of the next document in that file.
-        documents: written.
+        number: index of the next document in that file.
+        documents: documents written.
         bytes: UTF-8 bytes of their texts.
-        tokens: written, one end-of-document token per document included.
+        tokens: tokens written, one end-of-document token per document included.
         held_out: documents of those written that are for validation.
-        skipped: documents, files and rests of files that could not be used.
+        skipped: documents, files and ends of files that could not be used.
     """
 
     file: int = 0
@@ -76,11 +76,11 @@ def build_indexed(
     Args:
         files: what `read_documents` can read, in the order of the result. The documents held out follow all others.
         prefix: path without `.bin` / `.idx`.
-        tokenizer: of the tokens.
-        fields: of a record that are read.
-        workers: threads that tokenise.
-        report: gets the progress at the start and after each chunk.
-        skip: gets place and reason of what cannot be used; None: it is an error.
+        tokenizer: tokenizer of the tokens.
+        fields: fields of a record to read.
+        workers: number of threads that tokenise.
+        report: called with the progress at the start and after each chunk.
+        skip: called with place and reason of unusable data; None: raise an error.
     """
     folder = building(prefix)
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def build_indexed(
         if not (resumes := (folder / "progress.json").exists()):
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError) and error.filename is None:  # of a write
-            then = "it goes on" if resumes else "from the beginning"
+            then = "the build resumes" if resumes else "the build begins again"
             raise RunError(
                 f"output={prefix} cannot be written ({error.strerror}); make room, and start again: {then}"
             ) from error
@@ -140,13 +140,13 @@ def _write(
             writer.add_document(tokens)
         if done.documents == 0:
             raise RunError(
-                "input has no document that can be used; give other files, or the text_field that theirs have"
+                "input has no document that can be used; give other files, or the text_field of their records"
             )
     return done
 
 
 def local_bytes(files: Sequence[str], remote: int) -> int:
-    """Return the bytes of all files, `remote` for each that is not local: some servers do not tell."""
+    """Return the bytes of all files; each remote file counts `remote`, since some servers report no size."""
     return sum(os.path.getsize(file) if os.path.exists(file) else remote for file in files)
 
 
@@ -156,7 +156,7 @@ def building(prefix: Path) -> Path:
 
 
 def check_new(prefix: Path) -> None:
-    """Check that no corpus of this name exists, but for a .bin that a killed build has moved there before its .idx."""
+    """Check that no corpus of this name exists, except a .bin that a killed build has moved before its .idx."""
     parts = building(prefix)
     moved = (parts / "idx").exists() and not (parts / "bin").exists()
     for kind in ("idx",) if moved else ("idx", "bin"):
@@ -175,7 +175,7 @@ def _read_progress(folder: Path, settings: dict[str, Any]) -> tuple[Progress, di
         raise RunError(f"{path} is damaged ({error!r}): delete {folder} to begin again.") from error
     if differing := [name for name in settings if saved["settings"].get(name) != settings[name]]:
         raise RunError(
-            f"{folder} was begun with other settings ({', '.join(differing)}): give the same ones to go on with it, "
+            f"{folder} was started with other settings ({', '.join(differing)}): give the same ones to resume it, "
             "name another output, or delete it."
         )
     return done, saved["sizes"]
@@ -184,7 +184,7 @@ def _read_progress(folder: Path, settings: dict[str, Any]) -> tuple[Progress, di
 def _chunks(
     files: Sequence[str], fields: Fields, skip: Skip | None, done: Progress
 ) -> Iterator[tuple[list[str], Progress]]:
-    """Texts from `done` on, and how far the files are read with them; the counts of documents are added later."""
+    """Yield chunks of texts from `done` on, with the position behind each; `_tokenise` adds the counts of documents."""
     texts: list[str] = []
     size, skipped = 0, done.skipped
 
@@ -209,10 +209,7 @@ def _chunks(
 def _tokenise(
     chunks: Iterator[tuple[list[str], Progress]], tokenizer: Tokenizer, share: float, workers: int, done: Progress
 ) -> Iterator[tuple[list[np.ndarray], list[np.ndarray], Progress]]:
-    """Tokens of the documents of a chunk, for training and held out, and the progress once they are written.
-
-    Chunks come in the order of the text.
-    """
+    """Yield each chunk's tokens by document, for training and held out, and the progress after it; in the order of the text."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each thread has a chunk of its own
     dtype = token_dtype(tokenizer.vocab_size)
 
@@ -220,7 +217,7 @@ def _tokenise(
         documents: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         contents = [text.encode() for text in texts]
         for content, ids in zip(contents, tokenizer.encode_batch(texts), strict=True):
-            held_out = xxhash.xxh3_64_intdigest(content) < share * 2**64  # a repeated document is on one side
+            held_out = xxhash.xxh3_64_intdigest(content) < share * 2**64  # equal documents are in one split
             documents[held_out].append(np.array([*ids, tokenizer.eod_id], dtype))
         return *documents, sum(map(len, contents))
 

@@ -20,7 +20,7 @@ from nlgmoe.data.samples import PackedSource, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.validation import SettingError, require
 
-WAITING_SECONDS = 3.0  # for another process that builds, before a message
+WAITING_SECONDS = 3.0  # of waiting for a build by another process, before a message
 PIECES, PIECE_BYTES = 64, 1 << 15  # of a file, for its hash
 
 Fingerprint = dict[str, str | int]
@@ -37,24 +37,24 @@ class OpenCorpus(Protocol):
 
     @property
     def domains(self) -> list[str]:
-        """Names; a batch's domain ids index them."""
+        """Names of the domains, indexed by a batch's domain ids."""
         ...
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What determines the training tokens and their order."""
+        """Settings and hashes that determine the training tokens and their order."""
         ...
 
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
-        """Training samples of `seq_len` tokens, without end; `seed` decides their order."""
+        """Return endless training samples of `seq_len` tokens; `seed` determines their order."""
         ...
 
     def training_tokens(self) -> Sequence[np.ndarray]:
-        """Tokens of each domain's training text, `[N_d]` each, or of a representative part: for statistics."""
+        """Return the tokens of each domain's training text, `[N_d]` each, or of a representative part, for statistics."""
         ...
 
     def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
-        """Tokens of each domain in the form of `samples.py`, `[N_d]` each; None if there is no such split.
+        """Return the tokens of each domain in the form of `samples.py`, `[N_d]` each; None if there is no such split.
 
         Args:
             split: "validation", which every corpus has, or "test".
@@ -67,11 +67,11 @@ class TokenArrays:
     """An open corpus whose tokens lie in arrays, memory-mapped or not.
 
     Args:
-        tokenizer: of the tokens.
-        domains: names; a batch's domain ids index them.
+        tokenizer: tokenizer of the tokens.
+        domains: names, indexed by a batch's domain ids.
         tokens: split -> tokens of each domain, each [N_d], in the form of `samples.py`: every document closed by the
             end-of-document token. Has "train" and "validation"; has "test" where the corpus has one.
-        fingerprint: what determines the training tokens: name -> setting or hash, such as `{"lines.txt": sha256}`.
+        fingerprint: settings and hashes by name that determine the training tokens, such as `{"lines.txt": sha256}`.
     """
 
     tokenizer: Tokenizer
@@ -80,7 +80,7 @@ class TokenArrays:
     fingerprint: Fingerprint
 
     def __post_init__(self) -> None:
-        """Check the values, which a user's code may pass."""
+        """Check the values, which may come from user code."""
         require(
             isinstance(self.tokenizer, Tokenizer),
             f"TokenArrays.tokenizer is {self.tokenizer!r}; give what load_tokenizer returns",
@@ -125,11 +125,11 @@ class Corpus(Protocol):
     """
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
-        """Build what is missing of tokenizer and corpus; one process a node."""
+        """Build tokenizer and corpus if missing; called by one process per node."""
         ...
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
-        """Load the tokenizer and make the tokens readable; every process.
+        """Load the tokenizer and make the tokens readable; called by every process.
 
         Raises:
             ValueError: the corpus is missing, damaged, or not of this tokenizer.
@@ -139,9 +139,9 @@ class Corpus(Protocol):
 
 @contextmanager
 def build_lock(data_dir: Path) -> Iterator[None]:
-    """Make the folder, and let one process at a time build in it.
+    """Create the folder, and lock it: one process at a time builds in it.
 
-    A user who may not write there needs no lock: if something is missing, writing it raises the error.
+    Without write permission no lock is needed: writing a missing file raises the error.
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -171,11 +171,11 @@ def hash_of(facts: object) -> str:
 def hash_of_pieces(path: str | Path, pieces: int = PIECES) -> str:
     """Hash the size of a file and evenly spaced pieces of it, the first and last bytes included; 16 hexadecimal digits.
 
-    A copy has the same hash. An edit between the pieces that keeps the size is not seen.
+    A copy has the same hash. An edit between the pieces that keeps the size is not detected.
 
     Args:
         path: local, or an address that fsspec opens.
-        pieces: at least 2, of 32 KB each; a shorter file is hashed whole.
+        pieces: number of pieces, at least 2, of 32 KB each; a shorter file is hashed whole.
     """
     file_system, name = url_to_fs(str(path))
     size = int(file_system.info(name)["size"])

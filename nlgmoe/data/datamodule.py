@@ -54,7 +54,7 @@ class PileDataModule(TextFacts, TrainingData):
         eval_micro_batch_size: sequences per rank and forward pass in evaluation; None: as in training.
         seq_len: tokens per sequence.
         seed: seed of the order of the training sequences.
-        num_workers: processes that load batches, per rank; 0: load in the training process. At most 8 for each CPU, or 64.
+        num_workers: processes that load batches, per rank; 0: load in the training process.
         max_eval_windows: sequences evaluated per domain, the first ones; None: all.
         document_attention: restrict attention to a position's own document, and count positions from its beginning, in
             training and evaluation; otherwise attention crosses the borders of packed documents.
@@ -62,8 +62,7 @@ class PileDataModule(TextFacts, TrainingData):
             end-of-document token before it does not help to predict it.
 
     Raises:
-        ValueError: a size is not positive, `num_workers` is above its limit, or micro-batches cannot make up a batch of the
-            ramp-up.
+        ValueError: a size is not positive, or micro-batches cannot make up a batch of the ramp-up.
     """
 
     def __init__(
@@ -213,10 +212,7 @@ class PileDataModule(TextFacts, TrainingData):
         self._cursors.commit(samples // self._rank_and_world_size()[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return also what validation covers.
-
-        With a `CursorSource` also the `cursors` of all streams; then this is a collective.
-        """
+        """Add the fingerprint of validation, and for a `CursorSource` the `cursors` of all streams, which is a collective."""
         state = super().state_dict() | {"evaluation": self._evaluation_fingerprint()}
         cursors = self._cursors.latest() if self._cursor_source is None else self._cursors.gather()
         return state | ({"cursors": cursors} if cursors else {})
@@ -239,7 +235,7 @@ class PileDataModule(TextFacts, TrainingData):
         self._cursors.load(state_dict.get("cursors", []))
 
     def fingerprint(self) -> dict[str, str | int]:
-        """Return what determines the training batches besides `samples_consumed`: option -> value or hash."""
+        """Return options and hashes that, with `samples_consumed`, determine the training batches."""
         corpus = self._opened()
         return {
             **{f"corpus.{name}": value for name, value in corpus.fingerprint.items()},
@@ -250,7 +246,7 @@ class PileDataModule(TextFacts, TrainingData):
         }
 
     def _evaluation_fingerprint(self) -> dict[str, str | int]:
-        """Return what determines the tokens that `val/loss` covers; `trainer.limit_val_batches` counts batches of each rank."""
+        """Return what `val/loss` covers, as options and hashes; `trainer.limit_val_batches` counts batches of each rank."""
         windows_per_batch = self._rank_and_world_size()[1] * self.eval_micro_batch_size
         limit = getattr(self.trainer, "limit_val_batches", 1.0)
         windows = self._validation_windows

@@ -1,9 +1,7 @@
-"""Documents of a file in order, from any of them, in constant memory: JSON lines, Parquet, plain text.
+"""Read the documents of a file in order, from any of them on, in constant memory: JSON lines, Parquet, plain text.
 
-JSON lines and plain text may be compressed (.gz, .zst).
-
-pyarrow decompresses: it reports a stream that ends too early, which zstandard's reader takes for the end of
-the file. Its own JSON reader has no line numbers.
+JSON lines and plain text may be compressed (.gz, .zst). pyarrow decompresses them, since it detects truncated streams, which
+zstandard's reader does not. Its JSON reader is not used: it reports no line numbers.
 """
 
 import io
@@ -24,7 +22,7 @@ from nlgmoe.validation import RunError
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 PLAIN_TEXT = (".txt", ".md")  # one document a file, unless `Fields.text_bytes` is set
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-PIECE_BYTES = 1 << 16  # decompressed at a time; as much is lost before the end of a file that is cut off
+PIECE_BYTES = 1 << 16  # decompressed at a time; of a truncated file, up to as much is lost before the cut
 ROWS = 64  # of Parquet, decoded at a time
 # Tokenising takes some 130 bytes for a byte of text: 2.6 GB for a document of this size.
 MAX_DOCUMENT_BYTES = 20_000_000
@@ -68,10 +66,10 @@ class Record:
     """One document of a file.
 
     Args:
-        number: of the document in its file, from 0, unusable ones counted.
+        number: index of the document in its file, unusable documents included.
         content: its text, or its token ids as int64 [N].
-        domain: in the file; None if it has none.
-        bytes: of its line or text, uncompressed; 0 in Parquet.
+        domain: its domain in the file; None if it has none.
+        bytes: uncompressed size of its line or text; 0 in Parquet.
     """
 
     number: int
@@ -118,13 +116,13 @@ def read_documents(
 
     Args:
         path: a local file, or an address that fsspec opens (`hf://datasets/...`); `has_records` or `is_plain_text` by its ending.
-        fields: of each record that are read.
+        fields: fields of each record to read.
         shard: the documents to yield; others are neither parsed nor checked.
         start: documents at the beginning to leave out.
-        skip: gets place and reason of each document, file or rest of a file that cannot be used; None: they are an error.
+        skip: called with place and reason of each document, file or end of a file that cannot be used; None: raise an error.
 
     Raises:
-        RunError: a document or the file cannot be used; or the disk or the network failed, which may succeed another time.
+        RunError: a document or the file cannot be used, or the disk or the network failed.
     """
     assert has_records(path) or is_plain_text(path), path
     read, unit = (
@@ -162,11 +160,11 @@ def read_documents(
     except FileNotFoundError:
         refuse(str(path), "missing file")
     except (OSError, pa.ArrowException) as failure:
-        place, details = f"{path}, behind document {number:,}", " ".join(str(failure).split())
-        # Decompression fails without an errno; else a disk or a network fails, which is nothing to skip.
+        place, details = f"{path}, after document {number:,}", " ".join(str(failure).split())
+        # Errors of decompression have no errno; failures of a disk or network are never skipped.
         if not isinstance(failure, pa.ArrowException) and (type(failure) is not OSError or failure.errno is not None):
             raise RunError(
-                f"{place}: cannot be read ({details}); once it can be, run this again, a training with --ckpt_path last"
+                f"{place}: cannot be read ({details}); run the command again when it can be, training with --ckpt_path last"
             ) from failure
         refuse(place, f"damaged or cut off ({details})")
 
@@ -339,7 +337,7 @@ def _too_long(length: int, fields: Fields) -> UnusableError:
 
 
 def describe_file(path: str) -> DataFile:
-    """Look up size and time of a file, by which a change is found."""
+    """Look up size and modification time of a file, by which changes are detected."""
     file_system, name = url_to_fs(path)
     info = file_system.info(name)
     return DataFile(path, int(info["size"]), info.get("mtime"))

@@ -11,8 +11,7 @@ Layout of the index, little-endian throughout:
     int64[S]  byte offset of each sequence in the .bin
     int64[D]  sequence at which each document starts, closed by S
 
-Files of Megatron's tools are read here, and theirs read files that are written here. Memory does not grow with the corpus: the
-index of the Pile alone has 4 GB.
+Megatron's tools and this module read each other's files. Memory does not grow with the corpus: the Pile's index alone has 4 GB.
 """
 
 import os
@@ -37,7 +36,7 @@ HEADER = struct.Struct("<9sQBQQ")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Return the type Megatron stores tokens of such a vocabulary in."""
+    """Return the dtype in which Megatron stores tokens of a vocabulary of this size."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
@@ -76,7 +75,7 @@ class IndexedDataset:
         self.tokens = np.memmap(bin_path, self.dtype, mode="r") if size else np.zeros(0, self.dtype)
 
     def first_token(self, document: int) -> int:
-        """Return where a document starts in `tokens`; for the number of documents, the end."""
+        """Return the index in `tokens` at which a document starts; for the number of documents, the length of `tokens`."""
         sequence = int(self.document_indices[document])
         return int(self.pointers[sequence]) // self.dtype.itemsize if sequence < len(self) else len(self.tokens)
 
@@ -88,7 +87,7 @@ class IndexedDataset:
         return self.tokens[start : start + int(self.lengths[index])]
 
     def _check_index(self, path: Path) -> int:
-        """Return where the last sequence ends, in bytes."""
+        """Check lengths, offsets and documents; return the end of the last sequence, in bytes."""
         end = 0
         for first in range(0, len(self), CHUNK):
             lengths, pointers = self.lengths[first : first + CHUNK], self.pointers[first : first + CHUNK]
@@ -136,7 +135,7 @@ class IndexedWriter:
     Args:
         prefix: path without `.bin` / `.idx`.
         dtype: type of the stored tokens, one of `DTYPES`.
-        folder: for unfinished files, on the same file system; kept after an error. None: a temporary one.
+        folder: folder of unfinished files, on the same file system; kept after an error. None: a temporary folder.
         sizes: result of `position`: resume there, with the files in `folder`.
 
     Raises:
@@ -159,7 +158,7 @@ class IndexedWriter:
         """Append one document.
 
         Args:
-            tokens: of all its sequences.
+            tokens: tokens of all its sequences.
             lengths: tokens of each of its sequences; None: it is one sequence.
 
         Raises:

@@ -46,7 +46,7 @@ class MegatronIndexed:
         self.split = tuple(split)
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
-        """Fetch the tokenizer where it is missing. The files must be there."""
+        """Build the tokenizer if it is missing. The files must exist."""
         for path in (f"{self.prefix}.idx", f"{self.prefix}.bin"):
             if not Path(path).exists():
                 raise SettingError(
@@ -90,7 +90,7 @@ class MegatronIndexed:
             for number, (first, end) in zip(sampled, bounds, strict=True)
             if end > first
         ]
-        # Two are the token's name as a text, and its end.
+        # A document of two such tokens may be the token's name as text, and its end.
         if empty := sum(len(ids) > 2 and bool((ids[:COMPARED_TOKENS] == tokenizer.eod_id).all()) for ids in texts):
             raise RunError(
                 f"{empty} of {len(texts)} sampled documents in {self.prefix}.bin hold end-of-document tokens alone: parts of the "
@@ -106,8 +106,8 @@ class MegatronIndexed:
 def choose_split(dataset: IndexedDataset, held_out: int) -> list[int] | None:
     """Return numbers of training, validation and test documents, the last `held_out` documents for validation.
 
-    More in a small corpus: they have at least 2,048 tokens (a sequence of the paper's models) or a tenth of the tokens. None: one
-    document cannot be divided.
+    In a small corpus, validation has more documents: at least 2,048 tokens (a sequence of the paper's models) or a tenth of the
+    tokens. None: one document cannot be divided.
     """
     count = len(dataset.document_indices) - 1
     if count < 2:
@@ -120,9 +120,9 @@ def choose_split(dataset: IndexedDataset, held_out: int) -> list[int] | None:
 
 
 def split_documents(documents: int, split: Sequence[float]) -> list[int]:
-    """First documents of the parts, closed by the number of documents, as Megatron rounds them.
+    """Return the first document of each part, followed by the number of documents, rounded as by Megatron.
 
-    Each part is its share of the documents, rounded separately; the first part is then changed so that the sum is right.
+    Each part is its share of the documents, rounded separately; the first part is then adjusted so that the sum is right.
     """
     sizes = [round(share / sum(split) * documents) for share in split]
     sizes[0] += documents - sum(sizes)

@@ -4,9 +4,9 @@ An epoch of the Pile at 2,048 tokens is 150 million samples. As an array its ord
 minute to draw or a file that ranks have to agree on; as a function it takes no memory and no time to begin.
 
 The function is a Feistel network. A number below a * b is two digits, (left, right) = divmod(x, b), and each round adds
-a random function of one digit to the other one; a round can be taken back, so that the whole is one to one on
-[0, a * b). With a * b a little above n, what falls outside [0, n) is sent through again until it is inside, which keeps
-it one to one on [0, n): J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains" (2002), there FE2 and
+a random function of one digit to the other one. A round is invertible, so that the whole is a bijection of
+[0, a * b). With a * b slightly above n, results outside [0, n) are mapped again until they are inside, which gives
+a bijection of [0, n): J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains" (2002), there FE2 and
 cycle-walking.
 """
 
@@ -14,7 +14,7 @@ from math import isqrt
 
 from nlgmoe.seeding import derive_seed
 
-ORDER = "feistel-8"  # the algorithm's name, kept in checkpoints: another one is another order of the samples
+ORDER = "feistel-8"  # name of the algorithm, saved in checkpoints; another algorithm gives another order
 ROUNDS = 8  # four for each digit
 _WORD = (1 << 64) - 1
 
@@ -26,7 +26,7 @@ class Permutation:
 
     Args:
         n: number of items, at least 1.
-        seed_parts: what `derive_seed` takes; other parts, another order.
+        seed_parts: arguments of `derive_seed`, which determine the order.
     """
 
     def __init__(self, n: int, *seed_parts: int | str) -> None:
@@ -43,7 +43,7 @@ class Permutation:
         if not 0 <= index < self._n:
             raise IndexError(index)
         index = self._once(index)
-        while index >= self._n:  # for one in root n, on average
+        while index >= self._n:  # for one index in sqrt(n), on average
             index = self._once(index)
         return index
 
@@ -57,7 +57,7 @@ class Permutation:
 
 
 def _mix(x: int) -> int:
-    """64 bits in, 64 bits out that each depend on all of them (the finaliser of splitmix64)."""
+    """Mix 64 bits, so that each bit of the result depends on all of them (the finaliser of splitmix64)."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
     return x ^ (x >> 31)

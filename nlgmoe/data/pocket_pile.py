@@ -27,7 +27,7 @@ class TokenFile:
     """One split of one domain, tokenised.
 
     Args:
-        text_sha256: of the jsonl file.
+        text_sha256: sha256 of the jsonl file.
         tokens: number of tokens, one end-of-document token per document included.
         documents: number of documents.
         bytes: UTF-8 bytes of the texts.
@@ -57,7 +57,7 @@ class PocketPile:
         self._domains = domains
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
-        """Build what is missing of text, tokenizer and tokens, of all domains."""
+        """Build missing text, tokenizer and tokens of all domains."""
         prepare(data_dir, tokenizer)
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
@@ -93,7 +93,7 @@ def token_folder(data_dir: Path, tokenizer: Tokenizer) -> Path:
 
 
 def read_token_files(data_dir: Path, tokenizer: Tokenizer) -> dict[str, TokenFile]:
-    """Return `{domain}.{split}` -> what is tokenised; empty if nothing is."""
+    """Return the token files by `{domain}.{split}`; empty if there are none."""
     path = token_folder(data_dir, tokenizer) / "meta.json"
     if not path.exists():
         return {}
@@ -104,7 +104,7 @@ def read_token_files(data_dir: Path, tokenizer: Tokenizer) -> dict[str, TokenFil
 
 
 def prepare(data_dir: Path, tokenizer: str) -> None:
-    """Build what is missing of corpus, tokenizer and tokens.
+    """Build missing corpus, tokenizer and tokens.
 
     One process at a time: on a shared file system every node calls this, and later calls have nothing to build.
     """

@@ -4,8 +4,8 @@ A source maps an index to a sample and has no state, so a batch is a function of
 workers and restarts do not change it. A new source (blended, streamed, synthetic) implements `TokenSource`.
 
 A domain's text is EOD, document, EOD, document, EOD, ...: every document is followed by the end-of-document
-token, and one more stands at the front, so that every token, the first one included, is predicted from something.
-`tokens` below is this without the leading EOD, which is how it lies on disk:
+token, and one more precedes the first document, so that every token has a preceding input.
+`tokens` below omits the leading EOD, as the files on disk do:
 
     text      EOD t0  t1  t2  t3  t4  t5  ...
     window 0  EOD t0  t1  t2               inputs     (T = 4)
@@ -44,7 +44,7 @@ class TokenSource(Protocol):
     seq_len: int
 
     def sample(self, index: int) -> Sample:
-        """Return the `index`-th sample: a pure function of the index and of what the source was made from."""
+        """Return the `index`-th sample: a pure function of the index and of the settings of the source."""
         ...
 
 
@@ -52,8 +52,8 @@ class TokenSource(Protocol):
 class CursorSource(Protocol):
     """A source that is read in order and can seek.
 
-    Every sample has a `cursor`: a stream's number, the number of the stream's next sample, and numbers to find that quickly.
-    Samples do not depend on cursors, only the time until the first one. The cursor of a sample without a stream begins with -1.
+    Every sample has a `cursor`: a stream index, the index of the stream's next sample, and its position in the files. Cursors
+    affect only the time to the first sample. Stream index -1 marks samples outside all streams.
 
     Attributes:
         cursor_length: numbers in a cursor; 0 where samples have none.
@@ -71,10 +71,10 @@ class CursorSource(Protocol):
 
 
 class _Windows:
-    """Windows of all domains, numbered through; none crosses from one domain into the next.
+    """Windows of all domains, numbered consecutively; no window crosses a border between domains.
 
     Args:
-        tokens: of each domain, without the leading EOD, each [N_d].
+        tokens: tokens of each domain, without the leading EOD, each [N_d].
         counts: windows of each domain.
         seq_len: T, in tokens.
         eod_id: id of the end-of-document token.
@@ -106,10 +106,10 @@ class PackedSource(_Windows):
     A domain's weight is its number of tokens. The rest of a domain (less than a window) is not trained on.
 
     Args:
-        tokens: of each domain, without the leading EOD, each [N_d].
+        tokens: tokens of each domain, without the leading EOD, each [N_d].
         seq_len: T, in tokens.
         eod_id: id of the end-of-document token.
-        seed: of the order.
+        seed: seed of the order.
 
     Raises:
         ValueError: no domain fills a window.
@@ -123,7 +123,7 @@ class PackedSource(_Windows):
             raise SettingError(f"No domain has {seq_len} tokens to train on: lower `seq_len` or add text.")
 
     def sample(self, index: int) -> Sample:
-        """Window `order(seed, epoch)[index % n]` with `epoch = index // n`, n the number of windows."""
+        """Return window `order(seed, epoch)[index % n]` with `epoch = index // n`, n the number of windows."""
         epoch, position = divmod(index, self.num_windows)
         return self._window(epoch_permutation(self.num_windows, self._seed, epoch)[position])
 
@@ -135,10 +135,10 @@ class EvaluationSource(_Windows):
     number of batches between ranks.
 
     Args:
-        tokens: of each domain, without the leading EOD, each [N_d].
+        tokens: tokens of each domain, without the leading EOD, each [N_d].
         seq_len: T, in tokens.
         eod_id: id of the end-of-document token.
-        max_windows: at most so many windows of each domain, the first ones; None: all.
+        max_windows: maximum number of windows of each domain, the first ones; None: all.
     """
 
     def __init__(self, tokens: Sequence[np.ndarray], seq_len: int, eod_id: int, max_windows: int | None) -> None:
@@ -167,7 +167,7 @@ def count_domain_windows(tokens: Sequence[np.ndarray], seq_len: int, max_windows
 
 
 def count_windows(num_tokens: int, seq_len: int, keep_tail: bool) -> int:
-    """Windows in a text of `num_tokens` targets; the last, shorter one counts if `keep_tail`."""
+    """Return the number of windows in a text of `num_tokens` targets; the last, shorter one counts if `keep_tail`."""
     full, tail = divmod(num_tokens, seq_len)
     return full + int(keep_tail and tail > 0)
 
@@ -179,13 +179,13 @@ def cut_window(tokens: np.ndarray, index: int, seq_len: int, eod_id: int) -> tup
         tokens: the text without its leading EOD, [N].
         index: 0 <= index < count_windows(N, seq_len, keep_tail=True).
         seq_len: T, in tokens.
-        eod_id: id of the end-of-document token, also what padding is filled with.
+        eod_id: id of the end-of-document token, also used as padding.
 
     Returns:
         inputs int64 [T], targets int64 [T], and mask bool [T], False where the text has ended.
     """
     start = index * seq_len
-    assert 0 <= start < len(tokens), f"window {index} starts behind the text's {len(tokens)} tokens"
+    assert 0 <= start < len(tokens), f"window {index} starts after the text's {len(tokens)} tokens"
     targets = np.full(seq_len, eod_id, dtype=np.int64)
     inputs = np.full(seq_len, eod_id, dtype=np.int64)
     length = min(seq_len, len(tokens) - start)

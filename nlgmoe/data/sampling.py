@@ -1,4 +1,4 @@
-"""Samples of a rank: which ones, their document masks, and the processes that load them.
+"""Samples of a rank: their indices, their document masks, and the processes that load them.
 
 Both samplers derive from `DistributedSampler`, so that no Trainer wraps them in one, whatever its `use_distributed_sampler` is.
 """
@@ -58,14 +58,14 @@ class MicroBatches(Dataset[Any]):
 class TrainingSampler(DistributedSampler):
     """Endless micro-batches of one rank, as lists of sample indices, beginning at the samples consumed so far.
 
-    A step takes consecutive samples, each of its micro-batches the next ones; rank r owns the r-th slice of a micro-batch.
+    A step takes consecutive samples, and so do its micro-batches; rank r owns the r-th slice of a micro-batch.
     The size of a step is a function of the samples before it, so ranks, workers and restarts do not change its samples.
 
     Args:
         samples_consumed: called when an iteration begins, so that a second one continues.
-        batch_size_after: sequences of the step that follows so many samples, over all ranks.
-        micro_batches: A, of a step.
-        rank: of this process, 0 <= rank < world_size.
+        batch_size_after: maps samples consumed to the sequences of the next step, over all ranks.
+        micro_batches: A, micro-batches of a step.
+        rank: rank of this process, 0 <= rank < world_size.
         world_size: W, number of data-parallel processes; `A * W` divides every step.
     """
 
@@ -88,7 +88,7 @@ class TrainingSampler(DistributedSampler):
         start = self._samples_consumed()
         while True:
             size, rest = divmod(self._batch_size_after(start), self._micro_batches * self.num_replicas)
-            assert rest == 0, "the data module checks what divides"
+            assert rest == 0, "the data module checks divisibility"
             for _ in range(self._micro_batches):
                 first = start + self.rank * size
                 yield list(range(first, first + size))
@@ -116,9 +116,9 @@ class EvaluationSampler(DistributedSampler):
 
 
 def mark_documents(sample: Sample, eod_id: int, attention: bool, mask_loss: bool) -> Sample:
-    """Add where documents begin, for attention, for the loss, for both or for neither.
+    """Mark the beginnings of documents for attention, the loss, both or neither.
 
-    An end-of-document token that is read opens a document: its target is that document's first token.
+    An end-of-document token in the input begins a document: its target is that document's first token.
 
         tokens      c  EOD  a  b  EOD  a      (a window that begins inside a document)
         targets    EOD  a   b EOD  a   b
@@ -152,10 +152,10 @@ def ignore_worker_signals(worker: int) -> None:
 
     Ctrl+C, SIGUSR1 and SIGUSR2 are ignored, and SIGTERM unless it comes from the process that started this one.
 
-    Terminals, Slurm and DeepSpeed's launcher send a signal to every process there is, and training cannot reach its next
-    step without its batches. For `DataLoader(worker_init_fn=...)`.
+    Terminals, Slurm and DeepSpeed's launcher send signals to every process, and training needs batches to reach its next
+    step. For `DataLoader(worker_init_fn=...)`.
     """
-    signal.set_wakeup_fd(-1)  # it is the training process's, for that process's own signals
+    signal.set_wakeup_fd(-1)  # inherited from the training process, which uses it for its own signals
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # Blocked, and read one by one by a thread: a handler does not get the sender of a signal.

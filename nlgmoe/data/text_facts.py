@@ -49,11 +49,11 @@ class TextFacts:
         return self._opened().tokenizer.eod_id
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Return the token ids of a text."""
         return self._opened().tokenizer.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
+        """Return the text of token ids."""
         return self._opened().tokenizer.decode(ids)
 
     def tokenizer_json(self) -> str:
@@ -61,15 +61,15 @@ class TextFacts:
         return self._opened().tokenizer.to_json()
 
     def token_byte_lengths(self) -> torch.Tensor:
-        """UTF-8 bytes of text that each token id spells, `[V]`; 0 for the end-of-document token."""
+        """Return the UTF-8 bytes of text of each token id, `[V]`; 0 for the end-of-document token."""
         return torch.as_tensor(self._opened().tokenizer.token_bytes)
 
     def token_spellings(self) -> list[bytes]:
-        """Return the bytes of text that each token id stands for, `[V]`."""
+        """Return the bytes of text of each token id, `[V]`."""
         return self._opened().tokenizer.spellings
 
     def unigram_entropy(self) -> float:
-        """Loss of the best context-free model on the tokens that have a loss in evaluation, in nats per token."""
+        """Compute the loss of the best context-free model on the tokens that have a loss in evaluation, in nats per token."""
         evaluated = list(self._evaluated_tokens().values())
         if self.mask_eod_loss:
             eod = self.eod_id
@@ -90,6 +90,6 @@ class TextFacts:
         return EvaluationSource(tokens, self.seq_len, self.eod_id, self.max_eval_windows)
 
     def _evaluated_tokens(self) -> dict[str, np.ndarray]:
-        """Domain -> the tokens that validation covers."""
+        """Return the tokens that validation covers, by domain."""
         source = self._evaluation_source("validation")
         return {name: source.evaluated_tokens(domain) for domain, name in enumerate(self.domains)}

@@ -35,15 +35,15 @@ __all__ = [
 
 EOD_NAMES = (EOD, "<eod>", "</s>", "<|end_of_text|>")
 BUILT = ("gpt2", *VOCABULARIES)
-COMPARED_TOKENS = 512  # of a document, by `share_reproduced`
+COMPARED_TOKENS = 512  # tokens of a document that `share_reproduced` compares
 SAME_TOKENIZER = 0.9  # least share that a tokenizer reproduces of its own ids
-# The byte-level alphabet: bytes that print stand for themselves, the others for the characters from 256 on.
+# The byte-level alphabet: printable bytes map to themselves, the others to the characters from 256 on.
 _PRINT = {*range(33, 127), *range(161, 173), *range(174, 256)}
 BYTE_OF = {chr(byte): byte for byte in sorted(_PRINT)} | {
     chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - _PRINT))
 }
 PROBE = "  Round trip:\tà la\r\n\n 日本 <|endoftext|> \x00🙂 don't  1234"
-# Pre-tokenisers that may stand before ByteLevel: they cut a text, and remove nothing unless `behavior` says so.
+# Pre-tokenisers allowed before ByteLevel: they split a text, and remove nothing unless `behavior` is set to.
 CUTTING = ("Split", "Digits", "Punctuation")
 
 
@@ -54,8 +54,8 @@ class Tokenizer:
     normaliser NFC, which GPT-NeoX's tokenizer has, is removed: text in this form keeps its ids, other text its bytes.
 
     Args:
-        backend: the `tokenizers` object that does the work; must be byte-level.
-        name: the user's name of it, for messages.
+        backend: the `tokenizers` object; must be byte-level.
+        name: its name in messages.
 
     Raises:
         ValueError: it has no end-of-document token, or does not reproduce its input.
@@ -64,13 +64,13 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, name: str) -> None:
         # A document about language models contains the string "<|endoftext|>"; it must not end the document.
         backend.encode_special_tokens = True
-        # Files written after a use in `transformers` may have these, which would cut documents off.
+        # Files saved by `transformers` may enable both, which would change documents.
         backend.no_truncation()
         backend.no_padding()
-        # No token is added to a text here, so none by an exported tokenizer either.
+        # Texts are encoded without added tokens here; an exported tokenizer must not add any either.
         if backend.num_special_tokens_to_add(False):
             backend.post_processor = None
-        if getattr(backend.model, "dropout", None):  # of BPE: merges left out at random
+        if getattr(backend.model, "dropout", None):  # BPE's random omission of merges
             backend.model.dropout = None
         if [part["type"] for part in _parts(backend.normalizer, "normalizers")] == ["NFC"]:
             backend.normalizer = None  # it changes only text that it would not reproduce
@@ -93,7 +93,7 @@ class Tokenizer:
             )
 
     def _changed_structure(self, vocabulary: dict[str, int]) -> str | None:
-        """Return the component, as a problem in words, by which some text is not reproduced."""
+        """Describe a component that does not reproduce every text; None if there is none."""
         normalizers = _parts(self._backend.normalizer, "normalizers")
         *cuts, last = _parts(self._backend.pre_tokenizer, "pretokenizers") or [{"type": "no pre-tokeniser"}]
         if last["type"] == "ByteLevel" and last["add_prefix_space"]:
@@ -111,7 +111,7 @@ class Tokenizer:
         return f"it has no token for {len(missing)} of the 256 bytes" if missing else None
 
     def _changed_sample(self) -> str | None:
-        """Encode and decode a text with the names of all added tokens; return where it is changed, or None."""
+        """Encode and decode a text with the names of all added tokens; describe the first change, or return None."""
         added = [f" a {token.content} b" for token in self._backend.get_added_tokens_decoder().values()]
         text = "".join([PROBE, string.printable, *added])
         ids = self.encode(text)
@@ -124,28 +124,28 @@ class Tokenizer:
         return None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without end-of-document token."""
+        """Return the token ids of a text, without end-of-document token."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, in parallel threads."""
+        """Return the token ids of each text, in parallel threads."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, the end-of-document token written out."""
+        """Return the text of token ids, the end-of-document token written out."""
         text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
 
     def spell(self, token: int) -> bytes:
-        """Return the bytes of text that a token stands for; the end of a document, and an unknown id, for none."""
+        """Return the bytes of text of a token; none for the end-of-document token and unknown ids."""
         return self.spellings[token] if token < len(self.spellings) else b""
 
     def share_reproduced(self, documents: Iterable[np.ndarray]) -> float:
-        """Return the share of ids that come back when their text is tokenised again: near 1 for this tokenizer's own ids.
+        """Return the share of ids that are reproduced when their text is tokenised again: near 1 for this tokenizer's own ids.
 
-        Runs of three ids are counted, as single ones of a small vocabulary often come back from a large one. Cut documents
-        lose a few; one with ids outside the vocabulary loses all.
+        Counts runs of three ids, since a large vocabulary often reproduces single ids of a small one. Truncated documents
+        lose a few runs; a document with unknown ids loses all.
         """
         kept = total = 0
         for document in documents:
@@ -158,7 +158,7 @@ class Tokenizer:
         return kept / total if total else 1.0
 
     def has_same_ids(self, other: "Tokenizer") -> bool:
-        """Return whether each token id stands for the same bytes of text in both."""
+        """Return whether each token id has the same bytes of text in both."""
         return (self.eod_id, self.spellings) == (other.eod_id, other.spellings)
 
     def to_json(self) -> str:
@@ -173,12 +173,12 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """int64 [vocab_size]: how many bytes of text each token stands for; the end of a document is none."""
+        """Number of bytes of text of each token, int64 [vocab_size]; 0 for the end-of-document token."""
         return np.array([len(spelling) for spelling in self.spellings], dtype=np.int64)
 
     @cached_property
     def spellings(self) -> list[bytes]:
-        """[vocab_size] the bytes of text that each token stands for; the end of a document is none."""
+        """Bytes of text of each token, [vocab_size]; none for the end-of-document token."""
         spelt = [b""] * self.vocab_size
         for token, index in self._backend.get_vocab(with_added_tokens=False).items():
             if BYTE_OF.keys() >= set(token):
@@ -190,7 +190,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of its JSON, hexadecimal: two tokenizers with the same one give the same ids."""
+        """Hexadecimal sha256 of its JSON: tokenizers with equal fingerprints give equal ids."""
         description = json.loads(self._backend.to_str())
         for setting in ("version", "truncation", "padding", "post_processor"):
             description.pop(setting, None)  # without effect on the ids used here
@@ -207,7 +207,7 @@ def _parts(component: Any, name: str) -> list[dict[str, Any]]:
 
 
 def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
-    """Load a tokenizer, after downloading or training it where that is needed.
+    """Load a tokenizer, after downloading or training it if necessary.
 
     Args:
         name_or_path: "gpt2", "pocket-1k", "pocket-4k", "pocket-8k", or a folder with `tokenizer.json` or with `vocab.json` and
@@ -231,7 +231,7 @@ def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
 
 
 def vocab_size_of(name_or_path: str, data_dir: Path) -> int:
-    """Return the number of ids of a tokenizer; one by name need not be built for it."""
+    """Return the number of ids of a tokenizer; a tokenizer given by name need not be built."""
     known = {"gpt2": 50_257, **VOCABULARIES}
     return known.get(name_or_path) or load_tokenizer(name_or_path, data_dir).vocab_size
 
@@ -251,7 +251,7 @@ def _load_version(name: str, versions: tuple[tuple[Path, int, int], ...]) -> Tok
     files = [file for file, _, _ in versions]
     try:
         backend = tokenizers.Tokenizer.from_file(str(files[0])) if len(files) == 1 else _from_vocabulary(*files)
-    except BaseException as error:  # the library raises `Exception` itself, or Rust's panic, and does not name the file
+    except BaseException as error:  # the library raises `Exception` itself, or Rust's panic, without the file's name
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         names = " or ".join(map(str, files))
@@ -270,7 +270,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> Toke
 
 
 def _from_vocabulary(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
-    """GPT-2's file pair. Its end-of-document token is a plain entry that no merge produces, so text never gives it."""
+    """Load GPT-2's files, whose end-of-document token is a plain entry that no merge produces."""
     backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -45,7 +45,7 @@ class TrainingData(LightningDataModule, ABC):
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str | int]:
-        """Return what determines a sample's tokens together with its number: name -> setting or hash of contents."""
+        """Return settings and hashes by name; with a sample's number they determine its tokens."""
 
     @abstractmethod
     def batch_size_after(self, samples: int) -> int:
@@ -58,7 +58,7 @@ class TrainingData(LightningDataModule, ABC):
     def has_equal_batches(self) -> bool:
         """Return True if each micro-batch of training has as many tokens on every rank, padding included.
 
-        Expert parallelism then need not wait for the number of rows that it sends (`LocalDispatcher.equal_batches`).
+        Expert parallelism then needs no synchronisation for the number of rows to send (`LocalDispatcher.equal_batches`).
         """
         return False
 
@@ -67,11 +67,11 @@ class TrainingData(LightningDataModule, ABC):
         return None
 
     def token_byte_lengths(self) -> Tensor:
-        """Return the bytes of text that each token id spells, `[V]`; zeros: the loss per byte is not logged."""
+        """Return the number of bytes of text of each token id, `[V]`; zeros: the loss per byte is not logged."""
         return torch.zeros(self.vocab_size)
 
     def token_spellings(self) -> list[bytes] | None:
-        """Return the bytes of text that each token id stands for, `[V]`; None if not known."""
+        """Return the bytes of text of each token id, `[V]`; None if not known."""
         return None
 
     @property
@@ -114,7 +114,7 @@ def training_data(trainer: Trainer | None) -> TrainingData | None:
 def differing(saved: Mapping[str, object], current: Mapping[str, object]) -> list[str]:
     """Name the entries of the current fingerprint of data that differ from the saved one."""
     changes = [
-        f"{name} ({saved.get(name, 'missing')} there, {value} here)"
+        f"{name} (saved: {saved.get(name, 'missing')}, now: {value})"
         for name, value in current.items()
         if saved.get(name) != value
     ]

@@ -67,14 +67,14 @@ class Distiller(ABC):
 
     @abstractmethod
     def release(self) -> bool:
-        """Free what `start` loaded. Returns whether there was anything."""
+        """Free what `start` loaded. Returns whether anything was loaded."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the teacher that the run has used, for the student's checkpoint."""
         return self._used
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it, before `start`; the teacher is kept unless the setting that names it has changed."""
+        """Restore the state before `start`; the teacher is kept unless the setting that names it has changed."""
         self._used = state_dict
 
 
@@ -100,7 +100,7 @@ class End(NamedTuple):
 
 
 def distillation_end(train_tokens: int | None, trainer: Trainer) -> End:
-    """Return the end of distillation in a run of `train_tokens` tokens: the run's, or that of a callback of its trainer."""
+    """Return the end of distillation in a run of `train_tokens` tokens: the earliest of the run's and its callbacks'."""
     end = End(train_tokens, trainer.max_steps if trainer.max_steps >= 0 else None)
     for callback in getattr(trainer, "callbacks", []):
         if hasattr(callback, "distillation_end"):
@@ -126,7 +126,7 @@ def samples_before_end(
     """Return the samples consumed when a run ends, counted from its first; None if it has no end in tokens or steps.
 
     Args:
-        end: of the run.
+        end: end of the run.
         batch_size_after: sequences of the step that follows that many samples, over all ranks.
         seq_len: length of whole sequences.
         curriculum: schedule of shorter sequences, each a cut sample; None: all are whole.

@@ -122,8 +122,8 @@ class MixtureOfStudents(Distiller):
             path = Path(self._used["checkpoint"])
             if not is_complete(path) or hash_of_weights(path) != self._used["weights"]:
                 raise RunError(
-                    f"model.distiller.teacher={self.teacher}: this run has learned from {path}, whose weights are gone or were "
-                    "replaced; bring them back, or set it to the path of another checkpoint to learn from that"
+                    f"model.distiller.teacher={self.teacher}: this run has learned from {path}, whose weights were deleted or "
+                    "replaced; restore them, or set it to the path of another checkpoint to change the teacher"
                 )
         path, document, weights = find_teacher(
             self._used.get("checkpoint", self.teacher),
@@ -194,8 +194,8 @@ def _check_shape(teacher: GPTConfig, expected: dict[str, Any], path: Path) -> No
             same = value == counts or (isinstance(value, int) and set(counts) == {value} - {0})
         if value is not None and not same:
             raise SettingError(
-                f"model.distiller.{name}={value}, but model.distiller.teacher={path} has {actual}; use the teacher that is "
-                f"meant, or set {name} to null to take what it has"
+                f"model.distiller.{name}={value}, but model.distiller.teacher={path} has {actual}; use the intended "
+                f"teacher, or set {name} to null to accept any value"
             )
 
 

@@ -55,7 +55,7 @@ class OfflineTeacher(Distiller):
 
     @override
     def start(self, student: GPT, trainer: Trainer) -> None:
-        """Open the folder, and check that it is of this run's data and of its teacher."""
+        """Open the folder, and check that this run's data and teacher were recorded."""
         self.release()
         if self.loss_weight == 0:
             return
@@ -113,7 +113,7 @@ class OfflineTeacher(Distiller):
             )
 
     def _check_data(self, header: dict[str, Any], trainer: Trainer) -> None:
-        """Check that the logits are of this run's data, and cover every sample that it distils."""
+        """Check that the logits are of this run's data, and cover every sample of its distillation."""
         setting, data = f"model.distiller.logits={self.logits}", training_data(trainer)
         if data is None:
             raise SettingError(f"{setting}: {_UNNUMBERED}")
@@ -140,7 +140,7 @@ class OfflineTeacher(Distiller):
             )
 
     def _check_used(self, teacher: dict[str, Any]) -> None:
-        """Check that a resumed run learns from the same weights, unless it is given another folder."""
+        """Check that a resumed run learns from the same weights, unless it has another folder."""
         used = self._used
         if used and used.get("weights") != teacher["weights"]:
             if used.get("setting") == self.logits:

@@ -47,8 +47,8 @@ class Progress:
     """The progress of a recording.
 
     Attributes:
-        samples: recorded.
-        positions: of these samples, without padding.
+        samples: samples recorded.
+        positions: positions of these samples, without padding.
         tail_mass: sum over positions of the probability outside the K likeliest tokens.
     """
 
@@ -64,15 +64,15 @@ def record_logits(
     folder: Path,
     report: Callable[[Progress], object],
 ) -> Progress:
-    """Write a folder for `TeacherLogits`, or what an earlier process has left of it.
+    """Write a folder for `TeacherLogits`, or complete one that an earlier process began.
 
     Args:
-        teacher: loaded.
-        data: at its first sample; its batches are `settings["micro_batch_size"]` sequences.
+        teacher: the loaded teacher.
+        data: data module at its first sample; its batches are `settings["micro_batch_size"]` sequences.
         settings: everything that determines the bytes, for the header: `teacher` (`checkpoint`, `weights`, and more), `data` (the
             fingerprint), `vocab_size`, `seq_len`, `top_k`,
             `temperature`, `samples`, `micro_batch_size`, `loss_chunk_size` (positions whose logits exist at a time), and more.
-        folder: the result.
+        folder: folder to write.
         report: called with the progress at the start and after every batch.
     """
     header, position = folder / HEADER, folder / POSITION
@@ -188,7 +188,7 @@ def likeliest(targets: SoftTargets, part: slice, top_k: int, temperature: float)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_probs = (logits / temperature).log_softmax(dim=-1)  # [C, V]
     top, ids = log_probs.topk(top_k, dim=-1)
-    tail = log_probs.exp_().scatter_(1, ids, 0).sum(dim=-1, keepdim=True).log()  # without the others: no cancellation
+    tail = log_probs.exp_().scatter_(1, ids, 0).sum(dim=-1, keepdim=True).log()  # summed directly, without cancellation
     return ids, torch.cat([top, tail], dim=1)
 
 

@@ -1,4 +1,4 @@
-"""Recorded teacher logits: of every position the K likeliest next tokens, their log-probabilities, and that of all others.
+"""Recorded teacher logits: at each position the K likeliest next tokens, their log-probabilities, and that of all others.
 
     FOLDER/header.json       teacher, data and settings of the recording, and a checksum of them
     FOLDER/logits-00000.bin  a record for each of the first training samples, in the order of the run; and so on
@@ -44,7 +44,7 @@ class TeacherLogits:
         self._folder = Path(folder)
         self.header = read_header(self._folder)
         if (self._folder / POSITION).exists():
-            raise RunError(f"{folder} is not finished; start the command again that was recording it")
+            raise RunError(f"{folder} is not finished; run the command that records it again")
         dtype, self._per_file = record_type(self.header), self.header["samples_per_file"]
         self._files: list[np.ndarray] = []
         for number, first in enumerate(range(0, len(self), self._per_file)):

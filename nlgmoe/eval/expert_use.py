@@ -1,4 +1,4 @@
-"""How much a model uses each expert of a text: the sum of its weights over tokens, and REAP's saliency."""
+"""The use of each expert on a text: the sum of its weights over tokens, and REAP's saliency."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class ExpertUse:
     Attributes:
         loss: mean over tokens, nats.
         tokens: number of these tokens.
-        weights: for each MoE layer, `[E]` sum over tokens of the expert's weight in the output.
-        saliency: for each MoE layer, `[E]` mean over the expert's tokens of weight times the L2 norm of its output, 0 for an
+        weights: `[E]` for each MoE layer: sum over tokens of the expert's weight in the output.
+        saliency: `[E]` for each MoE layer: mean over the expert's tokens of weight times the L2 norm of its output, 0 for an
             expert without tokens: REAP, arXiv 2510.13999.
     """
 
@@ -62,7 +62,7 @@ class _Layer:
 
 @contextmanager
 def _measured(model: GPT) -> Iterator[list[_Layer]]:
-    """Sum over the rows that the model's experts compute meanwhile."""
+    """Sum over the rows that the model's experts compute in the block."""
     sums, handles = [], []
     for layer in moe_layers(model):
         sums.append(measured := _Layer(layer))

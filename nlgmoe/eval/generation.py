@@ -72,7 +72,7 @@ def generate(
     """Continue `prompts` in one batch; return each prompt followed by its generated tokens.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         prompts: token ids, at least one per prompt (an end-of-document token begins a text); lengths may differ.
         max_new_tokens: maximum number of tokens to add; a sequence also ends at the model's `seq_len`.
         temperature: see `Sampling`, as for `top_k`, `top_p` and `seed`.

@@ -1,1 +1,1 @@
-"""The layers: attention, feed-forward, router, dispatch, experts, MoE. Torch only; nothing here knows about training."""
+"""The layers: attention, feed-forward, router, dispatch, experts, MoE. They depend on torch only, not on training."""

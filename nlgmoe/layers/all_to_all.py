@@ -1,13 +1,13 @@
 """Expert parallelism: send rows to the ranks that hold their experts, and the outputs back, by one all-to-all each.
 
-    AllToAllDispatch(...)   starts to send rows, sorted by expert; the caller may compute something else meanwhile
+    AllToAllDispatch(...)   starts sending rows, sorted by expert; the caller may compute something else meanwhile
     receive                 waits for the rows of all ranks, and sorts them by the experts held here
     combine                 sends the experts' outputs back to the ranks of their rows, which sum them by token
 
-The host has to know the sizes of the messages. If experts have a capacity, and ranks equally many tokens, every rank sends as
-many slots to every expert, and pads them. Otherwise the host waits for the device to count the rows, once a layer, and exactly
-those are sent. Each all-to-all has the opposite one as its backward pass, which overlaps with what ran between the constructor
-and `receive`.
+The host needs the sizes of the messages. If experts have a capacity, and ranks equally many tokens, every rank sends a fixed
+number of padded slots to every expert. Otherwise the host waits for the device to count the rows, once per layer, and only rows
+are sent. The backward pass of an all-to-all is the reverse all-to-all; it overlaps with the backward pass of the computation
+between the constructor and `receive`.
 
 Letters: W ranks of the expert-parallel group, E experts of the layer, e = E / W experts held here, C slots of an expert for the
 rows of one rank, R rows of this rank, H hidden size.
@@ -25,14 +25,14 @@ from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher, Rows
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Routing
 
-MAX_SLOTS = 1.25  # per assignment; with more, to send the padding costs more than to wait
+MAX_SLOTS = 1.25  # per assignment; with more, sending the padding costs more than waiting
 
 
 class AllToAllDispatcher(LocalDispatcher):
-    """Dispatches tokens to experts that the ranks of a group hold.
+    """Dispatches tokens to experts that are sharded over a group of ranks.
 
     Args:
-        placement: of the layer's experts, with a group.
+        placement: placement of the layer's experts, with a group.
     """
 
     def __init__(self, placement: ExpertPlacement) -> None:
@@ -40,16 +40,16 @@ class AllToAllDispatcher(LocalDispatcher):
         self.placement = placement
 
     def forward(self, tokens: Tensor, routing: Routing) -> AllToAllDispatch:
-        """Start to send `tokens`, `[N, H]`, to the ranks of their experts."""
+        """Start sending `tokens`, `[N, H]`, to the ranks of their experts."""
         # In evaluation the ranks' last micro-batches may differ in size.
         slots = fixed_slots(routing) if self.training and self.equal_batches else None
         return AllToAllDispatch(tokens, routing, self.placement, slots)
 
 
 def fixed_slots(routing: Routing) -> int | None:
-    """Return C where experts have a capacity and few slots can stay empty; None: rows have to be counted.
+    """Return C if experts have a capacity and few slots can stay empty; None: rows must be counted.
 
-    It is the same only on ranks whose micro-batches have equally many tokens.
+    Ranks whose micro-batches have equally many tokens get equal results.
     """
     if routing.capacity is None or routing.capacity * routing.num_experts > MAX_SLOTS * routing.expert.numel():
         return None
@@ -57,13 +57,13 @@ def fixed_slots(routing: Routing) -> int | None:
 
 
 class AllToAllDispatch(LocalDispatch):
-    """Tokens on their way to experts on the ranks of a group, and back.
+    """The exchange of a micro-batch's rows with the experts on the ranks of a group.
 
     Args:
         tokens: `[N, H]`.
         routing: their experts and weights.
-        placement: of the layer's experts, with a group.
-        slots: C, which no expert's rows exceed on any rank of the group, the same on all of them; None: rows are counted.
+        placement: placement of the layer's experts, with a group.
+        slots: C, an upper bound of an expert's rows from each rank, the same on all ranks of the group; None: rows are counted.
     """
 
     def __init__(self, tokens: Tensor, routing: Routing, placement: ExpertPlacement, slots: int | None = None) -> None:
@@ -123,7 +123,7 @@ class AllToAllDispatch(LocalDispatch):
 def _pad_to_slots(tokens_per_expert: Tensor, slots: int, rows: int) -> tuple[Tensor, Tensor]:
     """Return the row of each slot, `[E * C]`, and the slot of each row, `[R]`.
 
-    A slot without a row gets any row, spread over them: many gradients added to one row would be slow.
+    Empty slots get arbitrary rows, evenly spread: adding many gradients to one row would be slow.
     """
     ends = tokens_per_expert.cumsum(0)
     first = ends - tokens_per_expert  # [E]
@@ -187,7 +187,7 @@ class _Start(torch.autograd.Function):
 class _Wait(torch.autograd.Function):
     """Wait for an exchange. Backward: start the reverse one with the gradient.
 
-    The gradient that this returns to `_Start` only orders the two; the values are those that the exchange has sent.
+    The gradient returned to `_Start` only orders the two functions; `_Start` reads the values from the exchange.
     """
 
     @staticmethod

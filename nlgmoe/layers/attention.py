@@ -23,7 +23,7 @@ class KVCache:
     Holds at most `max_len` positions per sequence. Memory is allocated layer by layer at the first use.
 
     Attributes:
-        length: positions stored; those of the tokens that are being read included.
+        length: positions stored, those of the current tokens included.
         mask: `[B, length]` bool, False where a stored position is padding; None: no padding.
     """
 
@@ -64,7 +64,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What every attention layer needs beside the hidden states; `GPT.forward` builds one for each batch.
+    """Inputs of every attention layer besides the hidden states; `GPT.forward` builds one for each batch.
 
     Attributes:
         positions: `[1 or B, T]` int64, position of each token in its document, padding not counted.
@@ -87,7 +87,7 @@ class AttentionContext:
         documents: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> AttentionContext:
-        """Build it from the arguments of `GPT.forward`, and reserve room in the cache."""
+        """Build the context from the arguments of `GPT.forward`, and reserve room in the cache."""
         assert cache is None or documents is None, "a cache holds one document"
         new, cached = tokens.shape[1], cache.length if cache is not None else 0
         history = extend_mask(token_mask, cache, tokens)  # [B, S] or None
@@ -115,7 +115,7 @@ class CausalSelfAttention(nn.Module):
         y       = softmax(q k^T / sqrt(D)) v W_project
 
     Args:
-        config: of the model.
+        config: configuration of the model.
         layer_index: block number.
     """
 
@@ -166,7 +166,7 @@ class CausalSelfAttention(nn.Module):
 
 def rotations(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of the angles `position * theta^(-2 i / D)`, each `[1 or B, 1, T, D]` in fp32."""
-    # On the CPU: another last bit of a frequency turns position 4,096 by 2e-4.
+    # On the CPU: a difference in the last bit of a frequency rotates position 4,096 by 2e-4.
     frequencies = 1.0 / (
         theta ** (torch.arange(0, head_size, 2, dtype=torch.float32, device="cpu") / head_size)
     )  # [D / 2]
@@ -197,7 +197,7 @@ def visible_keys(
         token_mask: `[B, S]`, False at padding; None if there is none.
         new: number of new positions (T).
         cached: number of positions in the cache (S - T).
-        device: of the mask.
+        device: device of the mask.
         documents: `[B, T]`, the document of each position; attention ends at its borders. None: one document. Not with a cache.
 
     A padded query attends to itself, so that its softmax is defined; its output is not used.

@@ -30,7 +30,7 @@ def router_losses(routings: Sequence[Routing], aux_scope: Literal["rank", "globa
     without logits no z-loss.
 
     Args:
-        routings: of the MoE layers, one at least.
+        routings: routing of each MoE layer, at least one.
         aux_scope: `rank` uses this rank's loads; `global` uses the loads of all ranks together: the mean of the ranks' losses
             is then the loss of their whole batch, and so is its gradient. A collective.
     """
@@ -61,8 +61,8 @@ def add_router_losses(loss: Tensor, moe: MoEConfig, routings: Sequence[Routing])
 
     Args:
         loss: scalar.
-        moe: has the coefficients.
-        routings: of the MoE layers, one at least.
+        moe: settings with the coefficients.
+        routings: routing of each MoE layer, at least one.
 
     Returns:
         The sum, and the losses by name without their coefficients.

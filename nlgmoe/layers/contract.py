@@ -1,4 +1,4 @@
-"""What routers and expert networks, which may be a user's own, have to return."""
+"""Checks of the results of routers and expert networks, which may be a user's own."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def require_routing(routing: Any, router: Router, num_tokens: int, top_k: int) -
     """Check what a router returned, by its types and shapes: no value is read from the device.
 
     Args:
-        routing: that the router returned.
+        routing: result of the router.
         router: the router.
         num_tokens: N.
         top_k: k.

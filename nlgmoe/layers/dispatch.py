@@ -37,7 +37,7 @@ class Rows(NamedTuple):
 
 
 class LocalDispatch:
-    """Tokens on their way to experts that are all held here, and back.
+    """The dispatch of a micro-batch to experts on this rank, and the combination of their outputs.
 
     Args:
         tokens: `[N, H]`.
@@ -45,7 +45,7 @@ class LocalDispatch:
 
     Attributes:
         order: `[M]` assignment indices sorted by expert, each expert's in token order. On accelerators M is N * k and dropped
-            ones come last: to leave them out, the host would have to wait for their number.
+            ones come last: leaving them out would make the host wait for their number.
         weight: `[N, k]` of each assignment.
     """
 
@@ -97,5 +97,5 @@ class LocalDispatcher(nn.Module):
     equal_batches = False
 
     def forward(self, tokens: Tensor, routing: Routing) -> LocalDispatch:
-        """Start to bring `tokens`, `[N, H]`, to their experts; the caller may compute something else before `receive`."""
+        """Start the dispatch of `tokens`, `[N, H]`; the caller may compute something else before `receive`."""
         return LocalDispatch(tokens, routing)

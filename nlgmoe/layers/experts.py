@@ -23,8 +23,8 @@ from nlgmoe.layers.feed_forward import NETWORKS, cast_by_autocast
 from nlgmoe.parts import ExpertConfig, Linear
 from nlgmoe.roles import Role
 
-FEW_ROWS = 8  # without gradients on a CPU, so many rows are faster expert by expert than as a grouped product
-BIAS_WIDTH = 8  # inner width of the product that adds biases: the 16 bytes that grouped_mm asks of a row
+FEW_ROWS = 8  # up to this many rows without gradients, a loop over experts is faster on a CPU than a grouped product
+BIAS_WIDTH = 8  # inner width of the product that adds biases: grouped_mm requires rows of 16 bytes
 
 Function = Callable[..., Tensor]
 
@@ -88,7 +88,7 @@ class Experts(nn.Module):
         if not torch.is_grad_enabled() and x.device.type == "cpu" and len(x) <= FEW_ROWS:
             return "loop"  # generation: reads the weights of the chosen experts only
         if not all_used and torch.is_anomaly_enabled():
-            return "loop"  # anomaly detection would take rows that grouped_mm leaves uninitialised for the model's NaN
+            return "loop"  # anomaly detection would report NaN in rows that grouped_mm leaves uninitialised
         capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
         return select_backend(x.device.type, x.dtype, self.widths, capability)
 
@@ -131,7 +131,7 @@ class Experts(nn.Module):
         counts, learns = tokens_per_expert.tolist(), torch.is_grad_enabled()
         chosen = [e for e, count in enumerate(counts) if count or learns]  # on every rank each weight has a gradient
         *rows, rest = x.split([*(counts[e] for e in chosen), len(x) - sum(counts)])
-        # `unbind`: its gradient is one stack, where indexing would add up E of them.
+        # The gradient of `unbind` is one stack; indexing would add up E of them.
         stacks = {name: stack.unbind() if learns else stack for name, stack in self.named_parameters(recurse=False)}
         parts = [
             self._apply_network(part, _dense(lambda name, e=e: stacks[name][e] if name in stacks else None))  # type: ignore[misc]

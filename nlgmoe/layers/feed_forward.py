@@ -58,7 +58,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def cast_by_autocast(x: Tensor) -> Tensor:
-    """Cast to autocast's type where that is on: once, where each matrix would cast and keep its own copy."""
+    """Cast to autocast's dtype if it is on: once, instead of a cast and a copy for each matrix."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -67,7 +67,7 @@ class FeedForward(nn.Module):
     """A network applied to every position, `[..., H] -> [..., F] -> [..., H]`; one `nn.Linear` for each of its matrices.
 
     Args:
-        config: of the model.
+        config: configuration of the model.
         ffn_size: F.
     """
 

@@ -21,9 +21,9 @@ class SoftTargets:
     """A teacher's whole distributions for the tokens of a batch.
 
     Attributes:
-        logits: of the tokens of a slice, `[C, V]`, without gradient.
-        weight: of the distillation loss.
-        temperature: that both models' logits are divided by.
+        logits: maps a slice of tokens to their logits, `[C, V]`, without gradient.
+        weight: weight of the distillation loss.
+        temperature: divisor of both models' logits.
     """
 
     logits: Callable[[slice], Tensor]
@@ -56,10 +56,10 @@ class TopTargets:
     from that of the whole distributions by at most twice the tail's mass, summed over the vocabulary (docs/distillation.md).
 
     Attributes:
-        top: of the tokens of a slice: int64 `[C, K]`, the likeliest tokens at the temperature, the likeliest first; and
+        top: maps a slice of tokens to int64 `[C, K]`, the likeliest tokens at the temperature, the likeliest first; and
             `[C, K + 1]`, their log-probabilities and the tail's, up to a constant: they are normalised here.
-        weight: of the distillation loss.
-        temperature: that both models' logits are divided by; the teacher's have been.
+        weight: weight of the distillation loss.
+        temperature: divisor of both models' logits; already applied to the teacher's.
     """
 
     top: Callable[[slice], tuple[Tensor, Tensor]]
@@ -77,7 +77,7 @@ class TopTargets:
         teacher = teacher.to(student.dtype).log_softmax(dim=-1).clamp_min(limits.min)  # [C, K + 1]
         probs = teacher.exp()
         picked = student.gather(1, ids)  # [C, K]
-        difference = student.exp().scatter_(1, ids, 0)  # the tail's, summed without the others: no cancellation
+        difference = student.exp().scatter_(1, ids, 0)  # the tail's, summed directly, without cancellation
         tail = difference.sum(dim=-1, keepdim=True).clamp_min(limits.tiny)  # [C, 1]
         divergence = (teacher - torch.cat([picked, tail.log()], dim=1)).mul_(probs).sum(dim=-1, keepdim=True)
         difference.mul_(1 - probs[:, -1:] / tail).scatter_(1, ids, picked.exp() - probs[:, :-1])
@@ -114,8 +114,8 @@ def cross_entropy(
 ) -> Tensor:
     """Compute the mean over unmasked tokens of `-log softmax(hidden @ unembedding.T)[target]`, in at least fp32.
 
-    The logits of `chunk_size` tokens exist at a time. Their gradient is formed while they do (it needs nothing from
-    above but a scale), so the backward pass recomputes no logits. Under autocast the GEMMs run in its dtype.
+    The logits of `chunk_size` tokens exist at a time. The forward pass also computes their gradient, up to the scale from
+    the backward pass, so that no logits are recomputed. Under autocast the GEMMs run in its dtype.
 
     Args:
         hidden: `[N, H]`.
@@ -125,7 +125,7 @@ def cross_entropy(
         targets: `[N]` int64, below `vocab_size`.
         mask: `[N]` bool, False where a token is left out; None: none is.
         chunk_size: tokens per chunk; memory is `chunk_size * P` values.
-        divisor: scalar, what the sum over unmasked tokens is divided by; None: their number. With the mean of all ranks'
+        divisor: scalar divisor of the sum over unmasked tokens; None: their number. With the mean of all ranks'
             numbers, the mean of the ranks' losses is the loss of all their tokens.
 
     Returns:
@@ -187,9 +187,9 @@ def token_losses(hidden: Tensor, unembedding: Tensor, vocab_size: int, targets: 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and gradients of `factor * sum_n counted_n * CE_n`, chunk by chunk; with a teacher also of what `DistilledLoss` adds.
 
-    The 16-bit factors of the gradients' products hold probabilities and the mask. `factor`, about 1 / N, and the gradient
-    from above, which carries fp16's loss scale, meet the products' results in fp32, in the backward pass: in fp16 a probability
-    times 1 / N rounds to 0, and no loss scale can bring it back.
+    The 16-bit factors of the gradients' products hold probabilities and the mask. The backward pass multiplies the products'
+    results in fp32 by `factor`, about 1 / N, and by the incoming gradient, which contains fp16's loss scale: in fp16 a
+    probability times 1 / N rounds to 0, which no loss scale can undo.
     """
 
     @staticmethod
@@ -217,7 +217,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         distillation, agreement = torch.zeros_like(loss), torch.zeros_like(loss)
         for start in range(0, len(hidden), chunk_size):
             part = slice(start, start + chunk_size)
-            h, target, one = hidden[part], targets[part, None], counted[part, None]  # [C, H], [C, 1], [C, 1]
+            h, target, unmasked = hidden[part], targets[part, None], counted[part, None]  # [C, H], [C, 1], [C, 1]
             logits = padded_logits(h, unembedding, vocab_size)
             probs = logits.softmax(dim=-1)  # [C, P]; two such exist at a time, never three; five with a teacher
             # log softmax(z) = z - max z + log max p: one exponential of all logits, where log_softmax and exp take two.
@@ -225,26 +225,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             picked = logits.gather(1, target) - largest + likeliest  # [C, 1]
             difference = None
             if teacher is not None:
-                del probs  # as many again are needed here
+                del probs  # frees memory for tensors of the same size
                 log_probs = logits.sub_(largest).add_(likeliest)
                 divergence, agrees, difference = teacher.compare(log_probs[:, :vocab_size], part)
                 probs = log_probs.exp_()
                 del log_probs
-                distillation += (one * divergence).sum()
-                agreement += (one * agrees).sum()
+                distillation += (unmasked * divergence).sum()
+                agreement += (unmasked * agrees).sum()
             del logits
-            loss -= (one * picked).sum()
+            loss -= (unmasked * picked).sum()
             if not (needs_hidden or needs_unembedding):
                 continue
             grad = probs.scatter_(1, target, picked.expm1())  # d loss / d logits: probs - onehot
             if teacher is not None and difference is not None:
                 grad[:, :vocab_size].add_(difference, alpha=teacher.weight * teacher.temperature)
             grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:  # the mask, 0 or 1, goes to the narrower factor of each product
+            if grad_hidden is not None:  # the mask, 0 or 1, multiplies the narrower factor of each product
                 torch.mm(grad, unembedding, out=grad_hidden[part])
-                grad_hidden[part] *= one
+                grad_hidden[part] *= unmasked
             if grad_unembedding is not None:
-                h = h * one.to(h.dtype)
+                h = h * unmasked.to(h.dtype)
                 if hidden.dtype == dtype:
                     grad_unembedding.addmm_(grad.t(), h)
                 else:

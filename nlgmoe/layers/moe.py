@@ -66,18 +66,20 @@ class MoELayer(nn.Module):
 
         Args:
             x: `[B, T, H]`.
-            context: the router's other inputs.
+            context: other inputs of the router.
 
         Returns:
             `y` `[B, T, H]` in the dtype of `x`, and the routing.
 
         Raises:
-            ValueError: the router returned something else than a `Routing` of such shapes and types.
+            ValueError: the router did not return a `Routing` of the required shapes and types.
         """
         tokens = x.flatten(0, 1)  # [N, H]
         routing = require_routing(self.router(tokens, context), self.router, len(tokens), self.top_k)
         dispatch = self.dispatcher(tokens, routing)
-        mlp = self.mlp(tokens) if self.mlp is not None else None  # under expert parallelism while rows travel
+        mlp = (
+            self.mlp(tokens) if self.mlp is not None else None
+        )  # overlaps with the all-to-all under expert parallelism
         y = dispatch.combine(self.experts(*dispatch.receive()))  # [N, H], in at least fp32
         if self.coefficient is not None:
             assert mlp is not None

@@ -37,10 +37,10 @@ JITTER = 1e-2  # half-width of the multiplicative noise, DeepSpeed's default
 
 @dataclass(frozen=True)
 class RoutingContext:
-    """Inputs of a router beside the hidden states; the model makes one for each micro-batch.
+    """Inputs of a router besides the hidden states; the model builds one for each micro-batch.
 
     Attributes:
-        tokens: `[B, T]` int64 ids; None where a layer is called by itself.
+        tokens: `[B, T]` int64 ids; None if a layer is called without a model.
         mask: `[B, T]` bool, False at padding, which takes no slot and counts in no loss or statistic; None: no padding.
         noise_key: (seed, step, micro-batch index over all ranks): determines every random draw. None: torch's global generator.
         positions: `[1 or B, T]` int64 position of each token in its document, padding not counted; None as for `tokens`.
@@ -96,7 +96,7 @@ class Routing:
 
 
 def capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, minimum: int) -> int:
-    """Slots of one expert: `max(minimum, ceil(k * tokens / experts * factor))`.
+    """Return the slots of one expert: `max(minimum, ceil(k * tokens / experts * factor))`.
 
     Computed in float32, as DeepSpeed does: 100 tokens, 2 experts and factor 1.1 make 55, not the 56 of float64.
     """

@@ -16,7 +16,7 @@ class Uniform:
     Args:
         key: `RoutingContext.noise_key`; None: draw from torch's global generator.
         layer_index: block number, so that layers draw different numbers.
-        device: of the draws.
+        device: device of the draws.
     """
 
     def __init__(self, key: tuple[int, ...] | None, layer_index: int, device: torch.device) -> None:

@@ -1,1 +1,1 @@
-"""The model put together from the layers, and arithmetic about it."""
+"""The GPT: its layers in order, initial weights, compilation, and counts of parameters and FLOPs."""

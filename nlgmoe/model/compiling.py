@@ -12,7 +12,7 @@ from nlgmoe.model.gpt import GPT, Block
 def compile_dense_parts(model: GPT) -> None:
     """Compile attention and the dense feed-forward layers with `torch.compile`, at their first use.
 
-    Generation stays uncompiled: its shapes change with every token. Dropout draws other numbers than uncompiled.
+    Generation stays uncompiled: its shapes change with every token. Compiled dropout draws other random numbers.
     """
     for block in model.blocks:
         assert isinstance(block, Block)

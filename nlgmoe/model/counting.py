@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a configuration, by formula; of the model, only a user's own router is built.
+"""Parameters and FLOPs of a configuration, by formula; only a user's own router is built.
 
 Active parameters are those that one token uses: `top_k` experts of each MoE layer instead of all.
 """
@@ -37,7 +37,7 @@ class ParameterCount:
 
     @property
     def active(self) -> int:
-        """Parameters one token uses."""
+        """Parameters that one token uses."""
         return self.total - self.experts + self.active_experts
 
 
@@ -107,9 +107,9 @@ def parameters_of(model: nn.Module) -> tuple[int, int]:
     """Return the parameters of a model that is built: all, experts of other ranks included, and those active for one token."""
     total = active = sum(parameter.numel() for parameter in model.parameters())
     for moe in moe_layers(model):
-        one = sum(stack[0].numel() for stack in moe.experts.parameters())
-        total += (moe.router.num_experts - moe.experts.count) * one
-        active += (moe.top_k - moe.experts.count) * one
+        size = sum(stack[0].numel() for stack in moe.experts.parameters())
+        total += (moe.router.num_experts - moe.experts.count) * size
+        active += (moe.top_k - moe.experts.count) * size
     return total, active
 
 
@@ -159,7 +159,7 @@ def flops_of_tokens(config: GPTConfig, tokens: int, lengths: int) -> int:
 
     Args:
         config: the model.
-        tokens: how many.
+        tokens: number of tokens.
         lengths: sum over the tokens of the lengths of their sequences.
     """
     first = flops_per_token(config, 0)

@@ -39,7 +39,7 @@ def initialise(model: nn.Module, config: GPTConfig, seed: int) -> None:
 def _normal(tensor: Tensor, std: float, seed: int) -> None:
     """Fill with N(0, std), drawn in fp32 on the CPU so that the numbers do not depend on device and dtype.
 
-    Both are named because Lightning sets other defaults while it builds the model.
+    Device and dtype are explicit because Lightning sets other defaults while it builds the model.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     draw = torch.randn(tensor.shape, generator=generator, device="cpu", dtype=torch.float32)

@@ -94,7 +94,7 @@ def require_adamw(optimizer: torch.optim.Optimizer) -> None:
     """Check that the optimizer is `build_adamw`'s."""
     require(
         all("decays" in group for group in optimizer.param_groups),
-        f"configure_optimizers returns {type(optimizer).__name__}, where schedule and checkpoints need nlgmoe's AdamW: return "
+        f"configure_optimizers returns {type(optimizer).__name__}, but schedule and checkpoints need nlgmoe's AdamW: return "
         "super().configure_optimizers(), and set model.optimizer",
     )
 

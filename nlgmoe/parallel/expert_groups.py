@@ -43,7 +43,7 @@ def layer_degrees(config: GPTConfig, world_size: int, limit: int, name: str = "m
     """Return the degree of each MoE block, by block number; empty for a dense model.
 
     Args:
-        config: of the model.
+        config: configuration of the model.
         world_size: ranks of the run.
         limit: the run's `expert_parallel_size`.
         name: the model in errors: "model", or "teacher".

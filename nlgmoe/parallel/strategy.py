@@ -162,7 +162,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Make the process groups and return this rank's experts in every MoE block, by block number. A collective.
 
         Args:
-            config: of the model to shard.
+            config: configuration of the model to shard.
             of: its name in the log and in errors: "model", or "teacher".
 
         Raises:
@@ -208,8 +208,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         zero = self.config["zero_optimization"]
         # Weights become views of one buffer. grouped_mm, LayerNorm's kernel and matrix products need 16-byte alignment.
         zero["parameter_alignment"] = True
-        # With it, the host waits for the device after every backward pass, and one rank has nothing to overlap. DeepSpeed may
-        # free the gradient of a parameter that exceeds the bucket before the reduction's stream has read it.
+        # Overlapping makes the host wait for the device after every backward pass, without a gain on one rank. DeepSpeed may free
+        # the gradient of a parameter that exceeds the bucket before the reduction's stream has read it.
         fits = all(parameter.numel() <= zero["reduce_bucket_size"] for parameter in model.parameters())
         zero["overlap_comm"] = self.world_size > 1 and fits
         for layer in moe_layers(model):

@@ -1,1 +1,1 @@
-"""Runs: the run folder, its checkpoints, signals, resuming, and what a run refuses."""
+"""Runs: the run folder, its checkpoints, signals, resuming, and refused options."""

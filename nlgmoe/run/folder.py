@@ -37,7 +37,7 @@ from nlgmoe.files import atomic_write, flattened, write_json
 from nlgmoe.validation import SettingError, require
 from nlgmoe.versions import versions
 
-LOCK_SECONDS = 10.0  # to wait for a process that is about to end
+LOCK_SECONDS = 10.0  # of waiting for a process that is about to end
 METRICS = "metrics.csv"
 
 
@@ -151,7 +151,7 @@ class RunTrainer(Trainer):
 
 
 def checkpoint_to_resume(folder: Path, name: str | Path | None) -> str | None:
-    """Return what a `fit` in a run folder resumes: the folder (its newest valid checkpoint), a path, or None for a new run.
+    """Return the checkpoint that `fit` resumes: the run folder (its newest valid one), a path, or None for a new run.
 
     Args:
         folder: the run folder.
@@ -218,7 +218,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 class RunFolder(SaveConfigCallback):
-    """Writes settings and versions into the run folder, and cuts `metrics.csv` where a run is resumed."""
+    """Writes settings and versions into the run folder, and cuts `metrics.csv` when a run is resumed."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -263,7 +263,7 @@ class RunFolder(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write `config.yaml` and `versions.json`, and a file of `starts/` if one of them has changed.
 
-        The configuration repeats the run from its beginning: without the checkpoint that this start has resumed.
+        The configuration repeats the run from its beginning, so it omits the resumed checkpoint.
         """
         self.already_saved = True
         folder, config, packages = Path(trainer.default_root_dir), copy.deepcopy(self.config), versions()

@@ -34,10 +34,10 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
     The last step of a run is saved, and so is the step after which a signal ends it. See `StopOnSignal` for signals.
 
     Args:
-        every_n_steps: save every so many optimizer steps; null: not by steps.
-        minutes: save when so many minutes have passed since the last checkpoint; null: not by time.
+        every_n_steps: optimizer steps between checkpoints; null: not by steps.
+        minutes: minutes between checkpoints; null: not by time.
         keep: number of newest checkpoints to keep, beside the best one and milestones.
-        milestones: save and keep a checkpoint every so many optimizer steps; null: none.
+        milestones: optimizer steps between checkpoints that are always kept; null: none.
         monitor: metric of the best checkpoint, as a validation logs it; null: none is the best.
         mode: `min` if a lower value of the metric is better, `max` if a higher one is.
         save_before_validation: save every step that is validated, before its validation. If false, a signal during a validation
@@ -86,12 +86,12 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the state."""
         self._best = (state_dict["best_step"], state_dict["best_score"]) if state_dict else None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Move to the front: Lightning calls callbacks that save last, when the others have begun the next step."""
+        """Move to the front: Lightning calls checkpoint callbacks last, after others have begun the next step."""
         if stage == "fit":
             self._folder, self._best = Path(trainer.default_root_dir), None
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

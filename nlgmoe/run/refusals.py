@@ -1,4 +1,4 @@
-"""What a run refuses: options and callbacks of Lightning with which a default run would be wrong without an error."""
+"""Refuse options and callbacks of Lightning that would make a run wrong without an error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.validation import SettingError
 
-_END = "keeps a run going that is at its end or is told to stop; leave it out"
+_END = "continues a run after its end or a stop; leave it out"
 SETTINGS = {  # of a Trainer, unless they are 0 or null
     "min_steps": _END,
     "min_epochs": _END,
@@ -32,7 +32,9 @@ STRATEGIES = {
     (FSDPStrategy, ModelParallelStrategy): (
         "divides the weights, which gradient norms and checkpoints here do not support; use nlgmoe.ExpertParallelStrategy, or ddp"
     ),
-    (DeepSpeedStrategy,): "knows no experts; write {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2}}",
+    (
+        DeepSpeedStrategy,
+    ): "does not support experts; write {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2}}",
 }
 CALLBACKS = {
     (GradientAccumulationScheduler, BatchSizeFinder): "changes the batch that data.global_batch_size sets; remove it",
@@ -46,7 +48,7 @@ CALLBACKS = {
 
 
 def check_trainer(trainer: Trainer, stage: str) -> None:
-    """Refuse what is listed above, and make the portable checkpoint the trainer's format."""
+    """Refuse the options listed above, and make the portable checkpoint the trainer's format."""
     strategy = trainer.strategy
     for kinds, reason in STRATEGIES.items():
         if isinstance(strategy, kinds) and not isinstance(strategy, PlacesExperts):
@@ -81,6 +83,6 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     for logger in trainer.loggers:
         if kept := vars(logger).get("_log_model"):  # of MLFlowLogger and WandbLogger
             raise SettingError(
-                f"trainer.logger: {type(logger).__name__}.log_model={kept} takes checkpoints that are files, and here they are "
+                f"trainer.logger: {type(logger).__name__}.log_model={kept} uploads checkpoints that are files, here they are "
                 "folders; leave it out, and upload the folder as docs/metrics.md shows"
             )

@@ -1,7 +1,7 @@
-"""Resuming: the progress of Lightning's loops in a checkpoint, and what a resumed run does before its first step.
+"""Resuming: the progress of Lightning's loops in a checkpoint, and the start of a resumed run.
 
-A checkpoint is of an optimizer step, wherever it was saved. A run that resumes it takes the next step; if the step was to be
-validated and was not, the run begins with that validation. A run resumed at its end validates again, and takes no step.
+A checkpoint always holds the state after an optimizer step. A resumed run continues with the next step; a pending validation of
+the last step runs first. A run resumed at its end validates again, and takes no step.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from nlgmoe.config import MoEConfig
 from nlgmoe.data.training_data import training_data
 from nlgmoe.validation import require
 
-# What is set of Lightning 2.6's progress state, in this file if none is named, and why:
+# Fields of Lightning 2.6's progress state that are set, in this file unless another is named, and the reasons:
 #
 #   batch_progress              to the last micro-batch of the last step, ready and processed, but not completed: Lightning's
 #                               state in `on_train_batch_end`, from which `reset` completes the batch
 #   _batches_that_stepped       step - 1 in a checkpoint, for the same reason: `reset` adds 1; `module.py`: to the last step
 #                               before every batch, since Lightning loses it if a run is resumed at an end, and to step - 1 in
 #                               the evaluation of a checkpoint, so that loggers get the step of training's own validation
-#   val_loop.batch_progress     to none: `begin` runs a validation that was left, since Lightning's own restart of one looks at
+#   val_loop.batch_progress     to none: `begin` runs a pending validation, since Lightning's own restart of one looks at
 #                               the wrong batch at the end of an epoch
 #   epoch_loop.max_steps        to -1 from loading to `on_train_start`, which Lightning does not reach at `max_steps`
 #   val_check_batch             to `val_check_interval` optimizer steps: Lightning counts micro-batches
@@ -56,8 +56,8 @@ class Resuming:
     """The last step of a checkpoint, and the first actions of a run that resumes it.
 
     Attributes:
-        validation_due: the interval of validations has ended with the last step. The end of a run is validated too, but a longer
-            run has no validation there.
+        validation_due: the last step ends a validation interval. False for the validation at the end of a run, which a longer run
+            does not have.
     """
 
     def __init__(self) -> None:
@@ -67,17 +67,17 @@ class Resuming:
         self._step: StepSize | None = None  # of the last step
 
     def end_validation(self, trainer: Trainer) -> None:
-        """Note that a validation of the fit has ended."""
+        """Record the end of a validation of the fit."""
         self._validated = trainer.global_step
 
     def end_step(self, trainer: Trainer, step: StepSize, planned: int | None, moe: MoEConfig | None) -> None:
-        """Note the size of a step, and warn if that of a resumed run differs.
+        """Record the size of a step, and warn if that of a resumed run differs.
 
         Args:
-            trainer: of the fit.
-            step: its size.
+            trainer: trainer of the fit.
+            step: size of the step.
             planned: sequences that `batch_ramp_up` plans for it, over all ranks.
-            moe: of the model.
+            moe: MoE settings of the model.
         """
         loop = trainer.fit_loop.epoch_loop
         if loop._num_ready_batches_reached() and loop.batch_idx + 1 > step.micro_batches:
@@ -87,7 +87,7 @@ class Resuming:
         self._step = step
 
     def save(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
-        """Add to Lightning's dictionary whether a validation is left, and set its loops to the last optimizer step."""
+        """Add to Lightning's dictionary whether a validation is pending, and set its loops to the last optimizer step."""
         step = checkpoint["global_step"]
         if step == 0:
             del checkpoint["loops"]  # nothing has been trained on: to resume is to start
@@ -98,7 +98,7 @@ class Resuming:
         set_progress(checkpoint, trainer.accumulate_grad_batches)
 
     def load(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
-        """Restore it from Lightning's dictionary, before the trainer reads that."""
+        """Restore the state from Lightning's dictionary, before the trainer reads it."""
         self.validation_due = checkpoint.get("validation_due", False)
         self._validated = checkpoint["global_step"] if checkpoint.get("validated", False) else None
         self._step = StepSize(**size) if (size := checkpoint.get("step_size")) else None
@@ -110,12 +110,12 @@ class Resuming:
             trainer.fit_loop.epoch_loop.max_steps = -1
 
     def begin(self, trainer: Trainer, tokens: int, train_tokens: int | None) -> None:
-        """Run the validation that is left of the last step. A run that is resumed at its end is validated, and stops.
+        """Run a pending validation of the last step. A run that is resumed at its end is validated, and stops.
 
         Args:
-            trainer: of the fit, in `on_train_start`.
-            tokens: that the run has seen.
-            train_tokens: at which it ends; None: never.
+            trainer: trainer of the fit, in `on_train_start`.
+            tokens: tokens that the run has trained on.
+            train_tokens: tokens at which it ends; None: never.
         """
         end = self._end(trainer, tokens, train_tokens)
         if self._max_steps is not None:
@@ -196,7 +196,7 @@ def warn_of_another_size(before: StepSize, now: StepSize, planned: int | None, m
     if moe is not None and old != new:
         rank_zero_warn(
             f"a step had {old} micro-batches over all ranks when the checkpoint was saved, now it has {new}: each has its own "
-            "capacity and balance loss; data.micro_batch_size as it was keeps the losses the same"
+            "capacity and balance loss; restore data.micro_batch_size to keep the losses the same"
         )
     if moe is not None and moe.aux_scope == "global" and before.ranks != now.ranks:
         rank_zero_warn(
@@ -245,8 +245,8 @@ def check_new_run(trainer: Trainer, tokens: int) -> None:
     """Check that a run that resumes nothing begins at the beginning.
 
     Args:
-        trainer: of the fit that begins.
-        tokens: that its module has seen.
+        trainer: trainer of the fit.
+        tokens: tokens that its module has trained on.
     """
     data = training_data(trainer)
     samples = 0 if data is None else data.samples_consumed

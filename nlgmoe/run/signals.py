@@ -42,7 +42,7 @@ class StopOnSignal(Callback):
         SystemExit: when training ends because of a signal; Lightning then tears down normally.
     """
 
-    at_end = "ending"  # what Ctrl+C announces
+    at_end = "ending"  # word of the message of Ctrl+C
 
     def __init__(self) -> None:
         self._previous_handlers: dict[int, Any] = {}
@@ -141,8 +141,8 @@ class StopOnSignal(Callback):
         """End the run.
 
         Args:
-            trainer: of the fit.
-            number: order of all ranks.
+            trainer: trainer of the fit.
+            number: agreed order of all ranks.
             saved: the checkpoint to resume; None: nothing was saved.
         """
         number %= _FIRST
@@ -206,7 +206,7 @@ def _requeue() -> None:
 
 
 def leave_signals_to_callbacks(trainer: Trainer) -> None:
-    """Replace two of Lightning 2.6's signal methods, which do nothing from now on.
+    """Replace two signal methods of Lightning 2.6 by functions that do nothing.
 
     `register_signal_handlers` installs handlers that broadcast, and on Slurm save, within the handler, which deadlocks with ranks
     that wait in another collective; `_broadcast_sigterm_tensor` is a blocking broadcast in every micro-batch, after which

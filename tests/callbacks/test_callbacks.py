@@ -54,7 +54,7 @@ def test_a_model_that_was_changed_in_code_is_counted_as_it_is(tmp_path: Path) ->
     module = MoEGPTModule(CONFIG)
     block, width = module.gpt.blocks[0], CONFIG.hidden_size
     block.ffn_norm = torch.nn.Sequential(block.ffn_norm, torch.nn.Linear(width, width))
-    with pytest.warns(UserWarning, match=r"parameters where model.config describes [\d,]+: it was changed in code"):
+    with pytest.warns(UserWarning, match=r"parameters, model.config describes [\d,]+: code has changed the model"):
         trainer(tmp_path, RunSummary(), max_steps=1).fit(module, SyntheticData())
     summary, count = json.loads((tmp_path / "summary.json").read_text()), count_parameters(CONFIG)
     more = width * (width + 1)

@@ -103,5 +103,5 @@ def test_the_command_and_what_it_refuses(dense: Path, tmp_path: Path, capsys: py
     assert load_model(out).config.moe == MoEConfig([2, 4], mlp_type="residual")
     assert "exists already" in error_of(capsys, "upcycle", dense, out)
     assert "no dense model" in error_of(capsys, "upcycle", out, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="upcycling knows the paper's router alone, not HashRouterConfig"):
+    with pytest.raises(ValueError, match="upcycling supports only the paper's router, not HashRouterConfig"):
         upcycle(dense, tmp_path / "other.ckpt", MoEConfig(4, router=HashRouterConfig()))

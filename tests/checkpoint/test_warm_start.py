@@ -98,7 +98,7 @@ def test_nothing_in_common_is_an_error_and_another_number_of_heads_is_named(
         module(start, GPTConfig(61, 8, 4, 16, 2)).configure_model()
     with caplog.at_level("INFO"):
         module(start, replace(CONFIG, num_heads=4)).configure_model()
-    assert "model.config was another: num_heads 2 -> 4" in caplog.text  # no shape shows it
+    assert "model.config differed: num_heads 2 -> 4" in caplog.text  # no shape shows it
 
 
 def test_weights_alone_are_evaluated_as_they_are_but_not_resumed(trained: Path, tmp_path: Path) -> None:

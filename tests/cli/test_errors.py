@@ -139,7 +139,7 @@ WRONG = {
         "the checkpoint's model differs from model.config: hidden_size 16 -> 32",
     ),
     "another tokenizer": ("validate --ckpt_path=LAST --data.tokenizer=pocket-1k", "these differ: tokenizer ("),
-    "other data": ("fit --ckpt_path=LAST --data.seed=7 --model.train_tokens=128", "seed (1234 there, 7 here)"),
+    "other data": ("fit --ckpt_path=LAST --data.seed=7 --model.train_tokens=128", "seed (saved: 1234, now: 7)"),
     "another recipe": (
         "fit --ckpt_path=LAST --model.config.moe.train_capacity_factor=2.0 --model.train_tokens=128",
         "moe.train_capacity_factor 1.0 -> 2.0",

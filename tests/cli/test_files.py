@@ -18,7 +18,7 @@ def test_a_folders_records_are_read_else_its_plain_text_and_other_files_are_name
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.bz2"):
         (tmp_path / name).touch()
     assert input_files(str(tmp_path)) == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz")]
-    assert "3 of what is in" in capsys.readouterr().err
+    assert "note: 3 entries of" in capsys.readouterr().err
     assert input_files(f"{tmp_path}/*.md") == [str(tmp_path / "README.md")]
 
 

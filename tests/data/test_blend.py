@@ -111,11 +111,11 @@ def test_a_run_goes_on_with_the_same_blend_alone(make_blend: Make, indexed: Mega
     for other, words in (
         (
             [(0.3, poems, lines), (0.7, books, pile)],
-            r"corpus\.parts \(books 7/10, poems 3/10 there, poems 3/10, books 7/10 here\)\.",
+            r"corpus\.parts \(saved: books 7/10, poems 3/10, now: poems 3/10, books 7/10\)\.",
         ),
         (
             [(0.7, books, PocketPile(["verse"])), (0.3, poems, lines)],
-            r"corpus\.books/domains \(prose there, verse here\)",
+            r"corpus\.books/domains \(saved: prose, now: verse\)",
         ),
     ):
         with pytest.raises(SettingError, match=rf"these differ: {words}"):

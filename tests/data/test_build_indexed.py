@@ -163,7 +163,7 @@ def test_what_was_begun_is_not_mixed_with_something_else(
 ) -> None:
     prefix = tmp_path / "pile"
     killed_after(3, files, prefix, tokenizer, Fields(), 1)
-    with pytest.raises(ValueError, match=r"begun with other settings \(fields\): give the same ones"):
+    with pytest.raises(ValueError, match=r"started with other settings \(fields\): give the same ones"):
         build(files, prefix, tokenizer, Fields(text="body"), 1, lambda done: None, skip)
     Path(files[2]).write_bytes(Path(files[2]).read_bytes()[::-1])  # as many bytes
     with pytest.raises(ValueError, match=r"other settings \(files\)"):

@@ -123,15 +123,17 @@ def test_state_of_another_run_is_refused(make_data: Make, tmp_path: Path, tiny_c
     state = json.loads(json.dumps(make_data().state_dict()))
     del state["fingerprint"]["order"]
     with pytest.raises(
-        SettingError, match=r"order \(missing there, feistel-8 here\)\. Set the data options as in that"
+        SettingError, match=r"order \(saved: missing, now: feistel-8\)\. Set the data options as in that"
     ):
         make_data().load_state_dict(state)
-    with pytest.raises(SettingError, match=r"differ: seq_len \(32 there, 16 here\), seed \(7 there, 8 here\), order "):
+    with pytest.raises(
+        SettingError, match=r"differ: seq_len \(saved: 32, now: 16\), seed \(saved: 7, now: 8\), order "
+    ):
         make_data(seed=8, seq_len=16).load_state_dict(state)
     state = longer(9).state_dict()
-    with pytest.raises(SettingError, match=r"differ: corpus\.domains \(prose, verse there, verse here\)\."):
+    with pytest.raises(SettingError, match=r"differ: corpus\.domains \(saved: prose, verse, now: verse\)\."):
         longer(9, ["verse"]).load_state_dict(state)
-    with pytest.raises(SettingError, match=r"differ: corpus\.verse \(\w{16} there, \w{16} here\)\."):
+    with pytest.raises(SettingError, match=r"differ: corpus\.verse \(saved: \w{16}, now: \w{16}\)\."):
         longer(12).load_state_dict(state)
 
 
@@ -156,15 +158,15 @@ def test_other_validation_is_warned_of_when_a_run_goes_on(make_data: Make, monke
         data(2, 2, TrainerFn.VALIDATING).load_state_dict(part)
     tokens = TokenArrays.evaluation_tokens
     with pytest.warns(
-        UserWarning, match=r"differ: validated sequences, .* \(4 there, 8 here\)\. val/loss and the best"
+        UserWarning, match=r"differ: validated sequences, .* \(saved: 4, now: 8\)\. val/loss and the best"
     ):
         data(2, 2).load_state_dict(part)
-    with pytest.warns(UserWarning, match=r"differ: data.mask_eod_loss \(False there, True here\)\."):
+    with pytest.warns(UserWarning, match=r"differ: data.mask_eod_loss \(saved: False, now: True\)\."):
         data(1, 1.0, mask_eod_loss=True).load_state_dict(whole)
     monkeypatch.setattr(
         TokenArrays, "evaluation_tokens", lambda self, split: [array[::-1] for array in tokens(self, split) or []]
     )
-    with pytest.warns(UserWarning, match=r"differ: validation text \(\w+ there, \w+ here\)\."):
+    with pytest.warns(UserWarning, match=r"differ: validation text \(saved: \w+, now: \w+\)\."):
         data(1, 1.0).load_state_dict(whole)
 
 

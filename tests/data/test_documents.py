@@ -114,7 +114,7 @@ def test_a_damaged_file_is_named_or_skipped(tmp_path: Path, ending: str) -> None
     whole = read(path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 4 // 5])
-    with pytest.raises(RunError, match=rf"data\.{ending}, behind document \d+: damaged or cut off \("):
+    with pytest.raises(RunError, match=rf"data\.{ending}, after document \d+: damaged or cut off \("):
         read(path)
     skipped: list[str] = []
     records = read(path, skip=skipped.append)
@@ -167,7 +167,7 @@ def test_a_disk_that_fails_is_no_bad_data(tmp_path: Path, monkeypatch: pytest.Mo
 
     path = write(tmp_path / "data.jsonl", records_of(TEXTS[:3]))
     monkeypatch.setattr(documents, "_read_lines", fail)
-    with pytest.raises(ValueError, match=r"data\.jsonl, behind document 1: cannot be read \(.*Input/output error\)"):
+    with pytest.raises(ValueError, match=r"data\.jsonl, after document 1: cannot be read \(.*Input/output error\)"):
         read(path, skip=print)
 
 

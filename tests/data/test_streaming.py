@@ -332,7 +332,7 @@ def test_training_killed_and_resumed_on_other_workers(open_corpus: Open, tmp_pat
     trainer = make_trainer(tmp_path)
     trainer.validate(MoEGPTModule(GPTConfig(data.vocab_size, SEQ_LEN, 2, 16, 2, moe=MoEConfig(2))), data)
     assert {"val/loss/domain 0", "val/loss/domain 1", "val/loss/other"} <= trainer.callback_metrics.keys()
-    with pytest.raises(ValueError, match=r"these differ: corpus.shuffle_buffer \(10 there, 11 here\)\."):
+    with pytest.raises(ValueError, match=r"these differ: corpus.shuffle_buffer \(saved: 10, now: 11\)\."):
         open_corpus(shuffle_buffer=11).load_state_dict(data.state_dict())
 
 
@@ -349,7 +349,7 @@ def test_edited_files_of_equal_size_are_evaluated_anew_and_not_resumed_on(open_c
         states.append((data.state_dict(), train.stat().st_size))
     assert states[0][1] == states[1][1]
     with pytest.raises(
-        ValueError, match=r"these differ: .*corpus\.a\.jsonl \(\d+ bytes, \w+ there, \d+ bytes, \w+ here\)"
+        ValueError, match=r"these differ: .*corpus\.a\.jsonl \(saved: \d+ bytes, \w+, now: \d+ bytes, \w+\)"
     ):
         data.load_state_dict(states[0][0])
 

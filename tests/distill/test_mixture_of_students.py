@@ -178,7 +178,7 @@ def test_a_student_goes_on_with_the_teacher_it_had(teacher: Path, tmp_path: Path
     shutil.copytree(newer, run / "checkpoints/step-4.ckpt")
     assert fit(tmp_path, run, resume=saved)[0].losses == whole.losses[4:]
     shutil.rmtree(run / "checkpoints/step-2.ckpt")
-    with pytest.raises(ValueError, match=r"learned from .*step-2\.ckpt, whose weights are gone or were replaced"):
+    with pytest.raises(ValueError, match=r"learned from .*step-2\.ckpt, whose weights were deleted or replaced"):
         fit(tmp_path, run, resume=saved)
     assert fit(tmp_path, run / "checkpoints/step-4.ckpt", resume=saved)[0].losses != whole.losses[4:]
 
@@ -209,7 +209,7 @@ def test_teachers_that_do_not_suit_are_refused(teacher: Path, tmp_path: Path) ->
     for wrong, message in (
         (
             {"num_layers": 3},
-            r"num_layers=3, but model.distiller.teacher=.*teacher.ckpt has 4; use the teacher that is meant",
+            r"num_layers=3, but model.distiller.teacher=.*teacher.ckpt has 4; use the intended teacher",
         ),
         ({"num_experts": 0}, r"num_experts=0, .* has \[2, 4\]"),
     ):

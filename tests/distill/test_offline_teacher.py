@@ -263,7 +263,7 @@ def exchange_records(folder: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, "no teacher's logits at .*; record them with nlgmoe distill-logits"),
-    "unfinished": (lambda folder: (folder / POSITION).touch(), "is not finished; start the"),
+    "unfinished": (lambda folder: (folder / POSITION).touch(), "is not finished; run the"),
     "cut off": (lambda folder: os.truncate(folder / RECORDS, 1000), r"logits-00000.bin has 1,000 bytes, not "),
     "header": (lambda folder: damage(folder, HEADER, 60), r"header.json is damaged \(its checksum differs\)"),
     "exchanged": (exchange_records, r"damaged \(the checksum of sample \d+ differs\)"),
@@ -282,8 +282,8 @@ def test_damage_is_found(kind: str, logits: Path, tmp_path: Path) -> None:
 
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # teacher's settings, run's settings, message
     "temperature": ({"temperature": 1.0}, {}, r"recorded at temperature=2.0, model.distiller.temperature is 1.0; set"),
-    "corpus": ({}, {"data": Longer()}, r"these differ: corpus \(a walk there, a longer walk here\); set"),
-    "documents": ({}, {"data": NumberedData(documents=True)}, r"document_attention \(False there, True here\)"),
+    "corpus": ({}, {"data": Longer()}, r"these differ: corpus \(saved: a walk, now: a longer walk\); set"),
+    "documents": ({}, {"data": NumberedData(documents=True)}, r"document_attention \(saved: False, now: True\)"),
     "numbers": ({}, {"data": SyntheticData()}, "the data module does not number its samples"),
     "samples": ({}, {"accumulate": 3}, "holds 32 samples, this run distils 48; record that many with --samples 48"),
 }
@@ -304,7 +304,7 @@ def test_another_teacher_or_student_is_refused(logits: Path, teacher: Path, tmp_
     other = trained(STUDENT, tmp_path)
     with pytest.raises(ValueError, match=r"teacher.ckpt is another teacher than that of model\.distiller\.logits="):
         fit(tmp_path, OfflineTeacher(str(logits), 1.0, 2.0, teacher=str(other)))
-    with pytest.raises(ValueError, match=r"recorded with other settings: teacher \(\w+ there, \w+ here\)"):
+    with pytest.raises(ValueError, match=r"recorded with other settings: teacher \(saved: \w+, now: \w+\)"):
         record(other, logits, top_k=8)
     for name in ("vocab_size", "seq_len"):
         header = json.loads((logits / HEADER).read_text()) | {name: 99}

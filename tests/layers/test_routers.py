@@ -285,7 +285,7 @@ def test_a_run_learns_resumes_exactly_and_is_counted(
     nlgmoe(["verify", str(tmp_path / "half.ckpt")])
     router = type(MOES[name].router)
     assert f"moe.router={router.__module__}.{router.__name__}\n" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=f"holds the paper's router alone, not {router.__name__}"):
+    with pytest.raises(ValueError, match=f"holds only the paper's router, not {router.__name__}"):
         export(tmp_path / "half.ckpt", tmp_path / "export")
 
 

@@ -21,7 +21,7 @@ def trainer(folder: Path, **settings: Any) -> Trainer:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"min_steps": 2}, "trainer.min_steps=2 keeps a run going"),
+        ({"min_steps": 2}, "trainer.min_steps=2 continues a run after its end"),
         ({"overfit_batches": 2}, "trainer.overfit_batches=2 changes the order"),
         ({"precision": "16-true"}, "trainer.precision=16-true trains in fp16 alone"),
         ({"plugins": [AsyncCheckpointIO()]}, "AsyncCheckpointIO writes checkpoints that no run here"),
@@ -29,7 +29,7 @@ def trainer(folder: Path, **settings: Any) -> Trainer:
         ({"callbacks": [type("Frozen", (BaseFinetuning,), {})()]}, "Frozen changes optimizer groups"),
         ({"callbacks": [WeightAveraging()]}, "replaces the weights that a resumed run needs"),
         ({"callbacks": [ModelCheckpoint(save_on_exception=True)]}, "save_on_exception saves within a step"),
-        ({"logger": WandbLogger(log_model=True)}, "WandbLogger.log_model=True takes checkpoints that"),
+        ({"logger": WandbLogger(log_model=True)}, "WandbLogger.log_model=True uploads checkpoints that"),
     ],
 )
 def test_what_would_be_wrong_is_refused_with_the_reason(settings: dict[str, Any], words: str, tmp_path: Path) -> None:

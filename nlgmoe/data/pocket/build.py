@@ -31,7 +31,7 @@ class TextFile:
     """One split of one domain.
 
     Args:
-        sha256: of the jsonl file.
+        sha256: sha256 of the jsonl file.
         documents: number of lines.
         bytes: UTF-8 bytes of the texts alone (not of the JSON around them).
     """
@@ -46,7 +46,7 @@ class Manifest:
     """Contents of a corpus folder.
 
     Args:
-        name: of the corpus.
+        name: name of the corpus.
         domains: names, in the order of the domain ids.
         files: `{domain}.{split}` -> text file.
         sources: licence of each package.
@@ -71,7 +71,7 @@ class Part:
         domain: the domain's name.
         package: its source.
         extract: archive -> documents.
-        max_bytes: at most so much is kept (a sample by hash), so that no domain dominates.
+        max_bytes: upper limit of the kept text (a sample by hash), so that no domain dominates.
     """
 
     domain: str
@@ -128,7 +128,7 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def open_corpus(root: Path) -> Manifest:
-    """Return the corpus under `root`, verified; an empty folder, or a damaged pocket Pile, becomes the pocket Pile first."""
+    """Return the verified corpus under `root`; first build the pocket Pile if the folder is empty or its pocket Pile damaged."""
     manifest = read_manifest(root)
     if manifest is not None and manifest.name != POCKET_PILE:
         _verify(root, manifest.files, {name: file.sha256 for name, file in manifest.files.items()})
@@ -164,9 +164,9 @@ def write_corpus(
 
     Args:
         root: data folder; a corpus there is replaced.
-        name: of the corpus.
-        documents: of all domains; of duplicates, the first is kept.
-        sources: what the text was made from -> licence.
+        name: name of the corpus.
+        documents: documents of all domains; the first of equal documents is kept.
+        sources: package -> licence.
         limits: (domain, archive) -> bytes kept of it at most.
     """
     root.mkdir(parents=True, exist_ok=True)

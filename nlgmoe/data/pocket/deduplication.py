@@ -1,4 +1,4 @@
-"""From documents to a clean train and validation split: normalise, cut, drop duplicates, split. Pure functions.
+"""Turn documents into a train and a validation split: normalise, cut, drop duplicates, split. Pure functions.
 
 The order matters. Duplicates go first and the split comes last, so that no validation text is in training too.
 Texts that overlap without being equal (two spellings of one play) share a `group`, which is never split.
@@ -14,7 +14,7 @@ from nlgmoe.validation import RunError
 
 SECTION_BYTES = 16_000  # documents above twice this are cut into sections of about this size
 NEAR_DUPLICATE = 0.5  # share of a document's bytes in paragraphs already seen above which it is dropped
-MIN_BYTES = 200  # shorter documents carry no context worth learning from
+MIN_BYTES = 200  # shorter documents are dropped: they have little context
 VALIDATION_SHARE = 0.04
 MIN_VALIDATION_DOCUMENTS = 3
 
@@ -42,7 +42,7 @@ class Document:
 
 
 def normalise(text: str) -> str:
-    """Unix newlines, no trailing blanks, at most two blank lines in a row, no blanks around the whole."""
+    """Normalise to Unix newlines, no trailing blanks, at most two blank lines in a row, no blanks around the whole."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\x00", "").replace("\ufeff", "").replace("\f", "\n")
     text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
     return re.sub(r"\n{4,}", "\n\n\n", text).strip(" \t\n")
@@ -75,7 +75,7 @@ def cut(document: Document) -> list[Document]:
 
 
 def drop_duplicates(documents: Iterable[Document]) -> list[Document]:
-    """Keep each text once, and drop a document most of which was already seen in its domain.
+    """Keep each text once, and drop near duplicates within a domain.
 
     Two texts are equal if they agree up to blanks and ASCII case; a document is a near duplicate if more than
     `NEAR_DUPLICATE` of its bytes are in paragraphs that earlier documents of the domain contain. Input order decides
@@ -127,7 +127,7 @@ def split(documents: list[Document]) -> dict[str, list[Document]]:
     sizes = {key: sum(document.num_bytes for document in group) for key, group in groups.items()}
     budget = VALIDATION_SHARE * sum(sizes.values())
     chosen: list[str] = []
-    # In the order of hashes, every group that still fits: a group larger than the budget can only be trained on.
+    # Add groups in the order of hashes while they fit; a group larger than the budget is for training only.
     for key in sorted(groups):
         if sum(sizes[k] for k in chosen) + sizes[key] <= budget:
             chosen.append(key)
@@ -143,7 +143,7 @@ def split(documents: list[Document]) -> dict[str, list[Document]]:
 
 
 def _key(text: str) -> bytes:
-    """Hash of a text up to blanks and ASCII case (bytes: the Unicode tables of `str` differ between Pythons)."""
+    """Hash a text up to blanks and ASCII case (bytes: the Unicode tables of `str` differ between Pythons)."""
     return hashlib.sha256(b" ".join(text.encode().lower().split())).digest()
 
 

@@ -1,4 +1,4 @@
-"""Documents out of the pinned archives, one function a domain. What they read is listed in `packages.py`.
+"""Extract documents from the pinned archives, one function per domain. `packages.py` lists the archives.
 
 Only ASCII-aware text handling is used (no `\\w`, no `unicodedata`), because the corpus must be the same bytes under
 every supported Python.
@@ -30,10 +30,10 @@ FOLIO_TITLES = {
 
 
 def literature(archive: Path) -> Iterator[Document]:
-    """Shakespeare's and Milton's works.
+    """Yield Shakespeare's and Milton's works.
 
-    A play comes in modern spelling and as printed in 1623: one group, or one would be validated on what the other has
-    taught. Milton's editions overlap too, so they are one group.
+    The modern spelling and the 1623 print of a play are one group, so that they are in the same split. Milton's editions
+    overlap too, so they are one group.
     """
     for name, content in read_members(
         archive, lambda name: re.search(r"data/texts/.*_gut(_f)?\.txt$", name) is not None
@@ -44,7 +44,7 @@ def literature(archive: Path) -> Iterator[Document]:
 
 
 def wikipedia(archive: Path) -> Iterator[Document]:
-    """Articles of a Wikipedia dump, markup removed."""
+    """Yield the articles of a Wikipedia dump, without markup."""
     for name, content in read_members(archive, lambda name: "enwiki-latest-pages-articles1" in name):
         root = ElementTree.fromstring(bz2.decompress(content))
         namespace = root.tag.removesuffix("mediawiki")
@@ -57,14 +57,14 @@ def wikipedia(archive: Path) -> Iterator[Document]:
 
 
 def django_manual(archive: Path) -> Iterator[Document]:
-    """Django's documentation (reStructuredText, as its authors wrote it)."""
+    """Yield Django's documentation, unchanged reStructuredText."""
     for name, content in read_members(archive, lambda name: re.search(r"^[^/]+/docs/.*\.txt$", name) is not None):
         if not name.endswith("requirements.txt"):
             yield Document(normalise(_decode(content)), "manuals", _source(archive, name))
 
 
 def aws_manual(archive: Path) -> Iterator[Document]:
-    """Return the reference manual of each AWS service: what every operation and parameter does, each paragraph once."""
+    """Yield the reference manual of each AWS service: operations and their parameters, each paragraph once."""
     seen: set[str] = set()  # over all services: they share thousands of paragraphs
     for name, content in read_members(archive, lambda name: name.endswith("/service-2.json.gz")):
         model = json.loads(gzip.decompress(content))
@@ -80,7 +80,7 @@ def aws_manual(archive: Path) -> Iterator[Document]:
 
 
 def python_sources(archive: Path, folder: str) -> Iterator[Document]:
-    """Hand-written Python modules below `folder`: no tests, no migrations or locale tables, nothing generated."""
+    """Yield hand-written Python modules below `folder`: no tests, no migrations or locale tables, nothing generated."""
     skip = re.compile(r"/(tests?|testing|migrations|locale|vendored|_antlr|benchmarks)/")
     pattern = re.compile(rf"(^|/){folder}/.*\.py$")
     for name, content in read_members(archive, lambda name: bool(pattern.search(name)) and not skip.search(name)):
@@ -99,12 +99,12 @@ _UNWRAPPED = r"lang\|[^|{}]*|nowrap|nobr|quote|cquote|abbr|sic"  # templates tha
 
 
 def clean_wiki_markup(markup: str) -> str:
-    """Readable text from MediaWiki markup: templates, tables, references and files go, links become their text."""
+    """Convert MediaWiki markup to text: remove templates, tables, references and files; replace links by their text."""
     text = re.sub(r"<!--.*?-->", "", html.unescape(markup), flags=re.DOTALL)
     text = re.sub(r"<(ref|math|gallery|timeline|imagemap|source|syntaxhighlight)\b[^<>]*/>", "", text)
     text = re.sub(r"<(ref|gallery|timeline|imagemap)\b.*?</\1\s*>", "", text, flags=re.DOTALL | re.IGNORECASE)
     text = re.split(rf"\n== *(?:{_LINK_SECTIONS}) *==(?!=)", text)[0]  # lists of links, and all that follows them
-    # Links first: what is nested in a template or a caption is then flat.
+    # Links first, so that templates and captions contain no nested brackets.
     text = re.sub(rf"\[\[(?!{_NOT_TEXT})(?:[^\[\]|]*\|)?([^\[\]]*)\]\]", r"\1", text)
     text = re.sub(rf"\[\[{_NOT_TEXT}[^\[\]]*\]\]", "", text)
     text = text.replace("[[", "").replace("]]", "")  # unbalanced in the source
@@ -117,7 +117,7 @@ def clean_wiki_markup(markup: str) -> str:
     text = re.sub(r"__[A-Z]+__", "", text)
     text = re.sub(r"\n=+ *(.*?) *=+(?=\n)", r"\n\n\1\n", text)
     text = re.sub(r"\n[*#:;]+ *", "\n- ", text)
-    # What a removed template leaves behind: "( , 1809)", "()", a list item without text, double blanks.
+    # Remains of removed templates: "( , 1809)", "()", a list item without text, double blanks.
     text = re.sub(r"\(\s*[,;:]*\s*", "(", re.sub(r"\(\s*[,;:\s]*\)", "", text.replace("\xa0", " ")))
     text = re.sub(r"\n- *(?=\n)", "", text)
     text = re.sub(r"(?<=\S) {2,}", " ", re.sub(r" +([,.;:)])", r"\1", text))
@@ -138,7 +138,7 @@ def _entry(name: str, documentation: str, seen: set[str]) -> list[str]:
 
 
 def _prose(markup: str, seen: set[str]) -> list[str]:
-    """Paragraphs of an HTML fragment that are not in `seen`, which is updated."""
+    """Return the paragraphs of an HTML fragment that are not in `seen`, which is updated."""
     paragraphs = []
     for block in re.split(
         r"</?(?:p|ul|ol|dl|dd|dt|note|important|fullname|div|h\d|pre|table|tr)\b[^>]*>|(?=<li\b)", markup

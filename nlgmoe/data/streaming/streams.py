@@ -7,7 +7,7 @@ are divided into `gcd(files, streams)` groups; the streams of a group share its 
 Streams have equally many documents, and no two share a file if the files are a multiple of the streams.
 
 Windows are cut as in `samples.py`: every document is closed by the end-of-document token, each token is a target once,
-and the first input of all is an end of document.
+and the first input of a stream is the end-of-document token.
 """
 
 import math
@@ -58,7 +58,7 @@ class Window(NamedTuple):
     Attributes:
         inputs: int64 [T].
         targets: int64 [T].
-        domain: of most of the targets.
+        domain: domain of most of the targets.
         after: start of the next window.
     """
 
@@ -76,7 +76,7 @@ class StreamConfig:
         files: names or addresses, in a fixed order.
         fields: fields of a record to read.
         domains: names by id; documents of other domains belong to the last one.
-        tokenizer: of the tokens.
+        tokenizer: tokenizer of the corpus.
         num_streams: number of streams.
         shuffle_buffer: documents in a block.
     """
@@ -112,7 +112,7 @@ class StreamConfig:
 
 
 class Stream:
-    """The windows of `seq_len` tokens of stream number `stream`, in an order that `seed` decides."""
+    """The windows of `seq_len` tokens of stream number `stream`, in an order that `seed` determines."""
 
     def __init__(self, config: StreamConfig, stream: int, seq_len: int, seed: int) -> None:
         self._config = config
@@ -193,7 +193,7 @@ def _take(records: Iterator[tuple[int, Record]], count: int) -> list[tuple[int, 
 
 
 def _groups(records: Sequence[Record]) -> Iterator[list[Record]]:
-    """Yield batches to tokenise: bounded in memory, few calls."""
+    """Yield batches of documents to tokenise, of bounded size."""
     group: list[Record] = []
     length = 0
     for record in records:
@@ -233,8 +233,8 @@ class StreamedSource:
         if times == 1:
             return None
         return (
-            f"num_streams={streams} has every stream read and tokenised by {times:g} processes on average; a multiple of "
-            f"{processes * micro_batch_size} (micro_batch_size x ranks x workers), set before a run begins, has it read once"
+            f"num_streams={streams}: {times:g} processes on average read and tokenise each stream; with a multiple of "
+            f"{processes * micro_batch_size} (micro_batch_size x ranks x workers), set before a run begins, one does"
         )
 
     def sample(self, index: int) -> Sample:
@@ -284,7 +284,7 @@ class Cursors:
             self._pending.append(cursor.tolist())
 
     def commit(self, samples: int) -> None:
-        """Count the first `samples` pending ones of this rank as trained on."""
+        """Keep the cursors of the first `samples` pending samples of this rank, which were trained on."""
         while self._pending and samples >= len(self._pending[0]):
             samples -= len(self._pending[0])
             self._keep(self._pending.popleft())

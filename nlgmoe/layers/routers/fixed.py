@@ -17,7 +17,7 @@ def fixed_routing(expert: Tensor, x: Tensor, context: RoutingContext, num_expert
     Args:
         expert: `[B, T]` int64.
         x: `[N, H]` hidden states, for their dtype.
-        context: of the micro-batch.
+        context: context of the micro-batch.
         num_experts: E.
     """
     expert = expert.reshape(-1, 1)  # [N, 1]

@@ -88,7 +88,7 @@ def balanced_table(counts: Sequence[int], num_experts: int, seed: int) -> list[i
     random.shuffle(ids)
     heapq.heapify(loads)
     table = [0] * len(counts)
-    for token in sorted(ids, key=lambda one: -counts[one]):
+    for token in sorted(ids, key=lambda token: -counts[token]):
         load, _, table[token] = loads[0]
         heapq.heapreplace(loads, (load + counts[token] + 1, random.random(), table[token]))
     return table
@@ -103,7 +103,7 @@ def read_counts(path: str, vocab_size: int) -> list[int]:
         raise SettingError(
             f"model.config.moe.router.init_args.counts={path} cannot be read ({type(error).__name__}); {remedy}"
         ) from error
-    numbers = isinstance(counts, list) and all(isinstance(one, int) and one >= 0 for one in counts)
+    numbers = isinstance(counts, list) and all(isinstance(count, int) and count >= 0 for count in counts)
     require(numbers, f"model.config.moe.router.init_args.counts={path} holds no list of whole numbers; {remedy}")
     require(
         len(counts) == vocab_size,

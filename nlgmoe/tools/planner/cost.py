@@ -132,7 +132,7 @@ def estimate(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: 
         gpu: GPU of a rank.
         utilisation: achieved fraction of peak FLOP/s in matrix products, in (0, 1].
     """
-    require_paper_parts(config.moe, "the cost model knows", ["expert"])
+    require_paper_parts(config.moe, "the cost model supports", ["expert"])
     if not 0 < utilisation <= 1:
         raise SettingError(f"utilisation={utilisation} must be above 0 and at most 1")
     groups = _parameter_groups(config, topology, gpu)
