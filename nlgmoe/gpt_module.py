@@ -158,9 +158,8 @@ class GPTModule(LightningModule):
 
     def _token_losses(self, batch: Batch) -> Tensor:
         losses, routings = batch_losses(self.gpt, batch, self.loss_chunk_size)
-        if (
-            self._trainer is None or not self._trainer.training
-        ):  # during training, a user's callback calls this, not the step
+        # during training, a user's callback calls this, not the step
+        if self._trainer is None or not self._trainer.training:
             self.routings = routings
         return losses
 

@@ -53,9 +53,8 @@ class TokenProgressBar(TQDMProgressBar):
         """Update the bar."""
         module, bar = _module(trainer), self.train_progress_bar
         if module.train_tokens is None and trainer.max_steps > 0 and trainer.global_step > 0:
-            bar.total = (
-                module.tokens_seen * trainer.max_steps // trainer.global_step
-            )  # later steps may have more tokens
+            # later steps may have more tokens
+            bar.total = module.tokens_seen * trainer.max_steps // trainer.global_step
         if self._should_update(batch_idx + 1, -1):
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             if bar.total is not None:

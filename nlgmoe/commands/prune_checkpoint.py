@@ -107,11 +107,8 @@ def _settings_to_train_on(run: Path, model: GPTConfig) -> tuple[str, str]:
     try:
         settings = parse_config(file)["model"]
         same = GPTConfig.from_dict(settings["config"]) == model  # false for a model upcycled in its dense model's run
-    except (
-        ValueError,
-        OSError,
-        ImportError,
-    ):  # from another version, edited, or with a callback that cannot be imported
+    except (ValueError, OSError, ImportError):
+        # from another version, edited, or with a callback that cannot be imported
         same = False
     if not same:
         return "CONFIG", ""

@@ -55,9 +55,8 @@ def student(
         raise SettingError(
             f"fraction={end['fraction']} is of model.train_tokens, which {file} does not set; give step instead"
         )
-    folder = (
-        str(file.parent) if file.name == "config.yaml" else trainer["default_root_dir"]
-    )  # a run may have been moved
+    # a run may have been moved
+    folder = str(file.parent) if file.name == "config.yaml" else trainer["default_root_dir"]
     teacher = teacher or run or folder
     overlay: dict[str, Any] = {
         "model": {

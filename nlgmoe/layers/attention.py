@@ -166,10 +166,8 @@ class CausalSelfAttention(nn.Module):
 
 def rotations(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of the angles `position * theta^(-2 i / D)`, each `[1 or B, 1, T, D]` in fp32."""
-    # On the CPU: a difference in the last bit of a frequency rotates position 4,096 by 2e-4.
-    frequencies = 1.0 / (
-        theta ** (torch.arange(0, head_size, 2, dtype=torch.float32, device="cpu") / head_size)
-    )  # [D / 2]
+    # [D / 2], on the CPU: a difference in the last bit of a frequency rotates position 4,096 by 2e-4.
+    frequencies = 1.0 / (theta ** (torch.arange(0, head_size, 2, dtype=torch.float32, device="cpu") / head_size))
     angles = positions[:, None, :, None].float() * to_device(frequencies, positions.device)  # [1 or B, 1, T, D / 2]
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()

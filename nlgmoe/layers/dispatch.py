@@ -78,9 +78,8 @@ class LocalDispatch:
             `[N, H]` in the dtype of the weights; 0 for a token that no expert kept.
         """
         rows = torch.arange(len(self.order), device=self.order.device)
-        place = self.order.new_zeros(self.weight.numel()).index_copy_(
-            0, self.order, rows
-        )  # dropped: any, with weight 0
+        # [N * k] row of each assignment; any row where dropped, with weight 0
+        place = self.order.new_zeros(self.weight.numel()).index_copy_(0, self.order, rows)
         by_choice = y.index_select(0, place)  # [N * k, H]
         if self._top_k == 1:
             return by_choice * self.weight

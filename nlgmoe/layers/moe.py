@@ -77,9 +77,8 @@ class MoELayer(nn.Module):
         tokens = x.flatten(0, 1)  # [N, H]
         routing = require_routing(self.router(tokens, context), self.router, len(tokens), self.top_k)
         dispatch = self.dispatcher(tokens, routing)
-        mlp = (
-            self.mlp(tokens) if self.mlp is not None else None
-        )  # overlaps with the all-to-all under expert parallelism
+        # overlaps with the all-to-all under expert parallelism
+        mlp = self.mlp(tokens) if self.mlp is not None else None
         y = dispatch.combine(self.experts(*dispatch.receive()))  # [N, H], in at least fp32
         if self.coefficient is not None:
             assert mlp is not None

@@ -109,9 +109,8 @@ def _evaluation(job: Translation) -> None:
     job.set("trainer.val_check_interval", interval, "steps")
     job.set("trainer.check_val_every_n_epoch", None, "training has no epochs")
     if job.global_batch is not None and batches is not None:
-        parts = len(
-            job.tree["data"].get("corpus", {}).get("init_args", {}).get("parts", [""])
-        )  # of a blend; each is one domain
+        # of a blend; each is one domain
+        parts = len(job.tree["data"].get("corpus", {}).get("init_args", {}).get("parts", [""]))
         of = f" over {parts} parts" if parts > 1 else ""
         job.set("data.max_eval_windows", -(-batches * job.global_batch // parts),
                 f"sequences: {batches} batches of {job.global_batch}{of}")  # fmt: skip
