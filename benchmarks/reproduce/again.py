@@ -30,16 +30,15 @@ def train_again(before: dict[str, Any], commit: str, tree: Path, out: Path, file
         file: JSON file of the losses.
         jobs: runs at a time, one thread each.
     """
-    losses: dict[str, dict[str, float]] = {}
+    again: dict[str, Any] = {"commit": commit, "before": before["commit"], "losses": {}}
     for name, eps in EPS.items():
         folder = out / f"eps-{eps:g}"
         scale = replace(CPU, settings={"model": {"optimizer": {"eps": eps}}})
         campaign = Campaign(folder, folder / "results.json", commit, tree, scale)
         campaign.results["learning_rates"] = before["learning_rates"]
         campaign.train(RUNS, jobs)
-        losses[name] = {key: run["val_loss"] for key, run in campaign.results["runs"].items()}
-    again = {"commit": commit, "before": before["commit"], "losses": losses}
-    write_json(file, again)
+        again["losses"][name] = {key: run["val_loss"] for key, run in campaign.results["runs"].items()}
+        write_json(file, again)
     return table(before, again)
 
 
