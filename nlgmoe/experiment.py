@@ -72,8 +72,14 @@ def _read(
     files = [file for item in paths for file in ([item] if isinstance(item, str | Path) else item)]
     args = [part for file in files for part in ("--config", str(file))]
     for name, value in overrides.items():
-        text = str(value) if isinstance(value, str | Path) else json.dumps(value, default=_as_in_a_file)
-        args.append(f"--{name.replace('__', '.')}={text}")
+        setting, is_text = name.replace("__", "."), isinstance(value, str | Path)
+        try:  # numbers of NumPy and tensors have `tolist`
+            text = str(value) if is_text else json.dumps(value, default=lambda number: number.tolist())
+        except (TypeError, AttributeError):
+            raise SettingError(
+                f"{setting}={value!r}: write an object as in a file, {{'class_path': ..., 'init_args': {{...}}}}"
+            ) from None
+        args.append(f"--{setting}={text}")
     hide_tips_of_packages()
     with warnings.catch_warnings():  # sys.argv is the notebook's
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
@@ -81,12 +87,3 @@ def _read(
             return cli_class(args=args, run=False)
         except SettingError as error:  # without the parser's stack frames
             raise error.with_traceback(None) from None
-
-
-def _as_in_a_file(value: Any) -> Any:
-    """Convert a NumPy number or a tensor to Python's; `json` calls this for types that it does not support."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise SettingError(
-        f"{value!r} is of type {type(value).__name__}; write an object as in a file, {{'class_path': ..., 'init_args': {{...}}}}"
-    )

@@ -1,4 +1,4 @@
-"""Files: atomic writing, checksums, a check that a path is a regular file, and names of nested settings."""
+"""Files: atomic writing, checksums, and a check that a path is a regular file."""
 
 from __future__ import annotations
 
@@ -35,16 +35,6 @@ def write_json(path: Path, value: Any, indent: int = 1) -> None:
     """Write a value as JSON, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
-
-
-def flattened(settings: Any, name: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted names, such as `trainer.callbacks.0.class_path`; lists of scalars are kept."""
-    if isinstance(settings, list) and any(isinstance(item, dict) for item in settings):
-        settings = dict(enumerate(settings))
-    if not isinstance(settings, dict) or not settings:
-        return {name: settings} if name else {}
-    inside = (flattened(value, f"{name}.{key}".removeprefix(".")) for key, value in settings.items())
-    return {path: value for part in inside for path, value in part.items()}
 
 
 def sha256_of(path: Path) -> str:

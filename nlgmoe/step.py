@@ -28,6 +28,7 @@ from nlgmoe.loss import mean_over_ranks, training_loss
 from nlgmoe.non_finite import StepGradients, StepGuard
 from nlgmoe.optim.token_schedule import sequence_length
 from nlgmoe.run.resume import StepSize
+from nlgmoe.validation import RunError
 
 if TYPE_CHECKING:
     from nlgmoe.module import MoEGPTModule
@@ -172,6 +173,8 @@ class Window:
 
     def add(self, batch: Batch, losses: dict[str, Tensor], requests: Sequence[Tensor] = ()) -> None:
         """Count one micro-batch; a collective."""
+        if self.losses and self.names != list(losses):
+            raise RunError(f"a step's micro-batches have different losses: {self.names} and {list(losses)}")
         samples, length = batch["tokens"].shape
         sizes = (samples, samples * length, samples * length**2)
         means = local = torch.stack([value.detach().float() for value in losses.values()])  # [names]

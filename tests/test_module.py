@@ -22,6 +22,8 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
+from nlgmoe.step import Window
+from nlgmoe.validation import RunError
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData
 
@@ -141,6 +143,13 @@ def test_accumulated_micro_batches_weigh_equally(tmp_path: Path) -> None:
         trainer(tmp_path, max_steps=3, accumulate_grad_batches=accumulate).fit(module, data)
         weights.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
     assert torch.allclose(*weights, atol=1e-5)
+
+
+def test_micro_batches_of_a_step_have_the_same_losses() -> None:
+    window, batch = Window(), {"tokens": torch.zeros(2, 4, dtype=torch.int64)}
+    window.add(batch, {"loss": torch.tensor(1.0), "own": torch.tensor(2.0)})
+    with pytest.raises(RunError, match=r"different losses: \['loss', 'own'\] and \['loss', 'other'\]"):
+        window.add(batch, {"loss": torch.tensor(1.0), "other": torch.tensor(2.0)})
 
 
 def test_every_setting_of_the_module_does_something(tmp_path: Path) -> None:

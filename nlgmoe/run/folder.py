@@ -33,7 +33,7 @@ from typing_extensions import override
 
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.newest import FOLDER, checkpoint_path, is_checkpoint, saved_steps
-from nlgmoe.files import atomic_write, flattened, write_json
+from nlgmoe.files import atomic_write, write_json
 from nlgmoe.validation import SettingError, require
 from nlgmoe.versions import versions
 
@@ -287,6 +287,16 @@ class RunFolder(SaveConfigCallback):
         with atomic_write(folder / "config.yaml") as file:
             file.write_text(text, encoding="utf-8")
         write_json(folder / "versions.json", packages)
+
+
+def flattened(settings: Any, name: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names, such as `trainer.callbacks.0.class_path`; lists of scalars are kept."""
+    if isinstance(settings, list) and any(isinstance(item, dict) for item in settings):
+        settings = dict(enumerate(settings))
+    if not isinstance(settings, dict) or not settings:
+        return {name: settings} if name else {}
+    inside = (flattened(value, f"{name}.{key}".removeprefix(".")) for key, value in settings.items())
+    return {path: value for part in inside for path, value in part.items()}
 
 
 def starts_of(folder: Path) -> list[tuple[int, Path]]:

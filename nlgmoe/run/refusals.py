@@ -22,28 +22,25 @@ from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.validation import SettingError
 
+Kinds = type | tuple[type, ...]
 _END = "continues a run after its end or a stop; leave it out"
 SETTINGS = {  # of a Trainer, unless they are 0 or null
     "min_steps": _END,
     "min_epochs": _END,
     "overfit_batches": "changes the order of sequences, which data.seed determines; give a small data.data_dir",
 }
-STRATEGIES = {
+STRATEGIES: dict[Kinds, str] = {
     (FSDPStrategy, ModelParallelStrategy): (
         "divides the weights, which gradient norms and checkpoints here do not support; use nlgmoe.ExpertParallelStrategy, or ddp"
     ),
-    (
-        DeepSpeedStrategy,
-    ): "does not support experts; write {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2}}",
+    DeepSpeedStrategy: "does not support experts; write {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2}}",
 }
-CALLBACKS = {
+CALLBACKS: dict[Kinds, str] = {
     (GradientAccumulationScheduler, BatchSizeFinder): "changes the batch that data.global_batch_size sets; remove it",
-    (
-        LearningRateFinder,
-    ): "sets the rate of one optimizer group, not model.schedule's; try values of model.optimizer.lr",
+    LearningRateFinder: "sets the rate of one optimizer group, not model.schedule's; try values of model.optimizer.lr",
     (StochasticWeightAveraging, WeightAveraging): "replaces the weights that a resumed run needs; remove it",
     (BaseFinetuning, ModelPruning): "changes optimizer groups or names that no checkpoint here holds; remove it",
-    (OnExceptionCheckpoint,): "saves within a step, where weights and clock are of different steps; remove it",
+    OnExceptionCheckpoint: "saves within a step, where weights and clock are of different steps; remove it",
 }
 
 

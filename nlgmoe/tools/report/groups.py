@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from plotly.colors import hex_to_rgb
 
-from nlgmoe.files import flattened
+from nlgmoe.run.folder import flattened
 from nlgmoe.tools.report import tables
 from nlgmoe.tools.report.drawing import Chart, Panel, Trace, line
 from nlgmoe.tools.report.runs import PALETTE, Run, finite_number

@@ -19,10 +19,10 @@ from scipy.interpolate import make_interp_spline
 from nlgmoe.config import GPTConfig
 from nlgmoe.eval.specialisation import FILE as SPECIALISATION
 from nlgmoe.eval.specialisation import Specialisation
-from nlgmoe.files import flattened, require_regular
+from nlgmoe.files import require_regular
 from nlgmoe.parts import PARTS, ForeignCodeError
 from nlgmoe.pyramid import experts_per_layer
-from nlgmoe.run.folder import starts_of
+from nlgmoe.run.folder import flattened, starts_of
 from nlgmoe.validation import RunError, SettingError
 
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from nlgmoe.files import flattened
 from nlgmoe.monitoring.stopwatch import PARTS
+from nlgmoe.run.folder import flattened
 from nlgmoe.tools.report.runs import BITS, Run
 
 UNKNOWN = "–"
