@@ -16,7 +16,7 @@ from filelock import FileLock
 from benchmarks.reproduce.__main__ import main as reproduce
 from benchmarks.reproduce.campaign import CONFIGS, CPU, TINY, Campaign, best_rate
 from benchmarks.reproduce.cells import GROWTH, WIDER, Cell
-from benchmarks.reproduce.questions import AGREES, DIFFERS, QUESTIONS, UNRESOLVED, readings, runs_of
+from benchmarks.reproduce.questions import AGREES, DIFFERS, LARGER, QUESTIONS, UNRESOLVED, readings, runs_of
 from benchmarks.reproduce.readings import MISSING, answers, cost_at_equal_loss
 from benchmarks.reproduce.tables import BEGIN, END, write
 from nlgmoe.cli.train import main as train
@@ -94,13 +94,15 @@ def test_runs_go_on_from_trunks_and_logits_and_are_not_repeated(pocket_pile: Pat
 def test_every_file_is_a_model_of_the_intended_size(tmp_path: Path) -> None:
     campaign = Campaign(tmp_path, tmp_path / "results.json", "abc", ROOT, CPU)
     names = {path.stem for path in (ROOT / CONFIGS).glob("*.yaml")} - {"base"}
-    assert names == {cell.config for cell, _ in runs_of(QUESTIONS)} | {"moe_8", "top_2"}
+    assert names == {cell.config for cell, _ in runs_of((*QUESTIONS, *LARGER))} | {"moe_8", "top_2"}
     active = {name: count_parameters(campaign.shape(name)).active for name in names}
     assert all(0.24e6 < active[name] < 0.25e6 for name in GROWTH)
     tokens = CPU.steps * CPU.step_tokens
     assert tokens / active["moe_16"] == pytest.approx(20, rel=0.03)
     pyramid, standard = (count_parameters(campaign.shape(name)).total for name in ("pr_moe", "moe_32"))
     assert 2 < standard / pyramid < 3
+    assert all(active[cell.config] == pytest.approx(2 * active[cell.config.removesuffix("_2x")], rel=0.1)
+               for cell in {cell for question in LARGER for cell in (question.first, question.second)})  # fmt: skip
 
 
 def test_the_model_is_that_of_the_code_that_trains(tmp_path: Path) -> None:

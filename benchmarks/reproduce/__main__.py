@@ -3,7 +3,7 @@
     python -m benchmarks.reproduce [--question KEY ...] [--jobs 2]   train what is missing, then write page and figures
     python -m benchmarks.reproduce --tables                          write page and figures from docs/results/reproduce.json
     python -m benchmarks.reproduce --speed                           time a training step of each model; on a quiet machine
-    python -m benchmarks.reproduce --again                           train three of the models with the code of HEAD; an hour
+    python -m benchmarks.reproduce --again                           train short runs with the code of that commit and of HEAD
     python -m benchmarks.reproduce --scale tiny                      twenty steps a run, into a temporary folder
     python -m benchmarks.reproduce --scale gpu                       estimate the hours of the same questions on one GPU
 
@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from benchmarks.reproduce.again import train_again
 from benchmarks.reproduce.campaign import CPU, TINY, Campaign
 from benchmarks.reproduce.cells import SEEDS
-from benchmarks.reproduce.questions import QUESTIONS, runs_of
+from benchmarks.reproduce.questions import LARGER, QUESTIONS, runs_of
 from benchmarks.reproduce.speed import measure
 from benchmarks.reproduce.tables import long_table, write
 from benchmarks.runs import ROOT, git
@@ -77,14 +77,15 @@ def print_gpu_estimates(gpu: str = "h100") -> None:
 def main() -> None:
     """Train, judge, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--question", nargs="*", choices=[question.key for question in QUESTIONS], help="default: all")
+    parser.add_argument("--question", nargs="*", choices=[question.key for question in (*QUESTIONS, *LARGER)],
+                        help="default: all but those at the larger size")  # fmt: skip
     parser.add_argument("--scale", choices=["cpu", "tiny", "gpu"], default="cpu")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/reproduce", help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--tables", action="store_true", help="train nothing")
     parser.add_argument("--speed", action="store_true", help="train nothing; time a step of each model, one thread")
-    parser.add_argument("--again", action="store_true", help="train three of the models with the code of HEAD")
+    parser.add_argument("--again", action="store_true", help="compare short runs of both commits' code")
     args = parser.parse_args()
     if args.scale == "gpu":
         print_gpu_estimates()
@@ -93,14 +94,12 @@ def main() -> None:
         write(json.loads(args.results.read_text()))
         return
     if args.again:
-        out = args.out.resolve() / "again"
-        out.mkdir(parents=True, exist_ok=True)
-        head = checked_out(out / "results.json", out)
-        print(train_again(json.loads(args.results.read_text()), *head, out, AGAIN, args.jobs))
+        commit, tree = checked_out(args.results, args.out.resolve())
+        with tempfile.TemporaryDirectory() as out:
+            print(train_again({commit: tree, git("rev-parse", "HEAD"): ROOT}, Path(out), AGAIN, args.jobs))
         return
-    wanted = runs_of(
-        [question for question in QUESTIONS if not args.question or question.key in args.question], not args.question
-    )
+    chosen = [question for question in (*QUESTIONS, *LARGER) if question.key in (args.question or ())]
+    wanted = runs_of(chosen or QUESTIONS, tables=not chosen)
     with tempfile.TemporaryDirectory() as temporary:
         if args.scale == "tiny":
             args.out, args.results = Path(temporary), Path(temporary) / "results.json"

@@ -54,7 +54,7 @@ class Scale:
     """The size of the runs.
 
     Attributes:
-        name: `cpu`, or `tiny` for a test.
+        name: `cpu`, `short` for a comparison of commits, or `tiny` for a test.
         steps: optimizer steps of the whole budget.
         step_tokens: tokens of a step.
         settings: override those of the files, nested as in YAML.
@@ -260,7 +260,7 @@ class Campaign:
             "model": {
                 **scale.get("model", {}),
                 "seed": seed,
-                "optimizer": {**scale.get("model", {}).get("optimizer", {}), "lr": rate},
+                "optimizer": {"lr": rate},
                 "train_tokens": tokens,
                 "schedule": {
                     "warmup_tokens": self.scale.steps // 40 * self.scale.step_tokens,
@@ -269,7 +269,7 @@ class Campaign:
                 },
             },
             "data": {**scale.get("data", {}), "seed": seed, "data_dir": str(ROOT / "data/pocket_pile")},
-            "trainer": {"callbacks": [checkpoint]},
+            "trainer": {**scale.get("trainer", {}), "callbacks": [checkpoint]},
         }
 
     def shape(self, config: str) -> GPTConfig:
@@ -287,18 +287,21 @@ class Campaign:
         return [(self.tree if (self.tree / file).exists() else ROOT) / file for file in files]
 
     def learning_rate(self, config: str) -> float:
-        """Interpolate the learning rate: in the logarithm of experts, or of the width of a dense model."""
+        """Interpolate the learning rate: in the logarithm of the width, of dense models, times that of the number of experts."""
         rates, shape = self.results["learning_rates"], self.shape(config)
-        if shape.moe is None:
-            if config == "dense":
-                return float(rates["dense"])
+        rate = float(rates["dense"])
+        if shape.hidden_size != self.shape("dense").hidden_size:
             widths = [math.log(self.shape(name).hidden_size) for name in ("dense", config, WIDEST)]
-            return _between(rates["dense"], rates[WIDEST], (widths[1] - widths[0]) / (widths[2] - widths[0]))
+            rate = _between(rates["dense"], rates[WIDEST], (widths[1] - widths[0]) / (widths[2] - widths[0]))
+        if shape.moe is None:
+            return rate
         counts = shape.moe.num_experts
         experts = max(counts) if isinstance(counts, list) else counts
         if experts <= 8:
-            return _between(rates["dense"], rates["moe_8"], math.log(experts) / math.log(8))
-        return _between(rates["moe_8"], rates["moe_32"], math.log(experts / 8) / math.log(4))
+            of_experts = _between(rates["dense"], rates["moe_8"], math.log(experts) / math.log(8))
+        else:
+            of_experts = _between(rates["moe_8"], rates["moe_32"], math.log(experts / 8) / math.log(4))
+        return of_experts * (rate / rates["dense"])
 
     def _is_needed(self, cell: Cell) -> bool:
         """Return True if other runs resume this cell's checkpoints."""

@@ -7,7 +7,7 @@ The rules were fixed before the runs that they judge (the commit that added this
 2. `lower`: a two-sided paired t test of no difference in validation loss.
 3. `not worse` ("as good as"): a one-sided paired t test of a difference of `MARGIN` nats; a better first model is as good.
 4. Several questions are asked of one campaign: a p value counts only if Holm's correction over all of `QUESTIONS` leaves it below
-   5%. Intervals are printed without that correction.
+   5%. Intervals are printed without that correction. `LARGER`, two of these questions at a larger size, has its own correction.
 5. Readings: `agrees` (with the paper), `differs here` (the opposite is significant), `unresolved`, `cannot be tested here`.
 6. What no paired test of losses can answer has its own rule, in `OTHERS`.
 
@@ -23,8 +23,8 @@ Pairs that were seen before these rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from scipy import stats
@@ -96,6 +96,15 @@ QUESTIONS = (
     ),
 )  # fmt: skip
 
+# Does it grow? No run of these models was seen before the rule.
+LARGER = (
+    replace(QUESTIONS[0], key="experts_2x", title="16 experts against dense, twice the active parameters and tokens",
+            first=Cell("moe_16_2x", 2.0), second=Cell("dense_2x", 2.0)),
+    replace(QUESTIONS[2], key="everywhere_2x", title="Second half against everywhere, twice the active parameters and tokens",
+            first=Cell("second_half_2x", 2.0), second=Cell("moe_16_2x", 2.0)),
+)  # fmt: skip
+SIZES = (QUESTIONS[0], LARGER[0], QUESTIONS[2], LARGER[1])
+
 OTHERS = {
     "cheaper": (
         "Cannot be tested here: 16 experts and 32 channels, where the paper has 128 and 2,048. The FLOPs and seconds of an "
@@ -135,7 +144,7 @@ def readings(differences: Sequence[tuple[Question, PairedDifference | None]]) ->
     return found
 
 
-def runs_of(questions: Iterable[Question], tables: bool = True) -> list[tuple[Cell, int]]:
+def runs_of(questions: Sequence[Question], tables: bool = True) -> list[tuple[Cell, int]]:
     """Return every cell and seed that is needed once, each after those that it goes on from.
 
     Args:
@@ -144,8 +153,9 @@ def runs_of(questions: Iterable[Question], tables: bool = True) -> list[tuple[Ce
     """
     wanted = [
         (cell, seed)
+        for seed in range(1, max((question.pairs for question in questions), default=0) + 1)
         for question in questions
-        for seed in range(1, question.pairs + 1)
+        if seed <= question.pairs
         for cell in (question.first, question.second)
     ]
     wanted += [(cell, seed) for seed in SEEDS for cell in TABLES] if tables else []

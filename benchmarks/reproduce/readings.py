@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from benchmarks.reproduce.cells import CONTROL, MARGIN, SEEDS, TEACHER, WIDER, C
 from benchmarks.reproduce.questions import (
     AGREES,
     DIFFERS,
+    LARGER,
     QUESTIONS,
     STAGED_STUDENT,
     UNTESTABLE,
@@ -66,10 +68,17 @@ def with_interval(found: PairedDifference, unit: str = " nats") -> str:
 def answers(results: dict[str, Any]) -> dict[str, Answer]:
     """Answer every question, by key, in the order of the page."""
     runs = results["runs"]
-    found = [(question, difference(runs, question.first, question.second, question.pairs)) for question in QUESTIONS]
-    read = readings(found)
-    answered = {question.key: _answer(question, differ, read) for question, differ in found}
+    answered = answers_to(QUESTIONS, runs)
     return {"experts": answered.pop("experts"), "cheaper": _cheaper(results), **answered, "faster": _faster(results)}
+
+
+def answers_to(questions: Sequence[Question], runs: Runs) -> dict[str, Answer]:
+    """Answer questions that share one correction."""
+    differences = [
+        (question, difference(runs, question.first, question.second, question.pairs)) for question in questions
+    ]
+    read = readings(differences)
+    return {question.key: _answer(question, found, read) for question, found in differences}
 
 
 def _answer(question: Question, found: PairedDifference | None, read: dict[str, str]) -> Answer:
@@ -153,6 +162,9 @@ def beside(results: dict[str, Any]) -> list[str]:
             f"before the rule. By the first, two-sided rule (90% {low:+.3f} to {high:+.3f}, margin {MARGIN}) it is {old}; by "
             f"today's it is {'' if high < MARGIN else 'not shown to be '}as good."
         )
+    for answer in answers_to(LARGER, runs).values():
+        if answer.difference:
+            lines.append(f"{answer.title}: {answer.difference}, {answer.pairs} pairs: **{answer.reading}**.")
     costs = results.get("speed", {}).get("step_seconds")
     if costs and (ratio := cost_at_equal_loss(runs, costs)) is not None:
         lines.append("A dense model of MoE-16's loss takes {:.2f} times its seconds ({:.2f} to {:.2f}).".format(*ratio))

@@ -1,8 +1,9 @@
-"""Write the tables of docs/claims.md and README.md, and draw both figures, from docs/results/reproduce.json alone."""
+"""Write the tables of docs/claims.md and README.md, and draw the figures, from docs/results/reproduce.json alone."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,17 @@ import numpy as np
 
 from benchmarks.documents import markdown_table, with_text
 from benchmarks.reproduce.cells import BUDGETS, GROWTH, MARGIN, SEEDS, STEP_TOKENS, TEACHER, WIDER, Cell
-from benchmarks.reproduce.questions import AGREES, DIFFERS, QUESTIONS, STAGED_STUDENT, UNRESOLVED
-from benchmarks.reproduce.readings import MISSING, Answer, answers, beside, difference, of_cell
+from benchmarks.reproduce.questions import (
+    AGREES,
+    DIFFERS,
+    LARGER,
+    QUESTIONS,
+    SIZES,
+    STAGED_STUDENT,
+    UNRESOLVED,
+    Question,
+)
+from benchmarks.reproduce.readings import MISSING, Answer, answers, answers_to, beside, difference, of_cell
 from benchmarks.runs import ROOT
 
 matplotlib.use("Agg")
@@ -103,30 +113,33 @@ def write(results: dict[str, Any], page: Path = PAGE, readme: Path = README, fig
     """
     for file, content in ((page, long_table(results)), (readme, short_table(results))):
         file.write_text(with_text(file.read_text(), BEGIN, END, content, name=str(file)))
-    draw_differences(results, figures / "claims.png")
+    runs = results["runs"]
+    answered = answers(results) | answers_to(LARGER, runs)
+    draw_differences(QUESTIONS, answered, runs, figures / "claims.png")
+    draw_differences(SIZES, answered, runs, figures / "sizes.png")
     draw_costs(results, figures / "costs.png")
 
 
-def draw_differences(results: dict[str, Any], file: Path) -> None:
+def draw_differences(
+    questions: Sequence[Question], answered: dict[str, Answer], runs: dict[str, Any], file: Path
+) -> None:
     """Draw a forest plot: paired differences with 95% intervals, and the margin of "as good as"."""
-    read = answers(results)
-    figure, axis = pyplot.subplots(figsize=(8.4, 0.42 * len(QUESTIONS) + 1.0), layout="constrained")
-    for row, question in enumerate(reversed(QUESTIONS)):
-        found = difference(results["runs"], question.first, question.second, question.pairs)
+    figure, axis = pyplot.subplots(figsize=(8.4, 0.42 * len(questions) + 1.0), layout="constrained")
+    for row, question in enumerate(reversed(questions)):
+        found = difference(runs, question.first, question.second, question.pairs)
         if found is None:
             continue
         low, high = found.interval()
-        reading = read[question.key].reading
-        missing = reading == MISSING
-        axis.plot([low, high], [row, row], color=COLOURS[reading], linestyle=":" if missing else "-", linewidth=2)
-        axis.plot(found.mean, row, "o", color=COLOURS[reading], fillstyle="none" if missing else "full")
+        answer = answered[question.key]
+        missing, colour = answer.reading == MISSING, COLOURS[answer.reading]
+        axis.plot([low, high], [row, row], color=colour, linestyle=":" if missing else "-", linewidth=2)
+        axis.plot(found.mean, row, "o", color=colour, fillstyle="none" if missing else "full")
         if question.rule == "not worse":
             axis.fill_betweenx([row - 0.4, row + 0.4], -0.2, MARGIN, color="tab:green", alpha=0.08, linewidth=0)
-        label = f"{reading}, {read[question.key].pairs} pairs"
-        axis.annotate(label, (1.01, row), xycoords=("axes fraction", "data"), va="center",
-                      fontsize=8, color=COLOURS[reading])  # fmt: skip
+        axis.annotate(f"{answer.reading}, {answer.pairs} pairs", (1.01, row), xycoords=("axes fraction", "data"),
+                      va="center", fontsize=8, color=colour)  # fmt: skip
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(QUESTIONS)), [question.title for question in reversed(QUESTIONS)], fontsize=8)
+    axis.set_yticks(range(len(questions)), [question.title for question in reversed(questions)], fontsize=8)
     axis.set_xlim(-0.2, 0.1)
     axis.set_xlabel(
         f"difference in validation loss (nats/token), 95% interval\nleft: better; shaded: as good as, margin {MARGIN}",
