@@ -9,7 +9,6 @@ from lightning.pytorch.loggers import CSVLogger
 
 from nlgmoe import MoEGPTModule, ZeroShotEval
 from nlgmoe.config import GPTConfig
-from tests.checkpoint.test_portable import SaveAt
 from tests.eval.tiny_tasks import CONFIG, TASKS, TokenizedData, write_tasks
 from tests.synthetic import SyntheticData
 from tests.test_module import trainer
@@ -42,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_is_the_same_bit_for_bit_and_evaluation_has_its_precision(folder: Path, tmp_path: Path) -> None:
     """`HFLM` sets autocast itself, and the exported class turns activation checkpointing off."""
-    zero_shot, weights = Counting(list(TASKS), 2, every_n_steps=1, at_validation=True, include_path=str(folder)), []
+    zero_shot, weights = Counting(list(TASKS), 2, include_path=str(folder)), []
     for callbacks in ([], [zero_shot]):
         module = MoEGPTModule(DROPOUT, activation_checkpointing=True)
         torch.manual_seed(7)
@@ -50,26 +49,21 @@ def test_training_is_the_same_bit_for_bit_and_evaluation_has_its_precision(folde
         run.fit(module, TokenizedData())
         weights.append([*module.state_dict().values(), torch.rand(3)])
         assert module.gpt.training and module.gpt.activation_checkpointing
-    assert zero_shot.at == [1, 2, 3, 4]  # once where a validation comes too
+    assert zero_shot.at == [2, 4]
     assert len(zero_shot.in_bf16) > 2 and all(zero_shot.in_bf16)
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
 def test_metrics_are_logged_beside_the_others(folder: Path, tmp_path: Path) -> None:
-    zero_shot = Counting(["tiny_choice", "tiny_answer"], 3, every_n_tokens=100, include_path=str(folder))
+    zero_shot = Counting(["tiny_choice", "tiny_answer"], 3, every_n_steps=4, include_path=str(folder))
     logger = CSVLogger(tmp_path, name="", version="")
     settings = {"max_steps": 4, "logger": logger, "log_every_n_steps": 1, **VALIDATES}
-    run = trainer(tmp_path, zero_shot, SaveAt(3, tmp_path / "a.ckpt"), **settings)
-    run.fit(MoEGPTModule(CONFIG), TokenizedData())
-    assert zero_shot.at == [2, 4]  # 64 tokens a step: at 128 and 256
+    trainer(tmp_path, zero_shot, **settings).fit(MoEGPTModule(CONFIG), TokenizedData())
+    assert zero_shot.at == [4]  # and not at the validation after step 2
     header, *rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
     logged = [row[header.index("step")] for row in rows if row[header.index("zero_shot/tiny_choice/acc")]]
-    assert logged == ["1", "3"]
+    assert logged == ["3"]
     assert {"zero_shot/tiny_answer/exact_match"} <= set(header)
-
-    again = Counting(["tiny_choice"], 3, every_n_tokens=100, include_path=str(folder))
-    trainer(tmp_path, again, max_steps=4).fit(MoEGPTModule(CONFIG), TokenizedData(), ckpt_path=tmp_path / "a.ckpt")
-    assert again.at == [4]  # what was done before the checkpoint is not done again
 
     alone = Counting(["tiny_choice"], 3, every_n_steps=5, include_path=str(folder))
     module = MoEGPTModule(CONFIG)
@@ -81,14 +75,16 @@ def test_metrics_are_logged_beside_the_others(folder: Path, tmp_path: Path) -> N
 def test_a_failing_task_is_counted_and_training_goes_on(tmp_path: Path) -> None:
     folder = write_tasks(tmp_path / "tasks")
     (folder / "tiny_choice_documents.jsonl").write_text('{"question": "no choices"}\n')
-    settings = {"include_path": str(folder), "every_n_steps": 1, "limit": 2}
-    run = trainer(tmp_path, zero_shot := ZeroShotEval(["tiny_choice", "tiny_word"], **settings), max_steps=2)
+    settings = {"include_path": str(folder), "limit": 2}
+    run = trainer(
+        tmp_path, zero_shot := ZeroShotEval(["tiny_choice", "tiny_word"], **settings), max_steps=4, **VALIDATES
+    )
     logged: list[dict[str, float]] = []
     zero_shot._evaluate = lambda *args: logged.append(found := ZeroShotEval._evaluate(zero_shot, *args)) or found  # type: ignore
     with pytest.warns(UserWarning, match="ZeroShotEval: tiny_choice failed, and is left out: .*choices") as warned:
         run.fit(MoEGPTModule(CONFIG), TokenizedData())
     assert len([each for each in warned if "tiny_choice" in str(each.message)]) == 1
-    assert run.global_step == 2
+    assert run.global_step == 4
     assert [set(found) for found in logged] == [{"zero_shot/tiny_word/perplexity", "zero_shot/failed_tasks"}] * 2
     assert logged[1]["zero_shot/failed_tasks"] == 1
 

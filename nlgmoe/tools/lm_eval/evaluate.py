@@ -82,9 +82,12 @@ def evaluate(
         print(f"written to {output}")
 
 
-def check_settings(limit: int | None, num_fewshot: int | None, batch_size: int, **intervals: int | None) -> None:
+def check_settings(
+    limit: int | None, num_fewshot: int | None, batch_size: int, every_n_steps: int | None = None
+) -> None:
     """Check numbers that `nlgmoe evaluate` and `ZeroShotEval` take; None means their default."""
-    for name, value in {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, **intervals}.items():
+    counts = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "every_n_steps": every_n_steps}
+    for name, value in counts.items():
         least = 0 if name == "num_fewshot" else 1
         whole = isinstance(value, int) and not isinstance(value, bool)
         require(value is None or (whole and value >= least), f"{name}={value} must be a whole number from {least}")
