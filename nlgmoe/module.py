@@ -1,37 +1,48 @@
-"""MoEGPTModule, the LightningModule: settings of a training run, Lightning's hooks, and the entries of a checkpoint.
+"""MoEGPTModule, the LightningModule: builds a GPT on the strategy's ranks, trains it, and measures its loss by domain.
 
-`step.py` has the steps and the hooks that call them, `loss.py` the loss, `gpt_module.py` building and evaluation of the model.
+`step.py` has the steps and the hooks that call them, `loss.py` the loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
+import torch
+from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from nlgmoe.batch import Batch
-from nlgmoe.checkpoint.same_run import check_same_run, check_tokenizer
-from nlgmoe.checkpoint.warm_start import WarmStart
-from nlgmoe.config import GPTConfig
+from nlgmoe.batch import Batch, loss_mask
+from nlgmoe.checkpoint.agreement import AllRanksError
+from nlgmoe.checkpoint.same_run import check_same_run, check_tokenizer, differences
+from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
+from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 from nlgmoe.data.training_data import TrainingData, training_data
 from nlgmoe.distill.distiller import Distiller
-from nlgmoe.gpt_module import GPTModule
-from nlgmoe.layers.moe import moe_layers
+from nlgmoe.eval.perplexity import DomainLoss, batch_losses
+from nlgmoe.layers.moe import MoELayer, moe_layers
+from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
+from nlgmoe.layers.router import Routing
+from nlgmoe.model.compiling import compile_dense_parts
+from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite, StepGradients
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, require_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate
+from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.run.refusals import check_trainer
 from nlgmoe.run.resume import Resuming, check_new_run, validate_by_steps
-from nlgmoe.run_checks import warn_about_end, warn_about_rate
+from nlgmoe.run.signals import leave_signals_to_callbacks
+from nlgmoe.run_checks import check_vocabulary, require_compiler, warn_about_end, warn_about_rate
 from nlgmoe.step import TrainingSteps
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 
-class MoEGPTModule(GPTModule):
+class MoEGPTModule(LightningModule):
     """Train a GPT: cross-entropy, the balance losses of its MoE layers, and the distillation loss if there is a teacher.
 
     The random draws of a step (dropout, routing noise, token selection) are a function of `seed`, the step and the
@@ -70,20 +81,37 @@ class MoEGPTModule(GPTModule):
         non_finite: NonFinite = NonFinite(),  # noqa: B008 (frozen)
         distiller: Distiller | None = None,
     ) -> None:
-        super().__init__(config, seed, activation_checkpointing, compile, loss_chunk_size, warm_start, curriculum)
+        super().__init__()
+        if loss_chunk_size < 1:
+            raise SettingError(f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
+        if seed < 0:
+            raise SettingError(f"seed={seed} must be at least 0")
+        if curriculum is not None and curriculum.start > config.seq_len:
+            raise SettingError(f"start={curriculum.start} is above the model's seq_len={config.seq_len}; lower it")
         if train_tokens is not None and train_tokens < 1:
             raise SettingError(f"train_tokens={train_tokens} must be at least 1, or null")
         if schedule.min_lr > optimizer.lr:
             raise SettingError(
                 f"min_lr={schedule.min_lr} is above the peak, model.optimizer.lr={optimizer.lr}; lower it"
             )
+        self.config = config
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.train_tokens = train_tokens
+        self.curriculum = curriculum
+        self.activation_checkpointing = activation_checkpointing
+        self.compiles = compile
+        self.loss_chunk_size = loss_chunk_size
+        self.seed = seed
+        self.warm_start = warm_start
+        self.started_from: str | None = None  # the checkpoint of the warm start
         self.non_finite = non_finite
         self.distiller = copy(distiller)  # a fit changes it
         self.resuming = Resuming()
         self.steps = TrainingSteps(self)
+        self.model: GPT | None = None  # built by configure_model, once the strategy is ready for it
+        self.routings: list[Routing] = []  # of the latest micro-batch, for callbacks to read
+        self._domain_loss: list[DomainLoss] = []  # in a list, not a submodule: bf16-true would turn its sums into bf16
 
     @property
     def tokens_seen(self) -> int:
@@ -96,14 +124,71 @@ class MoEGPTModule(GPTModule):
         return self.steps.tokens_seen + self.steps.window.tokens
 
     @property
-    def lengths_fed(self) -> int:
+    def squared_lengths_fed(self) -> int:
         """Return the sum over sequences fed, to all ranks since the module was made, of length squared."""
-        return self.steps.lengths_seen + self.steps.window.lengths
+        return self.steps.squared_lengths_seen + self.steps.window.squared_lengths
 
     @property
     def skipped_steps(self) -> int:
         """Return the number of steps that `non_finite` or fp16's loss scale has skipped since the run began."""
         return self.steps.guard.skipped
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Check that trainer, model and data fit together, and make the portable checkpoint the trainer's format."""
+        check_trainer(self.trainer, stage)
+        leave_signals_to_callbacks(self.trainer)
+        self._domain_loss = []  # discards the sums of an interrupted evaluation
+        if (data := training_data(self.trainer)) is None:
+            return
+        check_vocabulary(self.config, data)
+        self._domain_loss = [DomainLoss(data.domains, data.token_byte_lengths(), data.domain_shares)]
+
+    @override
+    def configure_model(self) -> None:
+        """Build the GPT, once."""
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        placed: Mapping[int, ExpertPlacement] = {}
+        if isinstance(strategy, PlacesExperts):
+            placed = strategy.expert_placements(self.config)
+        if self.model is None:
+            if self.compiles:
+                require_compiler(self.device if strategy is None else strategy.root_device)
+            model = GPT(self.config, self.seed, self.activation_checkpointing, placed)
+            if self.warm_start is not None:
+                self._start_from(model, self.warm_start)
+            if self.compiles:
+                compile_dense_parts(model)
+            self.model = model
+        elif not _has_placements(self.model, placed):
+            raise AllRanksError(
+                "this module's model was built before, with other placements of experts than trainer.strategy's; make a new "
+                "MoEGPTModule for every trainer, and do not use module.gpt before fit"
+            )
+
+    def _start_from(self, model: GPT, start: WarmStart) -> None:
+        """Load the initial weights, and report what differs in the configuration, such as another `top_k`."""
+        data = training_data(self._trainer)
+        tokenizer = None if data is None else data.tokenizer_json()
+        loaded = load_initial_weights(model, start, tokenizer=tokenizer)
+        self.started_from = str(loaded.path)
+        changed = differences(loaded.model_config, self.config.to_dict(), ignore=FREE_IN_EVALUATION)
+        rank_zero_info(loaded.report + (f"\n  model.config differed: {', '.join(changed)}" if changed else ""))
+
+    @property
+    def gpt(self) -> GPT:
+        """The model; the first access builds it."""
+        if self.model is None:
+            self.configure_model()
+        assert self.model is not None
+        return self.model
+
+    @override
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Log as Lightning does, but keep numbers on the host: Lightning would copy them to the device and back."""
+        if isinstance(value, float | int) and not kwargs.get("sync_dist"):
+            value = torch.tensor(value, dtype=torch.float64, device="cpu")
+        super().log(name, value, *args, **kwargs)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -195,11 +280,62 @@ class MoEGPTModule(GPTModule):
             self.distiller.release()
 
     @override
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add one micro-batch to the loss by domain."""
+        self._evaluate(batch, self.trainer.num_val_batches)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add one micro-batch to the loss by domain."""
+        self._evaluate(batch, self.trainer.num_test_batches)
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute the loss of every token, `[B, T]` nats; 0 where the loss is masked."""
+        return self._token_losses(batch) * loss_mask(batch)
+
+    @override
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss`, `val/perplexity`, `val/bits_per_byte`, and each by domain."""
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.resuming.end_validation(self.trainer)
-        super().on_validation_epoch_end()
+        self._log_evaluation("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        """Log the same under `test/`."""
+        self._log_evaluation("test")
+
+    def _token_losses(self, batch: Batch) -> Tensor:
+        losses, routings = batch_losses(self.gpt, batch, self.loss_chunk_size)
+        # during training, a user's callback calls this, not the step
+        if self._trainer is None or not self._trainer.training:
+            self.routings = routings
+        return losses
+
+    def _evaluate(self, batch: Batch, loaders: Sequence[int | float]) -> None:
+        require(
+            len(loaders) == 1,
+            f"expected one evaluation dataloader, not {len(loaders)}: join them with torch.utils.data.ConcatDataset, and "
+            "distinguish their texts by `domain` in a batch and `domains` of the data module",
+        )
+        if not self._domain_loss:  # another data module: one unnamed domain, no bytes
+            self._domain_loss = [DomainLoss(["all"], torch.zeros(self.config.vocab_size))]
+        metric = self._domain_loss[0].to(self.device)
+        named = training_data(self.trainer) is not None
+        domain = batch["domain"] if named else torch.zeros_like(batch["domain"])
+        metric.update(self._token_losses(batch), batch["targets"], loss_mask(batch), domain)
+
+    def _log_evaluation(self, prefix: str) -> None:
+        (metric,) = self._domain_loss
+        values = metric.compute()
+        if self.trainer.state.fn == TrainerFn.FITTING and not torch.isfinite(values["loss"]):
+            rank_zero_warn(f"step {self.trainer.global_step}: val/loss is {float(values['loss'])}")
+        for name, value in values.items():
+            if torch.isfinite(value) or not name.startswith("bits_per_byte"):
+                # The values are equal on all ranks; sync_dist declares that to Lightning.
+                self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
+        metric.reset()
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -209,6 +345,7 @@ class MoEGPTModule(GPTModule):
             "tokens_seen": self.tokens_seen,
             "non_finite": self.steps.guard.state_dict(),
             "seed": self.seed,
+            "frozen": sorted(self.optimizer_config.frozen),
         }
         if self.started_from is not None:
             checkpoint["started_from"] = self.started_from
@@ -232,9 +369,25 @@ class MoEGPTModule(GPTModule):
         self.started_from = checkpoint.get("started_from")
         self.steps.guard.load_state_dict(checkpoint["non_finite"])
         if fits:
+            frozen, before = sorted(self.optimizer_config.frozen), checkpoint.get("frozen", [])
+            require(
+                frozen == before,
+                f"model.optimizer.frozen={frozen} was {before} in the checkpoint's run, whose moments would move frozen weights; "
+                "set it as it was, or start a new run with model.warm_start",
+            )
             self.resuming.load(checkpoint, self.trainer)
             if self.distiller is not None:
                 self.distiller.load_state_dict(checkpoint.get("distiller", {}))
         else:
             # Log where training logs a validation of this step.
             self.trainer.fit_loop.epoch_loop._batches_that_stepped = max(checkpoint["global_step"] - 1, 0)
+
+
+def _has_placements(model: GPT, placements: Mapping[int, ExpertPlacement]) -> bool:
+    """Return whether this rank holds the experts of `placements`; a block that is not named holds all of its experts."""
+    for layer, count in enumerate(experts_per_layer(model.config)):
+        wanted = placements.get(layer, ExpertPlacement(first=0, count=count))
+        moe = model.blocks[layer].moe
+        if isinstance(moe, MoELayer) and (moe.placement.first, moe.placement.count) != (wanted.first, wanted.count):
+            return False
+    return True

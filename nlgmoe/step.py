@@ -42,16 +42,18 @@ class TrainingSteps:
 
     Attributes:
         tokens_seen: the token clock: positions fed to all ranks, padding included, up to the last optimizer step.
-        lengths_seen: sum over sequences fed of length squared, likewise; the FLOPs of attention are proportional to it.
+        squared_lengths_seen: sum over sequences fed of length squared, likewise; the FLOPs of attention are proportional to it.
         window: the micro-batches since then.
+        losses: of the latest step, the means over its micro-batches and ranks, by logged name.
         guard: decides about steps that are not finite.
     """
 
     def __init__(self, module: MoEGPTModule) -> None:
         self._module = module
-        self.tokens_seen = self.lengths_seen = 0
+        self.tokens_seen = self.squared_lengths_seen = 0
         self.guard = StepGuard(module.non_finite)
         self.window = Window()
+        self.losses: dict[str, float] = {}
         self._learning_routers: dict[int, Router] = {}  # by MoE layer: those that change after a step
         self._stops_after_step = False
 
@@ -86,14 +88,14 @@ class TrainingSteps:
         The host reads losses and gradient norm from the device in one copy.
         """
         module, window = self._module, self.window
-        losses, norm = window.read(gradients.norm())
-        for name, value in zip(window.names, losses, strict=True):
+        self.losses, norm = window.read(gradients.norm())
+        for name, value in self.losses.items():
             module.log(name, value, prog_bar=name == "train/loss")
         module.log("train/grad_norm", norm)
         module.log("train/lr", module.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         step = module.trainer.global_step
-        window.taken = self.guard.allows(step, sum(losses), norm, module.gpt, window.losses, gradients)
-        if not window.taken:
+        window.allowed = self.guard.allows(step, sum(self.losses.values()), norm, module.gpt, window.losses, gradients)
+        if not window.allowed:
             gradients.discard()
         elif clip_val:
             gradients.clip(clip_val, clip_algorithm)
@@ -107,14 +109,14 @@ class TrainingSteps:
         """
         module, trainer, window = self._module, self._module.trainer, self.window
         self.tokens_seen += window.tokens
-        self.lengths_seen += window.lengths
+        self.squared_lengths_seen += window.squared_lengths
         planned = None
         if (data := training_data(trainer)) is not None:
             planned = data.planned_batch_size()
             data.advance(window.samples)
         size = StepSize(window.samples, trainer.world_size, len(window.losses))
         module.resuming.end_step(trainer, size, planned, module.config.moe)
-        if window.taken:
+        if window.allowed:
             self._update_routers()
         self.window = Window()
         with warnings.catch_warnings():
@@ -157,42 +159,38 @@ class Window:
         requests: `[E]` of each router that learns from steps, of this rank's micro-batches together.
         samples: sequences of all ranks; until `read`, those of this rank times the number of ranks.
         tokens: positions of all ranks, likewise.
-        lengths: sum over those sequences of length squared.
-        taken: the optimizer's step has been, or is about to be, taken.
+        squared_lengths: sum over those sequences of length squared.
+        allowed: False if the guard skips the step.
     """
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
         self.names: list[str] = []
         self.requests: list[Tensor] = []
-        self.samples = self.tokens = self.lengths = 0
-        self.taken = False
-        self._ranks = 1
-        # [names + 3] sums over micro-batches of means over ranks: of losses, sequences, positions and lengths
-        self._sums = torch.zeros(0)
+        self.samples = self.tokens = self.squared_lengths = 0
+        self.allowed = False
+        self._ranks = distributed.get_world_size() if distributed.is_initialized() else 1
 
     def add(self, batch: Batch, losses: dict[str, Tensor], requests: Sequence[Tensor] = ()) -> None:
-        """Count one micro-batch; a collective."""
+        """Count one micro-batch."""
         if self.losses and self.names != list(losses):
             raise RunError(f"a step's micro-batches have different losses: {self.names} and {list(losses)}")
         samples, length = batch["tokens"].shape
-        sizes = (samples, samples * length, samples * length**2)
-        means = local = torch.stack([value.detach().float() for value in losses.values()])  # [names]
-        if distributed.is_initialized():  # ranks may have batches of other sizes; float64 holds their numbers
-            self._ranks = distributed.get_world_size()
-            means = torch.cat([means.double(), *(means.new_full((1,), size, dtype=torch.float64) for size in sizes)])
-            mean_over_ranks(means)
-        self._sums = self._sums + means if self.losses else means
         self.requests = list(map(torch.add, self.requests, requests)) if self.losses else list(requests)
         self.names = list(losses)
-        self.losses.append(local)
-        self.samples += sizes[0] * self._ranks
-        self.tokens += sizes[1] * self._ranks
-        self.lengths += sizes[2] * self._ranks
+        self.losses.append(torch.stack([value.detach().float() for value in losses.values()]))  # [names]
+        self.samples += samples * self._ranks
+        self.tokens += samples * length * self._ranks
+        self.squared_lengths += samples * length**2 * self._ranks
 
-    def read(self, norm: Tensor) -> tuple[list[float], float]:
-        """Read the mean losses over micro-batches and a norm from the device in one copy, and the sizes of all ranks."""
-        *sums, norm_read = torch.cat([self._sums, norm.to(self._sums)[None]]).tolist()
+    def read(self, norm: Tensor) -> tuple[dict[str, float], float]:
+        """Read the mean losses and a norm from the device in one copy, and the sizes of all ranks. A collective."""
+        values = torch.stack(self.losses).mean(0)  # [names]
+        if self._ranks > 1:  # ranks may have batches of other sizes; float64 holds their numbers
+            sizes = (self.samples, self.tokens, self.squared_lengths)  # the mean over ranks is the number of all
+            values = torch.cat([values.double(), *(values.new_full((1,), size, dtype=torch.float64) for size in sizes)])
+            mean_over_ranks(values)
+        *read, norm_read = torch.cat([values, norm.to(values)[None]]).tolist()
         if self._ranks > 1:
-            self.samples, self.tokens, self.lengths = (round(mean * self._ranks) for mean in sums[len(self.names) :])
-        return [value / len(self.losses) for value in sums[: len(self.names)]], norm_read
+            self.samples, self.tokens, self.squared_lengths = map(round, read[len(self.names) :])
+        return dict(zip(self.names, read, strict=False)), norm_read

@@ -22,7 +22,7 @@ layers
 model optim data
 checkpoint non_finite
 distill parallel eval run run_checks
-gpt_module loss step module
+loss step module
 monitoring
 callbacks
 cli

@@ -112,7 +112,7 @@ class RunSummary(Callback):
         self._fed_tokens += pl_module.tokens_fed - self._tokens_before
         self._tokens_before = pl_module.tokens_fed
         if ends_step(trainer):
-            self._losses.append(float(trainer.callback_metrics["train/loss"]))  # already on the host
+            self._losses.append(pl_module.steps.losses["train/loss"])
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -82,7 +82,7 @@ class Throughput(Callback):
             trainer.profiler = StepProfiler(trainer.profiler, self._stopwatch)  # type: ignore[attr-defined]
         self._fit_started = time.perf_counter()
         assert isinstance(pl_module, MoEGPTModule)
-        self._tokens, self._lengths = pl_module.tokens_fed, pl_module.lengths_fed
+        self._tokens, self._lengths = pl_module.tokens_fed, pl_module.squared_lengths_fed
         self._begin_interval()
 
     @override
@@ -99,8 +99,8 @@ class Throughput(Callback):
         self._seconds += time.perf_counter() - self._batch_started
         if not ends_step(trainer):
             return
-        tokens, lengths = pl_module.tokens_fed - self._tokens, pl_module.lengths_fed - self._lengths
-        self._tokens, self._lengths = pl_module.tokens_fed, pl_module.lengths_fed
+        tokens, lengths = pl_module.tokens_fed - self._tokens, pl_module.squared_lengths_fed - self._lengths
+        self._tokens, self._lengths = pl_module.tokens_fed, pl_module.squared_lengths_fed
         flops = flops_of_tokens(pl_module.config, tokens, lengths)
         self._steps += 1
         self._flops += flops

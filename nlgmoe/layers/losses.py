@@ -176,12 +176,21 @@ def padded_logits(hidden: Tensor, unembedding: Tensor, vocab_size: int) -> Tenso
 def token_losses(hidden: Tensor, unembedding: Tensor, vocab_size: int, targets: Tensor, chunk_size: int) -> Tensor:
     """Return the cross-entropy of each token, `[N]`, in at least fp32 and without gradient; for evaluation."""
     with torch.no_grad():
+        hidden, unembedding = _for_product(hidden, unembedding)
         return torch.cat(
             [
-                F.cross_entropy(padded_logits(h, unembedding.to(h.dtype), vocab_size), t, reduction="none")
+                F.cross_entropy(padded_logits(h, unembedding, vocab_size), t, reduction="none")
                 for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
             ]
         )
+
+
+def _for_product(hidden: Tensor, unembedding: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast both to autocast's dtype, if any, or to that of `hidden`: once, where autocast would cast for every chunk."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    return hidden, unembedding.to(hidden.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -205,10 +214,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         teacher: TeacherTargets | None,
     ) -> tuple[Tensor, ...]:
         ctx.dtypes = hidden.dtype, unembedding.dtype
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):
-            hidden = hidden.to(torch.get_autocast_dtype(device))
-        unembedding = unembedding.to(hidden.dtype)
+        hidden, unembedding = _for_product(hidden, unembedding)
         dtype = counted.dtype
         needs_hidden, needs_unembedding = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None

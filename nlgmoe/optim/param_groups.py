@@ -100,13 +100,11 @@ def require_adamw(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Restore only the moments: all settings are those of this run's configuration."""
-    saved, own = state["param_groups"], optimizer.param_groups
-    if len(saved) != len(own):
-        return state  # which PyTorch refuses
-    return state | {
-        "param_groups": [
-            saved_group | own_group | {"params": saved_group["params"]}
-            for saved_group, own_group in zip(saved, own, strict=True)
-        ]
+    """Restore only the moments, by name: groups and settings are those of this run's configuration."""
+    saved = {
+        name: index
+        for group in state["param_groups"]
+        for name, index in zip(group["param_names"], group["params"], strict=True)
     }
+    groups = [group | {"params": [saved[name] for name in group["param_names"]]} for group in optimizer.param_groups]
+    return state | {"param_groups": groups}

@@ -144,6 +144,10 @@ WRONG = {
         "fit --ckpt_path=LAST --model.config.moe.train_capacity_factor=2.0 --model.train_tokens=128",
         "moe.train_capacity_factor 1.0 -> 2.0",
     ),
+    "another frozen part": (
+        "fit --ckpt_path=LAST --model.optimizer.frozen=[norms] --model.train_tokens=128",
+        "model.optimizer.frozen=['norms'] was [] in the checkpoint's run, whose moments would move frozen weights; set it",
+    ),
     "ids over the vocabulary": (
         "fit --model.config.vocab_size=100",
         "has 4096 ids but model.config.vocab_size is 100; set it to 4096",

@@ -62,6 +62,18 @@ def test_frozen_parts_keep_their_weights_and_all_others_learn(part: Part) -> Non
     assert kept == {name for name in before if name.startswith(beginnings)}
 
 
+def test_moments_are_restored_by_name_whatever_the_groups() -> None:
+    """A frozen matrix has no decay, so that it is in another group; a checkpoint of several ranks has it in the first."""
+    model = GPT(GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(2)))
+    saved, loaded = (build_adamw(model, AdamWConfig(frozen=frozen)) for frozen in ((), ("router",)))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    saved.step()
+    loaded.load_state_dict(saved.state_dict())
+    assert [len(group["params"]) for group in saved.param_groups] != [len(g["params"]) for g in loaded.param_groups]
+    assert all(torch.equal(loaded.state[p]["exp_avg"], saved.state[p]["exp_avg"]) for p in model.parameters())
+
+
 def test_constant_and_wsd() -> None:
     constant = LearningRateSchedule("constant", warmup_tokens=100)
     assert [learning_rate(t, 1.0, constant) for t in (0, 50, 100, 10**12)] == [0.0, 0.5, 1.0, 1.0]
