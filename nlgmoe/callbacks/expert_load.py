@@ -62,7 +62,7 @@ class ExpertLoad(Callback):
     def _begin_run(self) -> None:
         self._step = self._interval = torch.zeros(0)  # sums of all layers, fp64, on the device
         self._resumed: list[float] = []  # sums over all ranks of the interval at the checkpoint
-        self._last_used: list[list[int]] = []  # by layer and expert: last logged step in which it got a token
+        self._served: list[list[int]] = []  # by layer and expert: last logged step in which it got a token
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -74,12 +74,12 @@ class ExpertLoad(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the last logged step in which each expert got a token, and the sums since. A collective once a fit has begun."""
         sums = sum_over_ranks(self._interval.clone()).tolist() if len(self._interval) else self._resumed
-        return {"served": self._last_used, "interval": sums}
+        return {"served": self._served, "interval": sums}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state."""
-        self._last_used = [[int(step) for step in layer] for layer in state_dict["served"]]
+        self._served = [[int(step) for step in layer] for layer in state_dict["served"]]
         self._resumed = state_dict.get("interval", [])
 
     @override
@@ -95,8 +95,8 @@ class ExpertLoad(Callback):
         self._step = torch.zeros(length, dtype=torch.float64, device=pl_module.device)
         self._interval = torch.zeros_like(self._step)
         self._squares, self._skipped = None, pl_module.skipped_steps
-        if not self._last_used:
-            self._last_used = [[trainer.global_step] * count for count in self._experts]
+        if not self._served:
+            self._served = [[trainer.global_step] * count for count in self._experts]
         if self._resumed and trainer.is_global_zero:
             self._interval += torch.tensor(self._resumed, dtype=torch.float64, device=pl_module.device)
 
@@ -170,7 +170,7 @@ class ExpertLoad(Callback):
         sums: list[float] = sum_over_ranks(torch.cat([self._interval, squares.double()])).tolist()
         self._interval.zero_()
         self._squares = None
-        for last_used, layer in zip(self._last_used, self._split(sums), strict=True):
+        for last_used, layer in zip(self._served, self._split(sums), strict=True):
             for expert in np.flatnonzero(layer.requests):
                 last_used[expert] = trainer.global_step
         return sums
@@ -203,7 +203,7 @@ class ExpertLoad(Callback):
         self, layers: list[RoutingSums], norms: list[float], steps: int, config: GPTConfig, gated: bool
     ) -> dict[str, float]:
         metrics = {"train/grad_norm_dense": norms[-1]}
-        for index, (layer, last_used) in enumerate(zip(layers, self._last_used, strict=True)):
+        for index, (layer, last_used) in enumerate(zip(layers, self._served, strict=True)):
             values = routing_statistics(layer, learns_mix(config), gated)
             values["dead"] = float(sum(steps - last >= self.dead_window for last in last_used))
             values["grad_norm_router"], values["grad_norm_experts"] = norms[2 * index : 2 * index + 2]

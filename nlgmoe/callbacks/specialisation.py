@@ -14,7 +14,6 @@ from nlgmoe.batch import Batch
 from nlgmoe.checkpoint.folder import holds_run
 from nlgmoe.data.training_data import training_data
 from nlgmoe.eval.expert_counts import ExpertCounts
-from nlgmoe.eval.specialisation import remove_later
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.pyramid import moe_blocks
 
@@ -28,12 +27,6 @@ class ExpertSpecialisation(Callback):
 
     def __init__(self) -> None:
         self._counts: ExpertCounts | None = None
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove a file of a later step than the resumed one."""
-        if trainer.is_global_zero:
-            remove_later(trainer.default_root_dir, trainer.global_step)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,6 +14,7 @@ detects damage, not tampering. `writing.py` writes the folder.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -109,6 +110,8 @@ class TensorFiles:
 
     def __init__(self, folder: str | Path, kind: str, required: bool = True) -> None:
         self.folder, self._kind = Path(folder), kind
+        # `read` keeps files open, because opening one parses its whole header; a process may have 1,024 open.
+        self._open = functools.lru_cache(maxsize=512)(functools.partial(open_tensors, backend="pread"))
         files: dict[str, Contents] = read_manifest(folder)["files"]
         for problem in file_problems(self.folder, files, [kind]):
             raise RunError(f"{problem}; {REMEDY}")
@@ -127,11 +130,10 @@ class TensorFiles:
         return {name: torch.Size(shape) for name, (_, shape, _) in self._contents.items()}
 
     def read(self, name: str) -> Tensor:
-        """Read one entry to the CPU."""
+        """Read one entry to the CPU, into memory of its own."""
         if name not in self._contents:
             raise RunError(f"the checkpoint {self.folder} lacks {name} ({self._kind}); {REMEDY}")
-        with open_tensors(self._file_of[name]) as tensors:
-            return self._checked(name, tensors.get_tensor(name))
+        return self._checked(name, self._open(self._file_of[name]).get_tensor(name))
 
     def read_all(self) -> dict[str, Tensor]:
         """Read every entry to the CPU."""
@@ -190,12 +192,18 @@ def kind_of(file: str) -> str:
     return re.split(r"[-.]", file, maxsplit=1)[0]
 
 
-def open_tensors(file: Path) -> Any:
-    """Open a safetensors file for reading."""
+def open_tensors(file: Path, backend: str = "mmap") -> Any:
+    """Open a safetensors file for reading.
+
+    Args:
+        file: its path.
+        backend: `mmap`: tensors are views of the mapped file, which counts as memory of the process once it is read; `pread`:
+            each is a copy.
+    """
     require_regular(file, REMEDY)
     try:
         file.open("rb").close()  # safetensors reports a file without read permission as missing
-        return safe_open(file, framework="pt")
+        return safe_open(file, framework="pt", backend=backend)
     except Exception as error:  # safetensors raises a type of its own, without the file's name
         raise RunError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from error
 

@@ -57,12 +57,13 @@ class PortableCheckpointIO(CheckpointIO):
             # Before its first step AdamW has no state.
             entries["optimizer"] = moments if rest["global_step"] > 0 else {}
         document, entries["state"] = make_document(rest)
-        with writing.new_folder(Path(path)) as temporary:
+        path = Path(path)
+        with writing.explain_write_errors(path), writing.new_folder(path) as temporary:
             files: dict[str, Contents] = {}
             for kind, tensors in entries.items():
                 if tensors:
                     files |= writing.write_tensors(temporary, kind, tensors)
-            writing.finish(temporary, Path(path), document, files, tokenizer)
+            writing.finish(temporary, path, document, files, tokenizer)
 
     @override
     def load_checkpoint(

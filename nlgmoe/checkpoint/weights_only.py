@@ -52,7 +52,6 @@ def write_weights(
         source: checkpoint that the weights are from; the settings name the corpus of its run.
     """
     path, shards = Path(path), _shards(weight_shapes(config))
-    writing.recover_one(path)
     _require_free(path, overwrite)
     if origin is not None:
         _require_free(settings_of(path), overwrite)
@@ -73,7 +72,7 @@ def write_weights(
         }
         | ({} if started_from is None else {"started_from": started_from})
     )
-    with writing.new_folder(path) as temporary:
+    with writing.explain_write_errors(path), writing.new_folder(path) as temporary:
         files: dict[str, Contents] = {}
         for number, names in enumerate(shards):
             entries = {name: read(name) for name in names}

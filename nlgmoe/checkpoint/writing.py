@@ -1,12 +1,12 @@
-"""Write a checkpoint folder atomically, from one process or many; delete one; clean up after a killed process.
+"""Write a checkpoint folder atomically, from one process or many; delete one.
 
-A folder is named `.name.ckpt.writing-PID` while it is written, `.name.ckpt.replaced-PID` while a newer one takes its name, and
-`.name.ckpt.removed-PID` while it is deleted. A folder under its final name is complete.
+A folder is named `.name.ckpt.writing` while it is written, `.name.ckpt.replaced` while a newer one takes its name, and
+`.name.ckpt.removed` while it is deleted. A folder under its final name is complete. The folder that a killed process leaves is
+deleted when the name is used again, and at the next start of a run.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
@@ -29,24 +29,21 @@ from nlgmoe.checkpoint.folder import (
 )
 from nlgmoe.validation import RunError
 
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<state>writing|replaced|removed)-(?P<pid>\d+)")
-
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder for `finish`; delete it at the end of the block unless it was finished."""
-    with explain_write_errors(path):
-        temporary = begin(path)
-        try:
-            yield temporary
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    temporary = begin(path)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def begin(path: Path) -> Path:
     """Create an empty temporary folder beside `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     return temporary
@@ -90,11 +87,12 @@ def finish(
         (temporary / name).write_bytes(text)
         flush(temporary / name)
     flush(temporary)
-    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    replaced = path.with_name(f".{path.name}.replaced")
     if path.is_symlink():
         path.unlink()
     elif path.exists():
-        path.rename(replaced)  # `recover_one` undoes this if the process is killed before the next rename
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
     temporary.rename(path)
     flush(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -123,25 +121,10 @@ def remove(path: Path) -> None:
     if path.is_symlink():
         path.unlink()
     elif path.exists():
-        renamed = path.with_name(f".{path.name}.removed-{os.getpid()}")
+        renamed = path.with_name(f".{path.name}.removed")
+        shutil.rmtree(renamed, ignore_errors=True)
         path.rename(renamed)  # so that no incomplete folder ever has the final name
         shutil.rmtree(renamed)
-
-
-def recover_one(path: Path) -> None:
-    """Clean up after processes killed while writing a checkpoint, or another folder that is written in this way.
-
-    Deletes incomplete folders, and restores one that was being replaced; skips those of processes that are alive.
-    """
-    for leftover in sorted(path.parent.glob(f".{glob.escape(path.name)}.*-*")):
-        match = _LEFTOVER.fullmatch(leftover.name)
-        if match is None:
-            continue
-        path = leftover.with_name(match["name"])
-        if match["state"] == "replaced" and not path.exists() and not path.is_symlink():
-            leftover.rename(path)
-        elif not _is_alive(int(match["pid"])):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
@@ -151,12 +134,3 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _is_alive(pid: int) -> bool:
-    """Return True for another process of this machine that is running."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return pid != os.getpid() and state not in ("Z", "X")

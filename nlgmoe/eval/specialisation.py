@@ -81,18 +81,6 @@ class Specialisation:
             raise RunError(f"{path} is damaged ({error}); validate the run again") from error
 
 
-def remove_later(folder: str | Path, step: int) -> None:
-    """Remove the file in a run folder if it is of a later step, or damaged."""
-    try:
-        saved = Specialisation.load(folder)
-    except FileNotFoundError:
-        return
-    except ValueError:
-        saved = None
-    if saved is None or (saved.step or 0) > step:
-        (Path(folder) / FILE).unlink(missing_ok=True)
-
-
 def preference(counts: np.ndarray) -> np.ndarray:
     """Return a group's share of assignments to each expert over the share of all tokens, `[G, E]`; 1: no preference.
 

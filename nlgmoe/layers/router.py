@@ -143,8 +143,8 @@ class Router(nn.Module):
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Register a buffer as in PyTorch, in fp32 if it is of a floating-point type."""
-        whole = tensor is None or not tensor.is_floating_point()
-        super().register_buffer(name, tensor if whole else tensor.float(), persistent)  # type: ignore[union-attr]
+        keeps_dtype = tensor is None or not tensor.is_floating_point()
+        super().register_buffer(name, tensor if keeps_dtype else tensor.float(), persistent)  # type: ignore[union-attr]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Move the module to another device or dtype; buffers keep their dtype."""

@@ -7,6 +7,7 @@ H200 8 x 400. Other clusters may be slower.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from nlgmoe.validation import SettingError
@@ -55,11 +56,11 @@ def hardware(name: str) -> Hardware:
     return HARDWARE[name]
 
 
-BOARDS = {  # parts of CUDA's device name -> name in `HARDWARE`; other boards of a chip have other peaks
-    ("V100", "SXM"): "v100-32",
-    ("A100",): "a100-80",
-    ("H100", "HBM3"): "h100",
-    ("H200",): "h200",
+BOARDS = {  # pattern of CUDA's device name -> name in `HARDWARE`; other boards of a chip have other peaks
+    r"\bV100-SXM": "v100-32",
+    r"\bA100\b": "a100-80",
+    r"\bH100\b.*HBM3": "h100",
+    r"\bH200\b": "h200",
 }
 
 
@@ -71,7 +72,7 @@ def peak_of(gpu: str, precision: str, tf32: bool) -> float | None:
         precision: Lightning's name, such as `bf16-mixed`.
         tf32: PyTorch computes fp32 products in TF32.
     """
-    board = next((name for parts, name in BOARDS.items() if all(part in gpu for part in parts)), None)
+    board = next((name for pattern, name in BOARDS.items() if re.search(pattern, gpu)), None)
     if board is None or "NVL" in gpu or "64" in precision:  # H200 NVL has another peak than the SXM board
         return None
     peaks = HARDWARE[board]

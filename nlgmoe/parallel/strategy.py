@@ -61,10 +61,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         min_loss_scale: fp16 only: the loss scale never falls below this.
         timeout_seconds: seconds that a rank waits for another one before the run ends.
         bucket_size: values per collective of ZeRO's reductions and gathers.
-        accelerator: set by the trainer.
-        parallel_devices: set by the trainer.
-        cluster_environment: set by the trainer.
-        precision_plugin: set by the trainer.
 
     Raises:
         ValueError: a setting is out of range.
@@ -81,10 +77,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         min_loss_scale: int = 1,
         timeout_seconds: float = 1800.0,
         bucket_size: int = 200_000_000,
-        accelerator: Any = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: Any = None,
-        precision_plugin: Any = None,
     ) -> None:
         require(
             stage in (0, 1, 2),
@@ -102,14 +94,10 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             stage = 1
         name_deepspeeds_device()
         super().__init__(
-            accelerator=accelerator,
             zero_optimization=True,
             stage=stage,
             offload_optimizer=offload_optimizer,
             pin_memory=True,  # copies from and to pageable memory would make the host wait
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            precision_plugin=precision_plugin,
             initial_scale_power=initial_scale_power,
             loss_scale_window=loss_scale_window,
             hysteresis=hysteresis,

@@ -25,7 +25,7 @@ from nlgmoe.checkpoint.newest import checkpoint_path, saved_steps, set_link
 from nlgmoe.run.signals import StopOnSignal
 from nlgmoe.validation import SettingError, require
 
-_SAVE = 1  # order of a rank: save after this step; larger orders end the run
+_SAVE = 1  # request of a rank: save after this step; larger ones end the run
 
 
 class SaveCheckpoints(StopOnSignal, Checkpoint):
@@ -124,9 +124,9 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
     # ---- when a step is saved
 
     @override
-    def _order(self) -> int:
+    def _request(self) -> int:
         late = self.minutes is not None and time.monotonic() - self._saved_at >= 60 * self.minutes
-        return super()._order() or (_SAVE if late else 0)
+        return super()._request() or (_SAVE if late else 0)
 
     @override
     def on_train_batch_end(
@@ -148,7 +148,7 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """End the run within a validation. The order is read a batch later, so that ranks do not wait."""
+        """End the run within a validation. The request is read a batch later, so that ranks do not wait."""
         if self._training and self.save_before_validation:
             self._agreed = self._finish_reduction(trainer)
             if self._agreed > _SAVE:

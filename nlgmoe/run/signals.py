@@ -52,7 +52,7 @@ class StopOnSignal(Callback):
         self._received = 0  # signal number, on this rank
         self._requeues_at = -1  # number of the signal after which the Slurm job is requeued
         self._interrupted_at: float | None = None  # time of the first Ctrl+C
-        self._agreed = 0  # the largest order of all ranks: 0, or a signal number, or what a subclass adds
+        self._agreed = 0  # the largest request of all ranks
         self._pending: _AsyncMax | None = None
         self._training = False
 
@@ -101,8 +101,8 @@ class StopOnSignal(Callback):
 
     # ---- agreement of ranks: a reduction that starts before a step's last micro-batch and is read after it
 
-    def _order(self) -> int:
-        """Return this rank's order to all ranks: 0, or a signal's number to end the run. The largest order applies."""
+    def _request(self) -> int:
+        """Return this rank's request: 0 none, 1 save, else the signal that ends the run; the largest of all ranks applies."""
         return self._received + (_FIRST if self._received == self._requeues_at else 0)
 
     @override
@@ -116,7 +116,7 @@ class StopOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Read the order of all ranks."""
+        """Read the request of all ranks."""
         if not trainer.fit_loop.epoch_loop._should_accumulate():
             self._agreed = self._finish_reduction(trainer)
 
@@ -127,11 +127,11 @@ class StopOnSignal(Callback):
 
     def _start_reduction(self, trainer: Trainer) -> None:
         if trainer.world_size > 1:
-            self._pending = _AsyncMax(self._order(), trainer.strategy.root_device)
+            self._pending = _AsyncMax(self._request(), trainer.strategy.root_device)
 
     def _finish_reduction(self, trainer: Trainer) -> int:
         if trainer.world_size == 1:
-            return self._order()
+            return self._request()
         pending, self._pending = self._pending, None
         return 0 if pending is None else pending.result()
 
@@ -142,7 +142,7 @@ class StopOnSignal(Callback):
 
         Args:
             trainer: trainer of the fit.
-            number: agreed order of all ranks.
+            number: agreed request of all ranks.
             saved: the checkpoint to resume; None: nothing was saved.
         """
         number %= _FIRST

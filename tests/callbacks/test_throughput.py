@@ -91,4 +91,6 @@ def test_peaks_of_known_gpus() -> None:
     assert peak_of("NVIDIA A100-SXM4-80GB", "bf16-mixed", False) == pytest.approx(312e12)
     assert peak_of("NVIDIA A100-SXM4-40GB", "32-true", True) == pytest.approx(156e12)
     assert peak_of("Tesla V100-SXM2-32GB", "32-true", True) == pytest.approx(15.7e12)
-    assert peak_of("NVIDIA GeForce RTX 4090", "bf16-mixed", False) is None
+    assert peak_of("NVIDIA H100 80GB HBM3", "bf16-mixed", False) == pytest.approx(989e12)
+    for other in ("NVIDIA GeForce RTX 4090", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA GH200 480GB", "NVIDIA H200 NVL"):
+        assert peak_of(other, "bf16-mixed", False) is None

@@ -38,7 +38,7 @@ def arm(fault: Fault) -> None:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal calls
         path = str(arguments[0]) if arguments else ""
-        writes = event == "open" and ".ckpt.writing-" in path
+        writes = event == "open" and ".ckpt.writing" in path
         if not writes and not (event in ("os.mkdir", "os.rename", "os.symlink", "os.remove") and ".ckpt" in path):
             return
         calls += 1

@@ -33,7 +33,7 @@ from nlgmoe.checkpoint.layout import (
     require_entries,
 )
 from nlgmoe.checkpoint.newest import find_checkpoint
-from nlgmoe.checkpoint.writing import begin, recover_one, write_error_reason
+from nlgmoe.checkpoint.writing import new_folder, write_error_reason
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.eval.loaded_model import choose_tokenizer
@@ -119,21 +119,18 @@ def _write(
     folder: Path, texts: dict[str, str], meta: dict[str, Tensor], read: Callable[[str], Tensor], max_shard_size: str
 ) -> None:
     """Write the folder; it has its name once it is complete."""
-    recover_one(folder)
     try:
-        temporary = begin(folder)
-        _write_weights(temporary, meta, read, max_shard_size)
-        for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        for file in temporary.glob("*.safetensors"):  # safetensors creates files with mode 600
-            file.chmod((temporary / "config.json").stat().st_mode)
-        temporary.rename(folder)  # fails if another process has written there since
+        with new_folder(folder) as temporary:
+            _write_weights(temporary, meta, read, max_shard_size)
+            for name, text in texts.items():
+                (temporary / name).write_text(text, encoding="utf-8")
+            for file in temporary.glob("*.safetensors"):  # safetensors creates files with mode 600
+                file.chmod((temporary / "config.json").stat().st_mode)
+            temporary.rename(folder)  # fails if another process has written there since
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"{folder} cannot be written ({write_error_reason(error)}); make room, or name another folder"
         ) from error
-    finally:
-        recover_one(folder)
 
 
 def summary_of(checkpoint: Path, document: dict[str, Any]) -> dict[str, Any]:
