@@ -154,8 +154,6 @@ class PileDataModule(TextFacts, TrainingData):
         if isinstance(source, CursorSource):
             self._cursor_source = source
             source.seek(self._cursors.latest())
-            if warning := source.reading_warning(self.micro_batch_size, world_size, self.num_workers):
-                rank_zero_warn(warning)
         micro_batches = 1
         if self.global_batch_size is not None:
             micro_batches = micro_batches_per_step(self.global_batch_size, self.micro_batch_size, world_size)
