@@ -139,11 +139,6 @@ class PileDataModule(TextFacts, TrainingData):
                 )
         if self._open_corpus is None:
             self._open_corpus = self.corpus.open(self.data_dir, self._tokenizer_name)
-            name = f"{type(self.corpus).__name__}.open"
-            require(
-                self._open_corpus is not None,
-                f"{name} returned None; return an open corpus, such as nlgmoe.data.TokenArrays",
-            )
 
     # ---- batches
 
