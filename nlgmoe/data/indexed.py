@@ -25,7 +25,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from nlgmoe.files import require_regular
 from nlgmoe.validation import RunError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -61,7 +60,6 @@ class IndexedDataset:
         for path in (index_path, bin_path):
             if not path.exists():
                 raise RunError(f"{path} is missing. An indexed dataset is two files, .bin and .idx: copy both.")
-            require_regular(path, "copy it anew")
         code, sequences, boundaries = _read_header(index_path)
         self.dtype = np.dtype(DTYPES[code])
         index = np.memmap(index_path, np.uint8, mode="r")
