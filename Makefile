@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compi
 COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
 .PHONY: help help-developers install develop quickstart test check docs notebooks reproduce bench gpu clean \
-	browser test-nightly planted test-oldest test-faults constraints format reproduce-tables convergence
+	browser test-nightly planted test-oldest test-faults constraints format reproduce-tables
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*[^#]## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -102,10 +102,6 @@ test-oldest:  ### the suite with the oldest releases that pyproject.toml admits,
 
 test-faults: develop  ### kills, full disks, two hosts (root and ip), on two ranks; part of test-nightly
 	$(BIN)/python -m pytest -n 0 tests/faults
-
-convergence: develop  ### does HEAD learn as commit AGAINST did? fp32 and bf16, 3 seeds, 2,000 steps; AGAINST=338e1af (30 minutes on 2 cores)
-	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
-	$(BIN)/python -m benchmarks.convergence --against $(or $(AGAINST),338e1af)
 
 reproduce-tables: develop  ### tables of README.md and docs/claims.md, and the figures, from docs/results/reproduce.json
 	$(BIN)/python -m benchmarks.reproduce --tables

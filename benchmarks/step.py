@@ -1,31 +1,25 @@
-"""A whole training step, forward, loss, backward, clipping, AdamW: beside Hugging Face's, and as it grows. 6 minutes.
+"""A whole training step, forward, loss, backward, clipping, AdamW, beside Hugging Face's. 5 minutes.
 
-    python -m benchmarks.step [--only same growth]
+    python -m benchmarks.step
 
-same: one model with the same weights, as `OlmoeForCausalLM` or `Qwen3MoeForCausalLM` (`grouped_mm` experts, fused attention,
+One model with the same weights, as `OlmoeForCausalLM` or `Qwen3MoeForCausalLM` (`grouped_mm` experts, fused attention,
 its own loss) and imported; 8 blocks of width 256, 16 experts, top-2, vocabulary of 8,192; a step of 2,048 tokens, and 64 greedy
 tokens for 1, 8 and 32 prompts of 16. Memory is the most that a step allocates, beside weights, gradients and moments. Types:
 fp32; bf16 weights; fp32 weights under bf16 autocast, where Hugging Face's experts stay in fp32.
-
-growth: the step in fp32 against the number of experts (in every second block; beside a dense model of the same FLOPs), the
-length of sequences and the width, at equal tokens; 6 blocks of width 256, vocabulary of 4,096.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Benchmark, Part, Table, interleaved
 from nlgmoe import generate, load_model
-from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
@@ -33,7 +27,6 @@ from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
 from tests.memory import peak_bytes
 
 TOKENS = 2048
-SMALL = GPTConfig(4096, 256, 6, 256, 8)
 TYPES = {
     "fp32": (torch.float32, False),
     "bf16 weights": (torch.bfloat16, False),
@@ -56,7 +49,7 @@ def gpt_step(model: GPT, half: bool) -> Callable[[], None]:
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
         output = model(tokens)
         value = cross_entropy(output.hidden.flatten(0, 1), model.unembedding, vocab_size, targets.flatten(), None, 1024)
-        return value + 0.01 * router_losses(output.routings)[0] if output.routings else value
+        return value + 0.01 * router_losses(output.routings)[0]
 
     optimizer = build_adamw(model, AdamWConfig(lr=1e-4))
     return training_step(model, optimizer, loss, batches_of(model.config.seq_len, vocab_size), half)
@@ -70,7 +63,9 @@ def hugging_face_step(model: Any, half: bool) -> Callable[[], None]:
         return value
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    return training_step(model, optimizer, loss, batches_of(SMALL.seq_len, model.config.vocab_size), half)
+    return training_step(
+        model, optimizer, loss, batches_of(SAME["max_position_embeddings"], model.config.vocab_size), half
+    )
 
 
 def training_step(
@@ -154,40 +149,7 @@ def same_table(measured: dict[str, Any]) -> Table:
     return head, rows
 
 
-def growth(rounds: int) -> dict[str, dict[str, float]]:
-    """Return seconds by experts, sequence length and width, `TOKENS` tokens each."""
-    moe = {2**n: replace(SMALL, moe=MoEConfig(2**n, token_dropping=False)) for n in range(2, 9)}
-    kinds = {
-        "experts": {"dense": SMALL} | {str(experts): config for experts, config in moe.items()},
-        "sequence length": {str(t): replace(moe[32], seq_len=t) for t in (64, 128, 256, 512, 1024, 2048)},
-        "width": {str(h): replace(moe[32], hidden_size=h) for h in (64, 128, 256, 512)},
-    }
-    return {
-        kind: interleaved(
-            {name: gpt_step(GPT(config), half=False) for name, config in configs.items()}, rounds, warm_up=1
-        )
-        for kind, configs in kinds.items()
-    }
-
-
-def growth_table(measured: dict[str, dict[str, float]]) -> Table:
-    rows: list[Any] = []
-    for kind, seconds in measured.items():
-        points = {int(name): value for name, value in seconds.items() if name.isdigit()}
-        exponent = np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0]
-        listed = ", ".join(f"{name}: {1e3 * value:.0f}" for name, value in seconds.items())
-        rows.append([kind, listed, f"{exponent:.2f}"])
-    return ["by", "ms", "exponent"], rows
-
-
-BENCHMARK = Benchmark(
-    "step",
-    "performance.md",
-    {
-        "same": Part(same, same_table, 3),
-        "growth": Part(growth, growth_table, 3),
-    },
-)
+BENCHMARK = Benchmark("step", "performance.md", {"same": Part(same, same_table, 3)})
 
 if __name__ == "__main__":
     BENCHMARK.run(__doc__)

@@ -1,4 +1,4 @@
-"""Files: atomic writing, checksums, and a check that a path is a regular file."""
+"""Files: atomic writing and checksums."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from nlgmoe.validation import RunError
 
 
 @contextmanager
@@ -41,12 +39,6 @@ def sha256_of(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def require_regular(file: str | Path, remedy: str) -> None:
-    """Check that `file` is a regular file or a link to one: opening a FIFO would block. The caller reports a missing file."""
-    if Path(file).exists() and not Path(file).is_file():
-        raise RunError(f"{file} is not a regular file; {remedy}")
 
 
 def expand_home(text: str) -> str:

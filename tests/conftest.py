@@ -52,7 +52,6 @@ NIGHTLY = (
     "tests/checkpoint/test_megatron.py::test_what_deepspeeds_engine_writes_on_two_ranks",
     "tests/cli/test_wheel.py",
     "tests/distributed/test_commands.py",
-    "tests/end_to_end/test_convergence.py",
     "tests/end_to_end/test_open_moes.py",
     "tests/end_to_end/test_told_to_stop.py",
     "tests/faults/",
@@ -106,17 +105,3 @@ def pocket_pile() -> Path:
     folder = Path(__file__).parents[1] / "data" / "pocket_pile"
     prepare(folder, "pocket-4k")
     return folder
-
-
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """A test that waits for another process, as one that opens a FIFO does, fails."""
-
-    def fail(*_: object) -> None:
-        pytest.fail("waited for 20 seconds")  # no `OSError`, which is caught
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)

@@ -200,6 +200,7 @@ def test_a_corpus_of_text_lines_is_trained_on_resumed_and_blended(
     for arrays, message in (
         ({"train": [tokens]}, "TokenArrays.tokens has ['train']; give train and validation"),
         ({"train": [tokens], "validation": [tokens[:0]]}, "TokenArrays.tokens has no token of validation"),
+        ({"train": [tokens / 1], "validation": [tokens]}, "TokenArrays.tokens has ['float64 "),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             TokenArrays(tokenizer, ["lines"], arrays, {})

@@ -44,9 +44,12 @@ STEPS = {  # the module of the function of that name, and its time limit in seco
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps; return the exit code."""
     arguments = parse(argv)
-    if not arguments.dry_run and not torch.cuda.is_available():
-        print(f"{why_no_gpu()}: make gpu DRY_RUN=1 runs every step at tiny shapes on the CPU", file=sys.stderr)
-        return 2
+    if not arguments.dry_run:
+        try:
+            torch.cuda.init()
+        except (AssertionError, RuntimeError) as error:  # PyTorch without CUDA; no GPU, or an old driver
+            print(f"{error}; make gpu DRY_RUN=1 runs every step at tiny shapes on the CPU", file=sys.stderr)
+            return 2
     if arguments.step is not None:
         return perform(arguments.step, arguments, Results(Path(arguments.output)))
     steps = arguments.only or list(STEPS)
@@ -58,18 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if results.path is not None:
         results.path.with_suffix(".md").write_text(results.page(), encoding="utf-8")
     return conclude(results)
-
-
-def why_no_gpu() -> str:
-    """Return why PyTorch finds no CUDA GPU."""
-    if not (driver := output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])):
-        return "no CUDA GPU here"
-    if torch.version.cuda is None:
-        return f"PyTorch {torch.__version__} is built without CUDA; install one with it"
-    return (
-        f"PyTorch's CUDA {torch.version.cuda} cannot use this GPU with driver {driver.splitlines()[0]}; CUDA 13 needs driver 580 "
-        "or newer; for an older driver, install a PyTorch for an older CUDA (pip's --index-url, see pytorch.org)"
-    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

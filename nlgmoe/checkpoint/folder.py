@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nlgmoe.config import GPTConfig, unknown_fields
-from nlgmoe.files import require_regular, settings_of
+from nlgmoe.files import settings_of
 from nlgmoe.parts import ForeignCodeError
 from nlgmoe.validation import RunError, SettingError
 
@@ -88,7 +88,6 @@ def read_tokenizer(path: str | Path) -> str | None:
     file = Path(path) / TOKENIZER
     if not file.exists():
         raise RunError(f"{path} has no {TOKENIZER}; {REMEDY}")
-    require_regular(file, REMEDY)
     return _check_bytes(file, recorded).decode()
 
 
@@ -263,7 +262,6 @@ def run_config(path: Path) -> Path | None:
 
 def read_json(file: Path, remedy: str = REMEDY) -> dict[str, Any]:
     """Read a JSON file that holds a mapping."""
-    require_regular(file, remedy)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -64,7 +64,7 @@ class CommandParser(OneLineParser):
         """Parse; a dash inside an option's name means an underscore."""
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
-        options = [word.partition("=") for word in words[:end]]
+        options = [word.partition("=") if word.startswith("--") else (word, "", "") for word in words[:end]]
         for previous, (word, equals, value) in zip(["", *words], options, strict=False):  # such as --output=$UNSET
             name = word if equals else previous if previous.startswith("--") else "an argument"
             if (value if equals else word) == "" and name != "--prompt":

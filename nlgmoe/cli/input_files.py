@@ -56,8 +56,6 @@ def input_files(given: str | Sequence[str]) -> list[str]:
     for file in all_files:
         if not (has_records(file) or is_plain_text(file)):
             raise SettingError(f"input={file} cannot be read; known endings are {ENDINGS}")
-        if "://" not in file and not Path(file).is_file():  # opening a FIFO would block
-            raise SettingError(f"input={file} is no regular file; give one, or a folder of them")
         real_path = file if "://" in file else os.path.realpath(file)  # a file may have several names and links
         if real_path in seen:
             raise SettingError(f"input={file} is given more than once; its documents would be repeated")

@@ -6,6 +6,7 @@ jsonargparse reads the same files, but does not record where a value is, and use
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,13 @@ def read_arguments(args: Sequence[str], config_options: Collection[str]) -> Iter
         if option in config_options:
             yield index, list(read_file(text))
         elif equals:
-            try:
-                node, loader = _compose(text)
-            except yaml.YAMLError:  # plain text
-                node = None
             name, appends = option.lstrip("-").rstrip("+"), option.endswith("+")
-            plain = [Setting(name, text, "", appends)]
-            yield index, plain if node is None else list(_walk(node, name, loader, "", appends=appends))
+            settings = [Setting(name, text, "", appends)]  # plain text, unless it is YAML
+            with suppress(yaml.YAMLError):
+                node, loader = _compose(text)
+                if node is not None:
+                    settings = list(_walk(node, name, loader, "", appends=appends))
+            yield index, settings
 
 
 def read_file(path: str) -> Iterator[Setting]:
@@ -113,6 +114,8 @@ def _walk(
         try:
             yield Setting(name, loader.construct_object(node, deep=True), place, appends)
         except yaml.YAMLError as error:  # an unknown tag
+            if not file:
+                raise
             raise SettingError(f"{name}{place}: {one_line(str(error))}") from error
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):

@@ -24,7 +24,7 @@ from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.cli.memory import configure_allocator
-from nlgmoe.cli.parser import OneLineParser, find_class
+from nlgmoe.cli.parser import OneLineParser
 from nlgmoe.data import PileDataModule
 from nlgmoe.data.tokenizer import vocab_size_of
 from nlgmoe.device import name_deepspeeds_device
@@ -169,25 +169,12 @@ class TrainCLI(LightningCLI):
                 StopOnSignal() if isinstance(callback, SaveCheckpoints) else callback for callback in callbacks
             ]
         self.trainer_defaults["callbacks"] = callbacks
-        if isinstance(settings["strategy"], str) and "." in settings["strategy"]:  # a class, with all of its defaults
-            kwargs["strategy"] = _strategy(settings["strategy"])
         trainer = super().instantiate_trainer(**kwargs)
         for callback in trainer.checkpoint_callbacks:
             # Not in the folder of `SaveCheckpoints`.
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = os.path.abspath(Path(trainer.default_root_dir, "model_checkpoint"))
         return trainer
-
-
-def _strategy(class_path: str) -> Strategy:
-    """Return the strategy of a class, with its defaults; jsonargparse resolves a bare name to a strategy of Lightning's."""
-    try:
-        kind = find_class(class_path)
-    except SettingError as error:
-        raise SettingError(f"trainer.strategy={class_path}: {error}") from error
-    if not (isinstance(kind, type) and issubclass(kind, Strategy)):
-        raise SettingError(f"trainer.strategy={class_path} is no strategy; use nlgmoe.ExpertParallelStrategy, or ddp")
-    return kind()
 
 
 def main(args: ArgsType = None) -> None:

@@ -56,30 +56,33 @@ def prepare_data(
         _tokenise_input(data_dir, tokenizer, input, output, vocab_size, text_field, on_bad_data == "skip", workers)
         return
     # Imported here: Lightning loads slowly, and wrong arguments are reported before it is needed.
+    from nlgmoe.data.indexed import IndexedDataset
     from nlgmoe.data.pocket.build import SPLITS, read_manifest
-    from nlgmoe.data.pocket_pile import prepare, read_token_files, token_folder
+    from nlgmoe.data.pocket_pile import prepare, token_folder
     from nlgmoe.data.tokenizer import load_tokenizer
 
     root = Path(data_dir)
     prepare(root, tokenizer)
     manifest, loaded = read_manifest(root), load_tokenizer(tokenizer, root)
     assert manifest is not None
-    shards = {name: facts for name, facts in read_token_files(root, loaded).items() if name in manifest.files}
+    shards = token_folder(root, loaded)
 
     print(f"{'domain':<12} {'split':<10} {'documents':>9} {'MB':>7} {'tokens':>10} {'bytes/token':>11}")
+    total = [0, 0, 0]
     for domain in manifest.domains:
         for split in SPLITS:
-            shard = shards[f"{domain}.{split}"]
-            print(
-                f"{domain:<12} {split:<10} {shard.documents:>9,} {shard.bytes / 1e6:>7.2f} {shard.tokens:>10,} "
-                f"{shard.bytes / shard.tokens:>11.2f}"
-            )
-    total = [sum(getattr(shard, field) for shard in shards.values()) for field in ("documents", "bytes", "tokens")]
-    print(f"{'total':<12} {'':<10} {total[0]:>9,} {total[1] / 1e6:>7.2f} {total[2]:>10,} {total[1] / total[2]:>11.2f}")
+            file, tokens = manifest.files[f"{domain}.{split}"], len(IndexedDataset(shards / f"{domain}.{split}").tokens)
+            _print_row(domain, split, file.documents, file.bytes, tokens)
+            total = [sum(pair) for pair in zip(total, (file.documents, file.bytes, tokens), strict=True)]
+    _print_row("total", "", *total)
     print(f"text       {root / 'text'}")
     print(_describe_tokenizer(tokenizer, loaded))
-    print(f"shards     {token_folder(root, loaded)}")
+    print(f"shards     {shards}")
     print(f"licences   {root / 'manifest.json'}")
+
+
+def _print_row(domain: str, split: str, documents: int, size: int, tokens: int) -> None:
+    print(f"{domain:<12} {split:<10} {documents:>9,} {size / 1e6:>7.2f} {tokens:>10,} {size / tokens:>11.2f}")
 
 
 def _tokenise_input(

@@ -180,16 +180,6 @@ class BlendedSource:
         for part, source in self._streamed.items():
             source.seek(self._of_part(part, cursors))
 
-    def reading_warning(self, micro_batch_size: int, world_size: int, num_workers: int) -> str | None:
-        """See `CursorSource`."""
-        processes = world_size * max(1, num_workers)
-        if not self._streamed or processes == 1:
-            return None
-        return (
-            f"each of the {processes} processes that load data reads and tokenises all streamed parts of a blend: tokenise these "
-            "parts once, with `nlgmoe prepare-data --input`"
-        )
-
     def sample(self, index: int) -> Sample:
         """Return the next sample of the part that `Interleaving` names."""
         part, own_index = self._interleaving.place(index)

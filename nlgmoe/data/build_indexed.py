@@ -3,7 +3,7 @@
 Threads tokenise chunks of text, since the tokenizer releases the GIL. Tokens are written in the order of the text; documents held
 out for validation, chosen by hash, come last. The result does not depend on the number of threads.
 
-    PREFIX.building/bin, lengths, ends   the tokens so far, and the data of their index
+    PREFIX.building/bin, lengths         the tokens so far, and the data of their index
     PREFIX.building/validation           the same of the documents held out
     PREFIX.building/progress.json        progress that these files contain, and settings of the build
 

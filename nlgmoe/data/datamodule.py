@@ -139,11 +139,6 @@ class PileDataModule(TextFacts, TrainingData):
                 )
         if self._open_corpus is None:
             self._open_corpus = self.corpus.open(self.data_dir, self._tokenizer_name)
-            name = f"{type(self.corpus).__name__}.open"
-            require(
-                self._open_corpus is not None,
-                f"{name} returned None; return an open corpus, such as nlgmoe.data.TokenArrays",
-            )
 
     # ---- batches
 
@@ -154,8 +149,6 @@ class PileDataModule(TextFacts, TrainingData):
         if isinstance(source, CursorSource):
             self._cursor_source = source
             source.seek(self._cursors.latest())
-            if warning := source.reading_warning(self.micro_batch_size, world_size, self.num_workers):
-                rank_zero_warn(warning)
         micro_batches = 1
         if self.global_batch_size is not None:
             micro_batches = micro_batches_per_step(self.global_batch_size, self.micro_batch_size, world_size)

@@ -25,7 +25,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from nlgmoe.files import require_regular
 from nlgmoe.validation import RunError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -61,7 +60,6 @@ class IndexedDataset:
         for path in (index_path, bin_path):
             if not path.exists():
                 raise RunError(f"{path} is missing. An indexed dataset is two files, .bin and .idx: copy both.")
-            require_regular(path, "copy it anew")
         code, sequences, boundaries = _read_header(index_path)
         self.dtype = np.dtype(DTYPES[code])
         index = np.memmap(index_path, np.uint8, mode="r")
@@ -130,7 +128,7 @@ def _read_header(path: Path) -> tuple[int, int, int]:
 
 
 class IndexedWriter:
-    """Write documents; both files appear when the `with` block ends without an error.
+    """Write documents of one sequence each; both files appear when the `with` block ends without an error.
 
     Args:
         prefix: path without `.bin` / `.idx`.
@@ -151,15 +149,10 @@ class IndexedWriter:
         self._keep = folder is not None
         self._folder = folder or Path(tempfile.mkdtemp(prefix=f"{prefix.name}.building.", dir=prefix.parent))
         # An index begins with counts that are known only at the end; until then its parts are files.
-        self._files = {kind: self._open(kind, sizes) for kind in ("bin", "lengths", "ends")}
-        self._sequences = sizes["lengths"] // 4 if sizes else 0
+        self._files = {kind: self._open(kind, sizes) for kind in ("bin", "lengths")}
 
-    def add_document(self, tokens: Sequence[int] | np.ndarray, lengths: Sequence[int] | None = None) -> None:
+    def add_document(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Append one document.
-
-        Args:
-            tokens: tokens of all its sequences.
-            lengths: tokens of each of its sequences; None: it is one sequence.
 
         Raises:
             ValueError: a token does not fit the stored type.
@@ -168,12 +161,8 @@ class IndexedWriter:
         stored = array.astype(self._dtype)
         if not np.array_equal(stored, array):
             raise RunError(f"A token does not fit {self._dtype}: ids reach {array.max()}. Use a wider dtype.")
-        counts = [len(stored)] if lengths is None else lengths
-        assert sum(counts) == len(stored), f"sequences of {sum(counts)} tokens in a document of {len(stored)}"
         self._files["bin"].write(stored.tobytes())
-        self._files["lengths"].write(np.asarray(counts, dtype="<i4").tobytes())
-        self._sequences += len(counts)
-        self._files["ends"].write(self._sequences.to_bytes(8, "little"))
+        self._files["lengths"].write(len(stored).to_bytes(4, "little"))
 
     def position(self) -> dict[str, int]:
         """Flush to disk; returns the size of each file in bytes."""
@@ -229,9 +218,10 @@ class IndexedWriter:
         return file
 
     def _write_index(self) -> None:
-        lengths, ends, item = self._files["lengths"], self._files["ends"], np.int64(self._dtype.itemsize)
+        lengths, item = self._files["lengths"], np.int64(self._dtype.itemsize)
+        documents = lengths.tell() // 4
         with (self._folder / "idx").open("wb") as handle:
-            handle.write(HEADER.pack(MAGIC, VERSION, self._code, self._sequences, ends.tell() // 8 + 1))
+            handle.write(HEADER.pack(MAGIC, VERSION, self._code, documents, documents + 1))
             lengths.seek(0)
             shutil.copyfileobj(lengths, handle, 8 * CHUNK)
             lengths.seek(0)
@@ -240,8 +230,7 @@ class IndexedWriter:
                 stops = position + np.cumsum(sizes)
                 handle.write((stops - sizes).astype("<i8").tobytes())
                 position = int(stops[-1])
-            handle.write(bytes(8))  # the first document starts at sequence 0
-            ends.seek(0)
-            shutil.copyfileobj(ends, handle, 8 * CHUNK)
+            for first in range(0, documents + 1, CHUNK):
+                handle.write(np.arange(first, min(first + CHUNK, documents + 1), dtype="<i8").tobytes())
             handle.flush()
             os.fsync(handle.fileno())

@@ -1,12 +1,12 @@
 """`PocketPile`: a corpus in the data folder, text and tokens. `pocket/` builds its text and tokenizers on first use.
 
-    data_dir/tokenized/FINGERPRINT/  of a tokenizer: {domain}.{split}.bin, .idx, and meta.json
+    data_dir/tokenized/FINGERPRINT/  of a tokenizer: {domain}.{split}.bin, .idx, and
+                                     meta.json: {domain}.{split} -> text_sha256 of the jsonl file, xxh3 of the tokens
 
 A document's sequence is its tokens and the end-of-document token; the .bin is what `samples.py` calls `tokens`.
 """
 
 import json
-from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -20,25 +20,6 @@ from nlgmoe.files import write_json
 from nlgmoe.validation import RunError, SettingError
 
 BATCH_DOCUMENTS = 256  # encoded together
-
-
-@dataclass(frozen=True)
-class TokenFile:
-    """One split of one domain, tokenised.
-
-    Args:
-        text_sha256: sha256 of the jsonl file.
-        tokens: number of tokens, one end-of-document token per document included.
-        documents: number of documents.
-        bytes: UTF-8 bytes of the texts.
-        xxh3: checksum of the tokens.
-    """
-
-    text_sha256: str
-    tokens: int
-    documents: int
-    bytes: int
-    xxh3: str
 
 
 class PocketPile:
@@ -71,14 +52,14 @@ class PocketPile:
                 f"domains={self._domains}: {data_dir} has no {unknown[0]}; choose from {', '.join(manifest.domains)}."
             )
         loaded = load_tokenizer(tokenizer, data_dir)
-        tokenised = read_token_files(data_dir, loaded)
+        folder = token_folder(data_dir, loaded)
+        checksums = _read_checksums(folder)
         for name, file in manifest.files.items():
-            if name not in tokenised or tokenised[name].text_sha256 != file.sha256:
+            if name not in checksums or checksums[name]["text_sha256"] != file.sha256:
                 raise RunError(
                     f"{name} in {data_dir} is not tokenised with {tokenizer}: run `nlgmoe prepare-data "
                     f"--data-dir {data_dir} --tokenizer {tokenizer}` first."
                 )
-        folder = token_folder(data_dir, loaded)
         tokens = {
             split: [IndexedDataset(folder / f"{domain}.{split}").tokens for domain in domains] for split in SPLITS
         }
@@ -92,15 +73,18 @@ def token_folder(data_dir: Path, tokenizer: Tokenizer) -> Path:
     return data_dir / "tokenized" / tokenizer.fingerprint[:12]
 
 
-def read_token_files(data_dir: Path, tokenizer: Tokenizer) -> dict[str, TokenFile]:
-    """Return the token files by `{domain}.{split}`; empty if there are none."""
-    path = token_folder(data_dir, tokenizer) / "meta.json"
+def _read_checksums(folder: Path) -> dict[str, dict[str, str]]:
+    """Return the content of meta.json; empty if there is none."""
+    path = folder / "meta.json"
     if not path.exists():
         return {}
     try:
-        return {name: TokenFile(**facts) for name, facts in json.loads(path.read_text()).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete {path.parent} to tokenise again") from error
+        return {
+            name: {kind: facts[kind] for kind in ("text_sha256", "xxh3")}
+            for name, facts in json.loads(path.read_text()).items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is damaged ({error!r}); delete {folder} to tokenise again") from error
 
 
 def prepare(data_dir: Path, tokenizer: str) -> None:
@@ -119,24 +103,22 @@ def tokenise(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
     """Tokenise every file of the manifest whose text has changed or whose tokens are missing or damaged."""
     folder = token_folder(data_dir, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
-    done = read_token_files(data_dir, tokenizer)
+    done = _read_checksums(folder)
     for name, file in manifest.files.items():
-        if name in done and done[name].text_sha256 == file.sha256 and _intact(folder / name, done[name]):
+        if name in done and done[name]["text_sha256"] == file.sha256 and _intact(folder / name, done[name]["xxh3"]):
             continue
         texts = read_texts(text_path(data_dir, name))
         with IndexedWriter(folder / name, token_dtype(tokenizer.vocab_size)) as writer:
             while batch := list(islice(texts, BATCH_DOCUMENTS)):
                 for ids in tokenizer.encode_batch(batch):
                     writer.add_document([*ids, tokenizer.eod_id])
-        tokens = IndexedDataset(folder / name).tokens
-        xxh3 = xxhash.xxh3_64_hexdigest(tokens.data)
-        done[name] = TokenFile(file.sha256, len(tokens), file.documents, file.bytes, xxh3)
-        write_json(folder / "meta.json", {key: asdict(facts) for key, facts in done.items()})
+        xxh3 = xxhash.xxh3_64_hexdigest(IndexedDataset(folder / name).tokens.data)
+        done[name] = {"text_sha256": file.sha256, "xxh3": xxh3}
+        write_json(folder / "meta.json", done)
 
 
-def _intact(prefix: Path, facts: TokenFile) -> bool:
+def _intact(prefix: Path, xxh3: str) -> bool:
     try:
-        tokens = IndexedDataset(prefix).tokens
+        return xxhash.xxh3_64_hexdigest(IndexedDataset(prefix).tokens.data) == xxh3
     except ValueError:
         return False
-    return len(tokens) == facts.tokens and facts.xxh3 == xxhash.xxh3_64_hexdigest(tokens.data)

@@ -65,10 +65,6 @@ class CursorSource(Protocol):
         """Continue at a run's cursors, at most one for each stream."""
         ...
 
-    def reading_warning(self, micro_batch_size: int, world_size: int, num_workers: int) -> str | None:
-        """Return a warning, with the remedy, if these processes would read slowly; else None."""
-        ...
-
 
 class _Windows:
     """Windows of all domains, numbered consecutively; no window crosses a border between domains.

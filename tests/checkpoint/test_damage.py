@@ -57,15 +57,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "model.safetensors cannot be read",
     ),
     "no file of moments": (lambda ckpt: (ckpt / "optimizer.safetensors").unlink(), "has no optimizer.safetensors"),
-    "a FIFO": (
-        lambda ckpt: ((ckpt / "model.safetensors").unlink(), os.mkfifo(ckpt / "model.safetensors")),
-        "model.safetensors is not a regular file",
-    ),
     "no manifest": (lambda ckpt: (ckpt / "manifest.json").unlink(), "has no manifest.json"),
 }
 
 
-@pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_named_by_verify_and_by_loading(name: str, good: Path, tmp_path: Path) -> None:
     damage, message = DAMAGE[name]

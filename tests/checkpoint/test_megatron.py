@@ -84,24 +84,13 @@ def test_half_precision_becomes_fp32_and_files_are_small(tmp_path: Path, monkeyp
     assert len(files) > 4 and max(file.stat().st_size for file in files) < 3000 * 4 + 4000
 
 
-@pytest.mark.parametrize("version", [None, 1.0, 2.0])
-def test_queries_keys_and_values_of_every_version(version: float | None, tmp_path: Path) -> None:
-    theirs = write(tmp_path / "theirs", arguments(), version)
-
-    def older(state: dict[str, Any]) -> None:
-        layers = state["module"]["language_model"]["encoder"]
-        for name in [name for name in layers if "query_key_value" in name]:
-            apart = layers[name].view(HEADS, 3, HIDDEN // HEADS, -1)
-            apart = apart.transpose(1, 2) if version == 1 else apart.transpose(0, 1)
-            layers[name] = apart.reshape(layers[name].shape)
-        state["module"]["language_model"]["transformer"] = {  # the names of that time
-            name.replace(".self_attention.", ".attention."): value for name, value in layers.items()
-        }
-        del state["module"]["language_model"]["encoder"]
-
-    if version in (None, 0, 1.0):
-        edit(tmp_path / "theirs", older)
+def test_version_2_is_read_as_3_and_older_ones_are_refused(tmp_path: Path) -> None:
+    theirs = write(tmp_path / "theirs", arguments(), 2.0)
     same(imported(tmp_path), theirs(TOKENS))
+    for version in (0, 1.0):
+        edit(tmp_path / "theirs", lambda state, version=version: state.update(checkpoint_version=version))
+        with pytest.raises(ValueError, match=r"checkpoint_version=\d\.0 is older than 2 .*; load and save it"):
+            imported(tmp_path, qkv="thirds")
 
 
 def test_since_fpdt_queries_keys_and_values_lie_one_after_the_other(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from nlgmoe.eval.loaded_model import load_pretrained
 from nlgmoe.module import MoEGPTModule
 
 TOKENIZER = Tokenizer(train_byte_level_bpe(iter(["the king and the queen"] * 3), 300), "tiny")
-TEXTS = ["the king", "", "null", "日本 and the king", 'the "queen"\n']
+TEXTS = ["the king", "", "null", "日本 and the king", 'the "queen"\n', "1 + 1 =", "!and the king"]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_file_of_prompts_becomes_a_file_of_completions(
     (tmp_path / "in.jsonl").write_text(lines)
     args = (checkpoint, "--max-new-tokens", 5, "--batch-size", 3)
     out, _ = run(capsys, *args, "--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
-    assert out == f"5 completions written to {tmp_path / 'out.jsonl'}\n"
+    assert out == f"{len(TEXTS)} completions written to {tmp_path / 'out.jsonl'}\n"
     written = (tmp_path / "out.jsonl").read_text()
     records = [json.loads(line) for line in written.splitlines()]
     assert [record["prompt"] for record in records] == TEXTS  # in their order

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2] / "data" / "pocket_pile"
 
 def test_pocket_pile(capsys: pytest.CaptureFixture[str]) -> None:
     prepare_data(str(ROOT), "pocket-8k")
-    assert "bytes/token" in capsys.readouterr().out
-    manifest = open_corpus(ROOT)
+    manifest, table = open_corpus(ROOT), capsys.readouterr().out
+    assert "bytes/token" in table and f" {manifest.total_bytes / 1e6:.2f} " in table
     assert manifest == read_manifest(ROOT)
     assert manifest.domains == ["literature", "wikipedia", "manuals", "code"]
     assert manifest.total_bytes > 25e6

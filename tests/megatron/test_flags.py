@@ -142,7 +142,9 @@ def test_every_flag_changes_what_the_table_says(flags: str, expected: dict[str, 
 def test_no_flag_of_the_table_is_without_its_line_above() -> None:
     tried = {word for flags, _ in EFFECTS for word in flags.split() if word.startswith("--")}
     tried |= {"--num_gpus", "--num_nodes", "--nproc_per_node", "--nproc-per-node", "--nnodes"}  # test_nodes_and_gpus
-    tried = tried - {"--deepspeed"} | {"--deepspeed_config"}  # test_the_curriculum_of_the_deepspeed_configuration
+    tried = tried - {"--deepspeed"} | {
+        "--deepspeed_config"
+    }  # test_loss_scale_clipping_and_offload_of_the_deepspeed_configuration
     tried |= {"--max-position-embeddings", "--merge-file", "--tokenizer-type"}  # only checked
     assert {name for name in FLAGS if ROWS[name].section not in (IGNORED, REFUSED)} == tried
 
@@ -199,9 +201,7 @@ def test_refusals_name_the_flag_the_reason_and_the_remedy(flags: str, message: s
     assert re.match(r"[^\n]*(; ?[^\n]+|fit together)", str(error.value))
 
 
-SECTION = """{"curriculum_learning": {"enabled": true, "curriculum_type": "seqlen", "min_difficulty": 16,
- "max_difficulty": 32, "schedule_type": "fixed_linear",
- "schedule_config": {"total_curriculum_step": 10, "difficulty_step": 16}}}"""
+CURRICULUM = '{"curriculum_learning": {"enabled": true, "curriculum_type": "seqlen"}}'
 
 
 def configured(flags: str, config: str, folder: Path) -> Launch:
@@ -210,15 +210,9 @@ def configured(flags: str, config: str, folder: Path) -> Launch:
     return launched(f"{flags} --deepspeed_config {folder / 'c.json'}")
 
 
-def test_the_curriculum_of_the_deepspeed_configuration(tmp_path: Path) -> None:
-    tokens = "--lr-decay-tokens 640"
-    model = settings_of(configured(tokens, SECTION, tmp_path))["model"]
-    assert model["curriculum"] == {"tokens": 10 * 8 * 24, "start": 16, "increment": 16}
-    assert "curriculum" not in settings_of(configured("", SECTION.replace("true", "false"), tmp_path))["model"]
-
-
 def test_loss_scale_clipping_and_offload_of_the_deepspeed_configuration(tmp_path: Path) -> None:
     config = """{"fp16": {"enabled": true, "initial_scale_power": 0, "hysteresis": null}, "gradient_clipping": 0.5,
+     "curriculum_learning": {"enabled": false, "curriculum_type": "seqlen"},
      "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}"""
     trainer = settings_of(configured("--fp16 --hysteresis 5", config, tmp_path))["trainer"]
     made = trainer["strategy"]["init_args"]
@@ -229,9 +223,11 @@ def test_loss_scale_clipping_and_offload_of_the_deepspeed_configuration(tmp_path
 @pytest.mark.parametrize(
     ("config", "flags", "message"),
     [
-        (SECTION, "", "--train-iters 100: counts sequences that the curriculum shortens; give the length in tokens"),
-        (SECTION.replace("32", "64"), "", "ends the curriculum at 64 tokens, --seq-length is 32; make them agree"),
-        (SECTION.replace("fixed_linear", "fixed_root"), "", "only seqlen with fixed_linear is available here"),
+        (
+            CURRICULUM,
+            "",
+            "has curriculum_learning, whose sequences grow by steps there and by tokens here; turn it off",
+        ),
         ('{"zero_optimization": {"stage": 3}}', "", "has ZeRO stage 3, which is not possible with experts"),
         ('{"fp16": {"enabled": true}}', "", "has fp16 on, and --fp16 does not say so; make them agree"),
         ("{oops}", "", "c.json cannot be read (Expecting"),

@@ -226,17 +226,6 @@ class StreamedSource:
         self._cursors = {stream: Cursor(*numbers) for stream, *numbers in cursors}
         self._open = {}
 
-    def reading_warning(self, micro_batch_size: int, world_size: int, num_workers: int) -> str | None:
-        """See `CursorSource`."""
-        streams, processes = self._config.num_streams, world_size * max(1, num_workers)
-        times = reads_per_stream(streams, micro_batch_size, processes)
-        if times == 1:
-            return None
-        return (
-            f"num_streams={streams}: {times:g} processes on average read and tokenise each stream; with a multiple of "
-            f"{processes * micro_batch_size} (micro_batch_size x ranks x workers), set before a run begins, one does"
-        )
-
     def sample(self, index: int) -> Sample:
         """See `TokenSource`."""
         position, stream = divmod(index, self._config.num_streams)
@@ -258,16 +247,6 @@ class StreamedSource:
             domain=torch.tensor(window.domain),
             cursor=torch.tensor([stream, *window.after]),
         )
-
-
-def reads_per_stream(num_streams: int, micro_batch_size: int, processes: int) -> float:
-    """Return the mean number of processes that read a stream, if each loads `micro_batch_size` samples at a time.
-
-    Of P processes, the p-th loads the samples from `(p + P m) B` on, for every m (workers take their rank's micro-batches
-    in turn). Modulo the number of streams S, these are `S / q * min(B, q)` streams with `q = gcd(P B, S)`.
-    """
-    period = math.gcd(processes * micro_batch_size, num_streams)
-    return processes * min(micro_batch_size, period) / period
 
 
 class Cursors:

@@ -1,4 +1,4 @@
-"""The file of `--deepspeed_config`: ZeRO, precision and loss scale, clipping, the curriculum."""
+"""The file of `--deepspeed_config`: ZeRO, precision and loss scale, clipping."""
 
 from __future__ import annotations
 
@@ -26,16 +26,6 @@ _SCALE = {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
 
 
 @dataclass(frozen=True)
-class Curriculum:
-    """An enabled section `curriculum_learning`: lengths in tokens, and steps until the last length."""
-
-    start: int
-    end: int
-    increment: int
-    steps: int
-
-
-@dataclass(frozen=True)
 class DeepSpeedConfig:
     """What is read of DeepSpeed's configuration.
 
@@ -46,7 +36,6 @@ class DeepSpeedConfig:
     stage: int = 0
     offload: bool = False
     gradient_clipping: float = 0.0
-    curriculum: Curriculum | None = None
     fp16_scale: dict[str, int] = field(default_factory=lambda: dict(_SCALE))
 
 
@@ -62,7 +51,7 @@ def read_deepspeed_config(arguments: Arguments, notes: list[str]) -> DeepSpeedCo
         return None
     if not Path(name).is_file() or not Path(name).stat().st_size:
         notes.append(
-            f"--deepspeed_config {name} is not there, or empty: its clipping, offload and curriculum, if any, are missing."
+            f"--deepspeed_config {name} is not there, or empty: its clipping and offload, if any, are missing."
         )
         return None
     notes.append(f"--deepspeed_config {name} was read here.")
@@ -89,7 +78,12 @@ def _parse(config: dict[str, Any], arguments: Arguments) -> DeepSpeedConfig:
         if config.get(name) not in (None, "auto", given):
             refuse(f"has {name}={config[name]}, {flag} is {given}; make them agree")
     zero, fp16 = config.get("zero_optimization") or {}, config.get("fp16") or {}
-    bf16, curriculum = config.get("bf16") or config.get("bfloat16") or {}, config.get("curriculum_learning") or {}
+    bf16 = config.get("bf16") or config.get("bfloat16") or {}
+    if (config.get("curriculum_learning") or {}).get("enabled"):
+        refuse(
+            "has curriculum_learning, whose sequences grow by steps there and by tokens here; turn it off, and set "
+            "model.curriculum (docs/growth.md)"
+        )
     if fp16.get("enabled") and (fp16.get("loss_scale") or fp16.get("min_loss_scale") not in (None, 1)):
         refuse("has a loss_scale or a min_loss_scale: fp16's loss scale is dynamic here, and may fall to 1; remove it")
     stage, clipping = zero.get("stage", 0), config.get("gradient_clipping") or 0.0
@@ -104,19 +98,5 @@ def _parse(config: dict[str, Any], arguments: Arguments) -> DeepSpeedConfig:
         stage=int(stage),
         offload=(zero.get("offload_optimizer") or {}).get("device", "none") != "none" or bool(zero.get("cpu_offload")),
         gradient_clipping=float(clipping),
-        curriculum=_curriculum(curriculum, arguments) if curriculum.get("enabled") else None,
         fp16_scale=_SCALE | {name: int(fp16[name]) for name in _SCALE if fp16.get(name) is not None},
     )
-
-
-def _curriculum(section: dict[str, Any], arguments: Arguments) -> Curriculum:
-    values = section | section["schedule_config"]
-    kind = values.get("curriculum_type"), values.get("schedule_type")
-    if kind != ("seqlen", "fixed_linear"):
-        arguments.add_problem(
-            SUBJECT, f"has a curriculum {kind}; only seqlen with fixed_linear is available here; change it"
-        )
-    names = ("min_difficulty", "max_difficulty", "difficulty_step", "total_curriculum_step")
-    if missing := [name for name in names if not isinstance(values.get(name), int)]:
-        raise ValueError(f"the curriculum is on, and its {missing[0]} is {values.get(missing[0])}")
-    return Curriculum(*(values[name] for name in names))

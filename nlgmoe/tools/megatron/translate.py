@@ -13,8 +13,7 @@ from pathlib import Path
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.optim.param_groups import AdamWConfig
-from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
-from nlgmoe.tools.megatron.deepspeed_config import SUBJECT
+from nlgmoe.optim.token_schedule import LearningRateSchedule
 from nlgmoe.tools.megatron.flags import IGNORED, Arguments
 from nlgmoe.tools.megatron.trainer_settings import trainer_settings
 from nlgmoe.tools.megatron.translation import DEFAULT, Settings, Translation
@@ -192,33 +191,9 @@ def _length(job: Translation) -> None:
             lengths[first],
             "before --train-samples" if len(lengths) > 1 and not comment else comment,
         )
-    _curriculum(job)
     recompute = arguments.has("--checkpoint-activations", "--deepspeed-activation-checkpointing")
     job.set("model.activation_checkpointing", recompute)
     job.set("model.seed", arguments.value("--seed"), job.default("--seed"))
-
-
-def _curriculum(job: Translation) -> None:
-    """Set `model.curriculum`; DeepSpeed's steps become tokens by the mean length of sequences during the curriculum."""
-    curriculum = None if job.deepspeed is None else job.deepspeed.curriculum
-    if curriculum is None or job.seq_len is None or job.global_batch is None:
-        return
-    if curriculum.end != job.seq_len:
-        job.arguments.add_problem(
-            SUBJECT, f"ends the curriculum at {curriculum.end} tokens, --seq-length is {job.seq_len}; make them agree"
-        )
-    if job.arguments.has("--rampup-batch-size"):
-        job.arguments.add_problem(
-            SUBJECT, "counts the curriculum in steps, which --rampup-batch-size makes unequal; turn it off"
-        )
-    tokens = curriculum.steps * job.global_batch * (curriculum.start + curriculum.end) // 2
-    job.set(
-        "model.curriculum.tokens",
-        tokens,
-        f"{curriculum.steps} steps of the mean length; linear in tokens here, in steps there",
-    )
-    job.set("model.curriculum.start", curriculum.start)
-    job.set("model.curriculum.increment", curriculum.increment)
 
 
 def _data(job: Translation) -> None:
@@ -317,8 +292,6 @@ def _check_together(job: Translation) -> None:
         GPTConfig(**config, moe=MoEConfig(**moe) if moe else None)
         AdamWConfig(**model["optimizer"])
         LearningRateSchedule(**model["schedule"])
-        if "curriculum" in model:
-            SequenceCurriculum(**model["curriculum"])
         if "batch_ramp_up" in job.tree["data"]:
             from nlgmoe.data.accumulation import BatchRampUp, check_ramp_up  # imports Lightning, which takes seconds
 

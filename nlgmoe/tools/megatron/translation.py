@@ -93,9 +93,6 @@ class Translation(Settings):
         length = self.arguments.value(name)
         if length is None or self.seq_len is None or self.global_batch is None:
             return None
-        if length and self.deepspeed is not None and self.deepspeed.curriculum is not None:
-            self.arguments.refuse(name, "counts sequences that the curriculum shortens; give the length in tokens")
-            return None
         if length and name == steps and self.arguments.has("--rampup-batch-size"):
             self.arguments.refuse(
                 name, "counts steps that --rampup-batch-size makes unequal; give the length in tokens"

@@ -19,7 +19,6 @@ from scipy.interpolate import make_interp_spline
 from nlgmoe.config import GPTConfig
 from nlgmoe.eval.specialisation import FILE as SPECIALISATION
 from nlgmoe.eval.specialisation import Specialisation
-from nlgmoe.files import require_regular
 from nlgmoe.parts import PARTS, ForeignCodeError
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.run.folder import flattened, starts_of
@@ -170,7 +169,6 @@ def _read(folder: Path, name: str) -> Run:
 
 def _parsed(path: Path, parse: Callable[[str], T], default: T) -> T:
     """Return the result of `parse` for the text of a file; without a file, `default`."""
-    require_regular(path, "replace it")
     if not path.exists():
         return default
     try:

@@ -48,7 +48,7 @@ _IN_BLOCK = {
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 _EXPERT_PARTS = {"expand": "dense_h_to_4h", "project": "dense_4h_to_h"}
 # How the rows of query_key_value lie, as the order of (q/k/v, head, row of a head) from the slowest to the fastest.
-_QKV = {"thirds": "QND", "heads": "NQD", "rows": "NDQ"}
+_QKV = {"thirds": "QND", "heads": "NQD"}
 
 
 def import_checkpoint(
@@ -138,12 +138,14 @@ def megatron_name(name: str) -> str:
 
 def _find_qkv_order(dense: Dense, qkv: QKV) -> str:
     """By version, as fix_query_key_value_ordering in `megatron/checkpointing.py`; thirds since FPDT (`transformer.py`)."""
+    if dense.version < 2:
+        raise RunError(
+            f"checkpoint_version={dense.version} is older than 2 ({dense.file}); load and save it with a newer Megatron-DeepSpeed"
+        )
     if qkv != "auto":
         return _QKV[qkv]
-    if dense.version not in (0, 1, 2, 3):
+    if dense.version not in (2, 3):
         raise RunError(f"checkpoint_version={dense.version} is unknown ({dense.file}); give its layout by --qkv")
-    if dense.version < 2:
-        return _QKV["thirds" if dense.version == 0 else "rows"]
     return _QKV["thirds" if hasattr(dense.args, "ds_sequence_parallel_fpdt") else "heads"]
 
 

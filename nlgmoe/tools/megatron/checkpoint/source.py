@@ -1,4 +1,4 @@
-"""Read a Megatron-DeepSpeed checkpoint's folder: check its files, and give tensors the names of the newest version.
+"""Read a Megatron-DeepSpeed checkpoint's folder, and check its files.
 
     global_step1000/
       mp_rank_00_model_states.pt                            all but the experts, and the arguments
@@ -104,7 +104,9 @@ def read_dense(folder: Path) -> Dense:
     if not isinstance(state.get("args"), Namespace):
         raise RunError(f"{file} lacks Megatron's arguments, so its model is unknown; use another checkpoint")
     tensors = {
-        _current_name(name): value for name, value in _flatten(state["module"]).items() if _ANY_EXPERT not in name
+        name.removeprefix("language_model."): value
+        for name, value in _flatten(state["module"]).items()
+        if _ANY_EXPERT not in name
     }
     numbers = {key: state.get(key, 0) for key in ("checkpoint_version", "iteration", "tokens")}
     for key, value in numbers.items():
@@ -123,14 +125,6 @@ def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
         elif isinstance(value, Tensor):
             found[prefix + name] = value
     return found
-
-
-def _current_name(name: str) -> str:
-    """Rename a tensor of an older version."""
-    name = name.removeprefix("language_model.")
-    if name.startswith("transformer."):
-        name = "encoder." + name.removeprefix("transformer.")
-    return re.sub(r"^(encoder\.layers\.\d+)\.attention\.", r"\1.self_attention.", name)
 
 
 class ExpertFiles:
