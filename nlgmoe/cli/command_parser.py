@@ -1,106 +1,93 @@
-"""The parser of the `nlgmoe` command, with forms of options that jsonargparse does not derive from a signature."""
+"""The arguments of an `nlgmoe` command, which argparse reads as its function's signature and docstring describe them."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
-import re
-import sys
-from collections import Counter
-from collections.abc import Callable
-from typing import Any, get_type_hints
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse as parse_docstring
-from typing_extensions import override
 
-from nlgmoe.cli.parser import OneLineParser
+from nlgmoe.cli.errors import did_you_mean
+from nlgmoe.files import expand_home
 from nlgmoe.validation import SettingError
 
 
-class text(str):  # --help shows the name
-    """Type of an option that may be repeated: one text of the command line, or the list of texts in a file."""
+class CommandParser(argparse.ArgumentParser):
+    """Reads the arguments of a function.
 
-    def __new__(cls, value: Any) -> Any:
-        """Return the value unchanged; `str` would convert a list to text."""
-        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-            return value
-        raise ValueError("expected a list, each item text")
-
-
-class CommandParser(OneLineParser):
-    """Derives options from a function's signature.
-
-    A required list takes one word or more, a tuple any number of words. An optional list is an option that may be repeated, a
-    bool with the default False a flag without a value, a required keyword-only parameter an option. `--two-words` means
-    `--two_words`; words after a bare `--` are values of `--flags`.
+    A required parameter is a positional argument unless it is keyword-only; a list takes one word or more, a tuple any number.
+    All others are options: an optional list may be repeated, `str | list[str]` takes one word or more, a bool has no value.
     """
 
-    @override
-    def add_function_arguments(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Add `function`'s parameters; their help is its docstring's."""
-        types = get_type_hints(function)
-        texts = {entry.arg_name: entry.description for entry in parse_docstring(function.__doc__ or "").params}
-        added = set()
-        for name, parameter in inspect.signature(function).parameters.items():
-            if types[name] == list[str] and _is_positional(parameter):
-                self.add_argument(name, nargs="+", type=str, help=texts.get(name))
-            elif types[name] == tuple[str, ...]:
-                self.add_argument(name, nargs="*", type=str, default=argparse.SUPPRESS, help=texts.get(name))
-            elif types[name] == list[str] | None:
-                self.add_argument(f"--{name}", action="append", type=text, help=texts.get(name))
-            elif types[name] is bool and parameter.default is False:
-                self.add_argument(f"--{name}", action="store_true", help=texts.get(name))
-            elif _is_positional(parameter):
-                self.add_argument(name, type=types[name], help=texts.get(name))
-            elif parameter.default is parameter.empty:
-                self.add_argument(f"--{name}", type=types[name], required=True, help=texts.get(name))
-            else:
+    def __init__(self, name: str, function: Callable) -> None:
+        described, hints = parse_docstring(function.__doc__ or ""), get_type_hints(function)
+        texts = {entry.arg_name: entry.description or "" for entry in described.params}
+        super().__init__(
+            f"nlgmoe {name}",
+            description="\n\n".join(filter(None, (described.short_description, described.long_description))),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        for key, parameter in inspect.signature(function).parameters.items():
+            options = _options(hints[key]) | {"help": texts[key].replace("%", "%%")}
+            if _is_positional(parameter):
+                self.add_argument(key, **options)
                 continue
-            added.add(name)
-        return super().add_function_arguments(function, *args, **{**kwargs, "skip": added})
+            if parameter.default is parameter.empty:
+                options["required"] = True
+            elif parameter.default is not None and parameter.default is not False:
+                options["help"] += " (default: %(default)s)"
+            self.add_argument(f"--{key.replace('_', '-')}", dest=key, **({"default": parameter.default} | options))
 
-    @override
-    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        """Parse; a dash inside an option's name means an underscore."""
-        words = list(sys.argv[1:] if args is None else args)
+    def read(self, words: Sequence[str]) -> dict[str, Any]:
+        """Return the arguments by name. `--two_words` is `--two-words`; words after a bare `--` are values of `--flags`."""
         end = words.index("--") if "--" in words else len(words)
-        options = [word.partition("=") if word.startswith("--") else (word, "", "") for word in words[:end]]
-        for previous, (word, equals, value) in zip(["", *words], options, strict=False):  # such as --output=$UNSET
-            name = word if equals else previous if previous.startswith("--") else "an argument"
-            if (value if equals else word) == "" and name != "--prompt":
-                raise SettingError(f"{name} is empty; give a value, or leave it out")
-        names = Counter("--" + word[2:].replace("-", "_") for word, _, _ in options if word.startswith("--"))
-        for action in self._actions:
-            for name in action.option_strings:
-                if names[name] > 1 and not isinstance(action, argparse._AppendAction):
-                    takes_list = "list" in str(getattr(action, "_typehint", ""))
-                    remedy = f"give a list, {name}='[A, B]'" if takes_list else "give it once"
-                    raise SettingError(
-                        f"{name} is given {names[name]} times, and only one of them would count; {remedy}"
-                    )
-        return super().parse_args(
-            [
-                ("--" + word[2:].replace("-", "_") if word.startswith("--") else word) + equals + value
-                for word, equals, value in options
-            ]
-            + [f"--flags={word}" for word in words[end + 1 :]],
-            *rest,
-            **kwargs,
-        )
+        known = [option for action in self._actions for option in action.option_strings]
+        read = []
+        for word in words[:end]:
+            option, equals, value = word.partition("=")
+            if option.startswith("--"):
+                option = option.replace("_", "-")
+                if option not in known:
+                    raise SettingError(f"unknown option {option}{did_you_mean(option, known)}")
+                if equals and not value and option != "--prompt":  # such as --output=$UNSET
+                    raise SettingError(f"{option} is empty; give a value, or leave it out")
+                word = option + equals + value
+            read.append(word)
+        return vars(self.parse_args([*read, *(f"--flags={word}" for word in words[end + 1 :])]))
 
-    @override
-    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        """Show option names with dashes, `--two-words`."""
-        return re.sub(
-            r"(?<![\w-])--[a-z]+(_[a-z]+)+\b", lambda match: match[0].replace("_", "-"), super().format_help()
-        )
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise SettingError(f"{message}; {self.prog} --help explains the arguments")
 
-    @override
-    def _check_value_key(self, action: argparse.Action, value: Any, *args: Any, **kwargs: Any) -> Any:
-        """Convert a file's value for an argument of several words: a text is one word, null is none."""
-        if action.nargs in ("+", "*") and (value is None or isinstance(value, str)):
-            value = [] if value is None else [value]
-        return super()._check_value_key(action, value, *args, **kwargs)
+
+def _options(hint: Any) -> dict[str, Any]:
+    """Return options of `add_argument` for a type."""
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if get_origin(hint) is not Literal else [hint]
+    if get_origin(kinds[0] if kinds else hint) is Literal:
+        return {"choices": get_args(kinds[0])}
+    if hint is bool:
+        return {"action": "store_true"}
+    if hint == tuple[str, ...]:
+        return {"nargs": "*", "type": expand_home}
+    if hint == list[str]:
+        return {"nargs": "+", "type": expand_home}
+    if kinds == [str, list[str]]:
+        return {"nargs": "+", "action": "extend", "type": expand_home}
+    if kinds == [list[str]]:
+        return {"action": "append"}
+    if list[int] in kinds:
+        return {"type": number_or_list}
+    kind = kinds[0] if kinds else hint
+    return {"type": expand_home if kind is str else kind}
+
+
+def number_or_list(text: str) -> Any:
+    """Read `8` or `[8, 16]`."""
+    return json.loads(text)
 
 
 def _is_positional(parameter: inspect.Parameter) -> bool:

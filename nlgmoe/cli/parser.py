@@ -111,8 +111,6 @@ class OneLineParser(ArgumentParser):
             )
         if setting.leaf == "init_args" and setting.value is None:
             raise SettingError(f"{setting}: expected settings of the class; leave init_args out if there are none")
-        if setting.place and hint == list[str] | None and not isinstance(setting.value, list | None):
-            raise SettingError(f"{setting}: expected a list, each item text")
         if setting.value is None and hint is not None and not _takes_null(hint):
             raise SettingError(f"{setting}: expected {in_words(hint)}")
 
@@ -238,15 +236,6 @@ class OneLineParser(ArgumentParser):
             outer = self._find(name.rpartition(".")[0])
             return f"missing setting {leaf} of {owner.rpartition('.')[2]}{f' in {outer.name}{outer.place}' if outer else ''}"
         name = next((known for known in self.known if name.endswith(known)), name)  # without the subcommand
-        commands = [
-            command
-            for action in self._actions
-            if isinstance(action.choices, dict)
-            for command in action.choices.values()
-        ]
-        for command in commands:  # a positional argument
-            if any(action.dest == name and not action.option_strings for action in command._actions):
-                return f"missing argument {name.upper()}; {command.prog.replace(' [options]', '')} --help explains it"
         return f"missing setting {name}; give it as --{name}=..., or in a --config file"
 
     def _hint(self, path: str, owner: str) -> Any:
@@ -270,12 +259,9 @@ class OneLineParser(ArgumentParser):
 
 
 def _with_home(words: list[str]) -> list[str]:
-    """Expand `~/` in `--name=~/...` and at the start of words, except in prompts."""
-    expanded = []
-    for previous, word in zip(["", *words], words, strict=False):
-        name, equals, value = word.partition("=") if word.startswith("--") else (previous, "", word)
-        expanded.append(word if name == "--prompt" else f"{name}={expand_home(value)}" if equals else expand_home(word))
-    return expanded
+    """Expand `~/` at the start of words and in `--name=~/...`."""
+    parts = (word.partition("=") for word in words)
+    return [expand_home(name) + equals + expand_home(value) for name, equals, value in parts]
 
 
 def _print_section_help(parser: argparse.ArgumentParser, args: list[str]) -> None:
@@ -310,8 +296,7 @@ def known_settings(parser: argparse.ArgumentParser) -> dict[str, Any]:
         for option in action.option_strings or [action.dest]:
             if not option.endswith((".help", "+")) and " --> " not in option:
                 hint = getattr(action, "_typehint", action.type)
-                hint = list[str] | None if isinstance(action, argparse._AppendAction) else hint
-                add(option.lstrip("-"), str | None if action.nargs in ("*", "+") else hint)
+                add(option.lstrip("-"), hint)
     return known
 
 

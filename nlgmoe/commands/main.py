@@ -52,7 +52,7 @@ def main(args: list[str] | None = None) -> None:
         elif name in TRAIN_PY:
             importlib.import_module("nlgmoe.cli.train").main(args)
         elif name in COMMANDS:
-            _run(name, args)
+            _run(name, words[1:])
         else:
             known = [*TRAIN_PY, *COMMANDS]
             problem = f"unknown subcommand {name}{did_you_mean(name, known)}" if name else "no subcommand"
@@ -73,14 +73,12 @@ def function_of(name: str) -> Any:
     return getattr(importlib.import_module(f"nlgmoe.{module}"), function or module.rpartition(".")[2])
 
 
-def _run(name: str, args: list[str] | None) -> None:
+def _run(name: str, words: list[str]) -> None:
     function = function_of(name)
-    from jsonargparse import auto_cli
-
     from nlgmoe.cli.command_parser import CommandParser, name_as_typed
 
     try:
-        auto_cli({name: function}, args=args, parser_class=CommandParser, prog="nlgmoe")
+        function(**CommandParser(name, function).read(words))
     except ForeignCodeError as error:
         takes_code = "allow_code" in signature(function).parameters
         allow = f"add --allow-code {error.module}, if you trust it"

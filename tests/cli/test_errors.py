@@ -152,14 +152,11 @@ WRONG = {
         "fit --model.config.vocab_size=100",
         "has 4096 ids but model.config.vocab_size is 100; set it to 4096",
     ),
-    "no argument": ("nlgmoe verify", "missing argument CHECKPOINT; nlgmoe verify --help explains it"),
-    "misspelt option": ("nlgmoe prepare-data --data_dri=x", "unknown setting data_dri; did you mean data_dir?"),
+    "no argument": ("nlgmoe verify", "arguments are required: checkpoint; nlgmoe verify --help explains"),
+    "misspelt option": ("nlgmoe prepare-data --data_dri=x", "unknown option --data-dri; did you mean --data-dir?"),
     "misspelt name": ("nlgmoe configs copy quickstrt.yaml", "did you mean quickstart.yaml?"),
     "a variable of the shell that is not set": ("nlgmoe configs copy --output=", "--output is empty; give a value"),
-    "option twice": (
-        "nlgmoe prepare-data --input=x --input y --output=z",
-        "--input is given 2 times, and only one of them would count; give a list, --input='[A, B]'",
-    ),
+    "text for an option's number": ("nlgmoe generate x --top-k few", "argument --top-k: invalid int value: 'few'; "),
 }
 DAMAGED = {
     "truncated weights": ("validate --ckpt_path=FOLDER/broken.ckpt", "model.safetensors cannot be read"),

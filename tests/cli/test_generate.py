@@ -51,19 +51,6 @@ def test_one_prompt_is_printed_as_it_goes_on(checkpoint: Path, capsys: pytest.Ca
             assert (out, err) == (detokenize(TOKENIZER, ids) + "\n", "")
 
 
-def test_prompts_of_a_configuration_are_those_of_its_list(
-    checkpoint: Path, capsys: pytest.CaptureFixture, tmp_path: Path
-) -> None:
-    words = [checkpoint, "--prompt", "the king", "--prompt=[queen]", "--max-new-tokens=2", "--temperature=0", "--json"]
-    out, _ = run(capsys, *words)
-    with pytest.raises(SystemExit):
-        run(capsys, *words, "--print_config")
-    (file := tmp_path / "generate.yaml").write_text(capsys.readouterr().out)
-    assert run(capsys, "--config", file)[0] == out
-    more = run(capsys, "--config", file, "--prompt=and")[0]
-    assert [json.loads(line)["prompt"] for line in more.splitlines()] == ["the king", "[queen]", "and"]
-
-
 def test_it_says_where_the_model_can_read_no_further(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
     out, err = run(capsys, checkpoint, "--prompt", "the king", "--temperature=0", "--json")
     record = json.loads(out)

@@ -201,7 +201,7 @@ def test_the_command_says_what_is_written(tokenizer: Tokenizer, files: list[str]
     prefix = str(tmp_path / "built" / "pile_text_document")
     arguments = ["prepare-data", f"--data-dir={tmp_path}", f"--tokenizer={tokenizer.name}", f"--output={prefix}"]
     pattern = str(tmp_path / "text" / "*.*")
-    main([*arguments, f"--input={pattern}", "--on-bad-data=skip", "--workers=2"])
+    main([*arguments, "--input", *files, "--on-bad-data=skip", "--workers=2"])
     out, err = capsys.readouterr()
     table = dict(line.split(None, 1) for line in out.splitlines())
     assert (table["files"], table["documents"]) == ("3", "90")
