@@ -155,7 +155,7 @@ def test_the_command_writes_results_and_a_table(
     ("arguments", "code", "message"),
     [
         (["--tasks", "piqua"], 2, "did you mean piqa?"),
-        (["--limit", "0.5"], 2, "limit=0.5"),
+        (["--limit", "0.5"], 2, "argument --limit: invalid int value: '0.5'"),
         (["--output", "nowhere/out.json"], 2, "output=nowhere/out.json: there is no folder"),
     ],
 )
