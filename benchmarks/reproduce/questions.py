@@ -63,7 +63,7 @@ STAGED_STUDENT = Cell("student", 1.0, "staged")
 
 QUESTIONS = (
     Question(
-        "experts", "16 experts have a lower loss than a dense model of the same cost a token",
+        "experts", "16 experts have a lower loss than a dense model of the same FLOPs a token",
         "350M with 128 experts has the validation loss of 1.3B dense (figure 1)", "lower", Cell("moe_16"), Cell("dense"), 8,
     ),
     Question(

@@ -43,14 +43,17 @@ def short_table(results: dict[str, Any]) -> str:
 def long_table(results: dict[str, Any]) -> str:
     """Return the tables of docs/claims.md."""
     found = answers(results)
-    lines = [f"Commit {results['commit'][:10]}; {results['machine']}; {len(results['runs'])} runs.", ""]
+    lines = [f"Commit {results['commit'][:10]}; {results['machine']}; {len(results['runs'])} runs."]
+    if "speed" in results:
+        lines[0] += f" Steps were timed at {results['speed']['commit']}."
+    lines.append("")
     rows = [[*_row(answer), answer.paper] for answer in found.values()]
     lines += [markdown_table(["question", "difference (95% interval)", "pairs", "reading", "the paper"], rows), ""]
     lines += [f"- {line}" for line in beside(results)]
     rates = ", ".join(f"{name} {rate:.2g}" for name, rate in results["learning_rates"].items())
     lines += [f"- Learning rates found on seed 0: {rates}; the other models' are interpolated.", ""]
     models, budgets = (markdown_table(head, rows) for head, *rows in (_models(results), _budgets(results)))
-    lines += [models, "", "Means over seeds 1 to 3 by budget:", "", budgets]
+    lines += [models, "", "Means over seeds 1 to 3 by budget (the table above has all seeds):", "", budgets]
     return "\n".join(lines)
 
 
@@ -74,7 +77,11 @@ def _models(results: dict[str, Any]) -> list[list[str]]:
         ]
     ]
     cells = dict.fromkeys(
-        [*(Cell(name) for name in (*WIDER, *GROWTH[1:])), *(c for q in QUESTIONS for c in (q.second, q.first))]
+        [
+            *(Cell(name) for name in (*WIDER, *GROWTH[1:])),
+            *(c for q in QUESTIONS for c in (q.second, q.first)),
+            Cell("top_2"),
+        ]
     )
     for cell in cells:
         own = [runs[f"{cell.name}-seed{seed}"] for seed in of_cell(runs, cell)]
