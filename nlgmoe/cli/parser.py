@@ -1,4 +1,4 @@
-"""Lightning's parser of jsonargparse, whose errors are one line about the setting to change: name, value, place, remedy."""
+"""jsonargparse's parser, whose errors are one line about the setting to change: name, value, place, remedy."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from enum import Enum
 from typing import Any, Literal, NoReturn, Union
 
 import yaml
-from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import register_type
-from lightning.pytorch.cli import LightningArgumentParser
 
 from nlgmoe.cli.errors import did_you_mean, is_wrong_setting, one_line
 from nlgmoe.cli.places import Setting, read_arguments
@@ -58,7 +57,7 @@ def _duration(text: str) -> timedelta:
 register_type(timedelta, deserializer=_duration)
 
 
-class TrainParser(LightningArgumentParser):
+class OneLineParser(ArgumentParser):
     """Raises `SettingError` where jsonargparse prints its usage and ends the process."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -24,7 +24,7 @@ from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.cli.memory import configure_allocator
-from nlgmoe.cli.parser import TrainParser
+from nlgmoe.cli.parser import OneLineParser
 from nlgmoe.data import PileDataModule
 from nlgmoe.data.tokenizer import vocab_size_of
 from nlgmoe.device import name_deepspeeds_device
@@ -35,6 +35,10 @@ from nlgmoe.run.folder import RunFolder, RunTrainer, require_checkpoint
 from nlgmoe.run.keeper import SaveCheckpoints
 from nlgmoe.run.signals import StopOnSignal
 from nlgmoe.validation import SettingError
+
+
+class TrainParser(OneLineParser, LightningArgumentParser):
+    """Lightning's parser, with errors of one line."""
 
 
 class TrainCLI(LightningCLI):
