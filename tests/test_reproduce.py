@@ -174,7 +174,9 @@ def test_every_question_has_its_reading() -> None:
 def test_the_cost_at_equal_loss_is_read_off_the_dense_line() -> None:
     sizes = dict(zip(WIDER, (4.0, 3.9, 3.8, 3.7, 3.6), strict=True))  # 0.1 nats for each doubling of the cost
     runs = made_up(**sizes, moe_16=3.75)["runs"]
-    found = cost_at_equal_loss(runs, {**{name: 2.0**place for place, name in enumerate(WIDER)}, "moe_16": 1.0})
+    found = cost_at_equal_loss(
+        runs, "moe_16", {**{name: 2.0**place for place, name in enumerate(WIDER)}, "moe_16": 1.0}
+    )
     assert found is not None
     ratio, low, high = found
     assert ratio == pytest.approx(2**2.5, rel=0.1) and low <= ratio <= high

@@ -25,6 +25,21 @@ from nlgmoe.tools.statistics import PairedDifference, paired_difference
 Runs = dict[str, dict[str, Any]]
 MAX_SEED = max(question.pairs for question in QUESTIONS)
 MISSING = "pairs missing"
+SEEN_3 = (
+    "experts",
+    "half",
+    "everywhere",
+    "staged",
+    "capacity",
+)  # questions of which three pairs were seen before the rules
+OTHER_PAIRS = (
+    ("Staged student - MoE-32", STAGED_STUDENT, Cell("moe_32")),
+    ("Staged student - its teacher", STAGED_STUDENT, TEACHER),
+    ("Staged student - the student alone on twice the tokens", STAGED_STUDENT, CONTROL),
+    ("MoE-4 - dense", Cell("moe_4"), Cell("dense")),
+    ("MoE-32 - MoE-16", Cell("moe_32"), Cell("moe_16")),
+    ("PR-MoE - MoE-16", TEACHER, Cell("moe_16")),
+)
 
 
 @dataclass(frozen=True)
@@ -52,10 +67,12 @@ def of_cell(runs: Runs, cell: Cell, fact: str = "val_loss", seeds: tuple[int, ..
     return {seed: run[fact] for seed, run in found if run is not None}
 
 
-def difference(runs: Runs, first: Cell, second: Cell, pairs: int = MAX_SEED) -> PairedDifference | None:
-    """Return `first - second` in validation loss over seeds 1 to `pairs` of both; None if there are fewer than two."""
+def difference(
+    runs: Runs, first: Cell, second: Cell, pairs: int = MAX_SEED, first_seed: int = 1
+) -> PairedDifference | None:
+    """Return `first - second` in validation loss over seeds up to `pairs` of both; None if there are fewer than two."""
     a, b = of_cell(runs, first), of_cell(runs, second)
-    seeds = [seed for seed in range(1, pairs + 1) if seed in a and seed in b]
+    seeds = [seed for seed in range(first_seed, pairs + 1) if seed in a and seed in b]
     return paired_difference([a[s] for s in seeds], [b[s] for s in seeds]) if len(seeds) > 1 else None
 
 
@@ -110,28 +127,31 @@ def _faster(results: dict[str, Any]) -> Answer:
     return Answer("Residual top-1 is more than 10% faster than top-2", paper, text, "-", reading)
 
 
-def cost_at_equal_loss(runs: Runs, costs: dict[str, float] | None = None) -> tuple[float, float, float] | None:
-    """Return how many times as much a dense model of MoE-16's loss costs, with a 95% interval; None if runs are missing.
+def cost_at_equal_loss(
+    runs: Runs, name: str = "moe_16", costs: dict[str, float] | None = None
+) -> tuple[float, float, float] | None:
+    """Return how many times as much a dense model of a MoE's loss costs, with a 95% interval; None if runs are missing.
 
     In each seed a straight line is fitted to the dense losses over log cost. The interval is Student's, of the logarithm of the
     ratio.
 
     Args:
         runs: the results.
+        name: configuration of the MoE.
         costs: of a token of each configuration, in any unit; None: FLOPs.
     """
-    dense, moe = [of_cell(runs, Cell(name), seeds=SEEDS) for name in WIDER], of_cell(runs, Cell("moe_16"), seeds=SEEDS)
+    dense, moe = [of_cell(runs, Cell(wider), seeds=SEEDS) for wider in WIDER], of_cell(runs, Cell(name), seeds=SEEDS)
     seeds = sorted(set(moe).intersection(*dense))
     if len(seeds) < 2:
         return None
     if costs is None:
-        flops = {name: of_cell(runs, Cell(name), "flops_per_token") for name in (*WIDER, "moe_16")}
-        costs = {name: next(iter(values.values())) for name, values in flops.items()}
-    cost = np.log([costs[name] for name in WIDER])
+        flops = {config: of_cell(runs, Cell(config), "flops_per_token") for config in (*WIDER, name)}
+        costs = {config: next(iter(values.values())) for config, values in flops.items()}
+    cost = np.log([costs[wider] for wider in WIDER])
     ratios = []
     for seed in seeds:
         slope, base = np.polyfit(cost, [losses[seed] for losses in dense], 1)
-        ratios.append((moe[seed] - base) / slope - math.log(costs["moe_16"]))
+        ratios.append((moe[seed] - base) / slope - math.log(costs[name]))
     found = paired_difference(ratios, [0.0] * len(ratios))
     return math.exp(found.mean), *(math.exp(end) for end in found.interval())
 
@@ -146,14 +166,13 @@ def beside(results: dict[str, Any]) -> list[str]:
         standard, *others = ((name, next(iter(values.values()))) for name, values in sizes.items())
         ratios = " and ".join(f"{name} {standard[1] / size:.1f}" for name, size in others)
         lines.append(f"Next to MoE-32, {ratios} times fewer parameters (the paper: 3 and 3.7).")
-    if (found := difference(runs, STAGED_STUDENT, Cell("moe_32"))) is not None:
-        lines.append(f"Staged student - MoE-32: {with_interval(found)}, {found.pairs} pairs.")
-    if (found := difference(runs, STAGED_STUDENT, TEACHER)) is not None:
-        lines.append(f"Staged student - its teacher: {with_interval(found)}, {found.pairs} pairs.")
-    if (found := difference(runs, STAGED_STUDENT, CONTROL)) is not None:
-        lines.append(
-            f"Staged student - the student alone on twice the tokens: {with_interval(found)}, {found.pairs} pairs."
-        )
+    for title, first, second in OTHER_PAIRS:
+        if (found := difference(runs, first, second)) is not None:
+            lines.append(f"{title}: {with_interval(found)}, {found.pairs} pairs.")
+    unseen = {q.key: difference(runs, q.first, q.second, q.pairs, first_seed=4) for q in QUESTIONS if q.key in SEEN_3}
+    if found_unseen := {key: with_interval(found) for key, found in unseen.items() if found is not None}:
+        listed = ", ".join(f"{key} {text}" for key, text in found_unseen.items())
+        lines.append(f"Pairs that were not seen before the rules, alone: {listed}.")
     if (found := difference(runs, Cell("residual"), Cell("top_2"))) is not None:
         low, high = found.interval(0.9)
         old = "equivalent" if low > -MARGIN and high < MARGIN else "not shown to be equivalent"
@@ -166,8 +185,16 @@ def beside(results: dict[str, Any]) -> list[str]:
         if answer.difference:
             lines.append(f"{answer.title}: {answer.difference}, {answer.pairs} pairs: **{answer.reading}**.")
     costs = results.get("speed", {}).get("step_seconds")
-    if costs and (ratio := cost_at_equal_loss(runs, costs)) is not None:
-        lines.append("A dense model of MoE-16's loss takes {:.2f} times its seconds ({:.2f} to {:.2f}).".format(*ratio))
+    for title, name in (("MoE-16", "moe_16"), ("PR-MoE", "pr_moe")):
+        ratios = [cost_at_equal_loss(runs, name), cost_at_equal_loss(runs, name, costs) if costs else None]
+        units = ("FLOPs", "seconds")
+        texts = [
+            "{:.2f} times its {} ({:.2f} to {:.2f})".format(r[0], unit, *r[1:])
+            for r, unit in zip(ratios, units, strict=True)
+            if r
+        ]
+        if texts:
+            lines.append(f"A dense model of {title}'s loss takes {' and '.join(texts)}.")
     lower = runs.get("dense_4x@0.5-seed0-lr0.002")
     if lower:
         losses = {

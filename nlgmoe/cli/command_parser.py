@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import types
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse as parse_docstring
 
@@ -45,19 +46,27 @@ class CommandParser(argparse.ArgumentParser):
     def read(self, words: Sequence[str]) -> dict[str, Any]:
         """Return the arguments by name. `--two_words` is `--two-words`; words after a bare `--` are values of `--flags`."""
         end = words.index("--") if "--" in words else len(words)
-        known = [option for action in self._actions for option in action.option_strings]
-        read = []
+        actions = {option: action for action in self._actions for option in action.option_strings}
+        read: list[str] = []
+        given: set[str] = set()
         for word in words[:end]:
             option, equals, value = word.partition("=")
             if option.startswith("--"):
                 option = option.replace("_", "-")
-                if option not in known:
-                    raise SettingError(f"unknown option {option}{did_you_mean(option, known)}")
-                if equals and not value and option != "--prompt":  # such as --output=$UNSET
-                    raise SettingError(f"{option} is empty; give a value, or leave it out")
+                if option not in actions:
+                    raise SettingError(f"unknown option {option}{did_you_mean(option, actions)}")
+                if option in given and not isinstance(actions[option], argparse._AppendAction):
+                    raise SettingError(
+                        f"{option} is given more than once, and only one of them would count; give it once"
+                    )
+                given.add(option)
                 word = option + equals + value
             read.append(word)
-        return vars(self.parse_args([*read, *(f"--flags={word}" for word in words[end + 1 :])]))
+        arguments = vars(self.parse_args([*read, *(f"--flags={word}" for word in words[end + 1 :])]))
+        for key, value in arguments.items():
+            if value == "" or (isinstance(value, list) and "" in value and key != "prompt"):  # such as --output=$UNSET
+                raise SettingError(f"--{key.replace('_', '-')} is empty; give a value, or leave it out")
+        return arguments
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""
@@ -66,8 +75,9 @@ class CommandParser(argparse.ArgumentParser):
 
 def _options(hint: Any) -> dict[str, Any]:
     """Return options of `add_argument` for a type."""
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if get_origin(hint) is not Literal else [hint]
-    if get_origin(kinds[0] if kinds else hint) is Literal:
+    is_union = get_origin(hint) in (Union, types.UnionType)
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if is_union else [hint]
+    if get_origin(kinds[0]) is Literal:
         return {"choices": get_args(kinds[0])}
     if hint is bool:
         return {"action": "store_true"}
@@ -79,15 +89,17 @@ def _options(hint: Any) -> dict[str, Any]:
         return {"nargs": "+", "action": "extend", "type": expand_home}
     if kinds == [list[str]]:
         return {"action": "append"}
-    if list[int] in kinds:
+    if kinds == [int, list[int]]:
         return {"type": number_or_list}
-    kind = kinds[0] if kinds else hint
-    return {"type": expand_home if kind is str else kind}
+    return {"type": expand_home if kinds == [str] else kinds[0]}
 
 
-def number_or_list(text: str) -> Any:
+def number_or_list(text: str) -> int | list[int]:
     """Read `8` or `[8, 16]`."""
-    return json.loads(text)
+    value: int | list[int] = json.loads(text)
+    if not all(type(number) is int for number in (value if isinstance(value, list) else [value])):
+        raise ValueError(f"{text} is neither a whole number nor a list of them")
+    return value
 
 
 def _is_positional(parameter: inspect.Parameter) -> bool:

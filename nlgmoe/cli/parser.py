@@ -260,7 +260,7 @@ class OneLineParser(ArgumentParser):
 
 def _with_home(words: list[str]) -> list[str]:
     """Expand `~/` at the start of words and in `--name=~/...`."""
-    parts = (word.partition("=") for word in words)
+    parts = (word.partition("=") if word.startswith("--") else (word, "", "") for word in words)
     return [expand_home(name) + equals + expand_home(value) for name, equals, value in parts]
 
 
