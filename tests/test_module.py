@@ -145,9 +145,12 @@ def test_accumulated_micro_batches_weigh_equally(tmp_path: Path) -> None:
     assert torch.allclose(*weights, atol=1e-5)
 
 
-def test_micro_batches_of_a_step_have_the_same_losses() -> None:
+def test_micro_batches_of_a_step_have_the_same_losses_and_are_averaged() -> None:
     window, batch = Window(), {"tokens": torch.zeros(2, 4, dtype=torch.int64)}
-    window.add(batch, {"loss": torch.tensor(1.0), "own": torch.tensor(2.0)})
+    for loss in (5.0, 1.0):
+        window.add(batch, {"loss": torch.tensor(loss), "own": torch.tensor(2.0)})
+    assert window.read(torch.tensor(0.5)) == ({"loss": 3.0, "own": 2.0}, 0.5)
+    assert (window.samples, window.tokens, window.squared_lengths) == (4, 16, 64)
     with pytest.raises(RunError, match=r"different losses: \['loss', 'own'\] and \['loss', 'other'\]"):
         window.add(batch, {"loss": torch.tensor(1.0), "other": torch.tensor(2.0)})
 
