@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.documents import markdown_table, with_text
 from benchmarks.runs import ROOT
-from nlgmoe.cli.memory import keep_compiled_kernels, keep_freed_memory
+from nlgmoe.device import keep_compiled_kernels, keep_freed_memory
 from nlgmoe.files import write_json
 from nlgmoe.versions import versions
 

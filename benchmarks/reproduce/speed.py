@@ -10,7 +10,7 @@ from benchmarks.reproduce.campaign import Campaign
 from benchmarks.reproduce.questions import QUESTIONS, runs_of
 from benchmarks.step import gpt_step
 from benchmarks.timing import interleaved, settings
-from nlgmoe.cli.memory import keep_freed_memory
+from nlgmoe.device import keep_freed_memory
 from nlgmoe.model.gpt import GPT
 
 

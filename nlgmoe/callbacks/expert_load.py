@@ -20,10 +20,8 @@ from nlgmoe.batch import Batch
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.monitoring.heat_map import heat_map
 from nlgmoe.monitoring.load_file import ExpertLoadFile
-from nlgmoe.monitoring.loggers import log_image
-from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
+from nlgmoe.monitoring.loggers import ends_step, heat_map, is_logged, log_image, sum_over_ranks
 from nlgmoe.monitoring.routing_statistics import GATE, SUMS, RoutingSums, has_gate, routing_statistics, routing_sums
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.validation import SettingError

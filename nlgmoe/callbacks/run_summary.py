@@ -16,11 +16,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
+from nlgmoe.device import peak_memory_bytes
 from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.monitoring.logging_step import ends_step
-from nlgmoe.monitoring.memory import peak_memory_bytes
+from nlgmoe.monitoring.loggers import ends_step
 from nlgmoe.versions import versions
 
 

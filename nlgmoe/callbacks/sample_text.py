@@ -11,8 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from nlgmoe.eval.generation import generate
-from nlgmoe.eval.sampling import Sampling
+from nlgmoe.eval.generation import Sampling, generate
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.validation import SettingError
 

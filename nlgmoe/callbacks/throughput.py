@@ -11,12 +11,11 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.device import product_name
+from nlgmoe.device import memory_bytes, product_name
 from nlgmoe.model.counting import flops_of_tokens
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.hardware import peak_of
-from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
-from nlgmoe.monitoring.memory import memory_bytes
+from nlgmoe.monitoring.loggers import ends_step, is_logged, sum_over_ranks
 from nlgmoe.monitoring.stopwatch import PARTS, StepProfiler, Stopwatch
 from nlgmoe.validation import SettingError
 

@@ -23,11 +23,10 @@ from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.cli.errors import one_line_errors
-from nlgmoe.cli.memory import configure_allocator
 from nlgmoe.cli.parser import OneLineParser
 from nlgmoe.data import PileDataModule
 from nlgmoe.data.tokenizer import vocab_size_of
-from nlgmoe.device import name_deepspeeds_device
+from nlgmoe.device import configure_allocator, name_deepspeeds_device
 from nlgmoe.layers import routers  # noqa: F401 (so that a configuration can name its routers by their class)
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.loggers import run_folder_loggers, with_run_csv

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
-from nlgmoe.cli.model_options import import_allowed
+from nlgmoe.cli.arguments import import_allowed
 from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:

@@ -7,14 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nlgmoe.cli.model_options import check_device, import_allowed
-from nlgmoe.cli.output_files import check_output, write_whole
+from nlgmoe.cli.arguments import check_device, check_output, import_allowed, write_whole
 from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
-    from nlgmoe.eval.generation import Completion
+    from nlgmoe.eval.generation import Completion, Sampling
     from nlgmoe.eval.loaded_model import LoadedModel
-    from nlgmoe.eval.sampling import Sampling
 
 
 def generate_text(
@@ -54,9 +52,8 @@ def generate_text(
         allow_code: module of the checkpoint's router or expert to import; may be given several times.
     """
     import_allowed(allow_code)
-    from nlgmoe.eval.generation import check_prompts, complete  # these need torch
+    from nlgmoe.eval.generation import Sampling, check_prompts, complete  # these need torch
     from nlgmoe.eval.loaded_model import load_pretrained
-    from nlgmoe.eval.sampling import Sampling
 
     if prompt is not None and prompts is not None:
         raise SettingError(f"prompts={prompts} cannot be combined with prompt; leave one of them out")
@@ -90,7 +87,7 @@ def generate_text(
 def _print_while_generating(
     loaded: LoadedModel, text: str, tokens: list[int], max_new_tokens: int, sampling: Sampling
 ) -> None:
-    from nlgmoe.eval.detokenizer import StreamingDetokenizer
+    from nlgmoe.data.tokenizer import StreamingDetokenizer
     from nlgmoe.eval.generation import stream
 
     print(text, end="", flush=True)
@@ -109,7 +106,7 @@ def _print_length_note(subject: str, loaded: LoadedModel) -> None:
 
 
 def _record(loaded: LoadedModel, prompt: str, completion: Completion) -> dict[str, Any]:
-    from nlgmoe.eval.detokenizer import detokenize
+    from nlgmoe.data.tokenizer import detokenize
 
     return {
         "prompt": prompt,

@@ -8,8 +8,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
 from nlgmoe.checkpoint.folder import run_config
-from nlgmoe.cli.model_options import import_allowed
-from nlgmoe.cli.output_files import check_new_checkpoint
+from nlgmoe.cli.arguments import check_new_checkpoint, import_allowed
 from nlgmoe.files import settings_of
 from nlgmoe.validation import SettingError
 

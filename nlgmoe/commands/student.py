@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from nlgmoe.checkpoint.folder import read_document, run_config
-from nlgmoe.cli.output_files import check_output, write_whole
+from nlgmoe.cli.arguments import check_output, write_whole
 from nlgmoe.config import GPTConfig
 from nlgmoe.pyramid import moe_blocks, student_config, student_layers
 from nlgmoe.validation import SettingError

@@ -6,7 +6,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Literal
 
-from nlgmoe.cli.output_files import check_new_checkpoint
+from nlgmoe.cli.arguments import check_new_checkpoint
 from nlgmoe.files import settings_of
 
 

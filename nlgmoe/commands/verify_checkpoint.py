@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nlgmoe.checkpoint.describe import describe
 from nlgmoe.validation import RunError, SettingError
 
 
@@ -15,7 +14,7 @@ def verify_checkpoint(checkpoint: str) -> None:
         checkpoint: the folder, `NAME.ckpt`.
     """
     from nlgmoe.checkpoint.newest import checkpoint_path, is_checkpoint, saved_steps  # these need torch, and the model
-    from nlgmoe.checkpoint.verify import find_problems
+    from nlgmoe.checkpoint.verify import describe, find_problems
 
     if checkpoint and not Path(checkpoint).exists():
         raise SettingError(f"{checkpoint} does not exist; name a checkpoint")

@@ -1,14 +1,90 @@
-"""Facts about the text of a data module: domains, tokenizer, and baselines of the loss."""
+"""Facts about the text of a data module: domains, tokenizer, and baselines of the loss.
 
-from collections.abc import Sequence
+The baselines, the best loss without context and a general-purpose compressor, are bounded in time and memory, whatever the size
+of the corpus.
+"""
+
+import lzma
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from nlgmoe.data.baselines import count_tokens, unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.blend import OpenBlend
 from nlgmoe.data.corpus import OpenCorpus
 from nlgmoe.data.samples import EvaluationSource
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.validation import RunError
+
+MAX_TOKENS = 50_000_000  # counted for the unigram model, in training and evaluation text each
+MAX_BYTES = 20_000_000  # compressed, over all domains; xz needs about a second per MB
+SLICES = 64  # of a stream too long to count
+
+
+def unigram_entropy(
+    train: Sequence[np.ndarray], evaluated: Sequence[np.ndarray], vocab_size: int, max_tokens: int = MAX_TOKENS
+) -> float:
+    """Compute the loss of the best context-free model, in nats per token.
+
+    Cross-entropy of the training tokens' frequencies (add-one smoothed) on the evaluated tokens. A model that uses
+    context has a lower loss. At most `max_tokens` are counted on either side, in evenly spaced slices of each domain.
+
+    Args:
+        train: training tokens of each domain, each [N_d].
+        evaluated: evaluated tokens of each domain, each [N_d].
+        vocab_size: number of token ids.
+        max_tokens: maximum number of tokens counted on either side.
+    """
+    train_counts = count_tokens(train, vocab_size, max_tokens) + 1
+    counts = count_tokens(evaluated, vocab_size, max_tokens)
+    return float(-(counts * np.log(train_counts / train_counts.sum())).sum() / counts.sum())
+
+
+def xz_bits_per_byte(
+    evaluated: Mapping[str, np.ndarray], tokenizer: Tokenizer, max_bytes: int = MAX_BYTES
+) -> dict[str, float]:
+    """Compress the evaluated text by `xz -9`: domain -> bits per byte, and "all" for all domains together.
+
+    Domains without text are left out; the result is empty if no domain has text.
+
+    Args:
+        evaluated: evaluated tokens of each domain, each [N_d].
+        tokenizer: tokenizer of these tokens.
+        max_bytes: maximum number of bytes compressed; each domain is cut to an equal share of it, from its beginning.
+    """
+    texts = {}
+    for name, tokens in evaluated.items():
+        share = max_bytes // len(evaluated)
+        tokens = tokens[:share]  # each token but the end of a document has a byte or more
+        tokens = tokens[tokens != tokenizer.eod_id]
+        fitting = int(np.searchsorted(np.cumsum(tokenizer.token_bytes[tokens]), share, side="right"))
+        if fitting > 0:
+            texts[name] = tokenizer.decode(tokens[:fitting].tolist()).encode()
+    if len(texts) > 1:
+        texts["all"] = b"".join(texts.values())
+    bits_per_byte = {name: 8 * len(lzma.compress(text, preset=9)) / len(text) for name, text in texts.items()}
+    if len(texts) == 1:
+        (bits_per_byte["all"],) = bits_per_byte.values()
+    return bits_per_byte
+
+
+def count_tokens(streams: Sequence[np.ndarray], vocab_size: int, max_tokens: int = MAX_TOKENS) -> np.ndarray:
+    """Count each token id, [vocab_size]; above `max_tokens`, in evenly spaced slices of each stream, by its share."""
+    total = sum(len(stream) for stream in streams)
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for stream in streams:
+        wanted = len(stream) if total <= max_tokens else len(stream) * max_tokens // total
+        length = -(-wanted // SLICES) if wanted < len(stream) else len(stream)
+        starts = [0] if length == len(stream) else np.linspace(0, len(stream) - length, SLICES, dtype=np.int64)
+        for start in starts:
+            tokens = stream[start : start + length]
+            if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab_size):
+                raise RunError(
+                    f"The corpus holds token ids from {tokens.min()} to {tokens.max()}, but the tokenizer has {vocab_size}: "
+                    "it is damaged, or made with another tokenizer. Build it again, or set data.tokenizer."
+                )
+            counts += np.bincount(tokens, minlength=vocab_size)
+    return counts
 
 
 class TextFacts:

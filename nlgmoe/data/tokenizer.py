@@ -4,6 +4,9 @@ Every tokenizer here is lossless: text -> ids -> the same text, byte for byte. L
 byte, which do not depend on the tokenizer.
 """
 
+from __future__ import annotations
+
+import codecs
 import hashlib
 import json
 import string
@@ -157,7 +160,7 @@ class Tokenizer:
                 kept += (runs & Counter(zip(reproduced, reproduced[1:], reproduced[2:], strict=False))).total()
         return kept / total if total else 1.0
 
-    def has_same_ids(self, other: "Tokenizer") -> bool:
+    def has_same_ids(self, other: Tokenizer) -> bool:
         """Return whether each token id has the same bytes of text in both."""
         return (self.eod_id, self.spellings) == (other.eod_id, other.spellings)
 
@@ -167,7 +170,7 @@ class Tokenizer:
         return text
 
     @classmethod
-    def from_json(cls, text: str, name: str) -> "Tokenizer":
+    def from_json(cls, text: str, name: str) -> Tokenizer:
         """Undo `to_json`; `name` is for messages."""
         return cls(tokenizers.Tokenizer.from_str(text), name)
 
@@ -273,3 +276,23 @@ def _from_vocabulary(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+class StreamingDetokenizer:
+    """Decodes tokens one at a time and returns only complete characters; an end-of-document token has no text.
+
+    Invalid UTF-8 becomes U+FFFD; a character that is incomplete at the end is discarded.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """Return the characters that `token` completes."""
+        return self._decoder.decode(self._tokenizer.spell(token))
+
+
+def detokenize(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
+    """Decode a whole sequence."""
+    return "".join(map(StreamingDetokenizer(tokenizer).add, tokens))

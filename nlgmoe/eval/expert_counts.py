@@ -9,8 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from nlgmoe.batch import Batch, token_mask_or_none
-from nlgmoe.eval.specialisation import Specialisation
-from nlgmoe.eval.token_classes import CLASSES, token_class
+from nlgmoe.eval.specialisation import CLASSES, Specialisation, token_class
 from nlgmoe.layers.counts import count
 from nlgmoe.layers.router import Routing
 from nlgmoe.model.gpt import GPT

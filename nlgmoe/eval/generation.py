@@ -8,6 +8,8 @@ Letters in shape comments: B unfinished sequences, T new positions, H hidden siz
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -15,13 +17,70 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from nlgmoe.eval.padding import pad_sequences
-from nlgmoe.eval.sampling import Sampling
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import require_finite_logits
+from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import SettingError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling settings: logits are divided by `temperature`, truncated to `top_k`, then to `top_p`, and sampled.
+
+    Args:
+        temperature: 0 takes the most likely token.
+        top_k: sample among the k most likely tokens; None: all tokens.
+        top_p: sample among the fewest most likely tokens whose probabilities sum to at least this; None: all tokens.
+        seed: seed of the random draws.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise SettingError(f"temperature={self.temperature} must be at least 0; 0 takes the most likely token")
+        if self.top_k is not None and self.top_k < 1:
+            raise SettingError(f"top_k={self.top_k} must be at least 1; leave it out for all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise SettingError(f"top_p={self.top_p} must be above 0 and at most 1; leave it out for all tokens")
+
+    def generators(self, prompts: Sequence[Sequence[int]]) -> list[Random]:
+        """Return a generator for each prompt, seeded by `seed`, the prompt, and the number of equal prompts before it.
+
+        A sequence's draws therefore do not depend on the other prompts or their order, and equal prompts draw different texts.
+        """
+        seen: Counter[tuple[int, ...]] = Counter()
+        generators = []
+        for prompt in map(tuple, prompts):
+            generators.append(Random(derive_seed("generation", self.seed, seen[prompt], *prompt)))
+            seen[prompt] += 1
+        return generators
+
+    def sample(self, logits: Tensor, generators: Sequence[Random]) -> Tensor:
+        """Return the next token of each sequence, `[B, V] -> [B]`; each generator draws one number."""
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        # Subtract the maximum, so that a low temperature does not overflow.
+        logits = (logits - logits.amax(dim=-1, keepdim=True)).double() / max(self.temperature, 1e-6)
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            logits = logits.masked_fill(logits < logits.topk(self.top_k, dim=-1).values[:, -1:], -math.inf)
+        probs = logits.softmax(dim=-1)
+        if self.top_p is not None:
+            ordered, token = probs.sort(dim=-1, descending=True, stable=True)
+            ordered[ordered.cumsum(dim=-1) - ordered >= self.top_p] = 0  # the tokens before reach top_p
+            probs = torch.zeros_like(probs).scatter_(1, token, ordered)
+        cumulative = probs.cumsum(dim=-1)
+        # Python's generators give the same numbers for every device.
+        drawn = logits.new_tensor([[generator.random()] for generator in generators])
+        tokens = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)  # [B, 1]
+        return tokens[:, 0].clamp_max(logits.shape[-1] - 1)
+
 
 Prompts = Sequence[Sequence[int]] | Tensor
 EndReason = Literal["end_of_document", "max_new_tokens", "seq_len"]
@@ -91,7 +150,7 @@ def complete(
     model: GPT,
     prompts: Prompts,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    sampling: Sampling = Sampling(),
     stop_id: int | None = None,
     batch_size: int = 16,
 ) -> list[Completion]:
@@ -118,7 +177,7 @@ def stream(
     model: GPT,
     prompts: Prompts,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    sampling: Sampling = Sampling(),
     stop_id: int | None = None,
 ) -> Iterator[NewToken]:
     """Yield the tokens of one batch: one token of each unfinished sequence per forward pass; arguments as for `generate`."""
@@ -157,7 +216,7 @@ def _stream(
 ) -> Iterator[NewToken]:
     if not prompts:
         return
-    tokens, mask = pad_sequences(prompts, "left", model.token_embedding.weight.device)
+    tokens, mask = _pad_left(prompts, model.token_embedding.weight.device)
     limits = [min(max_new_tokens, model.config.seq_len - len(prompt)) for prompt in prompts]
     cache = KVCache(tokens.shape[1] + max(limits) - 1)  # the last token is not read
     unfinished = list(range(len(prompts)))  # index of each row's prompt
@@ -194,3 +253,11 @@ def _as_lists(prompts: Prompts) -> list[list[int]]:
             )
         prompts = prompts.tolist()
     return [[int(token) for token in prompt] for prompt in prompts]
+
+
+def _pad_left(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return tokens `[B, T]` padded with 0, and a bool mask `[B, T]`, False at padding; None without padding."""
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    tokens = pad_sequence(rows, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True, padding_side="left")
+    return tokens.to(device), None if bool(mask.all()) else mask.to(device)

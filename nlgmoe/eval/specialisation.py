@@ -6,6 +6,7 @@ Letters: D domains, C token classes, L MoE layers, E experts of the largest laye
 from __future__ import annotations
 
 import json
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,38 @@ from nlgmoe.files import atomic_write
 from nlgmoe.validation import RunError
 
 FILE = "specialisation.safetensors"  # in the run folder
+CLASSES = (  # of tokens
+    "word start",  # a letter after whitespace: " the"
+    "word part",  # a letter without preceding whitespace: "ing"; also a word at the beginning of a line
+    "number",
+    "punctuation",  # of prose
+    "code symbol",  # such as { = _ <
+    "whitespace",  # only
+    "end of document",  # no bytes
+    "other",  # non-ASCII symbols, control characters, parts of a character
+)
+PROSE = frozenset(".,;:!?'\"()-")
+
+
+def token_class(spelling: bytes) -> str:
+    """Return the class, one of `CLASSES`, of a token's bytes; the first character that is not whitespace decides."""
+    if not spelling:
+        return "end of document"
+    try:
+        text = spelling.decode()
+    except UnicodeDecodeError:
+        return "other"
+    stripped = text.lstrip()
+    if not stripped:
+        return "whitespace"
+    first = stripped[0]
+    if first.isalpha():
+        return "word start" if text[0].isspace() else "word part"
+    if first.isnumeric():
+        return "number"
+    if first.isascii() and first.isprintable():
+        return "punctuation" if first in PROSE else "code symbol"
+    return "punctuation" if unicodedata.category(first).startswith("P") else "other"
 
 
 @dataclass(frozen=True)
@@ -26,7 +59,7 @@ class Specialisation:
     Attributes:
         counts: `[D, C, L, E]` int64; 0 beyond a layer's number of experts.
         domains: names.
-        classes: names (`token_classes.py`); a single class if the tokenizer is unknown.
+        classes: names, `CLASSES`; a single class if the tokenizer is unknown.
         experts: number of experts of each MoE layer.
         step: optimizer steps taken when the assignments were counted; None: outside a run.
     """

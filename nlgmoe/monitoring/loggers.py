@@ -1,4 +1,7 @@
-"""The loggers of a run folder: `metrics.csv` and TensorBoard's event files, both continued by a resumed run."""
+"""The loggers of a run folder, `metrics.csv` and TensorBoard's event files, both continued by a resumed run.
+
+With helpers for callbacks that log: the steps to log at (`trainer.log_every_n_steps`), sums over ranks, images.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from torch import Tensor, distributed
 from typing_extensions import override
 
 from nlgmoe.files import atomic_write
@@ -108,3 +113,46 @@ class _AppendingWriter(ExperimentWriter):
             writer = csv.DictWriter(wider, fieldnames)
             writer.writeheader()
             writer.writerows(csv.DictReader(file))
+
+
+WIDTH, ROW, GAP = 512, 24, 2  # pixels of a heat map
+DOUBLINGS = 2.0  # colours saturate at 4 times and a quarter of the fair share
+IDLE, FAIR, BUSY = (np.array(colour, dtype=float) for colour in ((33, 102, 172), (247, 247, 247), (178, 24, 43)))
+DEAD = np.zeros(3)
+
+
+def heat_map(loads: Sequence[np.ndarray]) -> np.ndarray:
+    """Draw loads as colours: white is the fair share (uniform load), red more, blue less, black zero.
+
+    Args:
+        loads: `[E]` for each layer, in any unit; layers may differ in E.
+
+    Returns:
+        `[height, width, 3]` uint8, the first layer on top.
+    """
+    rows = []
+    for load in loads:
+        cells = load[np.arange(WIDTH) * len(load) // WIDTH] / max(load.mean(), 1e-9)  # [width]
+        scale = np.log2(np.clip(cells, 2**-DOUBLINGS, 2**DOUBLINGS))[:, None] / DOUBLINGS  # [width, 1] in [-1, 1]
+        colours = FAIR + np.where(scale > 0, BUSY - FAIR, IDLE - FAIR) * np.abs(scale)
+        colours[cells == 0] = DEAD
+        row = np.repeat(colours[None], ROW, axis=0)
+        rows.append(np.concatenate([row, np.full((GAP, WIDTH, 3), 255.0)]))
+    return np.concatenate(rows)[:-GAP].round().astype(np.uint8)
+
+
+def ends_step(trainer: Trainer) -> bool:
+    """Return True for the last micro-batch of an optimizer step."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def is_logged(trainer: Trainer) -> bool:
+    """Return True for a step that Lightning logs; the last step of a run too, once it is known to be the last."""
+    return trainer._logger_connector.should_update_logs
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum `values` over ranks in place, in one collective; Lightning's `reduce` adds a barrier."""
+    if distributed.is_initialized():
+        distributed.all_reduce(values)
+    return values

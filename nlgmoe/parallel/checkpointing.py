@@ -19,8 +19,7 @@ from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.folder import Contents, TensorFiles
 from nlgmoe.checkpoint.layout import entry_shapes, local_entries, require_entries
 from nlgmoe.checkpoint.portable import make_document
-from nlgmoe.parallel.engine_gradients import loss_scaler
-from nlgmoe.parallel.engine_state import EngineState
+from nlgmoe.parallel.engine import EngineState, loss_scaler
 from nlgmoe.roles import DECAYED, role_of
 from nlgmoe.validation import RunError
 

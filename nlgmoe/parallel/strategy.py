@@ -41,7 +41,7 @@ from nlgmoe.parallel.expert_groups import (
 from nlgmoe.validation import RunError, require
 
 if TYPE_CHECKING:
-    from nlgmoe.parallel.engine_gradients import EngineGradients
+    from nlgmoe.parallel.engine import EngineGradients
 
 
 class ExpertParallelStrategy(DeepSpeedStrategy):
@@ -135,7 +135,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     @override
     def setup_distributed(self) -> None:
         """Initialise DeepSpeed's communication, which the base class does on GPUs only."""
-        from nlgmoe.parallel.deepspeed_moe import disable_deepspeed_extensions, register_world, use_device
+        from nlgmoe.parallel.engine import disable_deepspeed_extensions, register_world, use_device
 
         disable_deepspeed_extensions()
         use_device(self.root_device)
@@ -156,7 +156,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         Raises:
             ValueError: `expert_parallel_size` does not fit the model and the number of ranks.
         """
-        from nlgmoe.parallel.deepspeed_moe import register_groups
+        from nlgmoe.parallel.engine import register_groups
 
         degrees = layer_degrees(config, self.world_size, self.expert_parallel_size, of)
         for degree in sorted(set(degrees.values()) - {1}):
@@ -189,8 +189,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     @override
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
         """Mark the sharded experts for the engine, then start it: it groups the optimizer's parameters by these marks."""
-        from nlgmoe.parallel.deepspeed_moe import mark_as_deepspeed_moe
-        from nlgmoe.parallel.engine_gradients import EngineGradients
+        from nlgmoe.parallel.engine import EngineGradients, mark_as_deepspeed_moe
 
         assert isinstance(self.precision_plugin, DeepSpeedPrecision) and isinstance(self.config, dict)
         zero = self.config["zero_optimization"]
@@ -215,7 +214,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         assert isinstance(self.precision_plugin, DeepSpeedPrecision)
         if start is None or self.precision_plugin._desired_dtype == torch.float32:
             return
-        from nlgmoe.parallel.engine_state import EngineState
+        from nlgmoe.parallel.engine import EngineState
 
         state = EngineState(self._engine)
         load_initial_weights(self._gpt, start, lambda entry, value: state.load(entry, None, value.float()))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from nlgmoe.callbacks import ExpertLoad
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.router import Routing, TopKRouter
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.monitoring.heat_map import ROW, WIDTH, heat_map
+from nlgmoe.monitoring.loggers import ROW, WIDTH, heat_map
 from nlgmoe.monitoring.routing_statistics import SUMS, RoutingSums, routing_statistics, routing_sums
 from nlgmoe.non_finite import NonFinite
 from tests.checkpoint.runs import SaveAt

@@ -7,7 +7,7 @@ import deepspeed
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-from nlgmoe.parallel.deepspeed_moe import disable_deepspeed_extensions
+from nlgmoe.parallel.engine import disable_deepspeed_extensions
 from tests.checkpoint.megatron_model import GPTModel, arguments, model_type, random_states
 
 

@@ -20,7 +20,7 @@ from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
 from nlgmoe.data.tokenizer import Tokenizer, train_byte_level_bpe
 from nlgmoe.tools.megatron.checkpoint.importing import import_checkpoint
-from nlgmoe.tools.megatron.checkpoint.pickles import load
+from nlgmoe.tools.megatron.checkpoint.source import load
 from tests.checkpoint.megatron_engine import write_from_engine
 from tests.checkpoint.megatron_model import HEADS, HIDDEN, INNER, LAYERS, POSITIONS, ROWS, GPTModel, arguments, write
 from tests.distributed.cells import spawn

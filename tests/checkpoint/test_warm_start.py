@@ -9,9 +9,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from nlgmoe.checkpoint.describe import describe
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.layout import Entry
+from nlgmoe.checkpoint.verify import describe
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.placement import ExpertPlacement
@@ -156,7 +156,7 @@ def test_blocks_start_from_the_blocks_that_are_named(trained: Path) -> None:
 
 def test_a_routers_buffers_are_not_looked_for_in_the_engine() -> None:
     """A warm start in half precision loads its entries into ZeRO's fp32 copies, which buffers do not have."""
-    from nlgmoe.parallel.engine_state import EngineState  # imports DeepSpeed
+    from nlgmoe.parallel.engine import EngineState  # imports DeepSpeed
 
     optimizer = SimpleNamespace(state={})
     zero = SimpleNamespace(optimizer=optimizer, single_partition_of_fp32_groups=[], bit16_groups=[])

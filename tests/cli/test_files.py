@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from nlgmoe.cli.arguments import write_whole
 from nlgmoe.cli.input_files import input_files
-from nlgmoe.cli.output_files import write_whole
 
 
 def test_a_folders_records_are_read_else_its_plain_text_and_other_files_are_named(

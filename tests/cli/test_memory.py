@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 
-from nlgmoe.cli.memory import configure_allocator
+from nlgmoe.device import configure_allocator
 from tests.processes import python
 
 # Faults of a page while 64 MB are asked for and given back eight times, the first time apart.
 COUNT = """
 import resource, torch
-from nlgmoe.cli.memory import configure_allocator, keep_freed_memory
+from nlgmoe.device import configure_allocator, keep_freed_memory
 {call}
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(16_000_000)

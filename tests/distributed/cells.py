@@ -315,7 +315,7 @@ class Types(Callback):
             self._note("stepped on", weight)
             self._note("moments", trainer.optimizers[0].state[weight]["exp_avg"])
             return
-        from nlgmoe.parallel.engine_state import EngineState
+        from nlgmoe.parallel.engine import EngineState
 
         if hasattr(trainer.strategy.model.optimizer, "bit16_groups"):  # weights are views of one buffer
             assert all(one.data_ptr() % 16 == 0 for one in pl_module.gpt.parameters())

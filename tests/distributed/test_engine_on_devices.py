@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, distributed, nn
 
 from nlgmoe.checkpoint.layout import Entry
-from nlgmoe.parallel.engine_state import EngineState
+from nlgmoe.parallel.engine import EngineState
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
 
 

@@ -11,10 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.data.tokenizer import PROBE, Tokenizer, train_byte_level_bpe
-from nlgmoe.eval.detokenizer import StreamingDetokenizer, detokenize
-from nlgmoe.eval.generation import Completion, complete, generate, stream
-from nlgmoe.eval.sampling import Sampling
+from nlgmoe.data.tokenizer import PROBE, StreamingDetokenizer, Tokenizer, detokenize, train_byte_level_bpe
+from nlgmoe.eval.generation import Completion, Sampling, complete, generate, stream
 from nlgmoe.model.gpt import GPT
 
 VOCAB, SEQ_LEN = 61, 24

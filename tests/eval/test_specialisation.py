@@ -10,8 +10,16 @@ import torch
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule
 from nlgmoe.callbacks import ExpertSpecialisation
 from nlgmoe.eval.expert_counts import ExpertCounts, count_experts
-from nlgmoe.eval.specialisation import FILE, Specialisation, entropy, mutual_information, overlap, preference
-from nlgmoe.eval.token_classes import CLASSES, token_class
+from nlgmoe.eval.specialisation import (
+    CLASSES,
+    FILE,
+    Specialisation,
+    entropy,
+    mutual_information,
+    overlap,
+    preference,
+    token_class,
+)
 from nlgmoe.layers.router import Routing
 from tests.synthetic import SyntheticData
 from tests.test_module import trainer

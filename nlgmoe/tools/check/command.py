@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 from dataclasses import asdict
 
-from nlgmoe.cli.model_options import import_allowed
+from nlgmoe.cli.arguments import import_allowed
 from nlgmoe.validation import RunError
 
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from nlgmoe.cli.output_files import check_new_checkpoint
+from nlgmoe.cli.arguments import check_new_checkpoint
 from nlgmoe.files import settings_of
 from nlgmoe.validation import SettingError
 

@@ -8,8 +8,7 @@ import os
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
-from nlgmoe.cli.model_options import check_device, import_allowed
-from nlgmoe.cli.output_files import check_output, write_whole
+from nlgmoe.cli.arguments import check_device, check_output, import_allowed, write_whole
 from nlgmoe.validation import require
 
 if TYPE_CHECKING:

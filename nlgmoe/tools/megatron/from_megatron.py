@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from shlex import quote
 
-from nlgmoe.cli.output_files import check_output, write_whole
+from nlgmoe.cli.arguments import check_output, write_whole
 from nlgmoe.tools.megatron.flags import FLAGS, IGNORED, ROWS, Arguments
 from nlgmoe.validation import SettingError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from nlgmoe.cli.output_files import check_new_checkpoint
+from nlgmoe.cli.arguments import check_new_checkpoint
 from nlgmoe.validation import SettingError
 
 
@@ -39,7 +39,7 @@ def import_megatron(
         ValueError: the checkpoint is damaged or incomplete, or a model of another kind.
     """
     check_new_checkpoint("output", output, overwrite, settings=False)
-    from nlgmoe.checkpoint.describe import describe
+    from nlgmoe.checkpoint.verify import describe
     from nlgmoe.data.tokenizer import load_tokenizer
     from nlgmoe.tools.megatron.checkpoint.importing import import_checkpoint  # these need torch
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from plotly.offline import get_plotlyjs
 
-from nlgmoe.cli.output_files import require_folder
+from nlgmoe.cli.arguments import require_folder
 from nlgmoe.files import atomic_write
 from nlgmoe.tools.report import figures, groups, tables
 from nlgmoe.tools.report.drawing import Chart, rounded

@@ -14,6 +14,7 @@ Letters in shape comments: N heads, D width of a head, H hidden size, F inner si
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +23,14 @@ from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
-from nlgmoe.config import GPTConfig
+from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.pyramid import moe_blocks
-from nlgmoe.tools.megatron.checkpoint.arguments import config_of
 from nlgmoe.tools.megatron.checkpoint.source import Dense, ExpertFiles, find_folder, read_dense
-from nlgmoe.validation import RunError
+from nlgmoe.tools.megatron.flags import FLAGS, ROWS, Arguments
+from nlgmoe.tools.megatron.from_megatron import words_of
+from nlgmoe.tools.megatron.translate import model_config
+from nlgmoe.tools.megatron.translation import Settings
+from nlgmoe.validation import RunError, SettingError
 
 QKV = Literal["auto", "heads", "thirds"]
 
@@ -49,6 +53,50 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 _EXPERT_PARTS = {"expand": "dense_h_to_4h", "project": "dense_4h_to_h"}
 # How the rows of query_key_value lie, as the order of (q/k/v, head, row of a head) from the slowest to the fastest.
 _QKV = {"thirds": "QND", "heads": "NQD"}
+
+
+def config_of(args: Namespace, rows: int, positions: int, vocab_size: int | None, accept_tanh_gelu: bool) -> GPTConfig:
+    """Make the configuration of the checkpoint's model; settings of training are those of the run.
+
+    Args:
+        args: of the checkpoint.
+        rows: of the token embedding, padding included.
+        positions: of the position embedding.
+        vocab_size: ids to keep; None: all rows.
+        accept_tanh_gelu: accept exact GELU, which becomes the tanh form.
+    """
+    flags = [name for name, row in ROWS.items() if row.section in ("Model", "Experts") or FLAGS[name].get("model")]
+    arguments = Arguments(words_of({name: str(value) for name, value in vars(args).items()}, flags))
+    settings = Settings(arguments)
+    model_config(settings)
+    seq_len = arguments.value("--seq-length") or positions
+    # `megatron/model/transformer.py`, ParallelMLP: the fused form and OpenAI's are tanh, F.gelu and `erf_gelu` exact.
+    fused = getattr(args, "bias_gelu_fusion", False) and not getattr(args, "onnx_safe", False)
+    if not accept_tanh_gelu and not fused and not getattr(args, "openai_gelu", False):
+        arguments.add_problem(
+            "bias_gelu_fusion=False",
+            "is GELU in its exact form, nlgmoe's is the tanh form; --accept-tanh-gelu accepts the model, whose logits "
+            "then differ a little",
+        )
+    if arguments.problems:
+        raise RunError(arguments.problems[0])
+    vocab_size = rows if vocab_size is None else vocab_size
+    if not 1 <= vocab_size <= rows:
+        raise SettingError(
+            f"vocab_size={vocab_size} must be between 1 and the {rows} rows of the checkpoint's embedding"
+        )
+    config = dict(settings.tree["model"]["config"])
+    if rows % config["vocab_size_multiple"]:
+        config["vocab_size_multiple"] = 1
+    moe = config.pop("moe")
+    if moe:
+        moe["eval_token_dropping"] = False  # a setting of an evaluation, not of the model
+    return GPTConfig(
+        vocab_size=vocab_size,
+        seq_len=min(positions, seq_len),  # positions past it were never trained
+        **config,
+        moe=MoEConfig(**moe) if moe else None,
+    )
 
 
 def import_checkpoint(

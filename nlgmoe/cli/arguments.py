@@ -1,9 +1,15 @@
-"""Output files of commands: written completely or not at all; their paths are checked before the work begins."""
+"""Arguments that commands share, checked before the work begins: output files, `device`, `allow_code`.
+
+Output files are written completely or not at all.
+"""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
+from nlgmoe.cli.errors import one_line
 from nlgmoe.files import atomic_write, settings_of
 from nlgmoe.validation import RunError, SettingError
 
@@ -54,3 +60,26 @@ def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool, setting
         raise SettingError(
             f"{setting}={checkpoint}: {settings_of(path)} beside it exists already; name another, or add --overwrite"
         )
+
+
+def check_device(device: str) -> None:
+    """Check that tensors can be created on the device."""
+    import torch
+
+    try:
+        torch.empty(1, device=device).tolist()  # raises for `meta`, which has no values
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise SettingError(f"device={device} cannot be used here ({reason}); set it to cpu") from error
+
+
+def import_allowed(modules: Sequence[str] | None) -> None:
+    """Import modules that the user trusts, for checkpoints that name their classes."""
+    for module in modules or ():
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # the module's code may raise any exception
+            reason = f"{type(error).__name__}: {one_line(str(error))}"
+            raise SettingError(
+                f"allow_code={module} cannot be imported ({reason}); start the command in its folder"
+            ) from error
