@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +21,10 @@ from nlgmoe.batch import Batch
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.monitoring.load_file import ExpertLoadFile
 from nlgmoe.monitoring.loggers import ends_step, heat_map, is_logged, log_image, sum_over_ranks
 from nlgmoe.monitoring.routing_statistics import GATE, SUMS, RoutingSums, has_gate, routing_statistics, routing_sums
 from nlgmoe.pyramid import moe_blocks
+from nlgmoe.run.folder import count_rows, cut_rows
 from nlgmoe.validation import SettingError
 
 EVALUATED = ("load_max_over_mean", "load_cv", "dropped", "entropy", "expert_share")  # statistics that `validate` logs
@@ -33,8 +34,9 @@ class ExpertLoad(Callback):
     """Logs load, drops, router statistics and gradient norms per MoE layer, as `experts/LAYER/...` (docs/metrics.md).
 
     A value covers a logging interval, over restarts too, and all ranks and micro-batches; skipped steps are excluded.
-    `expert_load.csv` in the run folder has the load of every expert over time. Sums stay on the device until the step is
-    logged, or saved in a checkpoint; one collective then adds them over ranks.
+    `expert_load.csv` in the run folder has the load of every expert over time; on resume it is cut to the rows that the
+    checkpoint counts. Sums stay on the device until the step is logged, or saved in a checkpoint; one collective then adds them
+    over ranks.
 
     Args:
         dead_window: an expert without tokens in the last `dead_window` steps, rounded up to logging intervals, is dead.
@@ -53,7 +55,6 @@ class ExpertLoad(Callback):
         self._squares: Tensor | None = None  # squared gradients of the current step, this rank's part
         self._skipped = 0
         self._warned = False  # that the router has no gate
-        self._file: ExpertLoadFile | None = None
         self._evaluated = torch.zeros(0)  # sums of all layers in `validate`
         self._begin_run()
 
@@ -61,6 +62,8 @@ class ExpertLoad(Callback):
         self._step = self._interval = torch.zeros(0)  # sums of all layers, fp64, on the device
         self._resumed: list[float] = []  # sums over all ranks of the interval at the checkpoint
         self._served: list[list[int]] = []  # by layer and expert: last logged step in which it got a token
+        self._table: Path | None = None  # `expert_load.csv`, on the process that writes it
+        self._rows = 0  # of the table at the checkpoint
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -72,19 +75,20 @@ class ExpertLoad(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the last logged step in which each expert got a token, and the sums since. A collective once a fit has begun."""
         sums = sum_over_ranks(self._interval.clone()).tolist() if len(self._interval) else self._resumed
-        return {"served": self._served, "interval": sums}
+        rows = self._rows if self._table is None else count_rows(self._table)
+        return {"served": self._served, "interval": sums, "rows": rows}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state."""
         self._served = [[int(step) for step in layer] for layer in state_dict["served"]]
         self._resumed = state_dict.get("interval", [])
+        self._rows = state_dict.get("rows", 0)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the first interval, or continue that of a checkpoint."""
         assert isinstance(pl_module, MoEGPTModule)
-        self._file = None
         self._experts = list(moe_blocks(pl_module.config).values())
         if not self._experts:
             return
@@ -95,14 +99,11 @@ class ExpertLoad(Callback):
         self._squares, self._skipped = None, pl_module.skipped_steps
         if not self._served:
             self._served = [[trainer.global_step] * count for count in self._experts]
-        if self._resumed and trainer.is_global_zero:
-            self._interval += torch.tensor(self._resumed, dtype=torch.float64, device=pl_module.device)
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Open the file at the first step, so that a run refused earlier leaves existing rows unchanged."""
-        if self._file is None and self._experts and trainer.is_global_zero:
-            self._file = ExpertLoadFile(Path(trainer.default_root_dir), self._experts, trainer.global_step)
+        if trainer.is_global_zero:
+            if self._resumed:
+                self._interval += torch.tensor(self._resumed, dtype=torch.float64, device=pl_module.device)
+            self._table = Path(trainer.default_root_dir, "expert_load.csv")
+            cut_rows(self._table, self._rows)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -183,9 +184,9 @@ class ExpertLoad(Callback):
         metrics = self._metrics(layers, norms, trainer.global_step, module.config, gated)
         module.log_dict(metrics)
         step, loads = trainer.fit_loop.epoch_loop._batches_that_stepped, [layer.requests for layer in layers]
-        if self._file is not None:
+        if self._table is not None:
             dropped = [metrics[f"experts/{layer}/dropped"] for layer in range(len(layers))]
-            self._file.write(step, module.tokens_seen, loads, dropped)
+            _append_rows(self._table, step, module.tokens_seen, loads, dropped)
         if self.heat_maps and trainer.is_global_zero:
             log_image(trainer.loggers, "experts/load", lambda: heat_map(loads), step)
 
@@ -212,6 +213,30 @@ class ExpertLoad(Callback):
 def learns_mix(config: GPTConfig) -> bool:
     """Return True if MoE layers learn the weights of experts and shared MLP."""
     return config.moe is not None and config.moe.mlp_type == "residual" and config.moe.residual_mix == "learned"
+
+
+def _append_rows(table: Path, step: int, tokens: int, loads: Sequence[np.ndarray], dropped: Sequence[float]) -> None:
+    """Append a row for each MoE layer; cells are empty where a layer has fewer experts.
+
+        step,tokens,layer,dropped,expert_0,expert_1,...
+
+    Args:
+        table: the file; a new one begins with the header.
+        step: the step of `metrics.csv`.
+        tokens: tokens seen after the step.
+        loads: `[E]` for each layer, `experts/LAYER/...`: assignments since the last row, before dropping, over all ranks.
+        dropped: fraction of each layer's assignments.
+    """
+    width = max(map(len, loads))
+    rows: list[list[object]] = []
+    if not table.exists():
+        table.parent.mkdir(parents=True, exist_ok=True)
+        rows.append(["step", "tokens", "layer", "dropped", *(f"expert_{index}" for index in range(width))])
+    for layer, (load, share) in enumerate(zip(loads, dropped, strict=True)):
+        cells = [*(int(count) for count in load), *[""] * (width - len(load))]
+        rows.append([step, tokens, layer, f"{share:.6g}", *cells])
+    with table.open("a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def _parts(gpt: nn.Module) -> list[list[nn.Parameter]]:

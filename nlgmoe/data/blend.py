@@ -20,8 +20,6 @@ from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import RunError, SettingError, error_type_like
 
-SMALLEST_SHARE = 1e-9  # 300 billion tokens are 146 million samples of 2,048
-
 
 @dataclass(frozen=True)
 class BlendPart:
@@ -61,12 +59,6 @@ class Blend:
                 )
             if sum(other.name == part.name for other in parts) > 1 or not part.name:
                 raise SettingError(f"name={part.name} is empty or used twice: losses are logged by it, change it.")
-        lightest = min(parts, key=lambda part: part.weight)
-        if lightest.weight < SMALLEST_SHARE * sum(part.weight for part in parts):
-            raise SettingError(
-                f"weight={lightest.weight} of the part {lightest.name!r} is less than a billionth of all weights, so that no "
-                "run reads it: raise it, or remove the part."
-            )
         self.parts = list(parts)
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:

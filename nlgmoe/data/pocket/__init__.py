@@ -1,4 +1,4 @@
-"""Builder of the pocket Pile's text and of the tokenizers by name.
+"""Builder of the pocket Pile's text.
 
-Reading order: `packages.py` (downloads), `extraction.py` (text), `deduplication.py`, `build.py`, `tokenizers.py`.
+Reading order: `packages.py` (downloads), `extraction.py` (text), `deduplication.py`, `build.py`.
 """

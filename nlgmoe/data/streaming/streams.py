@@ -11,6 +11,7 @@ and the first input of a stream is the end-of-document token.
 """
 
 import math
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from nlgmoe.data.documents import Fields, Record, Shard, read_documents
+from nlgmoe.data.documents import Fields, Record, read_documents
 from nlgmoe.data.samples import Sample
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.seeding import derive_seed
@@ -88,11 +89,11 @@ class StreamConfig:
     num_streams: int
     shuffle_buffer: int
 
-    def part(self, stream: int) -> tuple[list[str], Shard]:
-        """Return the files that a stream reads, and its shard of each."""
+    def part(self, stream: int) -> tuple[list[str], range]:
+        """Return the files that a stream reads, and the numbers of the documents that it reads of each."""
         groups = math.gcd(len(self.files), self.num_streams)
         group, index = stream % groups, stream // groups
-        return list(self.files[group::groups]), Shard(index, self.num_streams // groups)
+        return list(self.files[group::groups]), range(index, sys.maxsize, self.num_streams // groups)
 
     def tokens(self, records: Sequence[Record]) -> Iterator[tuple[np.ndarray, int]]:
         """Yield the tokens of each document, closed by the end-of-document token, int64 [N], and its domain's id."""
