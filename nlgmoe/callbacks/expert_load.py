@@ -13,16 +13,15 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import moe_layers
+from nlgmoe.layers.router import Routing
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.loggers import ends_step, heat_map, is_logged, log_image, sum_over_ranks
-from nlgmoe.monitoring.routing_statistics import GATE, SUMS, RoutingSums, has_gate, routing_statistics, routing_sums
+from nlgmoe.monitoring.routing_statistics import SUMS, RoutingSums, routing_statistics, routing_sums
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.run.folder import count_rows, cut_rows
 from nlgmoe.validation import SettingError
@@ -54,7 +53,6 @@ class ExpertLoad(Callback):
         self._parts: list[list[nn.Parameter]] = []  # router and experts of each layer; last, all other parameters
         self._squares: Tensor | None = None  # squared gradients of the current step, this rank's part
         self._skipped = 0
-        self._warned = False  # that the router has no gate
         self._evaluated = torch.zeros(0)  # sums of all layers in `validate`
         self._begin_run()
 
@@ -155,9 +153,9 @@ class ExpertLoad(Callback):
         if trainer.state.fn != TrainerFn.VALIDATING or not pl_module.routings:
             return
         self._experts = list(moe_blocks(pl_module.config).values())
-        gated = all(map(has_gate, pl_module.routings))
-        for index, layer in enumerate(self._split(sum_over_ranks(self._evaluated).tolist())):
-            values = routing_statistics(layer, learns_mix(pl_module.config), gated)
+        layers = self._split(sum_over_ranks(self._evaluated).tolist())
+        for index, (layer, routing) in enumerate(zip(layers, pl_module.routings, strict=True)):
+            values = routing_statistics(layer, routing)
             shown = {name: values[name] for name in EVALUATED if name in values}
             pl_module.log_dict({f"experts/{index}/{name}": value for name, value in shown.items()})
 
@@ -177,11 +175,7 @@ class ExpertLoad(Callback):
     def _log(self, trainer: Trainer, module: MoEGPTModule, sums: list[float]) -> None:
         layers = self._split(sums)
         norms = [math.sqrt(square) for square in sums[-len(self._parts) :]]
-        gated = all(map(has_gate, module.routings))
-        if not (gated or self._warned):
-            self._warned = True
-            rank_zero_info(f"ExpertLoad: the router has no probabilities and logits; {', '.join(GATE)} are not logged")
-        metrics = self._metrics(layers, norms, trainer.global_step, module.config, gated)
+        metrics = self._metrics(layers, norms, trainer.global_step, module.routings)
         module.log_dict(metrics)
         step, loads = trainer.fit_loop.epoch_loop._batches_that_stepped, [layer.requests for layer in layers]
         if self._table is not None:
@@ -199,20 +193,15 @@ class ExpertLoad(Callback):
         return layers
 
     def _metrics(
-        self, layers: list[RoutingSums], norms: list[float], steps: int, config: GPTConfig, gated: bool
+        self, layers: list[RoutingSums], norms: list[float], steps: int, routings: Sequence[Routing]
     ) -> dict[str, float]:
         metrics = {"train/grad_norm_dense": norms[-1]}
-        for index, (layer, last_used) in enumerate(zip(layers, self._served, strict=True)):
-            values = routing_statistics(layer, learns_mix(config), gated)
+        for index, (layer, last_used, routing) in enumerate(zip(layers, self._served, routings, strict=True)):
+            values = routing_statistics(layer, routing)
             values["dead"] = float(sum(steps - last >= self.dead_window for last in last_used))
             values["grad_norm_router"], values["grad_norm_experts"] = norms[2 * index : 2 * index + 2]
             metrics |= {f"experts/{index}/{name}": value for name, value in values.items()}
         return metrics
-
-
-def learns_mix(config: GPTConfig) -> bool:
-    """Return True if MoE layers learn the weights of experts and shared MLP."""
-    return config.moe is not None and config.moe.mlp_type == "residual" and config.moe.residual_mix == "learned"
 
 
 def _append_rows(table: Path, step: int, tokens: int, loads: Sequence[np.ndarray], dropped: Sequence[float]) -> None:

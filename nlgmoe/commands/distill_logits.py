@@ -161,7 +161,8 @@ def _count_distilled_samples(experiment: Experiment, settings: dict[str, Any]) -
     from nlgmoe.tools.planner.inspect_config import layout
 
     module, seq_len = experiment.module, experiment.data.seq_len
-    growth, full_batch_size = settings["data"]["batch_ramp_up"], layout(settings, {}).global_batch_size
+    growth = settings["data"]["batch_ramp_up"]
+    full_batch_size = settings["data"]["global_batch_size"] or layout(settings, {}).global_batch_size
     ramp_up = None if growth is None else BatchRampUp(**growth)
     samples = samples_before_end(
         distillation_end(module.train_tokens, experiment.trainer),

@@ -19,7 +19,6 @@ from torch import Tensor
 from nlgmoe.layers.router import Routing
 
 SUMS = ("tokens", "kept", "entropy", "confidence", "logit_squares", "expert_share")
-GATE = ("entropy", "confidence", "logit_rms")  # statistics that need the gate's probabilities and logits
 PERCENTILES = (10, 50, 90)
 
 
@@ -65,7 +64,7 @@ def routing_sums(routing: Routing) -> Tensor:
 def _gate_sums(routing: Routing) -> list[Tensor]:
     """Return entropy, confidence and squared logits; 0 if the router has no gate."""
     probs, logits, mask = routing.probs, routing.logits, routing.token_mask
-    if probs is None or logits is None:  # see `has_gate`
+    if probs is None or logits is None:
         return [routing.weight.new_zeros(())] * 3
     chosen = probs.gather(1, routing.expert)
     # -sum p log p = log(sum exp(logits)) - sum p logits: one logarithm per token, of the largest probability.
@@ -77,18 +76,12 @@ def _gate_sums(routing: Routing) -> list[Tensor]:
     return [entropy, chosen.sum(), torch.dot(logits.flatten(), logits.flatten())]
 
 
-def has_gate(routing: Routing) -> bool:
-    """Return True if the router has probabilities and logits."""
-    return routing.probs is not None and routing.logits is not None
-
-
-def routing_statistics(sums: RoutingSums, learned_mix: bool, gated: bool = True) -> dict[str, float]:
+def routing_statistics(sums: RoutingSums, routing: Routing) -> dict[str, float]:
     """Compute the statistics of a layer by name.
 
     Args:
         sums: sums over an interval.
-        learned_mix: the layer learns the weights of experts and shared MLP.
-        gated: the router has a gate; else the statistics of `GATE` are omitted.
+        routing: any of the layer; statistics of probabilities, logits and shares that it lacks are omitted.
 
     Returns:
         The statistics; all are NaN without a token, as in an interval of skipped steps.
@@ -103,10 +96,13 @@ def routing_statistics(sums: RoutingSums, learned_mix: bool, gated: bool = True)
         **{f"load_p{rank}_over_mean": value for rank, value in zip(PERCENTILES, percentiles, strict=True)},
         "load_cv": load.std(),
         "dropped": 1 - sums.kept / assignments,
-        "entropy": sums.entropy / tokens / math.log(max(2, experts)),
-        "confidence": sums.confidence / assignments,
-        "logit_rms": math.sqrt(sums.logit_squares / tokens / experts),
     }
-    if learned_mix:
+    if routing.probs is not None and routing.logits is not None:
+        statistics |= {
+            "entropy": sums.entropy / tokens / math.log(max(2, experts)),
+            "confidence": sums.confidence / assignments,
+            "logit_rms": math.sqrt(sums.logit_squares / tokens / experts),
+        }
+    if routing.expert_share is not None:
         statistics["expert_share"] = sums.expert_share / tokens
-    return {name: float(value) for name, value in statistics.items() if gated or name not in GATE}
+    return {name: float(value) for name, value in statistics.items()}

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_statistics_by_hand() -> None:
     entropy = -0.97 * math.log(0.97) - 0.03 * math.log(0.01) + math.log(4)
     squares = (math.log(0.97) + 1) ** 2 + 3 * (math.log(0.01) + 1) ** 2 + 4 * (math.log(0.25) + 1) ** 2
     sums = RoutingSums.from_vector(routing_sums(routing).tolist())
-    assert routing_statistics(sums, learned_mix=True) == pytest.approx(
+    assert routing_statistics(sums, routing) == pytest.approx(
         {
             "load_max_over_mean": 4.0,
             "load_min_over_mean": 0.0,
@@ -61,8 +62,10 @@ def test_statistics_by_hand() -> None:
         },
         rel=1e-5,
     )
-    assert "expert_share" not in routing_statistics(sums, learned_mix=False)
-    none = routing_statistics(RoutingSums.from_vector([0.0] * (4 + len(SUMS))), learned_mix=True)
+    without = replace(routing, probs=None, logits=None, expert_share=None)
+    lacking = {"entropy", "confidence", "logit_rms", "expert_share"}
+    assert routing_statistics(sums, routing).keys() - routing_statistics(sums, without).keys() == lacking
+    none = routing_statistics(RoutingSums.from_vector([0.0] * (4 + len(SUMS))), routing)
     assert all(map(math.isnan, none.values()))  # an interval of skipped steps: nothing was dropped, nothing balanced
 
 

@@ -17,27 +17,19 @@ from nlgmoe.parts import ExpertConfig, RouterConfig
 from nlgmoe.tools.check.foreign import ADAPTERS, ForeignLayer
 from nlgmoe.tools.check.layer import Batch, Layer
 from nlgmoe.tools.check.own import own_layer
+from nlgmoe.tools.planner.inspect_config import read_settings
 from nlgmoe.validation import SettingError
 
 
 def find_layers(words: Sequence[str]) -> list[Layer]:
     """Return the layers to test."""
-    if all(word.endswith((".yaml", ".yml", ".json")) for word in words):
-        from nlgmoe.experiment import parse_config  # its imports take seconds
-
-        config = GPTConfig.from_dict(parse_config(list(words))["model"]["config"])
-        return [own_layer(config, " ".join(words))]
+    if all(word.endswith((".yaml", ".yml", ".json", ".ckpt")) or Path(word).is_dir() for word in words):
+        return [own_layer(read_settings(words)[0], " ".join(words))]
     if len(words) > 1:
         raise SettingError(f"{' '.join(words)}: give YAML files, or one checkpoint, class_path or name")
     (word,) = words
     if word in ADAPTERS:
         return ADAPTERS[word]
-    if Path(word).is_dir() or word.endswith(".ckpt"):
-        from nlgmoe.checkpoint.folder import read_document
-        from nlgmoe.checkpoint.newest import find_checkpoint
-
-        path = find_checkpoint(word)
-        return [own_layer(GPTConfig.from_dict(read_document(path)["model_config"]), str(path))]
     return _of_class(word, _import(word))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_format
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -86,7 +85,7 @@ def inspect_config(
 
 def read_settings(paths: Sequence[str]) -> tuple[GPTConfig, dict[str, Any]]:
     """Read the model and train.py's settings; a checkpoint or a run's folder has no settings."""
-    if len(paths) == 1 and Path(paths[0]).is_dir():
+    if len(paths) == 1 and (Path(paths[0]).is_dir() or paths[0].endswith(".ckpt")):
         from nlgmoe.checkpoint.newest import find_checkpoint  # imports Lightning, which takes seconds
 
         return GPTConfig.from_dict(read_document(find_checkpoint(paths[0]))["model_config"]), {}
@@ -103,7 +102,6 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
     strategy = trainer.get("strategy") or "auto"
     name = strategy["class_path"] if isinstance(strategy, dict) else strategy
     init = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
-    alias = re.fullmatch(r"deepspeed(?:_stage_(\d))?(_offload)?", name)  # Lightning's aliases; the default is stage 2
     devices = _named_devices(trainer.get("devices"))
     # A model's file without a file of configs/hardware: Lightning's default, fp32, is not the precision of training.
     no_hardware = trainer.get("accelerator", "auto") == "auto"
@@ -111,8 +109,8 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
     values: dict[str, Any] = {
         "gpus": (1 if devices is None else devices) * (trainer.get("num_nodes") or 1),
         "expert_parallel_size": init.get("expert_parallel_size", 1),
-        "zero_stage": init.get("stage", int(alias[1] or 2) if alias else 0),
-        "offload_optimizer": init.get("offload_optimizer", bool(alias and alias[2])),
+        "zero_stage": init.get("stage", 0),
+        "offload_optimizer": init.get("offload_optimizer", False),
         "micro_batch_size": data.get("micro_batch_size", 1),
         "activation_checkpointing": module.get("activation_checkpointing", False),
         "loss_chunk_size": module.get("loss_chunk_size", 1024),
