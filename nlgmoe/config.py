@@ -281,13 +281,3 @@ class GPTConfig:
             raise SettingError(f"moe={moe!r} must hold settings by name, or be null for a dense model")
         own = {name: part_from_dict(moe[name], base) for name, base in PARTS.items() if moe.get(name) is not None}
         return GPTConfig(**{**values, "moe": MoEConfig(**{**moe, **own})})
-
-
-def unknown_fields(values: dict[str, Any]) -> list[str]:
-    """Return names in `to_dict`'s values that are not fields, such as those of a later version."""
-    moe = values["moe"] if isinstance(values.get("moe"), dict) else {}
-    known = {field.name for field in fields(MoEConfig)}
-    return [
-        *(name for name in values if name not in {field.name for field in fields(GPTConfig)}),
-        *(f"moe.{name}" for name in moe if name not in known),
-    ]

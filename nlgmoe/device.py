@@ -8,10 +8,9 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
-import shutil
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -38,18 +37,6 @@ def is_accelerator(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def missing_compiler(device: torch.device) -> str | None:
-    """Describe the compiler that `torch.compile` needs for `device` and this machine lacks; None if it has one.
-
-    PyTorch compiles for a CPU, Triton for an accelerator.
-    """
-    language, variable, names = ("C", "CC", ["gcc", "clang"]) if is_accelerator(device) else ("C++", "CXX", ["g++"])
-    names = [os.environ[variable]] if os.environ.get(variable) else names
-    if any(map(shutil.which, names)):
-        return None
-    return f"a {language} compiler ({' or '.join(names)}; {variable} names another)"
-
-
 def fork_rng(device: torch.device) -> AbstractContextManager[None]:
     """Restore the global generators of the CPU and of `device` at the end of the context."""
     if device.type == "cpu":
@@ -60,11 +47,6 @@ def fork_rng(device: torch.device) -> AbstractContextManager[None]:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to `device`, asynchronously if that is an accelerator."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-def side_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context with a new stream, in which waiting does not wait for the computation; on a CPU, a null context."""
-    return nullcontext() if device.type == "cpu" else torch.Stream(device)
 
 
 def time_stamp(device: torch.device) -> float | torch.Event:
@@ -82,14 +64,6 @@ def peak_memory(device: torch.device) -> list[int]:
         return []
     module: Any = torch.get_device_module(device)
     return [module.max_memory_allocated(device), module.max_memory_reserved(device)]
-
-
-def free_cached_memory(device: torch.device) -> bool:
-    """Free the memory that PyTorch's allocator caches. Returns False for a CPU, whose allocator caches none."""
-    if device.type == "cpu":
-        return False
-    torch.get_device_module(device).empty_cache()
-    return True
 
 
 def product_name(device: torch.device) -> str | None:

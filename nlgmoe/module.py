@@ -37,7 +37,7 @@ from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.run.refusals import check_trainer
 from nlgmoe.run.resume import Resuming, check_new_run, validate_by_steps
 from nlgmoe.run.signals import leave_signals_to_callbacks
-from nlgmoe.run_checks import check_vocabulary, require_compiler, warn_about_end, warn_about_rate
+from nlgmoe.run_checks import check_vocabulary, warn_about_end, warn_about_rate
 from nlgmoe.step import TrainingSteps
 from nlgmoe.validation import SettingError, require
 
@@ -124,11 +124,6 @@ class MoEGPTModule(LightningModule):
         return self.steps.tokens_seen + self.steps.window.tokens
 
     @property
-    def squared_lengths_fed(self) -> int:
-        """Return the sum over sequences fed, to all ranks since the module was made, of length squared."""
-        return self.steps.squared_lengths_seen + self.steps.window.squared_lengths
-
-    @property
     def skipped_steps(self) -> int:
         """Return the number of steps that `non_finite` or fp16's loss scale has skipped since the run began."""
         return self.steps.guard.skipped
@@ -152,8 +147,6 @@ class MoEGPTModule(LightningModule):
         if isinstance(strategy, PlacesExperts):
             placed = strategy.expert_placements(self.config)
         if self.model is None:
-            if self.compiles:
-                require_compiler(self.device if strategy is None else strategy.root_device)
             model = GPT(self.config, self.seed, self.activation_checkpointing, placed)
             if self.warm_start is not None:
                 self._start_from(model, self.warm_start)
@@ -217,7 +210,7 @@ class MoEGPTModule(LightningModule):
         """
         check_new_run(self.trainer, self.tokens_seen)
         validate_by_steps(self.trainer)
-        self.resuming.begin(self.trainer, self.tokens_seen, self.train_tokens)
+        self.resuming.begin(self.trainer, self.tokens_seen, self.train_tokens, self.config.moe)
         warn_about_end(self.config, self.curriculum, self.schedule, self.train_tokens, self.trainer)
         self.steps.begin()
         data = self.trainer.fit_loop._data_source.instance  # `trainer.datamodule` may be that of an evaluation before

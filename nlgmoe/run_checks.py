@@ -1,18 +1,16 @@
-"""Checks of a run: its tokenizer and compiler before the first step, and ends that come too early."""
+"""Checks of a run: its tokenizer before the first step, and ends that come too early."""
 
 from __future__ import annotations
 
 import math
 import sys
 
-import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import TrainingData, training_data
-from nlgmoe.device import missing_compiler
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.validation import SettingError
 
@@ -23,14 +21,6 @@ def check_vocabulary(config: GPTConfig, data: TrainingData) -> None:
         raise SettingError(
             f"the data's tokenizer has {data.vocab_size} ids but model.config.vocab_size is {config.vocab_size}; "
             f"set it to {data.vocab_size}, or data.tokenizer to the model's"
-        )
-
-
-def require_compiler(device: torch.device) -> None:
-    """Check that `torch.compile` can compile for `device`."""
-    if missing := missing_compiler(device):
-        raise SettingError(
-            f"model.compile=true needs {missing}, which this machine lacks; install one, or set model.compile to false"
         )
 
 

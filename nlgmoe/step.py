@@ -27,7 +27,6 @@ from nlgmoe.layers.router import Router
 from nlgmoe.loss import mean_over_ranks, training_loss
 from nlgmoe.non_finite import StepGradients, StepGuard
 from nlgmoe.optim.token_schedule import sequence_length
-from nlgmoe.run.resume import StepSize
 from nlgmoe.validation import RunError
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class TrainingSteps:
 
     Attributes:
         tokens_seen: the token clock: positions fed to all ranks, padding included, up to the last optimizer step.
-        squared_lengths_seen: sum over sequences fed of length squared, likewise; the FLOPs of attention are proportional to it.
+        length: tokens of the latest sequences.
         window: the micro-batches since then.
         losses: of the latest step, the means over its micro-batches and ranks, by logged name.
         guard: decides about steps that are not finite.
@@ -50,7 +49,7 @@ class TrainingSteps:
 
     def __init__(self, module: MoEGPTModule) -> None:
         self._module = module
-        self.tokens_seen = self.squared_lengths_seen = 0
+        self.tokens_seen = self.length = 0
         self.guard = StepGuard(module.non_finite)
         self.window = Window()
         self.losses: dict[str, float] = {}
@@ -74,6 +73,7 @@ class TrainingSteps:
             # The clock, and with it the length, is constant within an accumulation window and the same on every rank.
             batch = truncate(batch, sequence_length(self.tokens_seen, module.config.seq_len, module.curriculum))
             module.log("train/seq_len", float(batch["tokens"].shape[1]))
+        self.length = batch["tokens"].shape[1]
         number = len(self.window.losses) * trainer.world_size + trainer.global_rank
         key = (module.seed, trainer.global_step, number)
         loss, losses, routings = training_loss(module.gpt, batch, key, module.loss_chunk_size, module.distiller)
@@ -109,13 +109,8 @@ class TrainingSteps:
         """
         module, trainer, window = self._module, self._module.trainer, self.window
         self.tokens_seen += window.tokens
-        self.squared_lengths_seen += window.squared_lengths
-        planned = None
         if (data := training_data(trainer)) is not None:
-            planned = data.planned_batch_size()
             data.advance(window.samples)
-        size = StepSize(window.samples, trainer.world_size, len(window.losses))
-        module.resuming.end_step(trainer, size, planned, module.config.moe)
         if window.allowed:
             self._update_routers()
         self.window = Window()
@@ -159,7 +154,6 @@ class Window:
         requests: `[E]` of each router that learns from steps, of this rank's micro-batches together.
         samples: sequences of all ranks; until `read`, those of this rank times the number of ranks.
         tokens: positions of all ranks, likewise.
-        squared_lengths: sum over those sequences of length squared.
         allowed: False if the guard skips the step.
     """
 
@@ -167,7 +161,7 @@ class Window:
         self.losses: list[Tensor] = []
         self.names: list[str] = []
         self.requests: list[Tensor] = []
-        self.samples = self.tokens = self.squared_lengths = 0
+        self.samples = self.tokens = 0
         self.allowed = False
         self._ranks = distributed.get_world_size() if distributed.is_initialized() else 1
 
@@ -181,16 +175,15 @@ class Window:
         self.losses.append(torch.stack([value.detach().float() for value in losses.values()]))  # [names]
         self.samples += samples * self._ranks
         self.tokens += samples * length * self._ranks
-        self.squared_lengths += samples * length**2 * self._ranks
 
     def read(self, norm: Tensor) -> tuple[dict[str, float], float]:
         """Read the mean losses and a norm from the device in one copy, and the sizes of all ranks. A collective."""
         values = torch.stack(self.losses).mean(0)  # [names]
         if self._ranks > 1:  # ranks may have batches of other sizes; float64 holds their numbers
-            sizes = (self.samples, self.tokens, self.squared_lengths)  # the mean over ranks is the number of all
+            sizes = (self.samples, self.tokens)  # the mean over ranks is the number of all
             values = torch.cat([values.double(), *(values.new_full((1,), size, dtype=torch.float64) for size in sizes)])
             mean_over_ranks(values)
         *read, norm_read = torch.cat([values, norm.to(values)[None]]).tolist()
         if self._ranks > 1:
-            self.samples, self.tokens, self.squared_lengths = map(round, read[len(self.names) :])
+            self.samples, self.tokens = map(round, read[len(self.names) :])
         return dict(zip(self.names, read, strict=False)), norm_read

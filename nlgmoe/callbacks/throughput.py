@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from nlgmoe.batch import Batch
 from nlgmoe.device import memory_bytes, product_name
-from nlgmoe.model.counting import flops_of_tokens
+from nlgmoe.model.counting import flops_per_token
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.hardware import peak_of
 from nlgmoe.monitoring.loggers import ends_step, is_logged, sum_over_ranks
@@ -46,7 +46,7 @@ class Throughput(Callback):
 
     def _begin_run(self) -> None:
         self._flops = 0  # of all finished steps of the run
-        self._tokens = self._lengths = 0  # of the module, at the end of the last step
+        self._tokens = 0  # of the module, at the end of the last step
         self._elapsed, self._fit_started = 0.0, 0.0  # seconds before this start; clock at this start
         self._begin_interval()
 
@@ -81,7 +81,7 @@ class Throughput(Callback):
             trainer.profiler = StepProfiler(trainer.profiler, self._stopwatch)  # type: ignore[attr-defined]
         self._fit_started = time.perf_counter()
         assert isinstance(pl_module, MoEGPTModule)
-        self._tokens, self._lengths = pl_module.tokens_fed, pl_module.squared_lengths_fed
+        self._tokens = pl_module.tokens_fed
         self._begin_interval()
 
     @override
@@ -98,9 +98,8 @@ class Throughput(Callback):
         self._seconds += time.perf_counter() - self._batch_started
         if not ends_step(trainer):
             return
-        tokens, lengths = pl_module.tokens_fed - self._tokens, pl_module.squared_lengths_fed - self._lengths
-        self._tokens, self._lengths = pl_module.tokens_fed, pl_module.squared_lengths_fed
-        flops = flops_of_tokens(pl_module.config, tokens, lengths)
+        tokens, self._tokens = pl_module.tokens_fed - self._tokens, pl_module.tokens_fed
+        flops = tokens * flops_per_token(pl_module.config, pl_module.steps.length)
         self._steps += 1
         self._flops += flops
         self._interval_tokens += tokens

@@ -26,7 +26,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from nlgmoe.config import GPTConfig, unknown_fields
+from nlgmoe.config import GPTConfig
 from nlgmoe.files import settings_of
 from nlgmoe.parts import ForeignCodeError
 from nlgmoe.validation import RunError, SettingError
@@ -55,11 +55,6 @@ def read_document(path: str | Path) -> dict[str, Any]:
         saved_format = f"{document.get('format')} version {document.get('version')}"
         raise RunError(f"{path} is {saved_format}; this nlgmoe reads {FORMAT} version {VERSION}")
     _check_bytes(file, read_manifest(path)["checkpoint.json"])
-    if unknown := unknown_fields(document["model_config"]):
-        author = document["versions"].get("nlgmoe", "unknown")
-        raise RunError(
-            f"{path}: model_config.{unknown[0]} is not a setting of this nlgmoe; read it with nlgmoe {author}, which wrote it"
-        )
     try:
         GPTConfig.from_dict(document["model_config"])
     except ForeignCodeError:
@@ -231,16 +226,6 @@ def hash_of_weights(path: str | Path) -> str:
 def followed(path: Path) -> Path:
     """Return the checkpoint that a link, such as `last.ckpt`, points to, since a running `fit` may move the link."""
     return path.parent / path.readlink() if path.is_symlink() else path
-
-
-def is_complete(path: Path) -> bool:
-    """Return True if no file or entry is missing or truncated. Reads no tensor."""
-    try:
-        read_document(path)
-        read_tokenizer(path)
-        return not any(file_problems(path, read_manifest(path)["files"]))
-    except (ValueError, OSError):
-        return False
 
 
 def holds_run(folder: Path) -> bool:

@@ -28,9 +28,7 @@ from nlgmoe.checkpoint.layout import (
 )
 from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.checkpoint.same_run import tokenizer_matches
-from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
-from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.validation import SettingError
 
 _BLOCK = re.compile(r"blocks\.(?P<block>\d+)\.(?P<rest>.*)")
@@ -85,6 +83,7 @@ def load_initial_weights(
         on_entry: called with each loaded entry and its values in the stored dtype.
         tokenizer: the data's, as JSON, compared with the checkpoint's; None: not compared.
     """
+    blocks = "" if start.layers is None else f", blocks {', '.join(map(str, start.layers))} (counted from 0)"
     with raise_on_all_ranks():
         path = find_checkpoint(start.checkpoint)
         model_config = read_document(path)["model_config"]
@@ -92,7 +91,6 @@ def load_initial_weights(
         stored = files.shapes
         sources = {name: name for name in stored}
         if start.layers is not None:
-            check_layers(start.layers, GPTConfig.from_dict(model_config), model.config, path)
             sources = _rename_blocks(sources, start.layers)
         available = {name: stored[source] for name, source in sources.items()}
         fitting = {name for name, shape in shapes.items() if available.get(name) == shape}
@@ -101,12 +99,13 @@ def load_initial_weights(
             different = {"token_embedding.weight": "of another tokenizer than data.tokenizer"} | different
         if not fitting:
             raise SettingError(
-                f"no tensor of {start.checkpoint} fits the model: {summarize_differences(different)}; use another checkpoint"
+                f"no tensor of {start.checkpoint}{blocks} fits the model: {summarize_differences(different)}; use another "
+                "checkpoint"
             )
         if different and start.strict:
             raise SettingError(
-                f"the weights of {path} do not fit the model: {summarize_differences(different)}; use another checkpoint, or "
-                "model.warm_start.strict=false to load what fits"
+                f"the weights of {path}{blocks} do not fit the model: {summarize_differences(different)}; use another "
+                "checkpoint, or model.warm_start.strict=false to load what fits"
             )
         for entry in local_entries(model):
             if entry.name in fitting:
@@ -115,36 +114,9 @@ def load_initial_weights(
                 if on_entry is not None:
                     on_entry(entry, value)
     total, loaded = (sum(shapes[name].numel() for name in names) for names in (shapes, fitting))
-    blocks = "" if start.layers is None else f", blocks {', '.join(map(str, start.layers))} (counted from 0)"
     more = "; differences:" if different else ""
     lines = [f"the weights are those of {path}{blocks}: loaded {loaded:,} of {total:,} values{more}"]
     return WarmStartResult(model_config, "\n  ".join(lines + format_differences(different)), path)
-
-
-def check_layers(layers: list[int], checkpoint: GPTConfig, model: GPTConfig, path: Path) -> None:
-    """Check that each block of the model can start from the checkpoint's block that `layers` names."""
-    setting = f"model.warm_start.layers={layers}"
-    if len(layers) != model.num_layers:
-        raise SettingError(
-            f"{setting} has {len(layers)} blocks, the model has {model.num_layers}; name one of {path} for each, or use null"
-        )
-    counts = experts_per_layer(checkpoint)
-    for block, (layer, experts) in enumerate(zip(layers, experts_per_layer(model), strict=True)):
-        if not 0 <= layer < checkpoint.num_layers:
-            raise SettingError(
-                f"{setting}: there is no block {layer} in {path}; its blocks are 0 to {checkpoint.num_layers - 1}"
-            )
-        if counts[layer] != experts:
-            same_kind = ", ".join(str(other) for other, count in enumerate(counts) if count == experts)
-            remedy = f"use one of {same_kind}" if same_kind else "no block of it is; change model.config.moe"
-            raise SettingError(
-                f"{setting}: block {block} of the model is {_kind(experts)}, block {layer} of {path} {_kind(counts[layer])}; "
-                f"{remedy}"
-            )
-
-
-def _kind(experts: int) -> str:
-    return f"MoE with {experts} experts" if experts else "dense"
 
 
 def _rename_blocks(names: dict[str, str], layers: list[int]) -> dict[str, str]:

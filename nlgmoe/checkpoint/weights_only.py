@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.folder import Contents, is_complete, read_document, run_config
+from nlgmoe.checkpoint.folder import Contents, read_document, run_config
 from nlgmoe.checkpoint.layout import Shapes, entry_shapes
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.config import GPTConfig
@@ -56,7 +56,7 @@ def write_weights(
     if origin is not None:
         _require_free(settings_of(path), overwrite)
     require(
-        path.is_symlink() or not is_complete(path) or "optimizer_groups" not in read_document(path),
+        not path.exists() or path.is_symlink() or "optimizer_groups" not in read_document(path),
         f"{path} is not replaced by weights alone: a run can be resumed from it; name another",
     )
     document, _ = make_document(

@@ -164,10 +164,6 @@ class PileDataModule(TextFacts, TrainingData):
         """Return the validation windows."""
         return self.val_dataloader()
 
-    def planned_batch_size(self) -> int | None:
-        """Return the sequences of the next optimizer step, over all ranks; None without `batch_ramp_up`: constant size."""
-        return None if self.batch_ramp_up is None else self.batch_size_after(self.samples_consumed)
-
     def has_equal_batches(self) -> bool:
         """Return whether each micro-batch has as many tokens on every rank; False for a subclass with another loader."""
         return type(self).train_dataloader is PileDataModule.train_dataloader

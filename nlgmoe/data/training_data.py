@@ -51,10 +51,6 @@ class TrainingData(LightningDataModule, ABC):
     def batch_size_after(self, samples: int) -> int:
         """Return the sequences of the optimizer step after the first `samples`, over all ranks."""
 
-    def planned_batch_size(self) -> int | None:
-        """Return the sequences of the next optimizer step, over all ranks; None if all steps have the same size."""
-        return None
-
     def has_equal_batches(self) -> bool:
         """Return True if each micro-batch of training has as many tokens on every rank, padding included.
 

@@ -17,7 +17,7 @@ from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.layers.losses import TeacherTargets
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.token_schedule import SequenceCurriculum, sequence_length
-from nlgmoe.validation import SettingError, error_type_like
+from nlgmoe.validation import RunError, SettingError, error_type_like
 
 
 class Distiller(ABC):
@@ -68,6 +68,16 @@ class Distiller(ABC):
     @abstractmethod
     def release(self) -> bool:
         """Free what `start` loaded. Returns whether anything was loaded."""
+
+    def _learn_from(self, setting: str, checkpoint: str, weights: str) -> None:
+        """Note the teacher. That of a resumed run must have the same weights, unless another setting names it."""
+        used = self._used
+        if used.get("setting") == setting and used["weights"] != weights:
+            raise RunError(
+                f"the teacher {setting} has other weights than when this run learned from it ({used['checkpoint']}); restore "
+                "them, or name it by another path to change the teacher"
+            )
+        self._used = {"setting": setting, "checkpoint": checkpoint, "weights": weights}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the teacher that the run has used, for the student's checkpoint."""

@@ -8,8 +8,6 @@ ends distillation.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,19 +21,18 @@ from typing_extensions import override
 
 from nlgmoe.batch import Batch
 from nlgmoe.checkpoint.agreement import raise_on_all_ranks
-from nlgmoe.checkpoint.folder import TensorFiles, hash_of_weights, is_complete
+from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.layout import PRECISIONS, entry_shapes, local_entries, require_entries
 from nlgmoe.checkpoint.same_run import tokenizer_matches
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import TrainingData, training_data
-from nlgmoe.device import free_cached_memory
 from nlgmoe.distill.distiller import Distiller, find_teacher
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import SoftTargets, TeacherTargets
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import experts_per_layer, experts_per_position
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.validation import SettingError
 
 
 class MixtureOfStudents(Distiller):
@@ -115,21 +112,10 @@ class MixtureOfStudents(Distiller):
 
     def _find(self) -> tuple[Path, dict[str, Any]]:
         """Return the checkpoint and its document: the one already used, else that of `teacher`, of a run the newest valid one."""
-        if self._used and self._used.get("setting") != self.teacher:
-            rank_zero_info(f"model.distiller.teacher was {self._used.get('setting')}, now it is {self.teacher}")
-            self._used = {}
-        if self._used:
-            path = Path(self._used["checkpoint"])
-            if not is_complete(path) or hash_of_weights(path) != self._used["weights"]:
-                raise RunError(
-                    f"model.distiller.teacher={self.teacher}: this run has learned from {path}, whose weights were deleted or "
-                    "replaced; restore them, or set it to the path of another checkpoint to change the teacher"
-                )
-        path, document, weights = find_teacher(
-            self._used.get("checkpoint", self.teacher),
-            "set it to a trained checkpoint, or model.distiller=null to train on text alone",
-        )
-        self._used = {"setting": self.teacher, "checkpoint": str(path), "weights": weights}
+        name = self._used["checkpoint"] if self._used.get("setting") == self.teacher else self.teacher
+        remedy = "set it to a trained checkpoint, or model.distiller=null to train on text alone"
+        path, document, weights = find_teacher(name, remedy)
+        self._learn_from(self.teacher, str(path), weights)
         return path, document
 
     @override
@@ -137,12 +123,7 @@ class MixtureOfStudents(Distiller):
         """Free the teacher, and return its memory to the system. Returns whether one was loaded."""
         if self.model is None:
             return False
-        device = self.model.token_embedding.weight.device
         self.model = None
-        gc.collect()
-        # train.py makes glibc keep freed memory
-        if not free_cached_memory(device) and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-            trim(0)
         return True
 
     @override

@@ -25,7 +25,7 @@ from nlgmoe.distill.distiller import (
 from nlgmoe.distill.teacher_logits import TeacherLogits
 from nlgmoe.layers.losses import TeacherTargets, TopTargets
 from nlgmoe.model.gpt import GPT
-from nlgmoe.validation import RunError, SettingError, error_type_like, require
+from nlgmoe.validation import SettingError, error_type_like, require
 
 _UNNUMBERED = (
     "the data module does not number its samples, so that nothing can be looked up; use nlgmoe.PileDataModule, or "
@@ -66,7 +66,8 @@ class OfflineTeacher(Distiller):
                 raise error_type_like(error)(f"model.distiller.logits={self.logits}: {error}") from error
             self._check(recording.header, student.config)
             self._check_data(recording.header, trainer)
-            self._check_used(recording.header["teacher"])
+            teacher = recording.header["teacher"]
+            self._learn_from(self.logits, teacher["checkpoint"], teacher["weights"])
         if self.teacher is not None:
             self._check_teacher(recording.header, self.teacher)
         self._recording = recording
@@ -138,19 +139,6 @@ class OfflineTeacher(Distiller):
                 f"{setting} holds {header['samples']:,} samples, this run distils {needed:,}; record that many with --samples "
                 f"{needed}, or end distillation earlier with nlgmoe.StagedDistillation"
             )
-
-    def _check_used(self, teacher: dict[str, Any]) -> None:
-        """Check that a resumed run learns from the same weights, unless it has another folder."""
-        used = self._used
-        if used and used.get("weights") != teacher["weights"]:
-            if used.get("setting") == self.logits:
-                raise RunError(
-                    f"model.distiller.logits={self.logits} holds logits of {teacher['checkpoint']} now, this run has learned "
-                    f"from {used.get('checkpoint')}, of other weights; record that teacher's again, or rename the folder to "
-                    "change the teacher"
-                )
-            rank_zero_info(f"the teacher was {used.get('checkpoint')}, of other weights")
-        self._used = {"setting": self.logits, "checkpoint": teacher["checkpoint"], "weights": teacher["weights"]}
 
     def _check_teacher(self, header: dict[str, Any], teacher: str) -> None:
         """Check that the logits are of the weights of `teacher`. A collective: all ranks have to find the same checkpoint."""

@@ -6,8 +6,7 @@
 
 The host needs the sizes of the messages. If experts have a capacity, and ranks equally many tokens, every rank sends a fixed
 number of padded slots to every expert. Otherwise the host waits for the device to count the rows, once per layer, and only rows
-are sent. The backward pass of an all-to-all is the reverse all-to-all; it overlaps with the backward pass of the computation
-between the constructor and `receive`.
+are sent. The backward pass of an all-to-all is the reverse all-to-all.
 
 Letters: W ranks of the expert-parallel group, E experts of the layer, e = E / W experts held here, C slots of an expert for the
 rows of one rank, R rows of this rank, H hidden size.
@@ -15,11 +14,9 @@ rows of one rank, R rows of this rank, H hidden size.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, distributed
-from torch.autograd.function import once_differentiable
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher, Rows
 from nlgmoe.layers.placement import ExpertPlacement
@@ -93,22 +90,21 @@ class AllToAllDispatch(LocalDispatch):
             if sum(sent) < len(rows):  # a slice of all rows would be copied in the backward pass
                 rows = rows[: sum(sent)]
         self._order_here = expert_of_row.argsort(stable=True)  # rows arrive sorted by rank
-        self._exchange = _Exchange(placement.group, sent, received)
+        self._group, self._sent, self._received = placement.group, sent, received
         self._num_sent = tokens_per_expert.sum()
-        self._started = _Start.apply(rows, self._exchange)
+        self._rows_here = all_to_all_single_autograd(rows, received, sent, placement.group)  # its first use waits
 
     def receive(self) -> Rows:
         """Wait for the rows of all ranks, and sort them by the experts held here; rows past the sum are padding."""
-        received = _Wait.apply(self._started, self._exchange)
-        del self._started  # not needed while the experts run
-        return Rows(received.index_select(0, self._order_here), self._tokens_here, self._slot_of_row is None)
+        rows = self._rows_here.index_select(0, self._order_here)
+        del self._rows_here  # not needed while the experts run
+        return Rows(rows, self._tokens_here, self._slot_of_row is None)
 
     def combine(self, y: Tensor) -> Tensor:
         """Send the experts' outputs back to the ranks of their rows, and sum them by token."""
         inverse = torch.empty_like(self._order_here)
         inverse[self._order_here] = torch.arange(len(inverse), device=inverse.device)
-        exchange = self._exchange.reversed()
-        outputs = _Wait.apply(_Start.apply(y.index_select(0, inverse), exchange), exchange)
+        outputs = all_to_all_single_autograd(y.index_select(0, inverse), self._sent, self._received, self._group)
         return super().combine(self._to_rows(outputs))
 
     def _to_rows(self, outputs: Tensor) -> Tensor:
@@ -133,70 +129,3 @@ def _pad_to_slots(tokens_per_expert: Tensor, slots: int, rows: int) -> tuple[Ten
     expert = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
     slot_of_row = (expert * slots + row - first[expert]) % len(row_of_slot)
     return row_of_slot, slot_of_row
-
-
-class _Exchange:
-    """An asynchronous all-to-all of rows, and its reverse in the backward pass.
-
-    Args:
-        group: W ranks.
-        sent: number of rows for each rank.
-        received: number of rows from each rank.
-    """
-
-    def __init__(self, group: Any, sent: list[int], received: list[int]) -> None:
-        self.group, self.sent, self.received = group, sent, received
-        self._work: Any = None
-        self._result: Tensor | None = None
-
-    def reversed(self) -> _Exchange:
-        """Return the exchange in the other direction."""
-        return _Exchange(self.group, self.received, self.sent)
-
-    def start(self, rows: Tensor, *, backward: bool = False) -> Tensor:
-        """Send `rows`; the result must not be read before `wait`."""
-        sent, received = (self.received, self.sent) if backward else (self.sent, self.received)
-        self._result = rows.new_empty(sum(received), rows.shape[1])
-        self._work = distributed.all_to_all_single(
-            self._result, rows.contiguous(), received, sent, group=self.group, async_op=True
-        )
-        return self._result
-
-    def wait(self) -> Tensor:
-        """Return the rows received."""
-        assert self._work is not None and self._result is not None
-        self._work.wait()
-        result, self._work, self._result = self._result, None, None
-        return result
-
-
-class _Start(torch.autograd.Function):
-    """Start an exchange. Backward: wait for the reverse one, which `_Wait` started."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.start(rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.wait(), None
-
-
-class _Wait(torch.autograd.Function):
-    """Wait for an exchange. Backward: start the reverse one with the gradient.
-
-    The gradient returned to `_Start` only orders the two functions; `_Start` reads the values from the exchange.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.wait().view_as(rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.exchange.start(grad, backward=True)
-        return grad, None

@@ -152,15 +152,3 @@ def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
             forward += len(experts) * 4 * width
     forward += 2 * width * config.vocab_size
     return 3 * forward
-
-
-def flops_of_tokens(config: GPTConfig, tokens: int, lengths: int) -> int:
-    """Count the FLOPs of `flops_per_token` for tokens in sequences of several lengths, on which they depend linearly.
-
-    Args:
-        config: the model.
-        tokens: number of tokens.
-        lengths: sum over the tokens of the lengths of their sequences.
-    """
-    first = flops_per_token(config, 0)
-    return tokens * first + lengths * (flops_per_token(config, 1) - first)

@@ -41,8 +41,8 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
         monitor: metric of the best checkpoint, as a validation logs it; null: none is the best.
         mode: `min` if a lower value of the metric is better, `max` if a higher one is.
         save_before_validation: save every step that is validated, before its validation. If false, a signal during a validation
-            takes effect at its end (on several ranks after the next step), and only steps that are saved anyway can be the best;
-            for models whose checkpoint takes longer than a validation.
+            takes effect at its end, and only steps that are saved anyway can be the best; for models whose checkpoint takes
+            longer than a validation.
     """
 
     at_end = "saving"
@@ -133,7 +133,6 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note that a step was taken."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if not trainer.fit_loop.epoch_loop._should_accumulate():
             self._unsaved = trainer.global_step
 
@@ -148,20 +147,17 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """End the run within a validation. The request is read a batch later, so that ranks do not wait."""
-        if self._training and self.save_before_validation:
-            self._agreed = self._finish_reduction(trainer)
-            if self._agreed > _SAVE:
-                self._finish_step(trainer)
-            self._start_reduction(trainer)
+        """End the run within a validation."""
+        if self._training and self.save_before_validation and (agreed := self._agree(trainer)) > _SAVE:
+            self._agreed = agreed
+            self._finish_step(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the step's score with the best one."""
         if not self._training:
             return
-        if self.save_before_validation or trainer.world_size == 1:
-            self._agreed = max(self._agreed, self._finish_reduction(trainer))
+        self._agreed = max(self._agreed, self._agree(trainer))
         if self.monitor is not None and self._unsaved is None:
             self._compare(trainer, self.monitor)
 

@@ -6,15 +6,11 @@ the last step runs first. A run resumed at its end validates again, and takes no
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning import Trainer
-from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.config import MoEConfig
@@ -37,21 +33,6 @@ from nlgmoe.validation import require
 #                               postponed to the end of an accumulation window
 
 
-@dataclass(frozen=True)
-class StepSize:
-    """The size of an optimizer step.
-
-    Attributes:
-        samples: sequences, over all ranks.
-        ranks: number of ranks.
-        micro_batches: accumulated micro-batches of a rank.
-    """
-
-    samples: int
-    ranks: int
-    micro_batches: int
-
-
 class Resuming:
     """The last step of a checkpoint, and the first actions of a run that resumes it.
 
@@ -64,27 +45,11 @@ class Resuming:
         self.validation_due = False
         self._validated: int | None = None  # step of the last validation
         self._max_steps: int | None = None  # the trainer's, while it is set to -1
-        self._step: StepSize | None = None  # of the last step
+        self._size: dict[str, int] = {}  # of the step after the resumed checkpoint, in the run that saved it
 
     def end_validation(self, trainer: Trainer) -> None:
         """Record the end of a validation of the fit."""
         self._validated = trainer.global_step
-
-    def end_step(self, trainer: Trainer, step: StepSize, planned: int | None, moe: MoEConfig | None) -> None:
-        """Record the size of a step, and warn if that of a resumed run differs.
-
-        Args:
-            trainer: trainer of the fit.
-            step: size of the step.
-            planned: sequences that `batch_ramp_up` plans for it, over all ranks.
-            moe: MoE settings of the model.
-        """
-        loop = trainer.fit_loop.epoch_loop
-        if loop._num_ready_batches_reached() and loop.batch_idx + 1 > step.micro_batches:
-            return  # an epoch's last step may have fewer
-        if trainer.ckpt_path is not None and self._step is not None:
-            warn_of_another_size(self._step, step, planned, moe)
-        self._step = step
 
     def save(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Add to Lightning's dictionary whether a validation is pending, and set its loops to the last optimizer step."""
@@ -93,7 +58,7 @@ class Resuming:
             del checkpoint["loops"]  # nothing has been trained on: to resume is to start
             return
         validated = self._validated == step
-        checkpoint["step_size"] = None if self._step is None else asdict(self._step)
+        checkpoint["step_size"] = step_size(trainer)
         checkpoint |= {"validated": validated, "validation_due": self.validation_due and not validated}
         set_progress(checkpoint, trainer.accumulate_grad_batches)
 
@@ -101,7 +66,7 @@ class Resuming:
         """Restore the state from Lightning's dictionary, before the trainer reads it."""
         self.validation_due = checkpoint.get("validation_due", False)
         self._validated = checkpoint["global_step"] if checkpoint.get("validated", False) else None
-        self._step = StepSize(**size) if (size := checkpoint.get("step_size")) else None
+        self._size = checkpoint.get("step_size") or {}
         if "loops" not in checkpoint:
             return
         set_progress(checkpoint, trainer.accumulate_grad_batches, saved=True)
@@ -109,13 +74,14 @@ class Resuming:
             self._max_steps = trainer.max_steps
             trainer.fit_loop.epoch_loop.max_steps = -1
 
-    def begin(self, trainer: Trainer, tokens: int, train_tokens: int | None) -> None:
+    def begin(self, trainer: Trainer, tokens: int, train_tokens: int | None, moe: MoEConfig | None) -> None:
         """Run a pending validation of the last step. A run that is resumed at its end is validated, and stops.
 
         Args:
             trainer: trainer of the fit, in `on_train_start`.
             tokens: tokens that the run has trained on.
             train_tokens: tokens at which it ends; None: never.
+            moe: MoE settings of the model.
         """
         end = self._end(trainer, tokens, train_tokens)
         if self._max_steps is not None:
@@ -125,6 +91,8 @@ class Resuming:
             trainer.should_stop = True
         elif trainer.ckpt_path is not None:
             warn_of_repeated_data(trainer)
+            if self._size:
+                warn_of_another_size(self._size, step_size(trainer), moe)
         due = self.validation_due and trainer.ckpt_path is not None
         if (due or end is not None) and self._validated != trainer.global_step and trainer.enable_validation:
             trainer.validating = True
@@ -184,45 +152,40 @@ def set_progress(checkpoint: dict[str, Any], micro_batches: int, saved: bool = F
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
 
 
-def warn_of_another_size(before: StepSize, now: StepSize, planned: int | None, moe: MoEConfig | None) -> None:
-    """Warn if a resumed run's steps differ in size from those of the checkpoint's run; see `Resuming.end_step`."""
-    if now.samples not in (before.samples, planned):
+def step_size(trainer: Trainer) -> dict[str, int]:
+    """Return the size of the next step: ranks, micro-batches of a rank, and for `TrainingData` the sequences over all ranks."""
+    data = training_data(trainer)
+    size = {"ranks": trainer.world_size, "micro_batches": trainer.accumulate_grad_batches}
+    return size | ({} if data is None else {"samples": data.batch_size_after(data.samples_consumed)})
+
+
+def warn_of_another_size(before: dict[str, int], now: dict[str, int], moe: MoEConfig | None) -> None:
+    """Warn if the next step of a resumed run differs in size from that of the checkpoint's run."""
+    if before.get("samples") != now.get("samples"):
         rank_zero_warn(
-            f"a step had {before.samples} sequences when the checkpoint was saved, now it has {now.samples}; "
-            f"data.global_batch_size={before.samples} keeps it the same on any number of ranks"
+            f"a step had {before.get('samples')} sequences when the checkpoint was saved, now it has {now.get('samples')}; "
+            f"data.global_batch_size={before.get('samples')} keeps it the same on any number of ranks"
         )
         return
-    old, new = before.ranks * before.micro_batches, now.ranks * now.micro_batches
+    old, new = (size["ranks"] * size["micro_batches"] for size in (before, now))
     if moe is not None and old != new:
         rank_zero_warn(
             f"a step had {old} micro-batches over all ranks when the checkpoint was saved, now it has {new}: each has its own "
             "capacity and balance loss; restore data.micro_batch_size to keep the losses the same"
         )
-    if moe is not None and moe.aux_scope == "global" and before.ranks != now.ranks:
+    if moe is not None and moe.aux_scope == "global" and before["ranks"] != now["ranks"]:
         rank_zero_warn(
-            f"model.config.moe.aux_scope=global balances the load over {now.ranks} ranks together, and did over {before.ranks} "
-            "when the checkpoint was saved: the balance loss differs"
+            f"model.config.moe.aux_scope=global balances the load over {now['ranks']} ranks together, and did over "
+            f"{before['ranks']} when the checkpoint was saved: the balance loss differs"
         )
 
 
 def warn_of_repeated_data(trainer: Trainer) -> None:
-    """Warn if a resumed run's training data are no `TrainingData`: they may repeat, skip or begin again.
-
-    Lightning itself warns of data with an end and without a state.
-    """
-    if trainer.global_step == 0 or training_data(trainer) is not None:
-        return
-    data, loader = getattr(trainer, "datamodule", None), trainer.fit_loop._combined_loader
-    keeps = data is not None and is_overridden("state_dict", data)
-    if loader is not None and all(isinstance(dataloader, _Stateful) for dataloader in loader.flattened):
+    """Warn if a resumed run's training data are no `TrainingData`."""
+    if trainer.global_step > 0 and training_data(trainer) is None:
         rank_zero_warn(
-            f"the run goes on at step {trainer.global_step} from the state_dict of its own dataloader, which may repeat or skip "
-            "a micro-batch; a data module of nlgmoe.data.TrainingData does neither"
-        )
-    elif trainer.num_training_batches == math.inf and not keeps:
-        rank_zero_warn(
-            f"the run goes on at step {trainer.global_step}, but its training data begin again: neither the data module nor its "
-            "dataloader has a state_dict"
+            f"the run goes on at step {trainer.global_step} with data that may repeat, skip or begin again: they are no "
+            "nlgmoe.data.TrainingData"
         )
 
 

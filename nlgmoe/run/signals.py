@@ -17,9 +17,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
+from torch.optim import Optimizer
 from typing_extensions import override
-
-from nlgmoe.device import side_stream
 
 # torchrun and other launchers forward the Ctrl+C that the terminal has already sent to every process.
 SAME_PRESS_SECONDS = 1.0
@@ -53,7 +52,6 @@ class StopOnSignal(Callback):
         self._requeues_at = -1  # number of the signal after which the Slurm job is requeued
         self._interrupted_at: float | None = None  # time of the first Ctrl+C
         self._agreed = 0  # the largest request of all ranks
-        self._pending: _AsyncMax | None = None
         self._training = False
 
     # ---- the handler only sets a flag
@@ -99,7 +97,7 @@ class StopOnSignal(Callback):
         """Restore the previous handlers."""
         self.teardown(trainer, pl_module, "fit")
 
-    # ---- agreement of ranks: a reduction that starts before a step's last micro-batch and is read after it
+    # ---- agreement of ranks, where the step waits for all of them and for the device anyway
 
     def _request(self) -> int:
         """Return this rank's request: 0 none, 1 save, else the signal that ends the run; the largest of all ranks applies."""
@@ -109,31 +107,24 @@ class StopOnSignal(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """End the run if ranks have agreed to; the last step's metrics have been logged by now."""
         self._finish_step(trainer)
-        if not trainer.fit_loop.epoch_loop._should_accumulate():
-            self._start_reduction(trainer)
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Read the request of all ranks."""
-        if not trainer.fit_loop.epoch_loop._should_accumulate():
-            self._agreed = self._finish_reduction(trainer)
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Agree about the end of this step."""
+        self._agreed = self._agree(trainer)
 
     def _finish_step(self, trainer: Trainer) -> None:
         """End the run if ranks have agreed to; a step is finished and logged, and the next one has not begun."""
         if self._agreed:
             self._end(trainer, self._agreed, None)
 
-    def _start_reduction(self, trainer: Trainer) -> None:
-        if trainer.world_size > 1:
-            self._pending = _AsyncMax(self._request(), trainer.strategy.root_device)
-
-    def _finish_reduction(self, trainer: Trainer) -> int:
+    def _agree(self, trainer: Trainer) -> int:
+        """Return the largest request of all ranks. A collective."""
         if trainer.world_size == 1:
             return self._request()
-        pending, self._pending = self._pending, None
-        return 0 if pending is None else pending.result()
+        largest = torch.tensor(self._request(), dtype=torch.int32, device=trainer.strategy.root_device)
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+        return int(largest)
 
     # ---- the end
 
@@ -161,27 +152,6 @@ class StopOnSignal(Callback):
         if number == self._requeues_at and trainer.is_global_zero and saved is not None:
             _requeue()  # last: Slurm may end the job at once
         raise SystemExit(code)
-
-
-class _AsyncMax:
-    """Maximum of all ranks' `value`, reduced while they compute.
-
-    A backward pass, which reduces gradients, lies between start and `result`: by its end all ranks have started the reduction,
-    so on a CPU it is complete. On a GPU it is queued behind earlier micro-batches only, and is read on its own stream: the
-    host does not drain the GPU's queue.
-    """
-
-    def __init__(self, value: int, device: torch.device) -> None:
-        self._value = torch.full((), value, dtype=torch.int32, device=device)
-        self._stream = side_stream(device)
-        work = distributed.all_reduce(self._value, distributed.ReduceOp.MAX, async_op=True)
-        assert work is not None
-        self._work = work
-
-    def result(self) -> int:
-        with self._stream:
-            self._work.wait()
-            return int(self._value)
 
 
 def _wait_for(processes: list[subprocess.Popen[Any]]) -> None:

@@ -64,7 +64,7 @@ def test_a_growing_batch_has_the_same_samples_on_any_ranks_and_goes_on_in_its_mi
     killed = make_data(**options, num_workers=1)
     batches(killed, 9)  # workers have loaded ahead
     for size in SIZES[:5]:
-        assert killed.planned_batch_size() == size
+        assert killed.batch_size_after(killed.samples_consumed) == size
         killed.advance(size)
     resumed = make_data(**options | {"micro_batch_size": 3})
     resumed.load_state_dict(killed.state_dict())

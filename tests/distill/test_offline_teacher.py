@@ -177,9 +177,7 @@ def test_a_run_goes_on_before_and_at_the_end(saved: int, logits: Path, tmp_path:
     assert run(tmp_path / "resumed", resume=path).losses == whole.losses[2 * saved :]
 
 
-def test_a_student_goes_on_with_the_teacher_it_had(
-    teacher: Path, logits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_student_goes_on_with_the_teacher_it_had(logits: Path, tmp_path: Path) -> None:
     """A folder of the same name that another teacher was recorded in is refused; another folder is another teacher."""
     folder, saved = tmp_path / "logits", tmp_path / "saved.ckpt"
     shutil.copytree(logits, folder)
@@ -188,14 +186,11 @@ def test_a_student_goes_on_with_the_teacher_it_had(
     again = fit(tmp_path, OfflineTeacher(str(tmp_path / "moved"), 1.0, 2.0), resume=saved)
     assert again.losses == whole.losses[4:]
     record(trained(replace(TEACHER, num_layers=2, moe=MoEConfig(2)), tmp_path / "other"), folder, top_k=8)
-    with pytest.raises(ValueError, match=r"holds logits of .*other.* now, this run has learned from "):
+    with pytest.raises(ValueError, match=r"the teacher .*logits has other weights than when this run learned from it"):
         fit(tmp_path, OfflineTeacher(str(folder), 1.0, 2.0), resume=saved)
     folder.rename(tmp_path / "others")
-    was = f"the teacher was {teacher}, of other weights"
-    assert was not in caplog.text
     other = fit(tmp_path, OfflineTeacher(str(tmp_path / "others"), 1.0, 2.0), resume=saved)
     assert other.losses != whole.losses[4:]
-    assert was in caplog.text
 
 
 def test_ranks_read_their_own_samples(logits: Path) -> None:

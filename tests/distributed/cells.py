@@ -237,17 +237,16 @@ class Traffic(Callback):
     def __init__(self, last_step: int) -> None:
         self.last_step = last_step
         self.rows = self.elsewhere = self.assignments = self.reduced = self.waits = 0
-        self._originals = {name: getattr(distributed, name) for name in ("all_to_all_single", "all_reduce")}
+        self._originals = all_to_all.all_to_all_single_autograd, distributed.all_reduce
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.last_step:
-            distributed.all_to_all_single, distributed.all_reduce = self._exchange, self._reduce
+            all_to_all.all_to_all_single_autograd, distributed.all_reduce = self._exchange, self._reduce
             for name in READS:
                 setattr(Tensor, name, self._counted(getattr(Tensor, name)))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        for name, function in self._originals.items():
-            setattr(distributed, name, function)
+        all_to_all.all_to_all_single_autograd, distributed.all_reduce = self._originals
         for name in READS:
             vars(Tensor).get(name) and delattr(Tensor, name)
         layers = [block.moe for block in pl_module.gpt.blocks if block.moe is not None]
@@ -258,10 +257,15 @@ class Traffic(Callback):
                 self.elsewhere += int((routing.kept & ~here).sum())
                 self.assignments += routing.kept.numel()
 
-    def _exchange(self, output: Tensor, sent: Tensor, *splits: Any, group: Any, **kwargs: Any) -> Any:
-        if splits:  # rows; without splits it is their numbers
-            self.rows += (len(sent) - splits[1][distributed.get_rank(group)]) * sent.shape[1] * sent.element_size()
-        return self._originals["all_to_all_single"](output, sent, *splits, group=group, **kwargs)
+    def _exchange(self, rows: Tensor, received: list[int], sent: list[int], group: Any) -> Tensor:
+        def count(rows: Tensor, sizes: list[int]) -> None:
+            self.rows += (len(rows) - sizes[distributed.get_rank(group)]) * rows.shape[1] * rows.element_size()
+
+        count(rows, sent)
+        result: Tensor = self._originals[0](rows, received, sent, group)
+        if result.requires_grad:
+            result.register_hook(lambda gradient: count(gradient, received))
+        return result
 
     def _counted(self, read: Callable[..., Any]) -> Callable[..., Any]:
         def counted(tensor: Tensor, *args: Any) -> Any:
@@ -274,7 +278,7 @@ class Traffic(Callback):
         ranks = distributed.get_world_size(kwargs.get("group"))
         size = tensor.numel() * tensor.element_size() * 2 * (ranks - 1) // ranks
         self.reduced = max(self.reduced, size)
-        return self._originals["all_reduce"](tensor, *args, **kwargs)
+        return self._originals[1](tensor, *args, **kwargs)
 
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -118,7 +118,7 @@ SPOILT = [
     Cell("skip, ZeRO 1, accumulation", 2, 1, accumulate=2, **SKIPS),
     Cell("skip, ddp", strategy="ddp", **SKIPS),
 ]
-INTERRUPTED = [(LEARNS, 3), (LEARNS_DDP, 4)]  # accumulates: asked after the signal; ddp: before
+INTERRUPTED = [(LEARNS, 3), (LEARNS_DDP, 3)]
 UNEVEN = CELLS[3][0]  # 20 windows over 3 ranks, in batches of 3
 SPECIALISED = Cell("specialised", 2, moe=DROPLESS, steps=2, padded=True)
 UNEQUAL = Cell("unequal", 2, 1, moe=DROPLESS, steps=20)

@@ -20,7 +20,7 @@ from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import MoEConfig
 from nlgmoe.monitoring.loggers import RunCSVLogger
 from nlgmoe.optim.token_schedule import SequenceCurriculum
-from nlgmoe.run.resume import StepSize, warn_of_another_size
+from nlgmoe.run.resume import warn_of_another_size
 from tests.run.runs import CONFIG, TOKENS, assert_equal, fit, in_process, make_trainer, module, outcome
 from tests.synthetic import SyntheticData
 
@@ -172,16 +172,15 @@ def test_a_run_whose_time_is_over_takes_no_step_when_it_is_resumed(tmp_path: Pat
 
 
 def test_a_resumed_run_warns_where_its_losses_depend_on_the_size_of_a_step(recwarn: pytest.WarningsRecorder) -> None:
-    before = StepSize(samples=8, ranks=2, micro_batches=1)
-    one_rank, larger = replace(before, ranks=1, micro_batches=2), replace(before, samples=12)
-    for now, planned, moe, words in (
-        (before, None, MoEConfig(aux_scope="global"), ""),
-        (one_rank, None, MoEConfig(), ""),
-        (one_rank, None, MoEConfig(aux_scope="global"), "over 1 ranks together, and did over 2"),
-        (larger, 12, MoEConfig(), ""),
-        (larger, None, MoEConfig(), "a step had 8 sequences .*, now it has 12; data.global_batch_si"),
+    before = {"samples": 8, "ranks": 2, "micro_batches": 1}
+    one_rank, larger = before | {"ranks": 1, "micro_batches": 2}, before | {"samples": 12}
+    for now, moe, words in (
+        (before, MoEConfig(aux_scope="global"), ""),
+        (one_rank, MoEConfig(), ""),
+        (one_rank, MoEConfig(aux_scope="global"), "over 1 ranks together, and did over 2"),
+        (larger, MoEConfig(), "a step had 8 sequences .*, now it has 12; data.global_batch_si"),
     ):
-        warn_of_another_size(before, now, planned, moe)
+        warn_of_another_size(before, now, moe)
         assert len(recwarn) == bool(words)
         assert not words or re.search(words, str(recwarn.pop().message))
 
