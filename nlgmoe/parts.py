@@ -124,14 +124,13 @@ class ForeignCodeError(SettingError):
 
     Args:
         path: import path of the class.
-        remedy: the caller's remedy; None: the one for Python.
     """
 
-    def __init__(self, path: str, remedy: str | None = None) -> None:
-        self.path, self.module = path, path.rpartition(".")[0]
+    def __init__(self, path: str) -> None:
+        module = path.rpartition(".")[0]
         super().__init__(
-            f"the checkpoint's model has {path}, code outside nlgmoe that is not imported; "
-            + (remedy or f"in Python, import {self.module} first, if you trust it")
+            f"the checkpoint's model has {path}, code outside nlgmoe that is not imported; if you trust it, import {module} "
+            f"first in Python, or add --allow-code {module} to a command that takes it (docs/extending.md)"
         )
 
 

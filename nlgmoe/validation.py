@@ -26,14 +26,13 @@ def require_valid(settings: Any) -> None:
     """Check the fields of a dataclass, whose values may come from Python or JSON.
 
     Raises:
-        ValueError: a field is not of its type, NaN or infinite, or an integer of more than 64 bits.
+        ValueError: a field is not of its type, NaN or infinite.
     """
     hints = get_type_hints(type(settings))
     for field in fields(settings):
         value = getattr(settings, field.name)
         require(_has_type(value, hints[field.name]), f"{field.name}={value} must be of the type {field.type}")
         require(is_finite(value), f"{field.name}={value} must be finite")
-        require(fits_64_bits(value), f"{field.name}={value} has more than 64 bits; give a smaller number")
 
 
 def require(condition: bool, message: str) -> None:
@@ -45,11 +44,6 @@ def require(condition: bool, message: str) -> None:
 def is_finite(value: Any) -> bool:
     """Return False for a number that is NaN or infinite, or a list with one."""
     return all(math.isfinite(number) for number in _values(value) if isinstance(number, float))
-
-
-def fits_64_bits(value: Any) -> bool:
-    """Return False for an integer that tensors cannot hold, or a list with one."""
-    return all(abs(int(number)) < 2**63 for number in _values(value) if isinstance(number, Integral))
 
 
 def _values(value: Any) -> Iterable[Any]:

@@ -93,8 +93,8 @@ def test_commands_import_what_they_are_allowed_to(
     with pytest.raises(SystemExit):
         nlgmoe(generate)
     assert capsys.readouterr().err.strip().splitlines()[-1] == (
-        "error: the checkpoint's model has hash_router.HashRouterConfig, code outside nlgmoe that is not imported; "
-        "add --allow-code hash_router, if you trust it"
+        "error: the checkpoint's model has hash_router.HashRouterConfig, code outside nlgmoe that is not imported; if you trust "
+        "it, import hash_router first in Python, or add --allow-code hash_router to a command that takes it (docs/extending.md)"
     )
 
 

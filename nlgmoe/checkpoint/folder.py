@@ -60,7 +60,9 @@ def read_document(path: str | Path) -> dict[str, Any]:
     except ForeignCodeError:
         pass  # raised again, with the remedy, where the model is built
     except (AttributeError, TypeError, ValueError) as error:
-        raise RunError(f"{file} describes no model: {error}; {REMEDY}") from error
+        raise RunError(
+            f"{file}, written by nlgmoe {document['versions'].get('nlgmoe')}, describes no model: {error}; {REMEDY}"
+        ) from error
     return document
 
 

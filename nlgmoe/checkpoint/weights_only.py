@@ -85,7 +85,9 @@ def write_weights(
 
 def _write_settings(checkpoint: Path, config: GPTConfig, tokenizer: bool, origin: str, source: Path | None) -> None:
     file = settings_of(checkpoint)
-    settings: dict[str, Any] = {"model": {"config": config.to_dict(), "warm_start": {"checkpoint": str(checkpoint)}}}
+    settings: dict[str, Any] = {
+        "model": {"config": config.to_dict(), "warm_start": {"checkpoint": str(checkpoint), "layers": None}}
+    }
     run = None if source is None else run_config(source)
     of_run = {} if run is None else yaml.safe_load(run.read_text(encoding="utf-8")).get("data", {})
     data = {name: of_run[name] for name in ("data_dir", "corpus", "tokenizer") if of_run.get(name) is not None}

@@ -106,17 +106,3 @@ def _is_positional(parameter: inspect.Parameter) -> bool:
     """Return True if the argument is positional: required and not keyword-only, or a tuple of words."""
     required = parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
     return required or "tuple[str, ...]" in str(parameter.annotation)
-
-
-def name_as_typed(error: ValueError, function: Callable) -> None:
-    """Rewrite `NAME=VALUE` at the start of an error's message as on the command line: `--NAME=VALUE`, or a positional VALUE."""
-
-    def typed(message: Any) -> Any:
-        name, equals, rest = str(message).partition("=")
-        parameter = signature.parameters.get(name)
-        if not equals or parameter is None:
-            return message
-        return rest if _is_positional(parameter) else f"--{name.replace('_', '-')}={rest}"
-
-    signature = inspect.signature(function)
-    error.args = tuple(map(typed, error.args))

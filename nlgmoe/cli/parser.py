@@ -9,13 +9,12 @@ import importlib
 import inspect
 import re
 import sys
-import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from enum import Enum
-from typing import Any, Literal, NoReturn, Union
+from typing import Any, Literal, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
@@ -28,14 +27,6 @@ from nlgmoe.parts import ExpertConfig, RouterConfig
 from nlgmoe.validation import SettingError
 
 NAMED_BY_CLASS = (RouterConfig, ExpertConfig)  # dataclasses whose subclasses a configuration names by `class_path`
-_WORDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    type(None): "null",
-    dict: "a mapping",
-}
 _DURATION = re.compile(
     r"((?P<days>\d+)( days?, |:))?(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+(\.\d+)?)"  # as Lightning and Python write it
 )
@@ -65,7 +56,7 @@ class OneLineParser(ArgumentParser):
         super().__init__(*args, **(kwargs | {"allow_abbrev": False}))
         self.given: list[Setting] = []
         self.known: dict[str, Any] = {}  # name -> type, sections included
-        self._refusal: tuple[Exception, Exception] | None = None  # a constructor's exception, and the one to report
+        self._refusal: Exception | None = None  # of the last constructor that raised one
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse the arguments and the files that they name."""
@@ -112,7 +103,7 @@ class OneLineParser(ArgumentParser):
         if setting.leaf == "init_args" and setting.value is None:
             raise SettingError(f"{setting}: expected settings of the class; leave init_args out if there are none")
         if setting.value is None and hint is not None and not _takes_null(hint):
-            raise SettingError(f"{setting}: expected {in_words(hint)}")
+            raise SettingError(f"{setting}: null is not accepted here; give a value")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing the usage."""
@@ -126,50 +117,40 @@ class OneLineParser(ArgumentParser):
 
         jsonargparse nests a reason in those of the enclosing settings and classes, the outermost first.
         """
-        keys, owner, reason = [], "", one_line(message)
+        keys, owner, kinds, reason = [], "", "", one_line(message)
         for line in message.splitlines():
             if match := re.search(r'Parser key "([^"]+)":\s*(.*)', line):
                 keys.append(match[1])
-                reason = match[2] or reason
+                kinds, reason = "", match[2] or reason
+            elif match := re.search(r"Subtypes: \[(.*)\]", line):
+                kinds = match[1]
             elif match := re.search(r"Problem with given class_path '([^']+)':\s*(.*)", line):
                 owner, reason = match[1], match[2] or reason
-            elif not re.match(r"\s*(Does not validate|Subtypes:|Errors:|$)", line):
+            elif not re.match(r"\s*(- )?(Does not validate|Errors:|Expected a path|$)", line):
                 reason = line.strip().removeprefix("- ")
                 break
         path = ".".join(keys)
         if match := re.search(r"(?:does not accept option|Option) '([^']+)'|unrecognized arguments: (\S+)", reason):
-            if match[2] and not match[2].startswith("-"):
-                return f"unexpected argument {match[2]}; settings are written --name=value"
             return self._unknown(".".join(filter(None, (path, match[1] or match[2]))), owner)
         if match := re.search(r"the following arguments are required: ([^,\s]+)", reason):
-            return self._missing(".".join(filter(None, (path, match[1]))), owner)
-        if match := re.search(r"^argument subcommand: invalid choice: '(.*?)'", reason):
-            names = list(subcommands_of(self))
-            return f"unknown subcommand {match[1]}{did_you_mean(match[1], names)} (one of {', '.join(names)})"
-        if "but it was not provided" in reason:
-            return f"no subcommand; give one of {', '.join(subcommands_of(self))}, or --help"
-        if match := re.search(r'^Linked "(.+)" must be given via "(.+)"', reason):
-            return f"{match[1]} always equals {match[2]}; set that instead"
+            name = ".".join(filter(None, (path, match[1])))
+            return f"missing setting {name}{f' of {owner}' if owner else ''}; give it in a file, or on the command line"
         if not path:
             return self.qualified(one_line(message))
-        setting = self._find(path, owner)
-        subject = str(setting) if setting else path
-        takes_class = any(inspect.isclass(kind) and kind not in _WORDS for kind in parts_of(self.known.get(path)))
+        setting = self._find(path)
         named = [given for given in self.given if given.leaf == "class_path" and _plain(given.name).startswith(path)]
-        named += [setting] if setting and takes_class and isinstance(setting.value, str) else []
-        for class_path in named:
-            try:
-                find_class(str(class_path.value), self.known.get(path))
-            except SettingError as error:
-                return f"{class_path}: {error}"
-        if reason.startswith("Expected a") or "Expected" in message:
-            hint = self._hint(path, owner)
-            choices = [
-                str(choice) for kind in parts_of(hint) if typing.get_origin(kind) is Literal for choice in kind.__args__
-            ]
-            value = str(setting.value) if setting else ""
-            return f"{subject}: expected {in_words(hint)}{did_you_mean(value, choices)}"
-        return f"{subject}: {one_line(reason)}"
+        takes_class = any(
+            inspect.isclass(kind) and kind.__module__ != "builtins" for kind in parts_of(self.known.get(path))
+        )
+        for class_path in [*named, setting] if setting and takes_class else named:
+            if "." in str(class_path.value):
+                try:
+                    find_class(str(class_path.value))
+                except SettingError as error:
+                    return f"{class_path}: {error}"
+        reason = f"expected {kinds}" if kinds and reason.startswith("Expected a") else reason
+        plain = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", reason)
+        return f"{setting or path}: {one_line(plain.replace('NoneType', 'null'))}"
 
     def qualified(self, text: str) -> str:
         """Replace `leaf=value` at the start of `text` by the setting's full name and place."""
@@ -195,30 +176,26 @@ class OneLineParser(ArgumentParser):
                 hints = typing.get_type_hints(kind.__init__)
                 for name in (name for name, value in kwargs.items() if value is None):
                     if name in hints and not _takes_null(hints[name]):
-                        raise SettingError(f"{name}=null: expected {in_words(hints[name])}")
+                        raise SettingError(f"{name}=null: null is not accepted here; give a value")
             return kind(*args, **kwargs)
         except Exception as error:
-            of_arguments = isinstance(error, TypeError | OverflowError) and not kind.__module__.startswith("nlgmoe.")
-            reported = SettingError(f"{kind.__name__} cannot take its arguments: {error}") if of_arguments else error
-            self._refusal = error, reported
+            self._refusal = error
             raise
 
     @contextmanager
     def blaming_settings(self) -> Iterator[None]:
         """Add the setting's place to errors of the constructors in the block."""
-        self._refusal = None
         try:
             yield
         except Exception as error:
-            raised, reported = self._refusal or (error, error)
-            cause = reported if error is raised or "Union subtypes" in str(error) else error
+            cause = self._refusal if self._refusal and "Union subtypes" in str(error) else error
             if isinstance(cause, ValueError) or is_wrong_setting(cause):
                 raise SettingError(self.qualified(one_line(str(cause)))) from error
             raise cause from None  # as it was raised, without jsonargparse's message around it
 
     def _unknown(self, name: str, owner: str) -> str:
         name = name.lstrip("-").partition("=")[0]
-        setting = self._find(name, owner)
+        setting = self._find(name)
         full_name, place = (setting.name, setting.place) if setting else (name, "")
         accepted: list[str] = []
         if owner and "." in full_name:
@@ -227,35 +204,10 @@ class OneLineParser(ArgumentParser):
                 accepted = [f"{holder}.{name}" for name in inspect.signature(find_class(owner)).parameters]
         return f"unknown setting {full_name}{place}{_nearest(full_name, [*accepted, *self.known])}"
 
-    def _missing(self, name: str, owner: str) -> str:
-        if owner and name not in self.known:
-            leaf = name.rpartition(".")[2]
-            if classes := [setting for setting in self.given if setting.value == owner]:
-                holder = classes[-1].name.removesuffix(".class_path")
-                return f"missing setting {holder}.init_args.{leaf}; give it beside the others{classes[-1].place}"
-            outer = self._find(name.rpartition(".")[0])
-            return f"missing setting {leaf} of {owner.rpartition('.')[2]}{f' in {outer.name}{outer.place}' if outer else ''}"
-        name = next((known for known in self.known if name.endswith(known)), name)  # without the subcommand
-        return f"missing setting {name}; give it as --{name}=..., or in a --config file"
-
-    def _hint(self, path: str, owner: str) -> Any:
-        if path in self.known or not owner:
-            return self.known.get(path)
-        try:
-            return typing.get_type_hints(find_class(owner).__init__).get(path.rpartition(".")[2])
-        except (NameError, TypeError, SettingError):  # annotations may name what only type checkers import
-            return None
-
-    def _find(self, path: str, owner: str = "") -> Setting | None:
-        """Return the last setting of this name in jsonargparse's messages; if possible inside the class `owner`."""
+    def _find(self, path: str) -> Setting | None:
+        """Return the last setting of this name in jsonargparse's messages."""
         same = [setting for setting in self.given if _plain(setting.name) == path and not setting.name.endswith("]")]
-        classes = {
-            setting.name.removesuffix(".class_path")
-            for setting in self.given
-            if setting.leaf == "class_path" and setting.value == owner
-        }
-        of_owner = [setting for setting in same if any(setting.name.startswith(holder) for holder in classes)]
-        return (of_owner or same or [None])[-1]  # type: ignore[list-item]
+        return same[-1] if same else None
 
 
 def _with_home(words: list[str]) -> list[str]:
@@ -272,8 +224,10 @@ def _print_section_help(parser: argparse.ArgumentParser, args: list[str]) -> Non
         inside = [action for action in parser._actions if action.dest.startswith(section) and section.endswith(".")]
         if word.endswith(".help") and word not in options and inside:
             for action in inside:
-                hint = in_words(getattr(action, "_typehint", action.type))
-                print(f"  --{action.dest} ({hint}, default: {action.default})\n      {action.help}")
+                hint = getattr(action, "_typehint", action.type)
+                print(
+                    f"  --{action.dest} ({getattr(hint, '__name__', hint)}, default: {action.default})\n      {action.help}"
+                )
             raise SystemExit(0)
 
 
@@ -314,33 +268,16 @@ def _same(given: Any, text: str) -> bool:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """Suggest the known name nearest to `name`: one of its section, or the same name in another section."""
-    pool = [other for other in known if not name.startswith(f"{other}.")]
-    siblings = [other for other in pool if other.rpartition(".")[0] == name.rpartition(".")[0]]
-    leaf = name.rpartition(".")[2]
-    for candidates in (siblings, pool):
-        leaves = sorted({other.rpartition(".")[2] for other in candidates})
-        for close in difflib.get_close_matches(leaf, leaves, n=1):
-            same_leaf = [other for other in candidates if other.rpartition(".")[2] == close]
-            nearest = max(same_leaf, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
-            return f"; did you mean {nearest}?"
-    return "; --help lists all of them"
+    """Suggest the known name whose last part is nearest to that of `name`; of equal ones the nearest as a whole."""
+    ordered = sorted(known, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
+    by_leaf = {other.rpartition(".")[2]: other for other in ordered}
+    close = difflib.get_close_matches(name.rpartition(".")[2], by_leaf, n=1)
+    return f"; did you mean {by_leaf[close[0]]}?" if close else "; --help lists all of them"
 
 
-def find_class(path: str, hint: Any = None) -> Any:
-    """Import a class.
-
-    Args:
-        path: with its module, or the name alone of a known subclass of one in `hint`.
-        hint: type of the setting.
-    """
+def find_class(path: str) -> Any:
+    """Import a class."""
     module_name, _, name = path.rpartition(".")
-    if not module_name:
-        bases = [kind for kind in parts_of(hint) if inspect.isclass(kind)]
-        known = {kind.__name__: kind for base in bases for kind in _subclasses(base)}
-        if name in known:
-            return known[name]
-        raise SettingError(f"there is no such class{did_you_mean(name, known)}")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
@@ -352,12 +289,6 @@ def find_class(path: str, hint: Any = None) -> Any:
         classes = [other for other in (*getattr(module, "__all__", ()), *vars(module)) if other[:1].isupper()]
         raise SettingError(f"{module_name} has no class {name}{did_you_mean(name, classes)}")
     return getattr(module, name)
-
-
-def _subclasses(base: Any) -> Iterator[Any]:
-    yield base
-    for kind in type.__subclasses__(base):
-        yield from _subclasses(kind)
 
 
 def parts_of(hint: Any) -> Iterator[Any]:
@@ -376,21 +307,3 @@ def _takes_null(hint: Any) -> bool:
 def is_section(kind: Any) -> bool:
     """Return whether a type is a dataclass of settings that no `class_path` names."""
     return dataclasses.is_dataclass(kind) and not (inspect.isclass(kind) and issubclass(kind, NAMED_BY_CLASS))
-
-
-def in_words(hint: Any) -> str:
-    """Describe a type for a message."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(str(choice) for choice in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(in_words(kind) for kind in arguments))
-    if origin is tuple and arguments[-1] is Ellipsis:
-        return f"a list, each {in_words(arguments[0])}"
-    if origin is tuple:
-        return f"a list of {len(arguments)}: {', '.join(in_words(kind) for kind in arguments)}"
-    if origin is not None:
-        return f"a list, each {in_words(arguments[0])}" if origin in (list, Sequence) else str(hint)
-    if is_section(hint):
-        return "a section of settings"
-    return _WORDS.get(hint) or ("a value" if hint in (None, Any) else f"a {getattr(hint, '__name__', hint)}")

@@ -89,12 +89,12 @@ def read_file(path: str) -> Iterator[Setting]:
             raise SettingError(f"--config {path} is not a text file; give a checkpoint to --ckpt_path") from error
     try:
         node, loader = _compose(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise SettingError(f"{path}{place} is not YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:  # a control character
-        raise SettingError(f"{path} is not YAML: {one_line(str(error))}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)  # a control character has none
+        place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        raise SettingError(
+            f"{path}{place} is not YAML: {getattr(error, 'problem', None) or one_line(str(error))}"
+        ) from error
     if not isinstance(node, yaml.MappingNode):
         raise SettingError(f"{path} {'is empty' if node is None else 'holds no settings'}; write them as `name: value`")
     yield from _walk(node, "", loader, path)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from inspect import signature
 from typing import Any
 
 from nlgmoe.cli.errors import did_you_mean, one_line_errors
-from nlgmoe.parts import ForeignCodeError
 from nlgmoe.validation import SettingError
 from nlgmoe.versions import versions
 
@@ -74,19 +72,10 @@ def function_of(name: str) -> Any:
 
 
 def _run(name: str, words: list[str]) -> None:
-    function = function_of(name)
-    from nlgmoe.cli.command_parser import CommandParser, name_as_typed
+    from nlgmoe.cli.command_parser import CommandParser
 
-    try:
-        function(**CommandParser(name, function).read(words))
-    except ForeignCodeError as error:
-        takes_code = "allow_code" in signature(function).parameters
-        allow = f"add --allow-code {error.module}, if you trust it"
-        refuses = f"nlgmoe {name} accepts no such code (docs/extending.md lists the commands that do)"
-        raise ForeignCodeError(error.path, allow if takes_code else refuses) from error
-    except ValueError as error:
-        name_as_typed(error, function)
-        raise
+    function = function_of(name)
+    function(**CommandParser(name, function).read(words))
 
 
 if __name__ == "__main__":

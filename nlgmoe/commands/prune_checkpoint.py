@@ -13,7 +13,6 @@ from nlgmoe.files import settings_of
 from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
-    from nlgmoe.config import GPTConfig
     from nlgmoe.eval.loaded_model import LoadedModel
 
 BATCH = 8  # sequences of `text` at a time
@@ -86,33 +85,14 @@ def prune_checkpoint(
     sizes = [count_parameters(config).total for config in (before, after)]
     print(f"loss {use.loss:.4f} -> {loss:.4f} nats per token ({use.tokens:,} tokens)")
     print(f"{checkpoint}: {sizes[0]:,} parameters of {loaded.path} have become {sizes[1]:,}")
-    print(f"{settings_of(Path(checkpoint))}: its settings")
-    config, options = _settings_to_train_on(Path(run), before)
+    settings = settings_of(Path(checkpoint))
+    print(f"{settings}: its settings")
+    files = [file for file in (run_config(Path(run)), settings) if file is not None]  # later ones override
     print(
-        "to continue training, with the unpruned model as teacher: python train.py fit --config "
-        f"{config} --model.config.moe.num_experts '{list(num_experts)}' "
-        f"--model.warm_start.checkpoint {quote(checkpoint)} --model.distiller nlgmoe.MixtureOfStudents "
-        f"--model.distiller.init_args.teacher {quote(str(loaded.path))}{options} --trainer.default_root_dir RUN"
+        f"to continue training, with the unpruned model as teacher: python train.py fit "
+        f"{' '.join(f'--config {quote(str(file))}' for file in files)} --model.distiller nlgmoe.MixtureOfStudents "
+        f"--model.distiller.init_args.teacher {quote(str(loaded.path))} --trainer.default_root_dir RUN"
     )
-
-
-def _settings_to_train_on(run: Path, model: GPTConfig) -> tuple[str, str]:
-    """Return the run's configuration, if it describes the model, and options that reset its warm start."""
-    from nlgmoe.config import GPTConfig
-    from nlgmoe.experiment import parse_config
-
-    if (file := run_config(run)) is None:
-        return "CONFIG", ""
-    try:
-        settings = parse_config(file)["model"]
-        same = GPTConfig.from_dict(settings["config"]) == model  # false for a model upcycled in its dense model's run
-    except (ValueError, OSError, ImportError):
-        # from another version, edited, or with a callback that cannot be imported
-        same = False
-    if not same:
-        return "CONFIG", ""
-    mapped = (settings["warm_start"] or {}).get("layers") is not None
-    return quote(str(file)), " --model.warm_start.layers null" if mapped else ""
 
 
 def _run_batches(run: str, windows: int, tokenizer: str | None) -> Any:

@@ -119,7 +119,7 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
 def test_what_cannot_be_pruned_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, small = whole(tmp_path, "softmax"), tmp_path / "small.ckpt"
     for arguments, message in (
-        ((small, "--num-experts=[3,0]"), "--num-experts=[3, 0] has 2 numbers, the model has [6, 0, 5]"),
+        ((small, "--num-experts=[3,0]"), "num_experts=[3, 0] has 2 numbers, the model has [6, 0, 5]"),
         ((small, "--num-experts=[1,0,5]"), "top_k=2 must be between 1 and the smallest num_experts (1)"),
         ((small, "--num-experts=[3,0,4]"), "no config.yaml that names its text; give --text FILE"),
         ((source, "--num-experts=[3,0,4]", "--text=x", "--overwrite"), "is the checkpoint to prune, the teacher"),

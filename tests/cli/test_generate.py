@@ -90,7 +90,7 @@ def test_a_file_of_prompts_becomes_a_file_of_completions(
     ("args", "code", "message"),
     [
         (("CKPT", "--prompt", "queen " * 40), 2, "with seq_len=32 the model reads at most 31"),
-        (("CKPT", "--prompt=a", "--device=abacus"), 2, "--device=abacus cannot be used"),
+        (("CKPT", "--prompt=a", "--device=abacus"), 2, "device=abacus cannot be used"),
         (("CKPT", "--prompts", "TMP/text.jsonl"), 2, 'text.jsonl, line 2 is no JSON object with a text "prompt"'),
         (("TMP", "--prompt=a"), 1, "no valid checkpoint"),
         (("CKPT",), 2, "give a text with --prompt"),

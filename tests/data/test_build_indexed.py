@@ -211,7 +211,7 @@ def test_the_command_says_what_is_written(tokenizer: Tokenizer, files: list[str]
     assert len(IndexedDataset(Path(prefix))) == 90
     with pytest.raises(SystemExit):
         main([*arguments, f"--input={pattern}"])
-    assert f"error: --output={prefix}: {prefix}.idx exists already; name another output" in capsys.readouterr().err
+    assert f"error: output={prefix}: {prefix}.idx exists already; name another output" in capsys.readouterr().err
 
 
 def test_from_own_text_to_training_with_a_tokenizer_of_its_own(tmp_path: Path, capsys: Any) -> None:

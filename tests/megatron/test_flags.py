@@ -176,7 +176,6 @@ def test_a_teacher_is_nothing_without_the_switch() -> None:
         ("--tensor-model-parallel-size 4", "--tensor-model-parallel-size 4: there is no tensor parallelism here"),
         ("--swiglu", "--swiglu: SwiGLU is not translated; remove it, and set model.config.ffn_network to swiglu"),
         ("--mos --kd-beta-ce 1", "--load-teacher: is not given"),
-        ("--rampup-batch-size 32 32 1953125 --train-samples 9 --lr-decay-tokens 9", "does not fit together: start=32"),
         ("--rampup-batch-size 8 8 100", "--train-iters 100: counts steps that --rampup-batch-size makes unequal; give"),
         ("--reset-attention-mask", "--reset-attention-mask: comes with --reset-position-ids here"),
         ("--data-path 0.3 a -0.7 b", "--data-path 0.3 a -0.7 b: is not a list of weight and prefix in turn"),

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from nlgmoe.tools.megatron.from_megatron import read_launch, translated
-from nlgmoe.validation import SettingError
 from tests.checkpoint import megatron_model
 from tests.megatron.writing import NEEDED, launched, settings_of
 
@@ -60,22 +59,6 @@ def test_the_last_argument_block_of_a_log(line: str, tmp_path: Path) -> None:
         "# 2 other arguments of train.log are in no table and were passed over: bert_binary_head, retro_workdir."
         in translated(read_launch([str(log)], ()))
     )
-
-
-@pytest.mark.parametrize(
-    "changes", [{"save": "/lustre/project/experiments/moe-350m"}, {"num_experts": [8] * 12}], ids=["a path", "a list"]
-)
-def test_a_log_with_wrapped_lines_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
-    """As it is copied from a terminal: a value would be cut. Lines of other programs are no rests of values."""
-    log, whole, width = tmp_path / "train.log", printed(changes), 80
-    log.write_text("\n".join(line[at : at + width] for line in whole.splitlines() for at in range(0, len(line), width)))
-    with pytest.raises(SettingError, match=r"train.log: its lines are wrapped at 80 characters, and .* is the rest"):
-        read_launch([str(log)], ())
-    longest = max(whole.splitlines(), key=len)
-    log.write_text(whole.replace(longest, f"{longest}\n[WARNING] async_io requires the dev libaio package\n\nwarning:"))
-    with_noise = read_launch([str(log)], ())
-    log.write_text(whole)
-    assert with_noise == read_launch([str(log)], ())
 
 
 def test_the_arguments_of_a_checkpoint(tmp_path: Path) -> None:

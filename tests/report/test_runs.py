@@ -147,7 +147,7 @@ def test_a_wrong_command_ends_with_one_line(
         (["run", "empty"], "empty is no run folder: it has no metrics.csv, summary.json or config.yaml"),
         (
             ["run", "--output", "run/metrics.csv"],
-            "--output=run/metrics.csv is not a name of a page; let it end in .html",
+            "output=run/metrics.csv is not a name of a page; let it end in .html",
         ),
     ):
         with pytest.raises(SystemExit) as end:

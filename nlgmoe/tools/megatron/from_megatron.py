@@ -9,7 +9,6 @@ import ast
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from shlex import quote
 
@@ -111,7 +110,6 @@ def read_log(path: Path) -> Launch:
             f"{path} has no argument block of Megatron's; give the log of a run, a checkpoint's folder, or the flags after -- "
             "(docs/megatron_flags.md shows how a script prints them)"
         )
-    _require_whole_lines(blocks[-1], path)
     return _from_arguments(dict(_LINE.findall(blocks[-1])), path.name, path.stem)
 
 
@@ -192,17 +190,3 @@ def _filled_in(argument: str, values: Mapping[str, str]) -> str | None:
     if argument == "kv_channels" and hidden.isdecimal() and heads.isdecimal() and int(heads):
         return str(int(hidden) // int(heads))
     return None
-
-
-def _require_whole_lines(block: str, path: Path) -> None:
-    """Check that the log was not wrapped, as by a terminal that it was copied from: a value would be cut."""
-    lines = block.splitlines()
-    width = max(map(len, lines), default=0)
-    for before, line in pairwise(lines):
-        rest = line.strip()
-        is_rest = rest and not _LINE.search(line) and (" " not in rest or rest.endswith("]"))
-        if len(before) == width and is_rest and _LINE.search(before):
-            raise SettingError(
-                f"{path}: its lines are wrapped at {width} characters, and {rest} is the rest of one; give the log as it was "
-                "written"
-            )

@@ -11,9 +11,6 @@ import posixpath
 from collections.abc import Sequence
 from pathlib import Path
 
-from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.optim.param_groups import AdamWConfig
-from nlgmoe.optim.token_schedule import LearningRateSchedule
 from nlgmoe.tools.megatron.flags import IGNORED, Arguments
 from nlgmoe.tools.megatron.trainer_settings import trainer_settings
 from nlgmoe.tools.megatron.translation import DEFAULT, Settings, Translation
@@ -51,8 +48,6 @@ def translate(arguments: Arguments, source: str, name: str, notes: Sequence[str]
     _data(job)
     trainer_settings(job, name)
     job.note_flags_without_setting(IGNORED)
-    if not job.arguments.problems:
-        _check_together(job)
     return job.text(source)
 
 
@@ -281,21 +276,3 @@ def _split(job: Translation) -> list[float] | None:
         job.arguments.refuse("--split", "must be numbers from 0 on, with a second share to validate on; correct it")
         return None
     return [int(share) if share.is_integer() else share for share in shares]
-
-
-def _check_together(job: Translation) -> None:
-    """Run the checks of our configuration classes on the settings."""
-    model = job.tree["model"]
-    try:
-        config = dict(model["config"])
-        moe = config.pop("moe")
-        GPTConfig(**config, moe=MoEConfig(**moe) if moe else None)
-        AdamWConfig(**model["optimizer"])
-        LearningRateSchedule(**model["schedule"])
-        if "batch_ramp_up" in job.tree["data"]:
-            from nlgmoe.data.accumulation import BatchRampUp, check_ramp_up  # imports Lightning, which takes seconds
-
-            data = job.tree["data"]
-            check_ramp_up(BatchRampUp(**data["batch_ramp_up"]), data["global_batch_size"], data["micro_batch_size"])
-    except ValueError as error:
-        job.arguments.add_problem("the launch", f"does not fit together: {error}")

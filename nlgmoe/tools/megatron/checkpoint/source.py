@@ -26,7 +26,6 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from nlgmoe.validation import RunError, SettingError
 
 DENSE = "mp_rank_00_model_states.pt"
-_STEP = re.compile(r"global_step\d+")
 _EXPERT = re.compile(r"(?:.*\.)?layers\.(\d+)\.mlp\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.+)")
 _ANY_EXPERT = ".deepspeed_moe.experts.deepspeed_experts."
 # Packages whose objects a Megatron-DeepSpeed script leaves in a checkpoint.
@@ -109,47 +108,14 @@ class Dense:
 
 def find_folder(path: Path) -> Path:
     """Find the folder with the files: `path` itself, or the one in it that `latest` names."""
-    if not path.is_dir():
-        raise SettingError(f"{path} is no folder; name a Megatron-DeepSpeed checkpoint, such as OUT/global_step1000")
-    folder = path
-    if not any(path.glob("*model_states.pt")):
-        steps = sorted(one.name for one in path.iterdir() if _STEP.fullmatch(one.name))
-        if (path / "latest").is_file():
-            tag = (path / "latest").read_text(errors="replace").strip()
-            folder = path / tag
-            if Path(tag).name != tag or not folder.is_dir():
-                raise RunError(
-                    f"{path / 'latest'} names {tag}, which is not there; name one of {', '.join(steps) or 'none'}"
-                )
-        elif steps:
-            raise RunError(f"{path} has no file latest; name one of its folders: {', '.join(steps)}")
-        elif any(path.glob("**/model_optim_rng.pt")):
-            raise RunError(f"{path} was written without --deepspeed; only checkpoints of Megatron-DeepSpeed are read")
-        else:
-            raise SettingError(f"{path} is no Megatron-DeepSpeed checkpoint: it has neither {DENSE} nor a file latest")
-    _check_unsharded(folder)
+    latest = path / "latest"
+    folder = path / latest.read_text(errors="replace").strip() if latest.is_file() else path
+    if not (folder / DENSE).is_file():
+        raise SettingError(
+            f"{folder} has no {DENSE}; name a checkpoint of Megatron-DeepSpeed, such as OUT/global_step1000, saved with "
+            "--deepspeed and --no-pipeline-parallel, and with a ZeRO stage below 3"
+        )
     return folder
-
-
-# Name of a file -> why its checkpoint is not read.
-_SHARDED = {
-    r"(bf16_)?zero_pp_rank_.*_model_states\.pt": "ZeRO stage 3 has split the weights; save it from a run with a lower stage",
-    r"layer_\d+-.*model_states\.pt": "pipeline parallelism has split the model; save it from a run with --no-pipeline-parallel",
-    r".*mp_rank_(?!00_)\d+.*_model_states\.pt": "tensor parallelism has split the weights; save it from a run with "
-    "--tensor-model-parallel-size 1",
-    r"expert_\d+_mp_rank_\d+_model_states\.pt": "an old DeepSpeed has put all layers of an expert into one file; "
-    "load and save it with a newer one",
-}
-
-
-def _check_unsharded(folder: Path) -> None:
-    names = sorted(file.name for file in folder.glob("*.pt"))
-    for pattern, reason in _SHARDED.items():
-        for name in names:
-            if re.fullmatch(pattern, name):
-                raise RunError(f"{folder / name}: {reason}")
-    if DENSE not in names:
-        raise RunError(f"{folder} has no {DENSE}; copy the checkpoint anew")
 
 
 def read_dense(folder: Path) -> Dense:
@@ -157,7 +123,9 @@ def read_dense(folder: Path) -> Dense:
     file = folder / DENSE
     state = load(file)
     if not isinstance(state, dict) or not isinstance(state.get("module"), dict):
-        raise RunError(f"{file} holds no model; use a checkpoint that Megatron-DeepSpeed wrote")
+        raise RunError(
+            f"{file} holds no model; use a checkpoint that Megatron-DeepSpeed wrote with --no-pipeline-parallel"
+        )
     if not isinstance(state.get("args"), Namespace):
         raise RunError(f"{file} lacks Megatron's arguments, so its model is unknown; use another checkpoint")
     tensors = {
