@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import lightning
@@ -96,8 +97,8 @@ def _write_settings(checkpoint: Path, config: GPTConfig, tokenizer: bool, origin
     settings["trainer"] = {"default_root_dir": str(checkpoint.with_suffix(""))}
     head = (
         f"# {origin}. Measure its loss, or train from its weights:\n"
-        f"#   train.py validate --config {file} --ckpt_path {checkpoint}\n"
-        f"#   train.py fit --config {file} --model.train_tokens N --model.optimizer.lr RATE\n"
+        f"#   python train.py validate --config {quote(str(file))} --ckpt_path {quote(str(checkpoint))}\n"
+        f"#   python train.py fit --config {quote(str(file))} --model.train_tokens N --model.optimizer.lr RATE\n"
     )
     with atomic_write(file) as temporary:
         temporary.write_text(head + yaml.safe_dump(settings, sort_keys=False, width=120), encoding="utf-8")

@@ -137,7 +137,7 @@ class OneLineParser(ArgumentParser):
             return f"missing setting {name}{f' of {owner}' if owner else ''}; give it in a file, or on the command line"
         if not path:
             return self.qualified(one_line(message))
-        setting = self._find(path)
+        setting = self._find(path, reason)
         named = [given for given in self.given if given.leaf == "class_path" and _plain(given.name).startswith(path)]
         takes_class = any(
             inspect.isclass(kind) and kind.__module__ != "builtins" for kind in parts_of(self.known.get(path))
@@ -195,7 +195,7 @@ class OneLineParser(ArgumentParser):
 
     def _unknown(self, name: str, owner: str) -> str:
         name = name.lstrip("-").partition("=")[0]
-        setting = self._find(name)
+        setting = self._find(name, "")
         full_name, place = (setting.name, setting.place) if setting else (name, "")
         accepted: list[str] = []
         if owner and "." in full_name:
@@ -204,10 +204,11 @@ class OneLineParser(ArgumentParser):
                 accepted = [f"{holder}.{name}" for name in inspect.signature(find_class(owner)).parameters]
         return f"unknown setting {full_name}{place}{_nearest(full_name, [*accepted, *self.known])}"
 
-    def _find(self, path: str) -> Setting | None:
-        """Return the last setting of this name in jsonargparse's messages."""
+    def _find(self, path: str, reason: str) -> Setting | None:
+        """Return the last setting of this name in jsonargparse's messages; of several, one whose value the reason names."""
         same = [setting for setting in self.given if _plain(setting.name) == path and not setting.name.endswith("]")]
-        return same[-1] if same else None
+        named = [setting for setting in same if str(setting.value) in reason]
+        return (named or same or [None])[-1]  # type: ignore[list-item]
 
 
 def _with_home(words: list[str]) -> list[str]:

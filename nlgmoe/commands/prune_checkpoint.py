@@ -91,7 +91,7 @@ def prune_checkpoint(
     print(
         f"to continue training, with the unpruned model as teacher: python train.py fit "
         f"{' '.join(f'--config {quote(str(file))}' for file in files)} --model.distiller nlgmoe.MixtureOfStudents "
-        f"--model.distiller.init_args.teacher {quote(str(loaded.path))} --trainer.default_root_dir RUN"
+        f"--model.distiller.init_args.teacher {quote(str(loaded.path))}"
     )
 
 

@@ -333,7 +333,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         if not isinstance(launcher, _SubprocessScriptLauncher):
             return  # torchrun, srun and others kill their processes themselves
         if isinstance(exception, AllRanksError):
-            return  # the others raise too, and end with this process (`cli/errors.py`)
+            return  # the others raise it too
         deadline = time.monotonic() + 5  # time for the other ranks to print their own errors
         while time.monotonic() < deadline and any(process.poll() is None for process in launcher.procs):
             time.sleep(0.1)

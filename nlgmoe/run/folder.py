@@ -42,7 +42,10 @@ METRICS = "metrics.csv"
 
 
 class RunTrainer(Trainer):
-    """Lightning's trainer for a run folder, `default_root_dir`; see the head of this file for its rule."""
+    """Lightning's trainer for a run folder, `default_root_dir`; see the head of this file for its rule.
+
+    `weights_only` has no effect: checkpoints here hold no pickled objects.
+    """
 
     @override
     def fit(

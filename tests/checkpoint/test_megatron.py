@@ -220,7 +220,7 @@ def test_other_folders_are_refused_with_the_flags_that_they_need(file: str, tmp_
 
 def test_a_pipeline_is_refused_by_name(theirs: Path, tmp_path: Path) -> None:
     edit(theirs, lambda state: state.update(module=None))
-    with pytest.raises(ValueError, match="holds no model; .*--no-pipeline-parallel"):
+    with pytest.raises(ValueError, match=r"holds no model; .*--no-pipeline-parallel"):
         imported(tmp_path)
 
 

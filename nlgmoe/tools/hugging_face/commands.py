@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 from nlgmoe.cli.arguments import check_new_checkpoint
@@ -71,7 +72,9 @@ def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> 
 
     done, settings = import_folder(source, checkpoint, overwrite), settings_of(Path(checkpoint))
     print(f"{checkpoint}: {done.model_type}, {count_parameters(done.config).total:,} parameters")
-    print(f"{settings}: settings; python train.py validate --config {settings} --ckpt_path {checkpoint}")
+    print(
+        f"{settings}: settings; python train.py validate --config {quote(str(settings))} --ckpt_path {quote(checkpoint)}"
+    )
     if done.no_tokenizer:
         print(
             f"without a tokenizer: {done.no_tokenizer}; add data.tokenizer, or a data.corpus of the model's token ids"

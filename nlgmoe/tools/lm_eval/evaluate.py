@@ -60,7 +60,7 @@ def evaluate(
     from nlgmoe.tools.lm_eval.results import merge_results, results_table
     from nlgmoe.tools.lm_eval.tasks import evaluate_task, find_tasks, load_task
 
-    names = list(dict.fromkeys(name for name in tasks.split(",") if name))
+    names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
     with quiet(progress=True):
         manager = find_tasks(names, include_path)
         loaded = load_pretrained(checkpoint, tokenizer, device, precision)

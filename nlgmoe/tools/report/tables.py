@@ -86,7 +86,7 @@ def step_times(runs: Sequence[Run]) -> str:
         {name.removeprefix("time/"): 1e3 * series.mean() for name, series in run.metrics.items()} for run in timed
     ]
     times = pd.DataFrame(logged).reindex(columns=["step", *PARTS])
-    times.insert(5, "rest", times["step"] - times[list(PARTS)].sum(axis=1))
+    times.insert(1 + len(PARTS), "rest", times["step"] - times[list(PARTS)].sum(axis=1))
     rows: list[Row] = [(part, "{:.1f}".format, times[part].tolist()) for part in times]
     return f"<h3>What a step's time goes to (milliseconds, mean over ranks and steps)</h3>{table('step_times', timed, rows)}"
 
