@@ -108,7 +108,9 @@ def test_a_field_that_a_checkpoint_lacks_has_its_default_and_an_unknown_one_is_r
         change(checkpoint["model_config"]["moe"])
         io.save_checkpoint(checkpoint, tmp_path / f"{name}.ckpt")
     assert fit(tmp_path, steps=2, resume=tmp_path / "lacks.ckpt").global_step == 2
-    with pytest.raises(ValueError, match=r"unknown.ckpt describes no model: .*gate_scale"):
+    with pytest.raises(
+        ValueError, match=r"unknown.ckpt/checkpoint.json, written by nlgmoe \d.* describes no model: .*gate_scale"
+    ):
         fit(tmp_path, steps=2, resume=tmp_path / "unknown.ckpt")
 
 

@@ -46,7 +46,7 @@ from nlgmoe.distill.offline_teacher import OfflineTeacher
 from nlgmoe.eval.specialisation import Specialisation
 from nlgmoe.layers import all_to_all
 from nlgmoe.layers.experts import Experts
-from nlgmoe.model.counting import count_parameters, flops_per_token
+from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.optim.param_groups import AdamWConfig
@@ -718,24 +718,19 @@ def growing(cell: Cell, ranks: int, folder: Path) -> tuple[list[float], list[int
     return recorder.outcome.losses, sequences, module.tokens_seen, rate
 
 
-def uneven(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, int, float, float]:
-    """Steps, clock, positions fed to all ranks, and learning rate after 400 tokens of batches that differ between ranks.
-
-    Last, the FLOPs by `Throughput` over those of each batch of each rank.
-    """
-    module, fed = cell.module(), torch.zeros(2, dtype=torch.float64)
+def uneven(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, int, float]:
+    """Steps, clock, positions fed to all ranks, and learning rate after 400 tokens of batches that differ between ranks."""
+    module, fed = cell.module(), torch.zeros((), dtype=torch.int64)
     module.train_tokens, module.schedule = 400, LearningRateSchedule("cosine", 0.0, 0, 1000)
 
     def add(trainer: Trainer, module: MoEGPTModule, batch: Batch, _: int) -> None:
-        tokens = batch["tokens"]
-        fed.add_(torch.tensor([1, flops_per_token(module.config, tokens.shape[1])]) * tokens.numel())
+        fed.add_(batch["tokens"].numel())
 
-    count, speed = LambdaCallback(on_train_batch_start=add), Throughput()
-    trainer = make_trainer(cell, ranks, folder, count, speed, strategy=strategy_of(cell), accumulate_grad_batches=2)
+    count = LambdaCallback(on_train_batch_start=add)
+    trainer = make_trainer(cell, ranks, folder, count, strategy=strategy_of(cell), accumulate_grad_batches=2)
     trainer.fit(module, ToLongest(micro_batch_size=2, padded=True))
     distributed.all_reduce(fed)
-    flops = speed.state_dict()["flops"] / float(fed[1])
-    return trainer.global_step, module.tokens_seen, int(fed[0]), trainer.optimizers[0].param_groups[0]["lr"], flops
+    return trainer.global_step, module.tokens_seen, int(fed), trainer.optimizers[0].param_groups[0]["lr"]
 
 
 def free_port() -> int:

@@ -469,9 +469,8 @@ def test_batches_and_sequences_grow_alike_on_ranks(found: Found, tmp_path: Path)
 
 
 def test_the_clock_counts_the_tokens_of_all_ranks(found: Found) -> None:
-    (steps, clock, fed, rate, flops), other = found[uneven, UNEQUAL.name]
-    assert (steps, clock, fed, rate, flops) == other
-    assert flops == pytest.approx(1, rel=1e-12)
+    (steps, clock, fed, rate), other = found[uneven, UNEQUAL.name]
+    assert (steps, clock, fed, rate) == other
     assert 400 <= clock == fed and 2 < steps < UNEQUAL.steps
     assert rate == pytest.approx(3e-3 * (1 + math.cos(math.pi * clock / 1000)) / 2)
 
