@@ -66,7 +66,7 @@ def test_what_is_the_teachers_alone_is_not_the_students(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("pr_moe/laptop.yaml", ["--num-layers=6"], "--num-layers=6 must be at least 1 and below the teacher's 6"),
+        ("pr_moe/laptop.yaml", ["--num-layers=6"], "num_layers=6 must be at least 1 and below the teacher's 6"),
         ("pr_moe/laptop.yaml", ["--num-layers=5", "--step=5", "--fraction=0.5"], "fraction=0.5 are two ends"),
         ("pr_moe", ["--num-layers=5"], "is in no run's folder: there is no config.yaml above it"),
     ],
