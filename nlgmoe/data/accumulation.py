@@ -81,6 +81,6 @@ def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_
     ranks = "1 rank feeds" if world_size == 1 else f"{world_size} ranks feed"
     nearest = " or ".join(str(value) for value in (count * per_round, (count + 1) * per_round) if value > 0)
     raise SettingError(
-        f"data.global_batch_size {global_batch_size} is not a multiple of the {per_round} sequences that {ranks} at a "
-        f"time with data.micro_batch_size {micro_batch_size}: set data.global_batch_size to {nearest}, or another size"
+        f"data.global_batch_size={global_batch_size} is not a multiple of the {per_round} sequences that {ranks} at a "
+        f"time with data.micro_batch_size={micro_batch_size}; set it to {nearest}, or another size"
     )

@@ -32,7 +32,7 @@ from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.files import write_json
 from nlgmoe.validation import RunError, SettingError
 
-CHUNK_BYTES = 1 << 18  # of text, tokenised together; the tokenizer needs a hundred times as much memory
+CHUNK_CHARACTERS = 1 << 18  # tokenised together; the tokenizer needs a hundred times as much memory
 QUEUED = 3  # chunks per thread that are read ahead
 RECORD_SECONDS = 30.0  # between two records of progress; a killed build loses no more
 SMALL_BYTES = 5_000_000  # of files, below which more is held out
@@ -200,7 +200,7 @@ def _chunks(
             assert isinstance(record.content, str)
             texts.append(record.content)
             size += len(record.content)
-            if size >= CHUNK_BYTES:
+            if size >= CHUNK_CHARACTERS:
                 yield texts, Progress(number, record.number + 1, skipped=skipped)
                 texts, size = [], 0
     yield texts, Progress(len(files), skipped=skipped)

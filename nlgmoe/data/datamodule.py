@@ -228,8 +228,8 @@ class PileDataModule(TextFacts, TrainingData):
         assert self.trainer is not None
         if self.trainer.accumulate_grad_batches not in (1, derived):
             raise SettingError(
-                f"trainer.accumulate_grad_batches {self.trainer.accumulate_grad_batches} and data.global_batch_size "
-                f"{global_batch_size} are both set, and the latter makes it {derived}: remove one of them."
+                f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches} and data.global_batch_size="
+                f"{global_batch_size} are both set, and the latter makes it {derived}; remove one of them"
             )
         return derived
 

@@ -122,7 +122,7 @@ def test_a_step_takes_its_micro_batches_and_the_clocks_follow(make_data: Make, t
 
 
 def test_accumulation_has_one_master(make_data: Make, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"accumulate_grad_batches 2 and data.global_batch_size 12 .* makes it 3"):
+    with pytest.raises(SettingError, match=r"accumulate_grad_batches=2 and data.global_batch_size=12 .* makes it 3"):
         fit(tmp_path, make_data(global_batch_size=12), 1, accumulate_grad_batches=2)
     data = make_data()
     assert fit(tmp_path, data, 2, accumulate_grad_batches=2).steps == [0, 2, 4] and data.batch_size_after(0) == 8

@@ -36,7 +36,7 @@ def lines(texts: list[str]) -> bytes:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_indexed, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(build_indexed, "CHUNK_CHARACTERS", 300)
     monkeypatch.setattr(build_indexed, "RECORD_SECONDS", 0.0)
 
 
