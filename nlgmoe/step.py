@@ -41,7 +41,7 @@ class TrainingSteps:
 
     Attributes:
         tokens_seen: the token clock: positions fed to all ranks, padding included, up to the last optimizer step.
-        length: tokens of the latest sequences.
+        length: positions per sequence of the latest micro-batch.
         window: the micro-batches since then.
         losses: of the latest step, the means over its micro-batches and ranks, by logged name.
         guard: decides about steps that are not finite.

@@ -100,8 +100,10 @@ class ExpertLoad(Callback):
         if trainer.is_global_zero:
             if self._resumed:
                 self._interval += torch.tensor(self._resumed, dtype=torch.float64, device=pl_module.device)
-            self._table = Path(trainer.default_root_dir, "expert_load.csv")
-            cut_rows(self._table, self._rows)
+            folder, start = Path(trainer.default_root_dir), trainer.ckpt_path
+            self._table = folder / "expert_load.csv"
+            forks = start is not None and not Path(start).resolve().is_relative_to(folder.resolve())
+            cut_rows(self._table, 0 if forks else self._rows)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

@@ -44,8 +44,8 @@ class WarmStart:
         strict: refuse a checkpoint with missing or unknown tensors, tensors of other shapes, or another tokenizer than the
             data's; if false, load the tensors that fit, keep the initial values of the others, and list the differences.
         layers: for each block of the model, the checkpoint's block that it starts from, counted from 0, for example a student's
-            from its teacher's (`nlgmoe student --from-teacher` writes them). A dense block starts from a dense one, an MoE
-            block from one with as many experts. null: from the block of the same number.
+            from its teacher's (`nlgmoe student --from-teacher` writes them). If `strict`, a dense block starts from a
+            dense one, an MoE block from one with as many experts. null: from the block of the same number.
     """
 
     checkpoint: str
@@ -105,7 +105,7 @@ def load_initial_weights(
         if different and start.strict:
             raise SettingError(
                 f"the weights of {path}{blocks} do not fit the model: {summarize_differences(different)}; use another "
-                "checkpoint, or model.warm_start.strict=false to load what fits"
+                "checkpoint or other model.warm_start.layers, or model.warm_start.strict=false to load what fits"
             )
         for entry in local_entries(model):
             if entry.name in fitting:

@@ -57,7 +57,7 @@ def write_weights(
     if origin is not None:
         _require_free(settings_of(path), overwrite)
     require(
-        not path.exists() or path.is_symlink() or "optimizer_groups" not in read_document(path),
+        path.is_symlink() or not _is_resumable(path),
         f"{path} is not replaced by weights alone: a run can be resumed from it; name another",
     )
     document, _ = make_document(
@@ -106,6 +106,14 @@ def _write_settings(checkpoint: Path, config: GPTConfig, tokenizer: bool, origin
 
 def _require_free(path: Path, overwrite: bool) -> None:
     require(overwrite or not path.exists(), f"{path} exists already; name another, or add --overwrite")
+
+
+def _is_resumable(path: Path) -> bool:
+    """Return True if a run can be resumed from `path`; False if it cannot be read."""
+    try:
+        return "optimizer_groups" in read_document(path)
+    except (ValueError, OSError):
+        return False
 
 
 def weight_shapes(config: GPTConfig) -> Shapes:

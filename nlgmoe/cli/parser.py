@@ -131,23 +131,29 @@ class OneLineParser(ArgumentParser):
                 break
         path = ".".join(keys)
         if match := re.search(r"(?:does not accept option|Option) '([^']+)'|unrecognized arguments: (\S+)", reason):
+            if match[2] and not match[2].startswith("-"):
+                return f"unexpected argument {match[2]}; settings are written --name=value"
             return self._unknown(".".join(filter(None, (path, match[1] or match[2]))), owner)
         if match := re.search(r"the following arguments are required: ([^,\s]+)", reason):
             name = ".".join(filter(None, (path, match[1])))
-            return f"missing setting {name}{f' of {owner}' if owner else ''}; give it in a file, or on the command line"
+            place = next((f" of {given}" for given in reversed(self.given) if given.value == owner), "")
+            return f"missing setting {name}{place}; give it in a file, or on the command line"
         if not path:
             return self.qualified(one_line(message))
         setting = self._find(path, reason)
         named = [given for given in self.given if given.leaf == "class_path" and _plain(given.name).startswith(path)]
-        takes_class = any(
-            inspect.isclass(kind) and kind.__module__ != "builtins" for kind in parts_of(self.known.get(path))
-        )
-        for class_path in [*named, setting] if setting and takes_class else named:
-            if "." in str(class_path.value):
+        bases = [
+            kind for kind in parts_of(self.known.get(path)) if inspect.isclass(kind) and kind.__module__ != "builtins"
+        ]
+        names = [name for base in bases for name in _names_of_subclasses(base)]
+        for class_path in [*named, setting] if setting and bases else named:
+            if "." in (value := str(class_path.value)):
                 try:
-                    find_class(str(class_path.value))
+                    find_class(value)
                 except SettingError as error:
                     return f"{class_path}: {error}"
+            elif value.isidentifier() and value not in names:
+                return f"{class_path}: there is no such class{did_you_mean(value, names)}"
         reason = f"expected {kinds}" if kinds and reason.startswith("Expected a") else reason
         plain = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", reason)
         return f"{setting or path}: {one_line(plain.replace('NoneType', 'null'))}"
@@ -226,9 +232,8 @@ def _print_section_help(parser: argparse.ArgumentParser, args: list[str]) -> Non
         if word.endswith(".help") and word not in options and inside:
             for action in inside:
                 hint = getattr(action, "_typehint", action.type)
-                print(
-                    f"  --{action.dest} ({getattr(hint, '__name__', hint)}, default: {action.default})\n      {action.help}"
-                )
+                kind = hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint)
+                print(f"  --{action.dest} ({kind}, default: {action.default})\n      {action.help}")
             raise SystemExit(0)
 
 
@@ -290,6 +295,12 @@ def find_class(path: str) -> Any:
         classes = [other for other in (*getattr(module, "__all__", ()), *vars(module)) if other[:1].isupper()]
         raise SettingError(f"{module_name} has no class {name}{did_you_mean(name, classes)}")
     return getattr(module, name)
+
+
+def _names_of_subclasses(base: Any) -> Iterator[str]:
+    yield base.__name__
+    for kind in type.__subclasses__(base):
+        yield from _names_of_subclasses(kind)
 
 
 def parts_of(hint: Any) -> Iterator[Any]:

@@ -87,7 +87,7 @@ def prune_checkpoint(
     print(f"{checkpoint}: {sizes[0]:,} parameters of {loaded.path} have become {sizes[1]:,}")
     settings = settings_of(Path(checkpoint))
     print(f"{settings}: its settings")
-    files = [file for file in (run_config(Path(run)), settings) if file is not None]  # later ones override
+    files = [run_config(Path(run)) or "CONFIG", settings]  # the later one overrides
     print(
         f"to continue training, with the unpruned model as teacher: python train.py fit "
         f"{' '.join(f'--config {quote(str(file))}' for file in files)} --model.distiller nlgmoe.MixtureOfStudents "

@@ -69,15 +69,22 @@ class Distiller(ABC):
     def release(self) -> bool:
         """Free what `start` loaded. Returns whether anything was loaded."""
 
-    def _learn_from(self, setting: str, checkpoint: str, weights: str) -> None:
-        """Note the teacher. That of a resumed run must have the same weights, unless another setting names it."""
+    def _learn_from(self, name: str, value: str, checkpoint: str, weights: str) -> None:
+        """Note the teacher. That of a resumed run must have the same weights, unless the setting has another value.
+
+        Args:
+            name: of the setting that determines the teacher.
+            value: its value.
+            checkpoint: path of the teacher's checkpoint.
+            weights: hash of its weights.
+        """
         used = self._used
-        if used.get("setting") == setting and used["weights"] != weights:
+        if used.get("setting") == value and used["weights"] != weights:
             raise RunError(
-                f"the teacher {setting} has other weights than when this run learned from it ({used['checkpoint']}); restore "
-                "them, or name it by another path to change the teacher"
+                f"model.distiller.{name}={value}: this run has learned from {used['checkpoint']}, and the weights are others "
+                "now; restore them, or give another path to change the teacher"
             )
-        self._used = {"setting": setting, "checkpoint": checkpoint, "weights": weights}
+        self._used = {"setting": value, "checkpoint": checkpoint, "weights": weights}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the teacher that the run has used, for the student's checkpoint."""

@@ -112,15 +112,16 @@ class MixtureOfStudents(Distiller):
 
     def _find(self) -> tuple[Path, dict[str, Any]]:
         """Return the checkpoint and its document: the one already used, else that of `teacher`, of a run the newest valid one."""
-        name = self._used["checkpoint"] if self._used.get("setting") == self.teacher else self.teacher
-        remedy = "set it to a trained checkpoint, or model.distiller=null to train on text alone"
-        path, document, weights = find_teacher(name, remedy)
-        self._learn_from(self.teacher, str(path), weights)
-        return path, document
+        path, remedy = self.teacher, "set it to a trained checkpoint, or model.distiller=null to train on text alone"
+        if self._used.get("setting") == self.teacher:
+            path, remedy = self._used["checkpoint"], "this run has learned from it: restore it, or set another path"
+        checkpoint, document, weights = find_teacher(path, remedy)
+        self._learn_from("teacher", self.teacher, str(checkpoint), weights)
+        return checkpoint, document
 
     @override
     def release(self) -> bool:
-        """Free the teacher, and return its memory to the system. Returns whether one was loaded."""
+        """Free the teacher; the allocator may keep its memory for this process. Returns whether one was loaded."""
         if self.model is None:
             return False
         self.model = None

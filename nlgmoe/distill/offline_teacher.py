@@ -67,7 +67,7 @@ class OfflineTeacher(Distiller):
             self._check(recording.header, student.config)
             self._check_data(recording.header, trainer)
             teacher = recording.header["teacher"]
-            self._learn_from(self.logits, teacher["checkpoint"], teacher["weights"])
+            self._learn_from("logits", self.logits, teacher["checkpoint"], teacher["weights"])
         if self.teacher is not None:
             self._check_teacher(recording.header, self.teacher)
         self._recording = recording

@@ -133,6 +133,7 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note that a step was taken."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if not trainer.fit_loop.epoch_loop._should_accumulate():
             self._unsaved = trainer.global_step
 

@@ -161,10 +161,10 @@ def step_size(trainer: Trainer) -> dict[str, int]:
 
 def warn_of_another_size(before: dict[str, int], now: dict[str, int], moe: MoEConfig | None) -> None:
     """Warn if the next step of a resumed run differs in size from that of the checkpoint's run."""
-    if before.get("samples") != now.get("samples"):
+    if "samples" in before and "samples" in now and before["samples"] != now["samples"]:
         rank_zero_warn(
-            f"a step had {before.get('samples')} sequences when the checkpoint was saved, now it has {now.get('samples')}; "
-            f"data.global_batch_size={before.get('samples')} keeps it the same on any number of ranks"
+            f"a step had {before['samples']} sequences when the checkpoint was saved, now it has {now['samples']}; "
+            "data.global_batch_size and data.batch_ramp_up keep it the same on any number of ranks"
         )
         return
     old, new = (size["ranks"] * size["micro_batches"] for size in (before, now))

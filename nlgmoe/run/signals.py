@@ -97,7 +97,7 @@ class StopOnSignal(Callback):
         """Restore the previous handlers."""
         self.teardown(trainer, pl_module, "fit")
 
-    # ---- agreement of ranks, where the step waits for all of them and for the device anyway
+    # ---- agreement of ranks, shortly before a step waits for all of them and for the device
 
     def _request(self) -> int:
         """Return this rank's request: 0 none, 1 save, else the signal that ends the run; the largest of all ranks applies."""
@@ -110,8 +110,17 @@ class StopOnSignal(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Agree about the end of this step."""
-        self._agreed = self._agree(trainer)
+        """Agree with the other ranks about the end of this step."""
+        if trainer.world_size > 1:
+            self._agreed = self._agree(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the request of a single process."""
+        if trainer.world_size == 1 and not trainer.fit_loop.epoch_loop._should_accumulate():
+            self._agreed = self._request()
 
     def _finish_step(self, trainer: Trainer) -> None:
         """End the run if ranks have agreed to; a step is finished and logged, and the next one has not begun."""

@@ -102,6 +102,9 @@ def test_the_command_and_what_it_refuses(dense: Path, tmp_path: Path, capsys: py
     assert "noise of 0.01" in output and f"model.warm_start.checkpoint='{out}'" in output
     assert load_model(out).config.moe == MoEConfig([2, 4], mlp_type="residual")
     assert "exists already" in error_of(capsys, "upcycle", dense, out)
+    (out / "manifest.json").write_text("{}")
+    main(["upcycle", str(dense), str(out), "--num-experts", "4", "--overwrite"])  # also one that cannot be read
+    assert load_model(out).config.moe == MoEConfig(4)
     assert "no dense model" in error_of(capsys, "upcycle", out, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="upcycling supports only the paper's router, not HashRouterConfig"):
         upcycle(dense, tmp_path / "other.ckpt", MoEConfig(4, router=HashRouterConfig()))

@@ -121,9 +121,13 @@ WRONG = {
     ),
     "missing setting": (
         "fit --model.warm_start.strict=false",
-        "missing setting model.warm_start.checkpoint of nlgmoe.WarmStart; give it in a file, or on the command line",
+        "missing setting model.warm_start.checkpoint; give it in a file, or on the command line",
     ),
-    "stray word": ("fit stray", "unknown setting stray"),
+    "stray word": ("fit stray", "unexpected argument stray; settings are written --name=value"),
+    "misspelt name of a class": (
+        "fit --trainer.callbacks=LearningRateMonitr",
+        "trainer.callbacks=LearningRateMonitr: there is no such class; did you mean LearningRateMonitor?",
+    ),
     "linked setting": ("fit --data.seq_len=8", 'Linked "data.seq_len" must be given via "model.config.seq_len"'),
     "text for a number": (
         "fit --model.config.num_heads=two",

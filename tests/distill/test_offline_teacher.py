@@ -186,7 +186,9 @@ def test_a_student_goes_on_with_the_teacher_it_had(logits: Path, tmp_path: Path)
     again = fit(tmp_path, OfflineTeacher(str(tmp_path / "moved"), 1.0, 2.0), resume=saved)
     assert again.losses == whole.losses[4:]
     record(trained(replace(TEACHER, num_layers=2, moe=MoEConfig(2)), tmp_path / "other"), folder, top_k=8)
-    with pytest.raises(ValueError, match=r"the teacher .*logits has other weights than when this run learned from it"):
+    with pytest.raises(
+        ValueError, match=r"distiller.logits=.*logits: this run has learned from .*, and the weights are others"
+    ):
         fit(tmp_path, OfflineTeacher(str(folder), 1.0, 2.0), resume=saved)
     folder.rename(tmp_path / "others")
     other = fit(tmp_path, OfflineTeacher(str(tmp_path / "others"), 1.0, 2.0), resume=saved)

@@ -178,7 +178,7 @@ def test_a_resumed_run_warns_where_its_losses_depend_on_the_size_of_a_step(recwa
         (before, MoEConfig(aux_scope="global"), ""),
         (one_rank, MoEConfig(), ""),
         (one_rank, MoEConfig(aux_scope="global"), "over 1 ranks together, and did over 2"),
-        (larger, MoEConfig(), "a step had 8 sequences .*, now it has 12; data.global_batch_si"),
+        (larger, MoEConfig(), "a step had 8 sequences .*, now it has 12; data.global_batch_size and"),
     ):
         warn_of_another_size(before, now, moe)
         assert len(recwarn) == bool(words)

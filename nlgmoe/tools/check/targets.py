@@ -23,13 +23,15 @@ from nlgmoe.validation import SettingError
 
 def find_layers(words: Sequence[str]) -> list[Layer]:
     """Return the layers to test."""
-    if all(word.endswith((".yaml", ".yml", ".json", ".ckpt")) or Path(word).is_dir() for word in words):
+    if all(word.endswith((".yaml", ".yml", ".json")) for word in words):
         return [own_layer(read_settings(words)[0], " ".join(words))]
     if len(words) > 1:
         raise SettingError(f"{' '.join(words)}: give YAML files, or one checkpoint, class_path or name")
     (word,) = words
     if word in ADAPTERS:
         return ADAPTERS[word]
+    if Path(word).is_dir() or word.endswith(".ckpt"):
+        return [own_layer(read_settings(words)[0], word)]
     return _of_class(word, _import(word))
 
 
