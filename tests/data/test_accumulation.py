@@ -116,7 +116,8 @@ def test_a_step_takes_its_micro_batches_and_the_clocks_follow(make_data: Make, t
     assert resumed.trainer is not None
     assert resumed.trainer.lightning_module.tokens_seen == sum(SIZES) * 32
     with pytest.warns(
-        UserWarning, match="a step had 12 sequences .*, now it has 4; data.global_batch_size and data.batch_ramp_up keep it"
+        UserWarning,
+        match="a step had 12 sequences .*, now it has 4; data.global_batch_size and data.batch_ramp_up keep it",
     ):
         fit(tmp_path, make_data(micro_batch_size=4, global_batch_size=4), 9, tmp_path / "end.ckpt")
 
