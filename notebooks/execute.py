@@ -16,7 +16,8 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parent
-_PROGRESS = re.compile(r"^.*\[\d\d:\d\d<.*\n?|\x1b\[A", re.MULTILINE)  # tqdm's bars: "[00:02<00:10"
+# tqdm's bars, "[00:02<00:10", and the blanks that it writes over them
+_PROGRESS = re.compile(r"^.*\[\d\d:\d\d<.*\n?|\x1b\[A|^ +\r\n?", re.MULTILINE)
 
 
 def parameters_cell(notebook: NotebookNode) -> int:
