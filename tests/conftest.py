@@ -57,7 +57,6 @@ NIGHTLY = (
     "tests/faults/",
     "tests/layers/test_experts.py::test_compiled_parts_compute_the_same",
     "tests/test_gpu_command.py::test_a_dry_run_takes_every_step",
-    "tests/test_notebooks.py",
     "tests/test_other_loggers.py",
     "tests/test_reproduce.py::test_runs_go_on_from_trunks_and_logits_and_are_not_repeated",
 )

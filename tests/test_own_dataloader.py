@@ -47,6 +47,6 @@ def fit(folder: Path, resume: Path | None = None) -> int:
 def test_a_run_goes_on_with_what_is_left_of_the_epoch(tmp_path: Path) -> None:
     """But for a micro-batch that the loader had handed out when it was saved, as a line says."""
     assert fit(tmp_path / "whole") == 12
-    with pytest.warns(UserWarning, match="goes on at step 4 from the state_dict of its own dataloader, which may"):
+    with pytest.warns(UserWarning, match="goes on at step 4 with data that may repeat, skip or begin again"):
         assert fit(tmp_path / "rest", tmp_path / "whole/checkpoints/step-4.ckpt") in (11, 12)
     assert fit(tmp_path / "end", tmp_path / "whole/checkpoints/step-12.ckpt") == 12
