@@ -31,6 +31,7 @@ from matplotlib import pyplot, ticker
 PAGE, README, FIGURES = ROOT / "docs/claims.md", ROOT / "README.md", ROOT / "docs/results"
 BEGIN, END = "<!-- results: make reproduce-tables -->", "<!-- end of results -->"
 COLOURS = {AGREES: "tab:green", DIFFERS: "tab:red", UNRESOLVED: "tab:gray", MISSING: "tab:gray"}
+LIMITS = -0.25, 0.1  # of the axis of differences, nats
 
 
 def short_table(results: dict[str, Any]) -> str:
@@ -142,12 +143,13 @@ def draw_differences(
         axis.plot([low, high], [row, row], color=colour, linestyle=":" if missing else "-", linewidth=2)
         axis.plot(found.mean, row, "o", color=colour, fillstyle="none" if missing else "full")
         if question.rule == "not worse":
-            axis.fill_betweenx([row - 0.4, row + 0.4], -0.2, MARGIN, color="tab:green", alpha=0.08, linewidth=0)
+            axis.fill_betweenx([row - 0.4, row + 0.4], LIMITS[0], MARGIN, color="tab:green", alpha=0.08, linewidth=0)
         axis.annotate(f"{answer.reading}, {answer.pairs} pairs", (1.01, row), xycoords=("axes fraction", "data"),
                       va="center", fontsize=8, color=colour)  # fmt: skip
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(questions)), [question.title for question in reversed(questions)], fontsize=8)
-    axis.set_xlim(-0.2, 0.1)
+    axis.set_xlim(*LIMITS)
+    axis.set_xticks([-0.2, -0.1, 0.0, 0.1])
     axis.set_xlabel(
         f"difference in validation loss (nats/token), 95% interval\nleft: better; shaded: as good as, margin {MARGIN}",
         fontsize=8,
