@@ -23,7 +23,7 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.loggers import ends_step, heat_map, is_logged, log_image, sum_over_ranks
 from nlgmoe.monitoring.routing_statistics import SUMS, RoutingSums, routing_statistics, routing_sums
 from nlgmoe.pyramid import moe_blocks
-from nlgmoe.run.folder import count_rows, cut_rows
+from nlgmoe.run.folder import count_rows, cut_rows, is_of_folder
 from nlgmoe.validation import SettingError
 
 EVALUATED = ("load_max_over_mean", "load_cv", "dropped", "entropy", "expert_share")  # statistics that `validate` logs
@@ -61,7 +61,8 @@ class ExpertLoad(Callback):
         self._resumed: list[float] = []  # sums over all ranks of the interval at the checkpoint
         self._served: list[list[int]] = []  # by layer and expert: last logged step in which it got a token
         self._table: Path | None = None  # `expert_load.csv`, on the process that writes it
-        self._rows = 0  # of the table at the checkpoint
+        self._rows: int | None = 0  # of the table at the checkpoint; None: all, the checkpoint does not count them
+        self._forks = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -77,11 +78,16 @@ class ExpertLoad(Callback):
         return {"served": self._served, "interval": sums, "rows": rows}
 
     @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note whether the checkpoint is another folder's: the run then begins a table of its own."""
+        self._forks = not is_of_folder(checkpoint["path"], trainer.default_root_dir)
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state."""
         self._served = [[int(step) for step in layer] for layer in state_dict["served"]]
         self._resumed = state_dict.get("interval", [])
-        self._rows = state_dict.get("rows", 0)
+        self._rows = 0 if self._forks else state_dict.get("rows")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,10 +106,9 @@ class ExpertLoad(Callback):
         if trainer.is_global_zero:
             if self._resumed:
                 self._interval += torch.tensor(self._resumed, dtype=torch.float64, device=pl_module.device)
-            folder, start = Path(trainer.default_root_dir), trainer.ckpt_path
-            self._table = folder / "expert_load.csv"
-            forks = start is not None and not Path(start).resolve().is_relative_to(folder.resolve())
-            cut_rows(self._table, 0 if forks else self._rows)
+            self._table = Path(trainer.default_root_dir, "expert_load.csv")
+            if self._rows is not None:
+                cut_rows(self._table, self._rows)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

@@ -136,7 +136,7 @@ class OneLineParser(ArgumentParser):
             return self._unknown(".".join(filter(None, (path, match[1] or match[2]))), owner)
         if match := re.search(r"the following arguments are required: ([^,\s]+)", reason):
             name = ".".join(filter(None, (path, match[1])))
-            place = next((f" of {given}" for given in reversed(self.given) if given.value == owner), "")
+            place = next((f" of {given}" for given in reversed(self.given) if owner and given.value == owner), "")
             return f"missing setting {name}{place}; give it in a file, or on the command line"
         if not path:
             return self.qualified(one_line(message))
@@ -191,6 +191,7 @@ class OneLineParser(ArgumentParser):
     @contextmanager
     def blaming_settings(self) -> Iterator[None]:
         """Add the setting's place to errors of the constructors in the block."""
+        self._refusal = None
         try:
             yield
         except Exception as error:

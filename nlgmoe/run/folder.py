@@ -234,8 +234,7 @@ class RunFolder(SaveConfigCallback):
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the number of rows from a checkpoint of this folder."""
-        own = Path(trainer.default_root_dir, FOLDER)
-        if trainer.state.fn == TrainerFn.FITTING and _same(Path(checkpoint["path"]).parent, own):
+        if trainer.state.fn == TrainerFn.FITTING and is_of_folder(checkpoint["path"], trainer.default_root_dir):
             self._rows = checkpoint.get("rows", count_rows(Path(trainer.default_root_dir, METRICS)))
 
     @override
@@ -306,6 +305,11 @@ def starts_of(folder: Path) -> list[tuple[int, Path]]:
     """Return the steps at which settings changed, and the files that hold them, in ascending order."""
     matches = (re.fullmatch(r"step-(\d+)\.yaml", path.name) for path in (folder / "starts").glob("*"))
     return sorted((int(match[1]), folder / "starts" / match[0]) for match in matches if match)
+
+
+def is_of_folder(checkpoint: str | Path, folder: str | Path) -> bool:
+    """Return True if a checkpoint is one of a run folder's own; False if the run in this folder is a fork of another."""
+    return _same(Path(checkpoint).parent, Path(folder, FOLDER))
 
 
 def count_rows(table: Path) -> int:

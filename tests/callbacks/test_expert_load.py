@@ -160,7 +160,12 @@ def test_a_resumed_run_goes_on_with_the_interval(tmp_path: Path) -> None:
         logged = {name: value for name, value in seen.logged[-1].items() if name.startswith("experts/")}
         return logged, (tmp_path / "expert_load.csv").read_text()
 
-    assert fit(SaveAt(5, tmp_path / "some.ckpt")) == fit(ckpt_path=tmp_path / "some.ckpt")
+    saved = tmp_path / "checkpoints/step-5.ckpt"
+    whole = fit(SaveAt(5, saved))
+    assert fit(ckpt_path=saved) == whole
+    elsewhere = saved.rename(tmp_path / "elsewhere.ckpt")  # as of another run's folder
+    (header, *rows), later = whole[1].splitlines(), fit(ckpt_path=elsewhere)[1].splitlines()
+    assert later == [header, *(row for row in rows if row.startswith("7,"))]
 
 
 def test_a_heat_map_has_a_row_for_each_layer_and_a_colour_for_each_load() -> None:

@@ -119,6 +119,11 @@ WRONG = {
         CALLBACK.format("SampleText", "promts: [a]"),
         "callbacks[0].init_args.promts (FOLDER/bad.yaml, line 1); did you mean trainer.callbacks[0].init_args.prompts?",
     ),
+    "one of two callbacks": (
+        "yaml: trainer: {callbacks: [{class_path: nlgmoe.callbacks.SampleText, init_args: {prompts: [a], top_k: x}}, "
+        "{class_path: nlgmoe.callbacks.SampleText, init_args: {prompts: [a], top_k: 4}}]}",
+        "trainer.callbacks[0].init_args.top_k=x (FOLDER/bad.yaml, line 1): expected int, null",
+    ),
     "missing setting": (
         "fit --model.warm_start.strict=false",
         "missing setting model.warm_start.checkpoint; give it in a file, or on the command line",
