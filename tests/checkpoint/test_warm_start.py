@@ -13,6 +13,7 @@ from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.layout import Entry
 from nlgmoe.checkpoint.verify import describe
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
+from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.model.gpt import GPT
@@ -152,6 +153,12 @@ def test_blocks_start_from_the_blocks_that_are_named(trained: Path) -> None:
         ValueError, match=r"ckpt, blocks 0, 1, 2 \(counted from 0\) do not fit the model: blocks\.1\.moe"
     ):
         load_initial_weights(GPT(config), replace(start, layers=[0, 1, 2]))
+
+
+def test_a_checkpoint_that_a_run_can_go_on_from_is_not_replaced_by_weights(trained: Path) -> None:
+    read = TensorFiles(trained / "whole.ckpt", "model").read
+    with pytest.raises(ValueError, match="whole.ckpt is not replaced by weights alone: a run can be resumed from it"):
+        write_weights(trained / "whole.ckpt", read, CONFIG, overwrite=True)
 
 
 def test_a_routers_buffers_are_not_looked_for_in_the_engine() -> None:
