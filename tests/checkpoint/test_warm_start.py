@@ -157,7 +157,7 @@ def test_blocks_start_from_the_blocks_that_are_named(trained: Path) -> None:
 
 def test_a_checkpoint_that_a_run_can_go_on_from_is_not_replaced_by_weights(trained: Path) -> None:
     read = TensorFiles(trained / "whole.ckpt", "model").read
-    with pytest.raises(ValueError, match="whole.ckpt is not replaced by weights alone: a run can be resumed from it"):
+    with pytest.raises(ValueError, match=r"whole.ckpt is not replaced by weights alone: a run can be resumed from it"):
         write_weights(trained / "whole.ckpt", read, CONFIG, overwrite=True)
 
 
