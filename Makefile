@@ -70,7 +70,6 @@ notebooks: develop  ## run the notebooks and keep what they show; trains five sm
 	$(BIN)/python notebooks/execute.py
 
 reproduce: develop  ## the paper's claims with small models, QUESTION=capacity for one; resumable (20 to 40 hours on 2 cores; docs/claims.md)
-	$(BIN)/nlgmoe prepare-data --tokenizer pocket-1k
 	$(BIN)/python -m benchmarks.reproduce $(if $(QUESTION),--question $(QUESTION)) $(if $(SCALE),--scale $(SCALE))
 
 bench: develop  ## measure ranks, checkpoints, layers, steps, data, generation, and renew the tables of docs/results (15 minutes on 2 quiet cores; ROUNDS=1: a trial)

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -53,6 +55,13 @@ def checked_out(results: Path, out: Path) -> tuple[str, Path]:
         git("worktree", "prune")
         git("worktree", "add", "--detach", str(tree), commit)
     return commit, tree
+
+
+def prepare_data(tree: Path) -> None:
+    """Tokenize the pocket Pile below `tree` with its own code: shards of another commit may have another format."""
+    command = [sys.executable, "-m", "nlgmoe", "prepare-data", "--tokenizer", "pocket-1k"]
+    if code := subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}).returncode:
+        sys.exit(code)
 
 
 def print_gpu_estimates(gpu: str = "h100") -> None:
@@ -95,6 +104,8 @@ def main() -> None:
         return
     if args.again:
         commit, tree = checked_out(args.results, args.out.resolve())
+        for folder in (tree, ROOT):
+            prepare_data(folder)
         with tempfile.TemporaryDirectory() as out:
             print(train_again({commit: tree, git("rev-parse", "HEAD"): ROOT}, Path(out), AGAIN, args.jobs))
         return
@@ -110,6 +121,7 @@ def main() -> None:
                 found = (
                     (git("rev-parse", "HEAD"), ROOT) if args.scale == "tiny" else checked_out(args.results, args.out)
                 )
+                prepare_data(found[1])
                 campaign = Campaign(args.out, args.results, *found, TINY if args.scale == "tiny" else CPU)
                 if args.speed:
                     campaign.results["speed"] = measure(campaign)

@@ -268,7 +268,7 @@ class Campaign:
                     "cooldown_tokens": round(COOLDOWN * cell.budget * self.scale.steps) * self.scale.step_tokens,
                 },
             },
-            "data": {**scale.get("data", {}), "seed": seed, "data_dir": str(ROOT / "data/pocket_pile")},
+            "data": {**scale.get("data", {}), "seed": seed, "data_dir": str(self.tree / "data/pocket_pile")},
             "trainer": {**scale.get("trainer", {}), "callbacks": [checkpoint]},
         }
 
