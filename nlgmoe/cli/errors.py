@@ -7,7 +7,7 @@
 | 0 | it ran to its end, or a signal ended training and a checkpoint was saved (`run/keeper.py`) |
 | 2 | a setting or argument is wrong (`SettingError`, or Lightning's `MisconfigurationException`); nothing was run |
 | 1 | damaged data, a full disk, a step that is not finite (`RunError`, `OSError`): one line; any other exception: a traceback |
-| 128 + a signal's number | a signal ended it and nothing was saved, such as 130 for Ctrl+C before training, or pressed twice |
+| 128 + a signal's number | a signal ended it and nothing was saved, such as 130 for Ctrl+C before training, or pressed twice; 141: the reader of its output ended |
 
 `NLGMOE_TRACEBACK=1` prints the traceback before the line.
 """
@@ -35,6 +35,7 @@ def one_line_errors() -> Iterator[None]:
     """End the process with one line if the block raises an expected error."""
     try:
         yield
+        sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except SystemExit as end:
@@ -42,11 +43,12 @@ def one_line_errors() -> Iterator[None]:
             raise SystemExit(INTERRUPTED) from None
         raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError):  # the reader of stdout has ended, such as `head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit would raise again
+            raise SystemExit(128 + signal.SIGPIPE) from None
         lines = describe(error)
         if lines is None:
             raise
-        if isinstance(error, BrokenPipeError):  # else flushing the buffer at exit would raise again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if os.environ.get("NLGMOE_TRACEBACK") == "1":
             traceback.print_exc()
         for line in lines:

@@ -342,6 +342,15 @@ def test_an_interrupt_is_quiet(
     assert "error" not in capsys.readouterr().err
 
 
+def test_a_reader_that_ends_early_is_no_error() -> None:
+    command = [sys.executable, "-m", "nlgmoe", "configs", "list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
 def test_load_config_raises_the_same_line(place: Place) -> None:
     with pytest.raises(ValueError, match=r"^model.train_tokens=-2 must be at least 1[^\n]*$") as error:
         load_config(place.trained / "base.yaml", model__train_tokens=-2)
