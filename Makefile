@@ -65,7 +65,7 @@ docs: develop  ## renew the table of flags (docs/megatron_flags.md), and build t
 	$(PIP_INSTALL) --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-notebooks: develop  ## run the notebooks and keep what they show; trains five small models
+notebooks: develop  ## run the notebooks and keep what they show; trains ten small models
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python notebooks/execute.py
 

@@ -88,9 +88,10 @@ class ExpertConfig:
     """Settings of an expert network; a subclass adds its fields."""
 
     def weights(self, hidden_size: int, ffn_size: int) -> dict[str, Stack]:
-        """Declare the weight matrices: name -> (inputs, outputs, `expand` or `project`). Each has a bias beside it.
+        """Declare the weight matrices: name -> (inputs, outputs, `expand` or `project`).
 
-        `project` matrices write to the residual stream: their initial standard deviation is divided by `sqrt(2 * num_layers)`.
+        Each has a bias unless `GPTConfig.bias` is false. `project` matrices write to the residual stream: their
+        initial standard deviation is divided by `sqrt(2 * num_layers)`.
         """
         raise SettingError(f"{type(self).__name__} has no weights(hidden_size, ffn_size)")
 

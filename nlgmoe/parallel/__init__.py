@@ -1,1 +1,1 @@
-"""Experts and optimizer states spread over ranks. The only part that imports DeepSpeed, and only when it is used."""
+"""Experts and optimizer states spread over ranks. Training imports DeepSpeed here alone, and only when it is used."""

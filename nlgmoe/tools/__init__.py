@@ -1,1 +1,1 @@
-"""Other systems, planning and reports. Outside this folder only the command line's table imports it."""
+"""Other systems, planning and reports. The core does not import it."""
