@@ -10,7 +10,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from zipfile import BadZipFile
@@ -30,12 +30,7 @@ TRAINING_BYTES, TRAINING_FILES = 8_000_000, 64  # about, and at most, for statis
 CHECKED_DOCUMENTS = 16  # documents of ids that are compared with the tokenizer
 
 
-@dataclass(frozen=True)
-class EvalCache:
-    """Contents of the cache, by split."""
-
-    files: Mapping[str, Sequence[DataFile]]
-    tokens: Mapping[str, Sequence[np.ndarray]]  # of each domain, [N_d]; of "train" a sample
+Tokens = dict[str, list[np.ndarray]]  # split -> of each domain [N_d]; of "train" a sample
 
 
 def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], config: StreamConfig, limit: int) -> None:
@@ -75,15 +70,15 @@ def read_files(folder: Path) -> dict[str, list[DataFile]] | None:
         raise RunError(f"{path} is damaged ({error}); delete {folder} to build it again") from error
 
 
-def open_eval_cache(folder: Path, domains: int) -> EvalCache | None:
-    """Map the tokens of `domains` domains; None without a cache."""
+def open_eval_cache(folder: Path, domains: int) -> tuple[dict[str, list[DataFile]], Tokens] | None:
+    """Return the files, and map the tokens of `domains` domains, both by split; None without a cache."""
     files = read_files(folder)
     if files is None:
         return None
     tokens = {
         split: [IndexedDataset(_prefix(folder, domain, split)).tokens for domain in range(domains)] for split in files
     }
-    return EvalCache(files, tokens)
+    return files, tokens
 
 
 def _training_sample(files: Sequence[DataFile], config: StreamConfig) -> Iterator[tuple[np.ndarray, int]]:
@@ -97,9 +92,9 @@ def _training_sample(files: Sequence[DataFile], config: StreamConfig) -> Iterato
     for file in chosen:
         quota, taken = share * file.bytes if share < 1 else math.inf, 0
         for record in read_documents(file.path, config.fields):
-            ((tokens, domain),) = config.tokens([record])
+            tokens = config.tokens(record)
             size = record.bytes or len(record.content) * (4 if config.fields.ids else 1)
-            yield tokens[: math.ceil(len(tokens) * min(1.0, (quota - taken) / size))], domain
+            yield tokens[: math.ceil(len(tokens) * min(1.0, (quota - taken) / size))], config.domain(record)
             taken += size
             if taken >= quota:
                 break
@@ -114,8 +109,9 @@ def _first_of_each_domain(
         for record in read_documents(file.path, config.fields):
             if min(kept) >= limit:
                 return
-            if kept[config.domain(record)] < limit:
-                ((tokens, domain),) = config.tokens([record])
+            domain = config.domain(record)
+            if kept[domain] < limit:
+                tokens = config.tokens(record)
                 kept[domain] += len(tokens)
                 yield tokens, domain
 

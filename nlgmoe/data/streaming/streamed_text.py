@@ -6,16 +6,16 @@ files, does not name bad lines, and resumes by reading a file from its beginning
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
 
-from nlgmoe.data.corpus import Fingerprint, OpenCorpus, build_lock, hash_of
+from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of
 from nlgmoe.data.documents import MAX_DOCUMENT_BYTES, Fields
 from nlgmoe.data.samples import TokenSource
-from nlgmoe.data.streaming.prepared_files import EvalCache, cache_eval_tokens, find_files, open_eval_cache
+from nlgmoe.data.streaming.prepared_files import cache_eval_tokens, find_files, open_eval_cache
 from nlgmoe.data.streaming.streams import StreamConfig, StreamedSource
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 from nlgmoe.validation import SettingError, require
@@ -98,7 +98,7 @@ class StreamedText:
             cache_eval_tokens(folder, files, self._config(loaded, []), self.evaluation_tokens)
             cache = open_eval_cache(folder, len(self._names()))
             assert cache is not None
-            named = zip(self.domains or [], cache.tokens["validation"], strict=False)
+            named = zip(self.domains or [], cache[1]["validation"], strict=False)
             if absent := [name for name, tokens in named if not len(tokens)]:
                 rank_zero_warn(
                     f"domains: no validation document is of {', '.join(absent)} by domain_field={self.fields.domain}; if that "
@@ -114,7 +114,7 @@ class StreamedText:
                 f"path={self.path}: its evaluation tokens for {tokenizer} are not in {data_dir}; start training, or "
                 "call prepare_data of the data module"
             )
-        files = cache.files["train"]
+        files, tokens = cache[0]["train"], cache[1]
         config = self._config(loaded, [file.path for file in files])
         facts = [(os.path.basename(file.path), file.bytes, file.contents) for file in files]
         fingerprint: Fingerprint = {"files": f"{len(files)} of {hash_of(facts)}"}
@@ -126,7 +126,7 @@ class StreamedText:
             "fields": str(self.fields),
             "domains": ", ".join(self._names()),
         }
-        return OpenStreamedText(config, cache, fingerprint)
+        return OpenStreamedText(config.tokenizer, list(config.domains), tokens, fingerprint, config)
 
     def _names(self) -> list[str]:
         return ["text"] if self.domains is None else [*self.domains, OTHER]
@@ -146,24 +146,13 @@ class StreamedText:
         return data_dir / "streamed" / hash_of((settings, tokenizer.fingerprint))
 
 
-class OpenStreamedText:
-    """A streamed corpus that can be read, see `OpenCorpus`."""
+@dataclass(frozen=True)
+class OpenStreamedText(TokenArrays):
+    """A streamed corpus that can be read; of its training text, `tokens` has a sample."""
 
-    def __init__(self, config: StreamConfig, cache: EvalCache, fingerprint: Fingerprint) -> None:
-        self.tokenizer = config.tokenizer
-        self.domains = list(config.domains)
-        self.fingerprint = fingerprint
-        self._config = config
-        self._tokens = cache.tokens
+    config: StreamConfig
 
+    @override
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
         """Return the windows of all streams in turn, without end."""
-        return StreamedSource(self._config, seq_len, seed)
-
-    def training_tokens(self) -> Sequence[np.ndarray]:
-        """Return tokens of a sample of the training documents."""
-        return self._tokens["train"]
-
-    def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
-        """Return tokens of each domain's first documents."""
-        return self._tokens.get(split)
+        return StreamedSource(self.config, seq_len, seed)

@@ -28,7 +28,6 @@ from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import RunError
 
 BLOCK_LENGTH = 1 << 26  # characters or token ids; a block of books ends early, so that it fits into memory
-ENCODED_LENGTH, ENCODED_DOCUMENTS = 1 << 20, 16  # characters and documents that are tokenised at once
 
 
 class Cursor(NamedTuple):
@@ -95,17 +94,12 @@ class StreamConfig:
         group, index = stream % groups, stream // groups
         return list(self.files[group::groups]), range(index, sys.maxsize, self.num_streams // groups)
 
-    def tokens(self, records: Sequence[Record]) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield the tokens of each document, closed by the end-of-document token, int64 [N], and its domain's id."""
-        eod = self.tokenizer.eod_id
-        for group in _groups(records):
-            texts = [record.content for record in group if isinstance(record.content, str)]
-            encoded = iter(self.tokenizer.encode_batch(texts) if texts else [])
-            for record in group:
-                content = next(encoded) if isinstance(record.content, str) else record.content
-                ids = np.asarray(content, dtype=np.int64)
-                closed = ids if ids.size and ids[-1] == eod else np.append(ids, eod)
-                yield closed, self.domain(record)
+    def tokens(self, record: Record) -> np.ndarray:
+        """Return the tokens of a document, closed by the end-of-document token, int64 [N]."""
+        content, eod = record.content, self.tokenizer.eod_id
+        (encoded,) = self.tokenizer.encode_batch([content]) if isinstance(content, str) else [content]
+        ids = np.asarray(encoded, dtype=np.int64)
+        return ids if ids.size and ids[-1] == eod else np.append(ids, eod)
 
     def domain(self, record: Record) -> int:
         """Return the id of a document's domain."""
@@ -150,7 +144,8 @@ class Stream:
         """Yield tokens, domain and cursor (at token 0) of each document from that of `start` on."""
         first = start.document
         for records, cursor in self._blocks(start):
-            for number, (tokens, domain) in enumerate(self._config.tokens(records[first:]), start=first):
+            for number in range(first, len(records)):
+                tokens, domain = self._config.tokens(records[number]), self._config.domain(records[number])
                 yield tokens, domain, cursor._replace(document=number)
             first = 0
 
@@ -191,20 +186,6 @@ def _take(records: Iterator[tuple[int, Record]], count: int) -> list[tuple[int, 
         taken.append(item)
         length += len(item[1].content)
     return taken
-
-
-def _groups(records: Sequence[Record]) -> Iterator[list[Record]]:
-    """Yield batches of documents to tokenise, of bounded size."""
-    group: list[Record] = []
-    length = 0
-    for record in records:
-        if group and (len(group) == ENCODED_DOCUMENTS or length + len(record.content) > ENCODED_LENGTH):
-            yield group
-            group, length = [], 0
-        group.append(record)
-        length += len(record.content)
-    if group:
-        yield group
 
 
 class StreamedSource:
