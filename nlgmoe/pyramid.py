@@ -65,8 +65,8 @@ def student_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
     """Return the teacher's block, from 0, that each block of its student starts from: `model.warm_start.layers`.
 
     The student leaves out the lowest blocks, as many as contain the MoE layers that it lacks, and keeps the order of the others,
-    so that the expert counts are those at the top of the pyramid. Dense blocks above the student's last MoE block that the
-    teacher does not have start from the teacher's last dense block: 24 blocks become 21 as 4, 5, ..., 23, 22.
+    so that the expert counts are those at the top of the pyramid. If the student ends in more dense blocks than the teacher has
+    left, those start from the teacher's last dense block: 24 blocks become 21 as 4, 5, ..., 23, 22.
 
     Raises:
         ValueError: see `student_config`.

@@ -45,8 +45,8 @@ def warn_about_end(
         )
     if train_tokens is not None and schedule.decay_tokens is not None and train_tokens < schedule.decay_tokens:
         rank_zero_warn(
-            f"model.train_tokens={train_tokens} ends the run before model.schedule.decay_tokens={schedule.decay_tokens}, with "
-            f"warmup_tokens={schedule.warmup_tokens}: the learning rate does not fall to its end; set both for this run"
+            f"model.train_tokens={train_tokens} is below model.schedule.decay_tokens={schedule.decay_tokens}: the learning rate "
+            f"does not fall to its end; set decay_tokens, and warmup_tokens={schedule.warmup_tokens}, for this length"
         )
     data = training_data(trainer)
     if data is None or data.domain_shares is None:

@@ -69,6 +69,7 @@ class TrainingSteps:
         Its random draws (dropout, routing) depend on the seed, the step and the number of the micro-batch over all ranks.
         """
         module, trainer = self._module, self._module.trainer
+        module.routings = []  # frees those of the last micro-batch
         if module.curriculum is not None:
             # The clock, and with it the length, is constant within an accumulation window and the same on every rank.
             batch = truncate(batch, sequence_length(self.tokens_seen, module.config.seq_len, module.curriculum))

@@ -58,6 +58,10 @@ class SampleText(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before training that the prompts fit."""
         assert isinstance(pl_module, MoEGPTModule)
+        if not hasattr(getattr(trainer, "datamodule", None), "encode"):
+            raise SettingError(
+                "SampleText needs the tokenizer of nlgmoe.PileDataModule; remove it from trainer.callbacks"
+            )
         longest = max(len(trainer.datamodule.encode(prompt)) for prompt in self.prompts)  # type: ignore[attr-defined]
         if longest + self.max_new_tokens > pl_module.config.seq_len:
             raise SettingError(

@@ -124,7 +124,7 @@ def remove(path: Path) -> None:
         renamed = path.with_name(f".{path.name}.removed")
         shutil.rmtree(renamed, ignore_errors=True)
         path.rename(renamed)  # so that no incomplete folder ever has the final name
-        shutil.rmtree(renamed)
+        shutil.rmtree(renamed, ignore_errors=True)  # NFS keeps files that are open; the next start deletes them
 
 
 def flush(path: Path) -> None:

@@ -102,8 +102,10 @@ def _run_batches(run: str, windows: int, tokenizer: str | None) -> Any:
         raise SettingError(
             f"run={run} is in no run's folder: there is no config.yaml that names its text; give --text FILE"
         )
-    changes = {} if tokenizer is None else {"data__tokenizer": tokenizer}
-    data = load_config(config, data__max_eval_windows=windows, trainer__logger=False, **changes).data
+    changes = {"data__max_eval_windows": windows} | ({} if tokenizer is None else {"data__tokenizer": tokenizer})
+    # Of the trainer nothing is used, but it must fit this machine.
+    trainer = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+    data = load_config(config, **changes, **{f"trainer__{name}": value for name, value in trainer.items()}).data
     data.prepare_data()
     return data.val_dataloader()
 

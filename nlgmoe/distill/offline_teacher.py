@@ -110,7 +110,7 @@ class OfflineTeacher(Distiller):
         if header["temperature"] != self.temperature:
             raise SettingError(
                 f"{setting} was recorded at temperature={header['temperature']}, model.distiller.temperature is "
-                f"{self.temperature}; set it to that, or record at another: the tail's probability at another is not known"
+                f"{self.temperature}; use the recorded one, or record again: the tail's probability at another is not known"
             )
 
     def _check_data(self, header: dict[str, Any], trainer: Trainer) -> None:

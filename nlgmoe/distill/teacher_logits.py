@@ -71,7 +71,9 @@ class TeacherLogits:
                 raise RunError(
                     f"{file} is damaged (the checksum of sample {sample:,} differs); delete the folder and record it again"
                 )
-        return records["ids"][:, :length], records["log_probs"][:, :length]
+        # contiguous copies: fields of records are strided, which the copy to a device would not take from pinned memory
+        ids, log_probs = (np.ascontiguousarray(records[name][:, :length]) for name in ("ids", "log_probs"))
+        return ids, log_probs
 
 
 def file_name(number: int) -> str:

@@ -65,21 +65,20 @@ class AllToAllDispatch(LocalDispatch):
 
     def __init__(self, tokens: Tensor, routing: Routing, placement: ExpertPlacement, slots: int | None = None) -> None:
         super().__init__(tokens, routing)
-        rows, tokens_per_expert, _ = super().receive()  # [R, H], sorted by expert; those past the sum are not sent
-        self._total = len(rows)
+        tokens_per_expert = self._tokens_per_expert  # [E]; rows past their sum are not sent
         self._slot_of_row: Tensor | None = None  # [R]; None: rows were sent without padding
         ranks = distributed.get_world_size(placement.group)
         sent_counts = tokens_per_expert.view(ranks, placement.count)  # [W, e] rows for each rank
         received_counts = torch.empty_like(sent_counts)  # [W, e] rows from each rank
         distributed.all_to_all_single(received_counts, sent_counts, group=placement.group)
         self._tokens_here = received_counts.sum(dim=0)  # [e]
-        expert = torch.arange(placement.count, device=rows.device)
+        expert = torch.arange(placement.count, device=tokens.device)
         if slots is not None:
             sent = received = [placement.count * slots] * ranks
-            used = torch.arange(slots, device=rows.device) < received_counts.unsqueeze(-1)  # [W, e, C]
+            used = torch.arange(slots, device=tokens.device) < received_counts.unsqueeze(-1)  # [W, e, C]
             expert_of_row = torch.where(used, expert.unsqueeze(-1), placement.count).flatten()
-            row_of_slot, self._slot_of_row = _pad_to_slots(tokens_per_expert, slots, len(rows))
-            rows = rows.index_select(0, row_of_slot)  # [E * C, H]
+            row_of_slot, self._slot_of_row = _pad_to_slots(tokens_per_expert, slots, len(self.order))
+            token_of_row = self._token_of_row[row_of_slot]  # [E * C]
         else:
             sent, received = torch.stack(
                 [sent_counts.sum(dim=1), received_counts.sum(dim=1)]
@@ -87,11 +86,10 @@ class AllToAllDispatch(LocalDispatch):
             expert_of_row = torch.repeat_interleave(
                 expert.repeat(ranks), received_counts.flatten(), output_size=sum(received)
             )
-            if sum(sent) < len(rows):  # a slice of all rows would be copied in the backward pass
-                rows = rows[: sum(sent)]
+            token_of_row = self._token_of_row[: sum(sent)]
         self._order_here = expert_of_row.argsort(stable=True)  # rows arrive sorted by rank
         self._group, self._sent, self._received = placement.group, sent, received
-        self._num_sent = tokens_per_expert.sum()
+        rows = tokens.index_select(0, token_of_row)
         self._rows_here = all_to_all_single_autograd(rows, received, sent, placement.group)  # its first use waits
 
     def receive(self) -> Rows:
@@ -105,15 +103,12 @@ class AllToAllDispatch(LocalDispatch):
         inverse = torch.empty_like(self._order_here)
         inverse[self._order_here] = torch.arange(len(inverse), device=inverse.device)
         outputs = all_to_all_single_autograd(y.index_select(0, inverse), self._sent, self._received, self._group)
-        return super().combine(self._to_rows(outputs))
-
-    def _to_rows(self, outputs: Tensor) -> Tensor:
-        """Return the output of each of this rank's rows, `[R, H]`; 0 for rows that were not sent."""
+        place = self._row_of_assignment()
         if self._slot_of_row is not None:
-            unsent = torch.arange(self._total, device=outputs.device) >= self._num_sent
-            return outputs.index_select(0, self._slot_of_row).masked_fill(unsent.unsqueeze(-1), 0)
-        count = self._total - len(outputs)
-        return torch.cat([outputs, outputs.new_zeros(count, outputs.shape[1])]) if count else outputs
+            place = self._slot_of_row[place]
+        elif unsent := len(self.order) - len(outputs):
+            outputs = torch.cat([outputs, outputs.new_zeros(unsent, outputs.shape[1])])
+        return self._sum(outputs.index_select(0, place))
 
 
 def _pad_to_slots(tokens_per_expert: Tensor, slots: int, rows: int) -> tuple[Tensor, Tensor]:

@@ -38,8 +38,8 @@ def router_losses(routings: Sequence[Routing], aux_scope: Literal["rank", "globa
     loads = [_counted(routing).to(dtype) for routing in routings]  # [E] each
     tokens = routings[0].num_tokens.to(dtype)
     if aux_scope == "global" and distributed.is_initialized():
-        # Data parallelism averages the ranks' losses. That is the loss of the whole batch if each rank multiplies its own
-        # probabilities by all ranks' loads, and divides by the mean number of tokens.
+        # The mean of the ranks' losses is the loss of the whole batch if each rank takes its own probabilities, the mean load
+        # over ranks, and the mean number of tokens.
         shared = torch.cat([*loads, tokens[None]])
         distributed.all_reduce(shared)
         shared /= distributed.get_world_size()

@@ -8,7 +8,7 @@ Under expert parallelism each rank holds an equal slice of the experts: `AllToAl
 expert, and the output back, by one all-to-all each (`all_to_all.py`).
 
 Letters: N tokens, k experts per token, H hidden size, E experts. An assignment is one (token, choice) pair; there are N * k.
-M rows are the assignments that experts compute, sorted by expert; on accelerators, the others follow them.
+On CPUs, M counts the kept assignments. On accelerators, M = N * k: kept ones first, sorted by expert, then dropped ones.
 """
 
 from __future__ import annotations
@@ -60,13 +60,12 @@ class LocalDispatch:
         if expert.device.type == "cpu" and not all_used:
             used = int(tokens_per_expert.sum())
             self.order, all_used = self.order[: max(used, 1)], used > 0  # `combine` needs a row to read
-        self._rows = Rows(tokens.index_select(0, self.order // self._top_k), tokens_per_expert, all_used)
+        self._tokens, self._token_of_row = tokens, self.order // self._top_k
+        self._tokens_per_expert, self._all_used = tokens_per_expert, all_used
 
     def receive(self) -> Rows:
         """Return the rows for the experts held here. May be called once."""
-        rows = self._rows
-        del self._rows  # not needed while the experts run
-        return rows
+        return Rows(self._tokens.index_select(0, self._token_of_row), self._tokens_per_expert, self._all_used)
 
     def combine(self, y: Tensor) -> Tensor:
         """Sum each token's weighted expert outputs.
@@ -77,10 +76,15 @@ class LocalDispatch:
         Returns:
             `[N, H]` in the dtype of the weights; 0 for a token that no expert kept.
         """
+        return self._sum(y.index_select(0, self._row_of_assignment()))
+
+    def _row_of_assignment(self) -> Tensor:
+        """Return the row of each assignment, `[N * k]`; any row where dropped, with weight 0."""
         rows = torch.arange(len(self.order), device=self.order.device)
-        # [N * k] row of each assignment; any row where dropped, with weight 0
-        place = self.order.new_zeros(self.weight.numel()).index_copy_(0, self.order, rows)
-        by_choice = y.index_select(0, place)  # [N * k, H]
+        return self.order.new_zeros(self.weight.numel()).index_copy_(0, self.order, rows)
+
+    def _sum(self, by_choice: Tensor) -> Tensor:
+        """Sum the outputs of all assignments, `[N * k, H]`, by token."""
         if self._top_k == 1:
             return by_choice * self.weight
         return (by_choice.unflatten(0, self.weight.shape) * self.weight.unsqueeze(-1)).sum(dim=1)

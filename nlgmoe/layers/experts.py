@@ -108,8 +108,8 @@ class Experts(nn.Module):
             def product(rows: Tensor) -> Tensor:
                 return F.grouped_mm(rows, weight.to(rows.dtype), offs=ends)
 
-            # Repeat the weight's cast in the backward pass instead of keeping it. The product is not repeated: recomputation
-            # stops at the last tensor that the backward pass needs.
+            # Save the weight before its cast, and cast again in the backward pass. The product is not repeated: its backward pass
+            # needs only its inputs, and recomputation stops there.
             repeats = torch.is_grad_enabled() and weight.dtype != x.dtype
             return add_bias(_recomputed(product, rows) if repeats else product(rows), bias)
 

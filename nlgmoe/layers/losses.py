@@ -51,9 +51,10 @@ class SoftTargets:
 class TopTargets:
     """A teacher's K likeliest tokens for each token of a batch; all others are one class, the tail.
 
-    The divergence is that of distributions over K + 1 classes, at most that over all tokens: what it lacks is the tail's mass
-    times the divergence within the tail. Its gradient leaves the odds within the tail as the student has them; it differs
-    from that of the whole distributions by at most twice the tail's mass, summed over the vocabulary (docs/distillation.md).
+    The divergence is that of distributions over K + 1 classes. It is at most the divergence over all tokens; the difference
+    is the tail's mass times the divergence within the tail. Its gradient leaves the odds within the tail as the student has
+    them; it differs from that of the whole distributions by at most twice the tail's mass, summed over the vocabulary
+    (docs/distillation.md).
 
     Attributes:
         top: maps a slice of tokens to int64 `[C, K]`, the likeliest tokens at the temperature, the likeliest first; and

@@ -95,7 +95,7 @@ class MoELayer(nn.Module):
             dtype = expert.dtype
             logits = F.linear(x.to(dtype), self.coefficient.weight.to(dtype), self.coefficient.bias.to(dtype))
             share = F.softmax(logits, dim=-1)  # [N, 2]
-            return expert * share[:, 0:1] + mlp.to(dtype) * share[:, 1:2], share[:, 0]
+            return expert * share[:, 0:1] + mlp * share[:, 1:2], share[:, 0]
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:

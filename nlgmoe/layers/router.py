@@ -2,14 +2,14 @@
 
     logits = x W                               [N, E]   in at least fp32
     p      = softmax(logits)                   [N, E]
-    expert = the k largest logits              [N, k]   k = 2, training: the second one is sampled (`second_expert`);
-                                                        equal logits: the lower expert for k <= 2, unspecified for k > 2
+    expert = the k largest p                   [N, k]   k = 2, training: the second one is sampled (`second_expert`);
+                                                        equal p: the lower expert for k <= 2, unspecified for k > 2
     kept   = the assignments within capacity   [N, k]
     weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1; times `gate_scale`
 
-`balance.py` has the load-balancing loss, of the choices before dropping (the first ones if k <= 2). Follows GShard (arXiv
-2006.16668, algorithm 1), and DeepSpeed's `sharded_moe.py` (0.19.8) at capacity; tests/equivalence compares with the latter.
-Other routers: `routers/`.
+The load-balancing loss (`balance.py`) counts choices before dropping: the first choices if k <= 2, else all. Follows GShard
+(arXiv 2006.16668, algorithm 1), and DeepSpeed's `sharded_moe.py` (0.19.8) at capacity; tests/equivalence compares with the
+latter. Other routers: `routers/`.
 
 Letters: N tokens of this rank's micro-batch, E experts, k experts per token, H hidden size.
 """

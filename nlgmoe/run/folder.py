@@ -139,9 +139,9 @@ class RunTrainer(Trainer):
     def _to_evaluate(self, model: LightningModule | None, name: str | Path | None) -> str | Path | None:
         _settle_warm_start(model, name)
         folder = Path(self.default_root_dir)
-        if name == "last":
+        if name in ("last", "auto"):
             require(
-                bool(saved_steps(folder)), f"ckpt_path=last: there is no checkpoint in {folder}; give the path of one"
+                bool(saved_steps(folder)), f"ckpt_path={name}: there is no checkpoint in {folder}; give the path of one"
             )
             return str(folder)
         if name == "best":
@@ -174,6 +174,7 @@ def checkpoint_to_resume(folder: Path, name: str | Path | None) -> str | None:
             f"ckpt_path=last: there is no checkpoint in {folder}; leave ckpt_path out to start a run, or set it to auto",
         )
         return str(folder)
+    require(name != "best", "ckpt_path=best is for validate, test and predict; fit takes last, auto, or a path")
     require_checkpoint(name)
     if steps and not any(_same(Path(name), own) for own in (folder, checkpoint_path(folder, steps[-1]))):
         raise SettingError(
@@ -330,9 +331,10 @@ def cut_rows(table: Path, rows: int) -> None:
 
 def _sweep(folder: Path) -> None:
     """Delete unfinished files of killed processes: while the folder is locked, no other process writes there."""
-    for leftover in (*folder.glob(".*.writing-*"), *folder.glob("starts/.*"), *folder.glob(f"{FOLDER}/.*")):
+    unfinished = (".*.writing-*", "starts/.*.writing-*", f"{FOLDER}/.*.ckpt.*")
+    for leftover in (path for pattern in unfinished for path in folder.glob(pattern)):
         if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink()
 

@@ -19,8 +19,8 @@ from nlgmoe.validation import require
 
 # Fields of Lightning 2.6's progress state that are set, in this file unless another is named, and the reasons:
 #
-#   batch_progress              to the last micro-batch of the last step, ready and processed, but not completed: Lightning's
-#                               state in `on_train_batch_end`, from which `reset` completes the batch
+#   batch_progress              to its state in `on_train_batch_end` of the last step: the last micro-batch is processed, but not
+#                               completed; `reset` completes it
 #   _batches_that_stepped       step - 1 in a checkpoint, for the same reason: `reset` adds 1; `module.py`: to the last step
 #                               before every batch, since Lightning loses it if a run is resumed at an end, and to step - 1 in
 #                               the evaluation of a checkpoint, so that loggers get the step of training's own validation

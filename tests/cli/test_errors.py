@@ -154,6 +154,10 @@ WRONG = {
         "the checkpoint's model differs from model.config: hidden_size 16 -> 32",
     ),
     "another tokenizer": ("validate --ckpt_path=LAST --data.tokenizer=pocket-1k", "these differ: tokenizer ("),
+    "the best to resume": (
+        "fit --ckpt_path=best",
+        "ckpt_path=best is for validate, test and predict; fit takes last, auto",
+    ),
     "other data": ("fit --ckpt_path=LAST --data.seed=7 --model.train_tokens=128", "seed (saved: 1234, now: 7)"),
     "another recipe": (
         "fit --ckpt_path=LAST --model.config.moe.train_capacity_factor=2.0 --model.train_tokens=128",

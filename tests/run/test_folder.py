@@ -50,7 +50,12 @@ def test_a_run_is_started_only_where_there_is_none(tmp_path: Path) -> None:
 def test_a_run_killed_before_its_first_checkpoint_starts_again(ended: Path, tmp_path: Path) -> None:
     assert in_process(lambda: fit(tmp_path, Send("on_before_backward", 2, signal.SIGKILL))) == -9
     assert (tmp_path / "config.yaml").exists() and not saved_steps(tmp_path)
+    leftover, own = tmp_path / "checkpoints/.step-1.ckpt.writing", tmp_path / "checkpoints/.gitignore"
+    leftover.mkdir(parents=True)
+    own.write_text("*")
     assert in_process(lambda: fit(tmp_path)) == 0
+    assert not leftover.exists()
+    own.unlink()  # it is still there
     assert_equal(outcome(tmp_path), outcome(ended))
 
 
