@@ -326,8 +326,8 @@ class MoEGPTModule(LightningModule):
             rank_zero_warn(f"step {self.trainer.global_step}: val/loss is {float(values['loss'])}")
         for name, value in values.items():
             if torch.isfinite(value) or not name.startswith("bits_per_byte"):
-                # The values are equal on all ranks; sync_dist declares that to Lightning.
-                self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
+                # Equal on all ranks: sync_dist says so to Lightning, whose "max" has half of the collectives of "mean".
+                self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True, reduce_fx="max")
         metric.reset()
 
     @override
