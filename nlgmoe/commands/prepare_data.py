@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nlgmoe.data.tokenizer import Tokenizer
 
 TOKENIZER = "pocket-8k"
-PIECES = 20  # documents that a single text file is cut into; more of a compressed one
+PIECES, PIECE_BYTES = 20, 1_000_000  # a single text file is cut into so many documents, or more of so many bytes
 TRAINING_BYTES = 1_000_000_000  # of files; of more, every n-th document trains the tokenizer
 SHOWN = 10  # skipped documents that are named
 
@@ -121,7 +121,7 @@ def _tokenise_input(
     text_bytes = None
     if len(files) == 1 and is_plain_text(files[0]):
         _note(f"note: {files[0]} is the only file: it is cut at ends of lines into documents")
-        text_bytes = describe_file(files[0]).bytes // PIECES + 1
+        text_bytes = min(describe_file(files[0]).bytes // PIECES + 1, PIECE_BYTES)
     fields = Fields(text=text_field, text_bytes=text_bytes)
     if vocab_size is None:
         with build_lock(Path(data_dir)):
@@ -149,7 +149,7 @@ def _tokenise_input(
     with bar:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         built = build_indexed(files, prefix, loaded, fields, workers or cpus, update_bar, skip if skips else None)
-    _print_built(built, len(files), prefix, tokenizer)
+    _print_built(built, len(files), prefix, {"data.data_dir": data_dir, "data.tokenizer": tokenizer})
     print(_describe_tokenizer(tokenizer, loaded))
 
 
@@ -170,7 +170,7 @@ def _note(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def _print_built(built: Progress, files: int, prefix: Path, tokenizer: str) -> None:
+def _print_built(built: Progress, files: int, prefix: Path, options: dict[str, str]) -> None:
     from nlgmoe.data.indexed import IndexedDataset
     from nlgmoe.data.megatron_indexed import choose_split
 
@@ -190,8 +190,7 @@ def _print_built(built: Progress, files: int, prefix: Path, tokenizer: str) -> N
     print(
         f"validation {split[1]:,} documents, {len(dataset.tokens) - first:,} tokens: by hash, the last ones of the corpus"
     )
-    options = {
-        "data.tokenizer": tokenizer,
+    options |= {
         "data.corpus": "nlgmoe.data.MegatronIndexed",
         "data.corpus.init_args.prefix": str(prefix),
         "data.corpus.init_args.split": str(split).replace(" ", ""),

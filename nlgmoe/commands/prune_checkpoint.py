@@ -15,7 +15,7 @@ from nlgmoe.validation import SettingError
 if TYPE_CHECKING:
     from nlgmoe.eval.loaded_model import LoadedModel
 
-BATCH = 8  # sequences of `text` at a time
+BATCH, LENGTH = 8, 2048  # sequences of `text` at a time, and their tokens, at most
 
 
 def prune_checkpoint(
@@ -120,7 +120,7 @@ def _text_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Any]
     except (OSError, UnusableError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise SettingError(f"text={text} cannot be read ({reason}); give a file of text in UTF-8") from error
-    length = loaded.model.config.seq_len
+    length = min(loaded.model.config.seq_len, LENGTH)
     count = min(windows, (len(ids) - 1) // length)
     if count < 1:
         raise SettingError(f"text={text} has {len(ids)} tokens, fewer than one sequence of {length}; give more text")

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
+from huggingface_hub.errors import HTTPError
 
 from nlgmoe.validation import RunError
 
@@ -149,7 +150,7 @@ def read_documents(
         refuse(str(path), error)
     except FileNotFoundError:
         refuse(str(path), "missing file")
-    except (OSError, pa.ArrowException) as failure:
+    except (OSError, pa.ArrowException, HTTPError) as failure:
         place, details = f"{path}, after document {number:,}", " ".join(str(failure).split())
         # Errors of decompression have no errno; failures of a disk or network are never skipped.
         if not isinstance(failure, pa.ArrowException) and (type(failure) is not OSError or failure.errno is not None):

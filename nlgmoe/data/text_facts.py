@@ -149,7 +149,7 @@ class TextFacts:
         evaluated = list(self._evaluated_tokens().values())
         if self.mask_eod_loss:
             eod = self.eod_id
-            evaluated = [tokens[np.concatenate(([eod], tokens))[:-1] != eod] for tokens in evaluated]
+            evaluated = [tokens[1:][tokens[:-1] != eod] for tokens in evaluated]  # the first one has no loss either
         return unigram_entropy(self._opened().training_tokens(), evaluated, self.vocab_size)
 
     def token_counts(self) -> list[int]:

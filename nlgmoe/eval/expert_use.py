@@ -56,7 +56,7 @@ class _Layer:
         rows = self._dispatch.order[: int(counts.sum())]  # kept assignments, sorted by expert
         weight = self._dispatch.weight.flatten()[rows].double()
         expert = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        norm = y[: len(rows)].double().norm(dim=-1)
+        norm = torch.linalg.vector_norm(y[: len(rows)], dim=-1, dtype=torch.float64)
         self.sums.index_add_(1, expert, torch.stack([weight, weight * norm, torch.ones_like(weight)]))
 
 

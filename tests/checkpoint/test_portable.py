@@ -1,6 +1,8 @@
 """The portable checkpoint: what it holds, that it survives bad moments, that resuming is exact."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.entries import join_experts, split_experts
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
+from nlgmoe.checkpoint.same_run import check_same_run
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
@@ -181,3 +184,11 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.json").write_text('{"format": "nlgmoe-portable", "version": 99}')
     with pytest.raises(ValueError, match="version 99; this nlgmoe reads nlgmoe-portable version 2"):
         load_model(tmp_path)
+
+
+def test_rotary_positions_are_evaluated_at_another_length() -> None:
+    for rope_theta in (1e4, None):
+        config = GPTConfig(61, 16, 2, 16, 2, rope_theta=rope_theta)
+        shorter, saved = replace(config, seq_len=8), {"model_config": config.to_dict()}
+        with nullcontext() if rope_theta else pytest.raises(ValueError, match="seq_len 16 -> 8"):
+            check_same_run(saved, shorter, None, "NAME.ckpt")

@@ -99,6 +99,7 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     run, small, healed = tmp_path / "a run", tmp_path / "a small one.ckpt", tmp_path / "healed"
     quiet = ["--trainer.enable_progress_bar=false", f"--data.data_dir={pocket_pile}"]
     corpus = ["--data.corpus=nlgmoe.data.PocketPile", '--data.corpus.init_args.domains=["code"]']
+    corpus.append("--data.document_attention=true")
     config = ["--config", str(ROOT / "configs/moe/laptop.yaml"), *TINY, *quiet, *corpus]
     train(["fit", *config, "--model.train_tokens=256", f"--trainer.default_root_dir={run}"])
     before = len(load_pretrained(run).model.blocks[1].moe.experts.expand_bias)
@@ -114,7 +115,7 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     data = yaml.safe_load(small.with_suffix(".yaml").read_text())[
         "data"
     ]  # the run's text is what its loss is measured on
-    assert data["tokenizer"] == str(small) and data["data_dir"] == str(pocket_pile)
+    assert data["document_attention"] and data["tokenizer"] == str(small) and data["data_dir"] == str(pocket_pile)
     assert data["corpus"] == {"class_path": "nlgmoe.data.PocketPile", "init_args": {"domains": ["code"]}}
     arguments = shlex.split(said.rstrip().splitlines()[-1].partition("python train.py ")[2])
     train([*arguments, f"--trainer.default_root_dir={healed}", "--trainer.max_steps=2"])

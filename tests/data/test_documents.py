@@ -3,7 +3,6 @@
 import errno
 import gzip
 import json
-import os
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from huggingface_hub.errors import HTTPError
 
 from nlgmoe.data import documents
 from nlgmoe.data.documents import Fields, Record, has_records, is_plain_text, read_documents
@@ -159,16 +159,19 @@ def test_an_address_is_read_like_a_file(tmp_path: Path) -> None:
         read("memory://pile/01.jsonl.zst")
 
 
-def test_a_disk_that_fails_is_no_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failure", [OSError(errno.EIO, "Input/output error"), HTTPError("connection reset")])
+def test_a_disk_or_network_that_fails_is_no_bad_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
     """It ends the reading even where bad data is left out: a retry may succeed."""
 
     def fail(*args: Any) -> Iterator[tuple[int, int, Any]]:
         yield 0, 4, lambda: ("good", None)
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        raise failure
 
     path = write(tmp_path / "data.jsonl", records_of(TEXTS[:3]))
     monkeypatch.setattr(documents, "_read_lines", fail)
-    with pytest.raises(ValueError, match=r"data\.jsonl, after document 1: cannot be read \(.*Input/output error\)"):
+    with pytest.raises(ValueError, match=r"data\.jsonl, after document 1: cannot be read \(.*(output error|reset)\)"):
         read(path, skip=print)
 
 

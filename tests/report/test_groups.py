@@ -55,6 +55,8 @@ def runs(tmp_path: Path) -> list[Path]:
 
 
 def test_runs_that_differ_in_their_seeds_are_one_group(runs: list[Path]) -> None:
+    for run in runs:
+        change(run, "trainer", logger={"class_path": "WandbLogger", "init_args": {"name": run.name}})
     groups = group_runs(read_runs(runs), "seed")
     assert [[run.name for run in group.runs.values()] for group in groups] == [
         ["dense-0", "dense-1", "dense-2"],

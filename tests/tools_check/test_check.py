@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lightning import Trainer
 from torch import Tensor, nn
@@ -248,6 +249,8 @@ def test_a_layer_that_knows_nothing_of_us_is_taken() -> None:
     assert sum(text.startswith("pass") for text in found.values()) >= 8
     aux = "the losses reach the gate"
     assert verdicts(bad, {aux})[aux].startswith("fail")
+    (module := nn.Module()).gate = nn.Parameter(torch.empty(good.num_experts, good.hidden_size))
+    assert good.gate_weight(module) is module.gate
 
 
 class NotANumber(nn.Linear):

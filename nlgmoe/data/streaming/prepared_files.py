@@ -16,6 +16,7 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+from huggingface_hub.errors import HTTPError
 
 from nlgmoe.data.corpus import hash_of_pieces
 from nlgmoe.data.documents import DataFile, describe_file, has_records, read_documents
@@ -141,11 +142,11 @@ def find_files(
 
     try:
         builder = load_dataset_builder(path, data_files=data_files, revision=revision)
-    except (OSError, ValueError, ImportError, BadZipFile, IndexError, StopIteration) as error:
+    except (OSError, HTTPError, ValueError, RuntimeError, ImportError, BadZipFile, IndexError, StopIteration) as error:
         # A long list of endings is cut off. The last two types are raised if path or data_files names no files.
         reason = str(error).partition(" with any supported extension")[0].rstrip(".")
-        reason = reason if isinstance(error, OSError | ValueError | ImportError | BadZipFile) else "it names no files"
-        of_network = isinstance(error, ConnectionError | TimeoutError)
+        reason = "it names no files" if isinstance(error, IndexError | StopIteration) else reason
+        of_network = isinstance(error, ConnectionError | TimeoutError | HTTPError)
         raise (RunError if of_network else SettingError)(
             f"path={path}: {reason}; set it to a folder or to a data set on the Hugging Face hub, and data_files to names or "
             "patterns in it"

@@ -123,7 +123,7 @@ class StreamedText:
         fingerprint |= {
             "num_streams": self.num_streams,
             "shuffle_buffer": self.shuffle_buffer,
-            "fields": str(self.fields),
+            "fields": str(replace(self.fields, max_bytes=MAX_DOCUMENT_BYTES)),  # its limit changes no sample
             "domains": ", ".join(self._names()),
         }
         return OpenStreamedText(config.tokenizer, list(config.domains), tokens, fingerprint, config)

@@ -57,8 +57,8 @@ class ForeignLayer(Layer):
         """See `Layer`."""
         gate = getattr(module, "router", getattr(module, "gate", None))
         shape = (self.num_experts, self.hidden_size)
-        tensors = [] if gate is None else [*gate.parameters(), *gate.buffers()]
-        return next((tensor for tensor in tensors if tuple(tensor.shape) == shape), None)
+        tensors = [*gate.parameters(), *gate.buffers()] if isinstance(gate, nn.Module) else [gate]
+        return next((tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.shape == shape), None)
 
     def gate_bias(self, module: nn.Module) -> Tensor | None:
         """See `Layer`."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
@@ -85,7 +85,7 @@ def _local(source: str) -> Path:
         raise SettingError(f"there is no folder {source}; name a folder, or a model of the Hugging Face hub")
     try:
         return Path(snapshot_download(source, allow_patterns=_NEEDED))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise (SettingError if isinstance(error, HFValidationError) else RunError)(
             f"{source} is neither a folder nor a model that the Hugging Face hub provides ({error}); name another source"
         ) from error

@@ -56,7 +56,11 @@ def group_runs(runs: Sequence[Run], setting: str) -> list[Group]:
             raise SettingError(
                 f"group_by={setting}: {run.name} has no setting whose name ends so in config.yaml; use seed"
             )
-        rest = {name: settings[name] for name in settings if name not in names and name.split(".")[-1] not in PLACES}
+        rest = {
+            name: value
+            for name, value in settings.items()
+            if name not in names and name.split(".")[-1] not in PLACES and not name.startswith("trainer.logger")
+        }
         group = members.setdefault(str(sorted(rest.items())), {})
         if not group:
             shared.append(rest)
