@@ -47,6 +47,7 @@ class Throughput(Callback):
     def _begin_run(self) -> None:
         self._flops = 0  # of all finished steps of the run
         self._tokens = 0  # of the module, at the end of the last step
+        self._length = self._flops_per_token = 0  # sequence length of the last step, and its FLOPs per token
         self._elapsed, self._fit_started = 0.0, 0.0  # seconds before this start; clock at this start
         self._begin_interval()
 
@@ -99,7 +100,9 @@ class Throughput(Callback):
         if not ends_step(trainer):
             return
         tokens, self._tokens = pl_module.tokens_fed - self._tokens, pl_module.tokens_fed
-        flops = tokens * flops_per_token(pl_module.config, pl_module.steps.length)
+        if (length := pl_module.steps.length) != self._length:
+            self._length, self._flops_per_token = length, flops_per_token(pl_module.config, length)
+        flops = tokens * self._flops_per_token
         self._steps += 1
         self._flops += flops
         self._interval_tokens += tokens

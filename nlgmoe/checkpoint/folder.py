@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nlgmoe.config import GPTConfig
@@ -199,7 +199,7 @@ def open_tensors(file: Path, backend: str = "mmap") -> Any:
     try:
         file.open("rb").close()  # safetensors reports a file without read permission as missing
         return safe_open(file, framework="pt", backend=backend)
-    except Exception as error:  # safetensors raises a type of its own, without the file's name
+    except (SafetensorError, FileNotFoundError) as error:  # safetensors' own, without the file's name
         raise RunError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 

@@ -63,9 +63,10 @@ def choose_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path)
     if is_checkpoint(path):
+        path = _followed_by_all(path)
         if distributed.is_initialized() and (problems := gather_problems(path)):
             raise AllRanksError(f"{_summary(problems)}; use another checkpoint")
-        return followed(path)
+        return path
     steps = [saved_steps(path)]
     if distributed.is_initialized():
         distributed.broadcast_object_list(steps)
@@ -88,7 +89,15 @@ def choose_checkpoint(path: str | Path) -> Path:
 
 def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint `path`, unverified, or the newest valid one of a run folder, to read weights from. A collective."""
-    return followed(Path(path)) if is_checkpoint(path) else choose_checkpoint(path)
+    return _followed_by_all(Path(path)) if is_checkpoint(path) else choose_checkpoint(path)
+
+
+def _followed_by_all(path: Path) -> Path:
+    """Return what a link points to for rank 0, since a running `fit` may move it. A collective."""
+    found = [followed(path)]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(found)
+    return found[0]
 
 
 def _summary(problems: list[str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from nlgmoe.checkpoint.agreement import raise_on_all_ranks
 from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.folder import (
     REMEDY,
@@ -33,7 +34,7 @@ from nlgmoe.pyramid import experts_per_layer
 
 
 def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:
-    """Yield each defect of a checkpoint folder as a line.
+    """Yield each defect of a checkpoint folder as a line. Raises an OSError if a file exists but cannot be read.
 
     Args:
         path: the folder.
@@ -48,7 +49,7 @@ def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[s
         yield from _damaged_tensors(path, files, rank, ranks)
         if rank == 0:
             yield from _model_differences(path, document, files)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         yield str(error).removesuffix(f"; {REMEDY}")
     except (TypeError, KeyError, AttributeError, IndexError) as error:  # valid JSON that nlgmoe did not write
         reason = str(error).partition("\n")[0]  # PyTorch may add the stack
@@ -60,9 +61,9 @@ def gather_problems(path: str | Path) -> list[str]:
     if not distributed.is_initialized():
         return list(find_problems(path))
     problems_by_rank: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(
-        problems_by_rank, list(find_problems(path, distributed.get_rank(), len(problems_by_rank)))
-    )
+    with raise_on_all_ranks():
+        own = list(find_problems(path, distributed.get_rank(), len(problems_by_rank)))
+    distributed.all_gather_object(problems_by_rank, own)
     return list(dict.fromkeys(problem for problems in problems_by_rank for problem in problems))
 
 

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import signal
@@ -43,7 +44,7 @@ def one_line_errors() -> Iterator[None]:
             raise SystemExit(INTERRUPTED) from None
         raise
     except Exception as error:
-        if isinstance(error, BrokenPipeError):  # the reader of stdout has ended, such as `head`
+        if isinstance(error, BrokenPipeError) and _stdout_is_broken():  # its reader has ended, such as `head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit would raise again
             raise SystemExit(128 + signal.SIGPIPE) from None
         lines = describe(error)
@@ -54,6 +55,14 @@ def one_line_errors() -> Iterator[None]:
         for line in lines:
             print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2 if is_wrong_setting(error) else 1) from error
+
+
+def _stdout_is_broken() -> bool:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def is_wrong_setting(error: BaseException) -> bool:
@@ -71,9 +80,13 @@ def describe(error: BaseException) -> list[str] | None:
         ]
     if isinstance(error, RunError | OSError | SettingError) and (worker := _OF_WORKER.match(text)):
         return [one_line(worker["text"])]
-    if isinstance(error, OSError) and error.strerror:
-        file = error.filename if error.filename2 is None else error.filename2
-        return [f"{file}: {error.strerror}" if file is not None else error.strerror]
+    if (
+        isinstance(error, OSError)
+        and (file := error.filename if error.filename2 is None else error.filename2) is not None
+    ):
+        return [f"{file}: {error.strerror}"]
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return [str(error.strerror)]
     if isinstance(error, RunError) or is_wrong_setting(error):
         return [one_line(line) for line in text.splitlines()]
     return None

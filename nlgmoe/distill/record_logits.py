@@ -78,7 +78,7 @@ def record_logits(
     header, position = folder / HEADER, folder / POSITION
     total, batch_size = settings["samples"], settings["micro_batch_size"]
     per_file = -(-SAMPLES_PER_FILE // batch_size) * batch_size
-    for unfinished in folder.glob(".*"):  # of a killed process
+    for unfinished in folder.glob(".*.writing-*"):  # of a killed process
         unfinished.unlink()
     if header.exists():
         settings = _check_same(read_header(folder), settings, folder)

@@ -114,7 +114,7 @@ def optimizer_groups(model: nn.Module, engine: Any) -> list[dict[str, Any]]:
     base = getattr(engine.optimizer, "optimizer", engine.optimizer)
     groups = []
     for decay in (True, False):
-        settings = next(group for group in base.param_groups if group["decays"] == decay)
+        settings: dict[str, Any] = next((group for group in base.param_groups if group["decays"] == decay), {})
         names = [
             name
             for prefix, module in model.named_modules()

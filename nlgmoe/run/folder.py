@@ -209,7 +209,8 @@ def held(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise SettingError(
-            f"another process trains in trainer.default_root_dir={folder}: wait for its end, or choose another folder"
+            f"another process trains in trainer.default_root_dir={folder}: wait for its end, or choose another folder; if its "
+            "host has crashed, delete .run.lock in it"
         ) from error
     except OSError as error:
         raise SettingError(
@@ -241,7 +242,8 @@ class RunFolder(SaveConfigCallback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Count the rows of `metrics.csv`."""
-        checkpoint["rows"] = count_rows(Path(trainer.default_root_dir, METRICS))
+        if trainer.is_global_zero:  # whose number is saved
+            checkpoint["rows"] = count_rows(Path(trainer.default_root_dir, METRICS))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

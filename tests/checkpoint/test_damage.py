@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +96,17 @@ def test_ranks_share_the_reading_and_miss_nothing(good: Path, tmp_path: Path) ->
     flip(ckpt / "model.safetensors", EXPERT)
     found = [list(find_problems(ckpt, rank, 3)) for rank in range(3)]
     assert sorted(map(len, found)) == [0, 0, 1]
+
+
+def test_a_disk_that_fails_is_no_damage(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an older checkpoint would be resumed, and the newest one put aside as damaged."""
+
+    def fail(path: Path, mode: str) -> Any:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        list(find_problems(good))
 
 
 def test_a_field_that_a_checkpoint_lacks_has_its_default_and_an_unknown_one_is_refused(

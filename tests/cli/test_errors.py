@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -329,6 +330,12 @@ def test_errors_of_pytorch_are_one_line_too() -> None:
     with pytest.raises(RunError) as caught:
         next(iter(DataLoader(Broken(), sampler=[0], num_workers=1)))
     assert describe(caught.value) == ["sample 0 is damaged; make the corpus anew"]
+
+
+def test_errors_of_the_system_are_one_line_if_they_say_what_to_change() -> None:
+    assert describe(OSError(errno.EACCES, "Permission denied", "a file")) == ["a file: Permission denied"]
+    assert describe(OSError(errno.ENOSPC, "No space left on device")) == ["No space left on device"]
+    assert describe(BrokenPipeError(errno.EPIPE, "Broken pipe")) is None  # of a service, such as a logger's
 
 
 def test_an_interrupt_is_quiet(

@@ -243,6 +243,13 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
     assert call > 10
 
 
+def test_a_folder_of_something_else_is_left_as_it_is(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / ".gitignore").write_text("*")
+    with pytest.raises(ValueError, match="exists already, and holds no teacher's logits"):
+        record(teacher, tmp_path, top_k=5, samples=6)
+    assert (tmp_path / ".gitignore").exists()
+
+
 def damage(folder: Path, file: str, place: int) -> None:
     with (folder / file).open("r+b") as opened:
         opened.seek(place)
@@ -278,7 +285,7 @@ def test_damage_is_found(kind: str, logits: Path, tmp_path: Path) -> None:
 
 
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # teacher's settings, run's settings, message
-    "temperature": ({"temperature": 1.0}, {}, r"recorded at temperature=2.0, model.distiller.temperature is 1.0; set"),
+    "temperature": ({"temperature": 1.0}, {}, r"recorded at temperature=2.0, model.distiller.temperature is 1.0; use"),
     "corpus": ({}, {"data": Longer()}, r"these differ: corpus \(saved: a walk, now: a longer walk\); set"),
     "documents": ({}, {"data": NumberedData(documents=True)}, r"document_attention \(saved: False, now: True\)"),
     "numbers": ({}, {"data": SyntheticData()}, "the data module does not number its samples"),
