@@ -18,6 +18,7 @@ import difflib
 import errno
 import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -45,7 +46,7 @@ def one_line_errors() -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_broken():  # its reader has ended, such as `head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit would raise again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the flush at exit would raise again
             raise SystemExit(128 + signal.SIGPIPE) from None
         lines = describe(error)
         if lines is None:
@@ -58,11 +59,10 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _stdout_is_broken() -> bool:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+    """Return True if standard output is a pipe without a reader."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def is_wrong_setting(error: BaseException) -> bool:

@@ -101,7 +101,7 @@ def test_ranks_share_the_reading_and_miss_nothing(good: Path, tmp_path: Path) ->
 def test_a_disk_that_fails_is_no_damage(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else an older checkpoint would be resumed, and the newest one put aside as damaged."""
 
-    def fail(path: Path, mode: str) -> Any:
+    def fail(path: Path, *args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.EIO, "Input/output error", str(path))
 
     monkeypatch.setattr(Path, "open", fail)
