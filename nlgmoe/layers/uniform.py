@@ -22,14 +22,12 @@ class Uniform:
     def __init__(self, key: tuple[int, ...] | None, layer_index: int, device: torch.device) -> None:
         self.device = device
         self.generator: torch.Generator | None = None
-        if key is not None:
-            self._seed = derive_seed("routing", *key, layer_index)
-        self._keyed = key is not None
+        self._names: tuple[int | str, ...] | None = None if key is None else ("routing", *key, layer_index)
 
     def __call__(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
         """Draw from U(0, 1)."""
-        if self._keyed and self.generator is None:
-            self.generator = torch.Generator(self.device).manual_seed(self._seed)
+        if self._names is not None and self.generator is None:
+            self.generator = torch.Generator(self.device).manual_seed(derive_seed(*self._names))
         return torch.rand(shape, generator=self.generator, device=self.device, dtype=torch.float32)
 
     def gumbel(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
