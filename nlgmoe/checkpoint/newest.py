@@ -58,12 +58,15 @@ def is_checkpoint(path: str | Path) -> bool:
 def choose_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint `path`, or the newest valid checkpoint of a run folder. A collective.
 
-    A link is resolved once, since a running `fit` may move it. Ranks verify a checkpoint together before they use it, so that
+    Ranks verify a checkpoint together before they use it, so that
     all raise the same error; a single process verifies a given checkpoint while reading it.
     """
     path = Path(path)
     if is_checkpoint(path):
-        path = _followed_by_all(path)
+        found = [followed(path)]  # that of rank 0, since a running `fit` may move a link
+        if distributed.is_initialized():
+            distributed.broadcast_object_list(found)
+        (path,) = found
         if distributed.is_initialized() and (problems := gather_problems(path)):
             raise AllRanksError(f"{_summary(problems)}; use another checkpoint")
         return path
@@ -89,15 +92,7 @@ def choose_checkpoint(path: str | Path) -> Path:
 
 def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint `path`, unverified, or the newest valid one of a run folder, to read weights from. A collective."""
-    return _followed_by_all(Path(path)) if is_checkpoint(path) else choose_checkpoint(path)
-
-
-def _followed_by_all(path: Path) -> Path:
-    """Return what a link points to for rank 0, since a running `fit` may move it. A collective."""
-    found = [followed(path)]
-    if distributed.is_initialized():
-        distributed.broadcast_object_list(found)
-    return found[0]
+    return followed(Path(path)) if is_checkpoint(path) else choose_checkpoint(path)
 
 
 def _summary(problems: list[str]) -> str:

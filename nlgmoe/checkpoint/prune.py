@@ -53,7 +53,7 @@ def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
         layer = MoELayer(config, next(iter(moe_blocks(config))))
     require(
         isinstance(layer.router, TopKRouter),
-        f"num_experts: {type(config.moe.router).__name__} does not derive from TopKRouter; only such routers can be pruned",
+        f"num_experts: {type(layer.router).__name__} does not derive from TopKRouter; only such routers can be pruned",
     )
     return replace(config, moe=replace(config.moe, num_experts=list(num_experts)))
 

@@ -49,8 +49,10 @@ def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[s
         yield from _damaged_tensors(path, files, rank, ranks)
         if rank == 0:
             yield from _model_differences(path, document, files)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         yield str(error).removesuffix(f"; {REMEDY}")
+    except OSError as error:  # the file may be whole
+        raise OSError(error.errno, error.strerror or str(error), error.filename or str(path)) from error
     except (TypeError, KeyError, AttributeError, IndexError) as error:  # valid JSON that nlgmoe did not write
         reason = str(error).partition("\n")[0]  # PyTorch may add the stack
         yield f"{path} is not an nlgmoe checkpoint ({type(error).__name__}: {reason})"

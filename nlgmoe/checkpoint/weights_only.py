@@ -21,14 +21,9 @@ from nlgmoe.files import atomic_write, settings_of
 from nlgmoe.model.gpt import GPT
 from nlgmoe.validation import require
 
-OF_TEXT = (
-    "data_dir",
-    "corpus",
-    "tokenizer",
-    "document_attention",
-    "mask_eod_loss",
-)  # a run's settings that NAME.yaml repeats
-MICRO_BATCH, BATCH_TOKENS = 8, 16_384  # the default in sequences; and with long ones, the tokens
+# settings of a run's `data` that NAME.yaml repeats
+OF_RUN = ("data_dir", "corpus", "tokenizer", "document_attention", "mask_eod_loss", "micro_batch_size")
+MICRO_BATCH, BATCH_TOKENS = 8, 16_384  # sequences by default; fewer if they would have more tokens than this
 SHARD_VALUES = 2**28  # maximum of values in a file with several entries, and so in memory at a time
 
 
@@ -99,9 +94,9 @@ def _write_settings(checkpoint: Path, config: GPTConfig, tokenizer: bool, origin
     }
     run = None if source is None else run_config(source)
     of_run = {} if run is None else yaml.safe_load(run.read_text(encoding="utf-8")).get("data", {})
-    data = {name: of_run[name] for name in OF_TEXT if of_run.get(name) is not None}
+    data = {name: of_run[name] for name in OF_RUN if of_run.get(name) is not None}
     data |= {"tokenizer": str(checkpoint)} if tokenizer else {}
-    if (fitting := max(1, BATCH_TOKENS // config.seq_len)) < MICRO_BATCH:
+    if run is None and (fitting := max(1, BATCH_TOKENS // config.seq_len)) < MICRO_BATCH:
         data["micro_batch_size"] = fitting
     if data:
         settings["data"] = data

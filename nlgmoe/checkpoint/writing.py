@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -124,7 +125,9 @@ def remove(path: Path) -> None:
         renamed = path.with_name(f".{path.name}.removed")
         shutil.rmtree(renamed, ignore_errors=True)
         path.rename(renamed)  # so that no incomplete folder ever has the final name
-        shutil.rmtree(renamed, ignore_errors=True)  # NFS keeps files that are open; the next start deletes them
+        shutil.rmtree(renamed, ignore_errors=True)
+        if renamed.exists():  # NFS keeps files that are open
+            rank_zero_warn(f"{renamed} cannot be deleted as a whole; the next start of the run tries it again")
 
 
 def flush(path: Path) -> None:

@@ -7,7 +7,7 @@
 | 0 | it ran to its end, or a signal ended training and a checkpoint was saved (`run/keeper.py`) |
 | 2 | a setting or argument is wrong (`SettingError`, or Lightning's `MisconfigurationException`); nothing was run |
 | 1 | damaged data, a full disk, a step that is not finite (`RunError`, `OSError`): one line; any other exception: a traceback |
-| 128 + a signal's number | a signal ended it, nothing was saved: 130 for Ctrl+C twice, or before training; 141: reader ended |
+| 128 + a signal's number | a signal ended it, nothing was saved: 130 for Ctrl+C twice, or before training; 141 in `... | head` |
 
 `NLGMOE_TRACEBACK=1` prints the traceback before the line.
 """
@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import os
 import re
 import select
@@ -37,7 +36,8 @@ def one_line_errors() -> Iterator[None]:
     """End the process with one line if the block raises an expected error."""
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except SystemExit as end:
@@ -80,13 +80,9 @@ def describe(error: BaseException) -> list[str] | None:
         ]
     if isinstance(error, RunError | OSError | SettingError) and (worker := _OF_WORKER.match(text)):
         return [one_line(worker["text"])]
-    if (
-        isinstance(error, OSError)
-        and (file := error.filename if error.filename2 is None else error.filename2) is not None
-    ):
-        return [f"{file}: {error.strerror}"]
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return [str(error.strerror)]
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
+        file = error.filename if error.filename2 is None else error.filename2
+        return [f"{file}: {error.strerror}" if file is not None else error.strerror]
     if isinstance(error, RunError) or is_wrong_setting(error):
         return [one_line(line) for line in text.splitlines()]
     return None

@@ -8,7 +8,7 @@ Under expert parallelism each rank holds an equal slice of the experts: `AllToAl
 expert, and the output back, by one all-to-all each (`all_to_all.py`).
 
 Letters: N tokens, k experts per token, H hidden size, E experts. An assignment is one (token, choice) pair; there are N * k.
-On CPUs, M counts the kept assignments. On accelerators, M = N * k: kept ones first, sorted by expert, then dropped ones.
+M rows, sorted by expert: on CPUs of the kept assignments; on accelerators, without expert parallelism, the dropped ones follow.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     logits = x W                               [N, E]   in at least fp32
     p      = softmax(logits)                   [N, E]
-    expert = the k largest p                   [N, k]   k = 2, training: the second one is sampled (`second_expert`);
-                                                        equal p: the lower expert for k <= 2, unspecified for k > 2
+    expert = the k largest logits (k > 2: p)   [N, k]   k = 2, training: the second one is sampled (`second_expert`);
+                                                        equal ones: the lower expert for k <= 2, unspecified for k > 2
     kept   = the assignments within capacity   [N, k]
     weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1; times `gate_scale`
 

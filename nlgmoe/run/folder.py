@@ -210,7 +210,7 @@ def held(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise SettingError(
             f"another process trains in trainer.default_root_dir={folder}: wait for its end, or choose another folder; if its "
-            "host has crashed, delete .run.lock in it"
+            f"host has crashed, delete {folder}/.run.lock"
         ) from error
     except OSError as error:
         raise SettingError(

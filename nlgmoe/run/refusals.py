@@ -62,7 +62,7 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
         if value := getattr(trainer, name):
             raise SettingError(f"trainer.{name}={value} {reason}")
     if getattr(trainer, "_val_check_time_interval", None) is not None:
-        raise SettingError("trainer.val_check_interval: each rank measures a time by itself; give optimizer steps")
+        raise SettingError("trainer.val_check_interval as a time depends on the machine's speed; give optimizer steps")
     if trainer.precision == "16-true":
         raise SettingError(
             "trainer.precision=16-true trains in fp16 alone, in which AdamW's eps is 0; use bf16-mixed or 16-mixed"

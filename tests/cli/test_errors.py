@@ -336,6 +336,7 @@ def test_errors_of_the_system_are_one_line_if_they_say_what_to_change() -> None:
     assert describe(OSError(errno.EACCES, "Permission denied", "a file")) == ["a file: Permission denied"]
     assert describe(OSError(errno.ENOSPC, "No space left on device")) == ["No space left on device"]
     assert describe(BrokenPipeError(errno.EPIPE, "Broken pipe")) is None  # of a service, such as a logger's
+    assert describe(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")) is None
 
 
 def test_an_interrupt_is_quiet(

@@ -23,7 +23,7 @@ def trainer(folder: Path, **settings: Any) -> Trainer:
     [
         ({"min_steps": 2}, "trainer.min_steps=2 continues a run after its end"),
         ({"overfit_batches": 2}, "trainer.overfit_batches=2 changes the order"),
-        ({"val_check_interval": "00:01:00:00"}, "val_check_interval: each rank measures a time by itself"),
+        ({"val_check_interval": "00:01:00:00"}, "val_check_interval as a time depends on"),
         ({"precision": "16-true"}, "trainer.precision=16-true trains in fp16 alone"),
         ({"plugins": [AsyncCheckpointIO()]}, "AsyncCheckpointIO writes checkpoints that no run here"),
         ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "changes the batch that"),
