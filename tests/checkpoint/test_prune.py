@@ -133,7 +133,7 @@ def test_what_cannot_be_pruned_is_refused(tmp_path: Path, capsys: pytest.Capture
         assert message in error_of(capsys, "prune", source, *arguments)
     assert not small.exists()
     config = GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(4, router=HashRouterConfig()))
-    with pytest.raises(ValueError, match="HashRouterConfig does not derive from TopKRouter"):
+    with pytest.raises(ValueError, match="HashRouter does not derive from TopKRouter"):
         pruned_config(config, [2])
 
 
