@@ -18,6 +18,9 @@ from nlgmoe.data import PileDataModule
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.validation import SettingError
 
+# for commands that use the model or the data of a run of many ranks in one process
+ONE_PROCESS: dict[str, Any] = {"trainer__devices": 1, "trainer__num_nodes": 1, "trainer__strategy": "auto"}
+
 
 @dataclass(frozen=True)
 class Experiment:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import distributed
 
 from nlgmoe.validation import RunError, SettingError
+
+T = TypeVar("T")
 
 
 class AllRanksError(RunError):
@@ -16,6 +19,14 @@ class AllRanksError(RunError):
 
 class AllRanksSettingError(AllRanksError, SettingError):
     """A wrong setting, raised on every rank."""
+
+
+def of_rank_zero(value: T) -> T:
+    """Return rank 0's value on every rank. A collective."""
+    values = [value]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(values)
+    return values[0]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
 
-from nlgmoe.checkpoint.agreement import AllRanksError
+from nlgmoe.checkpoint.agreement import AllRanksError, of_rank_zero
 from nlgmoe.checkpoint.folder import followed
 from nlgmoe.checkpoint.verify import gather_problems
 from nlgmoe.validation import SettingError, require
@@ -58,23 +58,17 @@ def is_checkpoint(path: str | Path) -> bool:
 def choose_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint `path`, or the newest valid checkpoint of a run folder. A collective.
 
-    Ranks verify a checkpoint together before they use it, so that
-    all raise the same error; a single process verifies a given checkpoint while reading it.
+    A link is resolved once, by rank 0, since a running `fit` may move it. Ranks verify a checkpoint together before they use
+    it, so that all raise the same error; a single process verifies a given checkpoint while reading it.
     """
     path = Path(path)
     if is_checkpoint(path):
-        found = [followed(path)]  # that of rank 0, since a running `fit` may move a link
-        if distributed.is_initialized():
-            distributed.broadcast_object_list(found)
-        (path,) = found
+        path = of_rank_zero(followed(path))
         if distributed.is_initialized() and (problems := gather_problems(path)):
             raise AllRanksError(f"{_summary(problems)}; use another checkpoint")
         return path
-    steps = [saved_steps(path)]
-    if distributed.is_initialized():
-        distributed.broadcast_object_list(steps)
     skipped = []
-    for step in reversed(steps[0]):
+    for step in reversed(of_rank_zero(saved_steps(path))):
         problems = gather_problems(checkpoint_path(path, step))
         if not problems:
             rank_zero_info(f"newest checkpoint: {checkpoint_path(path, step)}")

@@ -53,7 +53,7 @@ def distill_logits(
 
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
     from nlgmoe.distill.record_logits import record_logits
-    from nlgmoe.experiment import load_config, parse_config
+    from nlgmoe.experiment import ONE_PROCESS, load_config, parse_config
 
     settings = parse_config(files)
     distiller: dict[str, Any] = (settings["model"]["distiller"] or {}).get("init_args") or {}
@@ -65,14 +65,7 @@ def distill_logits(
     precision = precision or distiller.get("precision") or "fp32"
 
     # One process reads all samples in micro-batches, regardless of the steps and ranks of the run.
-    experiment = load_config(
-        files,
-        trainer__devices=1,
-        trainer__num_nodes=1,
-        trainer__strategy="auto",
-        data__global_batch_size=None,
-        data__batch_ramp_up=None,
-    )
+    experiment = load_config(files, **ONE_PROCESS, data__global_batch_size=None, data__batch_ramp_up=None)
     module, data = experiment.module, experiment.data
     if top_k > module.config.vocab_size:
         raise SettingError(f"top_k={top_k} is above model.config.vocab_size={module.config.vocab_size}; lower it")

@@ -96,7 +96,7 @@ def prune_checkpoint(
 
 
 def _run_batches(run: str, windows: int, tokenizer: str | None) -> Any:
-    from nlgmoe.experiment import load_config
+    from nlgmoe.experiment import ONE_PROCESS, load_config
 
     if (config := run_config(Path(run))) is None:
         raise SettingError(
@@ -104,8 +104,7 @@ def _run_batches(run: str, windows: int, tokenizer: str | None) -> Any:
         )
     changes = {"data__max_eval_windows": windows} | ({} if tokenizer is None else {"data__tokenizer": tokenizer})
     # Of the trainer nothing is used, but it must fit this machine.
-    trainer = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
-    data = load_config(config, **changes, **{f"trainer__{name}": value for name, value in trainer.items()}).data
+    data = load_config(config, **ONE_PROCESS, trainer__accelerator="cpu", trainer__logger=False, **changes).data
     data.prepare_data()
     return data.val_dataloader()
 

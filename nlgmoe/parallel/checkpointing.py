@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.agreement import raise_on_all_ranks
+from nlgmoe.checkpoint.agreement import of_rank_zero, raise_on_all_ranks
 from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.folder import Contents, TensorFiles
 from nlgmoe.checkpoint.layout import entry_shapes, local_entries, require_entries
@@ -82,13 +82,12 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
     weights, moments = gather_owned_entries(model, engine, with_moments=resumable and checkpoint["global_step"] > 0)
     if resumable:
         rest |= {"optimizer_groups": optimizer_groups(model, engine), "loss_scale": loss_scale(engine)}
-    temporary: list[Path | None] = [None]
+    temporary: Path | None = None
     with raise_on_all_ranks(), writing.explain_write_errors(path):
         document, tensors = make_document(rest)
         if rank == 0:
-            temporary = [writing.begin(path)]
-    distributed.broadcast_object_list(temporary)
-    (folder,) = temporary
+            temporary = writing.begin(path)
+    folder = of_rank_zero(temporary)
     assert folder is not None
     try:
         files: dict[str, Contents] = {}

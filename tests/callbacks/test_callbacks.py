@@ -13,7 +13,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from nlgmoe.callbacks import ExpertLoad, RunSummary, Throughput, TokenProgressBar
+from nlgmoe.callbacks import ExpertLoad, RunSummary, SampleText, Throughput, TokenProgressBar
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import SequenceCurriculum
@@ -118,6 +118,11 @@ def test_a_validation_of_the_first_domains_is_compared_with_nothing(limit: float
     assert sum("set data.max_eval_windows" in str(one.message) for one in caught) == isinstance(limit, int)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["val_loss"] and summary["unigram_entropy"] == (None if isinstance(limit, int) else 4.0)
+
+
+def test_texts_need_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="SampleText needs the tokenizer of nlgmoe.PileDataModule; remove it"):
+        trainer(tmp_path, SampleText(["a"])).fit(MoEGPTModule(CONFIG), SyntheticData())
 
 
 def test_progress_counts_tokens_to_the_end(tmp_path: Path) -> None:

@@ -233,6 +233,13 @@ def test_from_own_text_to_training_with_a_tokenizer_of_its_own(tmp_path: Path, c
     assert next(iter(data.train_dataloader())) and next(iter(data.val_dataloader())) and 256 < data.vocab_size <= 280
 
 
+def test_a_single_text_is_cut_into_documents_of_bounded_size(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("nlgmoe.commands.prepare_data.PIECE_BYTES", 100)
+    (tmp_path / "text.txt").write_text("reading books\n" * 800)
+    main(["prepare-data", "--vocab-size=280", f"--input={tmp_path}/text.txt", f"--output={tmp_path}/cut"])
+    assert "documents  89\n" in capsys.readouterr().out  # of 9 lines each; without the bound there would be 20
+
+
 @pytest.mark.parametrize(
     ("lengths", "held_out", "split"),
     [([1100] * 200, 4, [196, 4, 0]), ([1100] * 200, 0, [198, 2, 0]), ([90, 5, 5], 1, [1, 2, 0])],

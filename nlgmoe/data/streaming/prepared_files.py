@@ -29,8 +29,6 @@ from nlgmoe.validation import RunError, SettingError
 HASHED_PIECES = 1024  # of 32 KB, about, of all training files
 TRAINING_BYTES, TRAINING_FILES = 8_000_000, 64  # about, and at most, for statistics and the domains' shares
 CHECKED_DOCUMENTS = 16  # documents of ids that are compared with the tokenizer
-
-
 Tokens = dict[str, list[np.ndarray]]  # split -> of each domain [N_d]; of "train" a sample
 
 

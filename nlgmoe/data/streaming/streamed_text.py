@@ -114,7 +114,8 @@ class StreamedText:
                 f"path={self.path}: its evaluation tokens for {tokenizer} are not in {data_dir}; start training, or "
                 "call prepare_data of the data module"
             )
-        files, tokens = cache[0]["train"], cache[1]
+        files_by_split, tokens = cache
+        files = files_by_split["train"]
         config = self._config(loaded, [file.path for file in files])
         facts = [(os.path.basename(file.path), file.bytes, file.contents) for file in files]
         fingerprint: Fingerprint = {"files": f"{len(files)} of {hash_of(facts)}"}

@@ -61,9 +61,8 @@ def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: Bytes
         if separate:  # else it shares the gate's input
             per_token += width * c
         if moe.residual_mix == "learned":
-            per_token += (
-                (4 + c) * width + 8 + (4 * width if copies or (jitter and c != r) else 0)
-            )  # both branches; input
+            per_token += (4 + c) * width + 8  # both branches, and their weights
+            per_token += 4 * width if copies or (jitter and c != r) else 0  # input
     return tokens * per_token + turns + (4 * experts * width if size.weight == 2 else 0)  # the gate's weights, in fp32
 
 
