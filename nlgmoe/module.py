@@ -162,7 +162,7 @@ class MoEGPTModule(LightningModule):
     def _start_from(self, model: GPT, start: WarmStart) -> None:
         """Load the initial weights, and report what differs in the configuration, such as another `top_k`."""
         data = training_data(self._trainer)
-        tokenizer = None if data is None else data.tokenizer_json()
+        tokenizer = None if data is None else data.tokenizer_files()
         loaded = load_initial_weights(model, start, tokenizer=tokenizer)
         self.started_from = str(loaded.path)
         changed = differences(loaded.model_config, self.config.to_dict(), ignore=FREE_IN_EVALUATION)
@@ -343,7 +343,7 @@ class MoEGPTModule(LightningModule):
         if self.started_from is not None:
             checkpoint["started_from"] = self.started_from
         data = training_data(self.trainer)
-        if data is not None and (tokenizer := data.tokenizer_json()) is not None:
+        if data is not None and (tokenizer := data.tokenizer_files()) is not None:
             checkpoint["tokenizer"] = tokenizer
         if self.distiller is not None:
             checkpoint["distiller"] = self.distiller.state_dict()

@@ -28,5 +28,5 @@ config = OlmoeConfig(
     eos_token_id=tokenizer.eod_id,
 )
 OlmoeForCausalLM(config).save_pretrained(folder)
-(folder / "tokenizer.json").write_text(tokenizer.to_json())
+(folder / "tokenizer.json").write_text(tokenizer.files["tokenizer.json"])
 print(f"{folder}: an OLMoE of {sum(p.numel() for p in OlmoeForCausalLM(config).parameters()):,} parameters")

@@ -5,7 +5,8 @@
       model.safetensors                               or one file per rank: model-00000-of-00004.safetensors, ...
       optimizer.safetensors                           likewise; absent if only weights were saved
       state.safetensors                               tensors that checkpoint.json refers to; absent if there are none
-      tokenizer.json                                  the run's tokenizer, in the format of the `tokenizers` library
+      tokenizer.json                                  the run's tokenizer, in the format of the `tokenizers` library, and
+                                                      the model's files beside it (`data/model_files.py`)
       manifest.json                                   type, shape and checksum of every tensor, by file
 
 A reader takes the union of the files; it does not matter which file holds an entry. Checksums are 64-bit xxHash (XXH3), which
@@ -27,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.data.model_files import BESIDE, TOKENIZER, TokenizerFiles
 from nlgmoe.files import settings_of
 from nlgmoe.parts import ForeignCodeError
 from nlgmoe.validation import RunError, SettingError
@@ -35,7 +37,6 @@ FORMAT = "nlgmoe-portable"
 VERSION = 2
 REMEDY = "use another checkpoint"
 KINDS = ("model", "optimizer", "state")  # first part of the tensor files' names
-TOKENIZER = "tokenizer.json"
 Contents = dict[str, list[Any]]  # entry -> [type, shape, checksum]
 
 
@@ -77,18 +78,18 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def read_tokenizer(path: str | Path) -> str | None:
-    """Read the `tokenizer.json` of a folder; None if the checkpoint was saved without one."""
-    recorded = read_manifest(path).get(TOKENIZER)
-    if recorded is None:
+def read_tokenizer(path: str | Path) -> TokenizerFiles | None:
+    """Read the tokenizer of a folder, and the model's files beside it; None if the checkpoint was saved without one."""
+    manifest = read_manifest(path)
+    if TOKENIZER not in manifest:
         return None
-    file = Path(path) / TOKENIZER
-    if not file.exists():
-        raise RunError(f"{path} has no {TOKENIZER}; {REMEDY}")
-    return _check_bytes(file, recorded).decode()
+    names = [name for name in (TOKENIZER, *BESIDE) if name in manifest]
+    return {name: _check_bytes(Path(path) / name, manifest[name]).decode() for name in names}
 
 
 def _check_bytes(file: Path, checksum: str) -> bytes:
+    if not file.exists():
+        raise RunError(f"{file.parent} has no {file.name}; {REMEDY}")
     content = file.read_bytes()
     if xxhash.xxh3_64_hexdigest(content) != checksum:
         raise RunError(f"{file} is damaged (its checksum differs); {REMEDY}")

@@ -4,7 +4,7 @@
     model             GPT's parameters by name, one entry per expert
     optimizer         `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`, likewise
     state             tensors that `checkpoint.json` refers to, such as a callback's
-    tokenizer.json    the run's tokenizer
+    tokenizer.json    the run's tokenizer, and the model's files beside it
 
 `folder.py` and `writing.py` read and write the files, `verify.py` and `newest.py` find a valid checkpoint. A single process uses
 Lightning's `CheckpointIO`, below; DeepSpeed's ranks each write and read their own entries (`parallel/checkpointing.py`).

@@ -7,6 +7,7 @@ from typing import Any
 
 from nlgmoe.checkpoint.folder import read_tokenizer
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
+from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.training_data import TrainingData
 from nlgmoe.validation import RunError, SettingError
@@ -49,19 +50,19 @@ def check_tokenizer(checkpoint: dict[str, Any], data: TrainingData | None) -> No
     """
     if data is None or type(data).__qualname__ in checkpoint:
         return
-    tokenizer = data.tokenizer_json()
+    tokenizer = data.tokenizer_files()
     if tokenizer is not None and not tokenizer_matches(tokenizer, checkpoint["path"]):
         raise RunError(
             f"{checkpoint['path']} has another tokenizer than data.tokenizer; set it to that of the checkpoint"
         )
 
 
-def tokenizer_matches(tokenizer: str, path: str | Path) -> bool:
-    """Return True if `tokenizer`, as JSON, has the same ids as the checkpoint's, or the checkpoint has none."""
+def tokenizer_matches(tokenizer: TokenizerFiles, path: str | Path) -> bool:
+    """Return True if `tokenizer` has the same ids as the checkpoint's, or the checkpoint has none."""
     stored = read_tokenizer(path)
     if stored is None or stored == tokenizer:
         return True
-    return Tokenizer.from_json(tokenizer, "of the run").has_same_ids(Tokenizer.from_json(stored, "of the checkpoint"))
+    return Tokenizer.from_files(tokenizer, "of the run").has_same_ids(Tokenizer.from_files(stored, "of the checkpoint"))
 
 
 def differences(

@@ -15,7 +15,6 @@ from nlgmoe.checkpoint.agreement import raise_on_all_ranks
 from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.folder import (
     REMEDY,
-    TOKENIZER,
     Contents,
     entry_problem,
     file_problems,
@@ -28,6 +27,7 @@ from nlgmoe.checkpoint.folder import (
 )
 from nlgmoe.checkpoint.layout import Shapes, describe_differences, entry_shapes
 from nlgmoe.config import GPTConfig
+from nlgmoe.data.model_files import TOKENIZER
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parts import PARTS, ForeignCodeError
 from nlgmoe.pyramid import experts_per_layer

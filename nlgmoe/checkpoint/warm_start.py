@@ -28,6 +28,7 @@ from nlgmoe.checkpoint.layout import (
 )
 from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.checkpoint.same_run import tokenizer_matches
+from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.model.gpt import GPT
 from nlgmoe.validation import SettingError
 
@@ -73,7 +74,7 @@ def load_initial_weights(
     model: GPT,
     start: WarmStart,
     on_entry: Callable[[Entry, Tensor], None] | None = None,
-    tokenizer: str | None = None,
+    tokenizer: TokenizerFiles | None = None,
 ) -> WarmStartResult:
     """Load a checkpoint's weights into `model`. A collective.
 
@@ -81,7 +82,7 @@ def load_initial_weights(
         model: the GPT, or this rank's part of it.
         start: the settings.
         on_entry: called with each loaded entry and its values in the stored dtype.
-        tokenizer: the data's, as JSON, compared with the checkpoint's; None: not compared.
+        tokenizer: the data's, compared with the checkpoint's; None: not compared.
     """
     blocks = "" if start.layers is None else f", blocks {', '.join(map(str, start.layers))} (counted from 0)"
     with raise_on_all_ranks():

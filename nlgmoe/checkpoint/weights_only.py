@@ -17,6 +17,7 @@ from nlgmoe.checkpoint.folder import Contents, read_document, run_config
 from nlgmoe.checkpoint.layout import Shapes, entry_shapes
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.config import GPTConfig
+from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.files import atomic_write, settings_of
 from nlgmoe.model.gpt import GPT
 from nlgmoe.validation import require
@@ -31,7 +32,7 @@ def write_weights(
     path: str | Path,
     read: Callable[[str], Tensor],
     config: GPTConfig,
-    tokenizer: str | None = None,
+    tokenizer: TokenizerFiles | None = None,
     global_step: int = 0,
     tokens_seen: int = 0,
     overwrite: bool = False,
@@ -46,7 +47,7 @@ def write_weights(
         read: returns an entry by its name, such as `blocks.1.moe.experts.3.expand_weight`; called once for each, and
             consecutively for those of one expert.
         config: configuration of the model.
-        tokenizer: JSON of the `tokenizers` library; None writes no tokenizer.
+        tokenizer: the tokenizer and the model's files beside it; None writes no tokenizer.
         global_step: optimizer steps that the weights were trained for.
         tokens_seen: tokens that the weights were trained on.
         overwrite: replace an older one.

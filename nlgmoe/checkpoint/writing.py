@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nlgmoe.checkpoint.folder import (
-    TOKENIZER,
     Contents,
     checksum_of_manifest,
     record_of,
 )
+from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.validation import RunError
 
 
@@ -66,20 +66,23 @@ def write_tensors(
 
 
 def finish(
-    temporary: Path, path: Path, document: dict[str, Any], files: dict[str, Contents], tokenizer: str | None = None
+    temporary: Path,
+    path: Path,
+    document: dict[str, Any],
+    files: dict[str, Contents],
+    tokenizer: TokenizerFiles | None = None,
 ) -> None:
-    """Write `checkpoint.json`, `tokenizer.json` and `manifest.json`, then rename the folder to `path`, replacing an older one.
+    """Write `checkpoint.json`, the tokenizer and `manifest.json`, then rename the folder to `path`, replacing an older one.
 
     Args:
         temporary: the folder that `begin` made.
         path: its final name.
         document: content of `checkpoint.json`.
         files: union of the results of `write_tensors`.
-        tokenizer: content of `tokenizer.json`; None writes no such file.
+        tokenizer: the tokenizer and the model's files beside it; None writes none.
     """
     texts = {"checkpoint.json": json.dumps(document, indent=1).encode()}
-    if tokenizer is not None:
-        texts[TOKENIZER] = tokenizer.encode()
+    texts |= {name: text.encode() for name, text in (tokenizer or {}).items()}
     manifest: dict[str, Any] = {"files": files}
     manifest |= {name: xxhash.xxh3_64_hexdigest(text) for name, text in texts.items()}
     manifest["checksum"] = checksum_of_manifest(manifest)

@@ -30,9 +30,10 @@ def generate_text(
     device: str = "cpu",
     precision: Literal["fp32", "bf16"] | None = None,
     json: bool = False,
+    chat: bool = False,
     allow_code: list[str] | None = None,
 ) -> None:
-    """Continue texts until the document ends, `max_new_tokens` are generated, or `seq_len` is reached.
+    """Continue texts until a stop token, the end of the document, `max_new_tokens`, or `seq_len`; or answer them, with `--chat`.
 
     Args:
         checkpoint: the folder, `NAME.ckpt`, or a run folder: its newest valid checkpoint is used.
@@ -49,6 +50,7 @@ def generate_text(
         device: device of the model, such as cuda.
         precision: precision of weights and matrix products, fp32 or bf16; default: the stored precision.
         json: print JSON lines instead of text.
+        chat: each prompt is a message of the user, which the model answers: its chat template and stop tokens are used.
         allow_code: module of the checkpoint's router or expert to import; may be given several times.
     """
     import_allowed(allow_code)
@@ -67,19 +69,24 @@ def generate_text(
     texts = _read_prompts(prompts) if prompts is not None else [_read_stdin()] if prompt is None else prompt
 
     loaded = load_pretrained(checkpoint, tokenizer, device, precision)
-    tokens = [loaded.tokenizer.encode(text) or [loaded.tokenizer.eod_id] for text in texts]
+    if chat:
+        from nlgmoe.eval.chat import chat_prompts
+
+        tokens = chat_prompts(loaded.tokenizer, texts)
+    else:
+        tokens = [loaded.tokenizer.encode(text) or [loaded.tokenizer.eod_id] for text in texts]
     check_prompts(loaded.model, tokens, max_new_tokens)
     if len(texts) == 1 and output is None and not json:
-        _print_while_generating(loaded, texts[0], tokens[0], max_new_tokens, sampling)
+        _print_while_generating(loaded, "" if chat else texts[0], tokens[0], max_new_tokens, sampling)
         return
-    completions = complete(loaded.model, tokens, max_new_tokens, sampling, loaded.tokenizer.eod_id, batch_size)
+    completions = complete(loaded.model, tokens, max_new_tokens, sampling, loaded.tokenizer.stop_ids, batch_size)
     records = [_record(loaded, text, completion) for text, completion in zip(texts, completions, strict=True)]
     if output is not None:
         write_whole(output, "".join(json_format.dumps(record, ensure_ascii=False) + "\n" for record in records))
         print(f"{len(records):,} completions written to {output}")
     else:
         for record in records:
-            print(json_format.dumps(record, ensure_ascii=False) if json else _format_record(record))
+            print(json_format.dumps(record, ensure_ascii=False) if json else _format_record(record, chat))
     if cut := sum(record["end"] == "seq_len" for record in records):
         _print_length_note(f"{cut:,} of {len(records):,} texts", loaded)
 
@@ -92,7 +99,7 @@ def _print_while_generating(
 
     print(text, end="", flush=True)
     detokenizer, end = StreamingDetokenizer(loaded.tokenizer), None
-    for new in stream(loaded.model, [tokens], max_new_tokens, sampling, loaded.tokenizer.eod_id):
+    for new in stream(loaded.model, [tokens], max_new_tokens, sampling, loaded.tokenizer.stop_ids):
         print(detokenizer.add(new.token), end="", flush=True)
         end = new.end
     print(flush=True)
@@ -117,8 +124,8 @@ def _record(loaded: LoadedModel, prompt: str, completion: Completion) -> dict[st
     }
 
 
-def _format_record(record: dict[str, Any]) -> str:
-    return f"--- {record['prompt']!r}\n{record['prompt']}{record['completion']}\n"
+def _format_record(record: dict[str, Any], chat: bool) -> str:
+    return f"--- {record['prompt']!r}\n{'' if chat else record['prompt']}{record['completion']}\n"
 
 
 def _read_stdin() -> str:

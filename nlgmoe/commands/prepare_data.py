@@ -33,6 +33,7 @@ def prepare_data(
     vocab_size: int | None = None,
     text_field: str = "text",
     on_bad_data: Literal["error", "skip"] = "error",
+    special_tokens: Literal["text", "read"] = "text",
     workers: int | None = None,
 ) -> None:
     """Build the pocket Pile, a tokenizer and the tokenised shards, unless they exist; or a corpus of your own text.
@@ -50,10 +51,12 @@ def prepare_data(
         vocab_size: train a tokenizer of so many ids on `input`, and save it in the folder OUTPUT.tokenizer.
         text_field: field of a record with its text; a nested field has dots: `content.body`.
         on_bad_data: "error" stops at a document or file that cannot be used; "skip" leaves it out and counts it.
+        special_tokens: "text": the name of a special token in `input`, such as <|im_end|>, is text; "read": it is that token.
         workers: threads that tokenise `input`; default: the number of CPU cores.
     """
     if input is not None or output is not None or vocab_size is not None:
-        _tokenise_input(data_dir, tokenizer, input, output, vocab_size, text_field, on_bad_data == "skip", workers)
+        skips, reads = on_bad_data == "skip", special_tokens == "read"
+        _tokenise_input(data_dir, tokenizer, input, output, vocab_size, text_field, skips, reads, workers)
         return
     # Imported here: Lightning loads slowly, and wrong arguments are reported before it is needed.
     from nlgmoe.data.indexed import IndexedDataset
@@ -93,6 +96,7 @@ def _tokenise_input(
     vocab_size: int | None,
     text_field: str,
     skips: bool,
+    reads: bool,
     workers: int | None,
 ) -> None:
     if input is None or output is None:
@@ -131,6 +135,8 @@ def _tokenise_input(
         tokenizer = f"{prefix}.tokenizer"
         _note(f"training a tokenizer of {vocab_size:,} ids")
         loaded = train_tokenizer(_texts(files, fields, skips), vocab_size, Path(tokenizer))
+    if reads:
+        loaded = loaded.reading_special_tokens()
     seconds = 0.1 if sys.stderr.isatty() else 10.0  # in a file, each update is a line
     bar = tqdm(desc="tokenising", unit="B", unit_scale=True, mininterval=seconds)
     left_out: list[str] = []

@@ -87,8 +87,10 @@ def build_indexed(
     settings = {
         "files": [asdict(describe_file(file)) if os.path.exists(file) else file for file in files],
         "tokenizer": tokenizer.fingerprint,
-        "fields": asdict(fields),
+        "special_tokens": tokenizer.reads_special_tokens,
+        "fields": {name: value for name, value in asdict(fields).items() if name != "missing_bytes"},
     }
+    fields = replace(fields, missing_bytes=tokenizer.missing_bytes)
     try:
         with FileLock(folder / ".lock", timeout=0):
             check_new(prefix)

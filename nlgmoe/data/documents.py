@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from huggingface_hub.errors import HTTPError
 
+from nlgmoe.data.byte_level import byte_without_token
 from nlgmoe.validation import RunError
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
@@ -47,6 +48,7 @@ class Fields:
         domain: the document's domain; None: there is none.
         vocab_size: ids must be below it; None: unchecked.
         max_bytes: longest line of a document, or text in Parquet and plain text.
+        missing_bytes: bytes without a token in the tokenizer; a text that has one cannot be used.
         text_bytes: plain text is cut at the ends of lines into documents of at least so many bytes; None: one document a file.
     """
 
@@ -55,6 +57,7 @@ class Fields:
     domain: str | None = None
     vocab_size: int | None = None
     max_bytes: int = MAX_DOCUMENT_BYTES
+    missing_bytes: bytes = field(default=b"", repr=False)
     text_bytes: int | None = field(default=None, repr=False)  # checkpoints hold a hash of the representation
 
     @property
@@ -136,11 +139,13 @@ def read_documents(
             for number, size, parsed in read(opened, str(path), fields, start):
                 if number in shard:
                     try:
-                        record = Record(number, *parsed(), size)
+                        content, domain = parsed()
+                        if isinstance(content, str) and (reason := byte_without_token(content, fields.missing_bytes)):
+                            raise UnusableError(f"{reason}; or choose another tokenizer")
                     except UnusableError as error:
                         refuse(f"{path}{unit and f', {unit} {number + 1:,}'}", error)
                     else:
-                        yield record
+                        yield Record(number, content, domain, size)
                 number += 1
         if number == 0:
             raise UnusableError("empty file")

@@ -107,7 +107,7 @@ def tokenise(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
     for name, file in manifest.files.items():
         if name in done and done[name]["text_sha256"] == file.sha256 and _intact(folder / name, done[name]["xxh3"]):
             continue
-        texts = read_texts(text_path(data_dir, name))
+        texts = read_texts(text_path(data_dir, name), tokenizer.missing_bytes)
         with IndexedWriter(folder / name, token_dtype(tokenizer.vocab_size)) as writer:
             while batch := list(islice(texts, BATCH_DOCUMENTS)):
                 for ids in tokenizer.encode_batch(batch):

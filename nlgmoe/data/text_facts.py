@@ -12,6 +12,7 @@ import torch
 
 from nlgmoe.data.blend import OpenBlend
 from nlgmoe.data.corpus import OpenCorpus
+from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.samples import EvaluationSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.validation import RunError
@@ -132,9 +133,9 @@ class TextFacts:
         """Return the text of token ids."""
         return self._opened().tokenizer.decode(ids)
 
-    def tokenizer_json(self) -> str:
-        """Return the tokenizer, for checkpoints."""
-        return self._opened().tokenizer.to_json()
+    def tokenizer_files(self) -> TokenizerFiles:
+        """Return the tokenizer and the model's files beside it, for checkpoints."""
+        return self._opened().tokenizer.files
 
     def token_byte_lengths(self) -> torch.Tensor:
         """Return the UTF-8 bytes of text of each token id, `[V]`; 0 for the end-of-document token."""

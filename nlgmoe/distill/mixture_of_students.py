@@ -195,7 +195,7 @@ def _check(teacher: GPTConfig, student: GPTConfig, path: Path) -> None:
 
 
 def _check_tokenizer(data: TrainingData | None, path: Path) -> None:
-    tokenizer = None if data is None else data.tokenizer_json()
+    tokenizer = None if data is None else data.tokenizer_files()
     if tokenizer is not None and not tokenizer_matches(tokenizer, path):
         raise SettingError(
             f"model.distiller.teacher={path} has another tokenizer than data.tokenizer; use a teacher with the student's"

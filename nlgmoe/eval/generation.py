@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
@@ -83,7 +83,7 @@ class Sampling:
 
 
 Prompts = Sequence[Sequence[int]] | Tensor
-EndReason = Literal["end_of_document", "max_new_tokens", "seq_len"]
+EndReason = Literal["stop", "max_new_tokens", "seq_len"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Completion:
     """The tokens generated for one prompt.
 
     Attributes:
-        tokens: ids, with the end-of-document token if the sequence ended with it.
+        tokens: ids, with the stop token if the sequence ended with one.
         log_prob: sum over tokens, nats.
         end: reason for which the sequence ended.
     """
@@ -126,7 +126,7 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
     top_p: float | None = None,
-    stop_id: int | None = None,
+    stop_ids: Collection[int] = (),
 ) -> list[list[int]]:
     """Continue `prompts` in one batch; return each prompt followed by its generated tokens.
 
@@ -135,14 +135,14 @@ def generate(
         prompts: token ids, at least one per prompt (an end-of-document token begins a text); lengths may differ.
         max_new_tokens: maximum number of tokens to add; a sequence also ends at the model's `seq_len`.
         temperature: see `Sampling`, as for `top_k`, `top_p` and `seed`.
-        stop_id: a sequence ends with this token, usually the end of a document; None: no such token.
+        stop_ids: a sequence ends with one of these tokens, usually `Tokenizer.stop_ids`.
 
     Raises:
         ValueError: a prompt is too long, or a setting is out of range.
     """
     texts = _as_lists(prompts)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    completions = complete(model, texts, max_new_tokens, sampling, stop_id, max(1, len(texts)))
+    completions = complete(model, texts, max_new_tokens, sampling, stop_ids, max(1, len(texts)))
     return [text + completion.tokens for text, completion in zip(texts, completions, strict=True)]
 
 
@@ -151,7 +151,7 @@ def complete(
     prompts: Prompts,
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
-    stop_id: int | None = None,
+    stop_ids: Collection[int] = (),
     batch_size: int = 16,
 ) -> list[Completion]:
     """Generate a completion of each prompt, in batches of `batch_size` prompts of similar length; arguments as for `generate`."""
@@ -165,7 +165,7 @@ def complete(
     for start in range(0, len(texts), batch_size):
         batch = by_length[start : start + batch_size]
         prompt_generators = [generators[index] for index in batch]
-        for new in _stream(model, [texts[i] for i in batch], max_new_tokens, sampling, stop_id, prompt_generators):
+        for new in _stream(model, [texts[i] for i in batch], max_new_tokens, sampling, stop_ids, prompt_generators):
             completion = completions[batch[new.sequence]]
             completion.tokens.append(new.token)
             completion.log_prob += new.log_prob
@@ -178,12 +178,12 @@ def stream(
     prompts: Prompts,
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
-    stop_id: int | None = None,
+    stop_ids: Collection[int] = (),
 ) -> Iterator[NewToken]:
     """Yield the tokens of one batch: one token of each unfinished sequence per forward pass; arguments as for `generate`."""
     texts = _as_lists(prompts)
     check_prompts(model, texts, max_new_tokens)
-    return _stream(model, texts, max_new_tokens, sampling, stop_id, sampling.generators(texts))
+    return _stream(model, texts, max_new_tokens, sampling, stop_ids, sampling.generators(texts))
 
 
 def check_prompts(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -211,7 +211,7 @@ def _stream(
     prompts: list[list[int]],
     max_new_tokens: int,
     sampling: Sampling,
-    stop_id: int | None,
+    stop_ids: Collection[int],
     generators: list[Random],
 ) -> Iterator[NewToken]:
     if not prompts:
@@ -231,8 +231,8 @@ def _stream(
         rows, ids = [], sampled.tolist()
         for row, (index, token, log_prob) in enumerate(zip(unfinished, ids, log_probs.tolist(), strict=True)):
             end: EndReason | None = None
-            if token == stop_id:
-                end = "end_of_document"
+            if token in stop_ids:
+                end = "stop"
             elif num_new == limits[index]:
                 end = "max_new_tokens" if num_new == max_new_tokens else "seq_len"
             else:

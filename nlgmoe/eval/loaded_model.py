@@ -70,7 +70,7 @@ def load_pretrained(
 def choose_tokenizer(path: Path, given: Tokenizer | None, config: GPTConfig) -> Tokenizer | None:
     """Return the tokenizer of a checkpoint, or `given` if the checkpoint has none."""
     stored = read_tokenizer(path)
-    chosen = given if stored is None else Tokenizer.from_json(stored, f"of {path}")
+    chosen = given if stored is None else Tokenizer.from_files(stored, f"of {path}")
     if chosen is None:
         return None
     if given is not None and not given.has_same_ids(chosen):

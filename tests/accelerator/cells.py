@@ -278,7 +278,7 @@ def generation(root: Path) -> dict[str, Any]:
     for device in (CPU, FAKE):
         model = GPT(config({"top_k": 2, "mlp_type": "residual"}), seed=3).to(device).eval()
         greedy = generate(model, prompts, 8, temperature=0.0)
-        texts[device] = [*greedy, *generate(model, prompts, 8, temperature=1.5, top_k=20, top_p=0.9, stop_id=7)]
+        texts[device] = [*greedy, *generate(model, prompts, 8, temperature=1.5, top_k=20, top_p=0.9, stop_ids=[7])]
     return {"tokens": texts[FAKE], "expected": {"tokens": texts[CPU]}}
 
 

@@ -20,6 +20,7 @@ from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.tokenizer import PROBE, Tokenizer, load_tokenizer, train_byte_level_bpe
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
@@ -44,7 +45,9 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def write(path: Path, config: GPTConfig, dtype: torch.dtype = torch.float32, tokenizer: str | None = None) -> Path:
+def write(
+    path: Path, config: GPTConfig, dtype: torch.dtype = torch.float32, tokenizer: TokenizerFiles | None = None
+) -> Path:
     """A checkpoint whose every value matters: far from the initial ones."""
     model = GPT(config)
     for index, parameter in enumerate(model.parameters()):
@@ -57,7 +60,7 @@ def write(path: Path, config: GPTConfig, dtype: torch.dtype = torch.float32, tok
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {n: write(folder / f"{n}.ckpt", c, tokenizer=TOKENIZER.to_json()) for n, c in CONFIGS.items()}
+    return {n: write(folder / f"{n}.ckpt", c, tokenizer=TOKENIZER.files) for n, c in CONFIGS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +144,10 @@ def test_what_was_exported_comes_back_bit_for_bit(name: str, checkpoints: dict[s
     original, back = (TensorFiles(path, "model").read_all() for path in (checkpoints[name], tmp_path / "back.ckpt"))
     assert original.keys() == back.keys() and all(torch.equal(original[entry], back[entry]) for entry in original)
     assert read_document(tmp_path / "back.ckpt")["model_config"] == CONFIGS[name].to_dict()
-    assert read_tokenizer(tmp_path / "back.ckpt") == TOKENIZER.to_json()
+    files = read_tokenizer(tmp_path / "back.ckpt")
+    assert files is not None and files.items() >= TOKENIZER.files.items()
+    kept = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    assert all(files[name] == (tmp_path / "folder" / name).read_text() for name in kept)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.ckpt", "back.yaml", "folder"]
 
 

@@ -135,7 +135,7 @@ def test_the_configuration_is_that_of_the_run(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = Tokenizer(train_byte_level_bpe(iter(["the king"]), 259), "tiny")
     (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "tokenizer.json").write_text(tokenizer.to_json())
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(tokenizer.files["tokenizer.json"])
     write(tmp_path / "theirs", arguments(**PR_MOE), rows=264)
     command = ["import-megatron", str(tmp_path / "theirs"), str(tmp_path / "ours.ckpt"), "--tokenizer"]
     main([*command, str(tmp_path / "tokenizer")])

@@ -37,7 +37,7 @@ def batch_of(tokens: Tensor) -> dict[str, Tensor]:
 
 def whole(folder: Path, kind: str) -> Path:
     config = GPTConfig(300, 16, 6, 16, 2, init_std=0.3, moe=MOES[kind])
-    return write(folder / "whole.ckpt", config, tokenizer=TOKENIZER.to_json())
+    return write(folder / "whole.ckpt", config, tokenizer=TOKENIZER.files)
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def test_experts_that_no_token_uses_are_not_missed(kind: str, tmp_path: Path) ->
         small.config == config and [len(block.moe.experts.expand_bias) for block in small.blocks if block.moe] == used
     )
     torch.testing.assert_close(logits(small, PAIR), logits(model, PAIR), rtol=1e-6, atol=1e-6)
-    assert read_tokenizer(tmp_path / "small.ckpt") == TOKENIZER.to_json()
+    assert read_tokenizer(tmp_path / "small.ckpt") == TOKENIZER.files
 
 
 @torch.no_grad()

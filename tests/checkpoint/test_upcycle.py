@@ -34,7 +34,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("dense") / "dense.ckpt", DENSE, tokenizer=TOKENIZER.to_json())
+    return write(tmp_path_factory.mktemp("dense") / "dense.ckpt", DENSE, tokenizer=TOKENIZER.files)
 
 
 def logits_of(path: Path) -> torch.Tensor:
@@ -46,9 +46,9 @@ def logits_of(path: Path) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mixture_computes_what_the_dense_model_does(kind: str, tmp_path: Path) -> None:
     source, out, (config, moe) = tmp_path / "dense.ckpt", tmp_path / "moe.ckpt", KINDS[kind]
-    write(source, config, tokenizer=TOKENIZER.to_json())
+    write(source, config, tokenizer=TOKENIZER.files)
     assert upcycle(source, out, moe).config == replace(config, moe=moe)
-    assert list(find_problems(out)) == [] and read_tokenizer(out) == TOKENIZER.to_json()
+    assert list(find_problems(out)) == [] and read_tokenizer(out) == TOKENIZER.files
     expected = logits_of(source)
     torch.testing.assert_close(logits_of(out), expected, rtol=2e-6, atol=2e-6 * expected.abs().max().item())
     model = load_model(out)

@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     module = MoEGPTModule(GPTConfig(TOKENIZER.vocab_size, 32, 2, 16, 2, init_std=0.3, moe=MoEConfig(4)))
     module.configure_model()
     state = {"state_dict": module.state_dict(), "model_config": module.config.to_dict()}
-    state |= {"tokenizer": TOKENIZER.to_json(), "global_step": 0, "tokens_seen": 0, "seed": 1}
+    state |= {"tokenizer": TOKENIZER.files, "global_step": 0, "tokens_seen": 0, "seed": 1}
     PortableCheckpointIO().save_checkpoint(state, folder)
     return folder
 
@@ -44,7 +44,7 @@ def test_one_prompt_is_printed_as_it_goes_on(checkpoint: Path, capsys: pytest.Ca
         (("--top-k", 3, "--seed", 5), {"top_k": 3, "seed": 5}),
         (("--top-p=0.5", "--temperature", 2), {"top_p": 0.5, "temperature": 2.0}),
     ):
-        ids = generate(trained.model, [tokens], 12, stop_id=TOKENIZER.eod_id, **settings)[0]
+        ids = generate(trained.model, [tokens], 12, stop_ids=[TOKENIZER.eod_id], **settings)[0]
         for where in (checkpoint, checkpoint.parents[1]):  # or the run's folder
             out, err = run(capsys, where, "--prompt", "the king", "--max-new-tokens", 12, *options)
             assert (out, err) == (detokenize(TOKENIZER, ids) + "\n", "")
@@ -71,7 +71,7 @@ def test_a_file_of_prompts_becomes_a_file_of_completions(
     assert [record["prompt"] for record in records] == TEXTS  # in their order
     model = load_pretrained(checkpoint).model
     tokens = [TOKENIZER.encode(text) or [TOKENIZER.eod_id] for text in TEXTS]
-    expected = complete(model, tokens, 5, stop_id=TOKENIZER.eod_id)
+    expected = complete(model, tokens, 5, stop_ids=[TOKENIZER.eod_id])
     assert [record["tokens"] for record in records] == [completion.tokens for completion in expected]
     assert [record["log_prob"] for record in records] == pytest.approx([c.log_prob for c in expected], abs=1e-4)
     assert [record["completion"] for record in records] == [detokenize(TOKENIZER, c.tokens) for c in expected]

@@ -476,6 +476,46 @@ def test_ids_are_trained_on_as_their_text_is(
     assert loaded[0] == loaded[1]
 
 
+def test_special_tokens_are_read_on_request_alone(tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Neither their tokens nor their runs are mixed with those of the names as text."""
+    name = tokenizer.decode([tokenizer.eod_id])
+    texts = {split: [f"{text}{name}." for text in make_texts(40, split)] for split in ("train", "validation")}
+    for split in texts:
+        write(tmp_path / f"{split}.jsonl", texts[split])
+    ends, fingerprints = {}, []
+    for mode in ("text", "read"):
+        corpus = StreamedText(str(tmp_path), num_streams=3, special_tokens=mode)  # type: ignore[arg-type]
+        corpus.prepare(tmp_path / "built", str(tiny_corpus / "tokenizer"))
+        opened = corpus.open(tmp_path / "built", str(tiny_corpus / "tokenizer"))
+        evaluated = opened.evaluation_tokens("validation")
+        assert evaluated is not None
+        source = opened.training_source(SEQ_LEN, 1)
+        trained = torch.cat([source.sample(number)["targets"] for number in range(60)])
+        ends[mode] = [int((evaluated[0] == tokenizer.eod_id).sum()), int((trained == tokenizer.eod_id).sum())]
+        fingerprints.append(opened.fingerprint)
+    assert (
+        ends["text"][0] == 40
+        and ends["read"][0] == 40 + "".join(texts["validation"]).count(name)
+        and ends["read"][1] > 1.5 * ends["text"][1] > 0
+    )
+    assert fingerprints[1] == fingerprints[0] | {"special_tokens": "read"}
+
+
+def test_a_byte_without_a_token_is_named_with_its_place(
+    tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    kept = json.loads(tokenizer.files["tokenizer.json"])
+    kept["model"]["vocab"] = {token: number for token, number in kept["model"]["vocab"].items() if token != "~"}
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(kept))
+    for split in ("train", "validation"):
+        write(tmp_path / f"{split}.jsonl", [*make_texts(3, split), "about ~ here"])
+    with pytest.raises(
+        ValueError, match=r"train.jsonl, line 4: a byte without a token \(0x7E, at byte 6 of the text\); or"
+    ):
+        StreamedText(str(tmp_path)).prepare(tmp_path / "built", str(tmp_path / "tokenizer"))
+
+
 def test_ids_of_another_tokenizer_are_refused(tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     corpus = StreamedText(str(tmp_path), ids_field="input_ids")
     write_ids(tmp_path, tokenizer, extra=(tokenizer.vocab_size,))

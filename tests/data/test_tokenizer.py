@@ -3,14 +3,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 
-from nlgmoe.data.tokenizer import BYTE_OF, EOD, Tokenizer, load_tokenizer, train_byte_level_bpe, train_tokenizer
+from nlgmoe.data.byte_level import BYTE_OF
+from nlgmoe.data.tokenizer import EOD, Tokenizer, load_tokenizer, train_byte_level_bpe, train_tokenizer
 from nlgmoe.experiment import parse_config
+from nlgmoe.validation import SettingError
 
 
 def small() -> Tokenizer:
@@ -67,7 +70,7 @@ def test_dropout_and_added_tokens_of_published_files_are_off() -> None:
     backend.post_processor = processors.TemplateProcessing(single=f"{EOD} $A", special_tokens=[(EOD, 0)])
     published = Tokenizer(backend, "published")
     assert published.encode("low lowest") == plain.encode("low lowest") and published.fingerprint == plain.fingerprint
-    others = tokenizers.Tokenizer.from_str(published.to_json())
+    others = tokenizers.Tokenizer.from_str(published.files["tokenizer.json"])
     assert others.encode("low lowest").ids == plain.encode("low lowest")
 
 
@@ -79,10 +82,10 @@ def test_added_tokens_that_change_text_are_refused(content: str, settings: dict[
     added = [backend["added_tokens"][0], usual | {"normalized": False}]
     backend["added_tokens"] = [one | settings if one["content"] == content else one for one in added]
     with pytest.raises(ValueError, match="does not reproduce every text: "):
-        Tokenizer.from_json(json.dumps(backend), "changes text")
+        Tokenizer.from_files({"tokenizer.json": json.dumps(backend)}, "changes text")
 
 
-WITHOUT_Q = models.BPE({token: n for n, token in enumerate([EOD, *sorted({*BYTE_OF} - {"Q"})])}, [])
+CHARACTERS = {token: n for n, token in enumerate([EOD, *sorted(BYTE_OF)])}
 
 
 def without(pattern: object, invert: bool = False) -> pre_tokenizers.PreTokenizer:
@@ -99,7 +102,11 @@ def without(pattern: object, invert: bool = False) -> pre_tokenizers.PreTokenize
         ("pre_tokenizer", without("<br>"), "it has Split"),
         ("pre_tokenizer", without(Regex("[^q]+"), invert=True), "'ghijklmnopqrst.*' came back as 'ghijklmnoprst"),
         ("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True), "it has ByteLevel with a prefix space"),
-        ("model", WITHOUT_Q, "it has no token for 1 of the 256 bytes"),
+        ("model", models.Unigram([("a", 0.0)], byte_fallback=True), r"it is SentencePiece's \(Unigram\)"),
+        ("model", models.BPE(CHARACTERS, [], byte_fallback=True), "it is SentencePiece's .BPE with byte_fallback"),
+        ("model", models.WordPiece(CHARACTERS), "it is a WordPiece model"),
+        ("model", models.BPE(CHARACTERS, [], end_of_word_suffix="</w>"), "its tokens mark parts of words with '</w>'"),
+        ("model", models.BPE({EOD: 0, "ab": 1}, []), "its tokens are not those of the byte-level alphabet"),
     ],
     ids=str,
 )
@@ -129,7 +136,7 @@ def test_the_normaliser_of_composed_characters_is_left_out() -> None:
     ids = tokenizer.encode(apart)
     assert tokenizer.decode(ids) == apart and tokenizer.token_bytes[ids].sum() == len(apart.encode())
     assert tokenizer.encode("th\u00e9") == plain.encode("th\u00e9").ids
-    exported = Tokenizer.from_json(tokenizer.to_json(), "exported")
+    exported = Tokenizer.from_files(tokenizer.files, "exported")
     assert exported.encode(apart) == ids and exported.has_same_ids(tokenizer)
     assert exported.fingerprint == tokenizer.fingerprint
 
@@ -153,3 +160,137 @@ def test_the_models_vocabulary_is_the_tokenizers_unless_it_is_set(tmp_path: Path
     assert vocab_size() == 4096 and vocab_size(data__tokenizer="gpt2", data__data_dir=str(tmp_path)) == 50257
     assert vocab_size(data__tokenizer=str(folder), model__config__vocab_size=512) == 512
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own"]  # nothing is downloaded for a number
+
+
+# Of the published tokenizer.json files: normaliser, cuts before ByteLevel, whether ByteLevel cuts by GPT-2's pattern, settings of
+# BPE, post-processor, the special tokens, and the end of a text by generation_config.json.
+GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN = GPT4.replace("{1,3}", "")
+WORD = r"[^\r\n\p{L}\p{N}]?"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT4O = (
+    rf"{WORD}{UPPER}*{LOWER}+{SHORT}|{WORD}{UPPER}+{LOWER}*{SHORT}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+DEEPSEEK = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def begins_with(token: str) -> dict[str, Any]:
+    """Llama 3's and DeepSeek V3's: transformers begins each text with this token."""
+    text = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    return {"type": "TemplateProcessing", "single": text, "pair": [*text, {"Sequence": {"id": "B", "type_id": 1}}]} | {
+        "special_tokens": {token: {"id": token, "ids": [0], "tokens": [token]}}
+    }
+
+
+NFC, DIGITS, EMPTY = (
+    {"type": "NFC"},
+    {"type": "Digits", "individual_digits": True},
+    {"type": "Sequence", "normalizers": []},
+)
+PUBLISHED: dict[str, tuple[Any, list[Any], dict[str, Any], Any, list[str], list[str]]] = {
+    "GPT-NeoX": (NFC, [], {}, None, ["<|endoftext|>", "<|padding|>"], ["<|endoftext|>"]),
+    "Qwen2": (NFC, [split(QWEN)], {}, None, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<|im_end|>", "<|endoftext|>"]),
+    "Qwen3": (NFC, [split(QWEN)], {}, None, ["<|endoftext|>", "<|im_end|>", "<think>"], ["<|im_end|>", "<|endoftext|>"]),
+    "Llama 3": (
+        None, [split(GPT4)], {"ignore_merges": True}, begins_with("<|begin_of_text|>"),
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], ["<|end_of_text|>", "<|eot_id|>"],
+    ),
+    "OLMo 2": (None, [split(GPT4)], {}, None, ["<|endoftext|>", "<|im_start|>", "<|pad|>"], ["<|endoftext|>"]),
+    "SmolLM2": (None, [DIGITS], {}, None, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<|im_end|>"]),
+    "DeepSeek V3": (
+        EMPTY, [split(r"\p{N}{1,3}"), split("[一-龥぀-ゟ゠-ヿ]+"), split(DEEPSEEK)], {},
+        begins_with("<｜begin▁of▁sentence｜>"), ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>"],
+        ["<｜end▁of▁sentence｜>"],
+    ),
+    "gpt-oss": (
+        None, [split(GPT4O)], {"ignore_merges": True}, None,
+        ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|call|>"], ["<|return|>", "<|endoftext|>", "<|call|>"],
+    ),
+}  # fmt: skip
+TEXT = "It's 12345 o'clock:\tthe king and the QUEEN's\r\n\n  日本語 über naïve def f(x): return x / 2 <br> 🙂 "
+
+
+@pytest.fixture
+def published(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A folder with a small tokenizer of a published family's form, and settings of generation."""
+    normalizer, cuts, bpe, post_processor, special, ends = PUBLISHED[request.param]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": cuts in ([], [DIGITS])}
+    form = {"normalizer": normalizer, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*cuts, level]}}
+    form |= {"decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}}
+    empty = json.loads(tokenizers.Tokenizer(models.BPE()).to_str())
+    backend = tokenizers.Tokenizer.from_str(json.dumps(empty | form))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    plain = [token for token in special if token != "<think>"]
+    trainer = trainers.BpeTrainer(vocab_size=560, special_tokens=plain, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([TEXT] * 9, trainer)
+    backend.add_tokens([tokenizers.AddedToken("<think>", normalized=False)] if "<think>" in special else [])
+    saved = json.loads(backend.to_str()) | {"post_processor": post_processor}
+    saved["model"] |= bpe
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved, ensure_ascii=False), encoding="utf-8")
+    ids = [backend.token_to_id(token) for token in ends]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids if len(ids) > 1 else ids[0]}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("published", PUBLISHED, indirect=True)
+def test_tokenizers_of_published_models_are_taken(published: Path, request: pytest.FixtureRequest) -> None:
+    """Their ids are those that `transformers` gives, their special tokens are text unless they are to be read."""
+    special, ends = PUBLISHED[request.node.callspec.params["published"]][-2:]
+    tokenizer = load_tokenizer(str(published), published)
+    plain = tokenizers.Tokenizer.from_file(str(published / "tokenizer.json"))
+    ids = tokenizer.encode(TEXT)
+    assert ids == plain.encode(TEXT, add_special_tokens=False).ids and len(ids) < len(TEXT.encode())
+    assert tokenizer.decode(ids) == TEXT and tokenizer.token_bytes[ids].sum() == len(TEXT.encode())
+    named = f"a{ends[0]} b" + "".join(special)
+    as_text, read = tokenizer.encode(named), tokenizer.reading_special_tokens().encode(named)
+    assert tokenizer.decode(as_text) == tokenizer.decode(read) == named and tokenizer.eod_id not in as_text
+    assert read == plain.encode(named, add_special_tokens=False).ids and len(read) <= 4 + len(special)
+    assert tokenizer.stop_ids == {plain.token_to_id(token) for token in {*ends, tokenizer.decode([tokenizer.eod_id])}}
+    assert tokenizer.decode([tokenizer.eod_id]) in ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
+    assert tokenizer.share_reproduced([np.array(as_text), np.array([*read, tokenizer.eod_id])]) == 1
+    assert tokenizer.files["tokenizer.json"] == (published / "tokenizer.json").read_text(encoding="utf-8")
+    again = Tokenizer.from_files(tokenizer.files, "again")
+    assert (again.fingerprint, again.stop_ids) == (tokenizer.fingerprint, tokenizer.stop_ids)
+
+
+def test_only_a_text_with_a_byte_without_a_token_is_refused() -> None:
+    """SmolLM2's lacks 21 bytes, among them control characters."""
+    kept = {token: number for number, token in enumerate([EOD, *sorted({*BYTE_OF} - {"Q", "ú"})])}
+    backend = tokenizers.Tokenizer.from_str(SMALL.files["tokenizer.json"])
+    backend.model = models.BPE(kept, [])
+    tokenizer = Tokenizer(backend, "lacks two")
+    assert tokenizer.missing_bytes == b"Q\xfa"  # no text has the second
+    assert tokenizer.decode(tokenizer.encode("the king")) == "the king"
+    message = (
+        r"the text 'the Queen' has a byte without a token \(0x51, at byte 4 of the text\) in tokenizer lacks two; "
+    )
+    for refused in (lambda: tokenizer.encode("the Queen"), lambda: tokenizer.encode_batch(["the king", "the Queen"])):
+        with pytest.raises(SettingError, match=message):
+            refused()
+
+
+def test_the_end_of_a_document_is_named_by_the_models_settings() -> None:
+    """A plain entry of a usual name does not count: documents have it as text."""
+    text = json.dumps(json.loads(SMALL.files["tokenizer.json"].replace(EOD, "<end>")))
+    entry = tokenizers.Tokenizer.from_str(text).token_to_id("Ġlowest" if "Ġlowest" in text else "lo")
+    for name, settings in (
+        ("generation_config.json", {"eos_token_id": [0, entry]}),
+        ("config.json", {"eos_token_id": 0}),
+        ("tokenizer_config.json", {"eos_token": {"content": "<end>"}}),
+        ("special_tokens_map.json", {"eos_token": "<end>"}),
+    ):
+        tokenizer = Tokenizer.from_files({"tokenizer.json": text, name: json.dumps(settings)}, name)
+        assert (tokenizer.eod_id, 0 in tokenizer.stop_ids) == (0, True)
+        assert tokenizer.fingerprint != SMALL.fingerprint
+        assert (entry in tokenizer.stop_ids) == (name == "generation_config.json")
+    with pytest.raises(ValueError, match="has no end-of-document token"):
+        Tokenizer.from_files({"tokenizer.json": text}, "unnamed")

@@ -48,7 +48,7 @@ prompts_of_any_length = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1,
 @settings(max_examples=8)
 @given(prompts_of_any_length, st.randoms(use_true_random=False), st.integers(0, 3))
 def test_results_do_not_depend_on_batches_or_order(prompts: list[list[int]], random: Random, seed: int) -> None:
-    sampling, stop = Sampling(1.2, top_k=30, top_p=0.9, seed=seed), 11
+    sampling, stop = Sampling(1.2, top_k=30, top_p=0.9, seed=seed), {11, 40}
     together = complete(MODEL, prompts, 12, sampling, stop)
     order = random.sample(range(len(prompts)), len(prompts))
     in_order = complete(MODEL, [prompts[i] for i in order], 12, sampling, stop, batch_size=2)
@@ -61,10 +61,10 @@ def test_results_do_not_depend_on_batches_or_order(prompts: list[list[int]], ran
             assert (alone.tokens, alone.end) == (completion.tokens, completion.end)
 
 
-def end_of(prompt: list[int], completion: Completion, stop: int, most: int) -> str:
-    assert stop not in completion.tokens[:-1] and len(completion.tokens) <= most
-    if completion.tokens[-1] == stop:
-        return "end_of_document"
+def end_of(prompt: list[int], completion: Completion, stop: set[int], most: int) -> str:
+    assert stop.isdisjoint(completion.tokens[:-1]) and len(completion.tokens) <= most
+    if completion.tokens[-1] in stop:
+        return "stop"
     if len(completion.tokens) == most:
         return "max_new_tokens"
     assert len(prompt) + len(completion.tokens) == SEQ_LEN

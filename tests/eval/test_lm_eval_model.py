@@ -47,7 +47,7 @@ def theirs(gpt: GPT) -> HFLM:
             value = values[our_name(name)]
             parameter.copy_(value if name.endswith("wte.weight") else as_theirs(name, value))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(TOKENIZER.to_json()), eos_token="<|endoftext|>"
+        tokenizer_object=tokenizers.Tokenizer.from_str(TOKENIZER.files["tokenizer.json"]), eos_token="<|endoftext|>"
     )
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, device="cpu")
 
@@ -68,7 +68,7 @@ PAIRS = [
 def exported(gpt: GPT, folder: Path) -> HFLM:
     """Return lm-eval's `hf` model of an exported folder."""
     entries = split_experts(gpt.state_dict())
-    write_weights(folder / "a.ckpt", entries.__getitem__, gpt.config, TOKENIZER.to_json())
+    write_weights(folder / "a.ckpt", entries.__getitem__, gpt.config, TOKENIZER.files)
     export(folder / "a.ckpt", folder / "exported")
     return HFLM(
         pretrained=str(folder / "exported"), trust_remote_code=True, batch_size=3, device="cpu", dtype="float32"

@@ -14,6 +14,7 @@ from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.newest import choose_checkpoint
 from nlgmoe.checkpoint.weights_only import write_weights
+from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.tokenizer import PROBE, Tokenizer, train_byte_level_bpe
 from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.hugging_face.export import export
@@ -25,8 +26,8 @@ CONFIG = GPTConfig(TOKENIZER.vocab_size, 16, 2, 16, 2, moe=MoEConfig(4))
 
 
 class WithTokenizer(SyntheticData):
-    def tokenizer_json(self) -> str:
-        return TOKENIZER.to_json()
+    def tokenizer_files(self) -> TokenizerFiles:
+        return TOKENIZER.files
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_without_one_it_has_to_be_given(checkpoint: Path, tmp_path: Path) -> Non
     write_weights(tmp_path / "a.ckpt", split_experts(GPT(config).state_dict()).__getitem__, config, None)
     with pytest.raises(ValueError, match=r"tokenizer=null: .* holds none; set it"):
         load_pretrained(tmp_path / "a.ckpt")
-    (tmp_path / "tokenizer.json").write_text(TOKENIZER.to_json())
+    (tmp_path / "tokenizer.json").write_text(TOKENIZER.files["tokenizer.json"])
     assert load_pretrained(checkpoint, str(tmp_path)).tokenizer.fingerprint == TOKENIZER.fingerprint
     with pytest.raises(ValueError, match=f"has {TOKENIZER.vocab_size} ids, the model 260"):
         load_pretrained(tmp_path / "a.ckpt", str(tmp_path))
@@ -81,11 +82,11 @@ def test_another_tokenizer_of_the_same_size_is_refused(
 ) -> None:
     """By whatever takes a tokenizer beside a checkpoint; a warm start that is not strict loads the weights and says so."""
     assert OTHER.vocab_size == TOKENIZER.vocab_size
-    (tmp_path / "tokenizer.json").write_text(OTHER.to_json())
+    (tmp_path / "tokenizer.json").write_text(OTHER.files["tokenizer.json"])
     weights = tmp_path / "weights.ckpt"
-    write_weights(weights, TensorFiles(checkpoint, "model").read, CONFIG, TOKENIZER.to_json())
+    write_weights(weights, TensorFiles(checkpoint, "model").read, CONFIG, TOKENIZER.files)
     own, other = WithTokenizer(), WithTokenizer()
-    other.tokenizer_json = OTHER.to_json  # type: ignore[method-assign]
+    other.tokenizer_files = lambda: OTHER.files  # type: ignore[method-assign]
 
     def validate(data: SyntheticData, module: MoEGPTModule, **options: Any) -> None:
         trainer = Trainer(accelerator="cpu", logger=False, limit_val_batches=1)

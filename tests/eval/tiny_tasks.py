@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.synthetic import SyntheticData
 
@@ -79,5 +80,5 @@ def write_tasks(folder: Path) -> Path:
 class TokenizedData(SyntheticData):
     """Synthetic batches; its tokenizer is `TOKENIZER`."""
 
-    def tokenizer_json(self) -> str:
-        return TOKENIZER.to_json()
+    def tokenizer_files(self) -> TokenizerFiles:
+        return TOKENIZER.files

@@ -119,9 +119,9 @@ def text_path(root: Path, name: str) -> Path:
     return root / "text" / f"{name}.jsonl"
 
 
-def read_texts(path: Path) -> Iterator[str]:
-    """Yield the texts of a jsonl file."""
-    for record in read_documents(path, Fields()):
+def read_texts(path: Path, missing_bytes: bytes = b"") -> Iterator[str]:
+    """Yield the texts of a jsonl file, none of which may have one of the `missing_bytes` of a tokenizer."""
+    for record in read_documents(path, Fields(missing_bytes=missing_bytes)):
         assert isinstance(record.content, str)
         yield record.content
 

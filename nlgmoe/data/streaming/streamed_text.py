@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
@@ -44,6 +45,7 @@ class StreamedText:
         shuffle_buffer: documents of a stream that are shuffled together.
         max_document_bytes: maximum size of a document's line, or of its text in Parquet; larger ones cannot be used.
         evaluation_tokens: tokens stored of each domain of the validation split, and of the test split.
+        special_tokens: "text": the name of a special token in a text, such as <|im_end|>, is text; "read": it is that token.
 
     Raises:
         ValueError: a setting is not valid.
@@ -62,6 +64,7 @@ class StreamedText:
         shuffle_buffer: int = 1000,
         max_document_bytes: int = MAX_DOCUMENT_BYTES,
         evaluation_tokens: int = 1_000_000,
+        special_tokens: Literal["text", "read"] = "text",
     ) -> None:
         sizes = {
             "num_streams": num_streams,
@@ -88,11 +91,12 @@ class StreamedText:
         self.num_streams = num_streams
         self.shuffle_buffer = shuffle_buffer
         self.evaluation_tokens = evaluation_tokens
+        self.special_tokens = special_tokens
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
         """Fetch the tokenizer, find the files, and cache the tokens to evaluate on."""
         with build_lock(data_dir):
-            loaded = load_tokenizer(tokenizer, data_dir)
+            loaded = self._tokenizer(data_dir, tokenizer)
             files = find_files(self.path, self.data_files, self.revision)
             folder = self._folder(data_dir, loaded)
             cache_eval_tokens(folder, files, self._config(loaded, []), self.evaluation_tokens)
@@ -107,7 +111,7 @@ class StreamedText:
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
         """Map the cached tokens; the training files are opened when they are read."""
-        loaded = load_tokenizer(tokenizer, data_dir)
+        loaded = self._tokenizer(data_dir, tokenizer)
         cache = open_eval_cache(self._folder(data_dir, loaded), len(self._names()))
         if cache is None:
             raise SettingError(
@@ -127,7 +131,13 @@ class StreamedText:
             "fields": str(replace(self.fields, max_bytes=MAX_DOCUMENT_BYTES)),  # its limit changes no sample
             "domains": ", ".join(self._names()),
         }
+        if self.special_tokens == "read":
+            fingerprint["special_tokens"] = self.special_tokens
         return OpenStreamedText(config.tokenizer, list(config.domains), tokens, fingerprint, config)
+
+    def _tokenizer(self, data_dir: Path, name: str) -> Tokenizer:
+        loaded = load_tokenizer(name, data_dir)
+        return loaded.reading_special_tokens() if self.special_tokens == "read" else loaded
 
     def _names(self) -> list[str]:
         return ["text"] if self.domains is None else [*self.domains, OTHER]
@@ -135,7 +145,7 @@ class StreamedText:
     def _config(self, tokenizer: Tokenizer, files: Sequence[str]) -> StreamConfig:
         return StreamConfig(
             files=files,
-            fields=replace(self.fields, vocab_size=tokenizer.vocab_size),
+            fields=replace(self.fields, vocab_size=tokenizer.vocab_size, missing_bytes=tokenizer.missing_bytes),
             domains=self._names(),
             tokenizer=tokenizer,
             num_streams=self.num_streams,
@@ -144,7 +154,8 @@ class StreamedText:
 
     def _folder(self, data_dir: Path, tokenizer: Tokenizer) -> Path:
         settings = (self.path, self.data_files, self.revision, self.fields, self.domains, self.evaluation_tokens)
-        return data_dir / "streamed" / hash_of((settings, tokenizer.fingerprint))
+        reading = ("special_tokens",) if tokenizer.reads_special_tokens else ()
+        return data_dir / "streamed" / hash_of((settings, tokenizer.fingerprint, *reading))
 
 
 @dataclass(frozen=True)

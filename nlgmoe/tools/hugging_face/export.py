@@ -2,7 +2,8 @@
 
     config.json, generation_config.json        settings; ids of special tokens
     model.safetensors                          or model-00001-of-00004.safetensors, ... and model.safetensors.index.json
-    tokenizer.json, tokenizer_config.json      if the checkpoint has a tokenizer
+    tokenizer.json, tokenizer_config.json      if the checkpoint has a tokenizer; of an imported model its own files, with its
+                                               chat template, unchanged
     README.md                                  the model card
     modeling_nlgmoe.py, ...                    the model's sources (`bundle.py`), unless a family has the model
 
@@ -35,6 +36,7 @@ from nlgmoe.checkpoint.layout import (
 from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.checkpoint.writing import new_folder, write_error_reason
 from nlgmoe.config import GPTConfig
+from nlgmoe.data.model_files import CONFIG, GENERATION, IDS, TOKENIZER_CONFIG, special_ids
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.eval.loaded_model import choose_tokenizer
 from nlgmoe.model.counting import count_parameters
@@ -94,23 +96,25 @@ def export(
         require_paper_parts(config.moe, "a folder for transformers holds")
     tokenizer = choose_tokenizer(path, tokenizer, config)
     meta, read = _weights(path, config, family, PRECISIONS.get(precision or ""))
-    end = None if tokenizer is None else tokenizer.eod_id  # begins, ends and pads texts
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
+    files = {} if tokenizer is None else tokenizer.files
+    ids = special_ids(files)
+    if ids is None:  # of our own making: one token begins, ends and pads texts
+        ids = dict.fromkeys(IDS, None if tokenizer is None else tokenizer.eod_id)
     kind = {
         "dtype": str(next(iter(meta.values())).dtype).removeprefix("torch."),
         "transformers_version": transformers.__version__,
     }
     settings = {
-        "config.json": (_own_settings(config) if family is None else family_settings(config, family) | ids) | kind,
-        "generation_config.json": ids | {"transformers_version": transformers.__version__},
+        CONFIG: (_own_settings(config) if family is None else family_settings(config, family)) | ids | kind,
+        GENERATION: ids | {"transformers_version": transformers.__version__},
     }
     texts = {"README.md": model_card(folder.name, document, summary_of(path, document), tokenizer is not None, family)}
     if family is None:
         texts |= bundled_sources()
     if tokenizer is not None:
-        texts["tokenizer.json"] = tokenizer.to_json()
-        settings["tokenizer_config.json"] = _tokenizer_settings(tokenizer, config)
+        settings[TOKENIZER_CONFIG] = _tokenizer_settings(tokenizer, config)
     texts |= {name: json.dumps(values, indent=2) + "\n" for name, values in settings.items()}
+    texts |= {name: text for name, text in files.items() if name != CONFIG}
     _write(folder, texts, meta, read, max_shard_size)
     return Exported(path, family, reason)
 

@@ -22,6 +22,7 @@ from nlgmoe.checkpoint.folder import open_tensors, read_json
 from nlgmoe.checkpoint.layout import Shapes
 from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
 from nlgmoe.config import GPTConfig
+from nlgmoe.data.model_files import TOKENIZER, TokenizerFiles
 from nlgmoe.data.tokenizer import load_tokenizer
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS
 from nlgmoe.tools.hugging_face.families import NAMES, entry_reader, gpt_config, pieces
@@ -29,7 +30,7 @@ from nlgmoe.tools.hugging_face.gguf_file import folder_of_gguf
 from nlgmoe.validation import RunError, SettingError
 
 PREFIX = "model."  # of the GPT in `NlgmoeForCausalLM`
-_NEEDED = ["*.json", "model*.safetensors", "merges.txt"]
+_NEEDED = ["*.json", "model*.safetensors", "merges.txt", "chat_template.jinja"]
 _REMEDY = "download or save the model again"
 
 
@@ -191,15 +192,15 @@ def _exported_weights(files: WeightFiles, config: GPTConfig) -> Callable[[str], 
     return lambda entry: files.read(*places[entry])
 
 
-def _tokenizer(folder: Path, config: GPTConfig) -> tuple[str | None, str]:
-    """Return the folder's tokenizer as JSON, or None and the reason."""
-    file = folder / "tokenizer.json"
-    if not file.exists() and not (folder / "vocab.json").exists():
-        return None, f"{folder} has no tokenizer.json"
+def _tokenizer(folder: Path, config: GPTConfig) -> tuple[TokenizerFiles | None, str]:
+    """Return the folder's tokenizer and the files beside it, or None and the reason."""
+    if not (folder / TOKENIZER).exists() and not (folder / "vocab.json").exists():
+        other = ", but tokenizer.model, which is SentencePiece's" if (folder / "tokenizer.model").exists() else ""
+        return None, f"{folder} has no {TOKENIZER}{other}"
     try:
         tokenizer = load_tokenizer(str(folder.resolve()), folder)
     except ValueError as error:
         return None, str(error)
     if tokenizer.vocab_size > config.vocab_size:
         return None, f"the tokenizer of {folder} has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
-    return file.read_text(encoding="utf-8") if file.exists() else tokenizer.to_json(), ""
+    return tokenizer.files, ""

@@ -35,7 +35,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 
 Before you publish the model, add its training data, intended use and the licence of its weights here.
 """
-_WITH_TOKENIZER = """tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
+_WITH_TOKENIZER = """tokenizer = AutoTokenizer.from_pretrained("{name}", padding_side="left"{trust})
 prompts = tokenizer(["The king", "It was a dark night, and"], return_tensors="pt", padding=True)
 print(tokenizer.batch_decode(model.generate(**prompts, max_new_tokens=40, do_sample=True, top_k=40)))"""
 _OWN_CODE = """The model's code is in this folder: files of nlgmoe (Apache-2.0) that need only `torch` and `transformers`.

@@ -10,12 +10,11 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from torch import Tensor, distributed
-from transformers import PreTrainedTokenizerFast
 
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.eval.chat import transformers_tokenizer
 from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import NlgmoeConfig
 from nlgmoe.tools.hugging_face.modeling_nlgmoe import NlgmoeForCausalLM
@@ -54,14 +53,10 @@ class EvaluatedGPT(HFLM):
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, batch_size: int = 16, autocast: torch.dtype | None = None
     ) -> None:
-        end = tokenizer.decode([tokenizer.eod_id])
+        self._texts = tokenizer
         super().__init__(
             _Wrapped(model, tokenizer.eod_id),
-            tokenizer=PreTrainedTokenizerFast(
-                tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.to_json()),
-                clean_up_tokenization_spaces=False,
-                **dict.fromkeys(("bos_token", "eos_token", "pad_token"), end),
-            ),
+            tokenizer=transformers_tokenizer(tokenizer),
             backend="causal",
             max_length=model.config.seq_len,
             softmax_dtype="float32",
@@ -73,6 +68,19 @@ class EvaluatedGPT(HFLM):
     def max_gen_toks(self) -> int:
         """The maximum number of new tokens for tasks that set none: lm-eval's 256, or half of a shorter model."""
         return min(super().max_gen_toks, self.max_length // 2)
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """Return the token ids of a text, each of whose bytes must have a token."""
+        self._texts.check(string)
+        ids: list[int] = super().tok_encode(string, *args, **kwargs)
+        return ids
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the token ids of texts, padded, and their mask; see `tok_encode`."""
+        for text in strings:
+            self._texts.check(text)
+        batch: tuple[Tensor, Tensor] = super().tok_batch_encode(strings, *args, **kwargs)
+        return batch
 
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         """Score (texts, context, continuation): nats, and True if greedy decoding gives the continuation."""

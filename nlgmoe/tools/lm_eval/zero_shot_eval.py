@@ -70,7 +70,7 @@ class ZeroShotEval(Callback):
         from nlgmoe.tools.lm_eval.tasks import find_tasks
 
         data = training_data(trainer)
-        if data is None or data.tokenizer_json() is None:
+        if data is None or data.tokenizer_files() is None:
             raise AllRanksError("ZeroShotEval needs a data module with a tokenizer, such as nlgmoe.PileDataModule")
         with quiet():
             self._manager, self._loaded = find_tasks(self.names, self.include_path), {}
@@ -92,7 +92,7 @@ class ZeroShotEval(Callback):
 
         assert isinstance(module, MoEGPTModule) and self._manager is not None
         gpt = module.gpt
-        tokenizer = Tokenizer.from_json(trainer.datamodule.tokenizer_json(), "of the data module")  # type: ignore[attr-defined]
+        tokenizer = Tokenizer.from_files(trainer.datamodule.tokenizer_files(), "of the data module")  # type: ignore[attr-defined]
         with trainer.precision_plugin.val_step_context():  # `HFLM` sets autocast itself
             kind = module.device.type
             autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -43,13 +43,13 @@ def import_megatron(
     from nlgmoe.data.tokenizer import load_tokenizer
     from nlgmoe.tools.megatron.checkpoint.importing import import_checkpoint  # these need torch
 
-    text = None
+    files = None
     if tokenizer is not None:
         loaded = load_tokenizer(tokenizer, Path(data_dir))
-        vocab_size, text = loaded.vocab_size if vocab_size is None else vocab_size, loaded.to_json()
+        vocab_size, files = loaded.vocab_size if vocab_size is None else vocab_size, loaded.files
         if loaded.vocab_size > vocab_size:
             raise SettingError(
                 f"vocab_size={vocab_size} is below the {loaded.vocab_size} ids of tokenizer {loaded.name}; leave it out"
             )
-    import_checkpoint(checkpoint, output, vocab_size, text, qkv, accept_tanh_gelu, overwrite)
+    import_checkpoint(checkpoint, output, vocab_size, files, qkv, accept_tanh_gelu, overwrite)
     print(describe(Path(output)))

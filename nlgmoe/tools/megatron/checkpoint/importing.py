@@ -24,6 +24,7 @@ from torch import Tensor
 from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.tools.megatron.checkpoint.source import Dense, ExpertFiles, find_folder, read_dense
 from nlgmoe.tools.megatron.flags import FLAGS, ROWS, Arguments
@@ -103,14 +104,14 @@ def import_checkpoint(
     path: str | Path,
     output: str | Path,
     vocab_size: int | None = None,
-    tokenizer: str | None = None,
+    tokenizer: TokenizerFiles | None = None,
     qkv: QKV = "auto",
     accept_tanh_gelu: bool = False,
     overwrite: bool = False,
 ) -> GPTConfig:
     """Write the weights of a Megatron-DeepSpeed checkpoint as a portable one, in fp32; return the model's configuration.
 
-    The arguments are those of `nlgmoe import-megatron`, but `tokenizer` is the text of `tokenizer.json`.
+    The arguments are those of `nlgmoe import-megatron`, but `tokenizer` has the files of `Tokenizer.files`.
     """
     folder = find_folder(Path(path))
     dense = read_dense(folder)
