@@ -45,7 +45,7 @@ def read_batches(
 
 def with_progress(batches: list[Batch], work: str) -> Iterable[Batch]:
     """Return the batches, with a progress bar on standard error that names the work."""
-    return tqdm(batches, desc=work, unit=" batches", mininterval=0.1 if sys.stderr.isatty() else 10.0)
+    return tqdm(batches, desc=work, unit="batch", mininterval=0.1 if sys.stderr.isatty() else 10.0)
 
 
 def _run_batches(config: Path, length: int, windows: int, tokenizer: str | None) -> Any:

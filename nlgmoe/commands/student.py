@@ -27,7 +27,7 @@ def student(
     fraction: float | None = None,
     step: int | None = None,
     text: str | None = None,
-    windows: int = 20,
+    windows: int = 10,
     tokenizer: str | None = None,
 ) -> None:
     """Write a student's YAML with its changes to the teacher's: fewer blocks, their weights, and distillation.
