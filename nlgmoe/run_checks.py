@@ -1,4 +1,4 @@
-"""Checks of a run: its tokenizer before the first step, and ends that come too early."""
+"""Checks of a run: its tokenizer before the first step, and ends that come too early or too late."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import TrainingData, training_data
+from nlgmoe.distill.distiller import End
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.validation import SettingError
 
@@ -60,6 +61,34 @@ def warn_about_end(
                 f"{domain} has {share:.2g} of the samples, less than one in the {min(ends):,.0f} of this run; raise the "
                 "weight of its part, or remove the part"
             )
+
+
+def warn_about_distillation(
+    end: End, config: GPTConfig, curriculum: SequenceCurriculum | None, train_tokens: int | None, trainer: Trainer
+) -> None:
+    """Warn if training ends before distillation does, so that no step is on text alone.
+
+    Args:
+        end: end of distillation.
+        config: the model's.
+        curriculum: schedule of shorter sequences.
+        train_tokens: tokens at which training ends.
+        trainer: the run's, with its `max_steps` and its data.
+    """
+    steps = float(trainer.max_steps if trainer.max_steps >= 0 else math.inf)
+    tokens = float(math.inf if train_tokens is None else train_tokens)
+    if (data := training_data(trainer)) is not None:  # the most tokens and steps that the run can have
+        shortest = config.seq_len if curriculum is None else curriculum.start
+        most = steps * data.batch_size_after(sys.maxsize) * config.seq_len
+        steps = min(steps, tokens / (data.batch_size_after(0) * shortest) + 1)
+        tokens = min(tokens, most)
+    late = (end.tokens is not None and end.tokens > tokens) or (end.steps is not None and end.steps > steps)
+    if late:
+        place = f"{end.steps:,} steps" if end.tokens is None else f"{end.tokens:,} tokens"
+        rank_zero_warn(
+            f"distillation ends after {place}, and the run before that, by model.train_tokens={train_tokens} or "
+            f"trainer.max_steps={trainer.max_steps}: no step is on text alone; lower the end of StagedDistillation, or remove it"
+        )
 
 
 def warn_about_rate(schedule: LearningRateSchedule, tokens: int, train_tokens: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -20,6 +21,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.files import atomic_write, settings_of
 from nlgmoe.model.gpt import GPT
+from nlgmoe.optim.token_schedule import LearningRateSchedule
 from nlgmoe.validation import require
 
 # settings of a run's `data` that NAME.yaml repeats
@@ -93,7 +95,8 @@ def _write_settings(checkpoint: Path, config: GPTConfig, tokenizer: bool, origin
     settings: dict[str, Any] = {
         "model": {"config": config.to_dict(), "warm_start": {"checkpoint": str(checkpoint), "layers": None}}
     }
-    run = None if source is None else run_config(source)
+    if (run := None if source is None else run_config(source)) is not None:  # over its file, where its schedules ended
+        settings["model"] |= {"schedule": asdict(LearningRateSchedule(shape="constant")), "curriculum": None}
     of_run = {} if run is None else yaml.safe_load(run.read_text(encoding="utf-8")).get("data", {})
     data = {name: of_run[name] for name in OF_RUN if of_run.get(name) is not None}
     data |= {"tokenizer": str(checkpoint)} if tokenizer else {}

@@ -101,7 +101,9 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     corpus = ["--data.corpus=nlgmoe.data.PocketPile", '--data.corpus.init_args.domains=["code"]']
     corpus.append("--data.document_attention=true")
     config = ["--config", str(ROOT / "configs/moe/laptop.yaml"), *TINY, *quiet, *corpus]
-    train(["fit", *config, "--model.train_tokens=256", f"--trainer.default_root_dir={run}"])
+    ends = ["--model.train_tokens=256", "--model.schedule.decay_tokens=256", "--model.curriculum.tokens=128"]
+    ends += ["--model.curriculum.start=16", "--model.schedule.min_lr=2e-4"]
+    train(["fit", *config, *ends, f"--trainer.default_root_dir={run}"])
     before = len(load_pretrained(run).model.blocks[1].moe.experts.expand_bias)
     capsys.readouterr()
     written = (run / "config.yaml").read_text()
@@ -120,6 +122,12 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     arguments = shlex.split(said.rstrip().splitlines()[-1].partition("python train.py ")[2])
     train([*arguments, f"--trainer.default_root_dir={healed}", "--trainer.max_steps=2"])
     assert load_pretrained(healed).model.config.moe.num_experts == [2]
+    model = yaml.safe_load((healed / "config.yaml").read_text())[
+        "model"
+    ]  # begins where the run ended, in a tenth of its length
+    assert (model["optimizer"]["lr"], model["train_tokens"], model["curriculum"]) == (2e-4, 28, None)
+    expected = {"shape": "cosine", "min_lr": 0.0, "warmup_tokens": 0, "decay_tokens": 28, "cooldown_tokens": None}
+    assert model["schedule"] == expected
 
 
 def test_what_cannot_be_pruned_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,4 +155,7 @@ def test_a_text_is_measured_as_prepare_data_reads_it(tmp_path: Path, capsys: pyt
     count = (len(ids) - 1) // 16
     tokens, targets = ids[: count * 16].view(count, 16), ids[1 : count * 16 + 1]
     loss = cross_entropy(logits(load_model(source), tokens).flatten(0, 1), targets)
-    assert f"loss {loss:.4f} -> " in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"loss {loss:.4f} -> " in said.out
+    assert "measuring use: 100%" in said.err and "measuring loss: 100%" in said.err
+    assert " --model.optimizer.lr RATE " in said.out and " --model.train_tokens N " in said.out  # no run says which
