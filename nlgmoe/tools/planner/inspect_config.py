@@ -111,6 +111,7 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
         "expert_parallel_size": init.get("expert_parallel_size", 1),
         "zero_stage": init.get("stage", 0),
         "offload_optimizer": init.get("offload_optimizer", False),
+        "seq_len": data.get("seq_len"),
         "micro_batch_size": data.get("micro_batch_size", 1),
         "activation_checkpointing": module.get("activation_checkpointing", False),
         "loss_chunk_size": module.get("loss_chunk_size", 1024),
@@ -167,7 +168,7 @@ def as_json(
         "params_total": count.total,
         "params_active": count.active,
         "params": asdict(count),
-        "flops_per_token": flops_per_token(config),
+        "flops_per_token": flops_per_token(config, topology.length(config)),
         "experts_per_layer": experts_per_layer(config),
         "expert_parallel_degrees": topology.degrees(config),
         "memory": asdict(memory) | {"total": memory.total, "available": int(gpu.memory - RESERVED)},
@@ -207,10 +208,10 @@ def as_text(
         f"fits: uses {memory.total / available:.0%}" if cost.fits else f"does not fit: needs {_bytes(memory.total)}"
     )
     lines = [
-        ("model", _model(config)),
+        ("model", _model(config, topology.length(config))),
         ("run", _run(topology, hardware)),
         *_table("parameters", count.total, parts, _count, f"{_count(count.active)} active"),
-        ("FLOPs per token", f"{_si(flops_per_token(config))}FLOP, forward and backward"),
+        ("FLOPs per token", f"{_si(flops_per_token(config, topology.length(config)))}FLOP, forward and backward"),
         *_table("memory per rank", memory.total, memory_parts, _bytes),
         *([("", f"and {_bytes(memory.host)} of optimizer in the host's memory")] if memory.host else []),
         *_table("sent per rank and step", sent.total, _named(sent), _bytes),
@@ -247,8 +248,8 @@ def _named(parts: Parts) -> dict[str, float]:
     return {names.get(name, name.replace("_", " ")): value for name, value in asdict(parts).items()}
 
 
-def _model(config: GPTConfig) -> str:
-    shape = f"{config.num_layers} layers, hidden {config.hidden_size}, sequences of {config.seq_len}"
+def _model(config: GPTConfig, seq_len: int) -> str:
+    shape = f"{config.num_layers} layers, hidden {config.hidden_size}, sequences of {seq_len}"
     moe, counts = config.moe, list(moe_blocks(config).values())
     if moe is None:
         return f"dense, {shape}"
