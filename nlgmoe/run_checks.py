@@ -1,4 +1,4 @@
-"""Checks of a run: its tokenizer before the first step, and ends that come too early or too late."""
+"""Checks of a run: lengths and tokenizer before the first step, and ends that come too early or too late."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import TrainingData, training_data
 from nlgmoe.distill.distiller import End
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 
 def check_vocabulary(config: GPTConfig, data: TrainingData) -> None:
@@ -25,8 +25,21 @@ def check_vocabulary(config: GPTConfig, data: TrainingData) -> None:
         )
 
 
+def check_lengths(config: GPTConfig, seq_len: int, curriculum: SequenceCurriculum | None) -> None:
+    """Check that the model reads sequences as long as the data's, `seq_len` tokens, and that a curriculum begins below that."""
+    require(
+        seq_len <= config.seq_len,
+        f"data.seq_len={seq_len} is above model.config.seq_len={config.seq_len}, the longest sequence that the model reads; "
+        "lower it, or raise model.config.seq_len",
+    )
+    require(
+        curriculum is None or curriculum.start <= seq_len,
+        f"model.curriculum.start={curriculum.start if curriculum else None} is above data.seq_len={seq_len}; lower it",
+    )
+
+
 def warn_about_end(
-    config: GPTConfig,
+    seq_len: int,
     curriculum: SequenceCurriculum | None,
     schedule: LearningRateSchedule,
     train_tokens: int | None,
@@ -42,7 +55,7 @@ def warn_about_end(
     if curriculum is not None and train_tokens is not None and curriculum.tokens > train_tokens:
         rank_zero_warn(
             f"model.curriculum.tokens={curriculum.tokens} is above model.train_tokens={train_tokens}: training "
-            f"ends before its sequences are {config.seq_len} tokens long; lower it"
+            f"ends before its sequences are {seq_len} tokens long; lower it"
         )
     if train_tokens is not None and schedule.decay_tokens is not None and train_tokens < schedule.decay_tokens:
         rank_zero_warn(
@@ -52,7 +65,7 @@ def warn_about_end(
     data = training_data(trainer)
     if data is None or data.domain_shares is None:
         return
-    shortest = config.seq_len if curriculum is None else curriculum.start
+    shortest = seq_len if curriculum is None else curriculum.start
     ends = [] if train_tokens is None else [train_tokens / shortest]
     ends += [trainer.max_steps * data.batch_size_after(sys.maxsize)] if trainer.max_steps >= 0 else []
     for domain, share in zip(data.domains, data.domain_shares, strict=True):

@@ -51,7 +51,7 @@ def with_progress(batches: list[Batch], work: str) -> Iterable[Batch]:
 def _run_batches(config: Path, length: int, windows: int, tokenizer: str | None) -> Any:
     from nlgmoe.experiment import ONE_PROCESS, load_config
 
-    changes: dict[str, Any] = {"data__max_eval_windows": windows, "model__config__seq_len": length}
+    changes: dict[str, Any] = {"data__max_eval_windows": windows, "data__seq_len": length}
     if tokenizer is not None:
         changes["data__tokenizer"] = tokenizer
     # Of the trainer nothing is used, but it must fit this machine.

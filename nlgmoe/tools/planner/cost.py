@@ -126,7 +126,7 @@ def estimate(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: 
     """Estimate the cost of one optimizer step.
 
     Args:
-        config: the model; sequences have `config.seq_len` tokens.
+        config: the model.
         topology: layout over ranks.
         gpu: GPU of a rank.
         utilisation: achieved fraction of peak FLOP/s in matrix products, in (0, 1].
@@ -136,7 +136,7 @@ def estimate(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: 
     memory, communication = memory_of(config, topology), communication_of(config, topology)
     time = _time(config, topology, gpu, utilisation)
     samples = topology.global_batch_size / time.total
-    return Cost(memory, communication, time, samples, samples * config.seq_len, fits_on(memory, gpu))
+    return Cost(memory, communication, time, samples, samples * topology.length(config), fits_on(memory, gpu))
 
 
 def fits_on(memory: Memory, gpu: Hardware) -> bool:
@@ -221,7 +221,7 @@ def _all_to_all_bytes(config: GPTConfig, topology: Topology, degree: int) -> int
         return 0
     assert config.moe is not None
     passes = 6 if topology.activation_checkpointing else 4
-    rows = topology.micro_batch_size * config.seq_len * config.moe.top_k * topology.accumulation
+    rows = topology.micro_batch_size * topology.length(config) * config.moe.top_k * topology.accumulation
     return passes * rows * config.hidden_size * topology.bytes_per.compute * (degree - 1) // degree
 
 
@@ -243,9 +243,9 @@ def _all_gather_bytes(group: _ParameterGroup, topology: Topology) -> int:
 
 def _time(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: float) -> StepTime:
     groups, size = _parameter_groups(config, topology), topology.bytes_per
-    tokens = topology.micro_batch_size * config.seq_len * topology.accumulation  # of one rank
+    tokens = topology.micro_batch_size * topology.length(config) * topology.accumulation  # of one rank
     peak = (gpu.fp32_flops if size.compute == 4 else gpu.half_flops) * utilisation
-    forward = flops_per_token(config) / 3
+    forward = flops_per_token(config, topology.length(config)) / 3
     recomputed = forward - 2 * config.hidden_size * config.vocab_size if topology.activation_checkpointing else 0.0
     compute = tokens * (3 * forward + recomputed) / peak
 

@@ -42,10 +42,10 @@ def as_text(
     else:
         memory_parts |= {"activations": memory.activations, "ZeRO buckets": memory.buckets}
     lines = [
-        ("model", _model(config)),
+        ("model", _model(config, topology.length(config))),
         ("run", _run(topology, machine.name)),
         *_table("parameters", count.total, parts, _count, f"{_count(count.active)} active"),
-        ("FLOPs per token", f"{_si(flops_per_token(config))}FLOP, forward and backward"),
+        ("FLOPs per token", f"{_si(flops_per_token(config, topology.length(config)))}FLOP, forward and backward"),
         *_table("memory per rank", memory.total, memory_parts, _bytes),
         *([("", f"and {_bytes(memory.host)} of optimizer in the host's memory")] if memory.host else []),
         *_table("sent per rank and step", sent.total, _named(sent), _bytes),
@@ -99,8 +99,8 @@ def _named(parts: Parts) -> dict[str, float]:
     return {names.get(name, name.replace("_", " ")): value for name, value in asdict(parts).items()}
 
 
-def _model(config: GPTConfig) -> str:
-    shape = f"{config.num_layers} layers, hidden {config.hidden_size}, sequences of {config.seq_len}"
+def _model(config: GPTConfig, seq_len: int) -> str:
+    shape = f"{config.num_layers} layers, hidden {config.hidden_size}, sequences of {seq_len}"
     moe, counts = config.moe, list(moe_blocks(config).values())
     if moe is None:
         return f"dense, {shape}"
