@@ -77,13 +77,13 @@ def warn_about_end(
 
 
 def warn_about_distillation(
-    end: End, config: GPTConfig, curriculum: SequenceCurriculum | None, train_tokens: int | None, trainer: Trainer
+    end: End, seq_len: int, curriculum: SequenceCurriculum | None, train_tokens: int | None, trainer: Trainer
 ) -> None:
     """Warn if training ends before distillation does, so that no step is on text alone.
 
     Args:
         end: end of distillation.
-        config: the model's.
+        seq_len: length of whole sequences, in tokens.
         curriculum: schedule of shorter sequences.
         train_tokens: tokens at which training ends.
         trainer: the run's, with its `max_steps` and its data.
@@ -91,8 +91,8 @@ def warn_about_distillation(
     steps = float(trainer.max_steps if trainer.max_steps >= 0 else math.inf)
     tokens = float(math.inf if train_tokens is None else train_tokens)
     if (data := training_data(trainer)) is not None:  # the most tokens and steps that the run can have
-        shortest = config.seq_len if curriculum is None else curriculum.start
-        most = steps * data.batch_size_after(sys.maxsize) * config.seq_len
+        shortest = seq_len if curriculum is None else curriculum.start
+        most = steps * data.batch_size_after(sys.maxsize) * seq_len
         steps = min(steps, tokens / (data.batch_size_after(0) * shortest) + 1)
         tokens = min(tokens, most)
     late = (end.tokens is not None and end.tokens > tokens) or (end.steps is not None and end.steps > steps)

@@ -21,7 +21,7 @@ BATCH, LENGTH = 8, 2048  # sequences of a file at a time, and tokens of a sequen
 def read_batches(
     config: Path | None, loaded: LoadedModel, text: str | None, windows: int, tokenizer: str | None
 ) -> list[Batch]:
-    """Return batches of sequences of at most `LENGTH` tokens.
+    """Return batches of sequences: of a file at most `LENGTH` tokens long, of a run as long as its own.
 
     Args:
         config: YAML file of the run; None: there is none.
@@ -35,12 +35,11 @@ def read_batches(
     """
     if windows < 1:
         raise SettingError(f"windows={windows} must be at least 1 sequence")
-    length = min(loaded.model.config.seq_len, LENGTH)
     if text is not None:
-        return list(_file_batches(text, loaded, length, windows))
+        return list(_file_batches(text, loaded, windows))
     if config is None:
         raise SettingError("text=null: there is no config.yaml that names its text; give --text FILE")
-    return list(_run_batches(config, length, windows, tokenizer))
+    return list(_run_batches(config, windows, tokenizer))
 
 
 def with_progress(batches: list[Batch], work: str) -> Iterable[Batch]:
@@ -48,10 +47,10 @@ def with_progress(batches: list[Batch], work: str) -> Iterable[Batch]:
     return tqdm(batches, desc=work, unit="batch", mininterval=0.1 if sys.stderr.isatty() else 10.0)
 
 
-def _run_batches(config: Path, length: int, windows: int, tokenizer: str | None) -> Any:
+def _run_batches(config: Path, windows: int, tokenizer: str | None) -> Any:
     from nlgmoe.experiment import ONE_PROCESS, load_config
 
-    changes: dict[str, Any] = {"data__max_eval_windows": windows, "data__seq_len": length}
+    changes: dict[str, Any] = {"data__max_eval_windows": windows}
     if tokenizer is not None:
         changes["data__tokenizer"] = tokenizer
     # Of the trainer nothing is used, but it must fit this machine.
@@ -60,7 +59,7 @@ def _run_batches(config: Path, length: int, windows: int, tokenizer: str | None)
     return data.val_dataloader()
 
 
-def _file_batches(text: str, loaded: LoadedModel, length: int, windows: int) -> Iterator[Any]:
+def _file_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Any]:
     import torch
 
     from nlgmoe.data.documents import UnusableError, decode_text
@@ -70,6 +69,7 @@ def _file_batches(text: str, loaded: LoadedModel, length: int, windows: int) -> 
     except (OSError, UnusableError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise SettingError(f"text={text} cannot be read ({reason}); give a file of text in UTF-8") from error
+    length = min(loaded.model.config.seq_len, LENGTH)
     count = min(windows, (len(ids) - 1) // length)
     if count < 1:
         raise SettingError(f"text={text} has {len(ids)} tokens, fewer than one sequence of {length}; give more text")
