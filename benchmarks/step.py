@@ -100,7 +100,7 @@ def same_model(family: str) -> tuple[GPT, nn.Module]:
     """Return a model of a family with random weights, imported, and in its own class."""
     import transformers
 
-    from nlgmoe.tools.hugging_face.importing import import_folder
+    from nlgmoe.tools.hugging_face.importing import import_model
 
     if family == "OLMoE":
         config = transformers.OlmoeConfig(intermediate_size=256, **SAME)
@@ -110,7 +110,7 @@ def same_model(family: str) -> tuple[GPT, nn.Module]:
     theirs: Any = build(config, attn_implementation="sdpa", experts_implementation="grouped_mm")
     with TemporaryDirectory() as folder:
         theirs.save_pretrained(f"{folder}/theirs")
-        import_folder(f"{folder}/theirs", f"{folder}/ours.ckpt")
+        import_model(f"{folder}/theirs", f"{folder}/ours.ckpt")
         return load_model(f"{folder}/ours.ckpt"), theirs
 
 

@@ -138,7 +138,8 @@ class GPTConfig:
 
     Attributes:
         vocab_size: number of token ids; logits exist for exactly these.
-        seq_len: longest sequence, in tokens; the number of learned positions, if positions are learned.
+        seq_len: longest sequence that the model reads, in tokens; the number of learned positions, if positions are learned.
+            Training and evaluation read sequences of `data.seq_len`.
         num_layers: number of transformer blocks.
         hidden_size: width of the residual stream, in values per token.
         num_heads: number of attention heads; they divide `hidden_size`, unless `head_dim` is set.

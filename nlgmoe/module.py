@@ -22,7 +22,7 @@ from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.checkpoint.same_run import check_same_run, check_tokenizer, differences
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
-from nlgmoe.data.training_data import TrainingData, training_data
+from nlgmoe.data.training_data import TrainingData, length_of, training_data
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.eval.perplexity import DomainLoss, batch_losses
 from nlgmoe.layers.moe import MoELayer, moe_layers
@@ -37,7 +37,7 @@ from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.run.refusals import check_trainer
 from nlgmoe.run.resume import Resuming, check_new_run, validate_by_steps
 from nlgmoe.run.signals import leave_signals_to_callbacks
-from nlgmoe.run_checks import check_vocabulary, warn_about_end, warn_about_rate
+from nlgmoe.run_checks import check_lengths, check_vocabulary, warn_about_end, warn_about_rate
 from nlgmoe.step import TrainingSteps
 from nlgmoe.validation import SettingError, require
 
@@ -86,8 +86,6 @@ class MoEGPTModule(LightningModule):
             raise SettingError(f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
         if seed < 0:
             raise SettingError(f"seed={seed} must be at least 0")
-        if curriculum is not None and curriculum.start > config.seq_len:
-            raise SettingError(f"start={curriculum.start} is above the model's seq_len={config.seq_len}; lower it")
         if train_tokens is not None and train_tokens < 1:
             raise SettingError(f"train_tokens={train_tokens} must be at least 1, or null")
         if schedule.min_lr > optimizer.lr:
@@ -114,6 +112,11 @@ class MoEGPTModule(LightningModule):
         self._domain_loss: list[DomainLoss] = []  # in a list, not a submodule: bf16-true would turn its sums into bf16
 
     @property
+    def seq_len(self) -> int:
+        """Return the tokens of a whole sequence in training and evaluation."""
+        return length_of(training_data(self._trainer), self.config.seq_len)
+
+    @property
     def tokens_seen(self) -> int:
         """Return the token clock: positions fed to all ranks, padding included, up to the last optimizer step."""
         return self.steps.tokens_seen
@@ -134,6 +137,7 @@ class MoEGPTModule(LightningModule):
         check_trainer(self.trainer, stage)
         leave_signals_to_callbacks(self.trainer)
         self._domain_loss = []  # discards the sums of an interrupted evaluation
+        check_lengths(self.config, self.seq_len, self.curriculum if stage == "fit" else None)
         if (data := training_data(self.trainer)) is None:
             return
         check_vocabulary(self.config, data)
@@ -211,7 +215,7 @@ class MoEGPTModule(LightningModule):
         check_new_run(self.trainer, self.tokens_seen)
         validate_by_steps(self.trainer)
         self.resuming.begin(self.trainer, self.tokens_seen, self.train_tokens, self.config.moe)
-        warn_about_end(self.config, self.curriculum, self.schedule, self.train_tokens, self.trainer)
+        warn_about_end(self.seq_len, self.curriculum, self.schedule, self.train_tokens, self.trainer)
         self.steps.begin()
         data = self.trainer.fit_loop._data_source.instance  # `trainer.datamodule` may be that of an evaluation before
         equal = isinstance(data, TrainingData) and data.has_equal_batches()

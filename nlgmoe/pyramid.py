@@ -5,6 +5,7 @@ The paper finds that experts improve later layers more (section 4.1.1, "Phenomen
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from nlgmoe.config import GPTConfig
@@ -48,35 +49,70 @@ def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
     Raises:
         ValueError: `num_layers` is not below the teacher's, or leaves no MoE block.
     """
-    require(
-        1 <= num_layers < teacher.num_layers,
-        f"num_layers={num_layers} must be at least 1 and below the teacher's {teacher.num_layers}",
-    )
-    moe = teacher.moe
-    if moe is not None and isinstance(moe.num_experts, list):
-        kept = num_layers // moe.expert_interval
-        top = moe.num_experts[len(moe.num_experts) - kept :] if kept else moe.num_experts
-        require(any(top), f"num_layers={num_layers} leaves no MoE block of the teacher's num_experts={moe.num_experts}")
-        moe = replace(moe, num_experts=top)
-    return replace(teacher, num_layers=num_layers, moe=moe)
+    return config_of_blocks(teacher, student_layers(teacher, num_layers))
 
 
 def student_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
-    """Return the teacher's block, from 0, that each block of its student starts from: `model.warm_start.layers`.
+    """Return the teacher's block, from 0, that each block of the paper's student has the expert count of.
 
     The student leaves out the lowest blocks, as many as contain the MoE layers that it lacks, and keeps the order of the others,
     so that the expert counts are those at the top of the pyramid. If the student ends in more dense blocks than the teacher has
-    left, those start from the teacher's last dense block: 24 blocks become 21 as 4, 5, ..., 23, 22.
+    left, those take the teacher's last dense block: 24 blocks become 21 as 4, 5, ..., 23, 22.
 
     Raises:
-        ValueError: see `student_config`.
+        ValueError: `num_layers` is not below the teacher's.
     """
-    student_config(teacher, num_layers)
+    _require_fewer(teacher, num_layers)
     interval = 1 if teacher.moe is None else teacher.moe.expert_interval
     removed = interval * (teacher.num_layers // interval - num_layers // interval)
     experts = experts_per_layer(teacher)
     last_dense = max((layer for layer, count in enumerate(experts) if count == 0), default=0)
     return [layer + removed if layer + removed < teacher.num_layers else last_dense for layer in range(num_layers)]
+
+
+def evenly_spaced_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
+    """Return `num_layers` of the teacher's blocks, from 0, at equal distances: the first, the last and those between.
+
+    Raises:
+        ValueError: `num_layers` is not below the teacher's.
+    """
+    _require_fewer(teacher, num_layers)
+    return [round(block * (teacher.num_layers - 1) / max(1, num_layers - 1)) for block in range(num_layers)]
+
+
+def config_of_blocks(teacher: GPTConfig, blocks: Sequence[int]) -> GPTConfig:
+    """Return the configuration of a model that consists of these of the teacher's blocks, in this order.
+
+    The teacher's `expert_interval` stays if it describes them; else it becomes 1, and `num_experts` has a 0 for each dense block.
+
+    Args:
+        teacher: the model that has the blocks.
+        blocks: the teacher's block, from 0, of each block.
+
+    Raises:
+        ValueError: the teacher is a mixture, and the blocks are all dense.
+    """
+    moe, counts = teacher.moe, [experts_at(teacher, block) for block in blocks]
+    if moe is not None:
+        require(
+            any(counts),
+            f"num_layers={len(counts)} leaves no MoE block of the teacher's num_experts={moe.num_experts}: "
+            f"{', '.join(map(str, blocks))} are dense; keep another block",
+        )
+        interval = moe.expert_interval
+        if any(count for block, count in enumerate(counts) if (block + 1) % interval):
+            interval = 1
+        kept = counts[interval - 1 :: interval]
+        equal = kept == [moe.num_experts] * len(kept)
+        moe = replace(moe, expert_interval=interval, num_experts=moe.num_experts if equal else kept)
+    return replace(teacher, num_layers=len(counts), moe=moe)
+
+
+def _require_fewer(teacher: GPTConfig, num_layers: int) -> None:
+    require(
+        1 <= num_layers < teacher.num_layers,
+        f"num_layers={num_layers} must be at least 1 and below the teacher's {teacher.num_layers}",
+    )
 
 
 def expert_parallel_degree(num_experts: int, world_size: int, limit: int) -> int:

@@ -1,4 +1,4 @@
-"""Checks of a run: its tokenizer before the first step, and ends that come too early."""
+"""Checks of a run: lengths and tokenizer before the first step, and ends that come too early or too late."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import TrainingData, training_data
+from nlgmoe.distill.distiller import End
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 
 def check_vocabulary(config: GPTConfig, data: TrainingData) -> None:
@@ -24,8 +25,21 @@ def check_vocabulary(config: GPTConfig, data: TrainingData) -> None:
         )
 
 
+def check_lengths(config: GPTConfig, seq_len: int, curriculum: SequenceCurriculum | None) -> None:
+    """Check that the model reads sequences as long as the data's, `seq_len` tokens, and that a curriculum begins below that."""
+    require(
+        seq_len <= config.seq_len,
+        f"data.seq_len={seq_len} is above model.config.seq_len={config.seq_len}, the longest sequence that the model reads; "
+        "lower it, or raise model.config.seq_len",
+    )
+    require(
+        curriculum is None or curriculum.start <= seq_len,
+        f"model.curriculum.start={curriculum.start if curriculum else None} is above data.seq_len={seq_len}; lower it",
+    )
+
+
 def warn_about_end(
-    config: GPTConfig,
+    seq_len: int,
     curriculum: SequenceCurriculum | None,
     schedule: LearningRateSchedule,
     train_tokens: int | None,
@@ -41,7 +55,7 @@ def warn_about_end(
     if curriculum is not None and train_tokens is not None and curriculum.tokens > train_tokens:
         rank_zero_warn(
             f"model.curriculum.tokens={curriculum.tokens} is above model.train_tokens={train_tokens}: training "
-            f"ends before its sequences are {config.seq_len} tokens long; lower it"
+            f"ends before its sequences are {seq_len} tokens long; lower it"
         )
     if train_tokens is not None and schedule.decay_tokens is not None and train_tokens < schedule.decay_tokens:
         rank_zero_warn(
@@ -51,7 +65,7 @@ def warn_about_end(
     data = training_data(trainer)
     if data is None or data.domain_shares is None:
         return
-    shortest = config.seq_len if curriculum is None else curriculum.start
+    shortest = seq_len if curriculum is None else curriculum.start
     ends = [] if train_tokens is None else [train_tokens / shortest]
     ends += [trainer.max_steps * data.batch_size_after(sys.maxsize)] if trainer.max_steps >= 0 else []
     for domain, share in zip(data.domains, data.domain_shares, strict=True):
@@ -60,6 +74,34 @@ def warn_about_end(
                 f"{domain} has {share:.2g} of the samples, less than one in the {min(ends):,.0f} of this run; raise the "
                 "weight of its part, or remove the part"
             )
+
+
+def warn_about_distillation(
+    end: End, config: GPTConfig, curriculum: SequenceCurriculum | None, train_tokens: int | None, trainer: Trainer
+) -> None:
+    """Warn if training ends before distillation does, so that no step is on text alone.
+
+    Args:
+        end: end of distillation.
+        config: the model's.
+        curriculum: schedule of shorter sequences.
+        train_tokens: tokens at which training ends.
+        trainer: the run's, with its `max_steps` and its data.
+    """
+    steps = float(trainer.max_steps if trainer.max_steps >= 0 else math.inf)
+    tokens = float(math.inf if train_tokens is None else train_tokens)
+    if (data := training_data(trainer)) is not None:  # the most tokens and steps that the run can have
+        shortest = config.seq_len if curriculum is None else curriculum.start
+        most = steps * data.batch_size_after(sys.maxsize) * config.seq_len
+        steps = min(steps, tokens / (data.batch_size_after(0) * shortest) + 1)
+        tokens = min(tokens, most)
+    late = (end.tokens is not None and end.tokens > tokens) or (end.steps is not None and end.steps > steps)
+    if late:
+        place = f"{end.steps:,} steps" if end.tokens is None else f"{end.tokens:,} tokens"
+        rank_zero_warn(
+            f"distillation ends after {place}, and the run before that, by model.train_tokens={train_tokens} or "
+            f"trainer.max_steps={trainer.max_steps}: no step is on text alone; lower the end of StagedDistillation, or remove it"
+        )
 
 
 def warn_about_rate(schedule: LearningRateSchedule, tokens: int, train_tokens: int | None) -> None:

@@ -72,7 +72,7 @@ class TrainingSteps:
         module.routings = []  # frees those of the last micro-batch
         if module.curriculum is not None:
             # The clock, and with it the length, is constant within an accumulation window and the same on every rank.
-            batch = truncate(batch, sequence_length(self.tokens_seen, module.config.seq_len, module.curriculum))
+            batch = truncate(batch, sequence_length(self.tokens_seen, module.seq_len, module.curriculum))
             module.log("train/seq_len", float(batch["tokens"].shape[1]))
         self.length = batch["tokens"].shape[1]
         number = len(self.window.losses) * trainer.world_size + trainer.global_rank

@@ -30,12 +30,12 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
     ignored = frozenset() if resumes else FREE_IN_EVALUATION
     if not resumes and config.moe is not None and config.moe.router is not None:
         ignored |= config.moe.router.free_in_evaluation
-    if not resumes and config.rope_theta is not None:  # without a table of positions the length shapes no weight
-        ignored |= {"seq_len"}
     saved = GPTConfig.from_dict(checkpoint["model_config"]).to_dict()  # fields that it lacks get their defaults
     if different := differences(saved, config.to_dict(), ignore=ignored):
+        shorter = "; data.seq_len makes sequences shorter" if saved["seq_len"] != config.seq_len else ""
         raise SettingError(
             f"the checkpoint's model differs from model.config: {', '.join(different)}; set model.config as the run had it"
+            + shorter
         )
     if resumes and checkpoint["seed"] != seed:
         raise SettingError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to resume")

@@ -45,7 +45,7 @@ class WarmStart:
         strict: refuse a checkpoint with missing or unknown tensors, tensors of other shapes, or another tokenizer than the
             data's; if false, load the tensors that fit, keep the initial values of the others, and list the differences.
         layers: for each block of the model, the checkpoint's block that it starts from, counted from 0, for example a student's
-            from its teacher's (`nlgmoe student --from-teacher` writes them). If `strict`, a dense block starts from a
+            from its teacher's (`nlgmoe student` writes them). If `strict`, a dense block starts from a
             dense one, an MoE block from one with as many experts. null: from the block of the same number.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -20,11 +21,12 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.files import atomic_write, settings_of
 from nlgmoe.model.gpt import GPT
+from nlgmoe.optim.token_schedule import LearningRateSchedule
 from nlgmoe.validation import require
 
 # settings of a run's `data` that NAME.yaml repeats
-OF_RUN = ("data_dir", "corpus", "tokenizer", "document_attention", "mask_eod_loss", "micro_batch_size")
-MICRO_BATCH, BATCH_TOKENS = 8, 16_384  # sequences by default; fewer if they would have more tokens than this
+OF_RUN = ("data_dir", "corpus", "tokenizer", "document_attention", "mask_eod_loss", "micro_batch_size", "seq_len")
+WINDOW = 2048  # most tokens of a sequence that NAME.yaml trains on and evaluates: 8 such sequences are a micro-batch
 SHARD_VALUES = 2**28  # maximum of values in a file with several entries, and so in memory at a time
 
 
@@ -93,14 +95,13 @@ def _write_settings(checkpoint: Path, config: GPTConfig, tokenizer: bool, origin
     settings: dict[str, Any] = {
         "model": {"config": config.to_dict(), "warm_start": {"checkpoint": str(checkpoint), "layers": None}}
     }
-    run = None if source is None else run_config(source)
+    if (run := None if source is None else run_config(source)) is not None:  # over its file, where its schedules ended
+        settings["model"] |= {"schedule": asdict(LearningRateSchedule(shape="constant")), "curriculum": None}
     of_run = {} if run is None else yaml.safe_load(run.read_text(encoding="utf-8")).get("data", {})
     data = {name: of_run[name] for name in OF_RUN if of_run.get(name) is not None}
     data |= {"tokenizer": str(checkpoint)} if tokenizer else {}
-    if run is None and (fitting := max(1, BATCH_TOKENS // config.seq_len)) < MICRO_BATCH:
-        data["micro_batch_size"] = fitting
-    if data:
-        settings["data"] = data
+    data["seq_len"] = min(data.get("seq_len", WINDOW), config.seq_len)
+    settings["data"] = data
     settings["trainer"] = {"default_root_dir": str(checkpoint.with_suffix(""))}
     head = (
         f"# {origin}. Measure its loss, or train from its weights:\n"

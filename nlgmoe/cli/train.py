@@ -80,9 +80,8 @@ class TrainCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Set `data.seq_len` to `model.config.seq_len`; the vocabulary's size is that of `data.tokenizer` unless it is set."""
-        parser.link_arguments("model.config.seq_len", "data.seq_len")
-        parser.set_defaults({"model.config.vocab_size": 0})  # replaced in `parse_arguments`
+        """Set the defaults that `parse_arguments` replaces: the tokenizer's number of ids, and the model's length."""
+        parser.set_defaults({"model.config.vocab_size": 0, "data.seq_len": None})
         # Lightning's type tries text first; a class that is named again would then lose the arguments that a file gives it.
         (strategy,) = (action for action in parser._actions if action.dest == "trainer.strategy")
         strategy._typehint = Strategy | str  # type: ignore[attr-defined]
@@ -110,9 +109,8 @@ class TrainCLI(LightningCLI):
             config["model"]["config"]["vocab_size"] = vocab_size_of(
                 config["data"]["tokenizer"], Path(config["data"]["data_dir"])
             )
-        for setting in parser.given:  # jsonargparse refuses the flag, but replaces a file's value silently
-            if setting.name == "data.seq_len" and setting.value != config["model"]["config"]["seq_len"]:
-                raise SettingError(f"{setting} always equals model.config.seq_len; set that instead")
+        if config["data"]["seq_len"] is None:
+            config["data"]["seq_len"] = config["model"]["config"]["seq_len"]
         if (seed := config.get("seed_everything")) is not None and seed is not False:
             rank_zero_warn(
                 f"seed_everything={seed} changes nothing in a run, which draws by model.seed (weights, noise) and data.seed "

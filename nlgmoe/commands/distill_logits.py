@@ -140,7 +140,7 @@ def _recipe(
         "data": data.fingerprint(),
         "document_attention": data.document_attention,
         "vocab_size": module.config.vocab_size,
-        "seq_len": module.config.seq_len,
+        "seq_len": data.seq_len,
         "micro_batch_size": data.micro_batch_size,
         "loss_chunk_size": module.loss_chunk_size,
     }
@@ -160,7 +160,7 @@ def _count_distilled_samples(experiment: Experiment, settings: dict[str, Any]) -
     samples = samples_before_end(
         distillation_end(module.train_tokens, experiment.trainer),
         lambda taken: batch_size_after(taken, seq_len, full_batch_size, ramp_up),
-        module.config.seq_len,
+        seq_len,
         module.curriculum,
     )
     if samples is None:

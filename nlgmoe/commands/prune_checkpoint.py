@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from nlgmoe.checkpoint.folder import run_config
 from nlgmoe.cli.arguments import check_new_checkpoint, import_allowed
 from nlgmoe.files import settings_of
 from nlgmoe.validation import SettingError
-
-if TYPE_CHECKING:
-    from nlgmoe.eval.loaded_model import LoadedModel
-
-BATCH, LENGTH = 8, 2048  # sequences of `text` at a time, and their tokens, at most
 
 
 def prune_checkpoint(
@@ -51,10 +45,9 @@ def prune_checkpoint(
     """
     import_allowed(allow_code)
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
-    if windows < 1:
-        raise SettingError(f"windows={windows} must be at least 1 sequence")
     from nlgmoe.checkpoint.portable import load_model  # these need torch
     from nlgmoe.checkpoint.prune import most_used, prune, pruned_config
+    from nlgmoe.commands.measured_text import read_batches, with_progress
     from nlgmoe.eval.expert_use import measure_use
     from nlgmoe.eval.loaded_model import load_pretrained
     from nlgmoe.model.counting import count_parameters
@@ -72,8 +65,8 @@ def prune_checkpoint(
             raise SettingError(f"num_experts={num_experts} must be below {largest}, the experts that the model has")
         num_experts = [min(num_experts, count) for count in experts_per_position(before)]
     after = pruned_config(before, num_experts)
-    batches = list(_text_batches(text, loaded, windows) if text is not None else _run_batches(run, windows, tokenizer))
-    use = measure_use(loaded.model, batches)
+    batches = read_batches(run_config(Path(run)), loaded, text, windows, tokenizer)
+    use = measure_use(loaded.model, with_progress(batches, "measuring use"))
     kept = most_used(use.weights if by == "use" else use.saliency, after)
     prune(loaded.path, checkpoint, num_experts, kept, overwrite)
 
@@ -81,54 +74,37 @@ def prune_checkpoint(
         share = float(weights[experts].sum() / weights.sum())
         numbers = " ".join(map(str, experts))
         print(f"block {block}: {len(experts)} of {len(weights)} experts, with {share:.1%} of the weight: {numbers}")
-    loss = measure_use(load_model(Path(checkpoint)), batches).loss
+    loss = measure_use(load_model(Path(checkpoint)), with_progress(batches, "measuring loss")).loss
     sizes = [count_parameters(config).total for config in (before, after)]
     print(f"loss {use.loss:.4f} -> {loss:.4f} nats per token ({use.tokens:,} tokens)")
     print(f"{checkpoint}: {sizes[0]:,} parameters of {loaded.path} have become {sizes[1]:,}")
     settings = settings_of(Path(checkpoint))
     print(f"{settings}: its settings")
-    files = [run_config(Path(run)) or "CONFIG", settings]  # the later one overrides
+    config, teacher = run_config(Path(run)), quote(str(loaded.path))
+    files = [config or "CONFIG", settings]  # the later one overrides
     print(
         f"to continue training, with the unpruned model as teacher: python train.py fit "
-        f"{' '.join(f'--config {quote(str(file))}' for file in files)} --model.distiller nlgmoe.MixtureOfStudents "
-        f"--model.distiller.init_args.teacher {quote(str(loaded.path))}"
+        f"{' '.join(f'--config {quote(str(file))}' for file in files)} "
+        f"{_healing(config, loaded.document['tokens_seen'])} --model.distiller nlgmoe.MixtureOfStudents "
+        f"--model.distiller.init_args.teacher {teacher}"
     )
 
 
-def _run_batches(run: str, windows: int, tokenizer: str | None) -> Any:
-    from nlgmoe.experiment import ONE_PROCESS, load_config
+def _healing(config: Path | None, trained: int) -> str:
+    """Return options for the schedule: a cosine over a tenth of the tokens, from the rate at which the training ended to 0.
 
-    if (config := run_config(Path(run))) is None:
-        raise SettingError(
-            f"run={run} is in no run's folder: there is no config.yaml that names its text; give --text FILE"
-        )
-    changes = {"data__max_eval_windows": windows} | ({} if tokenizer is None else {"data__tokenizer": tokenizer})
-    # Of the trainer nothing is used, but it must fit this machine.
-    data = load_config(config, **ONE_PROCESS, trainer__accelerator="cpu", trainer__logger=False, **changes).data
-    data.prepare_data()
-    return data.val_dataloader()
+    If that was 0, the cosine starts at a tenth of the peak. Words stand for what no run tells.
+    """
+    rate, tokens = "RATE", "N"
+    if config is not None and config.name == "config.yaml":
+        from nlgmoe.experiment import parse_config
+        from nlgmoe.optim.token_schedule import LearningRateSchedule, learning_rate
 
-
-def _text_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Any]:
-    import torch
-
-    from nlgmoe.data.documents import UnusableError, decode_text
-
-    try:
-        ids = loaded.tokenizer.encode(decode_text(Path(text).read_bytes()))
-    except (OSError, UnusableError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise SettingError(f"text={text} cannot be read ({reason}); give a file of text in UTF-8") from error
-    length = min(loaded.model.config.seq_len, LENGTH)
-    count = min(windows, (len(ids) - 1) // length)
-    if count < 1:
-        raise SettingError(f"text={text} has {len(ids)} tokens, fewer than one sequence of {length}; give more text")
-    tokens, targets = (torch.tensor(ids[i : i + count * length]).view(count, length) for i in (0, 1))
-    for batch_tokens, batch_targets in zip(tokens.split(BATCH), targets.split(BATCH), strict=True):
-        mask = torch.ones_like(batch_tokens, dtype=torch.bool)
-        yield {
-            "tokens": batch_tokens,
-            "targets": batch_targets,
-            "token_mask": mask,
-            "domain": torch.zeros(len(batch_tokens), dtype=torch.long),
-        }
+        model = parse_config(config)["model"]
+        peak = model["optimizer"]["lr"]
+        rate = f"{learning_rate(trained, peak, LearningRateSchedule(**model['schedule'])) or peak / 10:.3g}"
+        tokens = str(max(1, trained // 10))
+    return (
+        f"--model.optimizer.lr {rate} --model.schedule.shape cosine --model.schedule.decay_tokens {tokens} "
+        f"--model.train_tokens {tokens}"
+    )

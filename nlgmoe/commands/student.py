@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -10,8 +11,9 @@ import yaml
 
 from nlgmoe.checkpoint.folder import read_document, run_config
 from nlgmoe.cli.arguments import check_output, write_whole
+from nlgmoe.cli.command_parser import number_or_list
 from nlgmoe.config import GPTConfig
-from nlgmoe.pyramid import moe_blocks, student_config, student_layers
+from nlgmoe.pyramid import config_of_blocks, evenly_spaced_layers, moe_blocks, student_config, student_layers
 from nlgmoe.validation import SettingError
 
 
@@ -19,25 +21,35 @@ def student(
     source: str,
     *,
     num_layers: int,
+    blocks: str | None = None,
     output: str | None = None,
     teacher: str | None = None,
     fraction: float | None = None,
     step: int | None = None,
-    from_teacher: bool = False,
+    text: str | None = None,
+    windows: int = 10,
+    tokenizer: str | None = None,
 ) -> None:
-    """Write a student's YAML with its changes to the teacher's: fewer blocks, the top of the pyramid, and distillation.
+    """Write a student's YAML with its changes to the teacher's: fewer blocks, their weights, and distillation.
 
     Train with both files: `train.py fit --config TEACHER.yaml --config STUDENT.yaml`. `StagedDistillation` ends distillation
     before the run ends. All other settings are the teacher's.
 
     Args:
-        source: the teacher's YAML, its run folder, or a checkpoint in it.
+        source: a checkpoint, a run's folder, or a YAML. The student of a YAML starts from random weights, with the top of the
+            pyramid, as in the paper, unless `blocks` is given.
         num_layers: blocks of the student; in the paper 21, with teachers of 24.
+        blocks: the teacher's blocks that the student starts from. influence: all but those that change the residual stream
+            least (ShortGPT, arXiv 2403.03853), measured on text; even: evenly spaced; upper: all but the lowest, the top of a
+            pyramid; or a list, counted from 0, such as [0,1,3]. Default for a checkpoint or run: upper if layers have
+            different numbers of experts, else influence.
         output: file to write; default: standard output.
         teacher: checkpoint or run folder of the teacher; default: that of `source`.
         fraction: share of model.train_tokens after which distillation ends; 0.7 if neither it nor `step` is given.
         step: optimizer step after which distillation ends, instead of `fraction`.
-        from_teacher: start from the teacher's blocks listed in `model.warm_start.layers`, not from random weights.
+        text: file of plain text on which influence is measured; default: the run's validation text.
+        windows: sequences measured, of each domain of the run's validation text, or of `text`.
+        tokenizer: as data.tokenizer, for a checkpoint without a tokenizer.
     """
     if output is not None:
         check_output(output)
@@ -50,33 +62,30 @@ def student(
     theirs = GPTConfig.from_dict(model["config"])
     if run is not None and (Path(run) / "checkpoint.json").exists():
         _check_same(theirs, Path(run), file)
-    ours = student_config(theirs, num_layers)
-    if step is None and model["train_tokens"] is None:
-        raise SettingError(
-            f"fraction={end['fraction']} is of model.train_tokens, which {file} does not set; give step instead"
-        )
     # a run may have been moved
     folder = str(file.parent) if file.name == "config.yaml" else trainer["default_root_dir"]
     teacher = teacher or run or folder
-    overlay: dict[str, Any] = {
-        "model": {
-            "config": {"num_layers": num_layers},
-            "distiller": {"class_path": "nlgmoe.MixtureOfStudents", "init_args": {"teacher": teacher}},
-        },
-        "trainer": {
-            **_callbacks(trainer["callbacks"], {"class_path": "nlgmoe.StagedDistillation", "init_args": end}),
-            "default_root_dir": f"{folder.rstrip('/')}_student_{num_layers}",
-        },
-    }
+
+    if blocks is None and run is not None:
+        blocks = "influence" if len(set(moe_blocks(theirs).values())) <= 1 else "upper"
+    layers: list[int] | None = None
+    ranking: list[str] = []
+    if blocks == "influence":
+        student_layers(theirs, num_layers)  # refuses a wrong number before text is read
+        influence = _measure(teacher, theirs, file, text, windows, tokenizer)
+        layers, ranking = _keep_influential(influence, num_layers)
+    elif blocks is not None:
+        layers = _chosen(blocks, theirs, num_layers)
+    ours = student_config(theirs, num_layers) if layers is None else config_of_blocks(theirs, layers)
+    command = f"python train.py fit --config {quote(str(file))} --config {quote(output or 'THIS_FILE')}"
+    if model["train_tokens"] is None:
+        command += " --model.train_tokens N --model.optimizer.lr RATE"
+    experts = ""
     if ours.moe is not None:
-        overlay["model"]["config"]["moe"] = {"num_experts": ours.moe.num_experts}
-    if from_teacher:
-        overlay["model"]["warm_start"] = {"checkpoint": teacher, "layers": student_layers(theirs, num_layers)}
-    elif model["warm_start"] is not None:
-        overlay["model"]["warm_start"] = None
-    if not isinstance(trainer["logger"], bool | None):
-        overlay["trainer"]["logger"] = None  # the teacher's logger may write into the teacher's run
-    _write(overlay, output, file, theirs, ours)
+        counts = [len(moe_blocks(config)) for config in (ours, theirs)]
+        experts = f", {counts[0]} of its {counts[1]} MoE layers"
+    summary = f"a student of {file}, {num_layers} of its {theirs.num_layers} blocks{experts}; by `nlgmoe student`"
+    _write(_overlay(settings, ours, layers, end, teacher, folder), output, [summary, *ranking], command)
 
 
 def _end(fraction: float | None, step: int | None) -> dict[str, Any]:
@@ -113,6 +122,83 @@ def _check_same(teacher_config: GPTConfig, checkpoint: Path, file: Path) -> None
         )
 
 
+def _measure(
+    teacher: str, theirs: GPTConfig, file: Path, text: str | None, windows: int, tokenizer: str | None
+) -> list[float]:
+    """Return the influence of each of the teacher's blocks."""
+    from nlgmoe.commands.measured_text import read_batches, with_progress  # these need torch
+    from nlgmoe.eval.block_influence import measure_influence
+    from nlgmoe.eval.loaded_model import load_pretrained
+
+    loaded = load_pretrained(teacher, tokenizer)
+    if (found := loaded.model.config.num_layers) != theirs.num_layers:
+        raise SettingError(f"teacher={teacher} has {found} blocks, {file} describes {theirs.num_layers}; give its YAML")
+    batches = read_batches(file, loaded, text, windows, tokenizer)
+    return measure_influence(loaded.model, with_progress(batches, "measuring influence"))
+
+
+def _keep_influential(influence: list[float], num_layers: int) -> tuple[list[int], list[str]]:
+    """Return the blocks with the largest influence, in their order, and the ranking in words."""
+    ranked = sorted(range(len(influence)), key=influence.__getitem__)
+    parts = {"left out": ranked[:-num_layers], "kept": ranked[-num_layers:]}
+    words = [
+        f"blocks {name}, with their influence: {', '.join(f'{block} ({influence[block]:.4f})' for block in part)}"
+        for name, part in parts.items()
+    ]
+    return sorted(parts["kept"]), words
+
+
+def _chosen(blocks: str, theirs: GPTConfig, num_layers: int) -> list[int]:
+    """Return the blocks of `upper`, `even` or a list."""
+    if blocks in (named := {"upper": student_layers, "even": evenly_spaced_layers}):
+        return named[blocks](theirs, num_layers)
+    try:
+        layers = number_or_list(blocks)
+    except ValueError:
+        layers = 0
+    if not isinstance(layers, list):
+        raise SettingError(
+            f"blocks={blocks} is not influence, even, upper or a list such as [0,1,3]; give one of these"
+        )
+    if layers != sorted(set(layers)) or not set(layers) <= set(range(theirs.num_layers)):
+        raise SettingError(
+            f"blocks={blocks} must be blocks of the teacher, from 0 to {theirs.num_layers - 1}, in their order"
+        )
+    if len(layers) != num_layers or num_layers >= theirs.num_layers:
+        raise SettingError(
+            f"blocks={blocks} are {len(layers)} of the teacher's {theirs.num_layers}; num_layers={num_layers} must be their "
+            "number, and below the teacher's"
+        )
+    return layers
+
+
+def _overlay(
+    settings: dict[str, Any], ours: GPTConfig, layers: list[int] | None, end: dict[str, Any], teacher: str, folder: str
+) -> dict[str, Any]:
+    """Return the student's changes to the teacher's settings."""
+    trainer = settings["trainer"]
+    overlay: dict[str, Any] = {
+        "model": {
+            "config": {"num_layers": ours.num_layers},
+            "distiller": {"class_path": "nlgmoe.MixtureOfStudents", "init_args": {"teacher": teacher}},
+        },
+        "trainer": {
+            **_callbacks(trainer["callbacks"], {"class_path": "nlgmoe.StagedDistillation", "init_args": end}),
+            "default_root_dir": f"{folder.rstrip('/')}_student_{ours.num_layers}",
+        },
+    }
+    if ours.moe is not None:
+        changed = {name: getattr(ours.moe, name) for name in ("num_experts", "expert_interval")}
+        overlay["model"]["config"]["moe"] = changed
+    if layers is not None:
+        overlay["model"]["warm_start"] = {"checkpoint": teacher, "layers": layers}
+    elif settings["model"]["warm_start"] is not None:
+        overlay["model"]["warm_start"] = None
+    if not isinstance(trainer["logger"], bool | None):
+        overlay["trainer"]["logger"] = None  # the teacher's logger may write into the teacher's run
+    return overlay
+
+
 def _callbacks(teachers: Any, staged: dict[str, Any]) -> dict[str, Any]:
     """Return the setting that adds `staged` to the teacher's callbacks, and replaces their `StagedDistillation`, if any."""
     callbacks = [] if teachers is None else teachers if isinstance(teachers, list) else [teachers]
@@ -120,19 +206,12 @@ def _callbacks(teachers: Any, staged: dict[str, Any]) -> dict[str, Any]:
     return {"callbacks+": [staged]} if len(others) == len(callbacks) else {"callbacks": [staged, *others]}
 
 
-def _write(overlay: dict[str, Any], output: str | None, file: Path, theirs: GPTConfig, ours: GPTConfig) -> None:
-    """Write the file, or print it."""
-    experts = ""
-    if ours.moe is not None:
-        counts, kept = (list(moe_blocks(config).values()) for config in (theirs, ours))
-        experts = f", {len(kept)} of its {len(counts)} MoE layers"
-    command = f"python train.py fit --config {quote(str(file))} --config {quote(output or 'THIS_FILE')}"
-    text = (
-        f"# A student of {file}: {ours.num_layers} of its {theirs.num_layers} blocks{experts}; by `nlgmoe student`.\n"
-        f"#   {command}\n" + yaml.safe_dump(overlay, sort_keys=False, width=120)
-    )
+def _write(overlay: dict[str, Any], output: str | None, head: list[str], command: str) -> None:
+    """Write the file with `head` and `command` as its comment, and print these; without `output` print the file."""
+    comment = "\n".join(textwrap.fill(line, 120, initial_indent="# ", subsequent_indent="#   ") for line in head)
+    text = f"{comment}\n#   {command}\n" + yaml.safe_dump(overlay, sort_keys=False, width=120)
     if output is None:
         print(text, end="")
     else:
         write_whole(output, text)
-        print(f"{output}: {ours.num_layers} of the teacher's {theirs.num_layers} blocks; {command}")
+        print("\n".join([f"{output}: {head[0]}", *head[1:], f"train it: {command}"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from shlex import quote
-from typing import Literal
+from typing import Any, Literal
 
 from nlgmoe.cli.arguments import check_new_checkpoint
 from nlgmoe.files import settings_of
@@ -14,8 +14,8 @@ def upcycle_checkpoint(
     dense: str,
     checkpoint: str,
     num_experts: int | list[int] = 8,
-    expert_interval: int = 2,
-    top_k: int = 1,
+    expert_interval: int | None = None,
+    top_k: int | None = None,
     mlp_type: Literal["standard", "residual"] = "standard",
     residual_mix: Literal["learned", "sum"] = "learned",
     noise: float = 0.0,
@@ -24,31 +24,55 @@ def upcycle_checkpoint(
 ) -> None:
     """Copy each block's feed-forward layer into its experts, so that the MoE model computes the same as the dense one.
 
+    A Llama becomes a Mixtral, a Qwen3 a Qwen3-MoE: every block has experts, two for each token, trained as those families are
+    (dropless, second expert by argmax). Other models, and residual ones, become the paper's.
+
     Set model.config.moe to the same values in a run that starts from the result with model.warm_start.checkpoint.
 
     Args:
         dense: the checkpoint of a dense model, or the folder of its run.
         checkpoint: output folder, `NAME.ckpt`.
         num_experts: experts of each MoE block, or a list with one number for each.
-        expert_interval: blocks from one MoE block to the next.
-        top_k: experts per token.
+        expert_interval: blocks from one MoE block to the next; default: 1 for a Llama or Qwen3, else 2.
+        top_k: experts per token; default: 2 for a Llama or Qwen3, else 1.
         mlp_type: standard, or residual (PR-MoE), which adds a shared MLP.
         residual_mix: mix of experts and shared MLP in a residual block, learned or sum.
-        noise: noise added to the experts' matrices, as a multiple of each matrix's standard deviation.
+        noise: noise added to the experts' matrices, as a multiple of each matrix's standard deviation; it makes experts part
+            earlier, and the result computes only nearly the same as the dense model.
         seed: seed of the noise and the gates.
         overwrite: replace an existing checkpoint.
     """
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
-    from nlgmoe.checkpoint.upcycle import upcycle  # these need torch
-    from nlgmoe.config import MoEConfig
+    from nlgmoe.checkpoint.folder import read_document  # these need torch
+    from nlgmoe.checkpoint.newest import find_checkpoint
+    from nlgmoe.checkpoint.upcycle import upcycle
+    from nlgmoe.config import GPTConfig, MoEConfig
     from nlgmoe.model.counting import count_parameters
+    from nlgmoe.tools.hugging_face.families import CLASSES, family_of
 
-    moe = MoEConfig(num_experts, expert_interval, top_k, mlp_type=mlp_type, residual_mix=residual_mix)
-    upcycled = upcycle(dense, checkpoint, moe, noise, seed, overwrite)
+    path = find_checkpoint(dense)
+    family, _ = family_of(GPTConfig.from_dict(read_document(path)["model_config"]))
+    native = family is not None and mlp_type == "standard"
+    if expert_interval is None:
+        expert_interval = 1 if native else 2
+    if top_k is None:
+        top_k = 2 if native else 1
+    of_family: dict[str, Any] = {"token_dropping": False} if native else {}
+    if native and top_k == 2:
+        of_family["second_expert"] = "argmax"
+    moe = MoEConfig(num_experts, expert_interval, top_k, mlp_type=mlp_type, residual_mix=residual_mix, **of_family)
+    upcycled = upcycle(path, checkpoint, moe, noise, seed, overwrite)
     before, after = (count_parameters(config) for config in (upcycled.dense_config, upcycled.config))
     print(
         f"{checkpoint}: {before.total:,} parameters of {upcycled.dense} have become {after.total:,}, {after.active:,} for a token"
     )
     copies = "exact copies" if noise == 0 else f"copies with noise of {noise} times their standard deviation"
+    became, reason = family_of(upcycled.config)
+    if became is not None:
+        print(f"nlgmoe export writes it as {CLASSES[became]}ForCausalLM of transformers")
+    elif family is not None:
+        print(
+            f"no class of transformers has {reason}: nlgmoe export writes it with our code; the defaults keep a native class"
+        )
     print(f"{settings_of(Path(checkpoint))}: its settings")
     print(f"experts are {copies}; a run starts from them with model.warm_start.checkpoint={quote(checkpoint)}")

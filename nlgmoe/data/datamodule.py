@@ -46,7 +46,7 @@ class PileDataModule(TextFacts, TrainingData):
             `accumulate_grad_batches`. None: set `accumulate_grad_batches` on the trainer.
         batch_ramp_up: start with smaller batches, which grow to `global_batch_size`; null: constant batch size.
         eval_micro_batch_size: sequences per rank and forward pass in evaluation; None: as in training.
-        seq_len: tokens per sequence.
+        seq_len: tokens per sequence, in training and evaluation; null, the default of train.py: the model's `seq_len`.
         seed: seed of the order of the training sequences.
         num_workers: processes that load batches, per rank; 0: load in the training process.
         max_eval_windows: sequences evaluated per domain, the first ones; None: all.
@@ -68,7 +68,7 @@ class PileDataModule(TextFacts, TrainingData):
         global_batch_size: int | None = None,
         batch_ramp_up: BatchRampUp | None = None,
         eval_micro_batch_size: int | None = None,
-        seq_len: int = 256,
+        seq_len: int | None = 256,
         seed: int = 1234,
         num_workers: int = 0,
         max_eval_windows: int | None = None,
@@ -76,6 +76,8 @@ class PileDataModule(TextFacts, TrainingData):
         mask_eod_loss: bool = False,
     ) -> None:
         super().__init__()
+        if seq_len is None:  # train.py and `load_config` have replaced it by the model's
+            raise SettingError("seq_len=None: the length of sequences is unknown; give it, at most the model's")
         sizes = {
             "micro_batch_size": micro_batch_size,
             "global_batch_size": global_batch_size,
@@ -98,7 +100,7 @@ class PileDataModule(TextFacts, TrainingData):
         self.global_batch_size = global_batch_size
         self.batch_ramp_up = batch_ramp_up
         self.eval_micro_batch_size = eval_micro_batch_size or micro_batch_size
-        self.seq_len = seq_len
+        self.seq_len: int = seq_len
         self.seed = seed
         self.num_workers = num_workers
         self.max_eval_windows = max_eval_windows

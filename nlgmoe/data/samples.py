@@ -116,7 +116,7 @@ class PackedSource(_Windows):
         super().__init__(tokens, counts, seq_len, eod_id)
         self._seed = seed
         if self.num_windows == 0:
-            raise SettingError(f"No domain has {seq_len} tokens to train on: lower model.config.seq_len, or add text.")
+            raise SettingError(f"No domain has {seq_len} tokens to train on: lower data.seq_len, or add text.")
 
     def sample(self, index: int) -> Sample:
         """Return window `order(seed, epoch)[index % n]` with `epoch = index // n`, n the number of windows."""

@@ -272,6 +272,15 @@ def vocab_size_of(name_or_path: str, data_dir: Path) -> int:
     return known.get(name_or_path) or load_tokenizer(name_or_path, data_dir).vocab_size
 
 
+def fingerprint_of(name_or_path: str, data_dir: Path) -> str:
+    """Return the fingerprint of a tokenizer, without building it; its name where it is not there, or not usable."""
+    folder = data_dir / "tokenizers" / name_or_path if name_or_path in BUILT else Path(name_or_path)
+    try:
+        return load_tokenizer(str(folder), data_dir).fingerprint
+    except (ValueError, OSError):
+        return name_or_path
+
+
 def _load(name: str, *files: Path) -> Tokenizer:
     """Load a tokenizer.json, or vocabulary and merges, and the files beside it; unchanged files are loaded once.
 

@@ -28,10 +28,12 @@ class TrainingData(LightningDataModule, ABC):
 
     Attributes:
         samples_consumed: samples trained on, over all ranks; saved in checkpoints.
+        seq_len: tokens of a whole sequence; None: the model's `seq_len`.
         document_attention: true if batches contain `document`.
     """
 
     samples_consumed: int = 0
+    seq_len: int | None = None
     document_attention: bool = False
 
     @property
@@ -106,6 +108,11 @@ def training_data(trainer: Trainer | None) -> TrainingData | None:
     """Return the trainer's data module if it is `TrainingData`."""
     data = getattr(trainer, "datamodule", None)
     return data if isinstance(data, TrainingData) else None
+
+
+def length_of(data: TrainingData | None, longest: int) -> int:
+    """Return the tokens of a whole sequence of the data; `longest`, the model's, if the data does not name them."""
+    return longest if data is None or data.seq_len is None else data.seq_len
 
 
 def differing(saved: Mapping[str, object], current: Mapping[str, object]) -> list[str]:

@@ -25,7 +25,7 @@ from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.layout import PRECISIONS, entry_shapes, local_entries, require_entries
 from nlgmoe.checkpoint.same_run import tokenizer_matches
 from nlgmoe.config import GPTConfig
-from nlgmoe.data.training_data import TrainingData, training_data
+from nlgmoe.data.training_data import TrainingData, length_of, training_data
 from nlgmoe.distill.distiller import Distiller, find_teacher
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import SoftTargets, TeacherTargets
@@ -102,7 +102,7 @@ class MixtureOfStudents(Distiller):
             path, document = self._find()
             config = GPTConfig.from_dict(document["model_config"])
             _check_shape(config, self.expected, path)
-            _check(config, student, path)
+            _check(config, student, length_of(data, student.seq_len), path)
             _check_tokenizer(data, path)
         placements = strategy.expert_placements(config, of="teacher") if isinstance(strategy, PlacesExperts) else {}
         with raise_on_all_ranks():
@@ -181,16 +181,16 @@ def _check_shape(teacher: GPTConfig, expected: dict[str, Any], path: Path) -> No
             )
 
 
-def _check(teacher: GPTConfig, student: GPTConfig, path: Path) -> None:
+def _check(teacher: GPTConfig, student: GPTConfig, seq_len: int, path: Path) -> None:
     if teacher.vocab_size != student.vocab_size:
         raise SettingError(
             f"model.distiller.teacher={path} has vocab_size={teacher.vocab_size}, the student {student.vocab_size}; use a "
             "teacher with the student's tokenizer"
         )
-    if teacher.seq_len < student.seq_len:
+    if teacher.seq_len < seq_len:
         raise SettingError(
-            f"model.distiller.teacher={path} reads seq_len={teacher.seq_len} tokens, the student {student.seq_len}; use "
-            "another teacher, or lower model.config.seq_len"
+            f"model.distiller.teacher={path} reads seq_len={teacher.seq_len} tokens, and a sequence has {seq_len}; use another "
+            "teacher, or lower data.seq_len"
         )
 
 

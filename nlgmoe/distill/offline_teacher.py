@@ -13,7 +13,7 @@ from typing_extensions import override
 from nlgmoe.batch import Batch
 from nlgmoe.checkpoint.agreement import raise_on_all_ranks
 from nlgmoe.config import GPTConfig
-from nlgmoe.data.training_data import differing, training_data
+from nlgmoe.data.training_data import differing, length_of, training_data
 from nlgmoe.device import to_device
 from nlgmoe.distill.distiller import (
     Distiller,
@@ -64,7 +64,8 @@ class OfflineTeacher(Distiller):
                 recording = TeacherLogits(self.logits)
             except ValueError as error:
                 raise error_type_like(error)(f"model.distiller.logits={self.logits}: {error}") from error
-            self._check(recording.header, student.config)
+            length = length_of(training_data(trainer), student.config.seq_len)
+            self._check(recording.header, student.config, length)
             self._check_data(recording.header, trainer)
             teacher = recording.header["teacher"]
             self._learn_from("logits", self.logits, teacher["checkpoint"], teacher["weights"])
@@ -98,14 +99,14 @@ class OfflineTeacher(Distiller):
 
         return TopTargets(top, self.beta * self.loss_weight, self.temperature)
 
-    def _check(self, header: dict[str, Any], student: GPTConfig) -> None:
+    def _check(self, header: dict[str, Any], student: GPTConfig, seq_len: int) -> None:
         """Check vocabulary, length and temperature."""
         setting = f"model.distiller.logits={self.logits}"
-        for name in ("vocab_size", "seq_len"):
-            if header[name] != getattr(student, name):
+        for name, value in {"vocab_size": student.vocab_size, "seq_len": seq_len}.items():
+            if header[name] != value:
                 raise SettingError(
-                    f"{setting} has {name}={header[name]}, the student {getattr(student, name)}; record the teacher's logits for "
-                    "this configuration"
+                    f"{setting} has {name}={header[name]}, the student {value}; record the teacher's logits for this "
+                    "configuration"
                 )
         if header["temperature"] != self.temperature:
             raise SettingError(

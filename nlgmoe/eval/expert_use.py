@@ -14,6 +14,7 @@ from nlgmoe.batch import Batch, loss_mask
 from nlgmoe.eval.perplexity import batch_losses
 from nlgmoe.layers.dispatch import LocalDispatch
 from nlgmoe.layers.moe import MoELayer, moe_layers
+from nlgmoe.layers.router import Routing
 from nlgmoe.model.gpt import GPT
 from nlgmoe.validation import RunError
 
@@ -45,19 +46,18 @@ class _Layer:
         self.sums = torch.zeros(
             3, layer.experts.count, dtype=torch.float64, device=next(layer.experts.parameters()).device
         )
+        self._routing: Routing | None = None
         self._dispatch: LocalDispatch | None = None
 
-    def dispatched(self, module: Any, inputs: Any, dispatch: LocalDispatch) -> None:
-        self._dispatch = dispatch
+    def dispatched(self, module: Any, inputs: tuple[Tensor, Routing], dispatch: LocalDispatch) -> None:
+        self._routing, self._dispatch = inputs[1], dispatch
 
-    def computed(self, module: Any, inputs: tuple[Tensor, Tensor, bool], y: Tensor) -> None:
-        assert self._dispatch is not None
-        counts = inputs[1]
-        rows = self._dispatch.order[: int(counts.sum())]  # kept assignments, sorted by expert
-        weight = self._dispatch.weight.flatten()[rows].double()
-        expert = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        norm = torch.linalg.vector_norm(y[: len(rows)], dim=-1, dtype=torch.float64)
-        self.sums.index_add_(1, expert, torch.stack([weight, weight * norm, torch.ones_like(weight)]))
+    def computed(self, module: Any, inputs: Any, y: Tensor) -> None:
+        assert self._routing is not None and self._dispatch is not None
+        weight = self._routing.weight.flatten().double()  # [N * k], 0 where dropped
+        norm = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float64)[self._dispatch.row_of_assignment()]
+        kept = self._routing.kept.flatten().double()
+        self.sums.index_add_(1, self._routing.expert.flatten(), torch.stack([weight, weight * norm, kept]))
 
 
 @contextmanager

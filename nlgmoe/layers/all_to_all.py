@@ -9,7 +9,7 @@ number of padded slots to every expert. Otherwise the host waits for the device 
 are sent. The backward pass of an all-to-all is the reverse all-to-all.
 
 Letters: W ranks of the expert-parallel group, E experts of the layer, e = E / W experts held here, C slots of an expert for the
-rows of one rank, R rows of this rank, H hidden size.
+rows of one rank, R rows of this rank, H hidden size. The rows that are sent are not rounded up, those of `receive` are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher, Rows
+from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher, Rows, round_up_rows
+from nlgmoe.layers.feed_forward import computing_dtype
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Routing
 
@@ -94,16 +95,19 @@ class AllToAllDispatch(LocalDispatch):
 
     def receive(self) -> Rows:
         """Wait for the rows of all ranks, and sort them by the experts held here; rows past the sum are padding."""
-        rows = self._rows_here.index_select(0, self._order_here)
+        order, self._row_here, rows_per_expert = round_up_rows(
+            self._order_here, self._tokens_here, computing_dtype(self._tokens)
+        )
+        rows = self._rows_here.index_select(0, order)
         del self._rows_here  # not needed while the experts run
-        return Rows(rows, self._tokens_here, self._slot_of_row is None)
+        return Rows(rows, rows_per_expert, self._slot_of_row is None)
 
     def combine(self, y: Tensor) -> Tensor:
         """Send the experts' outputs back to the ranks of their rows, and sum them by token."""
         inverse = torch.empty_like(self._order_here)
-        inverse[self._order_here] = torch.arange(len(inverse), device=inverse.device)
+        inverse[self._order_here] = self._row_here
         outputs = all_to_all_single_autograd(y.index_select(0, inverse), self._sent, self._received, self._group)
-        place = self._row_of_assignment()
+        place = self.row_of_assignment()
         if self._slot_of_row is not None:
             place = self._slot_of_row[place]
         elif unsent := len(self.order) - len(outputs):

@@ -8,7 +8,8 @@ Under expert parallelism each rank holds an equal slice of the experts: `AllToAl
 expert, and the output back, by one all-to-all each (`all_to_all.py`).
 
 Letters: N tokens, k experts per token, H hidden size, E experts. An assignment is one (token, choice) pair; there are N * k.
-M rows, sorted by expert: on CPUs of the kept assignments; on accelerators, without expert parallelism, the dropped ones follow.
+M rows, sorted by expert: on CPUs of the kept assignments, in half precision a rounded number for each expert (`round_up_rows`); on
+accelerators, without expert parallelism, the dropped ones follow.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from nlgmoe.layers.counts import count
+from nlgmoe.layers.experts import are_few
+from nlgmoe.layers.feed_forward import computing_dtype
 from nlgmoe.layers.router import Routing
+
+ROW_MULTIPLE = 32  # of an expert, on CPUs in half precision (docs/performance.md)
 
 
 class Rows(NamedTuple):
@@ -27,7 +32,7 @@ class Rows(NamedTuple):
 
     Attributes:
         x: `[M, H]`: the first `tokens_per_expert[0]` rows are for the first expert held here, and so on.
-        tokens_per_expert: `[e]` int64.
+        tokens_per_expert: `[e]` int64, with the repeated rows of `round_up_rows`.
         all_used: no row is past their sum. If False, rows past it belong to no expert.
     """
 
@@ -44,8 +49,8 @@ class LocalDispatch:
         routing: their experts and weights.
 
     Attributes:
-        order: `[M]` assignment indices sorted by expert, each expert's in token order. On accelerators M is N * k and dropped
-            ones come last: leaving them out would make the host wait for their number.
+        order: assignment indices sorted by expert, each expert's in token order. On accelerators all N * k, and dropped ones
+            come last: leaving them out would make the host wait for their number.
         weight: `[N, k]` of each assignment.
     """
 
@@ -62,10 +67,14 @@ class LocalDispatch:
             self.order, all_used = self.order[: max(used, 1)], used > 0  # `combine` needs a row to read
         self._tokens, self._token_of_row = tokens, self.order // self._top_k
         self._tokens_per_expert, self._all_used = tokens_per_expert, all_used
+        self._row = torch.arange(len(self.order), device=expert.device)  # of each assignment in `order`
 
     def receive(self) -> Rows:
         """Return the rows for the experts held here. May be called once."""
-        return Rows(self._tokens.index_select(0, self._token_of_row), self._tokens_per_expert, self._all_used)
+        token_of_row, self._row, rows_per_expert = round_up_rows(
+            self._token_of_row, self._tokens_per_expert, computing_dtype(self._tokens)
+        )
+        return Rows(self._tokens.index_select(0, token_of_row), rows_per_expert, self._all_used)
 
     def combine(self, y: Tensor) -> Tensor:
         """Sum each token's weighted expert outputs.
@@ -76,18 +85,43 @@ class LocalDispatch:
         Returns:
             `[N, H]` in the dtype of the weights; 0 for a token that no expert kept.
         """
-        return self._sum(y.index_select(0, self._row_of_assignment()))
+        return self._sum(y.index_select(0, self.row_of_assignment()))
 
-    def _row_of_assignment(self) -> Tensor:
-        """Return the row of each assignment, `[N * k]`; any row where dropped, with weight 0."""
-        rows = torch.arange(len(self.order), device=self.order.device)
-        return self.order.new_zeros(self.weight.numel()).index_copy_(0, self.order, rows)
+    def row_of_assignment(self) -> Tensor:
+        """Return the row of each assignment, `[N * k]`, after `receive`; any row where dropped, with weight 0."""
+        return self.order.new_zeros(self.weight.numel()).index_copy_(0, self.order, self._row)
 
     def _sum(self, by_choice: Tensor) -> Tensor:
         """Sum the outputs of all assignments, `[N * k, H]`, by token."""
         if self._top_k == 1:
             return by_choice * self.weight
         return (by_choice.unflatten(0, self.weight.shape) * self.weight.unsqueeze(-1)).sum(dim=1)
+
+
+def round_up_rows(index: Tensor, tokens_per_expert: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Repeat the last row of each expert until their number is round, on CPUs in half precision.
+
+    oneDNN compiles a kernel for each number of rows there, and each keeps memory. Round is a multiple of `ROW_MULTIPLE`; below twice
+    that, of half the largest power of two in the number, so that no expert gets more than half as many rows again: 5 -> 6, 17 -> 24,
+    33 -> 48, 65 -> 96. An expert without rows gets none, and neither do the few rows of generation. The outputs of repeated rows are
+    not read, so that their gradients are zero.
+
+    Args:
+        index: `[R]` of the rows to gather, sorted by expert; those past the sum belong to none.
+        tokens_per_expert: `[e]` int64.
+        dtype: of the computation.
+
+    Returns:
+        `index` with repetitions, `[M]`; the place of each row in it, `[R]`; rows per expert, `[e]`. Elsewhere M is R.
+    """
+    if index.device.type != "cpu" or dtype.itemsize != 2 or are_few(len(index), index.device):
+        return index, torch.arange(len(index), device=index.device), tokens_per_expert
+    exponent = torch.frexp(tokens_per_expert.float()).exponent  # 2^(exponent - 1) <= rows < 2^exponent
+    multiple = (2 ** (exponent - 2).clamp_min(0)).clamp_max(ROW_MULTIPLE)
+    repeated = -tokens_per_expert % multiple  # [e]
+    last = (tokens_per_expert.cumsum(0) - 1).clamp_min(0)
+    times = torch.ones_like(index).index_add_(0, last, repeated)  # [R]
+    return index.repeat_interleave(times), times.cumsum(0) - times, tokens_per_expert + repeated
 
 
 class LocalDispatcher(nn.Module):

@@ -57,10 +57,15 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a network is applied to `x`: autocast's if it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def cast_by_autocast(x: Tensor) -> Tensor:
     """Cast to autocast's dtype if it is on: once, instead of a cast and a copy for each matrix."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(computing_dtype(x))
 
 
 class FeedForward(nn.Module):

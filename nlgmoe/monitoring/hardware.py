@@ -64,6 +64,13 @@ BOARDS = {  # pattern of CUDA's device name -> name in `HARDWARE`; other boards 
 }
 
 
+def board_of(gpu: str) -> str | None:
+    """Return the name in `HARDWARE` of CUDA's device name; None for a GPU that is not in `BOARDS`."""
+    if "NVL" in gpu:  # has other peaks than the SXM board
+        return None
+    return next((name for pattern, name in BOARDS.items() if re.search(pattern, gpu)), None)
+
+
 def peak_of(gpu: str, precision: str, tf32: bool) -> float | None:
     """Return the peak FLOP/s of matrix products in a precision; None for a GPU that is not in `BOARDS`.
 
@@ -72,8 +79,8 @@ def peak_of(gpu: str, precision: str, tf32: bool) -> float | None:
         precision: Lightning's name, such as `bf16-mixed`.
         tf32: PyTorch computes fp32 products in TF32.
     """
-    board = next((name for pattern, name in BOARDS.items() if re.search(pattern, gpu)), None)
-    if board is None or "NVL" in gpu or "64" in precision:  # H200 NVL has another peak than the SXM board
+    board = board_of(gpu)
+    if board is None or "64" in precision:
         return None
     peaks = HARDWARE[board]
     if "16" in precision:

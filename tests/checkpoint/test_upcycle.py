@@ -95,6 +95,46 @@ def test_noise_is_as_large_as_it_was_said(dense: Path, tmp_path: Path) -> None:
     assert torch.equal(a.expand_bias, ffn.expand.bias.expand_as(a.expand_bias))
 
 
+LLAMA = replace(OPEN, qk_norm=None)
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "expected", "said"),
+    [
+        (LLAMA, "", ("mixtral", 1, 2), "writes it as MixtralForCausalLM of transformers"),
+        (OPEN, "", ("qwen3_moe", 1, 2), "writes it as Qwen3MoeForCausalLM of transformers"),
+        (OPEN, "--expert-interval 2", ("qwen3_moe", 2, 2), "writes it as Qwen3MoeForCausalLM of transformers"),
+        (
+            LLAMA,
+            "--expert-interval 2",
+            (None, 2, 2),
+            "no class of transformers has dense blocks with qk_norm=None: nlgmoe",
+        ),
+        (LLAMA, "--mlp-type residual", (None, 2, 1), "no class of transformers has mlp_type=residual: nlgmoe export"),
+        (DENSE, "", (None, 2, 1), ""),
+    ],
+)
+def test_a_model_stays_in_its_family_by_default(
+    config: GPTConfig, words: str, expected: tuple, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write(tmp_path / "dense.ckpt", config), tmp_path / "moe.ckpt"
+    main(["upcycle", str(source), str(out), "--num-experts=4", *words.split()])
+    output = capsys.readouterr().out
+    assert said in output and (bool(said) or "transformers" not in output)
+    made = load_model(out).config
+    assert made.moe is not None and (family_of(made)[0], made.moe.expert_interval, made.moe.top_k) == expected
+    if expected[0] is None:
+        return
+    assert (made.moe.token_dropping, made.moe.second_expert) == (False, "argmax")
+    losses = []  # of the first step of training
+    for name, model in (("dense", config), ("moe", made)):
+        module = MoEGPTModule(model, warm_start=WarmStart(str(tmp_path / f"{name}.ckpt")))
+        run = trainer(tmp_path, max_steps=1)
+        run.fit(module, SyntheticData())
+        losses.append(float(run.callback_metrics["train/loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_the_command_and_what_it_refuses(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a moe.ckpt"
     main(["upcycle", str(dense), str(out), "--num-experts", "[2,4]", "--mlp-type", "residual", "--noise", "0.01"])

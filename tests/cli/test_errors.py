@@ -134,7 +134,7 @@ WRONG = {
         "fit --trainer.callbacks=LearningRateMonitr",
         "trainer.callbacks=LearningRateMonitr: there is no such class; did you mean LearningRateMonitor?",
     ),
-    "linked setting": ("fit --data.seq_len=8", 'Linked "data.seq_len" must be given via "model.config.seq_len"'),
+    "sequences above the model's": ("fit --data.seq_len=32", "data.seq_len=32 is above model.config.seq_len=16, the"),
     "text for a number": (
         "fit --model.config.num_heads=two",
         "model.config.num_heads=two: Expected a int. Got value: two",

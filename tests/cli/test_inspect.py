@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
 from nlgmoe.commands.main import main
 from nlgmoe.experiment import load_config
 from nlgmoe.model.counting import count_parameters
-from nlgmoe.monitoring.hardware import HARDWARE
+from nlgmoe.monitoring.hardware import HARDWARE, RESERVED
 from nlgmoe.tools.planner.inspect_config import layout
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ def inspect_json(capsys: pytest.CaptureFixture, *args: str) -> dict[str, Any]:
 
 
 def test_a_configuration_is_read_as_train_py_reads_it(capsys: pytest.CaptureFixture) -> None:
-    found = inspect_json(capsys, LAPTOP)
+    found = inspect_json(capsys, LAPTOP, "--hardware=a100-80")
     experiment = load_config(LAPTOP)
     built = experiment.module.gpt
     assert found["params_total"] == sum(parameter.numel() for parameter in built.parameters())
@@ -77,7 +78,7 @@ def test_the_network_is_between_the_files_nodes(capsys: pytest.CaptureFixture, t
         strategy = {"class_path": "nlgmoe.ExpertParallelStrategy", "init_args": {"expert_parallel_size": 16}}
         trainer = {"accelerator": "gpu", "devices": devices, "num_nodes": nodes, "strategy": strategy}
         (tmp_path / "nodes.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
-        found = inspect_json(capsys, LAPTOP, str(tmp_path / "nodes.yaml"), *options)
+        found = inspect_json(capsys, LAPTOP, str(tmp_path / "nodes.yaml"), "--hardware=a100-80", *options)
         assert found["inputs"]["topology"]["gpus"] == 16
         return found["step_seconds_by_part"]["all_to_all"]
 
@@ -118,3 +119,62 @@ def test_the_options_of_a_run_that_does_not_fit_say_where_they_fit(capsys: pytes
     assert "fits: uses" in inspect(capsys, *args[:2], "--hardware=v100-32", *everything.split())  # the advice is good
     found = inspect_json(capsys, *args)
     assert [option["fits_on"] for option in found["options"]][-1] == list(HARDWARE)
+
+
+CLUSTER = ("configs/pr_moe/350m_pr_moe_32_64.yaml", "configs/hardware/gpus_64.yaml")
+MEMORY = 64 * 2**30  # of the machine in the tests below
+
+
+def on_machine(monkeypatch: pytest.MonkeyPatch, gpu: str | None) -> None:
+    """Make this machine one with a GPU of this name, or without."""
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": MEMORY // 4096}
+    monkeypatch.setattr("nlgmoe.tools.planner.machine.os.sysconf", pages.__getitem__)
+    monkeypatch.setattr("nlgmoe.tools.planner.machine.default_device", lambda: "cuda" if gpu else "cpu")
+    monkeypatch.setattr("nlgmoe.tools.planner.machine.product_name", lambda device: gpu)
+    properties = SimpleNamespace(get_device_properties=lambda device: SimpleNamespace(total_memory=MEMORY))
+    monkeypatch.setattr("torch.get_device_module", lambda device: properties)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "files", "name", "memory", "timed"),  # accelerator: cpu, gpu, auto
+    [
+        (None, [LAPTOP], "this machine's CPU", MEMORY - RESERVED, False),
+        (None, [LAPTOP, "--gpus=2"], "this machine's CPU", MEMORY // 2 - RESERVED, False),
+        (None, CLUSTER, "GPU", None, False),
+        (None, [*CLUSTER[:1], "--gpus=8"], "GPU", None, False),
+        (None, CLUSTER[:1], "this machine's CPU", MEMORY - RESERVED, False),
+        ("NVIDIA A100-SXM4-80GB", CLUSTER, "this machine's NVIDIA A100-SXM4-80GB", MEMORY - RESERVED, True),
+        ("NVIDIA L4", CLUSTER[:1], "this machine's NVIDIA L4", MEMORY - RESERVED, False),
+        ("NVIDIA L4", [LAPTOP], "this machine's CPU", MEMORY - RESERVED, False),
+    ],
+)
+def test_without_hardware_the_run_is_judged_by_this_machine(
+    gpu: str | None,
+    files: list[str],
+    name: str,
+    memory: int | None,
+    timed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    on_machine(monkeypatch, gpu)
+    words = [word if word.startswith("-") else str(ROOT / word) for word in files]
+    found = inspect_json(capsys, *words)
+    assert (found["inputs"]["hardware"], found["memory"]["available"]) == (name, memory)
+    assert (found["step_seconds"] is not None) == (found["tokens_per_second"] is not None) == timed
+    assert found["fits"] == (None if memory is None else found["memory"]["total"] <= memory)
+    named = inspect_json(capsys, *words, "--hardware=a100-80")
+    for part in ("params", "flops_per_token", "communication"):
+        assert found[part] == named[part]
+    assert found["memory"] | {"available": 0} == named["memory"] | {"available": 0}
+
+
+def test_what_is_not_known_of_this_machine_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    on_machine(monkeypatch, None)
+    large, *cluster = (str(ROOT / path) for path in ("configs/moe/1.3b_moe_128.yaml", *CLUSTER))
+    text = inspect(capsys, large)
+    assert "step time              predicted only with --hardware v100-32, " in text and "tokens/s" not in text
+    assert "of the 62.00 GiB available on this machine's CPU\noptions " in text
+    assert "fits v100-32, a100-40, a100-80, h100, h200; this machine has no accelerator" in inspect(capsys, *cluster)

@@ -4,10 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from nlgmoe import GPT, load_pretrained
+from nlgmoe.checkpoint.entries import split_experts
+from nlgmoe.checkpoint.weights_only import write_weights
+from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main
+from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.experiment import parse_config
+from tests.checkpoint.test_hugging_face import TOKENIZER, error_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -50,7 +57,7 @@ def test_what_is_the_teachers_alone_is_not_the_students(tmp_path: Path) -> None:
     text["trainer"]["logger"] = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs/its_own"}}
     source = tmp_path / "teacher.yaml"
     source.write_text(yaml.safe_dump(text))
-    found = written(tmp_path, source, "--num-layers=4", "--from-teacher", "--teacher=other.ckpt", "--fraction=0.5")
+    found = written(tmp_path, source, "--num-layers=4", "--blocks=upper", "--teacher=other.ckpt", "--fraction=0.5")
     assert found["model"]["warm_start"] == {"checkpoint": "other.ckpt", "strict": True, "layers": [0, 1, 2, 3]}
     assert found["model"]["config"]["moe"]["num_experts"] == [16, 32]
     assert found["model"]["distiller"]["init_args"]["teacher"] == "other.ckpt"
@@ -78,3 +85,116 @@ def test_what_makes_no_student_is_named(
         main(["student", str(CONFIGS / source), *options])
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Imported checkpoints of six blocks, NAME.ckpt with NAME.yaml, of which block 1 passes its input on, block 4 nearly."""
+    folder = tmp_path_factory.mktemp("imported")
+    (folder / "text.txt").write_text("The king and the queen went to the town. " * 40)
+    moes = {"dense": None, "mixture": MoEConfig(4, expert_interval=2), "pyramid": MoEConfig([2, 4, 4])}
+    for name, moe in moes.items():
+        model = GPT(GPTConfig(TOKENIZER.vocab_size, 24, 6, 32, 2, init_std=0.1, moe=moe))
+        with torch.no_grad():
+            for block, factor in ((1, 0.0), (4, 0.2)):
+                for entry, parameter in model.blocks[block].named_parameters():
+                    parameter *= factor if "project" in entry else 1
+        entries = split_experts(model.state_dict())
+        path = folder / f"{name}.ckpt"
+        write_weights(path, entries.__getitem__, model.config, TOKENIZER.to_json(), origin="elsewhere")
+    return folder
+
+
+def of_checkpoint(tmp_path: Path, checkpoints: Path, name: str, *options: str) -> tuple[list[int], GPTConfig]:
+    """The blocks and the configuration of the student of `NAME.ckpt`, and check that it is built from its blocks."""
+    source, output = checkpoints / f"{name}.ckpt", tmp_path / "student.yaml"
+    main(["student", str(source), f"--output={output}", f"--text={checkpoints}/text.txt", *options])
+    settings = parse_config([str(source.with_suffix(".yaml")), str(output)])
+    start = settings["model"]["warm_start"]
+    assert start["checkpoint"] == settings["model"]["distiller"]["init_args"]["teacher"] == str(source)
+    output.unlink()
+    return start["layers"], GPTConfig.from_dict(settings["model"]["config"])
+
+
+def test_the_block_that_passes_its_input_on_is_left_out_first(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert of_checkpoint(tmp_path, checkpoints, "dense", "--num-layers=5")[0] == [0, 2, 3, 4, 5]
+    said = capsys.readouterr().out
+    assert "blocks left out, with their influence: 1 (0.0000)\nblocks kept, with their influence: 4 (0.0" in said
+    assert said.endswith(" --model.train_tokens N --model.optimizer.lr RATE\n")
+    found, config = of_checkpoint(tmp_path, checkpoints, "mixture", "--num-layers=4")
+    assert found == [0, 2, 3, 5] and config.moe is not None
+    assert (config.moe.expert_interval, config.moe.num_experts) == (1, [0, 0, 4, 4])
+    main(["student", str(checkpoints / "dense.ckpt"), "--num-layers=5", f"--text={checkpoints}/text.txt"])
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["model"]["warm_start"]["layers"] == [0, 2, 3, 4, 5]
+    assert "# blocks left out" in printed  # the ranking does not spoil what is printed
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "blocks", "experts"),
+    [
+        ("dense", ["--blocks=even"], [0, 2, 3, 5], None),
+        ("dense", ["--blocks=upper"], [2, 3, 4, 5], None),
+        ("pyramid", [], [2, 3, 4, 5], (2, [4, 4])),
+        ("mixture", ["--blocks=[0,2,4,5]"], [0, 2, 4, 5], (2, [0, 4])),
+        ("mixture", ["--blocks=[0, 1, 3, 5]"], [0, 1, 3, 5], (1, [0, 4, 4, 4])),
+        ("mixture", ["--blocks=[0,1,2,5]"], [0, 1, 2, 5], (2, 4)),  # as in the teacher, and so in its format
+        ("pyramid", ["--blocks=influence"], [0, 2, 3, 5], (1, [0, 0, 4, 4])),
+    ],
+)
+def test_each_choice_of_blocks_is_expressed(
+    name: str,
+    options: list[str],
+    blocks: list[int],
+    experts: tuple[int, Any] | None,
+    checkpoints: Path,
+    tmp_path: Path,
+) -> None:
+    found, config = of_checkpoint(tmp_path, checkpoints, name, "--num-layers=4", *options)
+    moe = config.moe
+    assert found == blocks and experts == (moe and (moe.expert_interval, moe.num_experts))
+
+
+def test_a_student_trains_from_its_blocks_by_the_printed_command(
+    checkpoints: Path, pocket_pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output, run = checkpoints / "mixture.ckpt", tmp_path / "student.yaml", tmp_path / "run"
+    options = ["--num-layers=3", "--blocks=[1,3,4]", f"--output={output}"]
+    main(["student", str(source), *options])
+    command = capsys.readouterr().out.rstrip().partition("python train.py ")[2]
+    words = command.replace(" N ", " 96 ").replace(" RATE", " 1e-9").split()
+    quiet = ["--trainer.enable_progress_bar=false", f"--data.data_dir={pocket_pile}", "--data.max_eval_windows=2"]
+    train([*words, f"--trainer.default_root_dir={run}", "--trainer.accelerator=cpu", *quiet])
+    ours, theirs = (load_pretrained(path).model for path in (run, source))
+    for block, layer in enumerate([1, 3, 4]):
+        for name, value in ours.blocks[block].state_dict().items():
+            torch.testing.assert_close(value, theirs.blocks[layer].state_dict()[name], rtol=0, atol=1e-6)
+    assert ours.config.moe.num_experts == [4, 4, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-layers=5", "--blocks=lower"], "blocks=lower is not influence, even, upper or a list such as [0,1,3]"),
+        (
+            ["--num-layers=2", "--blocks=[1,0]"],
+            "blocks=[1,0] must be blocks of the teacher, from 0 to 5, in their order",
+        ),
+        (["--num-layers=2", "--blocks=[1,1]"], "blocks=[1,1] must be blocks of the teacher"),
+        (["--num-layers=2", "--blocks=[0,6]"], "blocks=[0,6] must be blocks of the teacher, from 0 to 5"),
+        (["--num-layers=3", "--blocks=[0,1]"], "blocks=[0,1] are 2 of the teacher's 6; num_layers=3 must be"),
+        (["--num-layers=6", "--blocks=[0,1,2,3,4,5]"], "num_layers=6 must be their number, and below the teacher's"),
+        (
+            ["--num-layers=2", "--blocks=[0,2]"],
+            "num_layers=2 leaves no MoE block of the teacher's num_experts=4: 0, 2 are",
+        ),
+        (["--num-layers=6"], "num_layers=6 must be at least 1 and below the teacher's 6"),
+        (["--num-layers=5", "--windows=0", "--text=x"], "windows=0 must be at least 1"),
+    ],
+)
+def test_blocks_that_make_no_student_are_named(
+    options: list[str], message: str, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in error_of(capsys, "student", checkpoints / "mixture.ckpt", *options)

@@ -236,6 +236,33 @@ def test_ends_that_are_refused(settings: dict[str, float], message: str) -> None
         StagedDistillation(**settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("end", "run", "late"),
+    [
+        (
+            {"step": 3},
+            {"steps": 2},
+            "after 3 steps, and the run before that, by model.train_tokens=None or trainer.max_steps=2",
+        ),
+        ({"tokens": 2 * TOKENS + 1}, {"steps": 2}, f"after {2 * TOKENS + 1} tokens"),  # the other clock
+        ({"step": 4}, {"steps": -1, "train_tokens": 2 * TOKENS}, "after 4 steps"),
+        ({"step": 2}, {"steps": 2}, ""),
+        ({"fraction": 1.0}, {"steps": -1, "train_tokens": 2 * TOKENS}, ""),
+    ],
+)
+def test_a_distillation_that_outlasts_its_run_is_warned_of(
+    end: dict[str, float],
+    run: dict[str, int],
+    late: str,
+    teacher: Path,
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    fit(tmp_path, teacher, StagedDistillation(**end), **run)  # type: ignore[arg-type]
+    told = [str(warning.message) for warning in recwarn if "no step is on text alone" in str(warning.message)]
+    assert len(told) == bool(late) and all(late in line for line in told)
+
+
 def test_an_end_by_a_share_of_a_run_without_length_is_refused(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"fraction=0\.5 is of model.train_tokens, which is null"):
         fit(tmp_path, teacher, StagedDistillation(fraction=0.5))

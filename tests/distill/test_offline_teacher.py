@@ -313,7 +313,7 @@ def test_another_teacher_or_student_is_refused(logits: Path, teacher: Path, tmp_
     for name in ("vocab_size", "seq_len"):
         header = json.loads((logits / HEADER).read_text()) | {name: 99}
         with pytest.raises(ValueError, match=f"has {name}=99, the student "):
-            OfflineTeacher(str(logits), 1.0, 2.0)._check(header, STUDENT)
+            OfflineTeacher(str(logits), 1.0, 2.0)._check(header, STUDENT, 16)
 
 
 def test_samples_of_a_run_by_hand() -> None:

@@ -29,7 +29,7 @@ from nlgmoe.tools.hugging_face.families import (
     gpt_config,
     pieces,
 )
-from nlgmoe.tools.hugging_face.importing import import_folder
+from nlgmoe.tools.hugging_face.importing import import_model
 from tests.checkpoint.runs import SaveAt
 from tests.golden.recording import Losses
 from tests.synthetic import SyntheticData
@@ -97,7 +97,7 @@ class Pair:
         self.folder, self.checkpoint = root / "theirs", root / "ours.ckpt"
         self.theirs = their_model(variant)
         self.theirs.save_pretrained(self.folder)
-        self.imported = import_folder(str(self.folder), self.checkpoint)
+        self.imported = import_model(str(self.folder), self.checkpoint)
         self.ours = load_model(self.checkpoint).eval()
 
 
@@ -320,7 +320,7 @@ def test_what_is_not_computed_is_refused_by_name(case: str, tmp_path: Path) -> N
     config.save_pretrained(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message) as raised:
-        import_folder(str(tmp_path), tmp_path / "made.ckpt")
+        import_model(str(tmp_path), tmp_path / "made.ckpt")
     assert "\n" not in str(raised.value) and not (tmp_path / "made.ckpt").exists()
 
 
@@ -335,13 +335,13 @@ def test_folders_that_do_not_fit_their_config_are_refused_by_name(tmp_path: Path
     }.items():
         save_file(damaged, folder / "model.safetensors")
         with pytest.raises(ValueError, match=message):
-            import_folder(str(folder), tmp_path / "made.ckpt")
+            import_model(str(folder), tmp_path / "made.ckpt")
     (folder / "config.json").write_text('{"model_type": "gemma"}')
     with pytest.raises(ValueError, match=r"model_type=gemma of .* cannot be imported; supported are nlgmoe .*mixtral"):
-        import_folder(str(folder), tmp_path / "made.ckpt")
+        import_model(str(folder), tmp_path / "made.ckpt")
     theirs.save_pretrained(tmp_path / "fused", save_original_format=False)
     with pytest.raises(ValueError, match="fused format"):
-        import_folder(str(tmp_path / "fused"), tmp_path / "made.ckpt")
+        import_model(str(tmp_path / "fused"), tmp_path / "made.ckpt")
     assert not (tmp_path / "made.ckpt").exists()
 
 
@@ -351,7 +351,7 @@ def test_a_folder_of_two_precisions_goes_back_to_the_bit(tmp_path: Path) -> None
     for block in theirs.model.layers:
         block.mlp.gate.float().weight.data += 1e-4
     theirs.save_pretrained(tmp_path / "theirs")
-    import_folder(str(tmp_path / "theirs"), tmp_path / "ours.ckpt")
+    import_model(str(tmp_path / "theirs"), tmp_path / "ours.ckpt")
     export(tmp_path / "ours.ckpt", tmp_path / "back")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "back"))
     assert {value.dtype for value in before.values()} == {torch.bfloat16, torch.float32}

@@ -212,7 +212,7 @@ def test_uniform_is_independent_of_token_position_and_layer() -> None:
 
 @each
 def test_a_router_in_another_block_routes_by_its_entries_alone(name: str) -> None:
-    """`model.warm_start.layers` and `nlgmoe student --from-teacher` renumber blocks."""
+    """`model.warm_start.layers`, which `nlgmoe student` writes, renumbers blocks."""
     tokens = torch.arange(60).view(4, 15)
     context = RoutingContext(tokens, positions=torch.arange(15).view(1, -1))
     first, second = (block.moe.router.eval() for block in GPT(model(replace(MOES[name], expert_interval=1))).blocks)

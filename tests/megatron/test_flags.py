@@ -247,7 +247,7 @@ def parser() -> ArgumentParser:
     """What train.py parses with, without its command line."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(MoEGPTModule, "model")
-    parser.add_class_arguments(PileDataModule, "data", skip={"seq_len"})
+    parser.add_class_arguments(PileDataModule, "data")
     parser.add_class_arguments(Trainer, "trainer")
     return parser
 

@@ -108,7 +108,7 @@ def predicted_bytes(config: GPTConfig, topology: Topology, checkpointing: bool) 
     if checkpointing:
         blocks = sum(saved_by_checkpointed_block(config, layer, tokens, size) for layer in range(config.num_layers))
     else:
-        blocks = sum(saved_by_block(config, layer, tokens, size) for layer in range(config.num_layers))
+        blocks = sum(saved_by_block(config, layer, tokens, config.seq_len, size) for layer in range(config.num_layers))
     embedding_mask = tokens * config.hidden_size if config.hidden_dropout else 0
     return blocks + kept + stream + 16 * tokens + embedding_mask
 

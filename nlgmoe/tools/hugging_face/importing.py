@@ -1,5 +1,7 @@
 """Conversion of a folder of Hugging Face's format to a checkpoint: an export of `nlgmoe export`, or an open model.
 
+A GGUF file becomes such a folder first (`gguf_file.py`).
+
 Tensors are read one by one, so that memory does not grow with the model.
 """
 
@@ -24,6 +26,7 @@ from nlgmoe.data.model_files import TOKENIZER, TokenizerFiles
 from nlgmoe.data.tokenizer import load_tokenizer
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS
 from nlgmoe.tools.hugging_face.families import NAMES, entry_reader, gpt_config, pieces
+from nlgmoe.tools.hugging_face.gguf_file import folder_of_gguf
 from nlgmoe.validation import RunError, SettingError
 
 PREFIX = "model."  # of the GPT in `NlgmoeForCausalLM`
@@ -46,18 +49,25 @@ class Imported:
     no_tokenizer: str
 
 
-def import_folder(source: str, checkpoint: str | Path, overwrite: bool = False) -> Imported:
+def import_model(source: str, checkpoint: str | Path, overwrite: bool = False) -> Imported:
     """Write the checkpoint atomically, and a YAML file beside it with which `train.py` uses it.
 
     Args:
-        source: the folder, or the name of a model on the Hugging Face hub, such as `allenai/OLMoE-1B-7B-0924`.
+        source: the folder, a GGUF file, or the name of a model on the Hugging Face hub, such as `allenai/OLMoE-1B-7B-0924`.
         checkpoint: output folder, `NAME.ckpt`; the YAML file is `NAME.yaml`.
         overwrite: replace an older checkpoint.
 
     Raises:
-        ValueError: the folder does not exist or is damaged, or its model is not supported.
+        ValueError: the source does not exist or is damaged, or its model is not supported.
     """
-    folder = _local(source)
+    origin = f"{source}, by `nlgmoe import`"
+    if not source.endswith(".gguf"):
+        return _import_folder(_local(source), checkpoint, overwrite, origin)
+    with folder_of_gguf(Path(source), Path(checkpoint).absolute().parent) as folder:
+        return _import_folder(folder, checkpoint, overwrite, origin)
+
+
+def _import_folder(folder: Path, checkpoint: str | Path, overwrite: bool, origin: str) -> Imported:
     if not (folder / "config.json").is_file():
         raise SettingError(f"{folder} has no config.json; name a folder of Hugging Face's format")
     values = read_json(folder / "config.json", _REMEDY)
@@ -73,7 +83,6 @@ def import_folder(source: str, checkpoint: str | Path, overwrite: bool = False) 
         files.check({name: piece.shape for name, piece in pieces(config, model_type).items()})
         read = entry_reader(config, model_type, files.read)
     tokenizer, missing = _tokenizer(folder, config)
-    origin = f"{source}, by `nlgmoe import`"
     write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin)
     return Imported(config, model_type, missing)
 

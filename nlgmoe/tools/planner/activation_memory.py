@@ -19,8 +19,8 @@ from nlgmoe.pyramid import experts_at, experts_per_layer
 from nlgmoe.tools.planner.topology import BytesPer, Topology
 
 
-def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: BytesPer) -> int:
-    """Return the bytes that one block saves, its input included."""
+def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, seq_len: int, size: BytesPer) -> int:
+    """Return the bytes that one block saves for `tokens` in sequences of `seq_len`, its input included."""
     width, r, c = config.hidden_size, size.residual, size.compute
     inner = {"gelu": 2, "swiglu": 4}[
         config.ffn_network
@@ -38,7 +38,7 @@ def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: Bytes
     dropout = 2 * width if config.hidden_dropout else 0
     per_token = norms + attention + dropout
     # Cosines and sines in half precision, of queries and of keys, for the positions of one sequence.
-    turns = 4 * config.head_size * c * min(tokens, config.seq_len) if config.rope_theta is not None and c == 2 else 0
+    turns = 4 * config.head_size * c * seq_len if config.rope_theta is not None and c == 2 else 0
     experts = experts_at(config, layer_index)
     if not experts:
         return tokens * (per_token + width * c + inner * config.ffn_size * c) + turns
@@ -105,19 +105,19 @@ def _working(config: GPTConfig, experts: int, size: BytesPer) -> int:
     return matrices * sum(ffn + width for ffn in inner) * size.compute + extra
 
 
-def activation_bytes(config: GPTConfig, topology: Topology, seq_len: int | None = None) -> int:
+def activation_bytes(config: GPTConfig, topology: Topology) -> int:
     """Return the peak bytes of one rank's activations.
 
     The peak is at the end of the forward pass, or in the backward pass of a block: its temporary gradients, two inner and two
     outer values per network that a token passes, are added to what this and earlier blocks saved (with checkpointing: to what
     this one saves when it is recomputed).
     """
-    size, length = topology.bytes_per, config.seq_len if seq_len is None else seq_len
+    size, length = topology.bytes_per, topology.length(config)
     tokens = topology.micro_batch_size * length
     kept, transient = head_bytes(config, tokens, topology)
     ends = 16 * tokens + tokens * config.hidden_size * size.residual  # ids and positions; input of the final norm
     ends += tokens * config.hidden_size if config.hidden_dropout else 0
-    blocks = [saved_by_block(config, layer, tokens, size) for layer in range(config.num_layers)]
+    blocks = [saved_by_block(config, layer, tokens, length, size) for layer in range(config.num_layers)]
     working = [tokens * _working(config, experts, size) for experts in experts_per_layer(config)]
     if not topology.activation_checkpointing:
         return ends + max(sum(blocks) + kept + transient, *map(add, accumulate(blocks), working))

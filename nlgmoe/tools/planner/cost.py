@@ -116,31 +116,27 @@ class Cost:
 
 @dataclass(frozen=True)
 class _ParameterGroup:
-    """Parameters on one rank, replicated on `copies` ranks, `copies_per_node` of them on one node."""
+    """Parameters on one rank, replicated on `copies` ranks."""
 
     parameters: int
     copies: int
-    copies_per_node: int
 
 
 def estimate(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: float = UTILISATION) -> Cost:
     """Estimate the cost of one optimizer step.
 
     Args:
-        config: the model; sequences have `config.seq_len` tokens.
+        config: the model.
         topology: layout over ranks.
         gpu: GPU of a rank.
         utilisation: achieved fraction of peak FLOP/s in matrix products, in (0, 1].
     """
-    require_paper_parts(config.moe, "the cost model supports", ["expert"])
     if not 0 < utilisation <= 1:
         raise SettingError(f"utilisation={utilisation} must be above 0 and at most 1")
-    groups = _parameter_groups(config, topology, gpu)
-    memory = _memory(config, topology, groups)
-    communication = _communication(config, topology, groups)
-    time = _time(config, topology, gpu, utilisation, groups)
+    memory, communication = memory_of(config, topology), communication_of(config, topology)
+    time = _time(config, topology, gpu, utilisation)
     samples = topology.global_batch_size / time.total
-    return Cost(memory, communication, time, samples, samples * config.seq_len, fits_on(memory, gpu))
+    return Cost(memory, communication, time, samples, samples * topology.length(config), fits_on(memory, gpu))
 
 
 def fits_on(memory: Memory, gpu: Hardware) -> bool:
@@ -165,23 +161,23 @@ def memory_options(config: GPTConfig, topology: Topology) -> list[dict[str, Any]
     return [{name: value} for name, value in changes.items()] + ([changes] if len(changes) > 1 else [])
 
 
-def _parameter_groups(config: GPTConfig, topology: Topology, gpu: Hardware) -> list[_ParameterGroup]:
-    """Return the dense parameters, then the experts of every MoE layer.
-
-    As in DeepSpeed, an expert-parallel group is `degree` consecutive ranks, and copies of an expert are `degree` ranks apart.
-    """
+def _parameter_groups(config: GPTConfig, topology: Topology) -> list[_ParameterGroup]:
+    """Return the dense parameters, then the experts of every MoE layer."""
+    require_paper_parts(config.moe, "the cost model supports", ["expert"])
     count = count_parameters(config)
-    groups = [_ParameterGroup(count.total - count.experts, topology.gpus, min(topology.gpus, gpu.gpus_per_node))]
+    groups = [_ParameterGroup(count.total - count.experts, topology.gpus)]
     for experts, degree in zip(experts_per_layer(config), topology.degrees(config), strict=True):
         if experts:
-            copies = topology.gpus // degree
-            per_node = min(copies, max(1, gpu.gpus_per_node // degree))
-            groups.append(_ParameterGroup(experts // degree * expert_parameters(config), copies, per_node))
+            groups.append(_ParameterGroup(experts // degree * expert_parameters(config), topology.gpus // degree))
     return groups
 
 
-def _memory(config: GPTConfig, topology: Topology, groups: list[_ParameterGroup]) -> Memory:
-    """ZeRO 1 and 2 shard the optimizer state over the ranks that replicate its weights; ZeRO 2 the gradients too."""
+def memory_of(config: GPTConfig, topology: Topology) -> Memory:
+    """Return the bytes on one rank.
+
+    ZeRO 1 and 2 shard the optimizer state over the ranks that replicate its weights; ZeRO 2 the gradients too.
+    """
+    groups = _parameter_groups(config, topology)
     size = topology.bytes_per
     full = sum(group.parameters for group in groups)
     sharded = sum(-(-group.parameters // group.copies) for group in groups)  # rounded up: ZeRO pads
@@ -203,7 +199,9 @@ def _memory(config: GPTConfig, topology: Topology, groups: list[_ParameterGroup]
     )
 
 
-def _communication(config: GPTConfig, topology: Topology, groups: list[_ParameterGroup]) -> Communication:
+def communication_of(config: GPTConfig, topology: Topology) -> Communication:
+    """Return the bytes that one rank sends in one optimizer step."""
+    groups = _parameter_groups(config, topology)
     dense, *experts = [_all_reduce_bytes(group, topology) for group in groups]
     return Communication(
         all_to_all=sum(_all_to_all_bytes(config, topology, degree) for degree in topology.degrees(config)),
@@ -223,7 +221,7 @@ def _all_to_all_bytes(config: GPTConfig, topology: Topology, degree: int) -> int
         return 0
     assert config.moe is not None
     passes = 6 if topology.activation_checkpointing else 4
-    rows = topology.micro_batch_size * config.seq_len * config.moe.top_k * topology.accumulation
+    rows = topology.micro_batch_size * topology.length(config) * config.moe.top_k * topology.accumulation
     return passes * rows * config.hidden_size * topology.bytes_per.compute * (degree - 1) // degree
 
 
@@ -243,13 +241,11 @@ def _all_gather_bytes(group: _ParameterGroup, topology: Topology) -> int:
     return group.parameters * topology.bytes_per.weight * (group.copies - 1) // group.copies
 
 
-def _time(
-    config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: float, groups: list[_ParameterGroup]
-) -> StepTime:
-    size = topology.bytes_per
-    tokens = topology.micro_batch_size * config.seq_len * topology.accumulation  # of one rank
+def _time(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: float) -> StepTime:
+    groups, size = _parameter_groups(config, topology), topology.bytes_per
+    tokens = topology.micro_batch_size * topology.length(config) * topology.accumulation  # of one rank
     peak = (gpu.fp32_flops if size.compute == 4 else gpu.half_flops) * utilisation
-    forward = flops_per_token(config) / 3
+    forward = flops_per_token(config, topology.length(config)) / 3
     recomputed = forward - 2 * config.hidden_size * config.vocab_size if topology.activation_checkpointing else 0.0
     compute = tokens * (3 * forward + recomputed) / peak
 
@@ -259,11 +255,11 @@ def _time(
         remote = max(0, degree - gpu.gpus_per_node) / max(1, degree - 1)  # fraction that leaves the node
         all_to_all += max(sent * (1 - remote) / gpu.nvlink, sent * remote / gpu.network)
 
-    reduction = sum(_all_reduce_bytes(group, topology) / _bandwidth(group, gpu) for group in groups)
+    reduction = sum(_all_reduce_bytes(group, topology) / _bandwidth(group, topology, gpu) for group in groups)
     # The reduction overlaps with the backward pass: of every micro-batch under ZeRO 2, else of the last.
     backward = compute * (2 * forward + recomputed) / (3 * forward + recomputed)
     overlapped = backward if topology.zero_stage == 2 else backward / topology.accumulation
-    gathering = sum(_all_gather_bytes(group, topology) / _bandwidth(group, gpu) for group in groups)
+    gathering = sum(_all_gather_bytes(group, topology) / _bandwidth(group, topology, gpu) for group in groups)
 
     updated = sum(group.parameters / (group.copies if topology.zero_stage else 1) for group in groups)
     # Read and write the state; read the gradient, write the working weight.
@@ -272,7 +268,11 @@ def _time(
     return StepTime(compute, all_to_all, max(0.0, reduction - overlapped), gathering, optimizer)
 
 
-def _bandwidth(group: _ParameterGroup, gpu: Hardware) -> float:
-    """Return bytes/s of a ring over a group's copies, which uses the network card of every copy on a node."""
-    per_node = group.copies_per_node
+def _bandwidth(group: _ParameterGroup, topology: Topology, gpu: Hardware) -> float:
+    """Return bytes/s of a ring over a group's copies, which uses the network card of every copy on a node.
+
+    As in DeepSpeed, an expert-parallel group is `degree` consecutive ranks, and copies of an expert are `degree` ranks apart.
+    """
+    degree = topology.gpus // group.copies
+    per_node = min(group.copies, max(1, gpu.gpus_per_node // degree))
     return gpu.nvlink if per_node == group.copies else min(gpu.nvlink, per_node * gpu.network)

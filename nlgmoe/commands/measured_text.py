@@ -1,0 +1,84 @@
+"""The text on which a command measures a model: the validation text of its run, or a file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from nlgmoe.validation import SettingError
+
+if TYPE_CHECKING:
+    from nlgmoe.batch import Batch
+    from nlgmoe.eval.loaded_model import LoadedModel
+
+BATCH, LENGTH = 8, 2048  # sequences of a file at a time, and tokens of a sequence, at most
+
+
+def read_batches(
+    config: Path | None, loaded: LoadedModel, text: str | None, windows: int, tokenizer: str | None
+) -> list[Batch]:
+    """Return batches of sequences of at most `LENGTH` tokens.
+
+    Args:
+        config: YAML file of the run; None: there is none.
+        loaded: the model.
+        text: a file of plain text; None: the run's validation text.
+        windows: sequences, of each domain of the run's validation text, or of `text`.
+        tokenizer: as data.tokenizer; None: the run's.
+
+    Raises:
+        SettingError: the text cannot be read, or is shorter than a sequence.
+    """
+    if windows < 1:
+        raise SettingError(f"windows={windows} must be at least 1 sequence")
+    length = min(loaded.model.config.seq_len, LENGTH)
+    if text is not None:
+        return list(_file_batches(text, loaded, length, windows))
+    if config is None:
+        raise SettingError("text=null: there is no config.yaml that names its text; give --text FILE")
+    return list(_run_batches(config, length, windows, tokenizer))
+
+
+def with_progress(batches: list[Batch], work: str) -> Iterable[Batch]:
+    """Return the batches, with a progress bar on standard error that names the work."""
+    return tqdm(batches, desc=work, unit="batch", mininterval=0.1 if sys.stderr.isatty() else 10.0)
+
+
+def _run_batches(config: Path, length: int, windows: int, tokenizer: str | None) -> Any:
+    from nlgmoe.experiment import ONE_PROCESS, load_config
+
+    changes: dict[str, Any] = {"data__max_eval_windows": windows, "data__seq_len": length}
+    if tokenizer is not None:
+        changes["data__tokenizer"] = tokenizer
+    # Of the trainer nothing is used, but it must fit this machine.
+    data = load_config(config, **ONE_PROCESS, trainer__accelerator="cpu", trainer__logger=False, **changes).data
+    data.prepare_data()
+    return data.val_dataloader()
+
+
+def _file_batches(text: str, loaded: LoadedModel, length: int, windows: int) -> Iterator[Any]:
+    import torch
+
+    from nlgmoe.data.documents import UnusableError, decode_text
+
+    try:
+        ids = loaded.tokenizer.encode(decode_text(Path(text).read_bytes()))
+    except (OSError, UnusableError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingError(f"text={text} cannot be read ({reason}); give a file of text in UTF-8") from error
+    count = min(windows, (len(ids) - 1) // length)
+    if count < 1:
+        raise SettingError(f"text={text} has {len(ids)} tokens, fewer than one sequence of {length}; give more text")
+    tokens, targets = (torch.tensor(ids[i : i + count * length]).view(count, length) for i in (0, 1))
+    for batch_tokens, batch_targets in zip(tokens.split(BATCH), targets.split(BATCH), strict=True):
+        mask = torch.ones_like(batch_tokens, dtype=torch.bool)
+        yield {
+            "tokens": batch_tokens,
+            "targets": batch_targets,
+            "token_mask": mask,
+            "domain": torch.zeros(len(batch_tokens), dtype=torch.long),
+        }

@@ -1,0 +1,159 @@
+"""Conversion of a GGUF file to a folder of Hugging Face's format, by transformers and the package `gguf`.
+
+transformers reads weights, settings, vocabulary and chat template. It leaves out the pre-tokenizer, which a GGUF file gives by a
+name of llama.cpp's; `_PRE_TOKENIZERS` has those of byte-level BPE tokenizers of the families that we import.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from nlgmoe.device import available_memory
+from nlgmoe.validation import RunError, SettingError
+
+_ARCHITECTURES = {
+    "llama": "llama",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+}  # of GGUF -> family; transformers reads these
+_BYTES = 4  # of a value in fp32, to which transformers dequantises
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+
+
+def _byte_level(use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+_GPT2 = [_byte_level(True)]
+_SMOLLM = [{"type": "Digits", "individual_digits": True}, _byte_level(True)]
+_LLAMA3 = [_split(_CONTRACTIONS + _WORDS % "{1,3}"), _byte_level(False)]
+_QWEN2 = [_split(_CONTRACTIONS + _WORDS % ""), _byte_level(False)]
+_PRE_TOKENIZERS = {
+    **dict.fromkeys(("gpt-2", "olmo"), _GPT2),
+    **dict.fromkeys(("smollm", "starcoder"), _SMOLLM),
+    **dict.fromkeys(("llama-bpe", "dbrx"), _LLAMA3),
+    "qwen2": _QWEN2,
+}  # llama.cpp's name -> parts of the pre-tokenizer, as in the models' tokenizer.json
+
+
+@contextmanager
+def folder_of_gguf(file: Path, output: Path) -> Iterator[Path]:
+    """Convert a file to a temporary folder, in fp32; the folder is removed at the end of the block.
+
+    Args:
+        file: the GGUF file, which holds the whole model.
+        output: folder in which the temporary folder is made.
+
+    Raises:
+        ValueError: the file is missing, damaged or one of several; its model or quantisation is one that transformers or this
+            project does not read; memory or disk are too small; the package `gguf` is not installed.
+    """
+    if not file.is_file():
+        raise SettingError(f"there is no file {file}; name a GGUF file")
+    if importlib.util.find_spec("gguf") is None:
+        raise SettingError(f"{file} needs the package gguf; install it: pip install 'nlgmoe[gguf]'")
+    fields, values = _checked(file)
+    output.mkdir(parents=True, exist_ok=True)
+    need = values * _BYTES
+    if (free := shutil.disk_usage(output).free) < 2 * need:
+        raise RunError(f"{output} has {free / 1e9:.1f} GB free, and {file} needs {2 * need / 1e9:.1f} GB; make room")
+    if (memory := available_memory()) is not None and memory < 2 * need:
+        raise RunError(
+            f"this machine has {memory / 1e9:.1f} GB of free memory, and {file} needs {2 * need / 1e9:.1f} GB; import it on a "
+            "larger machine"
+        )
+    with tempfile.TemporaryDirectory(dir=output, prefix=f".{file.name}.") as temporary:
+        try:
+            _convert(file, Path(temporary), fields.get("tokenizer.ggml.model") == "gpt2")
+        except Exception as error:  # of transformers and gguf, of many types
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RunError(f"transformers cannot read {file} ({reason}); download it again, or another file") from error
+        _write_tokenizer(file, Path(temporary), fields)
+        yield Path(temporary)
+
+
+def _checked(file: Path) -> tuple[dict[str, Any], int]:
+    """Return the file's fields without lists, and its number of values."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+    except Exception as error:  # of numpy or gguf, for a file that ends early or is none
+        raise RunError(f"{file} is damaged or no GGUF file ({error}); download it again") from error
+    fields = {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1}
+    if fields.get("split.count", 1) > 1:
+        raise SettingError(
+            f"{file} is one of {fields['split.count']} files; join them with `llama-gguf-split --merge`, or name another file"
+        )
+    if problem := _unread(fields, [tensor.name for tensor in reader.tensors]):
+        raise SettingError(
+            f"{problem} of {file} cannot be imported; supported are {', '.join(_ARCHITECTURES)} without scaled positions: name a "
+            "folder of Hugging Face's format"
+        )
+    return fields, sum(int(tensor.n_elements) for tensor in reader.tensors)
+
+
+def _unread(fields: dict[str, Any], tensors: list[str]) -> str | None:
+    """Return a property of the model that transformers does not read from a GGUF file; None if there is none."""
+    architecture = fields.get("general.architecture")
+    if architecture not in _ARCHITECTURES:
+        return f"general.architecture={architecture}"
+    if experts := fields.get("llama.expert_count"):  # Mixtral's are left out
+        return f"llama.expert_count={experts}"
+    if (scaling := fields.get(f"{architecture}.rope.scaling.type", "none")) != "none":
+        return f"{architecture}.rope.scaling.type={scaling}"
+    return "rope_freqs.weight" if "rope_freqs.weight" in tensors else None
+
+
+def _convert(file: Path, folder: Path, tokenizer: bool) -> None:
+    """Write weights, settings and, if the file has one, the tokenizer, as `save_pretrained` does."""
+    names: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent.resolve()), "gguf_file": file.name}
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        **names,
+        dtype=torch.float32,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+        output_loading_info=True,
+    )
+    model, loading = loaded
+    if loading["missing_keys"]:  # they would be drawn at random
+        raise RunError(f"it lacks {min(loading['missing_keys'])}")
+    # GGUF has 1e-5 as 9.999999747e-06, which is the same number in fp32.
+    model.config.rms_norm_eps = float(str(np.float32(model.config.rms_norm_eps)))
+    model.save_pretrained(folder, save_original_format=True)
+    if tokenizer:
+        length = model.config.max_position_embeddings
+        transformers.AutoTokenizer.from_pretrained(**names, model_max_length=length).save_pretrained(folder)
+
+
+def _write_tokenizer(file: Path, folder: Path, fields: dict[str, Any]) -> None:
+    """Give the saved tokenizer the pre-tokenizer that the file names."""
+    path, name = folder / "tokenizer.json", fields.get("tokenizer.ggml.pre", "gpt-2")
+    if not path.exists():
+        return
+    if name not in _PRE_TOKENIZERS:
+        raise SettingError(
+            f"tokenizer.ggml.pre={name} of {file} is not known here (known are {', '.join(_PRE_TOKENIZERS)}); name a folder of "
+            "Hugging Face's format, whose tokenizer.json has the pre-tokenizer"
+        )
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    parts = _PRE_TOKENIZERS[name]
+    tokenizer["pre_tokenizer"] = parts[0] if len(parts) == 1 else {"type": "Sequence", "pretokenizers": parts}
+    tokenizer["normalizer"] = {"type": "NFC"} if name == "qwen2" else None
+    tokenizer["model"]["ignore_merges"] = name == "llama-bpe"
+    path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False), encoding="utf-8")

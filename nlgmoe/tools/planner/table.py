@@ -1,0 +1,142 @@
+"""The table of `nlgmoe inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from nlgmoe.config import GPTConfig
+from nlgmoe.model.counting import count_parameters, flops_per_token
+from nlgmoe.monitoring.hardware import HARDWARE
+from nlgmoe.pyramid import moe_blocks
+from nlgmoe.tools.planner.cost import Cost, Memory, Parts, fits_on
+from nlgmoe.tools.planner.machine import Machine, Prediction
+from nlgmoe.tools.planner.topology import Topology
+
+OPTIONS = {
+    "zero_stage": "--zero",
+    "expert_parallel_size": "--expert-parallel",
+    "micro_batch_size": "--micro-batch",
+    "activation_checkpointing": "--activation-checkpointing",
+}
+"""The command-line option for each setting that `memory_options` changes."""
+
+Options = list[tuple[dict[str, Any], Prediction]]  # changes of the topology, and the prediction with them
+
+
+def as_text(
+    config: GPTConfig,
+    topology: Topology,
+    machine: Machine,
+    found: Prediction,
+    options: Options,
+    utilisation: float,
+) -> str:
+    """Format the results as a table."""
+    memory, sent, count = found.memory, found.communication, count_parameters(config)
+    parts = {"embedding": count.embedding, "attention": count.attention, "norms": count.norms}
+    parts |= {"dense FFN": count.dense_ffn, "router": count.router, "experts": count.experts}
+    memory_parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
+    if memory.step > memory.activations + memory.buckets:  # the peak is in the optimizer's step
+        memory_parts |= {"fp32 gradients in the step": memory.step}
+    else:
+        memory_parts |= {"activations": memory.activations, "ZeRO buckets": memory.buckets}
+    lines = [
+        ("model", _model(config, topology.length(config))),
+        ("run", _run(topology, machine.name)),
+        *_table("parameters", count.total, parts, _count, f"{_count(count.active)} active"),
+        ("FLOPs per token", f"{_si(flops_per_token(config, topology.length(config)))}FLOP, forward and backward"),
+        *_table("memory per rank", memory.total, memory_parts, _bytes),
+        *([("", f"and {_bytes(memory.host)} of optimizer in the host's memory")] if memory.host else []),
+        *_table("sent per rank and step", sent.total, _named(sent), _bytes),
+        *_speed(found.cost, utilisation),
+        ("result", _verdict(found, machine)),
+        *(_option_rows(found, options) if options else []),
+    ]
+    return "\n".join(f"{title:<23}{text}" for title, text in lines)
+
+
+def _speed(cost: Cost | None, utilisation: float) -> list[tuple[str, str]]:
+    if cost is None:
+        return [("step time", f"predicted only with --hardware {', '.join(HARDWARE)}, whose rates are published")]
+    return [
+        *_table("step time", cost.time.total, _named(cost.time), _seconds, f"at {utilisation:.0%} of peak"),
+        ("speed", f"{_si(cost.tokens_per_second)}tokens/s, {cost.samples_per_second:,.1f} samples/s on all GPUs"),
+    ]
+
+
+def _verdict(found: Prediction, machine: Machine) -> str:
+    total = found.memory.total
+    if machine.memory is None:
+        fitting = ", ".join(gpus_that_fit(found.memory)) or "no GPU that is known"
+        return f"fits {fitting}; this machine has no accelerator, name the run's with --hardware"
+    place = f"of the {_bytes(machine.memory)} available on {machine.name}"
+    return f"{f'fits: uses {total / machine.memory:.0%}' if found.fits else f'does not fit: needs {_bytes(total)}'} {place}"
+
+
+def gpus_that_fit(memory: Memory) -> list[str]:
+    """Return the GPUs of `HARDWARE` that have this memory."""
+    return [name for name, gpu in HARDWARE.items() if fits_on(memory, gpu)]
+
+
+def _spelled(change: dict[str, Any]) -> str:
+    return " ".join(OPTIONS[name] if value is True else f"{OPTIONS[name]} {value}" for name, value in change.items())
+
+
+def _option_rows(found: Prediction, options: Options) -> list[tuple[str, str]]:
+    """Return a row for the run as given and one for each option: memory, speed, GPU with the least memory that it fits."""
+    rows = [("as given", found), *((_spelled(change), changed) for change, changed in options)]
+    texts = [
+        f"{_bytes(row.memory.total):>10}  {f'{_si(row.cost.tokens_per_second):>6}tokens/s  ' if row.cost else ''}"
+        f"{next(iter(gpus_that_fit(row.memory)), 'fits none'):<9}  {name}"
+        for name, row in rows
+    ]
+    return [("" if index else "options", text) for index, text in enumerate(texts)]
+
+
+def _named(parts: Parts) -> dict[str, float]:
+    names = {"all_to_all": "all-to-all"}
+    return {names.get(name, name.replace("_", " ")): value for name, value in asdict(parts).items()}
+
+
+def _model(config: GPTConfig, seq_len: int) -> str:
+    shape = f"{config.num_layers} layers, hidden {config.hidden_size}, sequences of {seq_len}"
+    moe, counts = config.moe, list(moe_blocks(config).values())
+    if moe is None:
+        return f"dense, {shape}"
+    pyramid = ", ".join(f"{counts.count(experts)} layers of {experts}" for experts in dict.fromkeys(counts))
+    return f"{'residual ' if moe.mlp_type == 'residual' else ''}MoE, {shape}; experts: {pyramid}, top-{moe.top_k}"
+
+
+def _run(topology: Topology, hardware: str) -> str:
+    batch = (
+        f"batch {topology.global_batch_size} = {topology.gpus} x {topology.micro_batch_size} x {topology.accumulation}"
+    )
+    flags = ", activation checkpointing" if topology.activation_checkpointing else ""
+    parallel = f"expert parallel up to {topology.expert_parallel_size}, ZeRO {topology.zero_stage}, "
+    parallel = parallel if topology.deepspeed else ""
+    return f"{topology.gpus} x {hardware}, {parallel}{topology.precision}, {batch} (GPUs x micro-batch x accumulation){flags}"
+
+
+def _table(title: str, total: float, parts: dict[str, Any], form: Any, note: str = "") -> list[tuple[str, str]]:
+    """Return a row `title  total  note` and a row for each part that is not 0."""
+    rows = [(title, f"{form(total):>10}  {note}".rstrip())]
+    return rows + [("", f"{form(value):>10}  {value / total:>4.0%}  {name}") for name, value in parts.items() if value]
+
+
+def _si(value: float) -> str:
+    """Format three digits and a decimal prefix, such as `12.3 G`, to be followed by a unit."""
+    power = next((power for power in range(4) if abs(value) < 999.5 * 1000**power), 4)
+    return f"{value / 1000**power:.3g} {' kMGT'[power].strip()}"
+
+
+def _count(value: float) -> str:
+    return f"{value / 1e9:.3f} B" if value >= 1e9 else f"{value / 1e6:.3f} M"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 / 10 else f"{value / 2**20:.2f} MiB"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f} s" if value >= 1 else f"{value * 1e3:.3f} ms"

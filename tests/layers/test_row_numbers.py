@@ -1,0 +1,104 @@
+"""On CPUs in half precision experts compute round numbers of rows: few kernels are compiled, and results stay the same."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers import dispatch
+from nlgmoe.layers.dispatch import round_up_rows
+from nlgmoe.layers.moe import MoELayer
+from tests.processes import python
+
+EXPERTS, WIDTH = 6, 16
+HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+ROUND = {0: 0, 1: 1, 3: 3, 5: 6, 7: 8, 8: 8, 9: 12, 17: 24, 31: 32, 33: 48, 63: 64, 64: 64, 65: 96, 129: 160}
+
+# Prints the number of kernels that `create:cache_miss` announces.
+COMPILES = """
+import torch
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.moe import MoELayer
+layer = MoELayer(GPTConfig(8, 128, 1, 32, 1, 64, moe=MoEConfig(4, top_k=2, expert_interval=1, token_dropping=False)), 0)
+for parameter in layer.parameters():
+    torch.nn.init.normal_(parameter, std=0.1)
+for step in range(20):
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(2, 128, 32, requires_grad=True))[0].sum().backward()
+"""
+
+
+def test_an_expert_gets_at_most_half_as_many_rows_again() -> None:
+    numbers = torch.tensor(list(ROUND))
+    used = int(numbers.sum())
+    index = torch.arange(used + 3).flip(0)  # the last three rows belong to no expert
+    for dtype in HALF.values():
+        repeated, place, rounded = round_up_rows(index, numbers, dtype)
+        assert rounded.tolist() == list(ROUND.values())
+        assert torch.equal(repeated[place], index) and len(repeated) == int(rounded.sum()) + 3
+        for expert, (rows, here) in enumerate(
+            zip(repeated[:-3].split(rounded.tolist()), numbers.tolist(), strict=True)
+        ):
+            first = int(numbers[:expert].sum())
+            expected = index[first : first + here]
+            assert torch.equal(rows[:here], expected) and (rows[here:] == expected[-1:]).all()
+    for dtype in (torch.float32, torch.float64):
+        same, place, rounded = round_up_rows(index, numbers, dtype)
+        assert same is index and rounded is numbers and torch.equal(place, torch.arange(len(index)))
+
+
+def test_the_few_rows_of_generation_stay_few() -> None:
+    index, numbers = torch.arange(8), torch.tensor([5, 0, 3])
+    assert round_up_rows(index, numbers, torch.bfloat16)[2].tolist() == [6, 0, 3]
+    with torch.no_grad():
+        assert round_up_rows(index, numbers, torch.bfloat16)[2] is numbers
+
+
+def results(precision: str, dropping: bool) -> tuple[list[Tensor], list[int], list[int]]:
+    """The output and all gradients of a layer; the rows that its experts computed, and those that they kept."""
+    moe = MoEConfig(EXPERTS, 1, top_k=2, second_expert="argmax", token_dropping=dropping, train_capacity_factor=0.8)
+    layer = MoELayer(GPTConfig(8, 64, 1, WIDTH, 2, 32, moe=moe), layer_index=0)
+    generator, dtype = torch.Generator().manual_seed(1), HALF.get(precision, torch.float32)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5, generator=generator)
+    x = torch.randn(2, 150, WIDTH, generator=generator)
+    x[..., 0] = 1
+    with torch.no_grad():
+        layer.router.weight[-1, 0] = -100  # no token chooses the last expert
+    mixed = precision == "bf16-mixed"
+    leaf = x.to(torch.float32 if mixed else dtype).requires_grad_()
+    layer.to(leaf.dtype)
+    computed: list[int] = []
+    layer.experts.register_forward_pre_hook(lambda module, inputs: computed.extend(inputs[1].tolist()))
+    with torch.autocast("cpu", dtype) if mixed else nullcontext():
+        y, routing = layer(leaf)
+    y.float().square().mean().backward()
+    kept = torch.bincount(routing.expert[routing.kept], minlength=EXPERTS).tolist()
+    return [y, leaf.grad, *(parameter.grad for parameter in layer.parameters())], computed, kept
+
+
+@pytest.mark.parametrize("dropping", [False, True])
+@pytest.mark.parametrize("precision", [*HALF, "32-true"])
+def test_a_layer_computes_the_same(precision: str, dropping: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, computed, kept = results(precision, dropping)
+    assert kept[-1] == 0 < min(kept[:-1]) and sum(kept) < 600 if dropping else sum(kept) == 600
+    numbers = [-(-n // step) * step for n in kept for step in [min(32, 2 ** max(0, n.bit_length() - 2))]]
+    assert computed == (numbers if precision in HALF else kept) and (numbers != kept)
+    monkeypatch.setattr(dispatch, "ROW_MULTIPLE", 1)
+    expected, computed, _ = results(precision, dropping)
+    assert computed == kept
+    for value, exact in zip(ours, expected, strict=True):
+        if precision not in HALF:
+            assert torch.equal(value, exact)
+        error = (value.float() - exact.float()).norm() / exact.float().norm()
+        assert error < 0.005, error
+
+
+def test_few_kernels_are_compiled_over_many_steps() -> None:
+    done = python("-c", COMPILES, env={"ONEDNN_VERBOSE": "profile_create", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert (
+        0 < done.stdout.count("create:cache_miss") <= 6 * 6
+    )  # 128 rows on average, from 48 to 224; two matrices and gradients
