@@ -6,6 +6,7 @@ import os
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from torch import distributed
 
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, PileDataModule
 from nlgmoe.cli.errors import describe
-from nlgmoe.data import StreamedText
+from nlgmoe.data import PocketPile, StreamedText
 from nlgmoe.data.blend import BlendedSource
 from nlgmoe.data.documents import Fields
+from nlgmoe.data.pocket.build import write_corpus
 from nlgmoe.data.samples import Sample
 from nlgmoe.data.sampling import TrainingSampler
 from nlgmoe.data.streaming import prepared_files
@@ -40,7 +42,7 @@ from nlgmoe.data.streaming.streams import (
 )
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer, train_byte_level_bpe
 from nlgmoe.validation import SettingError
-from tests.data.conftest import WORDS, tokens_of
+from tests.data.conftest import WORDS, make_documents, tokens_of
 from tests.data.test_datamodule import make_trainer, rows
 
 SEQ_LEN = 16
@@ -514,6 +516,10 @@ def test_a_byte_without_a_token_is_named_with_its_place(
         ValueError, match=r"train.jsonl, line 4: a byte without a token \(0x7E, at byte 6 of the text\); or"
     ):
         StreamedText(str(tmp_path)).prepare(tmp_path / "built", str(tmp_path / "tokenizer"))
+    documents = [replace(document, text=f"~ {document.text}") for document in make_documents(20, "own", 1)]
+    write_corpus(tmp_path / "own", "own", documents, {})
+    with pytest.raises(ValueError, match=r"own.train.jsonl, line 1: a byte without a token \(0x7E, at byte 0"):
+        PocketPile().prepare(tmp_path / "own", str(tmp_path / "tokenizer"))
 
 
 def test_ids_of_another_tokenizer_are_refused(tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
