@@ -154,7 +154,7 @@ def test_training_a_student_upcycling_and_pruning_pass_its_files_on(
 ) -> None:
     data = write_corpus(tmp_path, checkpoint, capsys)
     settings, student = checkpoint.with_suffix(".yaml"), tmp_path / "student.yaml"
-    main(["student", str(checkpoint), "--num-layers=1", "--step=1", f"--output={student}"])
+    main(["student", str(checkpoint), "--num-layers=1", "--blocks=[0]", "--step=1", f"--output={student}"])
     short = ["--trainer.max_steps=2", "--model.optimizer.lr=1e-3", f"--trainer.default_root_dir={tmp_path / 'run'}"]
     train(["fit", "--config", str(settings), "--config", str(student), *data, *short, "--data.micro_batch_size=2"])
     main(

@@ -45,9 +45,9 @@ def test_logits_are_those_of_transformers_to_the_bit(checkpoint: Path) -> None:
 
 
 def test_the_tokenizer_has_the_pre_tokenizer_that_the_file_names(checkpoint: Path) -> None:
-    text = read_tokenizer(checkpoint)
-    assert text is not None
-    backend = tokenizers.Tokenizer.from_str(text)
+    files = read_tokenizer(checkpoint)
+    assert files is not None
+    backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
     parts = [part for part, _ in backend.pre_tokenizer.pre_tokenize_str("it's 1984")]
     assert parts == ["it", "'s", "\u0120", "1", "9", "8", "4"]  # SmolLM2's: each digit by itself
     assert backend.decode(backend.encode(TEXT).ids) == TEXT
