@@ -37,7 +37,7 @@ def prune_checkpoint(
             has a dense block.
         by: ranking of the experts, use or reap.
         text: file of plain text on which use is measured; default: the run's validation text.
-        windows: sequences measured, of each domain of the run's validation text, or of `text`.
+        windows: sequences measured, of at most 2,048 tokens, of each domain of the run's validation text, or of `text`.
         tokenizer: as data.tokenizer, for a checkpoint without a tokenizer.
         data_dir: folder of tokenizers given by name.
         overwrite: replace an existing checkpoint.

@@ -48,7 +48,7 @@ def student(
         fraction: share of model.train_tokens after which distillation ends; 0.7 if neither it nor `step` is given.
         step: optimizer step after which distillation ends, instead of `fraction`.
         text: file of plain text on which influence is measured; default: the run's validation text.
-        windows: sequences measured, of each domain of the run's validation text, or of `text`.
+        windows: sequences measured, of at most 2,048 tokens, of each domain of the run's validation text, or of `text`.
         tokenizer: as data.tokenizer, for a checkpoint without a tokenizer.
     """
     if output is not None:
