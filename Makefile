@@ -9,7 +9,7 @@ RUN := runs/quickstart
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
-.PHONY: help help-developers install develop quickstart test check docs notebooks reproduce bench gpu clean \
+.PHONY: help help-developers install develop quickstart real-model test check docs notebooks reproduce bench gpu clean \
 	browser test-nightly planted test-oldest test-faults constraints format reproduce-tables
 
 help:  ## show this list
@@ -47,6 +47,10 @@ quickstart: install  ## train a small PR-MoE on real text, and write its report 
 	@printf '  nlgmoe generate $(RUN) --prompt "The king"                # text of this model\n'
 	@printf '  nlgmoe prepare-data --input texts --output data/own/text --vocab-size 2000  # your own text: docs/data.md\n'
 	@printf '  nlgmoe inspect configs/pr_moe/350m_pr_moe_32_64.yaml configs/hardware/gpus_64.yaml  # plan a larger run\n'
+
+real-model: install  ## take SmolLM2, a trained open model, through import, chat, upcycling, training, pruning, export (12 to 20 minutes; docs/real_model.md)
+	@$(PIP_INSTALL) --editable '.[gguf]' --constraint constraints.txt
+	@$(BIN)/python -m benchmarks.real_model
 
 test: develop  ## the suite (6 minutes on 2 cores)
 	@$(MAKE) --no-print-directory browser || true  # the rest of the suite does without

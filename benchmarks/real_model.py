@@ -44,6 +44,8 @@ QUESTION = "What is the capital of France?"
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time", "Water boils at", "In 1969, "]
 NEW_TOKENS = 24
 FINETUNE = "configs/finetune.yaml"
+CPU = Path("/proc/cpuinfo")
+HALF = CPU.exists() and any(flag in CPU.read_text() for flag in ("amx_bf16", "avx512_bf16"))  # else fp32 is faster
 WINDOWS = ["--data.max_eval_windows", "10"]  # sequences a domain, before and after a training
 TEXT = ROOT / "data/pocket_pile/text/wikipedia.validation.jsonl"
 
@@ -104,6 +106,7 @@ class Walk:
     def train(self, name: str, *configs: str) -> tuple[float, float]:
         """Train 40 steps, and return the validation loss before and after, nats per token."""
         words = [word for config in (*configs, FINETUNE) for word in ("--config", config)] + WINDOWS
+        words += [] if HALF else ["--trainer.precision", "32-true"]
         before = self.validate(name, *words)["val/loss"]
         self.run("fit", *words, "--trainer.default_root_dir", self.path(name))
         after = json.loads((self.folder / name / "summary.json").read_text())["val_loss"]
@@ -177,7 +180,7 @@ def talk(walk: Walk, reference: Reference) -> None:
     )
     said = walk.run("generate", walk.path("smol.ckpt"), "--chat", "--prompt", QUESTION, "--temperature", "0", "--json")
     answer = json.loads(said)
-    ended = answer["end"] == "end_of_document" and "Paris" in answer["completion"]
+    ended = answer["end"] == "stop" and "Paris" in answer["completion"]
     walk.promise("chat", "an answer that ends", repr(answer["completion"]), ended)
 
 

@@ -56,6 +56,7 @@ NIGHTLY = (
     "tests/end_to_end/test_told_to_stop.py",
     "tests/faults/",
     "tests/layers/test_experts.py::test_compiled_parts_compute_the_same",
+    "tests/real/test_smollm2.py::test_the_whole_path",
     "tests/test_gpu_command.py::test_a_dry_run_takes_every_step",
     "tests/test_other_loggers.py",
     "tests/test_reproduce.py::test_runs_go_on_from_trunks_and_logits_and_are_not_repeated",
