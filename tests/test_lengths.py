@@ -33,7 +33,7 @@ def test_a_rotary_model_trained_on_short_sequences_keeps_its_longest(
 ) -> None:
     """Imported, evaluated, trained, resumed, exported: the model's length stays, and it generates beyond the data's."""
     tokenizer = load_tokenizer("pocket-4k", pocket_pile)
-    write(tmp_path / "first.ckpt", LONG, tokenizer=tokenizer.to_json())
+    write(tmp_path / "first.ckpt", LONG, tokenizer=tokenizer.files)
     main(["export", str(tmp_path / "first.ckpt"), str(tmp_path / "llama")])
     main(["import", str(tmp_path / "llama"), str(tmp_path / "model.ckpt")])
     written = yaml.safe_load((tmp_path / "model.yaml").read_text())

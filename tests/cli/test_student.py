@@ -101,7 +101,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     parameter *= factor if "project" in entry else 1
         entries = split_experts(model.state_dict())
         path = folder / f"{name}.ckpt"
-        write_weights(path, entries.__getitem__, model.config, TOKENIZER.to_json(), origin="elsewhere")
+        write_weights(path, entries.__getitem__, model.config, TOKENIZER.files, origin="elsewhere")
     return folder
 
 
