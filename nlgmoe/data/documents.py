@@ -141,7 +141,7 @@ def read_documents(
                     try:
                         content, domain = parsed()
                         if isinstance(content, str) and (reason := byte_without_token(content, fields.missing_bytes)):
-                            raise UnusableError(f"{reason}; or choose another tokenizer")
+                            raise UnusableError(reason)
                     except UnusableError as error:
                         refuse(f"{path}{unit and f', {unit} {number + 1:,}'}", error)
                     else:

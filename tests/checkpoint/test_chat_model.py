@@ -154,15 +154,15 @@ def test_training_a_student_upcycling_and_pruning_pass_its_files_on(
 ) -> None:
     data = write_corpus(tmp_path, checkpoint, capsys)
     settings, student = checkpoint.with_suffix(".yaml"), tmp_path / "student.yaml"
-    main(["student", str(checkpoint), "--num-layers=1", "--blocks=[0]", "--step=1", f"--output={student}"])
+    (tmp_path / "text.txt").write_text(CHAT * 9)
+    text = [f"--text={tmp_path / 'text.txt'}", "--windows=2"]
+    main(["student", str(checkpoint), "--num-layers=1", "--step=1", f"--output={student}", *text])
     short = ["--trainer.max_steps=2", "--model.optimizer.lr=1e-3", f"--trainer.default_root_dir={tmp_path / 'run'}"]
     train(["fit", "--config", str(settings), "--config", str(student), *data, *short, "--data.micro_batch_size=2"])
     main(
         ["upcycle", str(checkpoint), str(tmp_path / "moe.ckpt"), "--num-experts=4", "--top-k=2", "--expert-interval=1"]
     )
-    (tmp_path / "text.txt").write_text(CHAT * 9)
-    options = ["--num-experts=2", f"--text={tmp_path / 'text.txt'}", "--windows=2"]
-    main(["prune", str(tmp_path / "moe.ckpt"), str(tmp_path / "pruned.ckpt"), *options])
+    main(["prune", str(tmp_path / "moe.ckpt"), str(tmp_path / "pruned.ckpt"), "--num-experts=2", *text])
     for name in ("run", "moe.ckpt", "pruned.ckpt"):
         exported = tmp_path / f"{name} exported"
         main(["export", str(tmp_path / name), str(exported)])

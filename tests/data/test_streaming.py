@@ -513,7 +513,7 @@ def test_a_byte_without_a_token_is_named_with_its_place(
     for split in ("train", "validation"):
         write(tmp_path / f"{split}.jsonl", [*make_texts(3, split), "about ~ here"])
     with pytest.raises(
-        ValueError, match=r"train.jsonl, line 4: a byte without a token \(0x7E, at byte 6 of the text\); or"
+        ValueError, match=r"train.jsonl, line 4: a byte without a token \(0x7E, at byte 6 of the text\); repair"
     ):
         StreamedText(str(tmp_path)).prepare(tmp_path / "built", str(tmp_path / "tokenizer"))
     documents = [replace(document, text=f"~ {document.text}") for document in make_documents(20, "own", 1)]

@@ -17,7 +17,7 @@ from nlgmoe.tools.hugging_face import gguf_file
 from nlgmoe.tools.hugging_face.importing import import_model
 
 CUT = Path(__file__).with_name("smollm2_cut.gguf")
-TEXT = "In 1984, it's 12345 metres;\n\n  def f(x):\treturn x\u00b2  # caf\u00e9 \u65e5\u672c"
+TEXT = "In 1984, it's 12345 metres;\n\n  def f(x):\treturn x\u00b2  # na\u00efve \u65e5\u672c"
 
 
 @pytest.fixture(scope="module")
