@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.documents import markdown_table, with_text
 from benchmarks.runs import ROOT
-from nlgmoe.device import keep_compiled_kernels, keep_freed_memory
+from nlgmoe.device import keep_freed_memory
 from nlgmoe.files import write_json
 from nlgmoe.versions import versions
 
@@ -88,8 +88,7 @@ class Benchmark:
         parser.add_argument("--rounds", type=int, help="of each part; 1: a test of the benchmark")
         parser.add_argument("--tables", action="store_true", help="measure nothing; write the tables of the JSON file")
         arguments = parser.parse_args(argv)
-        keep_compiled_kernels()
-        keep_freed_memory()  # both as train.py does
+        keep_freed_memory()  # as train.py does
         file, page = folder / f"{self.name}.json", folder / self.page
         before = json.loads(file.read_text()) if file.exists() else {}
         results = {part: before[part] for part in self.parts if part in before}

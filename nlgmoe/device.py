@@ -105,19 +105,9 @@ def configure_allocator(device: torch.device) -> None:
     batches and rows of an expert have many sizes, which would fragment memory. PyTorch reads the setting at its first allocation.
     """
     if not is_accelerator(device):
-        keep_compiled_kernels()
         keep_freed_memory()
     elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which PyTorch prefers
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
-
-def keep_compiled_kernels() -> None:
-    """Make oneDNN keep 20,000 compiled kernels instead of 1,024, unless the environment sets their number.
-
-    A product in bf16 has a kernel for each number of rows, and experts have other numbers of rows in every step: a step of a few
-    layers would evict what the next one needs (docs/performance.md). oneDNN reads the number at the first product.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
 
 
 def keep_freed_memory() -> bool:

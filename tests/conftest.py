@@ -52,6 +52,7 @@ NIGHTLY = (
     "tests/checkpoint/test_megatron.py::test_what_deepspeeds_engine_writes_on_two_ranks",
     "tests/cli/test_wheel.py",
     "tests/distributed/test_commands.py",
+    "tests/end_to_end/test_memory.py",
     "tests/end_to_end/test_open_moes.py",
     "tests/end_to_end/test_told_to_stop.py",
     "tests/faults/",

@@ -8,8 +8,8 @@ Under expert parallelism each rank holds an equal slice of the experts: `AllToAl
 expert, and the output back, by one all-to-all each (`all_to_all.py`).
 
 Letters: N tokens, k experts per token, H hidden size, E experts. An assignment is one (token, choice) pair; there are N * k.
-M rows, sorted by expert: on CPUs of the kept assignments, in half precision a rounded number for each expert (`round_up_rows`); on
-accelerators, without expert parallelism, the dropped ones follow.
+M rows, sorted by expert: on CPUs of the kept assignments, in half precision a round number for each expert (`round_up_rows`);
+on accelerators, without expert parallelism, the dropped ones follow.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ class LocalDispatch:
 def round_up_rows(index: Tensor, tokens_per_expert: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Repeat the last row of each expert until their number is round, on CPUs in half precision.
 
-    oneDNN compiles a kernel for each number of rows there, and each keeps memory. Round is a multiple of `ROW_MULTIPLE`; below twice
-    that, of half the largest power of two in the number, so that no expert gets more than half as many rows again: 5 -> 6, 17 -> 24,
-    33 -> 48, 65 -> 96. An expert without rows gets none, and neither do the few rows of generation. The outputs of repeated rows are
-    not read, so that their gradients are zero.
+    oneDNN compiles a kernel for each number of rows there, and each keeps memory. Round is a multiple of `ROW_MULTIPLE`, or of
+    half the largest power of two in the number if that is less: 5 -> 6, 17 -> 24, 33 -> 48, 65 -> 96. So an expert gets at most
+    half as many rows again, and none if it has none. The few rows of generation stay as they are. The outputs of repeated rows
+    are not read, so that their gradients are zero.
 
     Args:
         index: `[R]` of the rows to gather, sorted by expert; those past the sum belong to none.

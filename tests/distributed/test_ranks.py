@@ -106,6 +106,7 @@ CELLS: dict[int, list[Cell]] = {  # one for each choice that ranks could get wro
 HALF = [
     Cell("bf16-mixed, ZeRO 2, accumulation", 2, 2, precision="bf16-mixed", moe=DROPLESS, accumulate=2),
     Cell("bf16-true, ZeRO 1", 2, 1, precision="bf16-true", moe=DROPLESS),
+    Cell("bf16-mixed, capacity", 2, 2, precision="bf16-mixed", moe=CAPACITY | {"train_capacity_factor": 1.25}),
 ]
 ONE_STEP: dict[str, Any] = {"moe": DROPLESS | {"mlp_type": "residual"}, "steps": 1, "accumulate": 2}
 TYPED = [
