@@ -66,6 +66,7 @@ class AllToAllDispatch(LocalDispatch):
 
     def __init__(self, tokens: Tensor, routing: Routing, placement: ExpertPlacement, slots: int | None = None) -> None:
         super().__init__(tokens, routing)
+        self._row = torch.arange(len(self.order), device=tokens.device)
         tokens_per_expert = self._tokens_per_expert  # [E]; rows past their sum are not sent
         self._slot_of_row: Tensor | None = None  # [R]; None: rows were sent without padding
         ranks = distributed.get_world_size(placement.group)

@@ -67,7 +67,6 @@ class LocalDispatch:
             self.order, all_used = self.order[: max(used, 1)], used > 0  # `combine` needs a row to read
         self._tokens, self._token_of_row = tokens, self.order // self._top_k
         self._tokens_per_expert, self._all_used = tokens_per_expert, all_used
-        self._row = torch.arange(len(self.order), device=expert.device)  # of each assignment in `order`
 
     def receive(self) -> Rows:
         """Return the rows for the experts held here. May be called once."""
