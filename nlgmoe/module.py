@@ -31,7 +31,7 @@ from nlgmoe.layers.router import Routing
 from nlgmoe.model.compiling import compile_dense_parts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite, StepGradients
-from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, require_adamw
+from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, freeze, require_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.run.refusals import check_trainer
@@ -152,6 +152,7 @@ class MoEGPTModule(LightningModule):
             placed = strategy.expert_placements(self.config)
         if self.model is None:
             model = GPT(self.config, self.seed, self.activation_checkpointing, placed)
+            freeze(model, self.optimizer_config.frozen)
             if self.warm_start is not None:
                 self._start_from(model, self.warm_start)
             if self.compiles:
@@ -369,8 +370,8 @@ class MoEGPTModule(LightningModule):
             frozen, before = sorted(self.optimizer_config.frozen), checkpoint.get("frozen", [])
             require(
                 frozen == before,
-                f"model.optimizer.frozen={frozen} was {before} in the checkpoint's run, whose moments would move frozen weights; "
-                "set it as it was, or start a new run with model.warm_start",
+                f"model.optimizer.frozen={frozen} was {before} in the checkpoint's run, which has moments of the other parts "
+                "only; set it as it was, or start a new run with model.warm_start",
             )
             self.resuming.load(checkpoint, self.trainer)
             if self.distiller is not None:

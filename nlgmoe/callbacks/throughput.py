@@ -27,7 +27,7 @@ class Throughput(Callback):
     seconds per step, `memory/...` the maximum over ranks. Only `time/elapsed` includes validation and checkpoints.
 
     FLOPs are computed from the configuration (`model/counting.py`): forward and backward pass of every token at its sequence
-    length, dropped or not, without recomputation and without a teacher.
+    length, dropped or not, frozen or not, without recomputation and without a teacher.
 
     Args:
         peak_tflops: peak TFLOPs per second of one device, for `train/mfu`; null: the data sheet's value. If it is

@@ -54,8 +54,8 @@ def optimizer_to_entries(
     """Split an optimizer's state into named tensors and groups, which refer to parameters by name.
 
     Args:
-        state: AdamW's state dictionary. A parameter that never had a gradient has no entry: it is frozen, or all steps were
-            skipped.
+        state: AdamW's state dictionary. A parameter that never had a gradient has no entry: a callback has frozen it, or all
+            steps were skipped.
         weights: every parameter by name.
     """
     names = {

@@ -1,17 +1,18 @@
 """Map checkpoint entries to the parameters of a model whose experts may be sharded over ranks.
 
 A dense parameter is one entry. A stack of experts has one entry per expert, numbered within the whole layer. A router's
-persistent buffer is one entry, equal on all ranks, without optimizer state.
+persistent buffer is one entry, equal on all ranks. Buffers and frozen parameters (`requires_grad` false) have no optimizer state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.folder import REMEDY, TensorFiles
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.moe import MoELayer
@@ -44,8 +45,8 @@ class Entry:
 
     @property
     def trained(self) -> bool:
-        """Return True for parameters, which have optimizer state, and False for buffers."""
-        return isinstance(self.parameter, nn.Parameter)
+        """Return True for parameters with optimizer state, False for buffers and frozen parameters."""
+        return self.parameter.requires_grad
 
     @property
     def stop(self) -> int:
@@ -72,29 +73,34 @@ def local_entries(model: nn.Module) -> Iterator[Entry]:
                 yield Entry(entry_name, name, expert == 0, parameter, index * shape.numel(), shape)
 
 
-def entry_shapes(model: nn.Module, buffers: bool = True) -> Shapes:
+def entry_shapes(model: nn.Module) -> Shapes:
     """Return the shape of every entry of the whole model, experts of other ranks included.
 
     Args:
         model: the GPT, or this rank's part of it.
-        buffers: False leaves out the entries without optimizer state.
     """
-    shapes: Shapes = {}
+    return {name: shape for name, _, shape in _whole_entries(model)}
+
+
+def optimizer_shapes(model: nn.Module) -> Shapes:
+    """Return the shapes of AdamW's entries for the whole model: the moments of each trained entry, a step of each parameter."""
+    trained = {name: shape for name, tensor, shape in _whole_entries(model) if tensor.requires_grad}
+    steps = {f"step/{name}": torch.Size() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {f"{moment}/{name}": shape for moment in MOMENTS for name, shape in trained.items()} | steps
+
+
+def _whole_entries(model: nn.Module) -> Iterator[tuple[str, Tensor, torch.Size]]:
+    """Yield the name of each entry of the whole model, the parameter or buffer of this rank that has its kind, and its shape."""
     for prefix, module in model.named_modules():
-        if buffers:
-            shapes |= shapes_of(dict(_router_buffers(prefix, module)))
+        for name, buffer in _router_buffers(prefix, module):
+            yield name, buffer, buffer.shape
         if isinstance(module, MoELayer):
             for expert in range(module.router.num_experts):
                 for part, stack in module.experts.named_parameters():
-                    shapes[f"{prefix}.experts.{expert}.{part}"] = stack.shape[1:]
+                    yield f"{prefix}.experts.{expert}.{part}", stack, stack.shape[1:]
         if not isinstance(module, Experts):
-            shapes |= shapes_of(dict(module.named_parameters(prefix=prefix, recurse=False)))
-    return shapes
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
-    """Return the shape of each tensor."""
-    return {name: tensor.shape for name, tensor in tensors.items()}
+            for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
+                yield name, parameter, parameter.shape
 
 
 def describe_differences(model: Shapes, checkpoint: Shapes) -> dict[str, str]:

@@ -12,7 +12,6 @@ import torch
 from torch import distributed
 
 from nlgmoe.checkpoint.agreement import raise_on_all_ranks
-from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.folder import (
     REMEDY,
     Contents,
@@ -25,10 +24,11 @@ from nlgmoe.checkpoint.folder import (
     read_manifest,
     read_tokenizer,
 )
-from nlgmoe.checkpoint.layout import Shapes, describe_differences, entry_shapes
+from nlgmoe.checkpoint.layout import Shapes, describe_differences, entry_shapes, optimizer_shapes
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TOKENIZER
 from nlgmoe.model.gpt import GPT
+from nlgmoe.optim.param_groups import freeze
 from nlgmoe.parts import PARTS, ForeignCodeError
 from nlgmoe.pyramid import experts_per_layer
 
@@ -91,9 +91,8 @@ def _model_differences(path: str | Path, document: dict[str, Any], files: dict[s
         return  # the names are unknown without that code
     expected = {"model": entry_shapes(model)}
     if "optimizer_groups" in document and document["global_step"] > 0:
-        trained = entry_shapes(model, buffers=False).items()
-        expected["optimizer"] = {f"{moment}/{name}": shape for moment in MOMENTS for name, shape in trained}
-        expected["optimizer"] |= {f"step/{name}": torch.Size() for name, _ in model.named_parameters()}
+        freeze(model, document.get("frozen", ()))
+        expected["optimizer"] = optimizer_shapes(model)
     for kind, shapes in expected.items():
         stored: Shapes = {
             name: torch.Size(shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ class AdamWConfig:
         eps: added to the denominator of the update; at least float32's smallest normal number: smaller ones may be flushed to 0.
         weight_decay: decoupled decay of weight matrices, the embeddings and the router included; biases and norms have none.
         frozen: parts of the model that keep their weights: `router`, `experts`, `attention`, `ffn` (dense layers and shared
-            MLPs), `norms`, `embeddings` (and the head). Their gradients are zero.
+            MLPs), `norms`, `embeddings` (and the head). They have no gradients and no moments.
     """
 
     lr: float = 3e-4
@@ -55,8 +56,30 @@ class AdamWConfig:
         require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must be at least 0; 0 turns it off")
 
 
+def is_frozen(name: str, parts: Sequence[Part]) -> bool:
+    """Return whether a parameter of the GPT, or a checkpoint's entry, belongs to one of the parts."""
+    return any(re.search(_PARTS[part], name) for part in parts)
+
+
+def freeze(model: nn.Module, parts: Sequence[Part]) -> None:
+    """Let the parameters of the parts have no gradient; before the strategy sees the model.
+
+    Raises:
+        SettingError: no parameter is left to train.
+    """
+    for name, parameter in model.named_parameters():
+        if is_frozen(name, parts):
+            parameter.requires_grad_(False)
+    require(
+        not parts or any(parameter.requires_grad for parameter in model.parameters()),
+        f"model.optimizer.frozen={list(parts)} leaves no parameter to train; leave a part out",
+    )
+
+
 def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
     """Build AdamW with the groups `decay` and `no_decay`, which contain the parameters' names for checkpoints.
+
+    Parameters of `config.frozen` are in no group.
 
     Sharded experts have the attribute `group_name` (DeepSpeed's convention) and form their own groups, because their
     gradients and states are not shared by the same ranks as those of dense parameters.
@@ -64,11 +87,9 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
     groups = defaultdict[tuple[str, bool], list[tuple[str, nn.Parameter]]](list)
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
-            frozen = any(re.search(_PARTS[part], name) for part in config.frozen)
-            if frozen:  # AdamW leaves a weight with zero gradients and no decay as it is
-                parameter.register_hook(torch.zeros_like)
-            key = getattr(parameter, "group_name", ""), role_of(name, module) in DECAYED and not frozen
-            groups[key].append((name, parameter))
+            if not is_frozen(name, config.frozen):
+                key = getattr(parameter, "group_name", ""), role_of(name, module) in DECAYED
+                groups[key].append((name, parameter))
     optimizer = torch.optim.AdamW(
         [
             # DeepSpeed looks up the ranks of a group of experts by its name.

@@ -17,7 +17,7 @@ from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.agreement import of_rank_zero, raise_on_all_ranks
 from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.folder import Contents, TensorFiles
-from nlgmoe.checkpoint.layout import entry_shapes, local_entries, require_entries
+from nlgmoe.checkpoint.layout import entry_shapes, local_entries, optimizer_shapes, require_entries
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.parallel.engine import EngineState, loss_scaler
 from nlgmoe.roles import DECAYED, role_of
@@ -46,17 +46,13 @@ def gather_owned_entries(
     moments: dict[str, Tensor] = {}
     loads: dict[Any, list[int]] = {}  # group of ranks -> values that each writes
     for entry in local_entries(model):
-        if not entry.trained:
-            if distributed.get_rank() == 0:
-                weights[entry.name] = entry.parameter.cpu().clone()
-            continue
         ranks = state.ranks_of(entry.parameter)
         load = loads.setdefault(ranks, [0] * distributed.get_world_size(ranks))
         owner = load.index(min(load))
         load[owner] += entry.shape.numel()
         if (weight := state.gather(entry, None, owner)) is not None:
             weights[entry.name] = weight
-        if not with_moments:
+        if not with_moments or not entry.trained:
             continue
         for key in MOMENTS:
             if (moment := state.gather(entry, key, owner)) is not None:
@@ -117,8 +113,8 @@ def optimizer_groups(model: nn.Module, engine: Any) -> list[dict[str, Any]]:
         names = [
             name
             for prefix, module in model.named_modules()
-            for name, _ in module.named_parameters(prefix=prefix, recurse=False)
-            if (role_of(name, module) in DECAYED) == decay
+            for name, parameter in module.named_parameters(prefix=prefix, recurse=False)
+            if parameter.requires_grad and (role_of(name, module) in DECAYED) == decay
         ]
         kept = {key: value for key, value in settings.items() if key not in ("params", "param_names")}
         groups.append(kept | {"name": "decay" if decay else "no_decay", "moe": False, "param_names": names})
@@ -158,9 +154,7 @@ def load_weights(model: nn.Module, engine: Any | None, files: TensorFiles) -> No
 @torch.no_grad()
 def load_moments(model: nn.Module, engine: Any, files: TensorFiles) -> None:
     """Read this rank's part of AdamW's state."""
-    trained = entry_shapes(model, buffers=False).items()
-    moments = {f"{key}/{name}": shape for key in MOMENTS for name, shape in trained}
-    require_entries(files, moments | {f"step/{name}": torch.Size() for name, _ in model.named_parameters()})
+    require_entries(files, optimizer_shapes(model))
     state = EngineState(engine)
     state.init_moments()
     for entry in local_entries(model):

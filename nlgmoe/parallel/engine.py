@@ -45,11 +45,19 @@ class EngineMoELayer(MoELayer, MoE):
 
 
 def mark_as_deepspeed_moe(layer: MoELayer, groups: ExpertGroups) -> None:
-    """Make the engine treat `layer` as its own MoE layer, whose experts are replicated within `groups` only."""
-    layer.__class__ = EngineMoELayer
+    """Make the engine treat `layer` as its own MoE layer, whose experts are replicated within `groups` only.
+
+    DeepSpeed has no MoE layer without trained experts: frozen ones are marked as weights that each rank has for itself.
+    """
+    frozen = not any(parameter.requires_grad for parameter in layer.experts.parameters())
+    if not frozen:
+        layer.__class__ = EngineMoELayer
     for parameter in layer.experts.parameters():
-        parameter.allreduce = False  # type: ignore[attr-defined]  # DeepSpeed's attributes
-        parameter.group_name = groups.name  # type: ignore[attr-defined]
+        parameter.group_name = groups.name  # type: ignore[attr-defined]  # DeepSpeed's attributes
+        if frozen:
+            parameter.ds_optim_param = True  # type: ignore[attr-defined]
+        else:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def register_groups(groups: ExpertGroups) -> None:
@@ -128,8 +136,16 @@ class EngineState:
         return None if mapping is None else (mapping.lp_fragment_address.start, mapping.get_hp_fragment(key))
 
     def gather(self, entry: Entry, key: str | None, owner: int) -> Tensor | None:
-        """Gather an entry on rank `owner` of the ranks that share it, in fp32 on the CPU; None on the others. A collective."""
+        """Return an entry on rank `owner` of the ranks that share it, on the CPU; None on the others. A collective.
+
+        Parameters in fp32. A frozen one, and a buffer, is whole on every rank.
+        """
         ranks = self.ranks_of(entry.parameter)
+        if not entry.trained:
+            if distributed.get_rank(ranks) != owner:
+                return None
+            whole = entry.parameter.detach().view(-1)[entry.start : entry.stop].view(entry.shape).cpu().clone()
+            return whole.float() if isinstance(entry.parameter, nn.Parameter) else whole
         value = torch.zeros(entry.shape.numel(), device=self._device)
         if (overlap := self._overlap(entry, key)) is not None:
             part, values = overlap
@@ -138,7 +154,7 @@ class EngineState:
         return value.cpu().view(entry.shape) if distributed.get_rank(ranks) == owner else None
 
     def load(self, entry: Entry, key: str | None, value: Tensor) -> None:
-        """Copy this rank's part of an entry into the engine, which has no buffers."""
+        """Copy this rank's part of an entry into the engine, which has only what is trained."""
         if entry.trained and (overlap := self._overlap(entry, key)) is not None:
             part, values = overlap
             values.copy_(value.view(-1)[part])
@@ -168,7 +184,7 @@ class EngineState:
 
 def _gradient_fragment(parameter: nn.Parameter) -> Tensor | None:
     """Return the part of a gradient that ZeRO keeps on this rank, as `safe_get_full_grad` reads it; None if there is none."""
-    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    mapping = getattr(parameter, "_hp_mapping", None)  # a frozen parameter has none
     if mapping is None:
         return None
     fragment: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ import argparse
 import signal
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,13 +24,14 @@ from typing_extensions import override
 from nlgmoe.checkpoint.agreement import AllRanksError, AllRanksSettingError
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.newest import choose_checkpoint
-from nlgmoe.checkpoint.portable import read_checkpoint
+from nlgmoe.checkpoint.portable import PREFIX, read_checkpoint
 from nlgmoe.checkpoint.warm_start import load_initial_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.non_finite import StepGradients
+from nlgmoe.optim.param_groups import AdamWConfig, Part, is_frozen
 from nlgmoe.parallel.expert_groups import (
     ExpertGroups,
     describe_degrees,
@@ -173,6 +174,12 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         return gpt
 
     @property
+    def _frozen(self) -> tuple[Part, ...]:
+        """Parts that `model.optimizer.frozen` names."""
+        config: AdamWConfig | None = getattr(self.lightning_module, "optimizer_config", None)
+        return () if config is None else config.frozen
+
+    @property
     def _collective_timeout(self) -> timedelta:
         assert self._timeout is not None
         return self._timeout
@@ -242,7 +249,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     def step_gradients(self) -> StepGradients:
         """Return the gradients of the coming step."""
         assert self._gradients is not None
-        _check_parameters(self._gpt)  # a callback may freeze a parameter during training
+        _check_parameters(self._gpt, self._frozen)  # a callback may freeze a parameter during training
         return self._gradients.of_step()
 
     @override
@@ -250,7 +257,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Create the engine, also for a device without an index, which the base class requires."""
         import deepspeed
 
-        _check_parameters(model)
+        _check_parameters(model, self._frozen)
         index = self.root_device.index
         engine, engine_optimizer, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank if index is None else index),
@@ -346,16 +353,17 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             distributed.barrier(device_ids=None if self.root_device.type == "cpu" else [self.root_device.index])
 
 
-def _check_parameters(model: nn.Module) -> None:
+def _check_parameters(model: nn.Module, frozen: Sequence[Part]) -> None:
     """Check for parameters that DeepSpeed cannot train.
 
-    ZeRO's optimizer uses zeros as the gradient of a frozen parameter, and updates it. `_broadcast_model` (0.19.8) views a
-    parameter as bytes, which fails for a tensor without dimension.
+    ZeRO's optimizer uses zeros as the gradient of a parameter that is frozen after the optimizer was built, and updates it; those
+    of the parts `frozen` are not in the optimizer. `_broadcast_model` (0.19.8) views a parameter as bytes, which fails for a
+    tensor without dimension.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and not is_frozen(name.removeprefix(PREFIX), frozen):
             raise AllRanksError(
-                "trainer.strategy=ExpertParallelStrategy trains all parameters, and requires_grad of "
+                "trainer.strategy=ExpertParallelStrategy trains all parameters but model.optimizer.frozen, and requires_grad of "
                 f"{name} is False; train on one process or with ddp_find_unused_parameters_true, or leave it True"
             )
         if parameter.dim() == 0:

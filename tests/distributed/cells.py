@@ -49,7 +49,7 @@ from nlgmoe.layers.experts import Experts
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.param_groups import AdamWConfig, Part
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from tests.checkpoint.runs import SaveAt
 from tests.memory import peak_bytes
@@ -89,6 +89,7 @@ class Cell:
     hidden: int = 32
     network: Literal["gelu", "swiglu"] = "gelu"
     block: dict[str, Any] = field(default_factory=dict)  # other settings of GPTConfig
+    frozen: tuple[Part, ...] = ()
     strategy: str = "expert_parallel"
     non_finite: NonFinite = field(default_factory=NonFinite)
     options: dict[str, Any] = field(default_factory=dict)
@@ -107,9 +108,8 @@ class Cell:
         config = GPTConfig(
             61, 16, self.layers, self.hidden, 2, init_std=0.05, ffn_network=self.network, moe=moe, **self.block
         )
-        return MoEGPTModule(
-            config, AdamWConfig(lr=3e-3), activation_checkpointing=self.checkpointing, non_finite=self.non_finite
-        )
+        optimizer = AdamWConfig(lr=3e-3, frozen=self.frozen)
+        return MoEGPTModule(config, optimizer, activation_checkpointing=self.checkpointing, non_finite=self.non_finite)
 
 
 @dataclass
@@ -164,6 +164,9 @@ def full_gradients(module: MoEGPTModule) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, parameter in module.gpt.named_parameters():
         gradient = parameter.grad
+        if not parameter.requires_grad:
+            assert gradient is None
+            continue
         if hasattr(parameter, "_hp_mapping") or gradient is None:
             from deepspeed.utils import safe_get_full_grad
 

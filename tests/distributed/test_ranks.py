@@ -22,10 +22,13 @@ from swiglu_expert import SwiGLUExpert
 import nlgmoe
 from benchmarks.ranks import wrong
 from nlgmoe.callbacks import ExpertLoad
+from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.portable import load_model
+from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.monitoring.hardware import hardware
 from nlgmoe.non_finite import NonFinite
+from nlgmoe.optim.param_groups import is_frozen
 from nlgmoe.parallel.checkpointing import LOSS_SCALE_KEYS
 from nlgmoe.tools.planner.cost import estimate
 from nlgmoe.tools.planner.topology import Topology
@@ -86,6 +89,11 @@ LEARNS_DDP = Cell(
     "ddp, router that learns from steps", strategy="ddp", moe=LEARNING, padded=True, documents=True, steps=5
 )
 MIXED = ARGMAX | {"mlp_type": "residual", "z_loss_coeff": 0.01}
+FROZEN = [
+    Cell("frozen experts, recomputed", 2, 2, frozen=("experts",), checkpointing=True, moe=DROPLESS, accumulate=2),
+    Cell("frozen dense parts, ZeRO 1", 2, 1, frozen=("router", "attention", "embeddings"), moe=MIXED, clip=0.2),
+    Cell("ddp, frozen experts and norms", strategy="ddp", frozen=("experts", "norms"), moe=CAPACITY, steps=5),
+]
 LAYER_MAP = {"expert_interval": 1, "mlp_type": "residual", "expert_ffn_size": 48, "shared_ffn_size": 64}
 CELLS: dict[int, list[Cell]] = {  # one for each choice that ranks could get wrong
     2: [
@@ -99,6 +107,7 @@ CELLS: dict[int, list[Cell]] = {  # one for each choice that ranks could get wro
         Cell("router that looks up", 2, 1, moe={"router": HashRouterConfig(1), "mlp_type": "residual"}, steps=5),
         LEARNS,
         LEARNS_DDP,
+        *FROZEN,
     ],
     3: [Cell("six experts", 3, experts=6)],
     4: [Cell("pyramid, ZeRO 1, capacity", 4, 1, experts=[2, 4, 8], layers=6, moe=CAPACITY, accumulate=2)],
@@ -119,7 +128,7 @@ SPOILT = [
     Cell("skip, ZeRO 1, accumulation", 2, 1, accumulate=2, **SKIPS),
     Cell("skip, ddp", strategy="ddp", **SKIPS),
 ]
-INTERRUPTED = [(LEARNS, 3), (LEARNS_DDP, 3)]
+INTERRUPTED = [(LEARNS, 3), (LEARNS_DDP, 3), (FROZEN[0], 3)]
 UNEVEN = CELLS[3][0]  # 20 windows over 3 ranks, in batches of 3
 SPECIALISED = Cell("specialised", 2, moe=DROPLESS, steps=2, padded=True)
 UNEQUAL = Cell("unequal", 2, 1, moe=DROPLESS, steps=20)
@@ -241,6 +250,16 @@ def test_ranks_compute_what_one_process_computes(
     assert all(torch.equal(value, buffers[1][name]) for name, value in buffers[0].items())
     # Later steps amplify rounding where a gradient is nothing but rounding; moments as a whole stay close.
     assert_close(other, first, 1e-3)
+
+
+@pytest.mark.parametrize("cell", FROZEN, ids=lambda cell: cell.name)
+def test_frozen_weights_of_every_rank_stay_as_they_were(cell: Cell, found: Found, checkpoint: Path) -> None:
+    assert found[on_ranks, cell.name]
+    first, end = split_experts(cell.module().gpt.state_dict()), checkpoint.parent / "2" / f"{cell.name} at the end.ckpt"
+    files = TensorFiles(end, "model")
+    for name, value in first.items():
+        assert torch.equal(files.read(name), value) == is_frozen(name, cell.frozen), name
+    assert list(find_problems(end)) == []
 
 
 @pytest.mark.parametrize("cell", HALF, ids=lambda cell: cell.name)

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nlgmoe.checkpoint.entries import optimizer_from_entries, optimizer_to_entries
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.model.gpt import GPT
-from nlgmoe.optim.param_groups import AdamWConfig, Part, build_adamw
+from nlgmoe.optim.param_groups import AdamWConfig, Part, build_adamw, freeze
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 
 COSINE = LearningRateSchedule("cosine", min_lr=1e-6, warmup_tokens=375_000_000, decay_tokens=300_000_000_000)
@@ -38,10 +39,12 @@ def test_cosine_of_the_papers_350m_pr_moe(tokens: int, expected: float) -> None:
 def test_frozen_parts_keep_their_weights_and_all_others_learn(part: Part) -> None:
     model = GPT(GPTConfig(61, 16, 2, 16, 2, tied_embeddings=False, moe=MoEConfig(2, mlp_type="residual")))
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    freeze(model, (part,))
     optimizer = build_adamw(model, AdamWConfig(lr=1e-2, frozen=(part,)))
     for _ in range(2):
         output = model(torch.arange(32).view(2, 16), noise_key=(0, 0, 0))
         (model.logits(output.hidden).square().mean() + router_losses(output.routings)[0]).backward()
+        without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
         optimizer.step()
         optimizer.zero_grad()
     kept = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
@@ -59,19 +62,25 @@ def test_frozen_parts_keep_their_weights_and_all_others_learn(part: Part) -> Non
         ),
         "embeddings": ("token_embedding.", "position_embedding.", "head."),
     }[part]
-    assert kept == {name for name in before if name.startswith(beginnings)}
+    assert kept == without == {name for name in before if name.startswith(beginnings)}
+    assert {id(parameter) for parameter in optimizer.state} == {
+        id(parameter) for name, parameter in model.named_parameters() if name not in kept
+    }
 
 
 def test_moments_are_restored_by_name_whatever_the_groups() -> None:
-    """A frozen matrix has no decay, so that it is in another group; a checkpoint of several ranks has it in the first."""
+    """Without the embeddings the first group is the one without decay; a checkpoint of several ranks has it last."""
     model = GPT(GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(2)))
-    saved, loaded = (build_adamw(model, AdamWConfig(frozen=frozen)) for frozen in ((), ("router",)))
-    for parameter in model.parameters():
+    freeze(model, ("embeddings",))
+    saved, loaded = (build_adamw(model, AdamWConfig(frozen=("embeddings",))) for _ in range(2))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
         parameter.grad = torch.randn_like(parameter)
     saved.step()
-    loaded.load_state_dict(saved.state_dict())
-    assert [len(group["params"]) for group in saved.param_groups] != [len(g["params"]) for g in loaded.param_groups]
-    assert all(torch.equal(loaded.state[p]["exp_avg"], saved.state[p]["exp_avg"]) for p in model.parameters())
+    entries, groups = optimizer_to_entries(saved.state_dict(), dict(model.named_parameters()))
+    assert [group["name"] for group in groups] == ["no_decay", "decay"]
+    loaded.load_state_dict(optimizer_from_entries(entries, groups[::-1]))
+    assert all(torch.equal(loaded.state[p]["exp_avg"], saved.state[p]["exp_avg"]) for p in trained)
 
 
 def test_constant_and_wsd() -> None:

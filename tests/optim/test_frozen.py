@@ -1,0 +1,62 @@
+"""Frozen parts in a run: no gradient, no moment, the same weights to the bit, and an exact resume."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import LambdaCallback
+
+from nlgmoe.checkpoint.folder import TensorFiles
+from nlgmoe.checkpoint.verify import find_problems
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.optim.param_groups import AdamWConfig, Part
+from tests.checkpoint.runs import SaveAt
+from tests.synthetic import SyntheticData
+from tests.test_module import trainer
+
+CONFIG = GPTConfig(61, 16, 4, 32, 2, hidden_dropout=0.1, moe=MoEConfig(4, mlp_type="residual", noise="jitter"))
+CASES: dict[str, tuple[tuple[Part, ...], dict[str, Any]]] = {
+    "experts": (("experts",), {}),
+    "router, recomputed": (("router",), {"activation_checkpointing": True}),
+    "tied embeddings": (("embeddings",), {}),
+    "all but the router": (("experts", "attention", "ffn", "norms", "embeddings"), {"activation_checkpointing": True}),
+    "all but norms": (("router", "experts", "attention", "ffn", "embeddings"), {}),
+}
+
+
+def fit(
+    folder: Path, frozen: tuple[Part, ...], steps: int, path: Path | None, *callbacks: Any, **settings: Any
+) -> MoEGPTModule:
+    module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2, frozen=frozen), **settings)
+    trainer(folder, *callbacks, max_steps=steps).fit(module, SyntheticData(), ckpt_path=path)
+    return module
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_frozen_parts_take_no_moments_and_a_run_with_them_is_resumed_exactly(case: str, tmp_path: Path) -> None:
+    frozen, settings = CASES[case]
+    gradients: list[set[str]] = []
+
+    def look(_: Any, module: Any, *__: Any) -> None:
+        gradients.append({name for name, weight in module.gpt.named_parameters() if weight.grad is not None})
+
+    first = MoEGPTModule(CONFIG).gpt.state_dict()
+    saves = SaveAt(2, tmp_path / "two.ckpt")
+    whole = fit(tmp_path, frozen, 4, None, saves, LambdaCallback(on_before_optimizer_step=look), **settings)
+    moved = {name for name, value in whole.gpt.state_dict().items() if not torch.equal(value, first[name])}
+    trained = {name for name, weight in whole.gpt.named_parameters() if weight.requires_grad}
+    assert moved == trained and all(names == trained for names in gradients) and 0 < len(trained) < len(first)
+    assert list(find_problems(tmp_path / "two.ckpt")) == []
+    stored = TensorFiles(tmp_path / "two.ckpt", "optimizer").shapes
+    assert {name.removeprefix("step/") for name in stored if name.startswith("step/")} == trained
+    resumed = fit(tmp_path, frozen, 4, tmp_path / "two.ckpt", **settings)
+    assert all(torch.equal(value, whole.gpt.state_dict()[name]) for name, value in resumed.gpt.state_dict().items())
+
+
+def test_a_run_in_which_nothing_would_learn_is_refused(tmp_path: Path) -> None:
+    dense, parts = replace(CONFIG, moe=None), ("attention", "ffn", "norms", "embeddings")
+    with pytest.raises(ValueError, match=r"frozen=\['attention', .* leaves no parameter to train; leave a part out"):
+        trainer(tmp_path, max_steps=1).fit(MoEGPTModule(dense, AdamWConfig(frozen=parts)), SyntheticData())
