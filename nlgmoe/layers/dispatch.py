@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from nlgmoe.layers.counts import count
-from nlgmoe.layers.experts import are_few
 from nlgmoe.layers.feed_forward import computing_dtype
 from nlgmoe.layers.router import Routing
 
@@ -100,10 +99,10 @@ class LocalDispatch:
 def round_up_rows(index: Tensor, tokens_per_expert: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Repeat the last row of each expert until their number is round, on CPUs in half precision.
 
-    oneDNN compiles a kernel for each number of rows there, and each keeps memory. Round is a multiple of `ROW_MULTIPLE`, or of
-    half the largest power of two in the number if that is less: 5 -> 6, 17 -> 24, 33 -> 48, 65 -> 96. So an expert gets at most
-    half as many rows again, and none if it has none. The few rows of generation stay as they are. The outputs of repeated rows
-    are not read, so that their gradients are zero.
+    oneDNN compiles a kernel for each number of rows there, and each keeps memory. Round is a multiple of `ROW_MULTIPLE`, or of a
+    quarter of the largest power of two in the number if that is less: 9 -> 10, 17 -> 20, 65 -> 80, 129 -> 160. So an expert gets
+    at most a quarter more rows, and none below 9, as in generation. The outputs of repeated rows are not read, so that their
+    gradients are zero.
 
     Args:
         index: `[R]` of the rows to gather, sorted by expert; those past the sum belong to none.
@@ -113,10 +112,10 @@ def round_up_rows(index: Tensor, tokens_per_expert: Tensor, dtype: torch.dtype) 
     Returns:
         `index` with repetitions, `[M]`; the place of each row in it, `[R]`; rows per expert, `[e]`. Elsewhere M is R.
     """
-    if index.device.type != "cpu" or dtype.itemsize != 2 or are_few(len(index), index.device):
+    if index.device.type != "cpu" or dtype.itemsize != 2:
         return index, torch.arange(len(index), device=index.device), tokens_per_expert
     exponent = torch.frexp(tokens_per_expert.float()).exponent  # 2^(exponent - 1) <= rows < 2^exponent
-    multiple = (2 ** (exponent - 2).clamp_min(0)).clamp_max(ROW_MULTIPLE)
+    multiple = (2 ** (exponent - 3).clamp_min(0)).clamp_max(ROW_MULTIPLE)
     repeated = -tokens_per_expert % multiple  # [e]
     last = (tokens_per_expert.cumsum(0) - 1).clamp_min(0)
     times = torch.ones_like(index).index_add_(0, last, repeated)  # [R]

@@ -85,8 +85,8 @@ class Experts(nn.Module):
         return self._apply_network(x.masked_fill(unused, 0), linear).masked_fill(unused, 0)
 
     def _backend(self, x: Tensor, all_used: bool) -> str:
-        if are_few(len(x), x.device):
-            return "loop"
+        if not torch.is_grad_enabled() and x.device.type == "cpu" and len(x) <= FEW_ROWS:
+            return "loop"  # generation: reads the weights of the chosen experts only
         if not all_used and torch.is_anomaly_enabled():
             return "loop"  # anomaly detection would report NaN in rows that grouped_mm leaves uninitialised
         capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
@@ -138,11 +138,6 @@ class Experts(nn.Module):
             for e, part in zip(chosen, rows, strict=True)
         ]
         return torch.cat([*parts, torch.zeros_like(rest)])
-
-
-def are_few(rows: int, device: torch.device) -> bool:
-    """Return True for the few rows of generation on a CPU: a loop reads the weights of the chosen experts only."""
-    return not torch.is_grad_enabled() and device.type == "cpu" and rows <= FEW_ROWS
 
 
 def select_backend(
