@@ -1,15 +1,19 @@
 """A GGUF file of a real model, cut to 2 MB (`make.py`), and files that cannot be imported."""
 
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 import tokenizers
 import torch
 import transformers
-from gguf import GGUFReader, GGUFWriter
+from gguf import MODEL_ARCH, GGUFReader, GGUFWriter, get_tensor_name_map
+from safetensors.torch import load_file
 from tokenizers import decoders, models
+from torch import Tensor
 
 from nlgmoe.checkpoint.folder import read_tokenizer
 from nlgmoe.checkpoint.portable import load_model
@@ -131,3 +135,70 @@ def test_the_cut_is_of_the_real_file() -> None:
         gguf.GGMLQuantizationType.Q4_1,
         gguf.GGMLQuantizationType.F32,
     }
+
+
+ARCHITECTURES = {
+    "qwen3": (MODEL_ARCH.QWEN3, transformers.Qwen3Config, {}),
+    "qwen3moe": (
+        MODEL_ARCH.QWEN3MOE,
+        transformers.Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768, "norm_topk_prob": True},
+    ),
+}
+
+
+def written(path: Path, architecture: str) -> Any:
+    """Write a GGUF file of a small random model as llama.cpp's converter does; return the model.
+
+    transformers takes the width of heads, 128, and of experts, 768, from Qwen's own models, not from the file.
+    """
+    arch, config_class, more = ARCHITECTURES[architecture]
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-6}
+    config = config_class(**sizes, **heads, **more, initializer_range=0.2, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(path.parent / architecture, save_original_format=True)
+    names, writer = get_tensor_name_map(arch, 2), GGUFWriter(path, architecture)
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(128)
+    writer.add_value_length(128)
+    writer.add_vocab_size(64)
+    writer.add_name("tiny")
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if more:
+        writer.add_expert_count(4)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(768)
+    tensors = load_file(path.parent / architecture / "model.safetensors")
+    experts: dict[str, list[Tensor]] = {}
+    for name in sorted(tensors):
+        if match := re.fullmatch(r"(.*\.experts)\.\d+\.(.*)", name):
+            experts.setdefault(f"{match[1]}.{match[2]}", []).append(tensors[name])
+    whole = {name: value for name, value in tensors.items() if ".experts." not in name}
+    for name, value in (whole | {name: torch.stack(parts) for name, parts in experts.items()}).items():
+        writer.add_tensor(names.get_name(name, (".weight",)), value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_other_families_have_the_logits_of_their_model(architecture: str, tmp_path: Path) -> None:
+    theirs = written(tmp_path / "tiny.gguf", architecture)
+    imported = import_model(str(tmp_path / "tiny.gguf"), tmp_path / "tiny.ckpt")
+    assert imported.model_type == architecture.replace("moe", "_moe")
+    ours, ids = (
+        load_model(tmp_path / "tiny.ckpt"),
+        torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0)),
+    )
+    torch.testing.assert_close(ours.logits(ours(ids).hidden), theirs(ids).logits, rtol=0, atol=2e-5)
