@@ -14,13 +14,13 @@ import csv
 import importlib.util
 import json
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from shlex import join
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class Walk:
 
     def run(self, *words: str) -> str:
         """Run `nlgmoe WORDS`, and return what it prints; its messages are kept in `log.txt`."""
-        command = join(["nlgmoe", *words])
+        command = shlex.join(["nlgmoe", *words])
         print(f"  {command}", end="", flush=True)
         started = time.monotonic()
         with self.log.open("a") as log:
@@ -94,6 +94,7 @@ class Walk:
     def validate(self, name: str, *words: str) -> dict[str, float]:
         """Validate, and return the metrics by name."""
         folder = self.folder / "metrics" / name
+        shutil.rmtree(folder, ignore_errors=True)
         logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger"]
         logger += [
             f"--trainer.logger.init_args.{key}={value}"
@@ -103,13 +104,18 @@ class Walk:
         with (folder / "metrics.csv").open() as file:
             return {key: float(value) for key, value in next(csv.DictReader(file)).items() if value}
 
-    def train(self, name: str, *configs: str) -> tuple[float, float]:
-        """Train 40 steps, and return the validation loss before and after, nats per token."""
-        words = [word for config in (*configs, FINETUNE) for word in ("--config", config)] + WINDOWS
-        words += [] if HALF else ["--trainer.precision", "32-true"]
+    def fit(self, name: str, words: list[str]) -> tuple[float, float]:
+        """Train, and return the validation loss before and after, nats per token."""
+        words = [*words, "--trainer.default_root_dir", self.path(name)]
+        shutil.rmtree(self.folder / name, ignore_errors=True)  # of an earlier walk
         before = self.validate(name, *words)["val/loss"]
-        self.run("fit", *words, "--trainer.default_root_dir", self.path(name))
-        after = json.loads((self.folder / name / "summary.json").read_text())["val_loss"]
+        self.run("fit", *words)
+        return before, json.loads((self.folder / name / "summary.json").read_text())["val_loss"]
+
+    def train(self, name: str, *configs: str) -> tuple[float, float]:
+        """Train 40 steps, and return the validation loss before and after."""
+        words = [word for config in (*configs, FINETUNE) for word in ("--config", config)] + WINDOWS
+        before, after = self.fit(name, words + ([] if HALF else ["--trainer.precision", "32-true"]))
         self.promise(f"fit {name}", "lower", f"{before:.4f} to {after:.4f} nats per token", after < before)
         return before, after
 
@@ -225,21 +231,13 @@ def train(walk: Walk) -> None:
 def shrink(walk: Walk) -> None:
     """Prune the mixture to half of its experts, and teach a student of 25 of the 30 blocks; train both."""
     words = ["--num-experts", "2", "--windows", "5", "--overwrite"]
-    walk.run("prune", walk.path("mixture"), walk.path("pruned.ckpt"), *words)
-    walk.train("pruned", walk.path("pruned.yaml"))
+    said = walk.run("prune", walk.path("mixture"), walk.path("pruned.ckpt"), *words)
+    (printed,) = (line.partition("python train.py ")[2] for line in said.splitlines() if "python train.py fit" in line)
+    before, after = walk.fit("pruned", shlex.split(printed)[1:] + WINDOWS)
+    walk.promise("prune, heal", "no higher", f"{before:.4f} to {after:.4f} nats per token", after <= before)
     student = walk.folder / "student.yaml"
     student.unlink(missing_ok=True)
-    words = [
-        "--num-layers",
-        "25",
-        "--from-teacher",
-        "--blocks",
-        "influence",
-        "--windows",
-        "5",
-        "--output",
-        str(student),
-    ]
+    words = ["--num-layers", "25", "--windows", "5", "--output", str(student)]
     walk.run("student", walk.path("smol.ckpt"), *words)
     walk.train("student", walk.path("smol.yaml"), str(student))
 
@@ -292,6 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/real_model"), help="of checkpoints and runs")
     walk, started = Walk(parser.parse_args(argv).folder), time.monotonic()
+    transformers.utils.logging.disable_progress_bar()
     with one_line_errors():
         file = fetched(walk.folder)
         walk.log.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 
-from nlgmoe.device import available_memory
+from nlgmoe.device import available_memory, name_deepspeeds_device
 from nlgmoe.validation import RunError, SettingError
 
 _ARCHITECTURES = {
@@ -123,6 +123,7 @@ def _unread(fields: dict[str, Any], tensors: list[str]) -> str | None:
 
 def _convert(file: Path, folder: Path, tokenizer: bool) -> None:
     """Write weights, settings and, if the file has one, the tokenizer, as `save_pretrained` does."""
+    name_deepspeeds_device()  # transformers imports it
     names: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent.resolve()), "gguf_file": file.name}
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         **names,
