@@ -131,8 +131,10 @@ def _measure(
     from nlgmoe.eval.loaded_model import load_pretrained
 
     loaded = load_pretrained(teacher, tokenizer)
-    if (found := loaded.model.config.num_layers) != theirs.num_layers:
-        raise SettingError(f"teacher={teacher} has {found} blocks, {file} describes {theirs.num_layers}; give its YAML")
+    if (num_blocks := loaded.model.config.num_layers) != theirs.num_layers:
+        raise SettingError(
+            f"teacher={teacher} has {num_blocks} blocks, {file} describes {theirs.num_layers}; give its YAML"
+        )
     batches = read_batches(file, loaded, text, windows, tokenizer)
     return measure_influence(loaded.model, with_progress(batches, "measuring influence"))
 

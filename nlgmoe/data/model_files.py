@@ -64,7 +64,7 @@ def chat_template(files: Mapping[str, str]) -> str | None:
         return files[TEMPLATE]
     template = _settings(files, TOKENIZER_CONFIG).get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {one["name"]: one["template"] for one in template}.get("default")
+        template = {each["name"]: each["template"] for each in template}.get("default")
     return template
 
 

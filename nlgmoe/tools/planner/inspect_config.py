@@ -66,16 +66,16 @@ def inspect_config(
     if machine.rates is not None:
         rates = replace(machine.rates, gpus_per_node=gpus_per_node(settings, machine.rates.gpus_per_node))
         machine = replace(machine, rates=rates)
-    found = predict(model, topology, machine, utilisation)
-    changes = memory_options(model, topology) if found.fits is False else []
+    prediction = predict(model, topology, machine, utilisation)
+    changes = memory_options(model, topology) if prediction.fits is False else []
     options = [(change, predict(model, replace(topology, **change), machine, utilisation)) for change in changes]
     inputs = {"files": files, "hardware": machine.name, "utilisation": utilisation}
     if json:
-        print(json_format.dumps(as_json(model, topology, machine, found, options, inputs), indent=2))
+        print(json_format.dumps(as_json(model, topology, machine, prediction, options, inputs), indent=2))
         return
     if accelerator == "cpu" and hardware is not None:
         print(f"note                   the files set a CPU; speed and memory below are those of {hardware}")
-    print(as_text(model, topology, machine, found, options, utilisation))
+    print(as_text(model, topology, machine, prediction, options, utilisation))
 
 
 def read_settings(paths: Sequence[str]) -> tuple[GPTConfig, dict[str, Any]]:
@@ -161,12 +161,17 @@ def as_json(
     config: GPTConfig,
     topology: Topology,
     machine: Machine,
-    found: Prediction,
+    prediction: Prediction,
     options: Options,
     inputs: dict[str, Any],
 ) -> dict[str, Any]:
     """Return all results, in bytes, seconds, FLOPs and counts; null where the machine's memory or rates are unknown."""
-    count, memory, communication, cost = count_parameters(config), found.memory, found.communication, found.cost
+    count, memory, communication, cost = (
+        count_parameters(config),
+        prediction.memory,
+        prediction.communication,
+        prediction.cost,
+    )
     return {
         "inputs": inputs | {"model": config.to_dict(), "topology": asdict(topology)},
         "params_total": count.total,
@@ -181,7 +186,7 @@ def as_json(
         "step_seconds_by_part": cost and asdict(cost.time),
         "samples_per_second": cost and cost.samples_per_second,
         "tokens_per_second": cost and cost.tokens_per_second,
-        "fits": found.fits,
+        "fits": prediction.fits,
         "options": [
             {
                 "changes": change,

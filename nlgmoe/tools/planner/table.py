@@ -28,12 +28,12 @@ def as_text(
     config: GPTConfig,
     topology: Topology,
     machine: Machine,
-    found: Prediction,
+    prediction: Prediction,
     options: Options,
     utilisation: float,
 ) -> str:
     """Format the results as a table."""
-    memory, sent, count = found.memory, found.communication, count_parameters(config)
+    memory, sent, count = prediction.memory, prediction.communication, count_parameters(config)
     parts = {"embedding": count.embedding, "attention": count.attention, "norms": count.norms}
     parts |= {"dense FFN": count.dense_ffn, "router": count.router, "experts": count.experts}
     memory_parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
@@ -49,9 +49,9 @@ def as_text(
         *_table("memory per rank", memory.total, memory_parts, _bytes),
         *([("", f"and {_bytes(memory.host)} of optimizer in the host's memory")] if memory.host else []),
         *_table("sent per rank and step", sent.total, _named(sent), _bytes),
-        *_speed(found.cost, utilisation),
-        ("result", _verdict(found, machine)),
-        *(_option_rows(found, options) if options else []),
+        *_speed(prediction.cost, utilisation),
+        ("result", _verdict(prediction, machine)),
+        *(_option_rows(prediction, options) if options else []),
     ]
     return "\n".join(f"{title:<23}{text}" for title, text in lines)
 
@@ -65,13 +65,13 @@ def _speed(cost: Cost | None, utilisation: float) -> list[tuple[str, str]]:
     ]
 
 
-def _verdict(found: Prediction, machine: Machine) -> str:
-    total = found.memory.total
+def _verdict(prediction: Prediction, machine: Machine) -> str:
+    total = prediction.memory.total
     if machine.memory is None:
-        fitting = ", ".join(gpus_that_fit(found.memory)) or "no GPU that is known"
+        fitting = ", ".join(gpus_that_fit(prediction.memory)) or "no GPU that is known"
         return f"fits {fitting}; this machine has no accelerator, name the run's with --hardware"
     place = f"of the {_bytes(machine.memory)} available on {machine.name}"
-    return f"{f'fits: uses {total / machine.memory:.0%}' if found.fits else f'does not fit: needs {_bytes(total)}'} {place}"
+    return f"{f'fits: uses {total / machine.memory:.0%}' if prediction.fits else f'does not fit: needs {_bytes(total)}'} {place}"
 
 
 def gpus_that_fit(memory: Memory) -> list[str]:
@@ -83,9 +83,9 @@ def _spelled(change: dict[str, Any]) -> str:
     return " ".join(OPTIONS[name] if value is True else f"{OPTIONS[name]} {value}" for name, value in change.items())
 
 
-def _option_rows(found: Prediction, options: Options) -> list[tuple[str, str]]:
+def _option_rows(prediction: Prediction, options: Options) -> list[tuple[str, str]]:
     """Return a row for the run as given and one for each option: memory, speed, GPU with the least memory that it fits."""
-    rows = [("as given", found), *((_spelled(change), changed) for change, changed in options)]
+    rows = [("as given", prediction), *((_spelled(change), changed) for change, changed in options)]
     texts = [
         f"{_bytes(row.memory.total):>10}  {f'{_si(row.cost.tokens_per_second):>6}tokens/s  ' if row.cost else ''}"
         f"{next(iter(gpus_that_fit(row.memory)), 'fits none'):<9}  {name}"
