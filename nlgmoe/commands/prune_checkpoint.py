@@ -93,18 +93,20 @@ def prune_checkpoint(
 def _healing(config: Path | None, trained: int) -> str:
     """Return options for the schedule: a cosine over a tenth of the tokens, from the rate at which the training ended to 0.
 
-    If that was 0, the cosine starts at a tenth of the peak. Words stand for what no run tells.
+    If that was 0, the cosine starts at a tenth of the peak. Another order of the text: a run begins with the text that the model
+    was trained on first. Words stand for what no run tells.
     """
-    rate, tokens = "RATE", "N"
+    rate, tokens, order = "RATE", "N", ""
     if config is not None and config.name == "config.yaml":
         from nlgmoe.experiment import parse_config
         from nlgmoe.optim.token_schedule import LearningRateSchedule, learning_rate
 
-        model = parse_config(config)["model"]
+        settings = parse_config(config)
+        model, order = settings["model"], f" --data.seed {settings['data']['seed'] + 1}"
         peak = model["optimizer"]["lr"]
         rate = f"{learning_rate(trained, peak, LearningRateSchedule(**model['schedule'])) or peak / 10:.3g}"
         tokens = str(max(1, trained // 10))
     return (
         f"--model.optimizer.lr {rate} --model.schedule.shape cosine --model.schedule.decay_tokens {tokens} "
-        f"--model.train_tokens {tokens}"
+        f"--model.train_tokens {tokens}{order}"
     )

@@ -117,17 +117,17 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     (run / "config.yaml").write_text(written)
     said = capsys.readouterr().out
     assert f"block 1: 2 of {before} experts, with " in said and " nats per token (" in said
-    data = yaml.safe_load(small.with_suffix(".yaml").read_text())[
-        "data"
-    ]  # the run's text is what its loss is measured on
+    # The run's text is what the loss is measured on.
+    data = yaml.safe_load(small.with_suffix(".yaml").read_text())["data"]
     assert data["document_attention"] and data["tokenizer"] == str(small) and data["data_dir"] == str(pocket_pile)
     assert data["corpus"] == {"class_path": "nlgmoe.data.PocketPile", "init_args": {"domains": ["code"]}}
     arguments = shlex.split(said.rstrip().splitlines()[-1].partition("python train.py ")[2])
     train([*arguments, f"--trainer.default_root_dir={healed}", "--trainer.max_steps=2"])
     assert load_pretrained(healed).model.config.moe.num_experts == [2]
-    model = yaml.safe_load((healed / "config.yaml").read_text())[
-        "model"
-    ]  # begins where the run ended, in a tenth of its length
+    # It begins at the rate at which the run ended, lasts a tenth of it, and takes other text first.
+    settings, seed = yaml.safe_load((healed / "config.yaml").read_text()), elsewhere["data"]["seed"]
+    model = settings["model"]
+    assert settings["data"]["seed"] == seed + 1
     assert (model["optimizer"]["lr"], model["train_tokens"], model["curriculum"]) == (2e-4, 28, None)
     expected = {"shape": "cosine", "min_lr": 0.0, "warmup_tokens": 0, "decay_tokens": 28, "cooldown_tokens": None}
     assert model["schedule"] == expected
