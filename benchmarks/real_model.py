@@ -45,7 +45,6 @@ NEW_TOKENS = 24
 FINETUNE = "configs/finetune.yaml"
 CPU = Path("/proc/cpuinfo")
 HALF = CPU.exists() and any(flag in CPU.read_text() for flag in ("amx_bf16", "avx512_bf16"))  # else fp32 is faster
-WINDOWS = ["--data.max_eval_windows", "10"]  # sequences a domain, before and after a training
 TEXT = ROOT / "data/pocket_pile/text/wikipedia.validation.jsonl"
 
 
@@ -113,7 +112,7 @@ class Walk:
 
     def train(self, name: str, *configs: str) -> tuple[float, float]:
         """Train 40 steps, and return the validation loss before and after."""
-        words = [word for config in (*configs, FINETUNE) for word in ("--config", config)] + WINDOWS
+        words = [word for config in (*configs, FINETUNE) for word in ("--config", config)]
         before, after = self.fit(name, words + ([] if HALF else ["--trainer.precision", "32-true"]))
         self.promise(f"fit {name}", "lower", f"{before:.4f} to {after:.4f} nats per token", after < before)
         return before, after
@@ -232,7 +231,7 @@ def shrink(walk: Walk) -> None:
     words = ["--num-experts", "2", "--windows", "5", "--overwrite"]
     said = walk.run("prune", walk.path("mixture"), walk.path("pruned.ckpt"), *words)
     (printed,) = (line.partition("python train.py ")[2] for line in said.splitlines() if "python train.py fit" in line)
-    before, after = walk.fit("pruned", shlex.split(printed)[1:] + WINDOWS)
+    before, after = walk.fit("pruned", shlex.split(printed)[1:])
     walk.promise("prune, heal", "no higher", f"{before:.4f} to {after:.4f} nats per token", after <= before)
     student = walk.folder / "student.yaml"
     student.unlink(missing_ok=True)

@@ -81,7 +81,7 @@ def test_every_row_of_the_paper_is_there_and_every_family_has_a_twin() -> None:
     twins = {f"{family}/laptop" for family in FAMILIES}
     data = {"data/paper_blend", "data/pile_streaming"}
     data |= {f"block/{family}" for family in ("llama", "olmoe", "qwen3_moe", "mixtral")}
-    assert files == {"quickstart", *PAPER, *twins, *(f"hardware/{overlay}" for overlay in GPUS), *data}
+    assert files == {"quickstart", "finetune", *PAPER, *twins, *(f"hardware/{overlay}" for overlay in GPUS), *data}
 
 
 @pytest.mark.parametrize("block", ["llama", "olmoe", "qwen3_moe", "mixtral"])
@@ -93,6 +93,13 @@ def test_a_block_goes_with_any_model(block: str) -> None:
     native = GPTConfig(64, 16, 2, 16, 2, **read(f"block/{block}")["model"]["config"])
     moe = None if block == "llama" else MoEConfig(4, expert_interval=1, top_k=2)
     assert family_of(replace(native, moe=moe)) == (block, "")
+
+
+def test_a_short_training_goes_with_any_model() -> None:
+    experiment = load_config([ROOT / "dense/laptop.yaml", ROOT / "finetune.yaml"])
+    data, module = experiment.data, experiment.module
+    assert (data.seq_len, data.micro_batch_size, module.train_tokens) == (256, 2, 40 * 512)
+    assert module.optimizer_config.lr == 5e-5 and experiment.trainer.precision == "bf16-mixed"
 
 
 @pytest.mark.parametrize("name", PAPER)
