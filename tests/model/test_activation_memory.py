@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers import dispatch
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import cross_entropy
@@ -122,6 +123,7 @@ def test_the_formula_is_within_1_percent_of_what_is_saved(
     monkeypatch.setattr(
         nn.Dropout, "forward", lambda self, x: torch.native_dropout(x, self.p, True)[0] if self.p else x
     )
+    monkeypatch.setattr(dispatch, "ROW_MULTIPLE", 1)  # only CPUs round up the rows of an expert
     config = CONFIGS[name]
     if config.moe is not None:  # a dropped token keeps less
         config = replace(config, moe=replace(config.moe, token_dropping=False))
