@@ -1,6 +1,6 @@
 """`make real-model`: take a trained open model, SmolLM2-135M-Instruct, through what this package does with one.
 
-    python -m benchmarks.real_model                    12 to 20 minutes on 2 cores, 10 GB of memory, 8 GB of disk
+    python -m benchmarks.real_model                    12 to 20 minutes on 2 cores, 10 GB of memory, 13 GB of disk
     python -m benchmarks.real_model --folder runs/own  another folder for the checkpoints and runs
 
 Each command is one of docs/real_model.md, run as a user runs it. The last lines compare what the page promises with what was
@@ -38,7 +38,7 @@ from nlgmoe.device import available_memory
 from nlgmoe.files import atomic_write, sha256_of, write_json
 from nlgmoe.validation import RunError, SettingError
 
-MEMORY, DISK = 10e9, 8e9  # bytes that the walk needs
+MEMORY, DISK = 10e9, 13e9  # bytes that the walk needs
 QUESTION = "What is the capital of France?"
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time", "Water boils at", "In 1969, "]
 NEW_TOKENS = 24
@@ -162,6 +162,7 @@ def loss_of(model: GPT, tokens: Tensor, half: bool) -> float:
 def take(walk: Walk, file: Path) -> Reference:
     """Import the file, and compare logits."""
     walk.run("import", str(file), walk.path("smol.ckpt"), "--overwrite")
+    walk.run("prepare-data", "--tokenizer", walk.path("smol.ckpt"))
     reference, ours = Reference(file), load_pretrained(walk.folder / "smol.ckpt")
     ids = sequences(ours.tokenizer.encode, 1, 1024)
     difference = float((ours.model.logits(ours.model(ids).hidden) - reference.model(ids).logits).abs().max())
@@ -315,8 +316,11 @@ def fetched(folder: Path) -> Path:
 
 def conclude(walk: Walk, seconds: float) -> None:
     """Print the table, and keep it in `results.json`."""
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    walk.promise("memory", f"{MEMORY / 1e9:.0f} GB", f"at most {peak / 1e9:.1f} GB in a command", peak <= MEMORY)
+    here, command = (
+        resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    measured = f"at most {command / 1e9:.1f} GB in a command, {here / 1e9:.1f} GB in the comparison"
+    walk.promise("memory", f"{MEMORY / 1e9:.0f} GB", measured, here + command <= MEMORY)
     rows = [
         (step, promised, measured, "ok" if holds else "NOT OK") for step, promised, measured, holds in walk.promises
     ]
