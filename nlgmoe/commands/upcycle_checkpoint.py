@@ -72,7 +72,8 @@ def upcycle_checkpoint(
         print(f"nlgmoe export writes it as {CLASSES[became]}ForCausalLM of transformers")
     elif family is not None:
         print(
-            f"no class of transformers has {reason}: nlgmoe export writes it with our code; the defaults keep a native class"
+            f"no class of transformers has {reason}: nlgmoe export writes it with our code; leave out --expert-interval for a "
+            "native class"
         )
     print(f"{settings_of(Path(checkpoint))}: its settings")
     print(f"experts are {copies}; a run starts from them with model.warm_start.checkpoint={quote(checkpoint)}")

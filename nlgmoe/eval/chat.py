@@ -34,7 +34,7 @@ def chat_prompts(tokenizer: Tokenizer, messages: list[str]) -> list[list[int]]:
     theirs = transformers_tokenizer(tokenizer)
     if theirs.chat_template is None:
         raise SettingError(
-            f"chat=true: tokenizer {tokenizer.name} has no chat template; leave it out, or import the model with its "
+            f"chat=true: tokenizer {tokenizer.name} has no chat template; leave out --chat, or import the model with its "
             "tokenizer_config.json or chat_template.jinja"
         )
     prompts = []
@@ -45,7 +45,7 @@ def chat_prompts(tokenizer: Tokenizer, messages: list[str]) -> list[list[int]]:
             ids: Any = theirs.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
         except TemplateError as error:
             raise SettingError(
-                f"chat=true: the template of tokenizer {tokenizer.name} cannot be used ({error}); leave it out"
+                f"chat=true: the template of tokenizer {tokenizer.name} cannot be used ({error}); leave out --chat"
             ) from error
         prompts.append(ids)
     return prompts

@@ -130,7 +130,9 @@ def test_without_a_template_or_a_token_chat_ends_with_one_line(
     main(["import", str(tmp_path), str(tmp_path / "plain.ckpt")])
     line = error_of(capsys, "generate", tmp_path / "plain.ckpt", "--chat", "--prompt=a")
     assert (
-        line.startswith("error: chat=true: ") and line.count("\n") == 1 and "has no chat template; leave it out" in line
+        line.startswith("error: chat=true: ")
+        and line.count("\n") == 1
+        and "has no chat template; leave out --chat" in line
     )
 
 

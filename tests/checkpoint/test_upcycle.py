@@ -108,7 +108,7 @@ LLAMA = replace(OPEN, qk_norm=None)
             LLAMA,
             "--expert-interval 2",
             (None, 2, 2),
-            "no class of transformers has dense blocks with qk_norm=None: nlgmoe",
+            "no class of transformers has dense blocks among MoE blocks without qk_norm=head: nlgmoe",
         ),
         (LLAMA, "--mlp-type residual", (None, 2, 1), "no class of transformers has mlp_type=residual: nlgmoe export"),
         (DENSE, "", (None, 2, 1), ""),

@@ -269,7 +269,7 @@ NATIVE = GPTConfig(
         ({"moe": None, "qk_norm": "projection"}, None, "a dense model with qk_norm=projection"),
         ({"rope_theta": None}, None, "learned positions"),
         ({"moe": {"num_experts": [2, 2, 4, 4]}}, None, "unequal numbers of experts, [2, 2, 4, 4]"),
-        ({"moe": {"num_experts": [0, 4, 4, 4]}}, None, "dense blocks with qk_norm=None"),
+        ({"moe": {"num_experts": [0, 4, 4, 4]}}, None, "dense blocks among MoE blocks without qk_norm=head"),
         (
             {"moe": {"router": SoftmaxTopK(normalize_weights=False)}},
             None,

@@ -277,7 +277,7 @@ def family_of(config: GPTConfig) -> tuple[str | None, str]:
     if family == "mixtral" and not _normalises(moe):
         return None, "weights that are not normalised, without qk_norm"
     if family != "qwen3_moe" and 0 in counts:
-        return None, f"dense blocks with qk_norm={config.qk_norm}"
+        return None, "dense blocks among MoE blocks without qk_norm=head"
     if family == "olmoe" and config.head_dim is not None:
         return None, f"head_dim={config.head_dim} with qk_norm=projection"
     return family, ""

@@ -1,4 +1,4 @@
-"""Conversion of a GGUF file to a folder of Hugging Face's format, by transformers and the package `gguf`.
+"""Conversion of a GGUF file to a folder of Hugging Face's format, by transformers and the packages `gguf` and `accelerate`.
 
 transformers reads weights, settings, vocabulary and chat template. It leaves out the pre-tokenizer, which a GGUF file gives by a
 name of llama.cpp's; `_PRE_TOKENIZERS` has those of byte-level BPE tokenizers of the families that we import.
@@ -62,12 +62,11 @@ def folder_of_gguf(file: Path, output: Path) -> Iterator[Path]:
 
     Raises:
         ValueError: the file is missing, damaged or one of several; its model or quantisation is one that transformers or this
-            project does not read; memory or disk are too small; the package `gguf` is not installed.
+            project does not read; memory or disk are too small; a package is not installed.
     """
     if not file.is_file():
         raise SettingError(f"there is no file {file}; name a GGUF file")
-    if importlib.util.find_spec("gguf") is None:
-        raise SettingError(f"{file} needs the package gguf; install it: pip install 'nlgmoe[gguf]'")
+    require_gguf()
     fields, values = _checked(file)
     output.mkdir(parents=True, exist_ok=True)
     need = values * _BYTES
@@ -86,6 +85,15 @@ def folder_of_gguf(file: Path, output: Path) -> Iterator[Path]:
             raise RunError(f"transformers cannot read {file} ({reason}); download it again, or another file") from error
         _write_tokenizer(file, Path(temporary), fields)
         yield Path(temporary)
+
+
+def require_gguf() -> None:
+    """Check that the packages are installed with which transformers reads GGUF files."""
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise SettingError(
+                f"GGUF files need the package {package}; install it: pip install {package}, or nlgmoe[gguf]"
+            )
 
 
 def _checked(file: Path) -> tuple[dict[str, Any], int]:
