@@ -1,6 +1,6 @@
 """`make real-model`: take a trained open model, SmolLM2-135M-Instruct, through what this package does with one.
 
-    python -m benchmarks.real_model                    12 to 20 minutes on 2 cores, 10 GB of memory, 14 GB of disk
+    python -m benchmarks.real_model                    15 minutes on 2 cores, 10 GB of memory, 14 GB of disk
     python -m benchmarks.real_model --folder runs/own  another folder for the checkpoints and runs
 
 Each command is one of docs/real_model.md, run as a user runs it. The last lines compare what the page promises with what was
