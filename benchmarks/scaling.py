@@ -12,8 +12,8 @@ import math
 from typing import Any
 
 from benchmarks.timing import ROOT, Benchmark, Part, Table
+from nlgmoe.hardware import HARDWARE
 from nlgmoe.model.counting import count_parameters
-from nlgmoe.monitoring.hardware import HARDWARE
 from nlgmoe.tools.planner.cost import estimate
 from nlgmoe.tools.planner.inspect_config import layout, read_settings
 from nlgmoe.tools.planner.topology import Topology

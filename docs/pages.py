@@ -26,10 +26,10 @@ SETTINGS = {  # section of a configuration -> its class
     "model.curriculum": "nlgmoe.optim.token_schedule.SequenceCurriculum",
     "model.distiller": "nlgmoe.distill.mixture_of_students.MixtureOfStudents",
     "model.non_finite": "nlgmoe.non_finite.NonFinite",
-    "model.warm_start": "nlgmoe.checkpoint.warm_start.WarmStart",
+    "model.warm_start": "nlgmoe.surgery.warm_start.WarmStart",
     "data": "nlgmoe.data.datamodule.PileDataModule",
     "trainer.strategy": "nlgmoe.parallel.strategy.ExpertParallelStrategy",
-    "trainer.callbacks": "nlgmoe.run.keeper.SaveCheckpoints",
+    "trainer.callbacks": "nlgmoe.run.save_checkpoints.SaveCheckpoints",
 }
 LINKED = ("CITATION.cff", "LICENSE", "notebooks/02_routing.ipynb", "notebooks/04_laboratory.ipynb")  # from documents
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nlgmoe.callbacks.staged_distillation import StagedDistillation
     from nlgmoe.checkpoint.portable import load_model
-    from nlgmoe.checkpoint.warm_start import WarmStart
     from nlgmoe.config import GPTConfig, MoEConfig
     from nlgmoe.data import PileDataModule
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
     from nlgmoe.parts import ExpertConfig, RouterConfig
     from nlgmoe.pyramid import experts_at, student_config, student_layers
+    from nlgmoe.surgery.warm_start import WarmStart
     from nlgmoe.tools.lm_eval.zero_shot_eval import ZeroShotEval
     from nlgmoe.tools.report.write_report import WriteReport
 
@@ -45,7 +45,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 _NAMES = {
     "nlgmoe.callbacks.staged_distillation": "StagedDistillation",
     "nlgmoe.checkpoint.portable": "load_model",
-    "nlgmoe.checkpoint.warm_start": "WarmStart",
+    "nlgmoe.surgery.warm_start": "WarmStart",
     "nlgmoe.config": "GPTConfig MoEConfig",
     "nlgmoe.data": "PileDataModule",
     "nlgmoe.distill.mixture_of_students": "MixtureOfStudents",

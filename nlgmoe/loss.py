@@ -9,7 +9,7 @@ batch.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from nlgmoe.batch import Batch, loss_mask, token_mask_or_none
 from nlgmoe.device import fork_rng
@@ -18,6 +18,7 @@ from nlgmoe.layers.balance import add_router_losses
 from nlgmoe.layers.losses import cross_entropy, distilled_cross_entropy
 from nlgmoe.layers.router import Routing
 from nlgmoe.model.gpt import GPT, NoiseKey
+from nlgmoe.ranks import mean_over_ranks
 from nlgmoe.seeding import derive_seed
 
 
@@ -67,11 +68,3 @@ def training_loss(
         loss, more = add_router_losses(loss, moe, output.routings)
         parts |= {f"train/{name}": value for name, value in more.items()}
     return loss, parts, output.routings
-
-
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """Average `value` over ranks, in place."""
-    if distributed.is_initialized():
-        distributed.all_reduce(value)
-        value /= distributed.get_world_size()
-    return value

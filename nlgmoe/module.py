@@ -18,9 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from nlgmoe.batch import Batch, loss_mask
-from nlgmoe.checkpoint.agreement import AllRanksError
+from nlgmoe.checkpoint.portable import use_portable_checkpoints
 from nlgmoe.checkpoint.same_run import check_same_run, check_tokenizer, differences
-from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 from nlgmoe.data.training_data import TrainingData, length_of, training_data
 from nlgmoe.distill.distiller import Distiller
@@ -34,11 +33,20 @@ from nlgmoe.non_finite import NonFinite, StepGradients
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, freeze, require_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate
 from nlgmoe.pyramid import experts_per_layer
-from nlgmoe.run.refusals import check_trainer
-from nlgmoe.run.resume import Resuming, check_new_run, validate_by_steps
+from nlgmoe.ranks import AllRanksError
+from nlgmoe.run.checks import (
+    check_lengths,
+    check_new_run,
+    check_trainer,
+    check_vocabulary,
+    validate_by_steps,
+    warn_about_end,
+    warn_about_rate,
+)
+from nlgmoe.run.resume import Resuming
 from nlgmoe.run.signals import leave_signals_to_callbacks
-from nlgmoe.run_checks import check_lengths, check_vocabulary, warn_about_end, warn_about_rate
 from nlgmoe.step import TrainingSteps
+from nlgmoe.surgery.warm_start import WarmStart, load_initial_weights
 from nlgmoe.validation import SettingError, require
 
 
@@ -133,7 +141,8 @@ class MoEGPTModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Check that trainer, model and data fit together, and make the portable checkpoint the trainer's format."""
+        """Make the portable checkpoint the trainer's format, and check that trainer, model and data fit together."""
+        use_portable_checkpoints(self.trainer.strategy, to_train=stage == "fit")
         check_trainer(self.trainer, stage)
         leave_signals_to_callbacks(self.trainer)
         self._domain_loss = []  # discards the sums of an interrupted evaluation

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 from torch.amp import GradScaler
 
-from nlgmoe.checkpoint.agreement import AllRanksError
+from nlgmoe.ranks import AllRanksError
 from nlgmoe.validation import RunError, require
 
 

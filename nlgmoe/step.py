@@ -24,9 +24,10 @@ from nlgmoe.batch import Batch, truncate
 from nlgmoe.data.training_data import training_data
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.router import Router
-from nlgmoe.loss import mean_over_ranks, training_loss
+from nlgmoe.loss import training_loss
 from nlgmoe.non_finite import StepGradients, StepGuard
 from nlgmoe.optim.token_schedule import sequence_length
+from nlgmoe.ranks import mean_over_ranks
 from nlgmoe.validation import RunError
 
 if TYPE_CHECKING:

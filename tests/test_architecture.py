@@ -16,14 +16,15 @@ ROOT = Path(nlgmoe.__file__).parent
 
 # A module may import modules of its own line or of those above it. `data` and `optim` stand beside `model`.
 LINES = """
-seeding device versions parts config batch files roles validation
+seeding device hardware versions parts config batch files ranks roles validation
 pyramid
 layers
 model optim data
 checkpoint non_finite
-distill parallel eval run run_checks
+surgery
+distill parallel eval
+run
 loss step module
-monitoring
 callbacks
 cli
 experiment

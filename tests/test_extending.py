@@ -24,7 +24,7 @@ from nlgmoe import (
     MoEConfig,
     RoutingContext,
 )
-from nlgmoe.checkpoint.folder import TensorFiles, read_document
+from nlgmoe.checkpoint.reading import TensorFiles, read_document
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main
 from nlgmoe.commands.main import main as nlgmoe

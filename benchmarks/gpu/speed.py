@@ -21,6 +21,7 @@ from benchmarks.gpu.run import Run, sync_debug, synchronize, waits
 from benchmarks.runs import QUIET, ROOT
 from nlgmoe.callbacks import ExpertLoad, StopOnSignal, Throughput
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.hardware import hardware, peak_of
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.experts import select_backend
 from nlgmoe.layers.losses import cross_entropy
@@ -28,7 +29,6 @@ from nlgmoe.model.compiling import compile_dense_parts
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.monitoring.hardware import hardware, peak_of
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from nlgmoe.tools.planner.cost import estimate
 from nlgmoe.tools.planner.topology import Topology

@@ -31,8 +31,8 @@ from benchmarks.reproduce.speed import measure
 from benchmarks.reproduce.tables import long_table, write
 from benchmarks.runs import ROOT, git
 from nlgmoe.files import write_json
+from nlgmoe.hardware import hardware
 from nlgmoe.model.counting import count_parameters
-from nlgmoe.monitoring.hardware import hardware
 from nlgmoe.tools.planner.cost import estimate
 from nlgmoe.tools.planner.inspect_config import layout, read_settings
 

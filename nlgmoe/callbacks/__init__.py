@@ -8,7 +8,7 @@ from nlgmoe.callbacks.sample_text import SampleText
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.staged_distillation import StagedDistillation
 from nlgmoe.callbacks.throughput import Throughput
-from nlgmoe.run.keeper import SaveCheckpoints
+from nlgmoe.run.save_checkpoints import SaveCheckpoints
 from nlgmoe.run.signals import StopOnSignal
 
 __all__ = [

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
+from nlgmoe.callbacks.routing_statistics import SUMS, RoutingSums, routing_statistics, routing_sums
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.router import Routing
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.monitoring.loggers import ends_step, heat_map, is_logged, log_image, sum_over_ranks
-from nlgmoe.monitoring.routing_statistics import SUMS, RoutingSums, routing_statistics, routing_sums
 from nlgmoe.pyramid import moe_blocks
+from nlgmoe.ranks import sum_over_ranks
 from nlgmoe.run.folder import count_rows, cut_rows, is_of_folder
+from nlgmoe.run.loggers import ends_step, heat_map, is_logged, log_image
 from nlgmoe.validation import SettingError
 
 EVALUATED = ("load_max_over_mean", "load_cv", "dropped", "entropy", "expert_share")  # statistics that `validate` logs

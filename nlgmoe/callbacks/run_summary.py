@@ -20,7 +20,7 @@ from nlgmoe.device import peak_memory_bytes
 from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.monitoring.loggers import ends_step
+from nlgmoe.run.loggers import ends_step
 from nlgmoe.versions import versions
 
 

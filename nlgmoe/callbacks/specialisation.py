@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.checkpoint.folder import holds_run
+from nlgmoe.checkpoint.reading import holds_run
 from nlgmoe.data.training_data import training_data
 from nlgmoe.eval.expert_counts import ExpertCounts
 from nlgmoe.module import MoEGPTModule

@@ -10,7 +10,7 @@ from typing_extensions import override
 from nlgmoe.distill.distiller import End
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import distillation_weight
-from nlgmoe.run_checks import warn_about_distillation
+from nlgmoe.run.checks import warn_about_distillation
 from nlgmoe.validation import SettingError
 
 LOGGED = ("train/distillation_loss", "train/teacher_agreement")  # only while distilling

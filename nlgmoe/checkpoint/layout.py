@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nlgmoe.checkpoint.entries import MOMENTS
-from nlgmoe.checkpoint.folder import REMEDY, TensorFiles
+from nlgmoe.checkpoint.reading import REMEDY, TensorFiles
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import Router

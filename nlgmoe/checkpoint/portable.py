@@ -6,7 +6,7 @@
     state             tensors that `checkpoint.json` refers to, such as a callback's
     tokenizer.json    the run's tokenizer, and the model's files beside it
 
-`folder.py` and `writing.py` read and write the files, `verify.py` and `newest.py` find a valid checkpoint. A single process uses
+`reading.py` and `writing.py` read and write files, `verify.py` and `run_checkpoints.py` find a valid checkpoint. One process uses
 Lightning's `CheckpointIO`, below; DeepSpeed's ranks each write and read their own entries (`parallel/checkpointing.py`).
 """
 
@@ -18,17 +18,19 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from typing_extensions import override
 
 from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.entries import join_experts, optimizer_from_entries, optimizer_to_entries, split_experts
-from nlgmoe.checkpoint.folder import FORMAT, VERSION, Contents, TensorFiles, read_document
 from nlgmoe.checkpoint.layout import entry_shapes, require_entries
-from nlgmoe.checkpoint.newest import choose_checkpoint
+from nlgmoe.checkpoint.reading import FORMAT, VERSION, Contents, TensorFiles, read_document
+from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
-from nlgmoe.validation import RunError
+from nlgmoe.validation import RunError, SettingError
 from nlgmoe.versions import versions
 
 PREFIX = "model."  # name of the GPT in MoEGPTModule
@@ -84,6 +86,25 @@ class PortableCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete the folder, or the link to one."""
         writing.remove(Path(path))
+
+
+def use_portable_checkpoints(strategy: Strategy, to_train: bool) -> None:
+    """Replace Lightning's default checkpoint format by the portable one.
+
+    Args:
+        strategy: the trainer's.
+        to_train: read the optimizer's state too.
+
+    Raises:
+        ValueError: the strategy has a format of the user's.
+    """
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = PortableCheckpointIO()
+    checkpoint_io = strategy.checkpoint_io
+    if not isinstance(checkpoint_io, PortableCheckpointIO):
+        kind = type(checkpoint_io).__name__
+        raise SettingError(f"trainer.plugins: {kind} writes checkpoints that no run here resumes; remove it")
+    checkpoint_io.to_train = to_train
 
 
 def make_document(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

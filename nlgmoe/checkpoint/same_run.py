@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nlgmoe.checkpoint.folder import read_tokenizer
+from nlgmoe.checkpoint.reading import read_tokenizer
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.tokenizer import Tokenizer

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-from nlgmoe.checkpoint.agreement import raise_on_all_ranks
-from nlgmoe.checkpoint.folder import (
+from nlgmoe.checkpoint.layout import Shapes, describe_differences, entry_shapes, optimizer_shapes
+from nlgmoe.checkpoint.reading import (
     REMEDY,
     Contents,
     entry_problem,
@@ -24,13 +24,13 @@ from nlgmoe.checkpoint.folder import (
     read_manifest,
     read_tokenizer,
 )
-from nlgmoe.checkpoint.layout import Shapes, describe_differences, entry_shapes, optimizer_shapes
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TOKENIZER
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import freeze
 from nlgmoe.parts import PARTS, ForeignCodeError
 from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.ranks import raise_on_all_ranks
 
 
 def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nlgmoe.checkpoint.folder import (
+from nlgmoe.checkpoint.reading import (
     Contents,
     checksum_of_manifest,
     record_of,

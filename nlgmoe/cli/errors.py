@@ -4,7 +4,7 @@
 
 | exit code | meaning |
 |---|---|
-| 0 | it ran to its end, or a signal ended training and a checkpoint was saved (`run/keeper.py`) |
+| 0 | it ran to its end, or a signal ended training and a checkpoint was saved (`run/save_checkpoints.py`) |
 | 2 | a setting or argument is wrong (`SettingError`, or Lightning's `MisconfigurationException`); nothing was run |
 | 1 | damaged data, a full disk, a step that is not finite (`RunError`, `OSError`): one line; any other exception: a traceback |
 | 128 + a signal's number | a signal ended it, nothing was saved: 130 for Ctrl+C twice, or before training; 141 in `... | head` |

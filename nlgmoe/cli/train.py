@@ -29,9 +29,9 @@ from nlgmoe.data.tokenizer import vocab_size_of
 from nlgmoe.device import configure_allocator, name_deepspeeds_device
 from nlgmoe.layers import routers  # noqa: F401 (so that a configuration can name its routers by their class)
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.monitoring.loggers import run_folder_loggers, with_run_csv
 from nlgmoe.run.folder import RunFolder, RunTrainer, require_checkpoint
-from nlgmoe.run.keeper import SaveCheckpoints
+from nlgmoe.run.loggers import run_folder_loggers, with_run_csv
+from nlgmoe.run.save_checkpoints import SaveCheckpoints
 from nlgmoe.run.signals import StopOnSignal
 from nlgmoe.validation import SettingError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Literal
 
-from nlgmoe.checkpoint.folder import run_config
+from nlgmoe.checkpoint.reading import run_config
 from nlgmoe.cli.arguments import check_new_checkpoint, import_allowed
 from nlgmoe.files import settings_of
 from nlgmoe.validation import SettingError
@@ -46,12 +46,12 @@ def prune_checkpoint(
     import_allowed(allow_code)
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
     from nlgmoe.checkpoint.portable import load_model  # these need torch
-    from nlgmoe.checkpoint.prune import most_used, prune, pruned_config
     from nlgmoe.commands.measured_text import read_batches, with_progress
     from nlgmoe.eval.expert_use import measure_use
     from nlgmoe.eval.loaded_model import load_pretrained
     from nlgmoe.model.counting import count_parameters
     from nlgmoe.pyramid import experts_per_position, moe_blocks
+    from nlgmoe.surgery.prune import most_used, prune, pruned_config
 
     loaded = load_pretrained(run, tokenizer, data_dir=data_dir)
     if Path(checkpoint).resolve() == loaded.path.resolve():

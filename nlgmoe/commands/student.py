@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from nlgmoe.checkpoint.folder import read_document, run_config
+from nlgmoe.checkpoint.reading import read_document, run_config
 from nlgmoe.cli.arguments import check_output, write_whole
 from nlgmoe.cli.command_parser import number_or_list
 from nlgmoe.config import GPTConfig

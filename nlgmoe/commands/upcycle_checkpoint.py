@@ -43,11 +43,11 @@ def upcycle_checkpoint(
         overwrite: replace an existing checkpoint.
     """
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
-    from nlgmoe.checkpoint.folder import read_document  # these need torch
-    from nlgmoe.checkpoint.newest import find_checkpoint
-    from nlgmoe.checkpoint.upcycle import upcycle
+    from nlgmoe.checkpoint.reading import read_document  # these need torch
+    from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
     from nlgmoe.config import GPTConfig, MoEConfig
     from nlgmoe.model.counting import count_parameters
+    from nlgmoe.surgery.upcycle import upcycle
     from nlgmoe.tools.hugging_face.families import CLASSES, family_of
 
     path = find_checkpoint(dense)

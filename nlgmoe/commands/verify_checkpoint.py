@@ -13,7 +13,11 @@ def verify_checkpoint(checkpoint: str) -> None:
     Args:
         checkpoint: the folder, `NAME.ckpt`.
     """
-    from nlgmoe.checkpoint.newest import checkpoint_path, is_checkpoint, saved_steps  # these need torch, and the model
+    from nlgmoe.checkpoint.run_checkpoints import (  # these need torch, and the model
+        checkpoint_path,
+        is_checkpoint,
+        saved_steps,
+    )
     from nlgmoe.checkpoint.verify import describe, find_problems
 
     if checkpoint and not Path(checkpoint).exists():

@@ -148,7 +148,7 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
 
 
 def ignore_worker_signals(worker: int) -> None:
-    """Leave signals to the training process, which saves before it ends (`run/keeper.py`).
+    """Leave signals to the training process, which saves before it ends (`run/save_checkpoints.py`).
 
     Ctrl+C, SIGUSR1 and SIGUSR2 are ignored, and SIGTERM unless it comes from the process that started this one.
 

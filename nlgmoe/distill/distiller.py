@@ -12,8 +12,8 @@ from lightning import Trainer
 from torch import Tensor
 
 from nlgmoe.batch import Batch
-from nlgmoe.checkpoint.folder import hash_of_weights, read_document
-from nlgmoe.checkpoint.newest import find_checkpoint
+from nlgmoe.checkpoint.reading import hash_of_weights, read_document
+from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.layers.losses import TeacherTargets
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.token_schedule import SequenceCurriculum, sequence_length

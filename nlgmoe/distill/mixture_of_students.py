@@ -20,9 +20,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.checkpoint.agreement import raise_on_all_ranks
-from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.layout import PRECISIONS, entry_shapes, local_entries, require_entries
+from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.same_run import tokenizer_matches
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import TrainingData, length_of, training_data
@@ -32,6 +31,7 @@ from nlgmoe.layers.losses import SoftTargets, TeacherTargets
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import experts_per_layer, experts_per_position
+from nlgmoe.ranks import raise_on_all_ranks
 from nlgmoe.validation import SettingError
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.checkpoint.agreement import raise_on_all_ranks
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import differing, length_of, training_data
 from nlgmoe.device import to_device
@@ -25,6 +24,7 @@ from nlgmoe.distill.distiller import (
 from nlgmoe.distill.teacher_logits import TeacherLogits
 from nlgmoe.layers.losses import TeacherTargets, TopTargets
 from nlgmoe.model.gpt import GPT
+from nlgmoe.ranks import raise_on_all_ranks
 from nlgmoe.validation import SettingError, error_type_like, require
 
 _UNNUMBERED = (

@@ -18,7 +18,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from nlgmoe.batch import Batch, token_mask_or_none
-from nlgmoe.checkpoint.folder import checksum_of_manifest
+from nlgmoe.checkpoint.reading import checksum_of_manifest
 from nlgmoe.checkpoint.writing import flush
 from nlgmoe.data import PileDataModule
 from nlgmoe.data.training_data import differing

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from nlgmoe.checkpoint.folder import checksum_of_manifest
+from nlgmoe.checkpoint.reading import checksum_of_manifest
 from nlgmoe.validation import RunError, SettingError
 
 FORMAT, VERSION = "nlgmoe-teacher-logits", 2

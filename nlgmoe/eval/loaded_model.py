@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 
-from nlgmoe.checkpoint.folder import read_document, read_tokenizer
 from nlgmoe.checkpoint.layout import PRECISIONS
-from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.checkpoint.portable import load_model
+from nlgmoe.checkpoint.reading import read_document, read_tokenizer
+from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 from nlgmoe.model.gpt import GPT

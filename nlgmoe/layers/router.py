@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from nlgmoe.config import MoEConfig
 from nlgmoe.layers.counts import count, requests_per_expert
-from nlgmoe.layers.uniform import Uniform
+from nlgmoe.layers.noise import Uniform
 from nlgmoe.roles import Role
 from nlgmoe.validation import SettingError
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, distributed, nn
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.agreement import of_rank_zero, raise_on_all_ranks
 from nlgmoe.checkpoint.entries import MOMENTS
-from nlgmoe.checkpoint.folder import Contents, TensorFiles
 from nlgmoe.checkpoint.layout import entry_shapes, local_entries, optimizer_shapes, require_entries
 from nlgmoe.checkpoint.portable import make_document
+from nlgmoe.checkpoint.reading import Contents, TensorFiles
 from nlgmoe.parallel.engine import EngineState, loss_scaler
+from nlgmoe.ranks import of_rank_zero, raise_on_all_ranks
 from nlgmoe.roles import DECAYED, role_of
 from nlgmoe.validation import RunError
 

@@ -12,11 +12,11 @@ from datetime import timedelta
 from torch import distributed
 from torch.distributed import ProcessGroup
 
-from nlgmoe.checkpoint.agreement import AllRanksSettingError
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.model.counting import expert_parameters
 from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer, moe_blocks
+from nlgmoe.ranks import AllRanksSettingError
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed, nn
 from typing_extensions import override
 
-from nlgmoe.checkpoint.agreement import AllRanksError, AllRanksSettingError
-from nlgmoe.checkpoint.folder import TensorFiles
-from nlgmoe.checkpoint.newest import choose_checkpoint
 from nlgmoe.checkpoint.portable import PREFIX, read_checkpoint
-from nlgmoe.checkpoint.warm_start import load_initial_weights
+from nlgmoe.checkpoint.reading import TensorFiles
+from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers.moe import moe_layers
@@ -39,6 +37,8 @@ from nlgmoe.parallel.expert_groups import (
     layer_degrees,
     make_groups,
 )
+from nlgmoe.ranks import AllRanksError, AllRanksSettingError
+from nlgmoe.surgery.warm_start import load_initial_weights
 from nlgmoe.validation import RunError, require
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from nlgmoe.checkpoint.folder import read_document
-from nlgmoe.checkpoint.newest import FOLDER, checkpoint_path, is_checkpoint, saved_steps
+from nlgmoe.checkpoint.reading import read_document
+from nlgmoe.checkpoint.run_checkpoints import FOLDER, checkpoint_path, is_checkpoint, saved_steps
 from nlgmoe.files import atomic_write, write_json
 from nlgmoe.validation import SettingError, require
 from nlgmoe.versions import versions

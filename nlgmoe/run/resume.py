@@ -12,10 +12,9 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.config import MoEConfig
 from nlgmoe.data.training_data import training_data
-from nlgmoe.validation import require
+from nlgmoe.run.checks import warn_of_another_size, warn_of_repeated_data
 
 # Fields of Lightning 2.6's progress state that are set, in this file unless another is named, and the reasons:
 #
@@ -157,64 +156,3 @@ def step_size(trainer: Trainer) -> dict[str, int]:
     data = training_data(trainer)
     size = {"ranks": trainer.world_size, "micro_batches": trainer.accumulate_grad_batches}
     return size | ({} if data is None else {"samples": data.batch_size_after(data.samples_consumed)})
-
-
-def warn_of_another_size(before: dict[str, int], now: dict[str, int], moe: MoEConfig | None) -> None:
-    """Warn if the next step of a resumed run differs in size from that of the checkpoint's run."""
-    if "samples" in before and "samples" in now and before["samples"] != now["samples"]:
-        rank_zero_warn(
-            f"a step had {before['samples']} sequences when the checkpoint was saved, now it has {now['samples']}; "
-            "data.global_batch_size and data.batch_ramp_up keep it the same on any number of ranks"
-        )
-        return
-    old, new = (size["ranks"] * size["micro_batches"] for size in (before, now))
-    if moe is not None and old != new:
-        rank_zero_warn(
-            f"a step had {old} micro-batches over all ranks when the checkpoint was saved, now it has {new}: each has its own "
-            "capacity and balance loss; restore data.micro_batch_size to keep the losses the same"
-        )
-    if moe is not None and moe.aux_scope == "global" and before["ranks"] != now["ranks"]:
-        rank_zero_warn(
-            f"model.config.moe.aux_scope=global balances the load over {now['ranks']} ranks together, and did over "
-            f"{before['ranks']} when the checkpoint was saved: the balance loss differs"
-        )
-
-
-def warn_of_repeated_data(trainer: Trainer) -> None:
-    """Warn if a resumed run's training data are no `TrainingData`."""
-    if trainer.global_step > 0 and training_data(trainer) is None:
-        rank_zero_warn(
-            f"the run goes on at step {trainer.global_step} with data that may repeat, skip or begin again: they are no "
-            "nlgmoe.data.TrainingData"
-        )
-
-
-def validate_by_steps(trainer: Trainer) -> None:
-    """Make `trainer.val_check_interval` count optimizer steps, as `log_every_n_steps` does, not micro-batches."""
-    interval = trainer.val_check_interval
-    if not isinstance(interval, int):
-        return
-    trainer.val_check_batch = batches = interval * trainer.accumulate_grad_batches
-    if trainer.check_val_every_n_epoch is not None and trainer.enable_validation:
-        require(
-            batches <= trainer.num_training_batches,
-            f"trainer.val_check_interval={interval} steps are {batches} micro-batches, and an epoch has "
-            f"{trainer.num_training_batches}: no epoch would have a validation; lower it, or set "
-            "trainer.check_val_every_n_epoch=null to count steps over epochs",
-        )
-
-
-def check_new_run(trainer: Trainer, tokens: int) -> None:
-    """Check that a run that resumes nothing begins at the beginning.
-
-    Args:
-        trainer: trainer of the fit.
-        tokens: tokens that its module has trained on.
-    """
-    data = training_data(trainer)
-    samples = 0 if data is None else data.samples_consumed
-    if trainer.ckpt_path is None and (trainer.global_step or tokens or samples):
-        raise AllRanksError(
-            f"a new run cannot begin with a trainer at step {trainer.global_step}, a module that has seen {tokens} tokens or "
-            f"data at sample {samples}: make all anew, or resume the earlier run with trainer.fit(..., ckpt_path=CHECKPOINT)"
-        )

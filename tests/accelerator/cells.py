@@ -36,8 +36,7 @@ from nlgmoe import (
     step,
 )
 from nlgmoe.callbacks import StagedDistillation
-from nlgmoe.checkpoint.folder import hash_of_weights
-from nlgmoe.checkpoint.warm_start import WarmStart
+from nlgmoe.checkpoint.reading import hash_of_weights
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import OfflineTeacher
 from nlgmoe.distill.record_logits import record_logits
@@ -45,6 +44,7 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite, NonFiniteError
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
+from nlgmoe.surgery.warm_start import WarmStart
 from tests.accelerator import fake
 from tests.data.conftest import write_tiny_corpus
 from tests.synthetic import NumberedData

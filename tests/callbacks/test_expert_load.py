@@ -13,12 +13,12 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import Tensor
 
 from nlgmoe.callbacks import ExpertLoad
+from nlgmoe.callbacks.routing_statistics import SUMS, RoutingSums, routing_statistics, routing_sums
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.router import Routing, TopKRouter
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.monitoring.loggers import ROW, WIDTH, heat_map
-from nlgmoe.monitoring.routing_statistics import SUMS, RoutingSums, routing_statistics, routing_sums
 from nlgmoe.non_finite import NonFinite
+from nlgmoe.run.loggers import ROW, WIDTH, heat_map
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData
 from tests.test_module import CONFIG, trainer

@@ -11,11 +11,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import SimpleProfiler
 
 from nlgmoe.callbacks import Throughput
-from nlgmoe.callbacks.throughput import _over_ranks
+from nlgmoe.callbacks.throughput import PARTS, StepProfiler, _over_ranks
+from nlgmoe.hardware import peak_of
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.monitoring.hardware import peak_of
-from nlgmoe.monitoring.stopwatch import PARTS, StepProfiler
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData

@@ -15,9 +15,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from nlgmoe import generate, load_model
 from nlgmoe.checkpoint.entries import split_experts
-from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
+from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.verify import find_problems
-from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.model_files import TokenizerFiles
@@ -27,6 +26,7 @@ from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.layers.router import Router
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
+from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import NlgmoeConfig
 from nlgmoe.tools.hugging_face.modeling_nlgmoe import NlgmoeForCausalLM
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from nlgmoe import GPTConfig, MoEConfig, generate, load_pretrained
-from nlgmoe.checkpoint import weights_only
-from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.portable import load_model
+from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
 from nlgmoe.data.tokenizer import Tokenizer, train_byte_level_bpe
+from nlgmoe.surgery import write_weights
 from nlgmoe.tools.megatron.checkpoint.importing import import_checkpoint
 from nlgmoe.tools.megatron.checkpoint.source import load
 from tests.checkpoint.megatron_engine import write_from_engine
@@ -78,7 +78,7 @@ def test_what_deepspeeds_engine_writes_on_two_ranks(tmp_path: Path) -> None:
 
 def test_half_precision_becomes_fp32_and_files_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = write(tmp_path / "theirs", arguments(**PR_MOE), dtype=torch.float16)
-    monkeypatch.setattr(weights_only, "SHARD_VALUES", 3000)
+    monkeypatch.setattr(write_weights, "SHARD_VALUES", 3000)
     same(imported(tmp_path), theirs(TOKENS))
     files = list((tmp_path / "ours.ckpt").glob("model-*.safetensors"))
     assert len(files) > 4 and max(file.stat().st_size for file in files) < 3000 * 4 + 4000

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from nlgmoe import GPT, HashRouterConfig, SigmoidTopK, load_model, load_pretrained
-from nlgmoe.checkpoint.folder import read_tokenizer
-from nlgmoe.checkpoint.prune import most_used, prune, pruned_config
+from nlgmoe.checkpoint.reading import read_tokenizer
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.eval.expert_use import measure_use
+from nlgmoe.surgery.prune import most_used, prune, pruned_config
 from tests.checkpoint.test_hugging_face import TOKENIZER, error_of, write
 from tests.end_to_end.test_train_cli import ROOT, TINY
 

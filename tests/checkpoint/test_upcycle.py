@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from nlgmoe import HashRouterConfig, MoEGPTModule, WarmStart, load_model
-from nlgmoe.checkpoint.folder import read_tokenizer
-from nlgmoe.checkpoint.upcycle import upcycle
+from nlgmoe.checkpoint.reading import read_tokenizer
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.surgery.upcycle import upcycle
 from nlgmoe.tools.hugging_face.families import family_of
 from tests.checkpoint.test_hugging_face import TOKENIZER, error_of, write
 from tests.synthetic import SyntheticData

@@ -9,16 +9,16 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.layout import Entry
+from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.verify import describe
-from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
-from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.surgery.warm_start import WarmStart, load_initial_weights
+from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.export import export
 from tests.synthetic import SyntheticData
 from tests.test_module import Recorder, run_validation, trainer

@@ -11,8 +11,8 @@ import yaml
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
 from nlgmoe.commands.main import main
 from nlgmoe.experiment import load_config
+from nlgmoe.hardware import HARDWARE, RESERVED
 from nlgmoe.model.counting import count_parameters
-from nlgmoe.monitoring.hardware import HARDWARE, RESERVED
 from nlgmoe.tools.planner.inspect_config import layout
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from nlgmoe.cli.train import main
 from nlgmoe.commands import main as nlgmoe_command
 from nlgmoe.experiment import parse_config
 from nlgmoe.run.folder import starts_of
-from nlgmoe.run.keeper import SaveCheckpoints
+from nlgmoe.run.save_checkpoints import SaveCheckpoints
 from nlgmoe.validation import SettingError
 from tests.end_to_end.test_train_cli import TINY
 

@@ -9,11 +9,11 @@ import yaml
 
 from nlgmoe import GPT, load_pretrained
 from nlgmoe.checkpoint.entries import split_experts
-from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.experiment import parse_config
+from nlgmoe.surgery.write_weights import write_weights
 from tests.checkpoint.test_hugging_face import TOKENIZER, error_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"

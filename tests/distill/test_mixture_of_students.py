@@ -13,9 +13,9 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from nlgmoe.callbacks import StagedDistillation
-from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.layout import entry_shapes
 from nlgmoe.checkpoint.portable import load_model
+from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.layers.losses import SoftTargets

@@ -15,7 +15,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from nlgmoe.callbacks import StagedDistillation
-from nlgmoe.checkpoint.folder import hash_of_weights
+from nlgmoe.checkpoint.reading import hash_of_weights
 from nlgmoe.config import MoEConfig
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after
 from nlgmoe.distill import record_logits as recording

@@ -37,8 +37,7 @@ from nlgmoe.callbacks import (
 )
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.run_summary import RunSummary
-from nlgmoe.checkpoint.folder import read_document
-from nlgmoe.checkpoint.warm_start import WarmStart
+from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data import BatchRampUp, PileDataModule
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
@@ -51,6 +50,7 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.optim.param_groups import AdamWConfig, Part
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
+from nlgmoe.surgery.warm_start import WarmStart
 from tests.checkpoint.runs import SaveAt
 from tests.memory import peak_bytes
 from tests.synthetic import NumberedData, SyntheticData, ToLongest

@@ -23,10 +23,10 @@ import nlgmoe
 from benchmarks.ranks import wrong
 from nlgmoe.callbacks import ExpertLoad
 from nlgmoe.checkpoint.entries import split_experts
-from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.portable import load_model
+from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.verify import find_problems
-from nlgmoe.monitoring.hardware import hardware
+from nlgmoe.hardware import hardware
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.optim.param_groups import is_frozen
 from nlgmoe.parallel.checkpointing import LOSS_SCALE_KEYS

@@ -14,10 +14,10 @@ from lm_eval.models.huggingface import HFLM
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from nlgmoe.checkpoint.entries import split_experts
-from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.model.gpt import GPT
+from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
 from tests.equivalence.test_hugging_face_gpt2 import as_theirs, our_name

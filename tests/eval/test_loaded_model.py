@@ -11,12 +11,12 @@ from lightning import Trainer
 
 from nlgmoe import GPTConfig, MixtureOfStudents, MoEConfig, MoEGPTModule, WarmStart, generate, load_pretrained
 from nlgmoe.checkpoint.entries import split_experts
-from nlgmoe.checkpoint.folder import TensorFiles
-from nlgmoe.checkpoint.newest import choose_checkpoint
-from nlgmoe.checkpoint.weights_only import write_weights
+from nlgmoe.checkpoint.reading import TensorFiles
+from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.tokenizer import PROBE, Tokenizer, train_byte_level_bpe
 from nlgmoe.model.gpt import GPT
+from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.export import export
 from tests.synthetic import SyntheticData
 

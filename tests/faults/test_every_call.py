@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nlgmoe.checkpoint.newest import saved_steps
+from nlgmoe.checkpoint.run_checkpoints import saved_steps
 from tests.run.runs import assert_equal, in_process, outcome
 from tests.run.test_resume import SETTINGS, run
 

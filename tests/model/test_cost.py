@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.hardware import HARDWARE, Hardware
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
-from nlgmoe.monitoring.hardware import HARDWARE, Hardware
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
 from nlgmoe.tools.planner.cost import BUCKET, UTILISATION, estimate, memory_options
 from nlgmoe.tools.planner.topology import Topology

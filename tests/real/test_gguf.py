@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tokenizers import decoders, models
 from torch import Tensor
 
-from nlgmoe.checkpoint.folder import read_tokenizer
 from nlgmoe.checkpoint.portable import load_model
+from nlgmoe.checkpoint.reading import read_tokenizer
 from nlgmoe.tools.hugging_face import gguf_file
 from nlgmoe.tools.hugging_face.importing import import_model
 

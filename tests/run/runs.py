@@ -17,14 +17,14 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from nlgmoe.callbacks import ExpertLoad, RunSummary, SaveCheckpoints
-from nlgmoe.checkpoint.folder import TensorFiles
-from nlgmoe.checkpoint.newest import checkpoint_path
+from nlgmoe.checkpoint.reading import TensorFiles
+from nlgmoe.checkpoint.run_checkpoints import checkpoint_path
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.monitoring.loggers import RunCSVLogger
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
 from nlgmoe.run.folder import RunFolder, RunTrainer
+from nlgmoe.run.loggers import RunCSVLogger
 from tests.synthetic import SyntheticData
 
 CONFIG = GPTConfig(61, 16, 2, 16, 2, hidden_dropout=0.1, moe=MoEConfig(2, mlp_type="residual", noise="jitter"))

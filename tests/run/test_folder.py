@@ -12,8 +12,8 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from nlgmoe.checkpoint.folder import read_document
-from nlgmoe.checkpoint.newest import checkpoint_path, saved_steps
+from nlgmoe.checkpoint.reading import read_document
+from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, saved_steps
 from nlgmoe.run import folder as folder_module
 from nlgmoe.run.folder import starts_of
 from tests.run.runs import assert_equal, fit, in_process, make_trainer, module, outcome

@@ -15,12 +15,12 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback,
 from lightning.pytorch.loggers import CSVLogger
 
 from nlgmoe import SigmoidTopK
-from nlgmoe.checkpoint.newest import checkpoint_path, saved_steps
+from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, saved_steps
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import MoEConfig
-from nlgmoe.monitoring.loggers import RunCSVLogger
 from nlgmoe.optim.token_schedule import SequenceCurriculum
-from nlgmoe.run.resume import warn_of_another_size
+from nlgmoe.run.checks import warn_of_another_size
+from nlgmoe.run.loggers import RunCSVLogger
 from tests.run.runs import CONFIG, TOKENS, assert_equal, fit, in_process, make_trainer, module, outcome
 from tests.synthetic import SyntheticData
 

@@ -12,8 +12,8 @@ from torch import Tensor, distributed, nn
 from nlgmoe import GPTConfig, MoEConfig, MoELayer, Router, Routing, RoutingContext
 from nlgmoe.layers import all_to_all
 from nlgmoe.layers.experts import Experts
+from nlgmoe.layers.noise import Uniform
 from nlgmoe.layers.router import TopKRouter
-from nlgmoe.layers.uniform import Uniform
 from nlgmoe.tools.check.layer import Layer
 from nlgmoe.tools.check.own import OwnLayer, own_layer
 

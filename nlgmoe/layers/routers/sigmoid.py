@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.noise import Uniform
 from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter
 from nlgmoe.layers.routers.softmax import require_learning_gate
-from nlgmoe.layers.uniform import Uniform
 from nlgmoe.parts import RouterConfig
 from nlgmoe.pyramid import experts_at
 from nlgmoe.validation import require, require_valid

@@ -26,14 +26,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_manifest
 from nlgmoe.checkpoint.layout import (
     PRECISIONS,
     entry_shapes,
     local_entries,
     require_entries,
 )
-from nlgmoe.checkpoint.newest import find_checkpoint
+from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_manifest
+from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.checkpoint.writing import new_folder, write_error_reason
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import CONFIG, GENERATION, IDS, TOKENIZER_CONFIG, special_ids

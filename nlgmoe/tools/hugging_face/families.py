@@ -25,10 +25,10 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 
-from nlgmoe.checkpoint.weights_only import weight_shapes
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.routers import SoftmaxTopK
 from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.surgery.write_weights import weight_shapes
 from nlgmoe.validation import RunError
 
 _NUMBER = r"(?<=\.)\d+(?=\.)"

@@ -18,12 +18,12 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFo
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.folder import open_tensors, read_json
 from nlgmoe.checkpoint.layout import Shapes
-from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
+from nlgmoe.checkpoint.reading import open_tensors, read_json
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TOKENIZER, TokenizerFiles
 from nlgmoe.data.tokenizer import load_tokenizer
+from nlgmoe.surgery.write_weights import weight_shapes, write_weights
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS
 from nlgmoe.tools.hugging_face.families import NAMES, entry_reader, gpt_config, pieces
 from nlgmoe.tools.hugging_face.gguf_file import folder_of_gguf

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from nlgmoe.checkpoint.agreement import raise_on_all_ranks
 from nlgmoe.cli.errors import did_you_mean
+from nlgmoe.ranks import raise_on_all_ranks
 from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT, TaskManager, load_yaml, run_tasks
 from nlgmoe.tools.lm_eval.results import Results, chance
 from nlgmoe.validation import RunError, SettingError, require

@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.training_data import training_data
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.ranks import AllRanksError
 from nlgmoe.tools.lm_eval.evaluate import check_settings
 
 if TYPE_CHECKING:

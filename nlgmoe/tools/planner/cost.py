@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.hardware import RESERVED, Hardware
 from nlgmoe.model.counting import count_parameters, expert_parameters, flops_per_token
-from nlgmoe.monitoring.hardware import RESERVED, Hardware
 from nlgmoe.parts import require_paper_parts
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.planner.activation_memory import activation_bytes

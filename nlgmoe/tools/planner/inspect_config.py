@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from nlgmoe.checkpoint.folder import read_document
+from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.counting import count_parameters, flops_per_token
 from nlgmoe.pyramid import experts_per_layer
@@ -81,7 +81,7 @@ def inspect_config(
 def read_settings(paths: Sequence[str]) -> tuple[GPTConfig, dict[str, Any]]:
     """Read the model and train.py's settings; a checkpoint or a run's folder has no settings."""
     if len(paths) == 1 and (Path(paths[0]).is_dir() or paths[0].endswith(".ckpt")):
-        from nlgmoe.checkpoint.newest import find_checkpoint  # imports Lightning, which takes seconds
+        from nlgmoe.checkpoint.run_checkpoints import find_checkpoint  # imports Lightning, which takes seconds
 
         return GPTConfig.from_dict(read_document(find_checkpoint(paths[0]))["model_config"]), {}
     # train.py's parser, for the same defaults and errors; its imports take seconds.

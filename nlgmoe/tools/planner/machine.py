@@ -9,7 +9,7 @@ import torch
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import default_device, product_name
-from nlgmoe.monitoring.hardware import HARDWARE, RESERVED, Hardware, board_of, hardware
+from nlgmoe.hardware import HARDWARE, RESERVED, Hardware, board_of, hardware
 from nlgmoe.tools.planner.cost import Communication, Cost, Memory, communication_of, estimate, memory_of
 from nlgmoe.tools.planner.topology import Topology
 

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.hardware import HARDWARE
 from nlgmoe.model.counting import count_parameters, flops_per_token
-from nlgmoe.monitoring.hardware import HARDWARE
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.tools.planner.cost import Cost, Memory, Parts, fits_on
 from nlgmoe.tools.planner.machine import Machine, Prediction

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from nlgmoe.callbacks.stopwatch import PARTS
 from nlgmoe.data.tokenizer import fingerprint_of
-from nlgmoe.monitoring.stopwatch import PARTS
 from nlgmoe.run.folder import flattened
 from nlgmoe.tools.report.runs import BITS, Run
 

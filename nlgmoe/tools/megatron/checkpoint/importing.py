@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.pyramid import moe_blocks
+from nlgmoe.surgery.write_weights import weight_shapes, write_weights
 from nlgmoe.tools.megatron.checkpoint.source import Dense, ExpertFiles, find_folder, read_dense
 from nlgmoe.tools.megatron.flags import FLAGS, ROWS, Arguments
 from nlgmoe.tools.megatron.from_megatron import words_of

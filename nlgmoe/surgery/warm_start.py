@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlgmoe.checkpoint.agreement import raise_on_all_ranks
 from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.folder import TensorFiles, read_document
 from nlgmoe.checkpoint.layout import (
     Entry,
     describe_differences,
@@ -26,10 +24,12 @@ from nlgmoe.checkpoint.layout import (
     local_entries,
     summarize_differences,
 )
-from nlgmoe.checkpoint.newest import find_checkpoint
+from nlgmoe.checkpoint.reading import TensorFiles, read_document
+from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.checkpoint.same_run import tokenizer_matches
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.model.gpt import GPT
+from nlgmoe.ranks import raise_on_all_ranks
 from nlgmoe.validation import SettingError
 
 _BLOCK = re.compile(r"blocks\.(?P<block>\d+)\.(?P<rest>.*)")

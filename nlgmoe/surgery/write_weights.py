@@ -14,9 +14,9 @@ import yaml
 from torch import Tensor
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.folder import Contents, read_document, run_config
 from nlgmoe.checkpoint.layout import Shapes, entry_shapes
 from nlgmoe.checkpoint.portable import make_document
+from nlgmoe.checkpoint.reading import Contents, read_document, run_config
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.files import atomic_write, settings_of

@@ -9,7 +9,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from nlgmoe.callbacks import SaveCheckpoints
-from nlgmoe.checkpoint.newest import saved_steps
+from nlgmoe.checkpoint.run_checkpoints import saved_steps
 from tests.run.runs import fit
 
 

@@ -1,4 +1,7 @@
-"""Raise errors on all ranks together, so that no rank waits in a collective for one that has failed."""
+"""Collectives over all ranks: sums, means, rank 0's value, and errors that every rank raises.
+
+Each function is the identity in a process without ranks.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from torch import distributed
+from torch import Tensor, distributed
 
 from nlgmoe.validation import RunError, SettingError
 
@@ -49,3 +52,18 @@ def raise_on_all_ranks() -> Iterator[None]:
         if len(set(messages)) > 1:
             raise AllRanksError(f"rank {rank}: {message}") from own_error
         raise (AllRanksSettingError if isinstance(own_error, SettingError) else AllRanksError)(message) from own_error
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum `values` over ranks in place, in one collective; Lightning's `reduce` adds a barrier."""
+    if distributed.is_initialized():
+        distributed.all_reduce(values)
+    return values
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Average `value` over ranks, in place."""
+    if distributed.is_initialized():
+        distributed.all_reduce(value)
+        value /= distributed.get_world_size()
+    return value

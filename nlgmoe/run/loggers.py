@@ -16,7 +16,6 @@ from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
-from torch import Tensor, distributed
 from typing_extensions import override
 
 from nlgmoe.files import atomic_write
@@ -149,10 +148,3 @@ def ends_step(trainer: Trainer) -> bool:
 def is_logged(trainer: Trainer) -> bool:
     """Return True for a step that Lightning logs; the last step of a run too, once it is known to be the last."""
     return trainer._logger_connector.should_update_logs
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum `values` over ranks in place, in one collective; Lightning's `reduce` adds a barrier."""
-    if distributed.is_initialized():
-        distributed.all_reduce(values)
-    return values

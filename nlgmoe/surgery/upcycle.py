@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.layout import Shapes
-from nlgmoe.checkpoint.newest import find_checkpoint
-from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
+from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_tokenizer
+from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.parts import require_paper_parts
 from nlgmoe.pyramid import experts_at
 from nlgmoe.seeding import derive_seed
+from nlgmoe.surgery.write_weights import weight_shapes, write_weights
 from nlgmoe.validation import require
 
 TINY = 1e-12  # times a normed input of thousands of values: far below half the last bit of 1 in fp32

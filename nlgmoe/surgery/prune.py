@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
-from nlgmoe.checkpoint.weights_only import write_weights
+from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_tokenizer
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import TopKRouter
 from nlgmoe.pyramid import experts_per_position, moe_blocks
+from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.validation import require
 
 

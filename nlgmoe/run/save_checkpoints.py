@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.newest import checkpoint_path, saved_steps, set_link
+from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, saved_steps, set_link
 from nlgmoe.run.signals import StopOnSignal
 from nlgmoe.validation import SettingError, require
 

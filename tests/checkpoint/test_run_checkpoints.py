@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nlgmoe.checkpoint.newest import checkpoint_path, choose_checkpoint, find_checkpoint, saved_steps, set_link
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
+from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, choose_checkpoint, find_checkpoint, saved_steps, set_link
 from nlgmoe.checkpoint.verify import find_problems
 from tests.checkpoint.runs import NEEDED, fit
 from tests.run.runs import in_process

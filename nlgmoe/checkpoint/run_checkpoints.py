@@ -13,9 +13,9 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
 
-from nlgmoe.checkpoint.agreement import AllRanksError, of_rank_zero
-from nlgmoe.checkpoint.folder import followed
+from nlgmoe.checkpoint.reading import followed
 from nlgmoe.checkpoint.verify import gather_problems
+from nlgmoe.ranks import AllRanksError, of_rank_zero
 from nlgmoe.validation import SettingError, require
 
 FOLDER = "checkpoints"

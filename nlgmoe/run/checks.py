@@ -1,0 +1,259 @@
+"""Checks of a run, before its first step or at its end. Each refuses or warns; none changes the run, but `validate_by_steps`.
+
+SETTINGS, STRATEGIES, CALLBACKS   options of Lightning that would make a run wrong without an error: option, reason
+check_...                         what does not fit together, or would be lost
+warn_...                          ends that come too early or too late, and a resumed run that differs from its beginning
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.data.training_data import TrainingData, training_data
+from nlgmoe.distill.distiller import End
+from nlgmoe.layers.placement import PlacesExperts
+from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
+from nlgmoe.ranks import AllRanksError
+from nlgmoe.validation import SettingError, require
+
+Kinds = type | tuple[type, ...]
+_END = "continues a run after its end or a stop; leave it out"
+SETTINGS = {  # of a Trainer, unless they are 0 or null
+    "min_steps": _END,
+    "min_epochs": _END,
+    "overfit_batches": "changes the order of sequences, which data.seed determines; give a small data.data_dir",
+}
+STRATEGIES: dict[Kinds, str] = {
+    (FSDPStrategy, ModelParallelStrategy): (
+        "divides the weights, which gradient norms and checkpoints here do not support; use nlgmoe.ExpertParallelStrategy, or ddp"
+    ),
+    DeepSpeedStrategy: "does not support experts; write {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2}}",
+}
+CALLBACKS: dict[Kinds, str] = {
+    (GradientAccumulationScheduler, BatchSizeFinder): "changes the batch that data.global_batch_size sets; remove it",
+    LearningRateFinder: "sets the rate of one optimizer group, not model.schedule's; try values of model.optimizer.lr",
+    (StochasticWeightAveraging, WeightAveraging): "replaces the weights that a resumed run needs; remove it",
+    (BaseFinetuning, ModelPruning): "changes optimizer groups or names that no checkpoint here holds; remove it",
+    OnExceptionCheckpoint: "saves within a step, where weights and clock are of different steps; remove it",
+}
+
+
+def check_trainer(trainer: Trainer, stage: str) -> None:
+    """Refuse the options listed above."""
+    strategy = trainer.strategy
+    for kinds, reason in STRATEGIES.items():
+        if isinstance(strategy, kinds) and not isinstance(strategy, PlacesExperts):
+            raise SettingError(f"trainer.strategy={type(strategy).__name__} {reason}")
+    if stage != "fit":
+        return
+    for name, reason in SETTINGS.items():
+        if value := getattr(trainer, name):
+            raise SettingError(f"trainer.{name}={value} {reason}")
+    if getattr(trainer, "_val_check_time_interval", None) is not None:
+        raise SettingError("trainer.val_check_interval as a time depends on the machine's speed; give optimizer steps")
+    if trainer.precision == "16-true":
+        raise SettingError(
+            "trainer.precision=16-true trains in fp16 alone, in which AdamW's eps is 0; use bf16-mixed or 16-mixed"
+        )
+    if trainer.gradient_clip_algorithm == "value" and isinstance(strategy, PlacesExperts):
+        raise SettingError(
+            "trainer.gradient_clip_algorithm=value: DeepSpeed does not clip by value; leave it out, or use ddp"
+        )
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        for classes, reason in CALLBACKS.items():
+            if isinstance(callback, classes):
+                raise SettingError(f"trainer.callbacks: {type(callback).__name__} {reason}")
+        if getattr(callback, "save_on_exception", False):
+            name = type(callback).__name__
+            raise SettingError(f"trainer.callbacks: {name}.save_on_exception saves within a step; set it to false")
+    for logger in trainer.loggers:
+        if kept := vars(logger).get("_log_model"):  # of MLFlowLogger and WandbLogger
+            raise SettingError(
+                f"trainer.logger: {type(logger).__name__}.log_model={kept} uploads checkpoints that are files, here they are "
+                "folders; leave it out, and upload the folder as docs/metrics.md shows"
+            )
+
+
+def check_vocabulary(config: GPTConfig, data: TrainingData) -> None:
+    """Check that the model's vocabulary covers the token ids of the data."""
+    if data.vocab_size > config.vocab_size:
+        raise SettingError(
+            f"the data's tokenizer has {data.vocab_size} ids but model.config.vocab_size is {config.vocab_size}; "
+            f"set it to {data.vocab_size}, or data.tokenizer to the model's"
+        )
+
+
+def check_lengths(config: GPTConfig, seq_len: int, curriculum: SequenceCurriculum | None) -> None:
+    """Check that the model reads sequences as long as the data's, `seq_len` tokens, and that a curriculum begins below that."""
+    require(
+        seq_len <= config.seq_len,
+        f"data.seq_len={seq_len} is above model.config.seq_len={config.seq_len}, the longest sequence that the model reads; "
+        "lower it, or raise model.config.seq_len",
+    )
+    require(
+        curriculum is None or curriculum.start <= seq_len,
+        f"model.curriculum.start={curriculum.start if curriculum else None} is above data.seq_len={seq_len}; lower it",
+    )
+
+
+def warn_about_end(
+    seq_len: int,
+    curriculum: SequenceCurriculum | None,
+    schedule: LearningRateSchedule,
+    train_tokens: int | None,
+    trainer: Trainer,
+) -> None:
+    """Warn if training has no end, or ends before curriculum or schedule, or the first sample of a part of a blend."""
+    stoppers = (Timer, EarlyStopping)
+    stopped = any(isinstance(callback, stoppers) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if train_tokens is None and trainer.max_steps < 0 and trainer.max_epochs in (None, -1) and not stopped:
+        rank_zero_warn(
+            "this run has no end; set model.train_tokens, trainer.max_steps or trainer.max_time, or stop it with Ctrl+C"
+        )
+    if curriculum is not None and train_tokens is not None and curriculum.tokens > train_tokens:
+        rank_zero_warn(
+            f"model.curriculum.tokens={curriculum.tokens} is above model.train_tokens={train_tokens}: training "
+            f"ends before its sequences are {seq_len} tokens long; lower it"
+        )
+    if train_tokens is not None and schedule.decay_tokens is not None and train_tokens < schedule.decay_tokens:
+        rank_zero_warn(
+            f"model.train_tokens={train_tokens} is below model.schedule.decay_tokens={schedule.decay_tokens}: the learning rate "
+            f"does not fall to its end; set decay_tokens, and warmup_tokens={schedule.warmup_tokens}, for this length"
+        )
+    data = training_data(trainer)
+    if data is None or data.domain_shares is None:
+        return
+    shortest = seq_len if curriculum is None else curriculum.start
+    ends = [] if train_tokens is None else [train_tokens / shortest]
+    ends += [trainer.max_steps * data.batch_size_after(sys.maxsize)] if trainer.max_steps >= 0 else []
+    for domain, share in zip(data.domains, data.domain_shares, strict=True):
+        if share * min(ends, default=math.inf) < 1:
+            rank_zero_warn(
+                f"{domain} has {share:.2g} of the samples, less than one in the {min(ends):,.0f} of this run; raise the "
+                "weight of its part, or remove the part"
+            )
+
+
+def warn_about_distillation(
+    end: End, seq_len: int, curriculum: SequenceCurriculum | None, train_tokens: int | None, trainer: Trainer
+) -> None:
+    """Warn if training ends before distillation does, so that no step is on text alone.
+
+    Args:
+        end: end of distillation.
+        seq_len: length of whole sequences, in tokens.
+        curriculum: schedule of shorter sequences.
+        train_tokens: tokens at which training ends.
+        trainer: the run's, with its `max_steps` and its data.
+    """
+    steps = float(trainer.max_steps if trainer.max_steps >= 0 else math.inf)
+    tokens = float(math.inf if train_tokens is None else train_tokens)
+    if (data := training_data(trainer)) is not None:  # the most tokens and steps that the run can have
+        shortest = seq_len if curriculum is None else curriculum.start
+        most = steps * data.batch_size_after(sys.maxsize) * seq_len
+        steps = min(steps, tokens / (data.batch_size_after(0) * shortest) + 1)
+        tokens = min(tokens, most)
+    late = (end.tokens is not None and end.tokens > tokens) or (end.steps is not None and end.steps > steps)
+    if late:
+        place = f"{end.steps:,} steps" if end.tokens is None else f"{end.tokens:,} tokens"
+        rank_zero_warn(
+            f"distillation ends after {place}, and the run before that, by model.train_tokens={train_tokens} or "
+            f"trainer.max_steps={trainer.max_steps}: no step is on text alone; lower the end of StagedDistillation, or remove it"
+        )
+
+
+def warn_about_rate(schedule: LearningRateSchedule, tokens: int, train_tokens: int | None) -> None:
+    """Warn if training has ended, by `max_steps`, `max_time` or a callback, before the learning rate has fallen to its end.
+
+    Args:
+        schedule: the learning rate over tokens.
+        tokens: tokens that the run has trained on.
+        train_tokens: tokens at which it ends; `warn_about_end` has warned of too few.
+    """
+    warned = train_tokens is not None and schedule.decay_tokens is not None and train_tokens < schedule.decay_tokens
+    if schedule.decay_tokens is not None and tokens < schedule.decay_tokens and not warned:
+        rank_zero_warn(
+            f"training has ended after {tokens} tokens, and the learning rate falls until model.schedule.decay_tokens="
+            f"{schedule.decay_tokens}: the final loss is that of a high learning rate; set decay_tokens for a run of this length"
+        )
+
+
+def warn_of_another_size(before: dict[str, int], now: dict[str, int], moe: MoEConfig | None) -> None:
+    """Warn if the next step of a resumed run differs in size from that of the checkpoint's run."""
+    if "samples" in before and "samples" in now and before["samples"] != now["samples"]:
+        rank_zero_warn(
+            f"a step had {before['samples']} sequences when the checkpoint was saved, now it has {now['samples']}; "
+            "data.global_batch_size and data.batch_ramp_up keep it the same on any number of ranks"
+        )
+        return
+    old, new = (size["ranks"] * size["micro_batches"] for size in (before, now))
+    if moe is not None and old != new:
+        rank_zero_warn(
+            f"a step had {old} micro-batches over all ranks when the checkpoint was saved, now it has {new}: each has its own "
+            "capacity and balance loss; restore data.micro_batch_size to keep the losses the same"
+        )
+    if moe is not None and moe.aux_scope == "global" and before["ranks"] != now["ranks"]:
+        rank_zero_warn(
+            f"model.config.moe.aux_scope=global balances the load over {now['ranks']} ranks together, and did over "
+            f"{before['ranks']} when the checkpoint was saved: the balance loss differs"
+        )
+
+
+def warn_of_repeated_data(trainer: Trainer) -> None:
+    """Warn if a resumed run's training data are no `TrainingData`."""
+    if trainer.global_step > 0 and training_data(trainer) is None:
+        rank_zero_warn(
+            f"the run goes on at step {trainer.global_step} with data that may repeat, skip or begin again: they are no "
+            "nlgmoe.data.TrainingData"
+        )
+
+
+def validate_by_steps(trainer: Trainer) -> None:
+    """Make `trainer.val_check_interval` count optimizer steps, as `log_every_n_steps` does, not micro-batches."""
+    interval = trainer.val_check_interval
+    if not isinstance(interval, int):
+        return
+    trainer.val_check_batch = batches = interval * trainer.accumulate_grad_batches
+    if trainer.check_val_every_n_epoch is not None and trainer.enable_validation:
+        require(
+            batches <= trainer.num_training_batches,
+            f"trainer.val_check_interval={interval} steps are {batches} micro-batches, and an epoch has "
+            f"{trainer.num_training_batches}: no epoch would have a validation; lower it, or set "
+            "trainer.check_val_every_n_epoch=null to count steps over epochs",
+        )
+
+
+def check_new_run(trainer: Trainer, tokens: int) -> None:
+    """Check that a run that resumes nothing begins at the beginning.
+
+    Args:
+        trainer: trainer of the fit.
+        tokens: tokens that its module has trained on.
+    """
+    data = training_data(trainer)
+    samples = 0 if data is None else data.samples_consumed
+    if trainer.ckpt_path is None and (trainer.global_step or tokens or samples):
+        raise AllRanksError(
+            f"a new run cannot begin with a trainer at step {trainer.global_step}, a module that has seen {tokens} tokens or "
+            f"data at sample {samples}: make all anew, or resume the earlier run with trainer.fit(..., ckpt_path=CHECKPOINT)"
+        )

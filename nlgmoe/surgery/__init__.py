@@ -1,0 +1,1 @@
+"""Make a model from another one: warm start, prune, upcycle, weights alone."""
