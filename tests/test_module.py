@@ -20,7 +20,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.step import Window
 from nlgmoe.validation import RunError
@@ -93,6 +93,28 @@ def test_clock_counts_tokens_and_the_learning_rate_follows_it(tmp_path: Path) ->
     cosine = [1e-3 * 0.5 * (1 + math.cos(math.pi * done / 6)) for done in range(4)]
     assert recorder.rates == pytest.approx([0.0, 0.5e-3, *cosine])
     assert float(run.callback_metrics["train/lr"]) == pytest.approx(cosine[-1])
+
+
+class OptimizerAlone(MoEGPTModule):
+    """A subclass with an optimizer of its own groups and, as Lightning allows, no scheduler."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(build_adamw(self.gpt, self.optimizer_config).param_groups, lr=1e-3)
+
+
+def test_a_step_ends_without_a_scheduler_of_lightning(tmp_path: Path) -> None:
+    schedule = LearningRateSchedule(warmup_tokens=128, decay_tokens=512)
+    rates: dict[type, list[float]] = {}
+    for kind in (MoEGPTModule, OptimizerAlone):
+        rates[kind] = []
+        look = LambdaCallback(
+            on_train_batch_end=lambda t, *_, r=rates[kind]: r.append(t.optimizers[0].param_groups[0]["lr"])
+        )
+        module, data = kind(CONFIG, schedule=schedule, train_tokens=192), SyntheticData()
+        run = trainer(tmp_path, look, max_steps=9)
+        run.fit(module, data)
+        assert (run.global_step, module.tokens_seen, data.samples_consumed) == (3, 192, 12)
+    assert rates[OptimizerAlone] == rates[MoEGPTModule] and len(set(rates[MoEGPTModule])) == 3
 
 
 def test_train_tokens_ends_the_run_at_the_end_of_that_step(tmp_path: Path) -> None:
