@@ -214,7 +214,6 @@ class MoEGPTModule(LightningModule):
         that is resumed at its end is validated again.
         """
         check_new_run(self.trainer, self.tokens_seen)
-        validate_by_steps(self.trainer)
         self.resuming.begin(self.trainer, self.tokens_seen, self.train_tokens, self.config.moe)
         warn_about_end(self.seq_len, self.curriculum, self.schedule, self.train_tokens, self.trainer)
         self.steps.begin()
@@ -233,8 +232,9 @@ class MoEGPTModule(LightningModule):
 
     @override
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Set the step number that loggers use; Lightning loses it if a run is resumed at an end."""
+        """Set what Lightning loses: the loggers' step in a resumed run, the validation interval where it reloads data."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        validate_by_steps(self.trainer)
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
