@@ -22,7 +22,7 @@ from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.checkpoint.same_run import check_same_run, check_tokenizer, differences
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
-from nlgmoe.data.training_data import TrainingData, length_of, training_data
+from nlgmoe.data.training_data import length_of, training_data
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.eval.perplexity import DomainLoss, batch_losses
 from nlgmoe.layers.moe import MoELayer, moe_layers
@@ -133,7 +133,10 @@ class MoEGPTModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Check that trainer, model and data fit together, and make the portable checkpoint the trainer's format."""
+        """Forget data of an earlier call, check that all fits together, make the portable checkpoint the trainer's format."""
+        trainer: Any = self.trainer
+        if trainer.fit_loop._data_source.instance is not trainer.datamodule:
+            trainer.datamodule = None  # Lightning keeps it from an earlier call, and would save its state
         check_trainer(self.trainer, stage)
         leave_signals_to_callbacks(self.trainer)
         self._domain_loss = []  # discards the sums of an interrupted evaluation
@@ -217,8 +220,8 @@ class MoEGPTModule(LightningModule):
         self.resuming.begin(self.trainer, self.tokens_seen, self.train_tokens, self.config.moe)
         warn_about_end(self.seq_len, self.curriculum, self.schedule, self.train_tokens, self.trainer)
         self.steps.begin()
-        data = self.trainer.fit_loop._data_source.instance  # `trainer.datamodule` may be that of an evaluation before
-        equal = isinstance(data, TrainingData) and data.has_equal_batches()
+        data = training_data(self.trainer)
+        equal = data is not None and data.has_equal_batches()
         for moe in moe_layers(self.gpt):
             moe.dispatcher.equal_batches = equal
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
