@@ -21,7 +21,7 @@ from nlgmoe.batch import Batch, loss_mask
 from nlgmoe.checkpoint.portable import use_portable_checkpoints
 from nlgmoe.checkpoint.same_run import check_same_run, check_tokenizer, differences
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
-from nlgmoe.data.training_data import TrainingData, length_of, training_data
+from nlgmoe.data.training_data import length_of, training_data
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.eval.perplexity import DomainLoss, batch_losses
 from nlgmoe.layers.moe import MoELayer, moe_layers
@@ -141,7 +141,10 @@ class MoEGPTModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Make the portable checkpoint the trainer's format, and check that trainer, model and data fit together."""
+        """Forget data of an earlier call, make the portable checkpoint the trainer's format, and check that all fits together."""
+        trainer: Any = self.trainer
+        if trainer.fit_loop._data_source.instance is not trainer.datamodule:
+            trainer.datamodule = None  # Lightning keeps it from an earlier call, and would save its state
         use_portable_checkpoints(self.trainer.strategy, to_train=stage == "fit")
         check_trainer(self.trainer, stage)
         leave_signals_to_callbacks(self.trainer)
@@ -223,12 +226,11 @@ class MoEGPTModule(LightningModule):
         that is resumed at its end is validated again.
         """
         check_new_run(self.trainer, self.tokens_seen)
-        validate_by_steps(self.trainer)
         self.resuming.begin(self.trainer, self.tokens_seen, self.train_tokens, self.config.moe)
         warn_about_end(self.seq_len, self.curriculum, self.schedule, self.train_tokens, self.trainer)
         self.steps.begin()
-        data = self.trainer.fit_loop._data_source.instance  # `trainer.datamodule` may be that of an evaluation before
-        equal = isinstance(data, TrainingData) and data.has_equal_batches()
+        data = training_data(self.trainer)
+        equal = data is not None and data.has_equal_batches()
         for moe in moe_layers(self.gpt):
             moe.dispatcher.equal_batches = equal
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
@@ -242,8 +244,9 @@ class MoEGPTModule(LightningModule):
 
     @override
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Set the step number that loggers use; Lightning loses it if a run is resumed at an end."""
+        """Set what Lightning loses: the loggers' step in a resumed run, the validation interval where it reloads data."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        validate_by_steps(self.trainer)
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -268,6 +268,27 @@ def test_an_interval_of_validations_beyond_the_epoch_is_refused(tmp_path: Path) 
         trainer(tmp_path, **settings, val_check_interval=3).fit(MoEGPTModule(CONFIG), SyntheticData())
 
 
+def test_validations_are_steps_apart_also_after_dataloaders_are_reloaded(tmp_path: Path) -> None:
+    steps: list[int] = []
+    looks = LambdaCallback(on_validation_start=lambda run, _: steps.append(run.global_step))
+    settings = {"accumulate_grad_batches": 2, "limit_train_batches": 12, "limit_val_batches": 1, "max_epochs": 2}
+    settings |= {"val_check_interval": 3, "reload_dataloaders_every_n_epochs": 1}
+    trainer(tmp_path, looks, **settings).fit(MoEGPTModule(CONFIG), SyntheticData())
+    assert steps == [3, 6, 9, 12]
+
+
+def test_a_run_does_not_read_the_data_of_an_evaluation_before_it(tmp_path: Path) -> None:
+    evaluated, loader, saved = SyntheticData(padded=True), SyntheticData().train_dataloader(), tmp_path / "a.ckpt"
+    module, run = MoEGPTModule(CONFIG), trainer(tmp_path, SaveAt(1, saved), max_steps=1, limit_val_batches=1)
+    run.validate(module, datamodule=evaluated, verbose=False)
+    run.fit(module, train_dataloaders=loader)
+    assert evaluated.samples_consumed == 0
+    resumed = trainer(tmp_path, max_steps=2, limit_val_batches=1)
+    resumed.validate(MoEGPTModule(CONFIG), datamodule=SyntheticData(seq_len=8), verbose=False)
+    with pytest.warns(UserWarning, match="goes on at step 1 with data that may repeat, skip or begin again"):
+        resumed.fit(MoEGPTModule(CONFIG), train_dataloaders=loader, ckpt_path=saved)  # other data had been evaluated
+
+
 def test_a_resumed_run_whose_data_begin_again_says_so(tmp_path: Path) -> None:
     loader = SyntheticData().train_dataloader()
     trainer(tmp_path, SaveAt(1, tmp_path / "a.ckpt"), max_steps=1).fit(MoEGPTModule(CONFIG), loader)

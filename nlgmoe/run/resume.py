@@ -26,7 +26,8 @@ from nlgmoe.run.checks import warn_of_another_size, warn_of_repeated_data
 #   val_loop.batch_progress     to none: `begin` runs a pending validation, since Lightning's own restart of one looks at
 #                               the wrong batch at the end of an epoch
 #   epoch_loop.max_steps        to -1 from loading to `on_train_start`, which Lightning does not reach at `max_steps`
-#   val_check_batch             to `val_check_interval` optimizer steps: Lightning counts micro-batches
+#   val_check_batch             to `val_check_interval` optimizer steps before every batch: Lightning counts micro-batches, and
+#                               sets it anew with `reload_dataloaders_every_n_epochs`
 #   should_stop                 `module.py`: to False in `on_fit_start`, where a `Timer` may have set it, with the same effect as
 #                               `max_steps`; to True in `begin` at a run's end; `step.py`: to True at `train_tokens`, and
 #                               postponed to the end of an accumulation window
