@@ -192,7 +192,7 @@ def test_the_counts_survive_a_restart_and_stand_in_the_summary(tmp_path: Path) -
         return module
 
     path = tmp_path / "a.ckpt"
-    assert fit(3, RunSummary(), SaveAt(3, path)).steps.guard.state_dict() == {"skipped": 2, "in_a_row": 2}
+    assert fit(3, RunSummary(), SaveAt(3, path)).guard.state_dict() == {"skipped": 2, "in_a_row": 2}
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["skipped_steps"] == 2
     assert 0 < summary["train_loss"] < 10
@@ -231,7 +231,7 @@ def test_an_overflow_in_fp16_is_a_step_whose_update_never_was_and_the_scale_surv
     spoils = Spoils({2}, gradient_of("blocks.0.ffn.expand.weight", torch.inf))
     run, module, state = fit_fp16(tmp_path, spoils, 6)
     assert (state["scale"], state["_growth_tracker"]) == (2.0**15, 3)
-    assert module.steps.guard.state_dict() == {"skipped": 1, "in_a_row": 0}
+    assert module.guard.state_dict() == {"skipped": 1, "in_a_row": 0}
     assert [seen["train/skipped_steps"] for seen in spoils.logged] == [0, 0, 1, 1, 1, 1]
     assert {float(state["step"]) for state in run.optimizers[0].state.values()} == {5.0}
     assert module.tokens_seen == 6 * 64  # the data were consumed, so the clock goes on

@@ -24,7 +24,8 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.ranks import sum_over_ranks
 from nlgmoe.run.folder import count_rows, cut_rows, is_of_folder
-from nlgmoe.run.loggers import ends_step, heat_map, is_logged, log_image
+from nlgmoe.run.loggers import heat_map, is_logged, log_image
+from nlgmoe.run.resume import ends_step
 from nlgmoe.validation import SettingError
 
 EVALUATED = ("load_max_over_mean", "load_cv", "dropped", "entropy", "expert_share")  # statistics that `validate` logs

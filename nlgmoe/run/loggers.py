@@ -140,11 +140,6 @@ def heat_map(loads: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(rows)[:-GAP].round().astype(np.uint8)
 
 
-def ends_step(trainer: Trainer) -> bool:
-    """Return True for the last micro-batch of an optimizer step."""
-    return not trainer.fit_loop._should_accumulate()
-
-
 def is_logged(trainer: Trainer) -> bool:
     """Return True for a step that Lightning logs; the last step of a run too, once it is known to be the last."""
     return trainer._logger_connector.should_update_logs

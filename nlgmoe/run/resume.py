@@ -33,6 +33,11 @@ from nlgmoe.run.checks import warn_of_another_size, warn_of_repeated_data
 #                               postponed to the end of an accumulation window
 
 
+def ends_step(trainer: Trainer) -> bool:
+    """Return True for the last micro-batch of an optimizer step."""
+    return not trainer.fit_loop._should_accumulate()
+
+
 class Resuming:
     """The last step of a checkpoint, and the first actions of a run that resumes it.
 
@@ -46,6 +51,12 @@ class Resuming:
         self._validated: int | None = None  # step of the last validation
         self._max_steps: int | None = None  # the trainer's, while it is set to -1
         self._size: dict[str, int] = {}  # of the step after the resumed checkpoint, in the run that saved it
+
+    def note_validation(self, trainer: Trainer) -> None:
+        """Note at the end of a step whether it ends a validation interval."""
+        loop = trainer.fit_loop
+        assert loop._data_fetcher is not None
+        self.validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
     def end_validation(self, trainer: Trainer) -> None:
         """Record the end of a validation of the fit."""
