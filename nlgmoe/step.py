@@ -123,10 +123,14 @@ class TrainingSteps:
         assert loop._data_fetcher is not None
         # Read before `should_stop` is set, which makes a validation due: a longer run that resumes this one has none here.
         module.resuming.validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-        fed = module.train_tokens is not None and self.tokens_seen >= module.train_tokens
         # Set now, so that this step is logged and validated as the last one.
-        if fed or self._stops_after_step or 0 <= trainer.max_steps <= trainer.global_step:
+        if self.ends_run(trainer.global_step):
             trainer.should_stop = True
+
+    def ends_run(self, step: int) -> bool:
+        """Return True if the run ends with the `step`th step, to which the micro-batches so far belong, whatever callbacks do."""
+        end, max_steps = self._module.train_tokens, self._module.trainer.max_steps
+        return self._stops_after_step or (end is not None and self._module.tokens_fed >= end) or 0 <= max_steps <= step
 
     def _update_routers(self) -> None:
         """Update the routers that learn from steps with the requests of all ranks. A collective if there are any."""
