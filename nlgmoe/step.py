@@ -178,7 +178,7 @@ class TrainingStep(LightningModule):
         if not window.allowed:
             gradients.discard()
         elif gradient_clip_val:
-            gradients.clip(gradient_clip_val, gradient_clip_algorithm)
+            gradients.clip(norm, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/skipped_steps", float(self.guard.skipped))
 
     @override
@@ -208,10 +208,18 @@ class TrainingStep(LightningModule):
         self._set_rate()
         # Before `should_stop` is set, which makes a validation due: a longer run that resumes this one has none here.
         self.resuming.note_validation(self.trainer)
-        reached_train_tokens = self.train_tokens is not None and self.tokens_seen >= self.train_tokens
         # Set now, so that this step is logged and validated as the last one.
-        if reached_train_tokens or self._stops_after_step or 0 <= self.trainer.max_steps <= step:
+        if self.ends_run(step):
             self.trainer.should_stop = True
+
+    def ends_run(self, step: int) -> bool:
+        """Return True if the run ends with this step, the micro-batches so far, whatever callbacks do.
+
+        Args:
+            step: the number of steps that are taken with it.
+        """
+        reached_train_tokens = self.train_tokens is not None and self.tokens_with_window >= self.train_tokens
+        return self._stops_after_step or reached_train_tokens or 0 <= self.trainer.max_steps <= step
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

@@ -171,6 +171,20 @@ def test_gradients_are_clipped_after_their_norm_is_logged(value: float, algorith
     assert run.callback_metrics["train/grad_norm"] > gradients.norm()
 
 
+def test_norm_and_clipping_of_bf16_gradients_are_not_in_bf16(tmp_path: Path) -> None:
+    before: list[Tensor] = []
+    looks = LambdaCallback(
+        on_before_optimizer_step=lambda _, module, __: before.extend(p.grad.double() for p in module.parameters())
+    )
+    module = MoEGPTModule(CONFIG)
+    run = trainer(tmp_path, looks, max_steps=1, gradient_clip_val=0.5, precision="bf16-true")
+    run.fit(module, SyntheticData())
+    norm = torch.cat([gradient.flatten() for gradient in before]).norm()
+    assert float(run.callback_metrics["train/grad_norm"]) == pytest.approx(float(norm), rel=1e-5)
+    clipped = torch.cat([parameter.grad.double().flatten() for parameter in module.parameters()])
+    assert float(clipped.norm()) == pytest.approx(0.5, rel=3e-4)  # 0.499 with a factor in bf16
+
+
 def test_a_router_learns_nothing_from_a_step_that_is_skipped(tmp_path: Path) -> None:
     biases: list[Tensor] = []
     spoils = Spoils({1}, gradient_of("token_embedding.weight", torch.nan))

@@ -116,7 +116,7 @@ class ExpertLoad(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Measure the gradients of a logged step before clipping."""
         assert isinstance(pl_module, MoEGPTModule)
-        if self._experts and is_logged(trainer):
+        if self._experts and (is_logged(trainer) or pl_module.ends_run(trainer.global_step + 1)):
             self._squares = pl_module.step_gradients().squared_norms(self._parts)
 
     @override
@@ -171,7 +171,7 @@ class ExpertLoad(Callback):
     def _end_interval(self, trainer: Trainer) -> list[float]:
         """Return the sums of an interval over all ranks, and begin the next one. A collective."""
         squares = self._squares
-        if squares is None:  # the step was skipped, or became the last one after its gradients were computed
+        if squares is None:  # the step was skipped, or a callback or signal has made it the last one
             squares = self._interval.new_full((len(self._parts),), torch.nan)
         sums: list[float] = sum_over_ranks(torch.cat([self._interval, squares.double()])).tolist()
         self._interval.zero_()

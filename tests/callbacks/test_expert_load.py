@@ -112,10 +112,12 @@ def test_an_interval_is_all_of_its_micro_batches(tmp_path: Path) -> None:
             assert 0 < found["expert_share"] < 1
 
 
-def test_parts_of_the_gradient_make_the_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("steps", "tokens"), [(2, None), (3, None), (-1, 3 * 64)], ids=["logged", "steps", "tokens"])
+def test_parts_of_the_gradient_make_the_whole(steps: int, tokens: int | None, tmp_path: Path) -> None:
+    """In the row of a run's last step too, which may be between two logging intervals."""
     seen = Routings()
-    run = trainer(tmp_path, ExpertLoad(), seen, max_steps=2, log_every_n_steps=2, gradient_clip_val=0.1)
-    run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    run = trainer(tmp_path, ExpertLoad(), seen, max_steps=steps, log_every_n_steps=2, gradient_clip_val=0.1)
+    run.fit(MoEGPTModule(CONFIG, train_tokens=tokens), SyntheticData())
     parts = [value for name, value in seen.logged[-1].items() if "/grad_norm_" in name]
     assert len(parts) == 5 and min(parts) > 0
     assert math.hypot(*parts) == pytest.approx(seen.logged[-1]["train/grad_norm"], rel=1e-5)
