@@ -79,11 +79,16 @@ class StepGradients:
         """Return True if the dynamic loss scale is above its lowest value; None if there is no loss scale."""
         return None if self._scaler is None else self._scaler.get_scale() > 1
 
-    def squared_norms(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
-        """Return terms whose sum over ranks is the squared L2 norm of each part of the model, `[parts]`. No collective."""
+    def squared_norms(self, components: Sequence[Sequence[nn.Parameter]]) -> Tensor:
+        """Return terms whose sum over ranks is each component's squared gradient norm, `[components]`. No collective."""
         ranks = distributed.get_world_size() if distributed.is_initialized() else 1
-        device = next(parameter.device for part in parts for parameter in part)  # a router may have no parameters
-        return torch.stack([squared_norm((parameter.grad for parameter in part), device) for part in parts]) / ranks
+        device = next(
+            parameter.device for component in components for parameter in component
+        )  # a router may have no parameters
+        return (
+            torch.stack([squared_norm((parameter.grad for parameter in component), device) for component in components])
+            / ranks
+        )
 
     def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the gradient of one parameter of this rank. A collective."""
