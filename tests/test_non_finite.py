@@ -292,5 +292,7 @@ def test_what_a_run_logs_is_documented(tmp_path: Path) -> None:
         module = MoEGPTModule(replace(CONFIG, moe=moe), curriculum=SequenceCurriculum(tokens=64, start=8))
         run = trainer(tmp_path, ExpertLoad(), Throughput(), max_steps=2, log_every_n_steps=1, **validation)
         run.fit(module, SyntheticData())
-        names = {re.sub(r"^experts/\d+/", "experts/MOE_LAYER/", name) for name in (*run.callback_metrics, "epoch", "step")}
+        names = {
+            re.sub(r"^experts/\d+/", "experts/MOE_LAYER/", name) for name in (*run.callback_metrics, "epoch", "step")
+        }
         assert {re.sub(r"/(even|odd)$", "/DOMAIN", name) for name in names} <= documented
