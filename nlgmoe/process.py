@@ -1,7 +1,7 @@
 """Settings of the process that make training fast, unless its environment has them: threads and allocators.
 
-`train.py`, the `nlgmoe` command and `load_config` call `prepare_threads`, their trainer calls `prepare_allocator`: a notebook trains
-as fast as the command. `import nlgmoe` changes nothing.
+`train.py`, the `nlgmoe` command and `load_config` call `prepare_threads`, their trainer calls `prepare_allocator`: a notebook
+trains as fast as the command. `import nlgmoe` changes nothing.
 """
 
 from __future__ import annotations
