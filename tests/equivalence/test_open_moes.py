@@ -2,7 +2,7 @@
 
 import json
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from nlgmoe import GPT, GPTConfig, MoEGPTModule, WarmStart, generate, load_model
+from nlgmoe import GPT, GPTConfig, MoEGPTModule, Router, WarmStart, experts_at, generate, load_model
 from nlgmoe.config import MoEConfig
 from nlgmoe.layers.attention import KVCache
+from nlgmoe.layers.router import TopKRouter
 from nlgmoe.layers.routers import SoftmaxTopK
 from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.optim.param_groups import AdamWConfig
@@ -291,6 +292,29 @@ def test_a_model_is_native_only_if_a_family_computes_it(
         assert replace(made, moe=None, init_std=config.init_std, num_kv_heads=None, ffn_hidden_size=None) == replace(
             config, moe=None
         )
+
+
+class SquaredRouter(TopKRouter):
+    def _scores(self, logits: Tensor, probs: Tensor) -> Tensor:
+        return probs.square()
+
+
+@dataclass(frozen=True)
+class SquaredRouterConfig(SoftmaxTopK):
+    """A user's router that computes other weights than the paper's, from which it derives."""
+
+    def build(self, config: GPTConfig, layer_index: int) -> Router:
+        assert config.moe is not None
+        return SquaredRouter(config.moe, config.hidden_size, experts_at(config, layer_index), layer_index)
+
+
+def test_a_router_that_derives_from_the_paper_s_is_not_native(tmp_path: Path) -> None:
+    moe = replace(NATIVE.moe, router=SquaredRouterConfig())
+    config = replace(NATIVE, vocab_size=61, qk_norm="projection", moe=moe)
+    trainer(tmp_path, SaveAt(1, tmp_path / "own.ckpt"), max_steps=1).fit(MoEGPTModule(config), SyntheticData())
+    with pytest.raises(ValueError, match="holds only the paper's router, not SquaredRouterConfig"):
+        export(tmp_path / "own.ckpt", tmp_path / "export")
+    assert family_of(config) == (None, "a router or an expert network of its own")
 
 
 REFUSED = {

@@ -267,11 +267,12 @@ def family_of(config: GPTConfig) -> tuple[str | None, str]:
         return family, "" if family else f"a dense model with qk_norm={config.qk_norm}"
     if moe.mlp_type != "standard":
         return None, f"mlp_type={moe.mlp_type}"
-    if moe.expert is not None or not isinstance(moe.router, SoftmaxTopK | None):
+    own = moe.router is not None and type(moe.router) is not SoftmaxTopK  # a subclass may compute other weights
+    if moe.expert is not None or own:
         return None, "a router or an expert network of its own"
     if len(set(counts) - {0}) > 1:
         return None, f"unequal numbers of experts, {counts}"
-    if moe.eval_token_dropping or (moe.router is not None and moe.router.gate_scale != 1):
+    if moe.eval_token_dropping or getattr(moe.router, "gate_scale", 1) != 1:
         return None, "eval_token_dropping" if moe.eval_token_dropping else f"gate_scale={moe.router.gate_scale}"  # type: ignore[union-attr]
     family = {"projection": "olmoe", "head": "qwen3_moe", None: "mixtral"}[config.qk_norm]
     if family == "mixtral" and not _normalises(moe):
