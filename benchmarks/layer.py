@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Benchmark, Part, Table, interleaved
-from nlgmoe import FrozenTopK, HashRouterConfig, SigmoidTopK, SoftmaxTopK, UniformRouterConfig
+from nlgmoe import FrozenTopK, HashRouterConfig, SigmoidTopK, UniformRouterConfig
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.feed_forward import FeedForward
@@ -30,7 +30,6 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PEERS = ("ours, dropless", "ours, capacity 1.0", "DeepSpeed, dropless", "DeepSpeed, capacity 1.0")
 ROUTERS: dict[str, tuple[int, RouterConfig | None]] = {
     "softmax top-1": (1, None),
-    "softmax top-1, gate scale": (1, SoftmaxTopK(gate_scale=2.0)),
     "sigmoid top-1": (1, SigmoidTopK()),
     "hash": (1, HashRouterConfig()),
     "uniform": (1, UniformRouterConfig()),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -152,10 +153,11 @@ def part_from_dict(values: dict[str, Any], base: type) -> Any:
     path = str(values.get("class_path"))
     module_name, _, name = path.rpartition(".")
     if module_name.split(".")[0] == "nlgmoe":
-        importlib.import_module(module_name)
-    if module_name not in sys.modules:
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(module_name)
+    elif module_name not in sys.modules:
         raise ForeignCodeError(path)
-    kind = getattr(sys.modules[module_name], name, None)
+    kind = getattr(sys.modules.get(module_name), name, None)
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise SettingError(
             f"{path} of the checkpoint is no {base.__name__}; use the version of {module_name} that trained it"

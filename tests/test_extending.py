@@ -145,9 +145,10 @@ def test_the_configuration_comes_back_from_plain_values() -> None:
     assert GPTConfig.from_dict(CONFIG.to_dict()) == CONFIG
     assert "router" not in GPTConfig(61, moe=MoEConfig()).to_dict()["moe"]
     plain = CONFIG.to_dict()
-    plain["moe"]["router"]["class_path"] = "os.path"
-    with pytest.raises(ValueError, match=r"os.path of the checkpoint is no RouterConfig"):
-        GPTConfig.from_dict(plain)
+    for path in ("os.path", "nlgmoe.layers.routers.softmax.SoftmaxTopK", "nlgmoe.SoftmaxTopK"):
+        plain["moe"]["router"]["class_path"] = path
+        with pytest.raises(ValueError, match=f"{path} of the checkpoint is no RouterConfig; use the version"):
+            GPTConfig.from_dict(plain)
 
 
 def test_a_swiglu_expert_computes_what_it_says_and_is_counted() -> None:

@@ -5,7 +5,8 @@
     expert = the k largest logits (k > 2: p)   [N, k]   k = 2, training: the second one is sampled (`second_expert`);
                                                         equal ones: the lower expert for k <= 2, unspecified for k > 2
     kept   = the assignments within capacity   [N, k]
-    weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1; times `gate_scale`
+    weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1 (`normalize_weights`);
+                                                        times `gate_scale`
 
 The load-balancing loss (`balance.py`) counts choices before dropping: the first choices if k <= 2, else all. Follows GShard
 (arXiv 2006.16668, algorithm 1), and DeepSpeed's `sharded_moe.py` (0.19.8) at capacity; tests/equivalence compares with the
@@ -164,30 +165,15 @@ class TopKRouter(Router):
         hidden_size: H.
         num_experts: E of the layer, over all ranks.
         layer_index: block number, so that layers draw different random numbers.
-        gate_scale: multiplies the weights.
-        normalize_weights: the weights of a token's kept experts sum to `gate_scale`; None: if k > 1.
-        init_std: standard deviation of the initial gate; None: the model's.
     """
 
     roles: ClassVar[dict[str, Role]] = {"weight": "weight"}
 
-    def __init__(
-        self,
-        config: MoEConfig,
-        hidden_size: int,
-        num_experts: int,
-        layer_index: int,
-        gate_scale: float = 1.0,
-        normalize_weights: bool | None = None,
-        init_std: float | None = None,
-    ) -> None:
+    def __init__(self, config: MoEConfig, hidden_size: int, num_experts: int, layer_index: int) -> None:
         super().__init__(num_experts)
-        self.config = config
-        self.layer_index = layer_index
-        self.gate_scale = gate_scale
-        self.normalize_weights = config.top_k > 1 if normalize_weights is None else normalize_weights
-        self.weight_sum = gate_scale if self.normalize_weights else None
-        self.init_std = init_std
+        self.config, self.layer_index = config, layer_index
+        self.weight_sum = config.gate_scale if config.normalizes else None
+        self.init_std = config.gate_init_std  # read by `initialise`
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(self, x: Tensor, context: RoutingContext = RoutingContext()) -> Routing:
@@ -209,10 +195,10 @@ class TopKRouter(Router):
             weight = self._scores(logits, probs).gather(1, expert)
             if slots is not None or token_mask is not None:
                 weight = torch.where(kept, weight, 0.0)
-            if self.normalize_weights:
+            if config.normalizes:
                 weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
-            if self.gate_scale != 1:
-                weight = weight * self.gate_scale
+            if config.gate_scale != 1:
+                weight = weight * config.gate_scale
         all_kept = slots is None and token_mask is None
         return Routing(expert, weight, kept, self.num_experts, token_mask, logits, probs, {}, slots, all_kept)
 

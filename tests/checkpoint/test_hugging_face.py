@@ -35,7 +35,10 @@ PR_MOE = GPTConfig(
     TOKENIZER.vocab_size, 24, 4, 32, 2, moe=MoEConfig([2, 4], mlp_type="residual", loss_coeff=0.1, z_loss_coeff=0.2)
 )
 CONFIGS = {
-    "moe": GPTConfig(TOKENIZER.vocab_size, 24, 2, 32, 2, hidden_dropout=0.1, moe=MoEConfig(4, top_k=2)),
+    "moe": GPTConfig(
+        TOKENIZER.vocab_size, 24, 2, 32, 2, hidden_dropout=0.1,
+        moe=MoEConfig(4, top_k=2, gate_scale=2.0, normalize_weights=False),
+    ),
     "pr_moe": PR_MOE,
     "dense": GPTConfig(TOKENIZER.vocab_size, 24, 2, 32, 2, ffn_hidden_size=48),
     "modern": replace(  # no family has a pyramid

@@ -15,7 +15,7 @@ from lightning import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nlgmoe import ExpertConfig, GPTConfig, MoEConfig, MoEGPTModule, RouterConfig, SigmoidTopK, SoftmaxTopK
+from nlgmoe import ExpertConfig, GPTConfig, MoEConfig, MoEGPTModule, RouterConfig, SigmoidTopK
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import RoutingContext
@@ -62,7 +62,7 @@ def test_each_defect_is_found(defect: str) -> None:
 
 OPEN = GPTConfig(
     61, norm="rmsnorm", rope_theta=1e4, num_kv_heads=2, head_dim=12, qk_norm="head", bias=False, ffn_network="swiglu",
-    moe=MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", router=SoftmaxTopK(normalize_weights=False)),
+    moe=MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", normalize_weights=False),
 )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ OPEN = GPTConfig(
         (clean(DROPLESS), 16),
         (clean(MoEConfig(1)), 10),
         (
-            clean(MoEConfig(8, top_k=2, token_dropping=False, router=SigmoidTopK(0.01, 2.5, sequence_loss_coeff=0.1))),
+            clean(MoEConfig(8, top_k=2, token_dropping=False, gate_scale=2.5, router=SigmoidTopK(0.01, 0.1))),
             16,
         ),
         (own_layer(OPEN, "ours"), 16),

@@ -3,7 +3,6 @@
 from nlgmoe.layers.routers.frozen import FrozenTopK
 from nlgmoe.layers.routers.hash import HashRouterConfig
 from nlgmoe.layers.routers.sigmoid import SigmoidTopK
-from nlgmoe.layers.routers.softmax import SoftmaxTopK
 from nlgmoe.layers.routers.uniform import UniformRouterConfig
 
-__all__ = ["FrozenTopK", "HashRouterConfig", "SigmoidTopK", "SoftmaxTopK", "UniformRouterConfig"]
+__all__ = ["FrozenTopK", "HashRouterConfig", "SigmoidTopK", "UniformRouterConfig"]
