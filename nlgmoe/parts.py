@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,6 +96,23 @@ class ExpertConfig:
         initial standard deviation is divided by `sqrt(2 * num_layers)`.
         """
         raise SettingError(f"{type(self).__name__} has no weights(hidden_size, ffn_size)")
+
+    def stacks(self, hidden_size: int, ffn_size: int) -> Mapping[str, Stack]:
+        """Return the matrices that `weights` declares.
+
+        Raises:
+            ValueError: the declaration has another form.
+        """
+        name, stacks = type(self).__name__, self.weights(hidden_size, ffn_size)
+        require(isinstance(stacks, Mapping), f"{name}.weights returned a {type(stacks).__name__}; return a dictionary")
+        for key, stack in stacks.items():
+            *sizes, role = stack if isinstance(stack, tuple | list) and len(stack) == 3 else (None,)
+            whole = len(sizes) == 2 and all(isinstance(size, Integral) and size > 0 for size in sizes)
+            require(
+                whole and role in ("expand", "project") and str(key).isidentifier(),
+                f"{name}.weights has {key!r}: {stack}; write name: (inputs, outputs, 'expand' or 'project'), with whole numbers",
+            )
+        return stacks
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply the network to rows sorted by expert, `[M, H] -> [M, H]`; `linear(name, x)` applies each row's matrix `name`."""

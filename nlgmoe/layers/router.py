@@ -27,11 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nlgmoe.config import MoEConfig
+from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.counts import count, requests_per_expert
 from nlgmoe.layers.noise import Uniform
+from nlgmoe.pyramid import experts_at
 from nlgmoe.roles import Role
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError, require
 
 JITTER = 1e-2  # half-width of the multiplicative noise, DeepSpeed's default
 
@@ -55,7 +56,7 @@ class RoutingContext:
 
 @dataclass(frozen=True)
 class Routing:
-    """The routing of one micro-batch in one MoE layer.
+    """The routing of one micro-batch in one MoE layer. Shapes and types are checked, without reading a value of the device.
 
     Attributes:
         expert: `[N, k]` chosen experts, first choice first.
@@ -69,6 +70,9 @@ class Routing:
         capacity: an upper bound on the kept assignments of each expert, the same on all ranks; None: none is known.
         all_kept: True only if `kept` has no False, so that rows need not be checked for dropped ones.
         expert_share: `[N]` weight of the experts in a learned residual mix, detached; else None.
+
+    Raises:
+        ValueError: a field has another shape or type.
     """
 
     expert: Tensor
@@ -82,6 +86,22 @@ class Routing:
     capacity: int | None = None
     all_kept: bool = False
     expert_share: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "kept"):
+            if (shape := getattr(self, name).shape) != self.expert.shape:
+                raise RunError(
+                    f"Routing has {name} of {list(shape)}, and expert of {list(self.expert.shape)}; both are [tokens, top_k]"
+                )
+        gate = (len(self.expert), self.num_experts)
+        for name in ("logits", "probs"):
+            value = getattr(self, name)
+            if value is not None and value.shape != gate:
+                raise RunError(f"Routing has {name} of {list(value.shape)}, not [tokens, num_experts] = {list(gate)}")
+        if self.expert.is_floating_point() or self.expert.dtype == torch.bool:
+            raise RunError(f"Routing has expert of {self.expert.dtype}; give numbers of experts, torch.int64")
+        if self.kept.dtype != torch.bool:
+            raise RunError(f"Routing has kept of {self.kept.dtype}, not torch.bool")
 
     @cached_property
     def tokens_per_expert(self) -> Tensor:
@@ -265,6 +285,27 @@ class TopKRouter(Router):
         kept = torch.empty_like(requested).flatten()
         kept[queue[by_expert]] = place_in_queue < slots
         return kept.view_as(requested) & requested
+
+
+def build_router(config: GPTConfig, layer_index: int) -> Router:
+    """Build the router of a block: the paper's, or the one that `config.moe.router` names.
+
+    Raises:
+        ValueError: a user's `build` returns no `Router` of the block's experts.
+    """
+    assert config.moe is not None
+    num_experts, settings = experts_at(config, layer_index), config.moe.router
+    if settings is None:
+        return TopKRouter(config.moe, config.hidden_size, num_experts, layer_index)
+    router, name = settings.build(config, layer_index), type(settings).__name__
+    if not isinstance(router, Router):
+        raise SettingError(f"{name}.build returned a {type(router).__name__}; return a Router")
+    require(
+        router.num_experts == num_experts,
+        f"{name}.build returned a Router of {router.num_experts} experts for a layer of {num_experts}; experts_at(config, "
+        "layer_index) is their number",
+    )
+    return router
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:

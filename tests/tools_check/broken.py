@@ -349,6 +349,11 @@ DEFECTS: dict[str, tuple[str, Defect]] = {
         "the losses reach the gate",
         (TWO, own_loss(lambda log_z: log_z.detach().square().mean())),
     ),
+    "a loss under another metric's name": (
+        "the losses reach the gate",
+        (TWO, routed(lambda routing, x: replace(routing, losses={"balance_loss": routing.logits.logsumexp(-1).mean()}))),
+    ),
+    "a loss for each token": ("the losses reach the gate", (TWO, own_loss(lambda log_z: log_z.square()))),
     "a loss that is a sum over tokens": (
         "micro-batches add up",
         (DROPLESS, own_loss(lambda log_z: log_z.square().sum())),

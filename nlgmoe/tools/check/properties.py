@@ -13,7 +13,11 @@ from nlgmoe.tools.check.layer import Failed, Layer, NotApplicable
 Test = Callable[[Layer], str]  # returns the reason of a pass, and raises `Failed` or `NotApplicable`
 PROPERTIES: dict[str, tuple[Test, ...]] = {
     "gradients equal finite differences": (gradients.gradients_are_finite_differences,),
-    "the losses reach the gate": (gradients.output_reaches_the_gate, gradients.auxiliary_loss_reaches_the_gate),
+    "the losses reach the gate": (
+        gradients.output_reaches_the_gate,
+        gradients.own_losses_are_named_scalars,
+        gradients.auxiliary_loss_reaches_the_gate,
+    ),
     "output = sum of weight * expert(x)": (weights.output_is_the_weighted_sum,),
     "weights sum as declared": (weights.weights_sum_as_declared,),
     "weights follow the logits": (weights.weights_follow_the_logits,),
