@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Benchmark, Part, Table, interleaved
-from nlgmoe import FrozenTopK, HashRouterConfig, SigmoidTopK, UniformRouterConfig
+from nlgmoe import FrozenRouterConfig, HashRouterConfig, SigmoidRouterConfig, UniformRouterConfig
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.feed_forward import FeedForward
@@ -30,13 +30,13 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PEERS = ("ours, dropless", "ours, capacity 1.0", "DeepSpeed, dropless", "DeepSpeed, capacity 1.0")
 ROUTERS: dict[str, tuple[int, RouterConfig | None]] = {
     "softmax top-1": (1, None),
-    "sigmoid top-1": (1, SigmoidTopK()),
+    "sigmoid top-1": (1, SigmoidRouterConfig()),
     "hash": (1, HashRouterConfig()),
     "uniform": (1, UniformRouterConfig()),
-    "frozen": (1, FrozenTopK()),
+    "frozen": (1, FrozenRouterConfig()),
     "softmax top-2": (2, None),
-    "sigmoid top-2": (2, SigmoidTopK()),
-    "sigmoid top-2, sequence loss": (2, SigmoidTopK(sequence_loss_coeff=1e-4)),
+    "sigmoid top-2": (2, SigmoidRouterConfig()),
+    "sigmoid top-2, sequence loss": (2, SigmoidRouterConfig(sequence_loss_coeff=1e-4)),
 }
 
 
@@ -145,7 +145,9 @@ def measure_routers(rounds: int) -> dict[str, Any]:
     x = torch.randn(8, 256, 256)
     layers = {}
     for name, (k, router) in ROUTERS.items():
-        never_drops = router is not None and "token_dropping" not in router.uses  # where the setting has no effect
+        never_drops = (
+            router is not None and "token_dropping" not in router.reads_fields
+        )  # where the setting has no effect
         layers[name] = Routed(ours(256, 16, k, never_drops, router), context)
     seconds = interleaved({name: training(layer, x, x) for name, layer in layers.items()}, rounds)
     return {name: {"seconds": seconds[name], "saved_mb": saved_bytes(layers[name], x) / 1e6} for name in layers}

@@ -9,7 +9,7 @@ import torch
 from interventions import around, intervened, replay, without
 from torch import Tensor
 
-from nlgmoe import GPT, GPTConfig, MoEConfig, SigmoidTopK
+from nlgmoe import GPT, GPTConfig, MoEConfig, SigmoidRouterConfig
 
 TOKENS = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -53,7 +53,7 @@ def test_a_way_around_an_expert_is_the_routing_of_the_others(top_k: int) -> None
 
 
 def test_a_way_around_is_refused_where_weights_are_not_the_papers() -> None:
-    for top_k, settings in ((2, {"normalize_weights": False}), (1, {"router": SigmoidTopK()})):
+    for top_k, settings in ((2, {"normalize_weights": False}), (1, {"router": SigmoidRouterConfig()})):
         model = model_of(top_k, **settings)
         with intervened(model, 1, around(2)), pytest.raises(ValueError, match="not the paper's"):
             model(TOKENS)

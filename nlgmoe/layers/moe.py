@@ -33,16 +33,16 @@ class MoELayer(nn.Module):
 
     Args:
         config: the model's configuration; `config.moe` must be set.
-        layer_index: block number, counted from 0; `pyramid.experts_at` gives its number of experts.
+        block: block number, counted from 0; `pyramid.experts_at` gives its number of experts.
         placement: the experts that this rank holds; None: all.
     """
 
-    def __init__(self, config: GPTConfig, layer_index: int, placement: ExpertPlacement | None = None) -> None:
+    def __init__(self, config: GPTConfig, block: int, placement: ExpertPlacement | None = None) -> None:
         super().__init__()
-        num_experts = experts_at(config, layer_index)
-        assert config.moe is not None and num_experts > 0, f"block {layer_index} is not MoE"
+        num_experts = experts_at(config, block)
+        assert config.moe is not None and num_experts > 0, f"block {block} is not MoE"
         self.top_k = config.moe.top_k
-        self.router = build_router(config, layer_index)
+        self.router = build_router(config, block)
         self.placement = placement if placement is not None else ExpertPlacement(first=0, count=num_experts)
         spread = self.placement.group is not None
         self.dispatcher = AllToAllDispatcher(self.placement) if spread else LocalDispatcher()

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.counts import count, requests_per_expert
-from nlgmoe.layers.noise import Uniform
+from nlgmoe.layers.noise import RoutingNoise
 from nlgmoe.pyramid import experts_at
 from nlgmoe.roles import Role
 from nlgmoe.validation import RunError, SettingError, require
@@ -43,7 +43,7 @@ class RoutingContext:
 
     Attributes:
         tokens: `[B, T]` int64 ids; None if a layer is called without a model.
-        mask: `[B, T]` bool, False at padding, which takes no slot and counts in no loss or statistic; None: no padding.
+        mask: `[B, T]` bool, False at padding, which takes no capacity and counts in no loss or statistic; None: no padding.
         noise_key: (seed, step, micro-batch index over all ranks): determines every random draw. None: torch's global generator.
         positions: `[1 or B, T]` int64 position of each token in its document, padding not counted; None as for `tokens`.
     """
@@ -117,7 +117,7 @@ class Routing:
 
 
 def capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, minimum: int) -> int:
-    """Return the slots of one expert: `max(minimum, ceil(k * tokens / experts * factor))`.
+    """Return the capacity of an expert in assignments: `max(minimum, ceil(k * tokens / experts * factor))`.
 
     Computed in float32, as DeepSpeed does: 100 tokens, 2 experts and factor 1.1 make 55, not the 56 of float64.
     """
@@ -184,14 +184,14 @@ class TopKRouter(Router):
         config: routing settings.
         hidden_size: H.
         num_experts: E of the layer, over all ranks.
-        layer_index: block number, so that layers draw different random numbers.
+        block: block number, so that layers draw different random numbers.
     """
 
     roles: ClassVar[dict[str, Role]] = {"weight": "weight"}
 
-    def __init__(self, config: MoEConfig, hidden_size: int, num_experts: int, layer_index: int) -> None:
+    def __init__(self, config: MoEConfig, hidden_size: int, num_experts: int, block: int) -> None:
         super().__init__(num_experts)
-        self.config, self.layer_index = config, layer_index
+        self.config, self.block = config, block
         self.weight_sum = config.gate_scale if config.normalizes else None
         self.init_std = config.gate_init_std  # read by `initialise`
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
@@ -200,7 +200,7 @@ class TopKRouter(Router):
         """Route `x`, `[N, H]`."""
         config, training = self.config, self.training
         token_mask = None if context.mask is None else context.mask.flatten()  # [N]
-        draw = Uniform(context.noise_key, self.layer_index, x.device)
+        draw = RoutingNoise(context.noise_key, self.block, x.device)
         with without_autocast(x.device.type):  # keeps the product in fp32
             dtype = torch.promote_types(x.dtype, torch.float32)
             gate_input = x.to(dtype)
@@ -210,17 +210,17 @@ class TopKRouter(Router):
             probs = F.softmax(logits, dim=-1)
 
             expert = self._choose(logits, probs, draw)  # [N, k]
-            slots = self._slots(len(x))
-            kept = self._within_capacity(slots, expert, probs, token_mask, draw)
+            capacity = self._capacity(len(x))
+            kept = self._within_capacity(capacity, expert, probs, token_mask, draw)
             weight = self._scores(logits, probs).gather(1, expert)
-            if slots is not None or token_mask is not None:
+            if capacity is not None or token_mask is not None:
                 weight = torch.where(kept, weight, 0.0)
             if config.normalizes:
                 weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
             if config.gate_scale != 1:
                 weight = weight * config.gate_scale
-        all_kept = slots is None and token_mask is None
-        return Routing(expert, weight, kept, self.num_experts, token_mask, logits, probs, {}, slots, all_kept)
+        all_kept = capacity is None and token_mask is None
+        return Routing(expert, weight, kept, self.num_experts, token_mask, logits, probs, {}, capacity, all_kept)
 
     def _logits(self, x: Tensor) -> Tensor:
         """Compute the logits, `[N, H] -> [N, E]`, in the dtype of `x`."""
@@ -230,7 +230,7 @@ class TopKRouter(Router):
         """Return the weights before normalisation, `[N, E]`."""
         return probs
 
-    def _slots(self, num_tokens: int) -> int | None:
+    def _capacity(self, num_tokens: int) -> int | None:
         """Return the capacity of an expert; None where nothing is dropped."""
         config = self.config
         if not (config.token_dropping if self.training else config.eval_token_dropping):
@@ -238,7 +238,7 @@ class TopKRouter(Router):
         factor = config.train_capacity_factor if self.training else config.eval_capacity_factor
         return capacity(num_tokens, self.num_experts, config.top_k, factor, config.min_capacity)
 
-    def _choose(self, logits: Tensor, probs: Tensor, draw: Uniform) -> Tensor:
+    def _choose(self, logits: Tensor, probs: Tensor, draw: RoutingNoise) -> Tensor:
         """Choose the k experts of each token, `[N, k]`, first choice first."""
         config, training = self.config, self.training
         if config.top_k == 1:
@@ -256,14 +256,14 @@ class TopKRouter(Router):
         return probs.detach().topk(config.top_k, dim=-1).indices
 
     def _within_capacity(
-        self, slots: int | None, expert: Tensor, probs: Tensor, token_mask: Tensor | None, draw: Uniform
+        self, capacity: int | None, expert: Tensor, probs: Tensor, token_mask: Tensor | None, draw: RoutingNoise
     ) -> Tensor:
-        """Return which assignments are kept, `[N, k]` bool: the first `slots` of each expert's queue."""
+        """Return which assignments are kept, `[N, k]` bool: the first `capacity` of each expert's queue."""
         config = self.config
         requested = torch.ones_like(expert, dtype=torch.bool)
         if token_mask is not None:
             requested = requested & token_mask.unsqueeze(-1)
-        if slots is None:
+        if capacity is None:
             return requested
         num_tokens, top_k = expert.shape
         # The queue: assignments in order of priority. Ties keep token order (stable sort).
@@ -283,27 +283,27 @@ class TopKRouter(Router):
         queue_start = lengths.cumsum(0) - lengths
         place_in_queue = torch.arange(len(queue), device=expert.device) - queue_start[sorted_expert]
         kept = torch.empty_like(requested).flatten()
-        kept[queue[by_expert]] = place_in_queue < slots
+        kept[queue[by_expert]] = place_in_queue < capacity
         return kept.view_as(requested) & requested
 
 
-def build_router(config: GPTConfig, layer_index: int) -> Router:
+def build_router(config: GPTConfig, block: int) -> Router:
     """Build the router of a block: the paper's, or the one that `config.moe.router` names.
 
     Raises:
         ValueError: a user's `build` returns no `Router` of the block's experts.
     """
     assert config.moe is not None
-    num_experts, settings = experts_at(config, layer_index), config.moe.router
+    num_experts, settings = experts_at(config, block), config.moe.router
     if settings is None:
-        return TopKRouter(config.moe, config.hidden_size, num_experts, layer_index)
-    router, name = settings.build(config, layer_index), type(settings).__name__
+        return TopKRouter(config.moe, config.hidden_size, num_experts, block)
+    router, name = settings.build(config, block), type(settings).__name__
     if not isinstance(router, Router):
         raise SettingError(f"{name}.build returned a {type(router).__name__}; return a Router")
     require(
         router.num_experts == num_experts,
         f"{name}.build returned a Router of {router.num_experts} experts for a layer of {num_experts}; experts_at(config, "
-        "layer_index) is their number",
+        "block) is their number",
     )
     return router
 

@@ -20,7 +20,7 @@ from nlgmoe.pyramid import moe_blocks
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model, by part; `total` and `active` are sums."""
+    """Parameters of a model, by component; `total` and `active` are sums."""
 
     embedding: int  # tokens, learned positions, and the head if it is not tied
     attention: int

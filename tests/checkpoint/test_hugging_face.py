@@ -167,7 +167,7 @@ def test_losses_are_those_of_our_training(name: str, folders: dict[str, Path]) -
 
     torch.testing.assert_close(model(tokens, labels=labels).loss, language(ours(tokens).hidden), rtol=1e-6, atol=0)
     model.train()
-    torch.manual_seed(0)  # of the tokens that keep the slots
+    torch.manual_seed(0)  # of the tokens that are kept
     output = ours(tokens)
     expected = language(output.hidden)
     if output.routings:

@@ -16,7 +16,7 @@ from nlgmoe.checkpoint.entries import join_experts, split_experts
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
 from nlgmoe.checkpoint.same_run import check_same_run
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.routers import SigmoidTopK
+from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
@@ -201,7 +201,7 @@ def test_evaluation_may_change_how_the_gate_begins_and_not_its_weights() -> None
         saved, replace(config, moe=replace(config.moe, gate_init_std=0.3, loss_coeff=0.1)), None, "NAME.ckpt"
     )
     for change in ({"gate_scale": 2.0}, {"normalize_weights": False}):
-        for router in (None, SigmoidTopK()):
+        for router in (None, SigmoidRouterConfig()):
             moe = replace(config.moe, router=router)
             saved = {"model_config": replace(config, moe=moe).to_dict()}
             with pytest.raises(ValueError, match=f"differs from model.config: moe.{next(iter(change))}"):

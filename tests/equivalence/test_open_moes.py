@@ -305,9 +305,9 @@ class SquaredRouter(TopKRouter):
 class SquaredRouterConfig(RouterConfig):
     """A user's router that computes other weights than the paper's, from which it derives."""
 
-    def build(self, config: GPTConfig, layer_index: int) -> Router:
+    def build(self, config: GPTConfig, block: int) -> Router:
         assert config.moe is not None
-        return SquaredRouter(config.moe, config.hidden_size, experts_at(config, layer_index), layer_index)
+        return SquaredRouter(config.moe, config.hidden_size, experts_at(config, block), block)
 
 
 def test_a_router_that_derives_from_the_paper_s_is_not_native(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from lightning import Trainer
 from torch import Tensor
 
 from nlgmoe import (
-    FrozenTopK,
+    FrozenRouterConfig,
     GPTConfig,
     HashRouterConfig,
     MoEConfig,
     MoEGPTModule,
     Routing,
     RoutingContext,
-    SigmoidTopK,
+    SigmoidRouterConfig,
     UniformRouterConfig,
     generate,
 )
@@ -38,10 +38,10 @@ from tests.test_module import trainer
 DROPLESS: dict[str, Any] = {"token_dropping": False}
 MOES = {
     "softmax": MoEConfig(4, gate_scale=2.0, gate_init_std=0.5),
-    "sigmoid": MoEConfig(4, top_k=2, router=SigmoidTopK(0.01, sequence_loss_coeff=0.1)),
+    "sigmoid": MoEConfig(4, top_k=2, router=SigmoidRouterConfig(0.01, sequence_loss_coeff=0.1)),
     "hash": MoEConfig(4, router=HashRouterConfig(seed=1)),
     "uniform": MoEConfig(4, mlp_type="residual", router=UniformRouterConfig(seed=1)),
-    "frozen": MoEConfig(4, gate_init_std=0.5, router=FrozenTopK()),
+    "frozen": MoEConfig(4, gate_init_std=0.5, router=FrozenRouterConfig()),
 }
 BUFFERS = {"sigmoid": "bias", "hash": "table", "uniform": "seed", "frozen": "weight"}
 each = pytest.mark.parametrize("name", MOES)
@@ -106,7 +106,7 @@ def test_softmax_scales_and_normalises(top_k: int, settings: dict[str, Any], wei
 def test_the_gate_is_drawn_as_wide_as_its_init_std() -> None:
     plain, wide = router_of(MoEConfig(4)), router_of(MoEConfig(4, gate_init_std=0.3))
     torch.testing.assert_close(wide.weight, plain.weight * 6)  # 0.3 / 0.05: the same draw
-    sigmoid = router_of(MoEConfig(4, gate_init_std=0.3, router=SigmoidTopK()))
+    sigmoid = router_of(MoEConfig(4, gate_init_std=0.3, router=SigmoidRouterConfig()))
     assert torch.equal(sigmoid.weight, wide.weight)
 
 
@@ -115,7 +115,7 @@ def logit(score: float) -> float:
 
 
 def test_sigmoid_chooses_by_biased_scores_and_weighs_by_scores() -> None:
-    moe = MoEConfig(3, top_k=2, gate_scale=2.5, router=SigmoidTopK(), **DROPLESS)
+    moe = MoEConfig(3, top_k=2, gate_scale=2.5, router=SigmoidRouterConfig(), **DROPLESS)
     config = model(moe, hidden_size=3, num_heads=1)
     router = GPT(config).blocks[1].moe.router.double()
     torch.nn.init.eye_(router.weight)
@@ -149,7 +149,7 @@ def test_the_paper_s_balance_loss_does_not_reach_a_router_that_balances_itself()
     batch = next(iter(SyntheticData().train_dataloader()))
     for router, coefficients in (
         (None, {"balance_loss": 0.01, "z_loss": 0.1}),
-        (SigmoidTopK(sequence_loss_coeff=0.1), {"sequence_balance_loss": 1}),
+        (SigmoidRouterConfig(sequence_loss_coeff=0.1), {"sequence_balance_loss": 1}),
     ):
         moe = MoEConfig(4, router=router, z_loss_coeff=coefficients.get("z_loss", 0.0))
         loss, parts, _ = training_loss(GPT(model(moe)), batch, (0, 0, 0), 64)
@@ -293,13 +293,19 @@ def test_a_run_learns_resumes_exactly_and_is_counted(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (lambda: MoEConfig(4, normalize_weights=True, router=SigmoidTopK()), "normalize_weights=True with top_k=1"),
+        (
+            lambda: MoEConfig(4, normalize_weights=True, router=SigmoidRouterConfig()),
+            "normalize_weights=True with top_k=1",
+        ),
         (
             lambda: MoEConfig(4, gate_scale=2.0, router=HashRouterConfig()),
             "gate_scale=2.0 has no effect with HashRouter",
         ),
-        (lambda: SigmoidTopK(update_rate=-1.0), "update_rate=-1.0 must be at least 0"),
-        (lambda: MoEConfig(4, loss_coeff=0.1, router=SigmoidTopK()), "loss_coeff=0.1 has no effect with SigmoidTopK"),
+        (lambda: SigmoidRouterConfig(update_rate=-1.0), "update_rate=-1.0 must be at least 0"),
+        (
+            lambda: MoEConfig(4, loss_coeff=0.1, router=SigmoidRouterConfig()),
+            "loss_coeff=0.1 has no effect with SigmoidRouter",
+        ),
         (lambda: MoEConfig(4, top_k=2, router=HashRouterConfig()), "top_k=2 must be 1 with HashRouterConfig"),
     ],
 )

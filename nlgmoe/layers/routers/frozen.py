@@ -23,32 +23,32 @@ from nlgmoe.validation import require_valid
 
 
 @dataclass(frozen=True)
-class FrozenTopK(RouterConfig):
+class FrozenRouterConfig(RouterConfig):
     """Settings of a router with a frozen gate.
 
     Attributes:
         seed: seed of the gate; layers draw different gates.
     """
 
-    uses = ROUTER_FIELDS
-    free_in_evaluation = frozenset({"seed"})
+    reads_fields = ROUTER_FIELDS
+    ignored_in_evaluation = frozenset({"seed"})
     seed: int = 0
 
     def __post_init__(self) -> None:
         require_valid(self)
 
-    def build(self, config: GPTConfig, layer_index: int) -> Router:
+    def build(self, config: GPTConfig, block: int) -> Router:
         """See `RouterConfig`."""
         assert config.moe is not None
-        router = FrozenTopKRouter(config.moe, config.hidden_size, experts_at(config, layer_index), layer_index)
+        router = FrozenRouter(config.moe, config.hidden_size, experts_at(config, block), block)
         if not router.weight.is_meta:
-            generator = torch.Generator("cpu").manual_seed(derive_seed("frozen router", self.seed, layer_index))
+            generator = torch.Generator("cpu").manual_seed(derive_seed("frozen router", self.seed, block))
             draw = torch.randn(router.weight.shape, generator=generator, device="cpu", dtype=torch.float32)
             router.weight.copy_(draw * (config.moe.gate_init_std or config.init_std))
         return router
 
 
-class FrozenTopKRouter(TopKRouter):
+class FrozenRouter(TopKRouter):
     """The paper's router with its gate in a buffer, which is not optimised."""
 
     weight: Tensor  # type: ignore[assignment]

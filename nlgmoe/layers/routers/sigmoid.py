@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.noise import Uniform
+from nlgmoe.layers.noise import RoutingNoise
 from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter
 from nlgmoe.parts import RouterConfig
 from nlgmoe.pyramid import experts_at
@@ -32,7 +32,7 @@ from nlgmoe.validation import require, require_valid
 
 
 @dataclass(frozen=True)
-class SigmoidTopK(RouterConfig):
+class SigmoidRouterConfig(RouterConfig):
     """Settings of a router with sigmoid scores and a balancing bias.
 
     Attributes:
@@ -40,13 +40,13 @@ class SigmoidTopK(RouterConfig):
         sequence_loss_coeff: weight of the sequence-wise balance loss, which is summed over the MoE layers.
     """
 
-    uses = frozenset(
+    reads_fields = frozenset(
         {
             *("token_dropping", "train_capacity_factor", "eval_token_dropping", "eval_capacity_factor"),
             *("min_capacity", "random_token_selection", "normalize_weights", "gate_scale", "gate_init_std"),
         }
     )
-    free_in_evaluation = frozenset({"update_rate", "sequence_loss_coeff"})
+    ignored_in_evaluation = frozenset({"update_rate", "sequence_loss_coeff"})
     update_rate: float = 1e-3
     sequence_loss_coeff: float = 0.0
 
@@ -55,20 +55,20 @@ class SigmoidTopK(RouterConfig):
         for name in ("update_rate", "sequence_loss_coeff"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0; 0 turns it off")
 
-    def build(self, config: GPTConfig, layer_index: int) -> Router:
+    def build(self, config: GPTConfig, block: int) -> Router:
         """See `RouterConfig`."""
-        return SigmoidTopKRouter(self, config, layer_index)
+        return SigmoidRouter(self, config, block)
 
 
-class SigmoidTopKRouter(TopKRouter):
+class SigmoidRouter(TopKRouter):
     """The paper's router with sigmoid scores, and a choice by biased scores."""
 
     bias: Tensor
 
-    def __init__(self, settings: SigmoidTopK, config: GPTConfig, layer_index: int) -> None:
+    def __init__(self, settings: SigmoidRouterConfig, config: GPTConfig, block: int) -> None:
         assert config.moe is not None
-        experts = experts_at(config, layer_index)
-        super().__init__(config.moe, config.hidden_size, experts, layer_index)
+        experts = experts_at(config, block)
+        super().__init__(config.moe, config.hidden_size, experts, block)
         self.settings = settings
         self.register_buffer("bias", torch.zeros(experts))
 
@@ -92,7 +92,7 @@ class SigmoidTopKRouter(TopKRouter):
     def _scores(self, logits: Tensor, probs: Tensor) -> Tensor:
         return logits.exp()
 
-    def _choose(self, logits: Tensor, probs: Tensor, draw: Uniform) -> Tensor:
+    def _choose(self, logits: Tensor, probs: Tensor, draw: RoutingNoise) -> Tensor:
         return (logits.detach().exp() + self.bias).topk(self.config.top_k, dim=-1).indices
 
 

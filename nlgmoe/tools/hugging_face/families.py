@@ -56,7 +56,7 @@ _MIXTRAL = {
     "blocks.#.moe.experts.#.expand_weight": [_LAYER + "block_sparse_moe.experts.{}.w3.weight"],
     "blocks.#.moe.experts.#.project_weight": [_LAYER + "block_sparse_moe.experts.{}.w2.weight"],
 }
-_GPT2_PARTS = {
+_GPT2_MODULES = {
     "attention_norm": "ln_1",
     "attention.qkv": "attn.c_attn",
     "attention.project": "attn.c_proj",
@@ -66,7 +66,7 @@ _GPT2_PARTS = {
 }
 _GPT2 = {
     f"blocks.#.{ours}.{leaf}": [f"transformer.h.{{}}.{theirs}.{leaf}"]
-    for ours, theirs in _GPT2_PARTS.items()
+    for ours, theirs in _GPT2_MODULES.items()
     for leaf in ("weight", "bias")
 } | {
     "token_embedding.weight": ["transformer.wte.weight"],
