@@ -129,7 +129,9 @@ def test_a_correct_router_with_a_capacity_and_a_learned_temperature_raises_no_al
     ],
     ids=["more than it says", "off by one", "not renormalised"],
 )
-def test_check_finds_the_defect_of_a_users_router_by_one_property(router: OwnCapacityConfig, name: str, reason: str) -> None:
+def test_check_finds_the_defect_of_a_users_router_by_one_property(
+    router: OwnCapacityConfig, name: str, reason: str
+) -> None:
     found = verdicts(of_router(router, top_k=2), QUICK)
     assert [one for one, text in found.items() if text.startswith("fail")] == [name], found
     assert reason in found[name]
