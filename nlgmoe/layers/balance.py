@@ -68,9 +68,8 @@ def add_router_losses(loss: Tensor, moe: MoEConfig, routings: Sequence[Routing])
         The sum, and the losses by name without their coefficients.
     """
     balance, z_loss = router_losses(routings, moe.aux_scope)
-    has_balance_loss = (
-        moe.router is None or "loss_coeff" in moe.router.reads_fields
-    )  # a router may have a rule of its own
+    # A router may have a balancing rule of its own.
+    has_balance_loss = moe.router is None or "loss_coeff" in moe.router.reads_fields
     if has_balance_loss and moe.loss_coeff:
         loss = loss + moe.loss_coeff * balance
     if moe.z_loss_coeff:  # else logits that overflow would make the loss NaN by 0 * infinity
