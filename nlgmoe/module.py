@@ -1,56 +1,51 @@
 """MoEGPTModule, the LightningModule: builds a GPT on the strategy's ranks, trains it, and measures its loss by domain.
 
-`step.py` has the steps and the hooks that call them, `loss.py` the loss.
+`step.py` has the steps of training and their hooks, `loss.py` the loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from copy import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from nlgmoe.batch import Batch, loss_mask
 from nlgmoe.checkpoint.portable import use_portable_checkpoints
-from nlgmoe.checkpoint.same_run import check_same_run, check_tokenizer, differences
+from nlgmoe.checkpoint.same_run import check_frozen, check_same_run, check_tokenizer, differences
 from nlgmoe.config import IGNORED_IN_EVALUATION, GPTConfig
-from nlgmoe.data.training_data import TrainingData, length_of, training_data
+from nlgmoe.data.training_data import training_data
 from nlgmoe.distill.distiller import Distiller
-from nlgmoe.eval.perplexity import DomainLoss, batch_losses
-from nlgmoe.layers.moe import MoELayer, moe_layers
+from nlgmoe.eval.perplexity import Evaluation, batch_losses
+from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
-from nlgmoe.layers.router import Routing
 from nlgmoe.model.compiling import compile_dense_parts
 from nlgmoe.model.gpt import GPT
-from nlgmoe.non_finite import NonFinite, StepGradients
-from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, freeze, require_adamw
-from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate
+from nlgmoe.non_finite import NonFinite
+from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, freeze
+from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.ranks import AllRanksError
 from nlgmoe.run.checks import (
     check_lengths,
     check_new_run,
+    check_optimizer,
     check_trainer,
     check_vocabulary,
-    validate_by_steps,
     warn_about_end,
     warn_about_rate,
 )
-from nlgmoe.run.resume import Resuming
 from nlgmoe.run.signals import leave_signals_to_callbacks
-from nlgmoe.step import TrainingSteps
+from nlgmoe.step import TrainingStep
 from nlgmoe.surgery.warm_start import WarmStart, load_initial_weights
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import require
 
 
-class MoEGPTModule(LightningModule):
+class MoEGPTModule(TrainingStep):
     """Train a GPT: cross-entropy, the balance losses of its MoE layers, and the distillation loss if there is a teacher.
 
     The random draws of a step (dropout, routing noise, token selection) are a function of `seed`, the step and the
@@ -89,68 +84,29 @@ class MoEGPTModule(LightningModule):
         non_finite: NonFinite = NonFinite(),  # noqa: B008 (frozen)
         distiller: Distiller | None = None,
     ) -> None:
-        super().__init__()
-        if loss_chunk_size < 1:
-            raise SettingError(f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
-        if seed < 0:
-            raise SettingError(f"seed={seed} must be at least 0")
-        if train_tokens is not None and train_tokens < 1:
-            raise SettingError(f"train_tokens={train_tokens} must be at least 1, or null")
-        if schedule.min_lr > optimizer.lr:
-            raise SettingError(
-                f"min_lr={schedule.min_lr} is above the peak, model.optimizer.lr={optimizer.lr}; lower it"
-            )
+        super().__init__(optimizer, schedule, train_tokens, curriculum, loss_chunk_size, seed, non_finite, distiller)
         self.config = config
-        self.optimizer_config = optimizer
-        self.schedule = schedule
-        self.train_tokens = train_tokens
-        self.curriculum = curriculum
         self.activation_checkpointing = activation_checkpointing
         self.compiles = compile
-        self.loss_chunk_size = loss_chunk_size
-        self.seed = seed
         self.warm_start = warm_start
         self.started_from: str | None = None  # the checkpoint of the warm start
-        self.non_finite = non_finite
-        self.distiller = copy(distiller)  # a fit changes it
-        self.resuming = Resuming()
-        self.steps = TrainingSteps(self)
         self.model: GPT | None = None  # built by configure_model, once the strategy is ready for it
-        self.routings: list[Routing] = []  # of the latest micro-batch, for callbacks to read
-        self._domain_loss: list[DomainLoss] = []  # in a list, not a submodule: bf16-true would turn its sums into bf16
-
-    @property
-    def seq_len(self) -> int:
-        """Return the tokens of a whole sequence in training and evaluation."""
-        return length_of(training_data(self._trainer), self.config.seq_len)
-
-    @property
-    def tokens_seen(self) -> int:
-        """Return the token clock: positions fed to all ranks, padding included, up to the last optimizer step."""
-        return self.steps.tokens_seen
-
-    @property
-    def tokens_fed(self) -> int:
-        """Return `tokens_seen` plus the positions of the micro-batches since the last optimizer step, over all ranks."""
-        return self.steps.tokens_seen + self.steps.window.tokens
-
-    @property
-    def skipped_steps(self) -> int:
-        """Return the number of steps that `non_finite` or fp16's loss scale has skipped since the run began."""
-        return self.steps.guard.skipped
+        self._evaluation: Evaluation | None = None
 
     @override
     def setup(self, stage: str) -> None:
-        """Make the portable checkpoint the trainer's format, and check that trainer, model and data fit together."""
+        """Forget data of an earlier call, make the portable checkpoint the trainer's format, and check that all fits together."""
+        trainer: Any = self.trainer
+        if trainer.fit_loop._data_source.instance is not trainer.datamodule:
+            trainer.datamodule = None  # Lightning keeps it from an earlier call, and would save its state
         use_portable_checkpoints(self.trainer.strategy, to_train=stage == "fit")
         check_trainer(self.trainer, stage)
         leave_signals_to_callbacks(self.trainer)
-        self._domain_loss = []  # discards the sums of an interrupted evaluation
         check_lengths(self.config, self.seq_len, self.curriculum if stage == "fit" else None)
-        if (data := training_data(self.trainer)) is None:
-            return
-        check_vocabulary(self.config, data)
-        self._domain_loss = [DomainLoss(data.domains, data.token_byte_lengths(), data.domain_shares)]
+        data = training_data(self.trainer)
+        if data is not None:
+            check_vocabulary(self.config, data)
+        self._evaluation = Evaluation(data, self.config.vocab_size)
 
     @override
     def configure_model(self) -> None:
@@ -183,30 +139,18 @@ class MoEGPTModule(LightningModule):
         rank_zero_info(loaded.report + (f"\n  model.config differed: {', '.join(changed)}" if changed else ""))
 
     @property
+    @override
     def gpt(self) -> GPT:
-        """The model; the first access builds it."""
+        """Return the model; the first access builds it."""
         if self.model is None:
             self.configure_model()
         assert self.model is not None
         return self.model
 
     @override
-    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Log as Lightning does, but keep numbers on the host: Lightning would copy them to the device and back."""
-        if isinstance(value, float | int) and not kwargs.get("sync_dist"):
-            value = torch.tensor(value, dtype=torch.float64, device="cpu")
-        super().log(name, value, *args, **kwargs)
-
-    @override
     def configure_optimizers(self) -> Any:
-        """Build AdamW with named groups, and a learning rate that follows the token clock."""
-        optimizer = build_adamw(self.gpt, self.optimizer_config)
-        scheduler = LambdaLR(optimizer, lambda _: self._lr_factor())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
-
-    def _lr_factor(self) -> float:
-        """Return the learning rate of the next step as a factor of the peak."""
-        return learning_rate(self.tokens_seen, self.optimizer_config.lr, self.schedule) / self.optimizer_config.lr
+        """Build AdamW with named groups; each step sets their rate by the token clock, without a scheduler of Lightning."""
+        return build_adamw(self.gpt, self.optimizer_config)
 
     @override
     def on_fit_start(self) -> None:
@@ -223,68 +167,37 @@ class MoEGPTModule(LightningModule):
         that is resumed at its end is validated again.
         """
         check_new_run(self.trainer, self.tokens_seen)
-        validate_by_steps(self.trainer)
         self.resuming.begin(self.trainer, self.tokens_seen, self.train_tokens, self.config.moe)
         warn_about_end(self.seq_len, self.curriculum, self.schedule, self.train_tokens, self.trainer)
-        self.steps.begin()
-        data = self.trainer.fit_loop._data_source.instance  # `trainer.datamodule` may be that of an evaluation before
-        equal = isinstance(data, TrainingData) and data.has_equal_batches()
-        for moe in moe_layers(self.gpt):
-            moe.dispatcher.equal_batches = equal
-        (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
-        require_adamw(optimizer)
-        for group in optimizer.param_groups:
-            group["lr"] = peak * self._lr_factor()  # the scheduler's formula, to the last bit
-        for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
-            scheduler.base_lrs = [peak] * len(optimizer.param_groups)  # the saving ranks may have had other groups
+        check_optimizer(self.trainer)
+        self.begin_steps()
         if self.distiller is not None and not self.trainer.should_stop:
             self.distiller.start(self.gpt, self.trainer)
 
     @override
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Set the step number that loggers use; Lightning loses it if a run is resumed at an end."""
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
-
-    @override
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the loss of one micro-batch."""
-        return self.steps.micro_batch(batch)
-
-    @override
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """Check and clip the gradients of a step; Lightning calls this between backward pass and optimizer."""
-        self.steps.before_update(self.step_gradients(), gradient_clip_val, gradient_clip_algorithm)
-
-    @override
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Finish a step; Lightning calls this after the optimizer."""
-        self.steps.after_update(scheduler)
-
-    @override
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Stop after a whole step only."""
-        self.steps.postpone_stop()
-
-    def step_gradients(self) -> StepGradients:
-        """Return the gradients of the next optimizer step, from `on_before_optimizer_step` on."""
-        of_strategy: Callable[[], StepGradients] | None = getattr(self.trainer.strategy, "step_gradients", None)
-        if of_strategy is not None:
-            return of_strategy()
-        return StepGradients(self.gpt.parameters(), getattr(self.trainer.precision_plugin, "scaler", None))
-
-    @override
     def on_train_epoch_end(self) -> None:
         """Check the weights after the last step: no later loss would show that they are not finite."""
-        self.steps.guard.check_weights(self.trainer.global_step, self.gpt)
+        self.guard.check_weights(self.trainer.global_step, self.gpt)
 
     @override
     def on_train_end(self) -> None:
         """Free the teacher, which evaluation does not need, and warn if the learning rate has not reached its final value."""
+        self.clock.stop("run")
         warn_about_rate(self.schedule, self.tokens_seen, self.train_tokens)
         if self.distiller is not None:
             self.distiller.release()
+
+    # ---- evaluation
+
+    @override
+    def on_validation_start(self) -> None:
+        """Start the clock of a validation of the fit."""
+        self.clock.start("validation")
+
+    @override
+    def on_validation_end(self) -> None:
+        """Stop the clock of a validation."""
+        self.clock.stop("validation")
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -326,23 +239,20 @@ class MoEGPTModule(LightningModule):
             f"expected one evaluation dataloader, not {len(loaders)}: join them with torch.utils.data.ConcatDataset, and "
             "distinguish their texts by `domain` in a batch and `domains` of the data module",
         )
-        if not self._domain_loss:  # another data module: one unnamed domain, no bytes
-            self._domain_loss = [DomainLoss(["all"], torch.zeros(self.config.vocab_size))]
-        metric = self._domain_loss[0].to(self.device)
-        named = training_data(self.trainer) is not None
-        domain = batch["domain"] if named else torch.zeros_like(batch["domain"])
-        metric.update(self._token_losses(batch), batch["targets"], loss_mask(batch), domain)
+        assert self._evaluation is not None
+        self._evaluation.update(self._token_losses(batch), batch)
 
     def _log_evaluation(self, prefix: str) -> None:
-        (metric,) = self._domain_loss
-        values = metric.compute()
+        assert self._evaluation is not None
+        values = self._evaluation.compute()
         if self.trainer.state.fn == TrainerFn.FITTING and not torch.isfinite(values["loss"]):
             rank_zero_warn(f"step {self.trainer.global_step}: val/loss is {float(values['loss'])}")
         for name, value in values.items():
             if torch.isfinite(value) or not name.startswith("bits_per_byte"):
                 # Equal on all ranks: sync_dist says so to Lightning, whose "max" has half of the collectives of "mean".
                 self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True, reduce_fx="max")
-        metric.reset()
+
+    # ---- checkpoints
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -350,7 +260,8 @@ class MoEGPTModule(LightningModule):
         checkpoint |= {
             "model_config": self.config.to_dict(),
             "tokens_seen": self.tokens_seen,
-            "non_finite": self.steps.guard.state_dict(),
+            "non_finite": self.guard.state_dict(),
+            "clock": self.clock.state_dict(),
             "seed": self.seed,
             "frozen": sorted(self.optimizer_config.frozen),
         }
@@ -361,9 +272,6 @@ class MoEGPTModule(LightningModule):
             checkpoint["tokenizer"] = tokenizer
         if self.distiller is not None:
             checkpoint["distiller"] = self.distiller.state_dict()
-        for scheduler in checkpoint.get("lr_schedulers", []):
-            # All groups have one rate. Ranks that share experts have more groups; a checkpoint has the two of one process.
-            scheduler |= {name: scheduler[name][:2] for name in ("base_lrs", "_last_lr", "lr_lambdas")}
         self.resuming.save(checkpoint, self.trainer)
 
     @override
@@ -372,16 +280,12 @@ class MoEGPTModule(LightningModule):
         fits = self.trainer.state.fn == TrainerFn.FITTING
         check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
         check_tokenizer(checkpoint, training_data(self.trainer))
-        self.steps.tokens_seen = checkpoint["tokens_seen"]
+        self.tokens_seen = checkpoint["tokens_seen"]
         self.started_from = checkpoint.get("started_from")
-        self.steps.guard.load_state_dict(checkpoint["non_finite"])
+        self.guard.load_state_dict(checkpoint["non_finite"])
         if fits:
-            frozen, before = sorted(self.optimizer_config.frozen), checkpoint.get("frozen", [])
-            require(
-                frozen == before,
-                f"model.optimizer.frozen={frozen} was {before} in the checkpoint's run, which has moments of the other parts "
-                "only; set it as it was, or start a new run with model.warm_start",
-            )
+            check_frozen(checkpoint, self.optimizer_config.frozen)
+            self.clock.load_state_dict(checkpoint["clock"])
             self.resuming.load(checkpoint, self.trainer)
             if self.distiller is not None:
                 self.distiller.load_state_dict(checkpoint.get("distiller", {}))

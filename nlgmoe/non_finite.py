@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, Literal
 
 import torch
@@ -63,9 +63,13 @@ class StepGradients:
         self._scaler = scaler
         self._parameters = [parameter for parameter in parameters if parameter.grad is not None]
 
+    @property
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
     @cached_property
     def _total_norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([parameter.grad for parameter in self._parameters])  # type: ignore[misc]
+        return total_norm(self._gradients)
 
     def norm(self) -> Tensor:
         """Return the L2 norm of the whole model's gradient, in which every expert counts once, on every rank. A collective."""
@@ -75,22 +79,36 @@ class StepGradients:
         """Return True if the dynamic loss scale is above its lowest value; None if there is no loss scale."""
         return None if self._scaler is None else self._scaler.get_scale() > 1
 
-    def squared_norms(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
-        """Return terms whose sum over ranks is the squared L2 norm of each part of the model, `[parts]`. No collective."""
+    def squared_norms(self, components: Sequence[Sequence[nn.Parameter]]) -> Tensor:
+        """Return terms whose sum over ranks is each component's squared gradient norm, `[components]`. No collective."""
         ranks = distributed.get_world_size() if distributed.is_initialized() else 1
-        device = next(parameter.device for part in parts for parameter in part)  # a router may have no parameters
-        return torch.stack([squared_norm((parameter.grad for parameter in part), device) for part in parts]) / ranks
+        device = next(
+            parameter.device for component in components for parameter in component
+        )  # a router may have no parameters
+        return (
+            torch.stack([squared_norm((parameter.grad for parameter in component), device) for component in components])
+            / ranks
+        )
 
     def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the gradient of one parameter of this rank. A collective."""
         return parameter.grad
 
-    def clip(self, value: float, algorithm: str | None) -> None:
-        """Clip by Lightning's `gradient_clip_val` and `gradient_clip_algorithm`."""
+    def clip(self, norm: float, value: float, algorithm: str | None) -> None:
+        """Clip by Lightning's `gradient_clip_val` and `gradient_clip_algorithm`.
+
+        Args:
+            norm: value of `norm()` on the host, so that the factor is no device tensor, which half-precision gradients round.
+            value: largest norm, or largest absolute value.
+            algorithm: `norm`, the default, or `value`.
+        """
         if algorithm == "value":
             torch.nn.utils.clip_grad_value_(self._parameters, value)
         else:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, value, self._total_norm)
+            factor = torch.clamp(
+                value / (torch.tensor(norm, dtype=self._total_norm.dtype, device="cpu") + 1e-6), max=1.0
+            )
+            torch._foreach_mul_(self._gradients, factor)
 
     def discard(self) -> None:
         """Make the step change no weight, no moment and no step count of AdamW, which skips parameters without a gradient."""
@@ -98,10 +116,16 @@ class StepGradients:
             parameter.grad = None
 
 
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """Compute the L2 norm of one gradient or more, in at least fp32, as a scalar."""
+    dtype = reduce(torch.promote_types, (gradient.dtype for gradient in gradients), torch.float32)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype)))
+
+
 def squared_norm(gradients: Iterable[Tensor | None], device: torch.device) -> Tensor:
-    """Compute the squared L2 norm of the gradients that are not None, in fp32, as a scalar."""
-    present = [gradient.float() for gradient in gradients if gradient is not None]
-    return torch.nn.utils.get_total_norm(present).square() if present else torch.zeros((), device=device)
+    """Compute the squared L2 norm of the gradients that are not None, in at least fp32, as a scalar."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    return total_norm(present).square() if present else torch.zeros((), device=device)
 
 
 class StepGuard:

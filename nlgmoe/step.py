@@ -1,150 +1,246 @@
-"""A training step, in the order in which it happens. `MoEGPTModule` calls it from Lightning's hooks.
+"""A training step, in the order in which it happens.
 
-hook of Lightning             when                                          here
+hook                          when                                          what it does
 ----------------------------  --------------------------------------------  ------------------------------------------
-on_train_start                before the first step                         `begin`
-training_step                 each micro-batch                              `micro_batch`: forward pass and losses
+on_train_start                before the first step                         `begin_steps`
+training_step                 each micro-batch                              forward pass and losses
 -                             each micro-batch                              Lightning: backward pass; gradients add up
-configure_gradient_clipping   after the last micro-batch's backward pass    `before_update`: norm, guard, clipping
--                             then                                          Lightning: `optimizer.step()`, AdamW
-lr_scheduler_step             then                                          `after_update`: clocks, data, routers, rate
-on_train_batch_end            each micro-batch                              `postpone_stop`
+configure_gradient_clipping   after the last micro-batch's backward pass    norm, guard, clipping; logs the step
+-                             then                                          AdamW
+optimizer_step                contains the four above; then                 ends the step: clocks, data, routers, learning
+                                                                            rate, end of training
+on_train_batch_end            each micro-batch                              postpones a stop to the end of the step
+
+A checkpoint that is saved within a step holds clocks and data position of the step's start, like its weights.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Any
 
 import torch
+from lightning import LightningModule
 from torch import Tensor, distributed
+from typing_extensions import override
 
 from nlgmoe.batch import Batch, truncate
-from nlgmoe.data.training_data import training_data
+from nlgmoe.config import GPTConfig
+from nlgmoe.data.training_data import length_of, training_data
+from nlgmoe.distill.distiller import Distiller
 from nlgmoe.layers.moe import moe_layers
-from nlgmoe.layers.router import Router
+from nlgmoe.layers.router import Router, Routing
 from nlgmoe.loss import training_loss
-from nlgmoe.non_finite import StepGradients, StepGuard
-from nlgmoe.optim.token_schedule import sequence_length
-from nlgmoe.ranks import mean_over_ranks
-from nlgmoe.validation import RunError
+from nlgmoe.model.counting import flops_per_token
+from nlgmoe.model.gpt import GPT
+from nlgmoe.non_finite import NonFinite, StepGradients, StepGuard
+from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
+from nlgmoe.ranks import mean_over_ranks, sum_over_ranks
+from nlgmoe.run.checks import validate_by_steps
+from nlgmoe.run.clock import RunClock
+from nlgmoe.run.resume import Resuming, ends_step
+from nlgmoe.validation import RunError, SettingError
 
-if TYPE_CHECKING:
-    from nlgmoe.module import MoEGPTModule
 
-
-class TrainingSteps:
-    """The training steps of one module, one after another.
-
-    Args:
-        module: the module to train.
+class TrainingStep(LightningModule):
+    """The steps of `MoEGPTModule`, whose arguments these are.
 
     Attributes:
-        tokens_seen: the token clock: positions fed to all ranks, padding included, up to the last optimizer step.
-        length: positions per sequence of the latest micro-batch.
-        window: the micro-batches since then.
-        losses: of the latest step, the means over its micro-batches and ranks, by logged name.
+        tokens_seen: the token clock: positions of all ranks, padding included, up to the last optimizer step.
+        clock: seconds and FLOPs of the run.
+        window: the micro-batches since the last optimizer step.
+        losses: of the latest step, means over its micro-batches and ranks, by logged name.
+        routings: of the latest micro-batch, by MoE layer, for callbacks to read.
         guard: decides about steps that are not finite.
     """
 
-    def __init__(self, module: MoEGPTModule) -> None:
-        self._module = module
-        self.tokens_seen = self.length = 0
-        self.guard = StepGuard(module.non_finite)
+    config: GPTConfig
+
+    def __init__(
+        self,
+        optimizer: AdamWConfig,
+        schedule: LearningRateSchedule,
+        train_tokens: int | None,
+        curriculum: SequenceCurriculum | None,
+        loss_chunk_size: int,
+        seed: int,
+        non_finite: NonFinite,
+        distiller: Distiller | None,
+    ) -> None:
+        super().__init__()
+        if loss_chunk_size < 1:
+            raise SettingError(f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
+        if seed < 0:
+            raise SettingError(f"seed={seed} must be at least 0")
+        if train_tokens is not None and train_tokens < 1:
+            raise SettingError(f"train_tokens={train_tokens} must be at least 1, or null")
+        if schedule.min_lr > optimizer.lr:
+            raise SettingError(
+                f"min_lr={schedule.min_lr} is above the peak, model.optimizer.lr={optimizer.lr}; lower it"
+            )
+        self.optimizer_config, self.schedule, self.curriculum = optimizer, schedule, curriculum
+        self.train_tokens, self.loss_chunk_size, self.seed = train_tokens, loss_chunk_size, seed
+        self.distiller = copy(distiller)  # a fit changes it
+        self.tokens_seen = 0
+        self.clock = RunClock()
+        self.resuming = Resuming()
+        self.guard = StepGuard(non_finite)
         self.window = Window()
         self.losses: dict[str, float] = {}
-        self._learning_routers: dict[int, Router] = {}  # by MoE layer: those that change after a step
+        self.routings: list[Routing] = []
+        self._learning_routers: dict[int, Router] = {}  # those that change after a step, by MoE layer
         self._stops_after_step = False
 
-    def begin(self) -> None:
-        """Begin the first accumulation window."""
-        routers = enumerate(moe.router for moe in moe_layers(self._module.gpt))
-        self._learning_routers = {layer: router for layer, router in routers if router.learns_from_steps}
-        self.window = Window()
-        self._stops_after_step = False
+    @property
+    @abstractmethod
+    def gpt(self) -> GPT:
+        """The model."""
 
-    def micro_batch(self, batch: Batch) -> Tensor:
+    @property
+    def seq_len(self) -> int:
+        """Return the tokens of a whole sequence in training and evaluation."""
+        return length_of(training_data(self._trainer), self.config.seq_len)
+
+    @property
+    def tokens_with_window(self) -> int:
+        """Return `tokens_seen` plus the positions of the micro-batches since the last optimizer step, over all ranks."""
+        return self.tokens_seen + self.window.tokens
+
+    @property
+    def skipped_steps(self) -> int:
+        """Return the number of steps that `non_finite` or fp16's loss scale has skipped since the run began."""
+        return self.guard.skipped
+
+    @override
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Log as Lightning does, but keep numbers on the host: Lightning would copy them to the device and back."""
+        if isinstance(value, float | int) and not kwargs.get("sync_dist"):
+            value = torch.tensor(value, dtype=torch.float64, device="cpu")
+        super().log(name, value, *args, **kwargs)
+
+    def begin_steps(self) -> None:
+        """Begin the first step of a fit."""
+        routers = enumerate(moe.router for moe in moe_layers(self.gpt))
+        self._learning_routers = {moe_layer: router for moe_layer, router in routers if router.learns_from_steps}
+        self.window, self._stops_after_step = Window(), False
+        data = training_data(self.trainer)
+        equal = data is not None and data.has_equal_batches()
+        for moe in moe_layers(self.gpt):
+            moe.dispatcher.equal_batches = equal
+        self._set_rate()
+        self.clock.start("run")
+
+    @override
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Set what Lightning loses: the loggers' step in a resumed run, the validation interval where it reloads data."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        validate_by_steps(self.trainer)
+        self.clock.start("steps")
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of one micro-batch.
 
         Its random draws (dropout, routing) depend on the seed, the step and the number of the micro-batch over all ranks.
         """
-        module, trainer = self._module, self._module.trainer
-        module.routings = []  # frees those of the last micro-batch
-        if module.curriculum is not None:
-            # The clock, and with it the length, is constant within an accumulation window and the same on every rank.
-            batch = truncate(batch, sequence_length(self.tokens_seen, module.seq_len, module.curriculum))
-            module.log("train/seq_len", float(batch["tokens"].shape[1]))
-        self.length = batch["tokens"].shape[1]
-        number = len(self.window.losses) * trainer.world_size + trainer.global_rank
-        key = (module.seed, trainer.global_step, number)
-        loss, losses, routings = training_loss(module.gpt, batch, key, module.loss_chunk_size, module.distiller)
-        module.log("train/tokens", float(self.tokens_seen))
-        self.window.add(batch, losses, [routings[layer].tokens_per_expert for layer in self._learning_routers])
-        module.routings = routings
+        self.routings = []  # frees those of the last micro-batch
+        if self.curriculum is not None:
+            # The clock, and with it the length, is constant within a step and the same on every rank.
+            batch = truncate(batch, sequence_length(self.tokens_seen, self.seq_len, self.curriculum))
+            self.log("train/seq_len", float(batch["tokens"].shape[1]))
+        number = len(self.window.losses) * self.trainer.world_size + self.trainer.global_rank
+        key = (self.seed, self.trainer.global_step, number)
+        loss, terms, self.routings = training_loss(self.gpt, batch, key, self.loss_chunk_size, self.distiller)
+        self.log("train/tokens", float(self.tokens_seen))
+        requests = [self.routings[moe_layer].tokens_per_expert for moe_layer in self._learning_routers]
+        self.window.add(batch, terms, requests)
         return loss
 
-    def before_update(self, gradients: StepGradients, clip_val: float | None, clip_algorithm: str | None) -> None:
+    @override
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
         """Log the step, and clip its gradients, or discard them if they or the loss are not finite.
 
         The host reads losses and gradient norm from the device in one copy.
         """
-        module, window = self._module, self.window
+        gradients, window = self.step_gradients(), self.window
         self.losses, norm = window.read(gradients.norm())
         for name, value in self.losses.items():
-            module.log(name, value, prog_bar=name == "train/loss")
-        module.log("train/grad_norm", norm)
-        module.log("train/lr", module.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
-        step = module.trainer.global_step
-        window.allowed = self.guard.allows(step, sum(self.losses.values()), norm, module.gpt, window.losses, gradients)
+            self.log(name, value, prog_bar=name == "train/loss")
+        self.log("train/grad_norm", norm)
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        step, total = self.trainer.global_step, sum(self.losses.values())
+        window.allowed = self.guard.allows(step, total, norm, self.gpt, window.losses, gradients)
         if not window.allowed:
             gradients.discard()
-        elif clip_val:
-            gradients.clip(clip_val, clip_algorithm)
-        module.log("train/skipped_steps", float(self.guard.skipped))
+        elif gradient_clip_val:
+            gradients.clip(norm, gradient_clip_val, gradient_clip_algorithm)
+        self.log("train/skipped_steps", float(self.guard.skipped))
 
-    def after_update(self, scheduler: Any) -> None:
-        """Advance clocks, data and routers, then the learning rate; stop the trainer after the last step.
+    @override
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Run a micro-batch and, after a step's last one, AdamW; then end the step, before a callback can save it.
 
-        Lightning calls this before a callback can save a checkpoint. A checkpoint that is saved within an accumulation window
-        therefore holds the position of the window's start, like its weights.
+        DeepSpeed's strategy calls this for every micro-batch, others for the last one of a step.
         """
-        module, trainer, window = self._module, self._module.trainer, self.window
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if ends_step(self.trainer):
+            self.clock.stop("steps")
+            self._end_step(self.trainer.global_step + 1)
+
+    def _end_step(self, step: int) -> None:
+        """Advance clocks, data, routers and the learning rate; stop the trainer after the last step.
+
+        Args:
+            step: number of steps taken; Lightning counts this one after `optimizer_step`.
+        """
+        window, self.window = self.window, Window()
         self.tokens_seen += window.tokens
-        if (data := training_data(trainer)) is not None:
+        self.clock.flops += window.tokens * flops_per_token(self.config, window.length)
+        if (data := training_data(self.trainer)) is not None:
             data.advance(window.samples)
         if window.allowed:
-            self._update_routers()
-        self.window = Window()
-        with warnings.catch_warnings():
-            # PyTorch warns if the first step was skipped, as often in fp16; this schedule follows the clock.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            scheduler.step()
-        loop = trainer.fit_loop
-        assert loop._data_fetcher is not None
-        # Read before `should_stop` is set, which makes a validation due: a longer run that resumes this one has none here.
-        module.resuming.validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-        fed = module.train_tokens is not None and self.tokens_seen >= module.train_tokens
+            update_routers(list(self._learning_routers.values()), window.requests)
+        self._set_rate()
+        # Before `should_stop` is set, which makes a validation due: a longer run that resumes this one has none here.
+        self.resuming.note_validation(self.trainer)
         # Set now, so that this step is logged and validated as the last one.
-        if fed or self._stops_after_step or 0 <= trainer.max_steps <= trainer.global_step:
-            trainer.should_stop = True
+        if self.ends_run(step):
+            self.trainer.should_stop = True
 
-    def _update_routers(self) -> None:
-        """Update the routers that learn from steps with the requests of all ranks. A collective if there are any."""
-        if not self._learning_routers:
-            return
-        requests = torch.cat(self.window.requests)
-        if distributed.is_initialized():
-            distributed.all_reduce(requests)
-        routers = list(self._learning_routers.values())
-        for router, own in zip(routers, requests.split([router.num_experts for router in routers]), strict=True):
-            router.after_step(own)
+    def ends_run(self, step: int) -> bool:
+        """Return True if the run ends with this step, the micro-batches so far, whatever callbacks do.
 
-    def postpone_stop(self) -> None:
-        """Postpone a stop within an accumulation window, such as a `Timer`'s, to the end of the step."""
-        trainer = self._module.trainer
-        if trainer.should_stop and trainer.fit_loop.epoch_loop._should_accumulate():
-            trainer.should_stop, self._stops_after_step = False, True
+        Args:
+            step: the number of steps that are taken with it.
+        """
+        reached_train_tokens = self.train_tokens is not None and self.tokens_with_window >= self.train_tokens
+        return self._stops_after_step or reached_train_tokens or 0 <= self.trainer.max_steps <= step
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Postpone a stop within a step, such as a `Timer`'s, to the end of the step."""
+        self.clock.stop("steps")
+        if self.trainer.should_stop and not ends_step(self.trainer):
+            self.trainer.should_stop, self._stops_after_step = False, True
+
+    def step_gradients(self) -> StepGradients:
+        """Return the gradients of the next optimizer step, from `on_before_optimizer_step` on."""
+        of_strategy: Callable[[], StepGradients] | None = getattr(self.trainer.strategy, "step_gradients", None)
+        if of_strategy is not None:
+            return of_strategy()
+        return StepGradients(self.gpt.parameters(), getattr(self.trainer.precision_plugin, "scaler", None))
+
+    def _set_rate(self) -> None:
+        """Set the learning rate of the next step."""
+        (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
+        factor = learning_rate(self.tokens_seen, peak, self.schedule) / peak
+        for group in optimizer.param_groups:
+            group["lr"] = peak * factor
 
 
 class Window:
@@ -156,6 +252,7 @@ class Window:
         requests: `[E]` of each router that learns from steps, of this rank's micro-batches together.
         samples: sequences of all ranks; until `read`, those of this rank times the number of ranks.
         tokens: positions of all ranks, likewise.
+        length: positions per sequence of the latest micro-batch.
         allowed: False if the guard skips the step.
     """
 
@@ -163,7 +260,7 @@ class Window:
         self.losses: list[Tensor] = []
         self.names: list[str] = []
         self.requests: list[Tensor] = []
-        self.samples = self.tokens = 0
+        self.samples = self.tokens = self.length = 0
         self.allowed = False
         self._ranks = distributed.get_world_size() if distributed.is_initialized() else 1
 
@@ -171,12 +268,12 @@ class Window:
         """Count one micro-batch."""
         if self.losses and self.names != list(losses):
             raise RunError(f"a step's micro-batches have different losses: {self.names} and {list(losses)}")
-        samples, length = batch["tokens"].shape
+        samples, self.length = batch["tokens"].shape
         self.requests = list(map(torch.add, self.requests, requests)) if self.losses else list(requests)
         self.names = list(losses)
         self.losses.append(torch.stack([value.detach().float() for value in losses.values()]))  # [names]
         self.samples += samples * self._ranks
-        self.tokens += samples * length * self._ranks
+        self.tokens += samples * self.length * self._ranks
 
     def read(self, norm: Tensor) -> tuple[dict[str, float], float]:
         """Read the mean losses and a norm from the device in one copy, and the sizes of all ranks. A collective."""
@@ -189,3 +286,17 @@ class Window:
         if self._ranks > 1:
             self.samples, self.tokens = map(round, read[len(self.names) :])
         return dict(zip(self.names, read, strict=False)), norm_read
+
+
+def update_routers(routers: Sequence[Router], requests: Sequence[Tensor]) -> None:
+    """Update the routers that learn from steps with the requests of all ranks. A collective if there are any.
+
+    Args:
+        routers: those routers.
+        requests: `[E]` of each, of this rank's micro-batches of the step.
+    """
+    if not routers:
+        return
+    everywhere = sum_over_ranks(torch.cat(list(requests)))
+    for router, own in zip(routers, everywhere.split([router.num_experts for router in routers]), strict=True):
+        router.after_step(own)

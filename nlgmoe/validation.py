@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import fields
-from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -31,7 +30,7 @@ def require_valid(settings: Any) -> None:
     hints = get_type_hints(type(settings))
     for field in fields(settings):
         value = getattr(settings, field.name)
-        require(_has_type(value, hints[field.name]), f"{field.name}={value} must be of the type {field.type}")
+        require(_has_type(value, hints[field.name]), f"{field.name}={value!r} must be of the type {field.type}")
         require(is_finite(value), f"{field.name}={value} must be finite")
 
 
@@ -62,6 +61,6 @@ def _has_type(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_has_type(item, get_args(hint)[0]) for item in value)
     if get_args(hint):
         return any(_has_type(value, kind) for kind in get_args(hint))
-    if hint in (int, float):
-        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    if hint in (int, float):  # of Python: a checkpoint's JSON takes no integer of NumPy
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -20,7 +20,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.step import Window
 from nlgmoe.validation import RunError
@@ -93,6 +93,28 @@ def test_clock_counts_tokens_and_the_learning_rate_follows_it(tmp_path: Path) ->
     cosine = [1e-3 * 0.5 * (1 + math.cos(math.pi * done / 6)) for done in range(4)]
     assert recorder.rates == pytest.approx([0.0, 0.5e-3, *cosine])
     assert float(run.callback_metrics["train/lr"]) == pytest.approx(cosine[-1])
+
+
+class OptimizerAlone(MoEGPTModule):
+    """A subclass with an optimizer of its own groups and, as Lightning allows, no scheduler."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(build_adamw(self.gpt, self.optimizer_config).param_groups, lr=1e-3)
+
+
+def test_a_step_ends_without_a_scheduler_of_lightning(tmp_path: Path) -> None:
+    schedule = LearningRateSchedule(warmup_tokens=128, decay_tokens=512)
+    rates: dict[type, list[float]] = {}
+    for kind in (MoEGPTModule, OptimizerAlone):
+        rates[kind] = []
+        look = LambdaCallback(
+            on_train_batch_end=lambda t, *_, r=rates[kind]: r.append(t.optimizers[0].param_groups[0]["lr"])
+        )
+        module, data = kind(CONFIG, schedule=schedule, train_tokens=192), SyntheticData()
+        run = trainer(tmp_path, look, max_steps=9)
+        run.fit(module, data)
+        assert (run.global_step, module.tokens_seen, data.samples_consumed) == (3, 192, 12)
+    assert rates[OptimizerAlone] == rates[MoEGPTModule] and len(set(rates[MoEGPTModule])) == 3
 
 
 def test_train_tokens_ends_the_run_at_the_end_of_that_step(tmp_path: Path) -> None:
@@ -244,6 +266,27 @@ def test_an_interval_of_validations_beyond_the_epoch_is_refused(tmp_path: Path) 
     settings = {"accumulate_grad_batches": 4, "limit_train_batches": 8, "limit_val_batches": 1.0, "max_epochs": 2}
     with pytest.raises(ValueError, match=r"val_check_interval=3 steps are 12 micro-batches, and an epoch has 8"):
         trainer(tmp_path, **settings, val_check_interval=3).fit(MoEGPTModule(CONFIG), SyntheticData())
+
+
+def test_validations_are_steps_apart_also_after_dataloaders_are_reloaded(tmp_path: Path) -> None:
+    steps: list[int] = []
+    looks = LambdaCallback(on_validation_start=lambda run, _: steps.append(run.global_step))
+    settings = {"accumulate_grad_batches": 2, "limit_train_batches": 12, "limit_val_batches": 1, "max_epochs": 2}
+    settings |= {"val_check_interval": 3, "reload_dataloaders_every_n_epochs": 1}
+    trainer(tmp_path, looks, **settings).fit(MoEGPTModule(CONFIG), SyntheticData())
+    assert steps == [3, 6, 9, 12]
+
+
+def test_a_run_does_not_read_the_data_of_an_evaluation_before_it(tmp_path: Path) -> None:
+    evaluated, loader, saved = SyntheticData(padded=True), SyntheticData().train_dataloader(), tmp_path / "a.ckpt"
+    module, run = MoEGPTModule(CONFIG), trainer(tmp_path, SaveAt(1, saved), max_steps=1, limit_val_batches=1)
+    run.validate(module, datamodule=evaluated, verbose=False)
+    run.fit(module, train_dataloaders=loader)
+    assert evaluated.samples_consumed == 0
+    resumed = trainer(tmp_path, max_steps=2, limit_val_batches=1)
+    resumed.validate(MoEGPTModule(CONFIG), datamodule=SyntheticData(seq_len=8), verbose=False)
+    with pytest.warns(UserWarning, match="goes on at step 1 with data that may repeat, skip or begin again"):
+        resumed.fit(MoEGPTModule(CONFIG), train_dataloaders=loader, ckpt_path=saved)  # other data had been evaluated
 
 
 def test_a_resumed_run_whose_data_begin_again_says_so(tmp_path: Path) -> None:

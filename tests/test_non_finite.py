@@ -171,6 +171,20 @@ def test_gradients_are_clipped_after_their_norm_is_logged(value: float, algorith
     assert run.callback_metrics["train/grad_norm"] > gradients.norm()
 
 
+def test_norm_and_clipping_of_bf16_gradients_are_not_in_bf16(tmp_path: Path) -> None:
+    before: list[Tensor] = []
+    looks = LambdaCallback(
+        on_before_optimizer_step=lambda _, module, __: before.extend(p.grad.double() for p in module.parameters())
+    )
+    module = MoEGPTModule(CONFIG)
+    run = trainer(tmp_path, looks, max_steps=1, gradient_clip_val=0.5, precision="bf16-true")
+    run.fit(module, SyntheticData())
+    norm = torch.cat([gradient.flatten() for gradient in before]).norm()
+    assert float(run.callback_metrics["train/grad_norm"]) == pytest.approx(float(norm), rel=1e-5)
+    clipped = torch.cat([parameter.grad.double().flatten() for parameter in module.parameters()])
+    assert float(clipped.norm()) == pytest.approx(0.5, rel=3e-4)  # 0.499 with a factor in bf16
+
+
 def test_a_router_learns_nothing_from_a_step_that_is_skipped(tmp_path: Path) -> None:
     biases: list[Tensor] = []
     spoils = Spoils({1}, gradient_of("token_embedding.weight", torch.nan))
@@ -192,7 +206,7 @@ def test_the_counts_survive_a_restart_and_stand_in_the_summary(tmp_path: Path) -
         return module
 
     path = tmp_path / "a.ckpt"
-    assert fit(3, RunSummary(), SaveAt(3, path)).steps.guard.state_dict() == {"skipped": 2, "in_a_row": 2}
+    assert fit(3, RunSummary(), SaveAt(3, path)).guard.state_dict() == {"skipped": 2, "in_a_row": 2}
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["skipped_steps"] == 2
     assert 0 < summary["train_loss"] < 10
@@ -231,7 +245,7 @@ def test_an_overflow_in_fp16_is_a_step_whose_update_never_was_and_the_scale_surv
     spoils = Spoils({2}, gradient_of("blocks.0.ffn.expand.weight", torch.inf))
     run, module, state = fit_fp16(tmp_path, spoils, 6)
     assert (state["scale"], state["_growth_tracker"]) == (2.0**15, 3)
-    assert module.steps.guard.state_dict() == {"skipped": 1, "in_a_row": 0}
+    assert module.guard.state_dict() == {"skipped": 1, "in_a_row": 0}
     assert [seen["train/skipped_steps"] for seen in spoils.logged] == [0, 0, 1, 1, 1, 1]
     assert {float(state["step"]) for state in run.optimizers[0].state.values()} == {5.0}
     assert module.tokens_seen == 6 * 64  # the data were consumed, so the clock goes on
@@ -278,5 +292,7 @@ def test_what_a_run_logs_is_documented(tmp_path: Path) -> None:
         module = MoEGPTModule(replace(CONFIG, moe=moe), curriculum=SequenceCurriculum(tokens=64, start=8))
         run = trainer(tmp_path, ExpertLoad(), Throughput(), max_steps=2, log_every_n_steps=1, **validation)
         run.fit(module, SyntheticData())
-        names = {re.sub(r"^experts/\d+/", "experts/LAYER/", name) for name in (*run.callback_metrics, "epoch", "step")}
+        names = {
+            re.sub(r"^experts/\d+/", "experts/MOE_LAYER/", name) for name in (*run.callback_metrics, "epoch", "step")
+        }
         assert {re.sub(r"/(even|odd)$", "/DOMAIN", name) for name in names} <= documented

@@ -5,7 +5,8 @@ The rules were fixed before the runs that they judge (the commit that added this
 1. A question compares two models in pairs: one pair for each seed, which fixes the order of the data and the initial dense
    weights of both. It has no reading before all its planned pairs are trained.
 2. `lower`: a two-sided paired t test of no difference in validation loss.
-3. `not worse` ("as good as"): a one-sided paired t test of a difference of `MARGIN` nats; a better first model is as good.
+3. `not worse` ("as good as"): two one-sided paired t tests of a difference of `MARGIN` nats, below it (as good; a better first
+   model is as good) and above it (worse). The smaller p counts as it is, not doubled.
 4. Several questions are asked of one campaign: a p value counts only if Holm's correction over all of `QUESTIONS` leaves it below
    5%. Intervals are printed without that correction. `LARGER`, two of these questions at a larger size, has its own correction.
 5. Readings: `agrees` (with the paper), `differs here` (the opposite is significant), `unresolved`, `cannot be tested here`.
@@ -119,7 +120,7 @@ OTHERS = {
 def p_values(question: Question, difference: PairedDifference) -> tuple[float, float]:
     """Return the p values of the paper's answer and of its opposite: small values are evidence for that answer.
 
-    Those of `lower` are two-sided.
+    Those of `lower` are two-sided, those of `not worse` one-sided each.
     """
     shift = MARGIN if question.rule == "not worse" else 0.0
     t = (difference.mean - shift) / difference.error
@@ -136,6 +137,7 @@ def readings(differences: Sequence[tuple[Question, PairedDifference | None]]) ->
             for answer, p in zip((AGREES, DIFFERS), p_values(question, difference), strict=True):
                 tests.append((p, question.key, answer))
     found = {key: UNRESOLVED for _, key, _ in tests}
+    # Of the two answers of a question the one with the smaller p.
     smallest = sorted(min(test for test in tests if test[1] == key) for key in found)
     for rank, (p, key, answer) in enumerate(smallest):  # Holm: the first that is not small enough ends it
         if p * (len(differences) - rank) >= LEVEL:

@@ -1,4 +1,4 @@
-"""Routing statistics of each MoE layer: in the logger, in `expert_load.csv` and as images."""
+"""Routing statistics of each MoE layer: in the logger and in `expert_load.csv`."""
 
 from __future__ import annotations
 
@@ -17,21 +17,28 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.callbacks.routing_statistics import SUMS, RoutingSums, routing_statistics, routing_sums
+from nlgmoe.callbacks.routing_statistics import (
+    WITH_TOTAL,
+    requests_of,
+    routing_statistics,
+    routing_totals,
+    split_totals,
+)
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.router import Routing
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.ranks import sum_over_ranks
 from nlgmoe.run.folder import count_rows, cut_rows, is_of_folder
-from nlgmoe.run.loggers import ends_step, heat_map, is_logged, log_image
+from nlgmoe.run.loggers import is_logged
+from nlgmoe.run.resume import ends_step
 from nlgmoe.validation import SettingError
 
 EVALUATED = ("load_max_over_mean", "load_cv", "dropped", "entropy", "expert_share")  # statistics that `validate` logs
 
 
 class ExpertLoad(Callback):
-    """Logs load, drops, router statistics and gradient norms per MoE layer, as `experts/LAYER/...` (docs/metrics.md).
+    """Logs load, drops, router statistics and gradient norms per MoE layer, as `experts/MOE_LAYER/...` (docs/metrics.md).
 
     A value covers a logging interval, over restarts too, and all ranks and micro-batches; skipped steps are excluded.
     `expert_load.csv` in the run folder has the load of every expert over time; on resume it is cut to the rows that the
@@ -40,18 +47,19 @@ class ExpertLoad(Callback):
 
     Args:
         dead_window: an expert without tokens in the last `dead_window` steps, rounded up to logging intervals, is dead.
-        heat_maps: log a heat map of all loads each interval, to loggers that take images, such as TensorBoard.
 
     Raises:
         ValueError: `dead_window` is below 1.
     """
 
-    def __init__(self, dead_window: int = 100, heat_maps: bool = True) -> None:
+    def __init__(self, dead_window: int = 100) -> None:
         if dead_window < 1:
             raise SettingError(f"dead_window={dead_window} must be at least 1 step")
-        self.dead_window, self.heat_maps = dead_window, heat_maps
+        self.dead_window = dead_window
         self._experts: list[int] = []  # number of experts of each MoE layer
-        self._parts: list[list[nn.Parameter]] = []  # router and experts of each layer; last, all other parameters
+        self._components: list[
+            list[nn.Parameter]
+        ] = []  # router and experts of each MoE layer; last, all other parameters
         self._squares: Tensor | None = None  # squared gradients of the current step, this rank's part
         self._skipped = 0
         self._evaluated = torch.zeros(0)  # sums of all layers in `validate`
@@ -60,10 +68,10 @@ class ExpertLoad(Callback):
     def _begin_run(self) -> None:
         self._step = self._interval = torch.zeros(0)  # sums of all layers, fp64, on the device
         self._resumed: list[float] = []  # sums over all ranks of the interval at the checkpoint
-        self._served: list[list[int]] = []  # by layer and expert: last logged step in which it got a token
+        self._last_used: list[list[int]] = []  # by MoE layer and expert: last logged step in which it got a token
         self._table: Path | None = None  # `expert_load.csv`, on the process that writes it
         self._rows: int | None = 0  # of the table at the checkpoint; None: all, the checkpoint does not count them
-        self._forks = False
+        self._is_fork = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -76,19 +84,19 @@ class ExpertLoad(Callback):
         """Return the last logged step in which each expert got a token, and the sums since. A collective once a fit has begun."""
         sums = sum_over_ranks(self._interval.clone()).tolist() if len(self._interval) else self._resumed
         rows = self._rows if self._table is None else count_rows(self._table)
-        return {"served": self._served, "interval": sums, "rows": rows}
+        return {"last_used": self._last_used, "interval": sums, "rows": rows}
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note whether the checkpoint is another folder's: the run then begins a table of its own."""
-        self._forks = not is_of_folder(checkpoint["path"], trainer.default_root_dir)
+        self._is_fork = not is_of_folder(checkpoint["path"], trainer.default_root_dir)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state."""
-        self._served = [[int(step) for step in layer] for layer in state_dict["served"]]
+        self._last_used = [[int(step) for step in layer] for layer in state_dict["last_used"]]
         self._resumed = state_dict.get("interval", [])
-        self._rows = 0 if self._forks else state_dict.get("rows")
+        self._rows = 0 if self._is_fork else state_dict.get("rows")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,13 +105,13 @@ class ExpertLoad(Callback):
         self._experts = list(moe_blocks(pl_module.config).values())
         if not self._experts:
             return
-        self._parts = _parts(pl_module.gpt)
-        length = sum(self._experts) + len(self._experts) * len(SUMS)
+        self._components = _components(pl_module.gpt)
+        length = sum(self._experts) + len(self._experts) * (1 + len(WITH_TOTAL))
         self._step = torch.zeros(length, dtype=torch.float64, device=pl_module.device)
         self._interval = torch.zeros_like(self._step)
         self._squares, self._skipped = None, pl_module.skipped_steps
-        if not self._served:
-            self._served = [[trainer.global_step] * count for count in self._experts]
+        if not self._last_used:
+            self._last_used = [[trainer.global_step] * count for count in self._experts]
         if trainer.is_global_zero:
             if self._resumed:
                 self._interval += torch.tensor(self._resumed, dtype=torch.float64, device=pl_module.device)
@@ -115,8 +123,8 @@ class ExpertLoad(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Measure the gradients of a logged step before clipping."""
         assert isinstance(pl_module, MoEGPTModule)
-        if self._experts and is_logged(trainer):
-            self._squares = pl_module.step_gradients().squared_norms(self._parts)
+        if self._experts and (is_logged(trainer) or pl_module.ends_run(trainer.global_step + 1)):
+            self._squares = pl_module.step_gradients().squared_norms(self._components)
 
     @override
     def on_train_batch_end(
@@ -126,7 +134,7 @@ class ExpertLoad(Callback):
         assert isinstance(pl_module, MoEGPTModule)
         if not self._experts:
             return
-        self._step += torch.cat([routing_sums(routing) for routing in pl_module.routings])
+        self._step += torch.cat([routing_totals(routing) for routing in pl_module.routings])
         if not ends_step(trainer):
             return
         if pl_module.skipped_steps == self._skipped:
@@ -151,7 +159,7 @@ class ExpertLoad(Callback):
         """Add the batch in `validate`; `fit` logs training steps instead."""
         assert isinstance(pl_module, MoEGPTModule)
         if trainer.state.fn == TrainerFn.VALIDATING and pl_module.routings:
-            sums = torch.cat([routing_sums(routing) for routing in pl_module.routings])
+            sums = torch.cat([routing_totals(routing) for routing in pl_module.routings])
             self._evaluated = sums if batch_idx == 0 else self._evaluated + sums
 
     @override
@@ -161,85 +169,75 @@ class ExpertLoad(Callback):
         if trainer.state.fn != TrainerFn.VALIDATING or not pl_module.routings:
             return
         self._experts = list(moe_blocks(pl_module.config).values())
-        layers = self._split(sum_over_ranks(self._evaluated).tolist())
-        for index, (layer, routing) in enumerate(zip(layers, pl_module.routings, strict=True)):
-            values = routing_statistics(layer, routing)
+        layers = split_totals(sum_over_ranks(self._evaluated).tolist(), self._experts)
+        for moe_layer, (totals, routing) in enumerate(zip(layers, pl_module.routings, strict=True)):
+            values = routing_statistics(totals, routing)
             shown = {name: values[name] for name in EVALUATED if name in values}
-            pl_module.log_dict({f"experts/{index}/{name}": value for name, value in shown.items()})
+            pl_module.log_dict({f"experts/{moe_layer}/{name}": value for name, value in shown.items()})
 
     def _end_interval(self, trainer: Trainer) -> list[float]:
         """Return the sums of an interval over all ranks, and begin the next one. A collective."""
         squares = self._squares
-        if squares is None:  # the step was skipped, or became the last one after its gradients were computed
-            squares = self._interval.new_full((len(self._parts),), torch.nan)
+        if squares is None:  # the step was skipped, or a callback or signal has made it the last one
+            squares = self._interval.new_full((len(self._components),), torch.nan)
         sums: list[float] = sum_over_ranks(torch.cat([self._interval, squares.double()])).tolist()
         self._interval.zero_()
         self._squares = None
-        for last_used, layer in zip(self._served, self._split(sums), strict=True):
-            for expert in np.flatnonzero(layer.requests):
+        for last_used, totals in zip(self._last_used, split_totals(sums, self._experts), strict=True):
+            for expert in np.flatnonzero(requests_of(totals)):
                 last_used[expert] = trainer.global_step
         return sums
 
     def _log(self, trainer: Trainer, module: MoEGPTModule, sums: list[float]) -> None:
-        layers = self._split(sums)
-        norms = [math.sqrt(square) for square in sums[-len(self._parts) :]]
+        layers = split_totals(sums, self._experts)
+        norms = [math.sqrt(square) for square in sums[-len(self._components) :]]
         metrics = self._metrics(layers, norms, trainer.global_step, module.routings)
         module.log_dict(metrics)
-        step, loads = trainer.fit_loop.epoch_loop._batches_that_stepped, [layer.requests for layer in layers]
+        step, loads = trainer.fit_loop.epoch_loop._batches_that_stepped, [requests_of(totals) for totals in layers]
         if self._table is not None:
-            dropped = [metrics[f"experts/{layer}/dropped"] for layer in range(len(layers))]
+            dropped = [metrics[f"experts/{moe_layer}/dropped"] for moe_layer in range(len(layers))]
             _append_rows(self._table, step, module.tokens_seen, loads, dropped)
-        if self.heat_maps and trainer.is_global_zero:
-            log_image(trainer.loggers, "experts/load", lambda: heat_map(loads), step)
-
-    def _split(self, sums: Sequence[float]) -> list[RoutingSums]:
-        layers, begin = [], 0
-        for experts in self._experts:
-            end = begin + experts + len(SUMS)
-            layers.append(RoutingSums.from_vector(sums[begin:end]))
-            begin = end
-        return layers
 
     def _metrics(
-        self, layers: list[RoutingSums], norms: list[float], steps: int, routings: Sequence[Routing]
+        self, layers: Sequence[Sequence[float]], norms: list[float], steps: int, routings: Sequence[Routing]
     ) -> dict[str, float]:
         metrics = {"train/grad_norm_dense": norms[-1]}
-        for index, (layer, last_used, routing) in enumerate(zip(layers, self._served, routings, strict=True)):
-            values = routing_statistics(layer, routing)
+        for moe_layer, (totals, last_used, routing) in enumerate(zip(layers, self._last_used, routings, strict=True)):
+            values = routing_statistics(totals, routing)
             values["dead"] = float(sum(steps - last >= self.dead_window for last in last_used))
-            values["grad_norm_router"], values["grad_norm_experts"] = norms[2 * index : 2 * index + 2]
-            metrics |= {f"experts/{index}/{name}": value for name, value in values.items()}
+            values["grad_norm_router"], values["grad_norm_experts"] = norms[2 * moe_layer : 2 * moe_layer + 2]
+            metrics |= {f"experts/{moe_layer}/{name}": value for name, value in values.items()}
         return metrics
 
 
 def _append_rows(table: Path, step: int, tokens: int, loads: Sequence[np.ndarray], dropped: Sequence[float]) -> None:
     """Append a row for each MoE layer; cells are empty where a layer has fewer experts.
 
-        step,tokens,layer,dropped,expert_0,expert_1,...
+        step,tokens,moe_layer,dropped,expert_0,expert_1,...
 
     Args:
         table: the file; a new one begins with the header.
         step: the step of `metrics.csv`.
         tokens: tokens seen after the step.
-        loads: `[E]` for each layer, `experts/LAYER/...`: assignments since the last row, before dropping, over all ranks.
+        loads: `[E]` for each layer, `experts/MOE_LAYER/...`: assignments since the last row, before dropping, over all ranks.
         dropped: fraction of each layer's assignments.
     """
     width = max(map(len, loads))
     rows: list[list[object]] = []
     if not table.exists():
         table.parent.mkdir(parents=True, exist_ok=True)
-        rows.append(["step", "tokens", "layer", "dropped", *(f"expert_{index}" for index in range(width))])
-    for layer, (load, share) in enumerate(zip(loads, dropped, strict=True)):
+        rows.append(["step", "tokens", "moe_layer", "dropped", *(f"expert_{index}" for index in range(width))])
+    for moe_layer, (load, share) in enumerate(zip(loads, dropped, strict=True)):
         cells = [*(int(count) for count in load), *[""] * (width - len(load))]
-        rows.append([step, tokens, layer, f"{share:.6g}", *cells])
+        rows.append([step, tokens, moe_layer, f"{share:.6g}", *cells])
     with table.open("a", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
-def _parts(gpt: nn.Module) -> list[list[nn.Parameter]]:
+def _components(gpt: nn.Module) -> list[list[nn.Parameter]]:
     """Return the parameters of each MoE layer's router and experts, and last all others."""
-    parts: list[list[nn.Parameter]] = []
-    for layer in moe_layers(gpt):
-        parts += [list(layer.router.parameters()), list(layer.experts.parameters())]
-    named = {parameter for part in parts for parameter in part}
-    return [*parts, [parameter for parameter in gpt.parameters() if parameter not in named]]
+    components: list[list[nn.Parameter]] = []
+    for moe in moe_layers(gpt):
+        components += [list(moe.router.parameters()), list(moe.experts.parameters())]
+    listed = {parameter for component in components for parameter in component}
+    return [*components, [parameter for parameter in gpt.parameters() if parameter not in listed]]

@@ -82,7 +82,7 @@ class TokenProgressBar(TQDMProgressBar):
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the loss of the latest step, the latest validation loss and the learning rate."""
-        loss = _module(trainer).steps.losses.get("train/loss")
+        loss = _module(trainer).losses.get("train/loss")
         lr = f"{trainer.optimizers[0].param_groups[0]['lr']:.2e}" if trainer.optimizers else ""
         return ({} if loss is None else {"loss": f"{loss:.3f}"}) | self._validation | {"lr": lr}
 

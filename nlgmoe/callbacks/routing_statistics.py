@@ -1,15 +1,15 @@
-"""Routing statistics: sums over micro-batches and ranks, and the metrics computed from them.
+"""Routing statistics of a MoE layer: one table, `STATISTICS`, in which a new one is one entry.
 
-    sums        [E + 6] for one layer, computed on the device without a host read
-    statistics  the metrics of docs/metrics.md, computed on the host
+    total    its sum over the tokens of a micro-batch, on the device; totals are added over micro-batches and ranks
+    value    the statistic (docs/metrics.md), from the totals of an interval, on the host
 
-Letters: N tokens of a micro-batch, E experts of a layer, k experts per token.
+Letters: N tokens of a micro-batch, E experts of a layer, k experts per token, S statistics with a total.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,91 +18,168 @@ from torch import Tensor
 
 from nlgmoe.layers.router import Routing
 
-SUMS = ("tokens", "kept", "entropy", "confidence", "logit_squares", "expert_share")
-PERCENTILES = (10, 50, 90)
-
 
 @dataclass(frozen=True)
-class RoutingSums:
-    """Sums of one layer over micro-batches and ranks.
+class Interval:
+    """What a layer has routed in an interval, over micro-batches and ranks.
 
     Attributes:
-        requests: `[E]` assignments to each expert before dropping.
-        tokens: tokens without padding.
-        kept: assignments within capacity.
-        entropy: entropy of the gate's distribution, nats.
-        confidence: gate probability of the chosen experts, over all assignments.
-        logit_squares: squares of the gate's logits.
-        expert_share: weight of the experts beside the shared MLP; 0 if no mix is learned.
+        requests: `[E]` assignments to each expert, before dropping.
+        tokens: tokens without padding; NaN if there was none.
     """
 
     requests: np.ndarray
     tokens: float
-    kept: float
-    entropy: float
-    confidence: float
-    logit_squares: float
-    expert_share: float
 
-    @staticmethod
-    def from_vector(sums: Sequence[float]) -> RoutingSums:
-        """Build from `[E + 6]` in the order of `routing_sums`."""
-        return RoutingSums(np.asarray(sums[: -len(SUMS)]), *sums[-len(SUMS) :])
+    @property
+    def experts(self) -> int:
+        """Number of experts, E."""
+        return len(self.requests)
+
+    @property
+    def assignments(self) -> float:
+        """Assignments to all experts, at least 1; NaN without a token."""
+        return self.tokens if math.isnan(self.tokens) else max(1.0, float(self.requests.sum()))
+
+    @property
+    def load(self) -> np.ndarray:
+        """`[E]` load of each expert: 1 is the fair share."""
+        return self.requests * self.experts / self.assignments
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One routing statistic.
+
+    Attributes:
+        value: computes it from its total and the interval.
+        total: returns its sum over a micro-batch, a scalar on the device; None: it is computed from the requests alone.
+        needs: fields of `Routing` that it reads; it is omitted for a router that leaves one of them None.
+    """
+
+    value: Callable[[float, Interval], float]
+    total: Callable[[Routing], Tensor] | None = None
+    needs: tuple[str, ...] = ()
+
+    def is_known(self, routing: Routing) -> bool:
+        """Return True if the router has returned what the statistic reads."""
+        return all(getattr(routing, name) is not None for name in self.needs)
+
+
+def _unpadded(values: Tensor, routing: Routing) -> Tensor:
+    """Return `values`, `[N]` or `[N, columns]`, with zeros for padding."""
+    mask = routing.token_mask
+    return values if mask is None else torch.where(mask if values.ndim == 1 else mask.unsqueeze(1), values, 0)
+
+
+def _entropy(routing: Routing) -> Tensor:
+    """Sum the entropies of the gate's distributions, nats."""
+    probs, logits = routing.probs, routing.logits
+    assert probs is not None and logits is not None
+    # -sum p log p = log(sum exp(logits)) - sum p logits: one logarithm per token, of the largest probability.
+    log_total = logits.amax(dim=1) - probs.amax(dim=1).log()  # [N]
+    products = torch.dot(_unpadded(probs, routing).flatten(), _unpadded(logits, routing).flatten())
+    return _unpadded(log_total, routing).sum() - products
+
+
+def _confidence(routing: Routing) -> Tensor:
+    assert routing.probs is not None
+    return _unpadded(routing.probs.gather(1, routing.expert), routing).sum()
+
+
+def _logit_squares(routing: Routing) -> Tensor:
+    assert routing.logits is not None
+    logits = _unpadded(routing.logits, routing).flatten()
+    return torch.dot(logits, logits)
+
+
+def _expert_share(routing: Routing) -> Tensor:
+    assert routing.expert_share is not None
+    return _unpadded(routing.expert_share, routing).sum()
+
+
+GATE = ("probs", "logits")
+STATISTICS: dict[str, Statistic] = {
+    "load_max_over_mean": Statistic(lambda _, interval: interval.load.max()),
+    "load_min_over_mean": Statistic(lambda _, interval: interval.load.min()),
+    "load_p10_over_mean": Statistic(lambda _, interval: np.percentile(interval.load, 10)),
+    "load_p50_over_mean": Statistic(lambda _, interval: np.percentile(interval.load, 50)),
+    "load_p90_over_mean": Statistic(lambda _, interval: np.percentile(interval.load, 90)),
+    "load_cv": Statistic(lambda _, interval: interval.load.std()),
+    "dropped": Statistic(
+        lambda kept, interval: 1 - kept / interval.assignments,
+        total=lambda routing: routing.kept.sum(),
+    ),
+    "entropy": Statistic(
+        lambda entropy, interval: entropy / interval.tokens / math.log(max(2, interval.experts)),
+        total=_entropy,
+        needs=GATE,
+    ),
+    "confidence": Statistic(
+        lambda probability, interval: probability / interval.assignments,
+        total=_confidence,
+        needs=GATE,
+    ),
+    "logit_rms": Statistic(
+        lambda squares, interval: math.sqrt(squares / interval.tokens / interval.experts),
+        total=_logit_squares,
+        needs=GATE,
+    ),
+    "expert_share": Statistic(
+        lambda share, interval: share / interval.tokens,
+        total=_expert_share,
+        needs=("expert_share",),
+    ),
+}
+WITH_TOTAL = [name for name, statistic in STATISTICS.items() if statistic.total is not None]
 
 
 @torch.no_grad()
-def routing_sums(routing: Routing) -> Tensor:
-    """Return the sums of one micro-batch, `[E + 6]` fp64: requests of each expert, then `SUMS`."""
-    share, mask = routing.expert_share, routing.token_mask
-    if share is not None and mask is not None:
-        share = torch.where(mask, share, 0)
-    shares = routing.weight.new_zeros(()) if share is None else share.sum()
-    sums = [routing.num_tokens, routing.kept.sum(), *_gate_sums(routing), shares]
-    return torch.cat([routing.tokens_per_expert.double(), torch.stack([value.double() for value in sums])])
+def routing_totals(routing: Routing) -> Tensor:
+    """Return the totals of one micro-batch, `[E + 1 + S]` fp64: requests of each expert, tokens, then each of `WITH_TOTAL`.
+
+    The total of a statistic that the router does not know is 0.
+    """
+    totals = [routing.num_tokens]
+    for statistic in (STATISTICS[name] for name in WITH_TOTAL):
+        assert statistic.total is not None
+        known = statistic.is_known(routing)
+        totals.append(statistic.total(routing) if known else routing.weight.new_zeros(()))
+    return torch.cat([routing.tokens_per_expert.double(), torch.stack([total.double() for total in totals])])
 
 
-def _gate_sums(routing: Routing) -> list[Tensor]:
-    """Return entropy, confidence and squared logits; 0 if the router has no gate."""
-    probs, logits, mask = routing.probs, routing.logits, routing.token_mask
-    if probs is None or logits is None:
-        return [routing.weight.new_zeros(())] * 3
-    chosen = probs.gather(1, routing.expert)
-    # -sum p log p = log(sum exp(logits)) - sum p logits: one logarithm per token, of the largest probability.
-    log_total = logits.amax(dim=1) - probs.amax(dim=1).log()  # [N]
-    if mask is not None:
-        probs, logits, chosen = (torch.where(mask.unsqueeze(1), values, 0) for values in (probs, logits, chosen))
-        log_total = torch.where(mask, log_total, 0)
-    entropy = log_total.sum() - torch.dot(probs.flatten(), logits.flatten())
-    return [entropy, chosen.sum(), torch.dot(logits.flatten(), logits.flatten())]
+def split_totals(totals: Sequence[float], experts: Sequence[int]) -> list[Sequence[float]]:
+    """Split the totals of several layers, one after another, by layer.
+
+    Args:
+        totals: concatenation of the layers' `routing_totals`; more may follow.
+        experts: number of experts of each layer.
+    """
+    layers, begin = [], 0
+    for count in experts:
+        end = begin + count + 1 + len(WITH_TOTAL)
+        layers.append(totals[begin:end])
+        begin = end
+    return layers
 
 
-def routing_statistics(sums: RoutingSums, routing: Routing) -> dict[str, float]:
+def requests_of(totals: Sequence[float]) -> np.ndarray:
+    """Return the requests of a layer's totals, `[E]`."""
+    return np.asarray(totals[: -1 - len(WITH_TOTAL)])
+
+
+def routing_statistics(totals: Sequence[float], routing: Routing) -> dict[str, float]:
     """Compute the statistics of a layer by name.
 
     Args:
-        sums: sums over an interval.
-        routing: any of the layer; statistics of probabilities, logits and shares that it lacks are omitted.
+        totals: `[E + 1 + S]`, those of an interval.
+        routing: any of the layer, which tells what its router knows.
 
     Returns:
         The statistics; all are NaN without a token, as in an interval of skipped steps.
     """
-    requests, tokens = sums.requests, sums.tokens or math.nan
-    experts, assignments = len(requests), max(1.0, requests.sum()) if sums.tokens else math.nan
-    load = requests * experts / assignments  # [E], 1 is the fair share
-    percentiles = np.percentile(load, PERCENTILES)
-    statistics = {
-        "load_max_over_mean": load.max(),
-        "load_min_over_mean": load.min(),
-        **{f"load_p{rank}_over_mean": value for rank, value in zip(PERCENTILES, percentiles, strict=True)},
-        "load_cv": load.std(),
-        "dropped": 1 - sums.kept / assignments,
-    }
-    if routing.probs is not None and routing.logits is not None:
-        statistics |= {
-            "entropy": sums.entropy / tokens / math.log(max(2, experts)),
-            "confidence": sums.confidence / assignments,
-            "logit_rms": math.sqrt(sums.logit_squares / tokens / experts),
-        }
-    if routing.expert_share is not None:
-        statistics["expert_share"] = sums.expert_share / tokens
-    return {name: float(value) for name, value in statistics.items()}
+    tokens, *sums = totals[-1 - len(WITH_TOTAL) :]
+    interval = Interval(requests_of(totals), tokens or math.nan)
+    total = dict(zip(WITH_TOTAL, sums, strict=True))
+    known = {name: statistic for name, statistic in STATISTICS.items() if statistic.is_known(routing)}
+    return {name: float(statistic.value(total.get(name, 0.0), interval)) for name, statistic in known.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from nlgmoe.device import peak_memory_bytes
 from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.run.loggers import ends_step
+from nlgmoe.run.resume import ends_step
 from nlgmoe.versions import versions
 
 
@@ -37,10 +36,7 @@ class RunSummary(Callback):
 
     def _begin_run(self) -> None:
         self._losses: deque[float] = deque(maxlen=50)
-        self._wall_seconds = 0.0
-        self._step_seconds = self._validation_seconds = 0.0
-        self._fed_tokens = self._tokens_before = 0  # before: the module's count after the last micro-batch
-        self._fit_started = self._batch_started = self._validation_started = 0.0
+        self._has_trained = self._has_validated = False  # in this fit
         self._peak_memory = 0  # of earlier starts, in bytes
         self._device: torch.device | None = None
 
@@ -56,10 +52,6 @@ class RunSummary(Callback):
         return {
             # Losses that are not finite are kept: they count among the last 50 steps.
             "losses": [loss if math.isfinite(loss) else None for loss in self._losses],
-            "wall_seconds": self._wall_so_far(),
-            "step_seconds": self._step_seconds,
-            "validation_seconds": self._validation_seconds,
-            "fed_tokens": self._fed_tokens,
             "peak_memory_bytes": self._peak_so_far(),
         }
 
@@ -69,10 +61,6 @@ class RunSummary(Callback):
         self._losses = deque(
             (math.nan if loss is None else float(loss) for loss in state_dict["losses"]), self._losses.maxlen
         )
-        self._wall_seconds = state_dict["wall_seconds"]
-        self._step_seconds = state_dict["step_seconds"]
-        self._validation_seconds = state_dict.get("validation_seconds", 0.0)
-        self._fed_tokens = state_dict["fed_tokens"]
         self._peak_memory = state_dict.get("peak_memory_bytes", 0)
 
     @override
@@ -91,57 +79,41 @@ class RunSummary(Callback):
                 f"trainer.limit_val_batches={trainer.limit_val_batches} validates only the first domains, so summary.json "
                 "has no comparisons; remove it and set data.max_eval_windows, which limits each domain"
             )
-        self._fit_started, self._batch_started = time.perf_counter(), 0.0
-        self._tokens_before = pl_module.tokens_fed
         self._device = trainer.strategy.root_device
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Start the step clock; at the first step remove the summary of an earlier end."""
-        if not self._batch_started and trainer.is_global_zero:
+        """At the first step remove the summary of an earlier end."""
+        if not self._has_trained and trainer.is_global_zero:
             Path(trainer.default_root_dir, "summary.json").unlink(missing_ok=True)
-        self._batch_started = time.perf_counter()
+        self._has_trained = True
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Add the micro-batch."""
+        """Add the loss of a step."""
         assert isinstance(pl_module, MoEGPTModule)
-        self._step_seconds += time.perf_counter() - self._batch_started
-        self._fed_tokens += pl_module.tokens_fed - self._tokens_before
-        self._tokens_before = pl_module.tokens_fed
         if ends_step(trainer):
-            self._losses.append(pl_module.steps.losses["train/loss"])
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of a validation of the fit."""
-        self._validation_started = time.perf_counter()
+            self._losses.append(pl_module.losses["train/loss"])
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock of the validation."""
-        if self._fit_started:
-            self._validation_seconds += time.perf_counter() - self._validation_started
+        """Note that there is a result."""
+        self._has_validated = True
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file."""
-        self._wall_seconds, self._fit_started = self._wall_so_far(), 0.0
         assert isinstance(pl_module, MoEGPTModule)
         folder = Path(trainer.default_root_dir)
-        nothing_new = not self._batch_started and not self._validation_started and (folder / "summary.json").exists()
+        nothing_new = not self._has_trained and not self._has_validated and (folder / "summary.json").exists()
         if not trainer.is_global_zero or nothing_new:
             return
         summary = self._summary(trainer, pl_module)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "summary.json", summary, indent=2)
         rank_zero_info(format_summary(summary, _baseline(trainer, "xz_bits_per_byte") or {}, folder))
-
-    def _wall_so_far(self) -> float:
-        running = time.perf_counter() - self._fit_started if self._fit_started else 0.0
-        return self._wall_seconds + running
 
     def _peak_so_far(self) -> int:
         return self._peak_memory if self._device is None else max(self._peak_memory, peak_memory_bytes(self._device))
@@ -152,7 +124,7 @@ class RunSummary(Callback):
     def _summary(self, trainer: Trainer, module: MoEGPTModule) -> dict[str, Any]:
         metrics = {name: _finite(float(value)) for name, value in trainer.callback_metrics.items()}
         total, active = parameters_of(module.gpt)
-        losses = self._finite_losses()
+        losses, step_seconds = self._finite_losses(), module.clock.seconds("steps")
         prefix = "val/bits_per_byte/"
         return {
             "steps": trainer.global_step,
@@ -165,13 +137,13 @@ class RunSummary(Callback):
                 "all": metrics.get("val/bits_per_byte"),
                 **{name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)},
             },
-            "tokens_per_second": self._fed_tokens / self._step_seconds if self._step_seconds else None,
+            "tokens_per_second": module.tokens_seen / step_seconds if step_seconds else None,
             "peak_memory_bytes": self._peak_so_far(),
             "params_total": total,
             "params_active": active,
-            "wall_seconds": self._wall_seconds,
-            "step_seconds": self._step_seconds,
-            "validation_seconds": self._validation_seconds,
+            "wall_seconds": module.clock.seconds("run"),
+            "step_seconds": step_seconds,
+            "validation_seconds": module.clock.seconds("validation"),
             "versions": versions(),
         }
 

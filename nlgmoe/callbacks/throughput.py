@@ -15,10 +15,10 @@ from typing_extensions import override
 from nlgmoe.batch import Batch
 from nlgmoe.device import memory_bytes, product_name, time_stamp
 from nlgmoe.hardware import peak_of
-from nlgmoe.model.counting import flops_per_token
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.ranks import sum_over_ranks
-from nlgmoe.run.loggers import ends_step, is_logged
+from nlgmoe.run.loggers import is_logged
+from nlgmoe.run.resume import ends_step
 from nlgmoe.validation import SettingError
 
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -47,34 +47,6 @@ class Throughput(Callback):
             raise SettingError(f"peak_tflops={peak_tflops} must be above 0, or null")
         self.peak_tflops = peak_tflops
         self._peak: float | None = None  # FLOP/s of one device
-        self._begin_run()
-
-    def _begin_run(self) -> None:
-        self._flops = 0  # of all finished steps of the run
-        self._tokens = 0  # of the module, at the end of the last step
-        self._length = self._flops_per_token = 0  # sequence length of the last step, and its FLOPs per token
-        self._elapsed, self._fit_started = 0.0, 0.0  # seconds before this start; clock at this start
-        self._begin_interval()
-
-    def _begin_interval(self) -> None:
-        self._interval_tokens = self._interval_flops = self._steps = 0
-        self._seconds = self._batch_started = 0.0
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Reset the state; in a resumed run `load_state_dict` follows."""
-        if stage == "fit":
-            self._begin_run()
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Return the totals since the beginning of the run."""
-        return {"flops": self._flops, "elapsed": self._elapsed_so_far()}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the totals."""
-        self._flops, self._elapsed = state_dict["flops"], state_dict["elapsed"]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,10 +57,12 @@ class Throughput(Callback):
         self._is_timed = bool(trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if self._is_timed:
             trainer.profiler = StepProfiler(trainer.profiler, self._stopwatch)  # type: ignore[attr-defined]
-        self._fit_started = time.perf_counter()
         assert isinstance(pl_module, MoEGPTModule)
-        self._tokens = pl_module.tokens_fed
-        self._begin_interval()
+        self._begin_interval(pl_module)
+
+    def _begin_interval(self, module: MoEGPTModule) -> None:
+        self._tokens, self._flops = module.tokens_seen, module.clock.flops  # at the interval's start
+        self._steps, self._seconds = 0, 0.0
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
@@ -104,14 +78,7 @@ class Throughput(Callback):
         self._seconds += time.perf_counter() - self._batch_started
         if not ends_step(trainer):
             return
-        tokens, self._tokens = pl_module.tokens_fed - self._tokens, pl_module.tokens_fed
-        if (length := pl_module.steps.length) != self._length:
-            self._length, self._flops_per_token = length, flops_per_token(pl_module.config, length)
-        flops = tokens * self._flops_per_token
         self._steps += 1
-        self._flops += flops
-        self._interval_tokens += tokens
-        self._interval_flops += flops
         if is_logged(trainer):
             self._log(trainer, pl_module)
 
@@ -124,19 +91,20 @@ class Throughput(Callback):
         parts = [seconds.get(part, 0.0) / self._steps for part in PARTS] + [total / self._steps]
         memory = memory_bytes(trainer.strategy.root_device)
         times, largest = _over_ranks(trainer, parts, list(memory.values()))
-        speed = self._interval_flops / total
+        tokens, flops = module.tokens_seen - self._tokens, module.clock.flops - self._flops
+        speed = flops / total
         metrics = {
-            "train/tokens_per_second": self._interval_tokens / total,
+            "train/tokens_per_second": tokens / total,
             "train/tflops_per_second": speed / 1e12,
-            "train/flops": float(self._flops),
+            "train/flops": float(module.clock.flops),
             **{f"time/{part}": value for part, value in zip((*PARTS, "step"), times, strict=True)},
-            "time/elapsed": self._elapsed_so_far(),
+            "time/elapsed": module.clock.seconds("run"),
             **{f"memory/{name}": value for name, value in zip(memory, largest, strict=True)},
         }
         if self._peak is not None:
             metrics["train/mfu"] = speed / trainer.world_size / self._peak
         module.log_dict(metrics)
-        self._begin_interval()
+        self._begin_interval(module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,13 +117,9 @@ class Throughput(Callback):
         self._stop(trainer)
 
     def _stop(self, trainer: Trainer) -> None:
-        self._elapsed, self._fit_started = self._elapsed_so_far(), 0.0
         profiler = trainer.profiler  # type: ignore[attr-defined]
         if isinstance(profiler, StepProfiler):
             trainer.profiler = profiler.profiler  # type: ignore[attr-defined]
-
-    def _elapsed_so_far(self) -> float:
-        return self._elapsed + (time.perf_counter() - self._fit_started if self._fit_started else 0.0)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

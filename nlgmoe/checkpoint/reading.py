@@ -34,7 +34,7 @@ from nlgmoe.parts import ForeignCodeError
 from nlgmoe.validation import RunError, SettingError
 
 FORMAT = "nlgmoe-portable"
-VERSION = 2
+VERSION = 3
 REMEDY = "use another checkpoint"
 KINDS = ("model", "optimizer", "state")  # first part of the tensor files' names
 Contents = dict[str, list[Any]]  # entry -> [type, shape, checksum]

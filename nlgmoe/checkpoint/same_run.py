@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from nlgmoe.config import IGNORED_IN_EVALUATION, GPTConfig
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.training_data import TrainingData
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.validation import RunError, SettingError, require
 
 
 def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | None, path: Any) -> None:
@@ -23,7 +24,7 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
         path: path of the checkpoint, for messages.
     """
     resumes = seed is not None
-    if resumes and "lr_schedulers" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
+    if resumes and "callbacks" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
         raise SettingError(
             f"{path} holds weights only: start a new run from it with model.warm_start.checkpoint={path}"
         )
@@ -39,6 +40,16 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
         )
     if resumes and checkpoint["seed"] != seed:
         raise SettingError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to resume")
+
+
+def check_frozen(checkpoint: dict[str, Any], frozen: Sequence[str]) -> None:
+    """Check that a run is resumed with the parts frozen that its checkpoint has no moments of."""
+    now, before = sorted(frozen), checkpoint.get("frozen", [])
+    require(
+        now == before,
+        f"model.optimizer.frozen={now} was {before} in the checkpoint's run, which has no moments of them; set it as "
+        "it was, or start a new run with model.warm_start",
+    )
 
 
 def check_tokenizer(checkpoint: dict[str, Any], data: TrainingData | None) -> None:

@@ -7,7 +7,7 @@ from shlex import quote
 from typing import Literal
 
 from nlgmoe.checkpoint.reading import run_config
-from nlgmoe.cli.arguments import check_new_checkpoint, import_allowed
+from nlgmoe.cli.arguments import check_device, check_new_checkpoint, import_allowed
 from nlgmoe.files import settings_of
 from nlgmoe.validation import SettingError
 
@@ -22,6 +22,7 @@ def prune_checkpoint(
     windows: int = 200,
     tokenizer: str | None = None,
     data_dir: str = "data/pocket_pile",
+    device: str = "cpu",
     overwrite: bool = False,
     allow_code: list[str] | None = None,
 ) -> None:
@@ -40,6 +41,7 @@ def prune_checkpoint(
         windows: sequences measured, of at most 2,048 tokens, of each domain of the run's validation text, or of `text`.
         tokenizer: as data.tokenizer, for a checkpoint without a tokenizer.
         data_dir: folder of tokenizers given by name.
+        device: device of the model, such as cuda.
         overwrite: replace an existing checkpoint.
         allow_code: module of the checkpoint's expert to import; may be given several times.
     """
@@ -53,7 +55,8 @@ def prune_checkpoint(
     from nlgmoe.pyramid import experts_per_position, moe_blocks
     from nlgmoe.surgery.prune import most_used, prune, pruned_config
 
-    loaded = load_pretrained(run, tokenizer, data_dir=data_dir)
+    check_device(device)
+    loaded = load_pretrained(run, tokenizer, device, data_dir=data_dir)
     if Path(checkpoint).resolve() == loaded.path.resolve():
         raise SettingError(
             f"checkpoint={checkpoint} is the checkpoint to prune, the teacher of later training; name another"
@@ -68,24 +71,26 @@ def prune_checkpoint(
     batches = read_batches(run_config(Path(run)), loaded, text, windows, tokenizer)
     use = measure_use(loaded.model, with_progress(batches, "measuring use"))
     kept = most_used(use.weights if by == "use" else use.saliency, after)
-    prune(loaded.path, checkpoint, num_experts, kept, overwrite)
+    path, tokens_seen = loaded.path, loaded.document["tokens_seen"]
+    del loaded  # the device need not hold both models
+    prune(path, checkpoint, num_experts, kept, overwrite)
 
     for block, experts, weights in zip(moe_blocks(before), kept, use.weights, strict=True):
         share = float(weights[experts].sum() / weights.sum())
         numbers = " ".join(map(str, experts))
         print(f"block {block}: {len(experts)} of {len(weights)} experts, with {share:.1%} of the weight: {numbers}")
-    loss = measure_use(load_model(Path(checkpoint)), with_progress(batches, "measuring loss")).loss
+    loss = measure_use(load_model(Path(checkpoint)).to(device), with_progress(batches, "measuring loss")).loss
     sizes = [count_parameters(config).total for config in (before, after)]
     print(f"loss {use.loss:.4f} -> {loss:.4f} nats per token ({use.tokens:,} tokens)")
-    print(f"{checkpoint}: {sizes[0]:,} parameters of {loaded.path} have become {sizes[1]:,}")
+    print(f"{checkpoint}: {sizes[0]:,} parameters of {path} have become {sizes[1]:,}")
     settings = settings_of(Path(checkpoint))
     print(f"{settings}: its settings")
-    config, teacher = run_config(Path(run)), quote(str(loaded.path))
+    config, teacher = run_config(Path(run)), quote(str(path))
     files = [config or "CONFIG", settings]  # the later one overrides
     print(
         f"to continue training, with the unpruned model as teacher: python train.py fit "
         f"{' '.join(f'--config {quote(str(file))}' for file in files)} "
-        f"{_healing(config, loaded.document['tokens_seen'])} --model.distiller nlgmoe.MixtureOfStudents "
+        f"{_healing(config, tokens_seen)} --model.distiller nlgmoe.MixtureOfStudents "
         f"--model.distiller.init_args.teacher {teacher}"
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from nlgmoe.checkpoint.reading import read_document, run_config
-from nlgmoe.cli.arguments import check_output, write_whole
+from nlgmoe.cli.arguments import check_device, check_output, write_whole
 from nlgmoe.cli.command_parser import number_or_list
 from nlgmoe.config import GPTConfig
 from nlgmoe.pyramid import config_of_blocks, evenly_spaced_layers, moe_blocks, student_config, student_layers
@@ -29,6 +29,7 @@ def student(
     text: str | None = None,
     windows: int = 10,
     tokenizer: str | None = None,
+    device: str = "cpu",
 ) -> None:
     """Write a student's YAML with its changes to the teacher's: fewer blocks, their weights, and distillation.
 
@@ -50,6 +51,7 @@ def student(
         text: file of plain text on which influence is measured; default: the run's validation text.
         windows: sequences measured, of at most 2,048 tokens, of each domain of the run's validation text, or of `text`.
         tokenizer: as data.tokenizer, for a checkpoint without a tokenizer.
+        device: device on which influence is measured, such as cuda.
     """
     if output is not None:
         check_output(output)
@@ -72,7 +74,7 @@ def student(
     ranking: list[str] = []
     if blocks == "influence":
         student_layers(theirs, num_layers)  # refuses a wrong number before text is read
-        influence = _measure(teacher, theirs, file, text, windows, tokenizer)
+        influence = _measure(teacher, theirs, file, text, windows, tokenizer, device)
         layers, ranking = _keep_influential(influence, num_layers)
     elif blocks is not None:
         layers = _chosen(blocks, theirs, num_layers)
@@ -123,14 +125,15 @@ def _check_same(teacher_config: GPTConfig, checkpoint: Path, file: Path) -> None
 
 
 def _measure(
-    teacher: str, theirs: GPTConfig, file: Path, text: str | None, windows: int, tokenizer: str | None
+    teacher: str, theirs: GPTConfig, file: Path, text: str | None, windows: int, tokenizer: str | None, device: str
 ) -> list[float]:
     """Return the influence of each of the teacher's blocks."""
     from nlgmoe.commands.measured_text import read_batches, with_progress  # these need torch
     from nlgmoe.eval.block_influence import measure_influence
     from nlgmoe.eval.loaded_model import load_pretrained
 
-    loaded = load_pretrained(teacher, tokenizer)
+    check_device(device)
+    loaded = load_pretrained(teacher, tokenizer, device)
     if (num_blocks := loaded.model.config.num_layers) != theirs.num_layers:
         raise SettingError(
             f"teacher={teacher} has {num_blocks} blocks, {file} describes {theirs.num_layers}; give its YAML"

@@ -105,7 +105,7 @@ class TrainingData(LightningDataModule, ABC):
 
 
 def training_data(trainer: Trainer | None) -> TrainingData | None:
-    """Return the trainer's data module if it is `TrainingData`."""
+    """Return the data module of this fit or evaluation if it is `TrainingData`; `MoEGPTModule.setup` forgets an earlier one."""
     data = getattr(trainer, "datamodule", None)
     return data if isinstance(data, TrainingData) else None
 

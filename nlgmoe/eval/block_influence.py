@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -26,7 +27,8 @@ def measure_influence(model: GPT, batches: Iterable[Batch]) -> list[float]:
     Raises:
         RunError: there is no text.
     """
-    sums = torch.zeros(len(model.blocks), dtype=torch.float64, device=model.token_embedding.weight.device)
+    device = model.unembedding.device
+    sums = torch.zeros(len(model.blocks), dtype=torch.float64, device=device)
     tokens, mask = 0, torch.empty(0)
 
     def measured(index: int) -> Any:
@@ -38,7 +40,7 @@ def measure_influence(model: GPT, batches: Iterable[Batch]) -> list[float]:
 
     handles = [block.register_forward_hook(measured(index)) for index, block in enumerate(model.blocks)]
     try:
-        for batch in batches:
+        for batch in (move_data_to_device(batch, device) for batch in batches):
             mask = batch["token_mask"]
             model(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
             tokens += int(mask.sum())

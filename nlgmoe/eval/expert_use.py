@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from nlgmoe.batch import Batch, loss_mask
@@ -80,7 +81,7 @@ def measure_use(model: GPT, batches: Iterable[Batch]) -> ExpertUse:
     """Read text with a model in evaluation mode."""
     total, tokens = 0.0, 0
     with _measured(model) as layers:
-        for batch in batches:
+        for batch in (move_data_to_device(batch, model.unembedding.device) for batch in batches):
             losses, _ = batch_losses(model, batch, CHUNK)
             counted = loss_mask(batch)
             total += float(losses[counted].sum(dtype=torch.float64))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from nlgmoe.batch import Batch, token_mask_or_none
+from nlgmoe.batch import Batch, loss_mask, token_mask_or_none
+from nlgmoe.data.training_data import TrainingData
 from nlgmoe.layers.losses import token_losses
 from nlgmoe.layers.router import Routing
 from nlgmoe.model.gpt import GPT
@@ -93,4 +94,31 @@ class DomainLoss(Metric):
             seen = self.tokens > 0
             shares = self.shares[seen] / self.shares[seen].sum()
             results["blend_loss"] = (shares * self.nats[seen] / self.tokens[seen]).sum()
+        return results
+
+
+class Evaluation:
+    """The loss by domain of one evaluation. It is no submodule: `bf16-true` would turn its sums into bf16.
+
+    Args:
+        data: names the domains; None, another data module: one unnamed domain, no bytes.
+        vocab_size: number of token ids of the model.
+    """
+
+    def __init__(self, data: TrainingData | None, vocab_size: int) -> None:
+        if data is None:
+            self._loss = DomainLoss(["all"], torch.zeros(vocab_size))
+        else:
+            self._loss = DomainLoss(data.domains, data.token_byte_lengths(), data.domain_shares)
+        self._has_domains = data is not None
+
+    def update(self, losses: Tensor, batch: Batch) -> None:
+        """Add the losses of a batch, `[B, T]` nats."""
+        domain = batch["domain"] if self._has_domains else torch.zeros_like(batch["domain"])
+        self._loss.to(losses.device).update(losses, batch["targets"], loss_mask(batch), domain)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return `DomainLoss.compute` over all batches and ranks, and begin anew. A collective."""
+        results: dict[str, Tensor] = self._loss.compute()
+        self._loss.reset()
         return results

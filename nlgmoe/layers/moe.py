@@ -23,7 +23,7 @@ from nlgmoe.layers.dispatch import LocalDispatcher
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward, expert_network
 from nlgmoe.layers.placement import ExpertPlacement
-from nlgmoe.layers.router import Routing, RoutingContext, build_router, without_autocast
+from nlgmoe.layers.router import Routing, RoutingContext, build_router, fp32_products, without_autocast
 from nlgmoe.pyramid import experts_at
 from nlgmoe.validation import RunError
 
@@ -109,7 +109,8 @@ class MoELayer(nn.Module):
         assert self.coefficient is not None
         with without_autocast(x.device.type):
             dtype = expert.dtype
-            logits = F.linear(x.to(dtype), self.coefficient.weight.to(dtype), self.coefficient.bias.to(dtype))
+            with fp32_products():
+                logits = F.linear(x.to(dtype), self.coefficient.weight.to(dtype), self.coefficient.bias.to(dtype))
             share = F.softmax(logits, dim=-1)  # [N, 2]
             return expert * share[:, 0:1] + mlp * share[:, 1:2], share[:, 0]
 

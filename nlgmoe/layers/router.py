@@ -17,8 +17,8 @@ Letters: N tokens of this rank's micro-batch, E experts, k experts per token, H 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
@@ -224,7 +224,8 @@ class TopKRouter(Router):
 
     def _logits(self, x: Tensor) -> Tensor:
         """Compute the logits, `[N, H] -> [N, E]`, in the dtype of `x`."""
-        return F.linear(x, self.weight.to(x.dtype))
+        with fp32_products():
+            return F.linear(x, self.weight.to(x.dtype))
 
     def _scores(self, logits: Tensor, probs: Tensor) -> Tensor:
         """Return the weights before normalisation, `[N, E]`."""
@@ -311,3 +312,23 @@ def build_router(config: GPTConfig, block: int) -> Router:
 def without_autocast(device_type: str) -> AbstractContextManager:
     """Return a context without autocast; a null context if it is off, which costs less."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+@contextmanager
+def fp32_products() -> Iterator[None]:
+    """Compute products of fp32 matrices in fp32, also where `torch.set_float32_matmul_precision` allows TF32 or bf16.
+
+    The setting is the process's: it is restored before the other products and the backward pass, which follow it.
+    """
+    try:
+        allowed = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the precision of one backend is set: `torch.backends.cuda.matmul.fp32_precision`
+        allowed = "highest"
+    if allowed == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)

@@ -103,21 +103,12 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
         fused=True,
     )
     for group in optimizer.param_groups:
-        group |= {"initial_lr": config.lr, "weight_decay": config.weight_decay if group["decays"] else 0.0}
+        group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
     optimizer.register_load_state_dict_pre_hook(_keep_settings)
     # A fused step can unscale fp16 gradients itself, so Lightning refuses to clip them under mixed precision. Disable this:
     # the gradient scaler unscales them, as for any other optimizer.
     optimizer._step_supports_amp_scaling = False
     return optimizer
-
-
-def require_adamw(optimizer: torch.optim.Optimizer) -> None:
-    """Check that the optimizer is `build_adamw`'s."""
-    require(
-        all("decays" in group for group in optimizer.param_groups),
-        f"configure_optimizers returns {type(optimizer).__name__}, but schedule and checkpoints need nlgmoe's AdamW: return "
-        "super().configure_optimizers(), and set model.optimizer",
-    )
 
 
 def _keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -95,6 +95,7 @@ class SequenceCurriculum:
     increment: int = 8
 
     def __post_init__(self) -> None:
+        require_valid(self)
         for name in ("tokens", "start", "increment"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         if self.start % self.increment:

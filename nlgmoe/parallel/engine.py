@@ -235,11 +235,12 @@ class EngineGradients(StepGradients):
         return None if self._loss_scaler is None else bool(self._loss_scaler.cur_scale > self._loss_scaler.min_scale)
 
     @override
-    def squared_norms(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
+    def squared_norms(self, components: Sequence[Sequence[nn.Parameter]]) -> Tensor:
         """Return terms of the squared norms: ZeRO shards every gradient over the ranks that share it."""
         device = next(self._engine.module.parameters()).device  # with `offload_optimizer` the gradients are elsewhere
         squares = [
-            squared_norm((_gradient_fragment(parameter) for parameter in part), device).to(device) for part in parts
+            squared_norm((_gradient_fragment(parameter) for parameter in component), device).to(device)
+            for component in components
         ]
         return torch.stack(squares) / self._scale**2
 
@@ -254,7 +255,7 @@ class EngineGradients(StepGradients):
         return gradient
 
     @override
-    def clip(self, value: float, algorithm: str | None) -> None:
+    def clip(self, norm: float, value: float, algorithm: str | None) -> None:
         """Do nothing: the engine clips in its step."""
 
     @override

@@ -7,6 +7,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -217,10 +218,11 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     def _restore_fp32_warm_start(self) -> None:
         """Load a warm start's fp32 weights into the engine, which in half precision has copied rounded ones."""
-        start = getattr(self.lightning_module, "warm_start", None)
+        start, path = (getattr(self.lightning_module, name, None) for name in ("warm_start", "started_from"))
         assert isinstance(self.precision_plugin, DeepSpeedPrecision)
-        if start is None or self.precision_plugin._desired_dtype == torch.float32:
+        if start is None or path is None or self.precision_plugin._desired_dtype == torch.float32:
             return
+        start = replace(start, checkpoint=path)  # its run, if it still trains, may have saved a newer one
         from nlgmoe.parallel.engine import EngineState
 
         state = EngineState(self._engine)

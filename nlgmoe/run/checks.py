@@ -228,6 +228,20 @@ def warn_of_repeated_data(trainer: Trainer) -> None:
         )
 
 
+def check_optimizer(trainer: Trainer) -> None:
+    """Check that `configure_optimizers` of a subclass has returned what steps and checkpoints need."""
+    (optimizer,) = trainer.optimizers
+    require(
+        all("decays" in group for group in optimizer.param_groups),
+        f"configure_optimizers returns {type(optimizer).__name__}, but schedule and checkpoints need nlgmoe's AdamW: return "
+        "super().configure_optimizers(), and set model.optimizer",
+    )
+    require(
+        not trainer.lr_scheduler_configs,
+        "configure_optimizers returns a learning-rate scheduler, but model.schedule sets the rate: return the optimizer alone",
+    )
+
+
 def validate_by_steps(trainer: Trainer) -> None:
     """Make `trainer.val_check_interval` count optimizer steps, as `log_every_n_steps` does, not micro-batches."""
     interval = trainer.val_check_interval

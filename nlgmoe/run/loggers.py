@@ -1,17 +1,16 @@
 """The loggers of a run folder, `metrics.csv` and TensorBoard's event files, both continued by a resumed run.
 
-With helpers for callbacks that log: the steps to log at (`trainer.log_every_n_steps`), sums over ranks, images.
+`is_logged` tells callbacks at which steps to log.
 """
 
 from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -40,27 +39,6 @@ def with_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path, trains:
         if not (isinstance(logger, CSVLogger) and os.path.realpath(logger.log_dir) == os.path.realpath(folder))
     ]
     return [*others, RunCSVLogger(folder)] if trains else others
-
-
-def log_image(loggers: Iterable[Logger], name: str, draw: Callable[[], np.ndarray], step: int) -> None:
-    """Log an image to every logger that takes images: TensorBoard, and loggers with `log_image`, such as W&B's.
-
-    Args:
-        loggers: the trainer's loggers, on the process that logs.
-        name: name of the image.
-        draw: returns the image, `[height, width, 3]` uint8; not called if no logger takes images.
-        step: the logger's step.
-    """
-    image: np.ndarray | None = None
-    for logger in loggers:
-        add = getattr(getattr(logger, "experiment", None), "add_image", None)  # TensorBoard's SummaryWriter
-        log = getattr(logger, "log_image", None)
-        if image is None and (callable(add) or callable(log)):
-            image = draw()
-        if callable(add):
-            add(name, image, global_step=step, dataformats="HWC")
-        elif callable(log):
-            log(key=name, images=[image], step=step)
 
 
 class RunCSVLogger(CSVLogger):
@@ -112,37 +90,6 @@ class _AppendingWriter(ExperimentWriter):
             writer = csv.DictWriter(wider, fieldnames)
             writer.writeheader()
             writer.writerows(csv.DictReader(file))
-
-
-WIDTH, ROW, GAP = 512, 24, 2  # pixels of a heat map
-DOUBLINGS = 2.0  # colours saturate at 4 times and a quarter of the fair share
-IDLE, FAIR, BUSY = (np.array(colour, dtype=float) for colour in ((33, 102, 172), (247, 247, 247), (178, 24, 43)))
-DEAD = np.zeros(3)
-
-
-def heat_map(loads: Sequence[np.ndarray]) -> np.ndarray:
-    """Draw loads as colours: white is the fair share (uniform load), red more, blue less, black zero.
-
-    Args:
-        loads: `[E]` for each layer, in any unit; layers may differ in E.
-
-    Returns:
-        `[height, width, 3]` uint8, the first layer on top.
-    """
-    rows = []
-    for load in loads:
-        cells = load[np.arange(WIDTH) * len(load) // WIDTH] / max(load.mean(), 1e-9)  # [width]
-        scale = np.log2(np.clip(cells, 2**-DOUBLINGS, 2**DOUBLINGS))[:, None] / DOUBLINGS  # [width, 1] in [-1, 1]
-        colours = FAIR + np.where(scale > 0, BUSY - FAIR, IDLE - FAIR) * np.abs(scale)
-        colours[cells == 0] = DEAD
-        row = np.repeat(colours[None], ROW, axis=0)
-        rows.append(np.concatenate([row, np.full((GAP, WIDTH, 3), 255.0)]))
-    return np.concatenate(rows)[:-GAP].round().astype(np.uint8)
-
-
-def ends_step(trainer: Trainer) -> bool:
-    """Return True for the last micro-batch of an optimizer step."""
-    return not trainer.fit_loop._should_accumulate()
 
 
 def is_logged(trainer: Trainer) -> bool:

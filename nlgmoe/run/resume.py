@@ -26,10 +26,16 @@ from nlgmoe.run.checks import warn_of_another_size, warn_of_repeated_data
 #   val_loop.batch_progress     to none: `begin` runs a pending validation, since Lightning's own restart of one looks at
 #                               the wrong batch at the end of an epoch
 #   epoch_loop.max_steps        to -1 from loading to `on_train_start`, which Lightning does not reach at `max_steps`
-#   val_check_batch             to `val_check_interval` optimizer steps: Lightning counts micro-batches
+#   val_check_batch             to `val_check_interval` optimizer steps before every batch: Lightning counts micro-batches, and
+#                               sets it anew with `reload_dataloaders_every_n_epochs`
 #   should_stop                 `module.py`: to False in `on_fit_start`, where a `Timer` may have set it, with the same effect as
 #                               `max_steps`; to True in `begin` at a run's end; `step.py`: to True at `train_tokens`, and
 #                               postponed to the end of an accumulation window
+
+
+def ends_step(trainer: Trainer) -> bool:
+    """Return True for the last micro-batch of an optimizer step."""
+    return not trainer.fit_loop._should_accumulate()
 
 
 class Resuming:
@@ -45,6 +51,12 @@ class Resuming:
         self._validated: int | None = None  # step of the last validation
         self._max_steps: int | None = None  # the trainer's, while it is set to -1
         self._size: dict[str, int] = {}  # of the step after the resumed checkpoint, in the run that saved it
+
+    def note_validation(self, trainer: Trainer) -> None:
+        """Note at the end of a step whether it ends a validation interval."""
+        loop = trainer.fit_loop
+        assert loop._data_fetcher is not None
+        self.validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
     def end_validation(self, trainer: Trainer) -> None:
         """Record the end of a validation of the fit."""

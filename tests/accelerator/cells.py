@@ -5,12 +5,15 @@ Each cell is a function of `CELLS`; its result is JSON: what it returns, or the 
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
 import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +39,9 @@ from nlgmoe import (
     step,
 )
 from nlgmoe.callbacks import StagedDistillation
+from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.reading import hash_of_weights
+from nlgmoe.commands.main import main as command
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import OfflineTeacher
 from nlgmoe.distill.record_logits import record_logits
@@ -45,7 +50,9 @@ from nlgmoe.non_finite import NonFinite, NonFiniteError
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from nlgmoe.surgery.warm_start import WarmStart
+from nlgmoe.surgery.write_weights import write_weights
 from tests.accelerator import fake
+from tests.checkpoint.test_hugging_face import TOKENIZER
 from tests.data.conftest import write_tiny_corpus
 from tests.synthetic import NumberedData
 
@@ -282,6 +289,25 @@ def generation(root: Path) -> dict[str, Any]:
     return {"tokens": texts[FAKE], "expected": {"tokens": texts[CPU]}}
 
 
+def measured_text(root: Path) -> dict[str, Any]:
+    """The numbers that `prune` and `student` print, and whether the host has read any from the device."""
+    model = GPT(GPTConfig(TOKENIZER.vocab_size, 16, 6, 16, 2, init_std=0.3, moe=MoEConfig([6, 0, 5], top_k=2)))
+    source, text, values = str(root / "whole.ckpt"), root / "text.txt", split_experts(model.state_dict())
+    write_weights(source, values.__getitem__, model.config, TOKENIZER.files, origin="elsewhere")
+    text.write_text("The king and the queen went to the town. " * 40)
+    prune = ["prune", source, str(root / "small.ckpt"), "--num-experts=[3,0,4]", "--overwrite"]
+    found: dict[str, dict[str, Any]] = {device: {} for device in ("cpu", fake.DEVICE)}
+    for device, numbers in found.items():
+        for words in (prune, ["student", source, "--num-layers=5", "--blocks=influence"]):
+            fake.take_reads()
+            with redirect_stdout(io.StringIO()) as said:
+                command([*words, f"--text={text}", f"--device={device}"])
+            numbers[words[0]] = [float(number) for number in re.findall(r"\d+\.\d+", said.getvalue())]
+            numbers[f"{words[0]} read the device"] = fake.take_reads() != []
+    expected = found["cpu"] | {f"{name} read the device": True for name in ("prune", "student")}
+    return found[fake.DEVICE] | {"expected": expected}
+
+
 def checkpoints(root: Path) -> dict[str, Any]:
     """Saved on the accelerator; then resumed and started from, on both."""
     model, losses = config({"mlp_type": "residual"}), {}
@@ -369,6 +395,7 @@ CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "one of two ranks": one_of_two_ranks,
     "recorded logits": recorded_logits,
     "generation": generation,
+    "measured text": measured_text,
     "checkpoints": checkpoints,
     "steps that are not finite": non_finite,
     "quickstart": quickstart,

@@ -6,19 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import Tensor
 
 from nlgmoe.callbacks import ExpertLoad
-from nlgmoe.callbacks.routing_statistics import SUMS, RoutingSums, routing_statistics, routing_sums
+from nlgmoe.callbacks.routing_statistics import WITH_TOTAL, routing_statistics, routing_totals
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.router import Routing, TopKRouter
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
-from nlgmoe.run.loggers import ROW, WIDTH, heat_map
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData
 from tests.test_module import CONFIG, trainer
@@ -45,7 +43,7 @@ def test_statistics_by_hand() -> None:
     )
     entropy = -0.97 * math.log(0.97) - 0.03 * math.log(0.01) + math.log(4)
     squares = (math.log(0.97) + 1) ** 2 + 3 * (math.log(0.01) + 1) ** 2 + 4 * (math.log(0.25) + 1) ** 2
-    sums = RoutingSums.from_vector(routing_sums(routing).tolist())
+    sums = routing_totals(routing).tolist()
     assert routing_statistics(sums, routing) == pytest.approx(
         {
             "load_max_over_mean": 4.0,
@@ -65,7 +63,7 @@ def test_statistics_by_hand() -> None:
     without = replace(routing, probs=None, logits=None, expert_share=None)
     lacking = {"entropy", "confidence", "logit_rms", "expert_share"}
     assert routing_statistics(sums, routing).keys() - routing_statistics(sums, without).keys() == lacking
-    none = routing_statistics(RoutingSums.from_vector([0.0] * (4 + len(SUMS))), routing)
+    none = routing_statistics([0.0] * (4 + 1 + len(WITH_TOTAL)), routing)
     assert all(map(math.isnan, none.values()))  # an interval of skipped steps: nothing was dropped, nothing balanced
 
 
@@ -87,7 +85,7 @@ def test_an_interval_is_all_of_its_micro_batches(tmp_path: Path) -> None:
     run = trainer(tmp_path, ExpertLoad(), seen, max_steps=4, log_every_n_steps=2, accumulate_grad_batches=2)
     run.fit(MoEGPTModule(CONFIG), SyntheticData(padded=True))
     rows = rows_of(tmp_path / "expert_load.csv")
-    assert [(row["step"], row["tokens"], row["layer"]) for row in rows] == [
+    assert [(row["step"], row["tokens"], row["moe_layer"]) for row in rows] == [
         (step, tokens, layer) for step, tokens in (("1", "256"), ("3", "512")) for layer in "01"
     ]
     for interval, logged in enumerate([seen.logged[1], seen.logged[3]]):
@@ -112,10 +110,12 @@ def test_an_interval_is_all_of_its_micro_batches(tmp_path: Path) -> None:
             assert 0 < found["expert_share"] < 1
 
 
-def test_parts_of_the_gradient_make_the_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("steps", "tokens"), [(2, None), (3, None), (-1, 3 * 64)], ids=["logged", "steps", "tokens"])
+def test_parts_of_the_gradient_make_the_whole(steps: int, tokens: int | None, tmp_path: Path) -> None:
+    """In the row of a run's last step too, which may be between two logging intervals."""
     seen = Routings()
-    run = trainer(tmp_path, ExpertLoad(), seen, max_steps=2, log_every_n_steps=2, gradient_clip_val=0.1)
-    run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    run = trainer(tmp_path, ExpertLoad(), seen, max_steps=steps, log_every_n_steps=2, gradient_clip_val=0.1)
+    run.fit(MoEGPTModule(CONFIG, train_tokens=tokens), SyntheticData())
     parts = [value for name, value in seen.logged[-1].items() if "/grad_norm_" in name]
     assert len(parts) == 5 and min(parts) > 0
     assert math.hypot(*parts) == pytest.approx(seen.logged[-1]["train/grad_norm"], rel=1e-5)
@@ -166,15 +166,6 @@ def test_a_resumed_run_goes_on_with_the_interval(tmp_path: Path) -> None:
     elsewhere = saved.rename(tmp_path / "elsewhere.ckpt")  # as of another run's folder
     (header, *rows), later = whole[1].splitlines(), fit(ckpt_path=elsewhere)[1].splitlines()
     assert later == [header, *(row for row in rows if row.startswith("7,"))]
-
-
-def test_a_heat_map_has_a_row_for_each_layer_and_a_colour_for_each_load() -> None:
-    image = heat_map([np.array([1.0, 1.0]), np.array([0.0, 0.1, 1.9, 2.0])])
-    assert image.shape[1:] == (WIDTH, 3) and image.dtype == np.uint8
-    top, bottom = image[ROW // 2], image[-ROW // 2]
-    assert len(np.unique(top, axis=0)) == 1 and top[0].min() > 240
-    dead, idle, busy, _ = bottom[WIDTH // 8 :: WIDTH // 4].astype(int)
-    assert dead.max() == 0 and idle[2] > idle[0] and busy[0] > busy[2]
 
 
 def test_validate_logs_the_routing_of_a_checkpoint(tmp_path: Path) -> None:

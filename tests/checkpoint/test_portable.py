@@ -182,7 +182,7 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"no checkpoint at {tmp_path}"):
         load_model(tmp_path)
     (tmp_path / "checkpoint.json").write_text('{"format": "nlgmoe-portable", "version": 99}')
-    with pytest.raises(ValueError, match="version 99; this nlgmoe reads nlgmoe-portable version 2"):
+    with pytest.raises(ValueError, match="version 99; this nlgmoe reads nlgmoe-portable version 3"):
         load_model(tmp_path)
 
 

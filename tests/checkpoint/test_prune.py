@@ -140,6 +140,7 @@ def test_what_cannot_be_pruned_is_refused(tmp_path: Path, capsys: pytest.Capture
         ((small, "--num-experts=[1,0,5]"), "top_k=2 must be between 1 and the smallest num_experts (1)"),
         ((small, "--num-experts=[3,0,4]"), "no config.yaml that names its text; give --text FILE"),
         ((source, "--num-experts=[3,0,4]", "--text=x", "--overwrite"), "is the checkpoint to prune, the teacher"),
+        ((small, "--num-experts=[3,0,4]", "--text=x", "--device=abacus"), "device=abacus cannot be used here"),
     ):
         assert message in error_of(capsys, "prune", source, *arguments)
     assert not small.exists()

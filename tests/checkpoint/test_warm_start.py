@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 
 from nlgmoe.checkpoint.layout import Entry
 from nlgmoe.checkpoint.reading import TensorFiles
@@ -17,6 +19,7 @@ from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from nlgmoe.surgery.warm_start import WarmStart, load_initial_weights
 from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.export import export
@@ -89,6 +92,26 @@ def test_what_does_not_fit_is_refused_or_listed(
             counted += part.numel() * fits
     total = sum(value.numel() for value in untouched.values())
     assert f"loaded {counted:,} of {total:,} values" in loaded.report
+
+
+def test_a_checkpoint_that_the_other_run_saves_meanwhile_is_not_read(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision DeepSpeed reads the weights twice: fp32 weights of another step would replace the rounded ones."""
+    running, masters = tmp_path / "run", {}
+    copytree(trained / "run", running)
+    strategy, warm = ExpertParallelStrategy(), module(WarmStart(str(running)))
+    strategy.connect(warm)
+    strategy.precision_plugin = DeepSpeedPrecision("bf16-true")
+    warm.configure_model()
+    (other := trainer(tmp_path, max_steps=6)).fit(module(None), SyntheticData())
+    other.save_checkpoint(running / "checkpoints/step-6.ckpt")
+    engine = SimpleNamespace(load=lambda entry, moment, value: masters.update({entry.name: value}))
+    monkeypatch.setattr("nlgmoe.parallel.engine.EngineState", lambda _: engine)
+    strategy._restore_fp32_warm_start()
+    files = TensorFiles(trained / "run/checkpoints/step-5.ckpt", "model")
+    assert masters.keys() == files.shapes.keys()
+    assert all(torch.equal(value, files.read(name)) for name, value in masters.items())
 
 
 def test_nothing_in_common_is_an_error_and_another_number_of_heads_is_named(

@@ -192,6 +192,7 @@ def test_a_student_trains_from_its_blocks_by_the_printed_command(
         ),
         (["--num-layers=6"], "num_layers=6 must be at least 1 and below the teacher's 6"),
         (["--num-layers=5", "--windows=0", "--text=x"], "windows=0 must be at least 1"),
+        (["--num-layers=5", "--device=abacus"], "device=abacus cannot be used here"),
     ],
 )
 def test_blocks_that_make_no_student_are_named(

@@ -131,6 +131,20 @@ def test_router(variant: str, padded: bool, device: torch.device, near: Near) ->
         near(part, error(getattr(found, part), getattr(expected, part)), 1e-5)
 
 
+@pytest.mark.parametrize("allowed", ["high", "medium"])
+def test_router_where_a_script_allows_tf32(allowed: str, device: torch.device, near: Near) -> None:
+    tokens, width = (64, 32) if DRY else (4096, 512)
+    router = TopKRouter(MoEConfig(16), width, 16, 0)
+    draw(router)
+    there, x = on(router, device), tensor(tokens, width).to(device)
+    exact = there(x).logits
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        near("logits", error(there(x).logits, exact), 0.0)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def rows_of(load: str, rows: int, experts: int) -> Tensor:
     """How many of the rows each expert gets."""
     counts = torch.zeros(experts, dtype=torch.long)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,44 @@ def test_only_the_gemms_of_experts_and_mlp_are_bf16_the_mix_is_fp32(name: str) -
 def expert(experts: Experts, e: int, x: Tensor) -> Tensor:
     inner = F.gelu(x @ experts.expand_weight[e] + experts.expand_bias[e], approximate="tanh")
     return inner @ experts.project_weight[e] + experts.project_bias[e]
+
+
+class Products(TorchFunctionMode):
+    """The precision that each weight's product is computed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[int, str] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            self.of[id(args[1])] = torch.get_float32_matmul_precision()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
+def test_router_and_mix_are_in_fp32_where_a_script_allows_less(allowed: str) -> None:
+    """On a GPU Lightning advises `high` or `medium`: TF32."""
+    moe = layer(torch.float32)
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        with Products() as products:
+            moe(batch(torch.float32))
+        after = torch.get_float32_matmul_precision()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert [products.of[id(part.weight)] for part in (moe.router, moe.coefficient)] == ["highest"] * 2
+    assert after == products.of[id(moe.mlp.expand.weight)] == allowed  # all other products: as the script says
+
+
+def test_a_precision_of_one_backend_is_left_as_it_is() -> None:
+    """PyTorch's newer setting, with which `torch.get_float32_matmul_precision` raises an error."""
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        layer(torch.float32)(batch(torch.float32))
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_fp64_stays_fp64() -> None:

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hash_router import HashRouterConfig
@@ -161,6 +162,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     *(({name: 1.0}, rf"{name}=1.0 must be in") for name in ("hidden_dropout", "attention_dropout")),
     *(({name: 0.0}, f"{name}=0.0 must be above 0") for name in ("init_std", "layer_norm_eps")),
     ({"num_heads": 2.0}, "num_heads=2.0 must be of the type int"),
+    ({"num_heads": np.int64(2)}, r"num_heads=np.int64\(2\) must be of the type int"),  # no checkpoint's JSON takes it
+    ({"moe": {"num_experts": [np.int64(2)]}}, r"num_experts=\[np.int64\(2\)\] must be of the type int"),
+    ({"hidden_dropout": np.float32(0.5)}, r"hidden_dropout=np.float32\(0.5\) must be of the type float"),
     ({"num_heads": 3}, "hidden_size=16 is not a multiple of num_heads=3"),
     ({"num_kv_heads": 3}, "num_heads=2 is not a multiple of num_kv_heads=3"),
     ({"rope_theta": 0.0}, "rope_theta=0.0 must be above 0, or null for learned positions"),
@@ -184,7 +188,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"moe": {"gate_scale": 0.0}}, "gate_scale=0.0 must be above 0"),
     ({"moe": {"gate_init_std": 0.0}}, "gate_init_std=0.0 must be above 0, or null"),
     ({"moe": {"normalize_weights": True}}, "normalize_weights=True with top_k=1 makes every weight the same"),
-    ({"moe": {"token_dropping": "false"}}, "token_dropping=false must be of the type bool"),
+    ({"moe": {"token_dropping": "false"}}, "token_dropping='false' must be of the type bool"),
     ({"moe": {"router": HASH, "loss_coeff": 0.5}}, "loss_coeff=0.5 has no effect with HashRouterConfig; leave it out"),
 ]
 

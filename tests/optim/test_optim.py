@@ -146,6 +146,8 @@ def test_sequences_grow_from_the_start_to_the_whole(
     ("build", "message"),
     [
         (lambda: SequenceCurriculum(tokens=0), "tokens=0 must be at least 1"),
+        (lambda: SequenceCurriculum(tokens=True), "tokens=True must be of the type int"),
+        (lambda: SequenceCurriculum(tokens=1000.5), "tokens=1000.5 must be of the type int"),  # type: ignore[arg-type]
         (lambda: SequenceCurriculum(1, start=84), "start=84 must be a multiple of increment=8: set it to 80 or 88"),
         (lambda: AdamWConfig(lr=0.0), "lr=0.0"),
         (lambda: AdamWConfig(betas=(0.9, 1.0)), "betas="),

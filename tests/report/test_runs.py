@@ -49,7 +49,7 @@ def test_thinning_keeps_the_mean_of_what_is_finite() -> None:
 
 
 def test_loads() -> None:
-    rows = ["step,tokens,layer,dropped,expert_0,expert_1,expert_2"]
+    rows = ["step,tokens,moe_layer,dropped,expert_0,expert_1,expert_2"]
     for step in (9, 19):
         rows += [f"{step},{step},0,0.5,{step},2,", f"{step},{step},1,0.5,1,{step},3"]
     first, second = loads_of("\n".join([*rows, "29,29,0,0.1,1"]))  # the last row is not complete
@@ -77,7 +77,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     ("name", "text", "reason"),
     [
         ("metrics.csv", "step,train/loss\n0,1.5\n2,x\n", "could not convert string to float: 'x'"),
-        ("expert_load.csv", "step,layer,expert_0\n1,0,?\n", "could not convert"),
+        ("expert_load.csv", "step,moe_layer,expert_0\n1,0,?\n", "could not convert"),
         ("summary.json", "[1]", "no settings by name"),
         ("config.yaml", "model: [", "while parsing"),
         ("specialisation.safetensors", "x", "validate the run again"),

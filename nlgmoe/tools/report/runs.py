@@ -193,7 +193,7 @@ def metrics_of(text: str) -> dict[str, pd.Series]:
 def loads_of(text: str) -> list[pd.DataFrame]:
     """Return `expert_load.csv` as assignments `[intervals, experts]` of each layer, over the steps at the ends of intervals."""
     table, loads = _cells(text), []
-    for _, rows in table.groupby(table["layer"].astype(int)):
+    for _, rows in table.groupby(table["moe_layer"].astype(int)):
         experts = [name for name in rows if name.startswith("expert_") and (rows[name] != "").all()]
         steps = rows["step"].to_numpy(object).astype(float) + 1
         loads.append(pd.DataFrame(rows[experts].to_numpy(object).astype(float), steps))

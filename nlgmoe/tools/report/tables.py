@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from nlgmoe.callbacks.stopwatch import PARTS
+from nlgmoe.callbacks.throughput import PARTS
 from nlgmoe.data.tokenizer import fingerprint_of
 from nlgmoe.run.folder import flattened
 from nlgmoe.tools.report.runs import BITS, Run
