@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Benchmark, Part, Table, interleaved
-from nlgmoe import FrozenTopK, HashRouterConfig, SigmoidTopK, SoftmaxTopK, UniformRouterConfig
+from nlgmoe import FrozenRouterConfig, HashRouterConfig, SigmoidRouterConfig, UniformRouterConfig
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.feed_forward import FeedForward
@@ -28,22 +28,24 @@ from nlgmoe.parts import RouterConfig
 SHAPES = [(2048, 256, 8), (2048, 256, 32), (8192, 256, 64)]  # tokens, hidden size, experts; top-1
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PEERS = ("ours, dropless", "ours, capacity 1.0", "DeepSpeed, dropless", "DeepSpeed, capacity 1.0")
-ROUTERS: dict[str, tuple[int, RouterConfig | None]] = {
-    "softmax top-1": (1, None),
-    "softmax top-1, gate scale": (1, SoftmaxTopK(gate_scale=2.0)),
-    "sigmoid top-1": (1, SigmoidTopK()),
-    "hash": (1, HashRouterConfig()),
-    "uniform": (1, UniformRouterConfig()),
-    "frozen": (1, FrozenTopK()),
-    "softmax top-2": (2, None),
-    "sigmoid top-2": (2, SigmoidTopK()),
-    "sigmoid top-2, sequence loss": (2, SigmoidTopK(sequence_loss_coeff=1e-4)),
+ROUTERS: dict[str, tuple[int, RouterConfig | None, dict[str, Any]]] = {
+    "softmax top-1": (1, None, {}),
+    "softmax top-1, gate scale": (1, None, {"gate_scale": 2.0}),
+    "sigmoid top-1": (1, SigmoidRouterConfig(), {}),
+    "hash": (1, HashRouterConfig(), {}),
+    "uniform": (1, UniformRouterConfig(), {}),
+    "frozen": (1, FrozenRouterConfig(), {}),
+    "softmax top-2": (2, None, {}),
+    "sigmoid top-2": (2, SigmoidRouterConfig(), {}),
+    "sigmoid top-2, sequence loss": (2, SigmoidRouterConfig(sequence_loss_coeff=1e-4), {}),
 }
 
 
-def ours(hidden: int, experts: int, k: int, dropping: bool, router: RouterConfig | None = None) -> MoELayer:
+def ours(
+    hidden: int, experts: int, k: int, dropping: bool, router: RouterConfig | None = None, **settings: Any
+) -> MoELayer:
     """Return `MoELayer`, drawn at random."""
-    moe = MoEConfig(experts, top_k=k, token_dropping=dropping, expert_interval=1, router=router)
+    moe = MoEConfig(experts, top_k=k, token_dropping=dropping, expert_interval=1, router=router, **settings)
     layer = MoELayer(GPTConfig(4096, 256, 1, hidden, 1, moe=moe), 0)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -145,9 +147,10 @@ def measure_routers(rounds: int) -> dict[str, Any]:
     context = RoutingContext(torch.randint(4096, (8, 256)), None, (0, 0, 0), torch.arange(256)[None])
     x = torch.randn(8, 256, 256)
     layers = {}
-    for name, (k, router) in ROUTERS.items():
-        never_drops = router is not None and "token_dropping" not in router.uses  # where the setting has no effect
-        layers[name] = Routed(ours(256, 16, k, never_drops, router), context)
+    for name, (k, router, settings) in ROUTERS.items():
+        # A setting without effect stays at its default.
+        never_drops = router is not None and "token_dropping" not in router.reads_fields
+        layers[name] = Routed(ours(256, 16, k, never_drops, router, **settings), context)
     seconds = interleaved({name: training(layer, x, x) for name, layer in layers.items()}, rounds)
     return {name: {"seconds": seconds[name], "saved_mb": saved_bytes(layers[name], x) / 1e6} for name in layers}
 

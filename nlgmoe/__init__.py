@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nlgmoe.experiment import Experiment, load_config
     from nlgmoe.layers.moe import MoELayer
     from nlgmoe.layers.router import Router, Routing, RoutingContext
-    from nlgmoe.layers.routers import FrozenTopK, HashRouterConfig, SigmoidTopK, SoftmaxTopK, UniformRouterConfig
+    from nlgmoe.layers.routers import FrozenRouterConfig, HashRouterConfig, SigmoidRouterConfig, UniformRouterConfig
     from nlgmoe.model.gpt import GPT, GPTOutput
     from nlgmoe.module import MoEGPTModule
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
@@ -48,7 +48,7 @@ _NAMES = {
     "nlgmoe.experiment": "Experiment load_config",
     "nlgmoe.layers.moe": "MoELayer",
     "nlgmoe.layers.router": "Router Routing RoutingContext",
-    "nlgmoe.layers.routers": "FrozenTopK HashRouterConfig SigmoidTopK SoftmaxTopK UniformRouterConfig",
+    "nlgmoe.layers.routers": "FrozenRouterConfig HashRouterConfig SigmoidRouterConfig UniformRouterConfig",
     "nlgmoe.model.gpt": "GPT GPTOutput",
     "nlgmoe.module": "MoEGPTModule",
     "nlgmoe.parallel.strategy": "ExpertParallelStrategy",

@@ -15,13 +15,12 @@ from nlgmoe.validation import SettingError, require, require_valid
 ROUTER_FIELDS = frozenset(
     {
         *("train_capacity_factor", "eval_capacity_factor", "min_capacity", "token_dropping", "eval_token_dropping"),
-        *("random_token_selection", "noise", "second_expert", "loss_coeff", "z_loss_coeff", "aux_scope"),
+        *("random_token_selection", "noise", "second_expert", "normalize_weights", "gate_scale", "gate_init_std"),
+        *("loss_coeff", "z_loss_coeff", "aux_scope"),
     }
 )  # fields of MoEConfig that only routers read
-FREE_IN_EVALUATION = ROUTER_FIELDS | {
-    "hidden_dropout",
-    "attention_dropout",
-    "init_std",
+IGNORED_IN_EVALUATION = (ROUTER_FIELDS - {"normalize_weights", "gate_scale"}) | {
+    *("hidden_dropout", "attention_dropout", "init_std"),
 }  # may differ from the checkpoint's
 
 
@@ -41,27 +40,31 @@ class MoEConfig:
         expert_ffn_size: inner width of an expert, in values per token; null: the model's. `num_experts` 32 and `top_k` 4 at a
             quarter of the width are fine-grained experts (DeepSeekMoE, arXiv 2401.06066).
         shared_ffn_size: inner width of a residual layer's shared MLP, in values per token; null: the model's.
-        train_capacity_factor: slots of an expert in training, as a multiple of its fair share `top_k * tokens / experts`,
-            rounded up; `tokens` counts one rank's micro-batch, padding included.
-        eval_capacity_factor: slots of an expert in evaluation, as that multiple; used only with `eval_token_dropping`.
-        min_capacity: slots that an expert has at least.
+        train_capacity_factor: capacity of an expert in training, in assignments, as a multiple of its fair share
+            `top_k * tokens / experts`, rounded up; `tokens` counts one rank's micro-batch, padding included.
+        eval_capacity_factor: capacity of an expert in evaluation, as that multiple; used only with `eval_token_dropping`.
+        min_capacity: smallest capacity of an expert, in assignments.
         token_dropping: training drops assignments over capacity; if false, every assignment is computed (dropless). With `top_k`
-            2 first choices get slots before second ones, each in token order; above 2 the most probable assignments do.
+            2 first choices are kept before second ones, each in token order; above 2 the most probable assignments do.
         eval_token_dropping: evaluation drops too, as in the tutorial; `token_dropping` is for training alone. By default
             evaluation is dropless, so that the output for a sequence never depends on its neighbours in the batch.
-        random_token_selection: with `top_k` 1, in training, random tokens get the slots of an expert that is over capacity; if
+        random_token_selection: with `top_k` 1, in training, an expert that is over capacity keeps random tokens; if
             false, and in evaluation, the first tokens of the micro-batch do, sequence by sequence.
         noise: training noise on the routing: `jitter` multiplies each value of the gate's input by U(0.99, 1.01), `rsample`
             adds Gumbel noise to the logits for the choice only, not for the weights (`top_k` 1 only).
         second_expert: with `top_k` 2, the second expert in training is a `sample` from the gate's distribution without the
             first, or the `argmax`; in evaluation it is the `argmax`.
+        normalize_weights: the weights of a token's kept experts sum to `gate_scale`; null: if `top_k` is above 1. Mixtral (arXiv
+            2401.04088) and Qwen3-MoE normalise, OLMoE (arXiv 2409.02060) does not.
+        gate_scale: multiplies the weights of the experts' outputs.
+        gate_init_std: standard deviation of the gate's initial weights; null: the model's `init_std`.
         loss_coeff: weight of the load-balancing loss (`layers/balance.py`), which is summed over the MoE layers.
         z_loss_coeff: weight of the router z-loss, which is summed over the MoE layers.
         aux_scope: the load-balancing loss is computed from the loads of each rank's micro-batch alone (`rank`, as in DeepSpeed:
             any number of ranks computes the same), or of the micro-batches of all ranks together (`global`: depends on the
             number of ranks).
-        router: another router than the paper's, by class_path (docs/laboratory.md; your own: docs/extending.md); its `uses`
-            lists those of `ROUTER_FIELDS` that it reads. null: the paper's, which reads all.
+        router: another router than the paper's, by class_path (docs/laboratory.md; your own: docs/extending.md); its
+            `reads_fields` lists those of `ROUTER_FIELDS` that it reads. null: the paper's, which reads all.
         expert: another expert network than the dense blocks', by class_path; null: `ffn_network`.
     """
 
@@ -80,6 +83,9 @@ class MoEConfig:
     random_token_selection: bool = True
     noise: Literal["jitter", "rsample"] | None = None
     second_expert: Literal["sample", "argmax"] = "sample"
+    normalize_weights: bool | None = None
+    gate_scale: float = 1.0
+    gate_init_std: float | None = None
     loss_coeff: float = 0.01
     z_loss_coeff: float = 0.0
     aux_scope: Literal["rank", "global"] = "rank"
@@ -120,16 +126,30 @@ class MoEConfig:
             not (self.noise == "rsample" and self.top_k != 1),
             f"noise=rsample works with top_k=1 only (top_k={self.top_k}); use noise=jitter, or null",
         )
+        require(self.gate_scale > 0, f"gate_scale={self.gate_scale} must be above 0")
+        require(
+            self.gate_init_std is None or self.gate_init_std > 0,
+            f"gate_init_std={self.gate_init_std} must be above 0, or null for the model's init_std",
+        )
+        require(
+            not (self.normalize_weights and self.top_k == 1),
+            "normalize_weights=True with top_k=1 makes every weight the same, and the gate learns nothing; leave it out",
+        )
         if self.router is not None:
-            self.router.check_uses(ROUTER_FIELDS)
+            self.router.check_reads_fields(ROUTER_FIELDS)
         for field in fields(self):
-            unread = self.router is not None and field.name in ROUTER_FIELDS - self.router.uses
+            unread = self.router is not None and field.name in ROUTER_FIELDS - self.router.reads_fields
             require(
                 not unread or getattr(self, field.name) == field.default,
                 f"{field.name}={getattr(self, field.name)} has no effect with {type(self.router).__name__}; leave it out",
             )
         if self.router is not None:
             self.router.check(self)
+
+    @property
+    def normalizes(self) -> bool:
+        """True if the weights of a token's kept experts sum to `gate_scale`."""
+        return self.top_k > 1 if self.normalize_weights is None else self.normalize_weights
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,15 +33,15 @@ class RouterConfig:
     """Settings of a router; a subclass adds its fields.
 
     Attributes:
-        uses: fields among `config.ROUTER_FIELDS` that the router reads; a configuration that sets another one is refused.
-        free_in_evaluation: fields of the subclass that may differ between training and evaluation.
+        reads_fields: fields among `config.ROUTER_FIELDS` that the router reads; a configuration that sets another one is refused.
+        ignored_in_evaluation: fields of the subclass that may differ between training and evaluation.
     """
 
-    uses: ClassVar[frozenset[str]] = frozenset()
-    free_in_evaluation: ClassVar[frozenset[str]] = frozenset()
+    reads_fields: ClassVar[frozenset[str]] = frozenset()
+    ignored_in_evaluation: ClassVar[frozenset[str]] = frozenset()
 
-    def check_uses(self, known: frozenset[str]) -> None:
-        """Check the declaration `uses`: a misspelt name would turn a loss off.
+    def check_reads_fields(self, known: frozenset[str]) -> None:
+        """Check the declaration `reads_fields`: a misspelt name would turn a loss off.
 
         Args:
             known: all fields that routers may read.
@@ -48,12 +50,16 @@ class RouterConfig:
             ValueError: it is no set of such names, or a field of the dataclass.
         """
         name = type(self).__name__
-        if not isinstance(self.uses, frozenset) or "uses" in {field.name for field in fields(self)}:
+        if hasattr(self, "uses"):  # its name up to 0.6
+            raise SettingError(f"{name}.uses has no effect; name it reads_fields")
+        if not isinstance(self.reads_fields, frozenset) or "reads_fields" in {field.name for field in fields(self)}:
             raise SettingError(
-                f"{name}.uses must be a frozenset, without an annotation; write uses = frozenset({{...}})"
+                f"{name}.reads_fields must be a frozenset, without an annotation; write reads_fields = frozenset({{...}})"
             )
-        if unknown := sorted(self.uses - known):
-            raise SettingError(f"{name}.uses names {', '.join(unknown)}; a router may use {', '.join(sorted(known))}")
+        if unknown := sorted(self.reads_fields - known):
+            raise SettingError(
+                f"{name}.reads_fields names {', '.join(unknown)}; a router may read {', '.join(sorted(known))}"
+            )
 
     def check(self, moe: Any) -> None:
         """Check that the router fits its `MoEConfig`, such as `top_k`.
@@ -62,17 +68,17 @@ class RouterConfig:
             ValueError: it does not; the message begins with `setting=value`.
         """
 
-    def build(self, config: Any, layer_index: int) -> Any:
+    def build(self, config: Any, block: int) -> Any:
         """Make the router of one block.
 
         Args:
-            config: the model's `GPTConfig`; `pyramid.experts_at(config, layer_index)` is the number of experts.
-            layer_index: block number, counted from 0.
+            config: the model's `GPTConfig`; `pyramid.experts_at(config, block)` is the number of experts.
+            block: block number, counted from 0.
 
         Returns:
             A `layers.router.Router`.
         """
-        raise SettingError(f"{type(self).__name__} has no build(config, layer_index)")
+        raise SettingError(f"{type(self).__name__} has no build(config, block)")
 
 
 class Linear(Protocol):
@@ -94,6 +100,23 @@ class ExpertConfig:
         initial standard deviation is divided by `sqrt(2 * num_layers)`.
         """
         raise SettingError(f"{type(self).__name__} has no weights(hidden_size, ffn_size)")
+
+    def stacks(self, hidden_size: int, ffn_size: int) -> Mapping[str, Stack]:
+        """Return the matrices that `weights` declares.
+
+        Raises:
+            ValueError: the declaration has another form.
+        """
+        name, stacks = type(self).__name__, self.weights(hidden_size, ffn_size)
+        require(isinstance(stacks, Mapping), f"{name}.weights returned a {type(stacks).__name__}; return a dictionary")
+        for key, stack in stacks.items():
+            *sizes, role = stack if isinstance(stack, tuple | list) and len(stack) == 3 else (None,)
+            whole = len(sizes) == 2 and all(isinstance(size, Integral) and size > 0 for size in sizes)
+            require(
+                whole and role in ("expand", "project") and str(key).isidentifier(),
+                f"{name}.weights has {key!r}: {stack}; write name: (inputs, outputs, 'expand' or 'project'), with whole numbers",
+            )
+        return stacks
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply the network to rows sorted by expert, `[M, H] -> [M, H]`; `linear(name, x)` applies each row's matrix `name`."""
@@ -152,10 +175,11 @@ def part_from_dict(values: dict[str, Any], base: type) -> Any:
     path = str(values.get("class_path"))
     module_name, _, name = path.rpartition(".")
     if module_name.split(".")[0] == "nlgmoe":
-        importlib.import_module(module_name)
-    if module_name not in sys.modules:
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(module_name)
+    elif module_name not in sys.modules:
         raise ForeignCodeError(path)
-    kind = getattr(sys.modules[module_name], name, None)
+    kind = getattr(sys.modules.get(module_name), name, None)
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise SettingError(
             f"{path} of the checkpoint is no {base.__name__}; use the version of {module_name} that trained it"

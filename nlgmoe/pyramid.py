@@ -12,17 +12,17 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.validation import SettingError, require
 
 
-def experts_at(config: GPTConfig, layer_index: int) -> int:
-    """Return the number of experts of block `layer_index` (counted from 0); 0 for a dense block.
+def experts_at(config: GPTConfig, block: int) -> int:
+    """Return the number of experts of block `block` (counted from 0); 0 for a dense block.
 
     With `expert_interval` 2, blocks 1, 3, 5, ... are MoE positions; the j-th of them has `num_experts[j]`.
     """
     moe = config.moe
-    if moe is None or (layer_index + 1) % moe.expert_interval:
+    if moe is None or (block + 1) % moe.expert_interval:
         return 0
     if isinstance(moe.num_experts, int):
         return moe.num_experts
-    return moe.num_experts[(layer_index + 1) // moe.expert_interval - 1]
+    return moe.num_experts[(block + 1) // moe.expert_interval - 1]
 
 
 def experts_per_layer(config: GPTConfig) -> list[int]:

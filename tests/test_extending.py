@@ -22,6 +22,7 @@ from nlgmoe import (
     GPT,
     GPTConfig,
     MoEConfig,
+    Routing,
     RoutingContext,
 )
 from nlgmoe.checkpoint.reading import TensorFiles, read_document
@@ -114,9 +115,21 @@ def test_a_file_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         (lambda r: None, "returned a NoneType; return an nlgmoe.Routing"),
         (lambda r: replace(r, weight=r.weight.bfloat16()), "returned weights of torch.bfloat16; compute them in fp32"),
-        (lambda r: replace(r, kept=r.kept[:, :1]), "returned kept of [32, 1], not [tokens, top_k] = [32, 2]"),
-        (lambda r: replace(r, num_experts=3), "returned num_experts=3 and logits or probs of [[32, 4], [32, 4]], in a"),
-        (lambda r: replace(r, losses={"lr": r.logits.mean()}), "loss lr needs a name of its own that ends with _loss"),
+        (
+            lambda r: replace(r, kept=r.kept[:, :1]),
+            "Routing has kept of [32, 1], and expert of [32, 2]; both are [tokens, top_k]",
+        ),
+        (lambda r: replace(r, num_experts=3), "Routing has logits of [32, 4], not [tokens, num_experts] = [32, 3]"),
+        (lambda r: replace(r, expert=r.expert.float()), "Routing has expert of torch.float32; give numbers of experts"),
+        (lambda r: replace(r, kept=r.kept.long()), "Routing has kept of torch.int64, not torch.bool"),
+        (
+            lambda r: Routing(r.expert[:, :1], r.weight[:, :1], r.kept[:, :1], 4),
+            "CosineRouter returned expert of [32, 1], not [tokens, top_k] = [32, 2]; set model.config.moe.top_k",
+        ),
+        (
+            lambda r: replace(r, num_experts=3, logits=None, probs=None),
+            "CosineRouter returned num_experts=3 in a layer of 4 experts",
+        ),
     ],
 )
 def test_what_a_router_returns_is_checked(change: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,9 +158,10 @@ def test_the_configuration_comes_back_from_plain_values() -> None:
     assert GPTConfig.from_dict(CONFIG.to_dict()) == CONFIG
     assert "router" not in GPTConfig(61, moe=MoEConfig()).to_dict()["moe"]
     plain = CONFIG.to_dict()
-    plain["moe"]["router"]["class_path"] = "os.path"
-    with pytest.raises(ValueError, match=r"os.path of the checkpoint is no RouterConfig"):
-        GPTConfig.from_dict(plain)
+    for path in ("os.path", "nlgmoe.layers.routers.softmax.SoftmaxTopK", "nlgmoe.SoftmaxTopK"):
+        plain["moe"]["router"]["class_path"] = path
+        with pytest.raises(ValueError, match=f"{path} of the checkpoint is no RouterConfig; use the version"):
+            GPTConfig.from_dict(plain)
 
 
 def test_a_swiglu_expert_computes_what_it_says_and_is_counted() -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from interventions import around, intervened, replay, without
 from torch import Tensor
 
-from nlgmoe import GPT, GPTConfig, MoEConfig, RouterConfig, SigmoidTopK, SoftmaxTopK
+from nlgmoe import GPT, GPTConfig, MoEConfig, SigmoidRouterConfig
 
 TOKENS = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-def model_of(top_k: int, router: RouterConfig | None = None) -> GPT:
-    return GPT(GPTConfig(61, 16, 2, 16, 2, init_std=0.3, moe=MoEConfig(4, top_k=top_k, router=router))).eval()
+def model_of(top_k: int, **settings: Any) -> GPT:
+    return GPT(GPTConfig(61, 16, 2, 16, 2, init_std=0.3, moe=MoEConfig(4, top_k=top_k, **settings))).eval()
 
 
 @torch.no_grad()
@@ -51,8 +53,8 @@ def test_a_way_around_an_expert_is_the_routing_of_the_others(top_k: int) -> None
 
 
 def test_a_way_around_is_refused_where_weights_are_not_the_papers() -> None:
-    for top_k, router in ((2, SoftmaxTopK(normalize_weights=False)), (1, SigmoidTopK())):
-        model = model_of(top_k, router)
+    for top_k, settings in ((2, {"normalize_weights": False}), (1, {"router": SigmoidRouterConfig()})):
+        model = model_of(top_k, **settings)
         with intervened(model, 1, around(2)), pytest.raises(ValueError, match="not the paper's"):
             model(TOKENS)
 

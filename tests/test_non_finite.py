@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nlgmoe.callbacks import ExpertLoad, RunSummary, Throughput
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import MoEConfig
-from nlgmoe.layers.routers import SigmoidTopK
+from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite, NonFiniteError
@@ -191,7 +191,7 @@ def test_a_router_learns_nothing_from_a_step_that_is_skipped(tmp_path: Path) -> 
     keeps = LambdaCallback(
         on_train_batch_end=lambda run, module, *_: biases.append(module.gpt.blocks[1].moe.router.bias.clone())
     )
-    config = replace(CONFIG, moe=MoEConfig([2, 4], router=SigmoidTopK(0.01)))
+    config = replace(CONFIG, moe=MoEConfig([2, 4], router=SigmoidRouterConfig(0.01)))
     run = trainer(tmp_path, spoils, keeps, max_steps=3)
     run.fit(MoEGPTModule(config, non_finite=NonFinite("skip")), SyntheticData())
     assert torch.equal(biases[0], biases[1]) and not torch.equal(biases[1], biases[2])
@@ -288,7 +288,7 @@ def test_a_validation_loss_that_is_not_finite_is_a_warning(tmp_path: Path) -> No
 def test_what_a_run_logs_is_documented(tmp_path: Path) -> None:
     documented = set(re.findall(r"`([\w/]+)`", (Path(__file__).parents[1] / "docs/metrics.md").read_text()))
     validation = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
-    for moe in (MoEConfig([2, 4]), MoEConfig([2, 4], router=SigmoidTopK(sequence_loss_coeff=0.01))):
+    for moe in (MoEConfig([2, 4]), MoEConfig([2, 4], router=SigmoidRouterConfig(sequence_loss_coeff=0.01))):
         module = MoEGPTModule(replace(CONFIG, moe=moe), curriculum=SequenceCurriculum(tokens=64, start=8))
         run = trainer(tmp_path, ExpertLoad(), Throughput(), max_steps=2, log_every_n_steps=1, **validation)
         run.fit(module, SyntheticData())

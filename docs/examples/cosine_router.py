@@ -18,13 +18,13 @@ class CosineRouterConfig(RouterConfig):
         temperature: that the cosines are divided by.
     """
 
-    uses = frozenset({"loss_coeff", "aux_scope"})  # without an annotation: it is no setting
+    reads_fields = frozenset({"loss_coeff", "aux_scope"})  # without an annotation: it is no setting
     temperature: float = 0.1
 
-    def build(self, config: GPTConfig, layer_index: int) -> Router:
+    def build(self, config: GPTConfig, block: int) -> Router:
         """See `RouterConfig`."""
         assert config.moe is not None
-        return CosineRouter(config.hidden_size, experts_at(config, layer_index), config.moe.top_k, self.temperature)
+        return CosineRouter(config.hidden_size, experts_at(config, block), config.moe.top_k, self.temperature)
 
 
 class CosineRouter(Router):

@@ -19,10 +19,10 @@ class HashRouterConfig(RouterConfig):
 
     seed: int = 0
 
-    def build(self, config: GPTConfig, layer_index: int) -> Router:
+    def build(self, config: GPTConfig, block: int) -> Router:
         """See `RouterConfig`."""
-        seed = derive_seed("hash router", self.seed, layer_index)
-        return HashRouter(config.vocab_size, experts_at(config, layer_index), seed)
+        seed = derive_seed("hash router", self.seed, block)
+        return HashRouter(config.vocab_size, experts_at(config, block), seed)
 
 
 class HashRouter(Router):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nlgmoe.checkpoint.reading import read_tokenizer
-from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
+from nlgmoe.config import IGNORED_IN_EVALUATION, GPTConfig
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.training_data import TrainingData
@@ -28,9 +28,9 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
         raise SettingError(
             f"{path} holds weights only: start a new run from it with model.warm_start.checkpoint={path}"
         )
-    ignored = frozenset() if resumes else FREE_IN_EVALUATION
+    ignored = frozenset() if resumes else IGNORED_IN_EVALUATION
     if not resumes and config.moe is not None and config.moe.router is not None:
-        ignored |= config.moe.router.free_in_evaluation
+        ignored |= config.moe.router.ignored_in_evaluation
     saved = GPTConfig.from_dict(checkpoint["model_config"]).to_dict()  # fields that it lacks get their defaults
     if different := differences(saved, config.to_dict(), ignore=ignored):
         shorter = "; data.seq_len makes sequences shorter" if saved["seq_len"] != config.seq_len else ""

@@ -4,12 +4,13 @@
     receive                 waits for the rows of all ranks, and sorts them by the experts held here
     combine                 sends the experts' outputs back to the ranks of their rows, which sum them by token
 
-The host needs the sizes of the messages. If experts have a capacity, and ranks equally many tokens, every rank sends a fixed
-number of padded slots to every expert. Otherwise the host waits for the device to count the rows, once per layer, and only rows
-are sent. The backward pass of an all-to-all is the reverse all-to-all.
+The host needs the sizes of the messages. If experts have a capacity, and ranks equally many tokens, every rank sends a message
+of fixed size, with C slots for every expert. Otherwise the host waits for the device to count the rows, once per layer, and
+only rows are sent. The backward pass of an all-to-all is the reverse all-to-all.
 
-Letters: W ranks of the expert-parallel group, E experts of the layer, e = E / W experts held here, C slots of an expert for the
-rows of one rank, R rows of this rank, H hidden size. The rows that are sent are not rounded up, those of `receive` are.
+Letters: W ranks of the expert-parallel group, E experts of the layer, e = E / W experts held here, C capacity of an expert
+for one rank, R rows of this rank, H hidden size. A slot is a place for a row in a message; without a row, it is padding.
+The rows that are sent are not rounded up, those of `receive` are.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ class AllToAllDispatcher(LocalDispatcher):
     def forward(self, tokens: Tensor, routing: Routing) -> AllToAllDispatch:
         """Start sending `tokens`, `[N, H]`, to the ranks of their experts."""
         # In evaluation the ranks' last micro-batches may differ in size.
-        slots = fixed_slots(routing) if self.training and self.equal_batches else None
-        return AllToAllDispatch(tokens, routing, self.placement, slots)
+        capacity = fixed_capacity(routing) if self.training and self.equal_batches else None
+        return AllToAllDispatch(tokens, routing, self.placement, capacity)
 
 
-def fixed_slots(routing: Routing) -> int | None:
+def fixed_capacity(routing: Routing) -> int | None:
     """Return C if experts have a capacity and few slots can stay empty; None: rows must be counted.
 
     Ranks whose micro-batches have equally many tokens get equal results.
@@ -61,10 +62,12 @@ class AllToAllDispatch(LocalDispatch):
         tokens: `[N, H]`.
         routing: their experts and weights.
         placement: placement of the layer's experts, with a group.
-        slots: C, an upper bound of an expert's rows from each rank, the same on all ranks of the group; None: rows are counted.
+        capacity: C, an upper bound of an expert's rows from each rank, the same on all ranks; None: rows are counted.
     """
 
-    def __init__(self, tokens: Tensor, routing: Routing, placement: ExpertPlacement, slots: int | None = None) -> None:
+    def __init__(
+        self, tokens: Tensor, routing: Routing, placement: ExpertPlacement, capacity: int | None = None
+    ) -> None:
         super().__init__(tokens, routing)
         self._row = torch.arange(len(self.order), device=tokens.device)
         tokens_per_expert = self._tokens_per_expert  # [E]; rows past their sum are not sent
@@ -75,11 +78,11 @@ class AllToAllDispatch(LocalDispatch):
         distributed.all_to_all_single(received_counts, sent_counts, group=placement.group)
         self._tokens_here = received_counts.sum(dim=0)  # [e]
         expert = torch.arange(placement.count, device=tokens.device)
-        if slots is not None:
-            sent = received = [placement.count * slots] * ranks
-            used = torch.arange(slots, device=tokens.device) < received_counts.unsqueeze(-1)  # [W, e, C]
+        if capacity is not None:
+            sent = received = [placement.count * capacity] * ranks
+            used = torch.arange(capacity, device=tokens.device) < received_counts.unsqueeze(-1)  # [W, e, C]
             expert_of_row = torch.where(used, expert.unsqueeze(-1), placement.count).flatten()
-            row_of_slot, self._slot_of_row = _pad_to_slots(tokens_per_expert, slots, len(self.order))
+            row_of_slot, self._slot_of_row = _pad_to_slots(tokens_per_expert, capacity, len(self.order))
             token_of_row = self._token_of_row[row_of_slot]  # [E * C]
         else:
             sent, received = torch.stack(
@@ -116,16 +119,16 @@ class AllToAllDispatch(LocalDispatch):
         return self._sum(outputs.index_select(0, place))
 
 
-def _pad_to_slots(tokens_per_expert: Tensor, slots: int, rows: int) -> tuple[Tensor, Tensor]:
+def _pad_to_slots(tokens_per_expert: Tensor, capacity: int, rows: int) -> tuple[Tensor, Tensor]:
     """Return the row of each slot, `[E * C]`, and the slot of each row, `[R]`.
 
     Empty slots get arbitrary rows, evenly spread: adding many gradients to one row would be slow.
     """
     ends = tokens_per_expert.cumsum(0)
     first = ends - tokens_per_expert  # [E]
-    slot = torch.arange(slots, device=ends.device)
+    slot = torch.arange(capacity, device=ends.device)
     row_of_slot = (first.unsqueeze(-1) + slot).clamp_max(rows - 1).flatten()
     row = torch.arange(rows, device=ends.device)
     expert = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
-    slot_of_row = (expert * slots + row - first[expert]) % len(row_of_slot)
+    slot_of_row = (expert * capacity + row - first[expert]) % len(row_of_slot)
     return row_of_slot, slot_of_row

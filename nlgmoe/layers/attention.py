@@ -116,15 +116,15 @@ class CausalSelfAttention(nn.Module):
 
     Args:
         config: configuration of the model.
-        layer_index: block number.
+        block: block number.
     """
 
-    def __init__(self, config: GPTConfig, layer_index: int) -> None:
+    def __init__(self, config: GPTConfig, block: int) -> None:
         super().__init__()
         heads, key_heads, size = config.num_heads, config.kv_heads, config.head_size
         self.head_size, self.shares_keys = size, key_heads != heads
         self.dropout = config.attention_dropout
-        self.layer_index = layer_index
+        self.block = block
         self.widths = [heads * size, key_heads * size, key_heads * size]
         self.qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=config.bias)
         self.project = nn.Linear(heads * size, config.hidden_size, bias=config.bias)
@@ -147,7 +147,7 @@ class CausalSelfAttention(nn.Module):
         if context.rotation is not None:
             q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
         if context.cache is not None:
-            k, v = context.cache.extend(self.layer_index, k, v)  # [B, K, S, D]
+            k, v = context.cache.extend(self.block, k, v)  # [B, K, S, D]
         if self.shares_keys and context.visible is not None:  # CUDA's fused kernels take no mask with shared keys
             k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
         # A compiled `T > 1` is symbolic once lengths differ; `is_causal` has to be a bool.

@@ -68,16 +68,17 @@ def add_router_losses(loss: Tensor, moe: MoEConfig, routings: Sequence[Routing])
         The sum, and the losses by name without their coefficients.
     """
     balance, z_loss = router_losses(routings, moe.aux_scope)
-    has_balance_loss = moe.router is None or "loss_coeff" in moe.router.uses  # a router may have a rule of its own
+    # A router may have a balancing rule of its own.
+    has_balance_loss = moe.router is None or "loss_coeff" in moe.router.reads_fields
     if has_balance_loss and moe.loss_coeff:
         loss = loss + moe.loss_coeff * balance
     if moe.z_loss_coeff:  # else logits that overflow would make the loss NaN by 0 * infinity
         loss = loss + moe.z_loss_coeff * z_loss
-    parts = {"balance_loss": balance, "z_loss": z_loss}
+    terms = {"balance_loss": balance, "z_loss": z_loss}
     for name in {name: None for routing in routings for name in routing.losses}:
-        parts[name] = torch.stack([routing.losses[name] for routing in routings if name in routing.losses]).sum()
-        loss = loss + parts[name]
-    return loss, parts
+        terms[name] = torch.stack([routing.losses[name] for routing in routings if name in routing.losses]).sum()
+        loss = loss + terms[name]
+    return loss, terms
 
 
 def _choices_counted(routing: Routing) -> int:

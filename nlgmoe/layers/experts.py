@@ -11,17 +11,17 @@ Letters: E experts held here, M rows (assignments sorted by expert), H hidden si
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nlgmoe.layers.contract import require_rows, stacks_of
 from nlgmoe.layers.feed_forward import NETWORKS, cast_by_autocast
 from nlgmoe.parts import ExpertConfig, Linear
 from nlgmoe.roles import Role
+from nlgmoe.validation import RunError
 
 FEW_ROWS = 8  # up to this many rows without gradients, a loop over experts is faster on a CPU than a grouped product
 BIAS_WIDTH = 8  # inner width of the product that adds biases: grouped_mm requires rows of 16 bytes
@@ -55,7 +55,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.first, self.count, self.network, self.bias = first, count, network, bias
-        self.stacks = stacks_of(network, hidden_size, ffn_size)
+        self.stacks = network.stacks(hidden_size, ffn_size)
         self.widths = tuple({width for inputs, outputs, _ in self.stacks.values() for width in (inputs, outputs)})
         self.roles: dict[str, Role] = {}
         for name, (inputs, outputs, kind) in self.stacks.items():
@@ -93,7 +93,13 @@ class Experts(nn.Module):
         return select_backend(x.device.type, x.dtype, self.widths, capability)
 
     def _apply_network(self, x: Tensor, linear: Linear) -> Tensor:
-        return require_rows(self.network.forward(x, linear), x, self.network)
+        """Apply the network, and check that it returned a row for each row of `x`, `[M, H]`."""
+        y: Any = self.network.forward(x, linear)
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            returned = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            name = type(self.network).__name__
+            raise RunError(f"{name}.forward returned {returned} for rows of {list(x.shape)}; return one row for each")
+        return y
 
     def _grouped(self, x: Tensor, tokens_per_expert: Tensor) -> Linear:
         """Return `linear` as one grouped product; the host does not read the numbers of rows."""

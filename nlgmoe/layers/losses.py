@@ -30,14 +30,14 @@ class SoftTargets:
     weight: float
     temperature: float
 
-    def compare(self, student: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def compare(self, student: Tensor, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Compare the student's log-probabilities of a slice of tokens, `[C, V]`, with the teacher's.
 
         Returns:
             `KL(teacher || student)` `[C, 1]` at the temperature; whether their argmax is the same, `[C, 1]`; and the difference
             of their distributions at the temperature, `[C, V]`: the KL's gradient, times the temperature.
         """
-        teacher = self.logits(part).to(student.dtype)
+        teacher = self.logits(chunk).to(student.dtype)
         agrees = student.argmax(dim=-1, keepdim=True) == teacher.argmax(dim=-1, keepdim=True)
         if self.temperature != 1:
             student, teacher = (student / self.temperature).log_softmax(dim=-1), teacher / self.temperature
@@ -67,9 +67,9 @@ class TopTargets:
     weight: float
     temperature: float
 
-    def compare(self, student: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def compare(self, student: Tensor, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
         """See `SoftTargets.compare`."""
-        ids, teacher = self.top(part)
+        ids, teacher = self.top(chunk)
         agrees = student.argmax(dim=-1, keepdim=True) == ids[:, :1]
         if self.temperature != 1:
             student = (student / self.temperature).log_softmax(dim=-1)
@@ -89,7 +89,7 @@ TeacherTargets = SoftTargets | TopTargets
 
 
 class DistilledLoss(NamedTuple):
-    """A loss and its parts, scalars in at least fp32; only `loss` has a gradient.
+    """A loss and its terms, scalars in at least fp32; only `loss` has a gradient.
 
     Attributes:
         loss: `language + weight * distillation`.
@@ -223,8 +223,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=dtype)
         distillation, agreement = torch.zeros_like(loss), torch.zeros_like(loss)
         for start in range(0, len(hidden), chunk_size):
-            part = slice(start, start + chunk_size)
-            h, target, unmasked = hidden[part], targets[part, None], counted[part, None]  # [C, H], [C, 1], [C, 1]
+            chunk = slice(start, start + chunk_size)
+            h, target, unmasked = hidden[chunk], targets[chunk, None], counted[chunk, None]  # [C, H], [C, 1], [C, 1]
             logits = padded_logits(h, unembedding, vocab_size)
             probs = logits.softmax(dim=-1)  # [C, P]; two such exist at a time, never three; five with a teacher
             # log softmax(z) = z - max z + log max p: one exponential of all logits, where log_softmax and exp take two.
@@ -234,7 +234,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if teacher is not None:
                 del probs  # frees memory for tensors of the same size
                 log_probs = logits.sub_(largest).add_(likeliest)
-                divergence, agrees, difference = teacher.compare(log_probs[:, :vocab_size], part)
+                divergence, agrees, difference = teacher.compare(log_probs[:, :vocab_size], chunk)
                 probs = log_probs.exp_()
                 del log_probs
                 distillation += (unmasked * divergence).sum()
@@ -248,8 +248,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad[:, :vocab_size].add_(difference, alpha=teacher.weight * teacher.temperature)
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:  # the mask, 0 or 1, multiplies the narrower factor of each product
-                torch.mm(grad, unembedding, out=grad_hidden[part])
-                grad_hidden[part] *= unmasked
+                torch.mm(grad, unembedding, out=grad_hidden[chunk])
+                grad_hidden[chunk] *= unmasked
             if grad_unembedding is not None:
                 h = h * unmasked.to(h.dtype)
                 if hidden.dtype == dtype:
@@ -262,9 +262,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if teacher is None:
             return (loss,)
         distillation *= factor * teacher.temperature**2
-        parts = loss, distillation, agreement * factor
-        ctx.mark_non_differentiable(*parts)
-        return loss + teacher.weight * distillation, *parts
+        terms = loss, distillation, agreement * factor
+        ctx.mark_non_differentiable(*terms)
+        return loss + teacher.weight * distillation, *terms
 
     @staticmethod
     @once_differentiable

@@ -12,19 +12,20 @@ Letters: B sequences, T positions, N = B * T tokens, H hidden size, k experts pe
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.all_to_all import AllToAllDispatcher
-from nlgmoe.layers.contract import build_router, require_routing
 from nlgmoe.layers.dispatch import LocalDispatcher
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward, expert_network
 from nlgmoe.layers.placement import ExpertPlacement
-from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter, fp32_products, without_autocast
+from nlgmoe.layers.router import Routing, RoutingContext, build_router, fp32_products, without_autocast
 from nlgmoe.pyramid import experts_at
+from nlgmoe.validation import RunError
 
 
 class MoELayer(nn.Module):
@@ -32,19 +33,16 @@ class MoELayer(nn.Module):
 
     Args:
         config: the model's configuration; `config.moe` must be set.
-        layer_index: block number, counted from 0; `pyramid.experts_at` gives its number of experts.
+        block: block number, counted from 0; `pyramid.experts_at` gives its number of experts.
         placement: the experts that this rank holds; None: all.
     """
 
-    def __init__(self, config: GPTConfig, layer_index: int, placement: ExpertPlacement | None = None) -> None:
+    def __init__(self, config: GPTConfig, block: int, placement: ExpertPlacement | None = None) -> None:
         super().__init__()
-        num_experts = experts_at(config, layer_index)
-        assert config.moe is not None and num_experts > 0, f"block {layer_index} is not MoE"
+        num_experts = experts_at(config, block)
+        assert config.moe is not None and num_experts > 0, f"block {block} is not MoE"
         self.top_k = config.moe.top_k
-        if config.moe.router is None:
-            self.router: Router = TopKRouter(config.moe, config.hidden_size, num_experts, layer_index)
-        else:
-            self.router = build_router(config, layer_index, num_experts)
+        self.router = build_router(config, block)
         self.placement = placement if placement is not None else ExpertPlacement(first=0, count=num_experts)
         spread = self.placement.group is not None
         self.dispatcher = AllToAllDispatcher(self.placement) if spread else LocalDispatcher()
@@ -72,10 +70,10 @@ class MoELayer(nn.Module):
             `y` `[B, T, H]` in the dtype of `x`, and the routing.
 
         Raises:
-            ValueError: the router did not return a `Routing` of the required shapes and types.
+            ValueError: the router did not return a `Routing` that fits the layer.
         """
         tokens = x.flatten(0, 1)  # [N, H]
-        routing = require_routing(self.router(tokens, context), self.router, len(tokens), self.top_k)
+        routing = self._require_fit(self.router(tokens, context), len(tokens))
         dispatch = self.dispatcher(tokens, routing)
         # overlaps with the all-to-all under expert parallelism
         mlp = self.mlp(tokens) if self.mlp is not None else None
@@ -87,6 +85,24 @@ class MoELayer(nn.Module):
         elif mlp is not None:
             y = y + mlp
         return y.to(x.dtype).view_as(x), routing
+
+    def _require_fit(self, routing: Any, num_tokens: int) -> Routing:
+        """Check a router's result against the layer; `Routing` has checked itself."""
+        name, shape, num_experts = type(self.router).__name__, (num_tokens, self.top_k), self.router.num_experts
+        if not isinstance(routing, Routing):
+            raise RunError(f"{name} returned a {type(routing).__name__}; return an nlgmoe.Routing")
+        if routing.expert.shape != shape:
+            raise RunError(
+                f"{name} returned expert of {list(routing.expert.shape)}, not [tokens, top_k] = {list(shape)}; set "
+                "model.config.moe.top_k to the number of experts that it chooses"
+            )
+        if routing.num_experts != num_experts:
+            raise RunError(f"{name} returned num_experts={routing.num_experts} in a layer of {num_experts} experts")
+        if (
+            routing.weight.dtype.itemsize < 4
+        ):  # other libraries' layers, which `nlgmoe check` describes by a `Routing`, have such
+            raise RunError(f"{name} returned weights of {routing.weight.dtype}; compute them in fp32")
+        return routing
 
     def _mix(self, x: Tensor, expert: Tensor, mlp: Tensor) -> tuple[Tensor, Tensor]:
         """Mix the experts and the shared MLP. Returns `[N, H]` in the dtype of `expert`, and the experts' weight, `[N]`."""

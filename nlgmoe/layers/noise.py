@@ -8,21 +8,21 @@ from torch import Tensor
 from nlgmoe.seeding import derive_seed
 
 
-class Uniform:
-    """Uniform draws in fp32, from a generator seeded by the key.
+class RoutingNoise:
+    """Uniform and Gumbel draws in fp32, from a generator seeded by the key.
 
     The dtype is explicit: under `bf16-true` Lightning sets another default in the forward pass, but not in the recomputation.
 
     Args:
         key: `RoutingContext.noise_key`; None: draw from torch's global generator.
-        layer_index: block number, so that layers draw different numbers.
+        block: block number, so that blocks draw different numbers.
         device: device of the draws.
     """
 
-    def __init__(self, key: tuple[int, ...] | None, layer_index: int, device: torch.device) -> None:
+    def __init__(self, key: tuple[int, ...] | None, block: int, device: torch.device) -> None:
         self.device = device
         self.generator: torch.Generator | None = None
-        self._names: tuple[int | str, ...] | None = None if key is None else ("routing", *key, layer_index)
+        self._names: tuple[int | str, ...] | None = None if key is None else ("routing", *key, block)
 
     def __call__(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
         """Draw from U(0, 1)."""

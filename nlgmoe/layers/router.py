@@ -5,7 +5,8 @@
     expert = the k largest logits (k > 2: p)   [N, k]   k = 2, training: the second one is sampled (`second_expert`);
                                                         equal ones: the lower expert for k <= 2, unspecified for k > 2
     kept   = the assignments within capacity   [N, k]
-    weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1; times `gate_scale`
+    weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1 (`normalize_weights`);
+                                                        times `gate_scale`
 
 The load-balancing loss (`balance.py`) counts choices before dropping: the first choices if k <= 2, else all. Follows GShard
 (arXiv 2006.16668, algorithm 1), and DeepSpeed's `sharded_moe.py` (0.19.8) at capacity; tests/equivalence compares with the
@@ -26,11 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nlgmoe.config import MoEConfig
+from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.counts import count, requests_per_expert
-from nlgmoe.layers.noise import Uniform
+from nlgmoe.layers.noise import RoutingNoise
+from nlgmoe.pyramid import experts_at
 from nlgmoe.roles import Role
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError, require
 
 JITTER = 1e-2  # half-width of the multiplicative noise, DeepSpeed's default
 
@@ -41,7 +43,7 @@ class RoutingContext:
 
     Attributes:
         tokens: `[B, T]` int64 ids; None if a layer is called without a model.
-        mask: `[B, T]` bool, False at padding, which takes no slot and counts in no loss or statistic; None: no padding.
+        mask: `[B, T]` bool, False at padding, which takes no capacity and counts in no loss or statistic; None: no padding.
         noise_key: (seed, step, micro-batch index over all ranks): determines every random draw. None: torch's global generator.
         positions: `[1 or B, T]` int64 position of each token in its document, padding not counted; None as for `tokens`.
     """
@@ -54,7 +56,7 @@ class RoutingContext:
 
 @dataclass(frozen=True)
 class Routing:
-    """The routing of one micro-batch in one MoE layer.
+    """The routing of one micro-batch in one MoE layer. Shapes and types are checked, without reading a value of the device.
 
     Attributes:
         expert: `[N, k]` chosen experts, first choice first.
@@ -68,6 +70,9 @@ class Routing:
         capacity: an upper bound on the kept assignments of each expert, the same on all ranks; None: none is known.
         all_kept: True only if `kept` has no False, so that rows need not be checked for dropped ones.
         expert_share: `[N]` weight of the experts in a learned residual mix, detached; else None.
+
+    Raises:
+        ValueError: a field has another shape or type.
     """
 
     expert: Tensor
@@ -81,6 +86,22 @@ class Routing:
     capacity: int | None = None
     all_kept: bool = False
     expert_share: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "kept"):
+            if (shape := getattr(self, name).shape) != self.expert.shape:
+                raise RunError(
+                    f"Routing has {name} of {list(shape)}, and expert of {list(self.expert.shape)}; both are [tokens, top_k]"
+                )
+        gate = (len(self.expert), self.num_experts)
+        for name in ("logits", "probs"):
+            value = getattr(self, name)
+            if value is not None and value.shape != gate:
+                raise RunError(f"Routing has {name} of {list(value.shape)}, not [tokens, num_experts] = {list(gate)}")
+        if self.expert.is_floating_point() or self.expert.dtype == torch.bool:
+            raise RunError(f"Routing has expert of {self.expert.dtype}; give numbers of experts, torch.int64")
+        if self.kept.dtype != torch.bool:
+            raise RunError(f"Routing has kept of {self.kept.dtype}, not torch.bool")
 
     @cached_property
     def tokens_per_expert(self) -> Tensor:
@@ -96,7 +117,7 @@ class Routing:
 
 
 def capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, minimum: int) -> int:
-    """Return the slots of one expert: `max(minimum, ceil(k * tokens / experts * factor))`.
+    """Return the capacity of an expert in assignments: `max(minimum, ceil(k * tokens / experts * factor))`.
 
     Computed in float32, as DeepSpeed does: 100 tokens, 2 experts and factor 1.1 make 55, not the 56 of float64.
     """
@@ -163,38 +184,23 @@ class TopKRouter(Router):
         config: routing settings.
         hidden_size: H.
         num_experts: E of the layer, over all ranks.
-        layer_index: block number, so that layers draw different random numbers.
-        gate_scale: multiplies the weights.
-        normalize_weights: the weights of a token's kept experts sum to `gate_scale`; None: if k > 1.
-        init_std: standard deviation of the initial gate; None: the model's.
+        block: block number, so that layers draw different random numbers.
     """
 
     roles: ClassVar[dict[str, Role]] = {"weight": "weight"}
 
-    def __init__(
-        self,
-        config: MoEConfig,
-        hidden_size: int,
-        num_experts: int,
-        layer_index: int,
-        gate_scale: float = 1.0,
-        normalize_weights: bool | None = None,
-        init_std: float | None = None,
-    ) -> None:
+    def __init__(self, config: MoEConfig, hidden_size: int, num_experts: int, block: int) -> None:
         super().__init__(num_experts)
-        self.config = config
-        self.layer_index = layer_index
-        self.gate_scale = gate_scale
-        self.normalize_weights = config.top_k > 1 if normalize_weights is None else normalize_weights
-        self.weight_sum = gate_scale if self.normalize_weights else None
-        self.init_std = init_std
+        self.config, self.block = config, block
+        self.weight_sum = config.gate_scale if config.normalizes else None
+        self.init_std = config.gate_init_std  # read by `initialise`
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(self, x: Tensor, context: RoutingContext = RoutingContext()) -> Routing:
         """Route `x`, `[N, H]`."""
         config, training = self.config, self.training
         token_mask = None if context.mask is None else context.mask.flatten()  # [N]
-        draw = Uniform(context.noise_key, self.layer_index, x.device)
+        draw = RoutingNoise(context.noise_key, self.block, x.device)
         with without_autocast(x.device.type):  # keeps the product in fp32
             dtype = torch.promote_types(x.dtype, torch.float32)
             gate_input = x.to(dtype)
@@ -204,17 +210,17 @@ class TopKRouter(Router):
             probs = F.softmax(logits, dim=-1)
 
             expert = self._choose(logits, probs, draw)  # [N, k]
-            slots = self._slots(len(x))
-            kept = self._within_capacity(slots, expert, probs, token_mask, draw)
+            capacity = self._capacity(len(x))
+            kept = self._within_capacity(capacity, expert, probs, token_mask, draw)
             weight = self._scores(logits, probs).gather(1, expert)
-            if slots is not None or token_mask is not None:
+            if capacity is not None or token_mask is not None:
                 weight = torch.where(kept, weight, 0.0)
-            if self.normalize_weights:
+            if config.normalizes:
                 weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
-            if self.gate_scale != 1:
-                weight = weight * self.gate_scale
-        all_kept = slots is None and token_mask is None
-        return Routing(expert, weight, kept, self.num_experts, token_mask, logits, probs, {}, slots, all_kept)
+            if config.gate_scale != 1:
+                weight = weight * config.gate_scale
+        all_kept = capacity is None and token_mask is None
+        return Routing(expert, weight, kept, self.num_experts, token_mask, logits, probs, {}, capacity, all_kept)
 
     def _logits(self, x: Tensor) -> Tensor:
         """Compute the logits, `[N, H] -> [N, E]`, in the dtype of `x`."""
@@ -225,7 +231,7 @@ class TopKRouter(Router):
         """Return the weights before normalisation, `[N, E]`."""
         return probs
 
-    def _slots(self, num_tokens: int) -> int | None:
+    def _capacity(self, num_tokens: int) -> int | None:
         """Return the capacity of an expert; None where nothing is dropped."""
         config = self.config
         if not (config.token_dropping if self.training else config.eval_token_dropping):
@@ -233,7 +239,7 @@ class TopKRouter(Router):
         factor = config.train_capacity_factor if self.training else config.eval_capacity_factor
         return capacity(num_tokens, self.num_experts, config.top_k, factor, config.min_capacity)
 
-    def _choose(self, logits: Tensor, probs: Tensor, draw: Uniform) -> Tensor:
+    def _choose(self, logits: Tensor, probs: Tensor, draw: RoutingNoise) -> Tensor:
         """Choose the k experts of each token, `[N, k]`, first choice first."""
         config, training = self.config, self.training
         if config.top_k == 1:
@@ -251,14 +257,14 @@ class TopKRouter(Router):
         return probs.detach().topk(config.top_k, dim=-1).indices
 
     def _within_capacity(
-        self, slots: int | None, expert: Tensor, probs: Tensor, token_mask: Tensor | None, draw: Uniform
+        self, capacity: int | None, expert: Tensor, probs: Tensor, token_mask: Tensor | None, draw: RoutingNoise
     ) -> Tensor:
-        """Return which assignments are kept, `[N, k]` bool: the first `slots` of each expert's queue."""
+        """Return which assignments are kept, `[N, k]` bool: the first `capacity` of each expert's queue."""
         config = self.config
         requested = torch.ones_like(expert, dtype=torch.bool)
         if token_mask is not None:
             requested = requested & token_mask.unsqueeze(-1)
-        if slots is None:
+        if capacity is None:
             return requested
         num_tokens, top_k = expert.shape
         # The queue: assignments in order of priority. Ties keep token order (stable sort).
@@ -278,8 +284,29 @@ class TopKRouter(Router):
         queue_start = lengths.cumsum(0) - lengths
         place_in_queue = torch.arange(len(queue), device=expert.device) - queue_start[sorted_expert]
         kept = torch.empty_like(requested).flatten()
-        kept[queue[by_expert]] = place_in_queue < slots
+        kept[queue[by_expert]] = place_in_queue < capacity
         return kept.view_as(requested) & requested
+
+
+def build_router(config: GPTConfig, block: int) -> Router:
+    """Build the router of a block: the paper's, or the one that `config.moe.router` names.
+
+    Raises:
+        ValueError: a user's `build` returns no `Router` of the block's experts.
+    """
+    assert config.moe is not None
+    num_experts, settings = experts_at(config, block), config.moe.router
+    if settings is None:
+        return TopKRouter(config.moe, config.hidden_size, num_experts, block)
+    router, name = settings.build(config, block), type(settings).__name__
+    if not isinstance(router, Router):
+        raise SettingError(f"{name}.build returned a {type(router).__name__}; return a Router")
+    require(
+        router.num_experts == num_experts,
+        f"{name}.build returned a Router of {router.num_experts} experts for a layer of {num_experts}; experts_at(config, "
+        "block) is their number",
+    )
+    return router
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:

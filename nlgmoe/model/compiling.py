@@ -1,4 +1,4 @@
-"""`torch.compile` of the parts of a GPT whose shapes do not depend on the routing."""
+"""`torch.compile` of the modules of a GPT whose shapes do not depend on the routing."""
 
 from __future__ import annotations
 

@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.contract import build_router, stacks_of
 from nlgmoe.layers.feed_forward import NETWORKS, expert_network
 from nlgmoe.layers.moe import moe_layers
+from nlgmoe.layers.router import build_router
 from nlgmoe.parts import Stack
 from nlgmoe.pyramid import moe_blocks
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model, by part; `total` and `active` are sums."""
+    """Parameters of a model, by component; `total` and `active` are sums."""
 
     embedding: int  # tokens, learned positions, and the head if it is not tied
     attention: int
@@ -78,7 +78,7 @@ def expert_stacks(config: GPTConfig) -> list[Stack]:
     """Return the matrices of an expert; none in a dense model."""
     if config.moe is None:
         return []
-    return list(stacks_of(expert_network(config), config.hidden_size, config.expert_ffn_size).values())
+    return list(expert_network(config).stacks(config.hidden_size, config.expert_ffn_size).values())
 
 
 def attention_stacks(config: GPTConfig) -> list[Stack]:
@@ -120,11 +120,11 @@ def _parameters(stacks: list[Stack], bias: bool) -> int:
 
 def _router_parameters(config: GPTConfig) -> int:
     """Count the parameters of all routers; a user's own is built, on the meta device."""
-    layers = moe_blocks(config).items()
+    blocks = moe_blocks(config)
     if config.moe is None or config.moe.router is None:
-        return sum(count for _, count in layers) * config.hidden_size
+        return sum(blocks.values()) * config.hidden_size
     with torch.device("meta"):
-        routers = [build_router(config, layer, count) for layer, count in layers]
+        routers = [build_router(config, block) for block in blocks]
     return sum(parameter.numel() for router in routers for parameter in router.parameters())
 
 

@@ -45,12 +45,12 @@ class Block(nn.Module):
     └──────────────────────────────────┘ └───────────────────────────────────┘
     """
 
-    def __init__(self, config: GPTConfig, layer_index: int, placement: ExpertPlacement | None = None) -> None:
+    def __init__(self, config: GPTConfig, block: int, placement: ExpertPlacement | None = None) -> None:
         super().__init__()
         self.attention_norm = build_norm(config)
-        self.attention = CausalSelfAttention(config, layer_index)
+        self.attention = CausalSelfAttention(config, block)
         self.ffn_norm = build_norm(config)
-        self.moe = MoELayer(config, layer_index, placement) if experts_at(config, layer_index) else None
+        self.moe = MoELayer(config, block, placement) if experts_at(config, block) else None
         self.ffn = None if self.moe is not None else FeedForward(config, config.ffn_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -96,7 +96,7 @@ class GPT(nn.Module):
         learned = config.rope_theta is None
         self.position_embedding = nn.Embedding(config.seq_len, config.hidden_size) if learned else None
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.blocks = nn.ModuleList(Block(config, layer, placements.get(layer)) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, block, placements.get(block)) for block in range(config.num_layers))
         self.final_norm = build_norm(config)
         tied = config.tied_embeddings
         self.head = None if tied else nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
@@ -116,7 +116,7 @@ class GPT(nn.Module):
         Args:
             tokens: `[B, T]` int64.
             token_mask: `[B, T]` bool, False at padding, at any place: other tokens do not attend to it, positions do not count
-                it, and it takes no expert slot. None: no padding.
+                it, and it takes no capacity of an expert. None: no padding.
             cache: keys and values of earlier positions, to which this call appends those of `tokens`.
             noise_key: (seed, step, micro-batch index) of the routing's random draws; None: torch's global generator.
             documents: `[B, T]` int64, the document of each position; a document is contiguous. Attention ends at its borders,

@@ -18,7 +18,7 @@ def initialise(model: nn.Module, config: GPTConfig, seed: int) -> None:
     """Draw the initial value of every parameter by its role (`roles.py`).
 
     Each tensor, and each expert of a stack, has its own generator, seeded by its name: ranks that hold other experts draw the
-    same values, and the dense part does not depend on the experts.
+    same values, and dense components do not depend on the experts.
     """
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):

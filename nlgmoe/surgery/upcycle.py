@@ -92,6 +92,11 @@ def upcycle(
         )
     config = replace(dense_config, moe=moe)
     require_paper_parts(config.moe, "upcycling supports")
+    require(moe.gate_scale == 1, f"gate_scale={moe.gate_scale} would scale the dense model's layers; leave it out")
+    require(
+        moe.normalizes == (moe.top_k > 1),
+        f"normalize_weights={moe.normalize_weights} with top_k={moe.top_k} would scale the dense model's layers; leave it out",
+    )
     read = _entry_reader(files, config, weight_shapes(config), noise, seed)
     origin = f"{path}, by `nlgmoe upcycle`"
     write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin, source=path)
@@ -117,7 +122,9 @@ def _entry_reader(
             return value / 2 if halved and part.startswith("mlp.project") else value
         dtype = files.read(f"{block}.ffn.project.weight").dtype
         least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # 6e-8 in fp16, which makes TINY zero
-        std = max(TINY, 16 * least) if moe.top_k == 1 and part.startswith("router") else config.init_std
+        std = config.init_std
+        if part.startswith("router"):
+            std = max(TINY, 16 * least) if moe.top_k == 1 else moe.gate_init_std or config.init_std
         value = torch.zeros(shapes[name]) if part.endswith("bias") else _normal(shapes[name], seed, name) * std
         return value.to(dtype)
 

@@ -32,7 +32,7 @@ from nlgmoe import (
     GPTConfig,
     MoEConfig,
     MoEGPTModule,
-    SigmoidTopK,
+    SigmoidRouterConfig,
     generate,
     load_config,
     loss,
@@ -86,7 +86,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # settings of MoEConfig; None: a dense 
     },
     "router that looks up, SwiGLU": {"moe": {"router": HashRouterConfig(1), "expert": SwiGLUExpert(8)}},
     "router that learns from steps": {
-        "moe": {"top_k": 2, "router": SigmoidTopK(0.01, sequence_loss_coeff=0.1), "token_dropping": False},
+        "moe": {"top_k": 2, "router": SigmoidRouterConfig(0.01, sequence_loss_coeff=0.1), "token_dropping": False},
         "module": {"activation_checkpointing": True},
         "trainer": {"accumulate_grad_batches": 2},
     },

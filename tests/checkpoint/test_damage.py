@@ -114,15 +114,15 @@ def test_a_field_that_a_checkpoint_lacks_has_its_default_and_an_unknown_one_is_r
 ) -> None:
     io = PortableCheckpointIO()
     for name, change in {
-        "lacks": lambda moe: moe.pop("z_loss_coeff"),
-        "unknown": lambda moe: moe.update(gate_scale=2.0),
+        "lacks": lambda moe: [moe.pop(field) for field in ("z_loss_coeff", "gate_scale", "normalize_weights")],
+        "unknown": lambda moe: moe.update(gate_width=2.0),
     }.items():
         checkpoint = io.load_checkpoint(good)
         change(checkpoint["model_config"]["moe"])
         io.save_checkpoint(checkpoint, tmp_path / f"{name}.ckpt")
     assert fit(tmp_path, steps=2, resume=tmp_path / "lacks.ckpt").global_step == 2
     with pytest.raises(
-        ValueError, match=r"unknown.ckpt/checkpoint.json, written by nlgmoe \d.* describes no model: .*gate_scale"
+        ValueError, match=r"unknown.ckpt/checkpoint.json, written by nlgmoe \d.* describes no model: .*gate_width"
     ):
         fit(tmp_path, steps=2, resume=tmp_path / "unknown.ckpt")
 

@@ -35,7 +35,10 @@ PR_MOE = GPTConfig(
     TOKENIZER.vocab_size, 24, 4, 32, 2, moe=MoEConfig([2, 4], mlp_type="residual", loss_coeff=0.1, z_loss_coeff=0.2)
 )
 CONFIGS = {
-    "moe": GPTConfig(TOKENIZER.vocab_size, 24, 2, 32, 2, hidden_dropout=0.1, moe=MoEConfig(4, top_k=2)),
+    "moe": GPTConfig(
+        TOKENIZER.vocab_size, 24, 2, 32, 2, hidden_dropout=0.1,
+        moe=MoEConfig(4, top_k=2, gate_scale=2.0, normalize_weights=False),
+    ),
     "pr_moe": PR_MOE,
     "dense": GPTConfig(TOKENIZER.vocab_size, 24, 2, 32, 2, ffn_hidden_size=48),
     "modern": replace(  # no family has a pyramid
@@ -164,7 +167,7 @@ def test_losses_are_those_of_our_training(name: str, folders: dict[str, Path]) -
 
     torch.testing.assert_close(model(tokens, labels=labels).loss, language(ours(tokens).hidden), rtol=1e-6, atol=0)
     model.train()
-    torch.manual_seed(0)  # of the tokens that keep the slots
+    torch.manual_seed(0)  # of the tokens that are kept
     output = ours(tokens)
     expected = language(output.hidden)
     if output.routings:

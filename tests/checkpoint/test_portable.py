@@ -16,6 +16,7 @@ from nlgmoe.checkpoint.entries import join_experts, split_experts
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
 from nlgmoe.checkpoint.same_run import check_same_run
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
@@ -191,3 +192,17 @@ def test_another_length_is_refused_with_the_setting_that_is_meant() -> None:
         shorter, saved = replace(config, seq_len=8), {"model_config": config.to_dict()}
         with pytest.raises(ValueError, match=r"seq_len 16 -> 8; .*; data.seq_len makes sequences shorter"):
             check_same_run(saved, shorter, None, "NAME.ckpt")
+
+
+def test_evaluation_may_change_how_the_gate_begins_and_not_its_weights() -> None:
+    config = GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(4, top_k=2))
+    saved = {"model_config": config.to_dict()}
+    check_same_run(
+        saved, replace(config, moe=replace(config.moe, gate_init_std=0.3, loss_coeff=0.1)), None, "NAME.ckpt"
+    )
+    for change in ({"gate_scale": 2.0}, {"normalize_weights": False}):
+        for router in (None, SigmoidRouterConfig()):
+            moe = replace(config.moe, router=router)
+            saved = {"model_config": replace(config, moe=moe).to_dict()}
+            with pytest.raises(ValueError, match=f"differs from model.config: moe.{next(iter(change))}"):
+                check_same_run(saved, replace(config, moe=replace(moe, **change)), None, "NAME.ckpt")

@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from nlgmoe import GPT, HashRouterConfig, SigmoidTopK, load_model, load_pretrained
+from nlgmoe import GPT, HashRouterConfig, SigmoidRouterConfig, load_model, load_pretrained
 from nlgmoe.checkpoint.reading import read_tokenizer
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main as train
@@ -26,7 +26,7 @@ TOKENS = torch.randint(61, (1, 16), generator=torch.Generator().manual_seed(0))
 PAIR = TOKENS[:, :2]  # uses four experts of a layer at most
 MOES = {
     "softmax": MoEConfig([6, 0, 5], top_k=2, mlp_type="residual"),
-    "sigmoid": MoEConfig([6, 0, 5], top_k=2, token_dropping=False, router=SigmoidTopK()),
+    "sigmoid": MoEConfig([6, 0, 5], top_k=2, token_dropping=False, router=SigmoidRouterConfig()),
 }
 
 

@@ -26,7 +26,7 @@ OPEN = GPTConfig(
 KINDS = {
     "top-1, layer map": (DENSE, MoEConfig([0, 3, 0, 4], expert_interval=1)),
     "top-3, pyramid": (DENSE, MoEConfig([3, 6], top_k=3)),
-    "residual top-2": (DENSE, MoEConfig(4, top_k=2, mlp_type="residual")),
+    "residual top-2": (DENSE, MoEConfig(4, top_k=2, mlp_type="residual", normalize_weights=True, gate_init_std=0.2)),
     "summed top-2": (DENSE, MoEConfig(4, top_k=2, mlp_type="residual", residual_mix="sum")),
     "an open model": (OPEN, MoEConfig(4, expert_interval=1, top_k=2)),
 }
@@ -148,3 +148,8 @@ def test_the_command_and_what_it_refuses(dense: Path, tmp_path: Path, capsys: py
     assert "no dense model" in error_of(capsys, "upcycle", out, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="upcycling supports only the paper's router, not HashRouterConfig"):
         upcycle(dense, tmp_path / "other.ckpt", MoEConfig(4, router=HashRouterConfig()))
+    for moe in (MoEConfig(4, gate_scale=2.0), MoEConfig(4, top_k=2, normalize_weights=False)):
+        with pytest.raises(
+            ValueError, match=r"(gate_scale=2.0|normalize_weights=False with top_k=2) would scale the dense"
+        ):
+            upcycle(dense, tmp_path / "other.ckpt", moe)

@@ -14,7 +14,7 @@ from nlgmoe.commands.main import COMMANDS, function_of, main
 from nlgmoe.data import Blend, MegatronIndexed, PocketPile
 
 # What a number of ours counts, or the quantity that it is.
-COUNTED = "tokens?|ids|blocks|heads|experts|slots|sequences|documents|processes|micro-batches|steps|minutes"
+COUNTED = "tokens?|ids|blocks|heads|experts|assignments|sequences|documents|processes|micro-batches|steps|minutes"
 COUNTED += "|checkpoints|values|TFLOPs"
 QUANTITY = "probability|standard deviation|variance|multiple|weight|learning rate|decay|denominator|seed|temperature"
 

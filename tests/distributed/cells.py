@@ -98,8 +98,8 @@ class Cell:
     def rank_local(self) -> bool:
         """Whether each rank routes for itself: capacity, or statistics of its own."""
         router = self.moe.get("router")
-        drops = self.moe.get("token_dropping", router is None or "token_dropping" in router.uses)
-        balances = router is None or "aux_scope" in router.uses
+        drops = self.moe.get("token_dropping", router is None or "token_dropping" in router.reads_fields)
+        balances = router is None or "aux_scope" in router.reads_fields
         return drops or (balances and self.moe.get("aux_scope", "rank") == "rank")
 
     def module(self) -> MoEGPTModule:

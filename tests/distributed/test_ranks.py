@@ -74,7 +74,7 @@ DROPLESS = {"token_dropping": False, "aux_scope": "global"}
 LEARNING = {
     "token_dropping": False,
     "top_k": 2,
-    "router": nlgmoe.SigmoidTopK(0.01, sequence_loss_coeff=0.1),
+    "router": nlgmoe.SigmoidRouterConfig(0.01, sequence_loss_coeff=0.1),
     "expert": SwiGLUExpert(8),
 }
 CAPACITY = {"aux_scope": "rank", "train_capacity_factor": 1.0, "min_capacity": 1}
@@ -245,7 +245,7 @@ def test_ranks_compute_what_one_process_computes(
         {name: files.read(name) for name in files.shapes if ".router." in name and not name.endswith("weight")}
         for files in (TensorFiles(end, "model") for end in ends)
     ]
-    has_state = isinstance(cell.moe.get("router"), HashRouterConfig | nlgmoe.SigmoidTopK)
+    has_state = isinstance(cell.moe.get("router"), HashRouterConfig | nlgmoe.SigmoidRouterConfig)
     assert buffers[0].keys() == buffers[1].keys() and bool(buffers[0]) == has_state
     assert all(torch.equal(value, buffers[1][name]) for name, value in buffers[0].items())
     # Later steps amplify rounding where a gradient is nothing but rounding; moments as a whole stay close.

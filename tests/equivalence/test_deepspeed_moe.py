@@ -38,7 +38,7 @@ def same_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
             assert tuple(shape) == noise.shape
             return noise
 
-    monkeypatch.setattr(our_router, "Uniform", OurDraws)
+    monkeypatch.setattr(our_router, "RoutingNoise", OurDraws)
     priorities, jitter = uniform[(TOKENS,)], uniform[(TOKENS, WIDTH)]
     monkeypatch.setitem(sharded_moe.exp_selection_uniform_map, CPU, lambda shape: priorities[:, None].expand(shape))
     monkeypatch.setitem(sharded_moe.uniform_map, CPU, lambda shape: 1 - 1e-2 + 2e-2 * jitter)
@@ -70,8 +70,8 @@ class Pair:
 
 
 def pair(moe: MoEConfig, training: bool = True) -> Pair:
-    """Both layers with the same weights; the router prefers the later experts, so that slots run out."""
-    ours = MoELayer(GPTConfig(64, 64, 1, WIDTH, 4, INNER, moe=moe), layer_index=0)
+    """Both layers with the same weights; the router prefers the later experts, so that capacity runs out."""
+    ours = MoELayer(GPTConfig(64, 64, 1, WIDTH, 4, INNER, moe=moe), block=0)
     body = nn.Sequential(nn.Linear(WIDTH, INNER), nn.GELU(approximate="tanh"), nn.Linear(INNER, WIDTH))
     dropping = moe.token_dropping if training else moe.eval_token_dropping
     theirs = MoE(

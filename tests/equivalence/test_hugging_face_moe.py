@@ -10,7 +10,7 @@ from transformers import DeepseekV3Config, OlmoeConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
-from nlgmoe import GPTConfig, MoEConfig, MoELayer, RouterConfig, SigmoidTopK, SoftmaxTopK
+from nlgmoe import GPTConfig, MoEConfig, MoELayer, RouterConfig, SigmoidRouterConfig
 
 WIDTH, INNER, EXPERTS, TOP_K = 16, 16, 8, 3
 SHAPE: dict[str, Any] = {"hidden_size": WIDTH, "num_experts_per_tok": TOP_K}
@@ -37,21 +37,23 @@ class NoSharedExpert(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "router"),
+    ("make", "router", "settings"),
     [
-        (lambda: olmoe(False), SoftmaxTopK(normalize_weights=False)),
-        (lambda: olmoe(True), SoftmaxTopK(normalize_weights=True)),  # Mixtral's and Qwen3-MoE's too
-        (lambda: deepseek(True), SigmoidTopK(route_scale=2.5)),
-        (lambda: deepseek(False), SigmoidTopK(route_scale=2.5, normalize_weights=False)),
+        (lambda: olmoe(False), None, {"normalize_weights": False}),
+        (lambda: olmoe(True), None, {"normalize_weights": True}),  # Mixtral's and Qwen3-MoE's too
+        (lambda: deepseek(True), SigmoidRouterConfig(), {"gate_scale": 2.5}),
+        (lambda: deepseek(False), SigmoidRouterConfig(), {"gate_scale": 2.5, "normalize_weights": False}),
     ],
     ids=["olmoe", "olmoe, normalised", "deepseek-v3, normalised", "deepseek-v3"],
 )
-def test_outputs_and_gradients_are_those_of_transformers(make: Callable[[], nn.Module], router: RouterConfig) -> None:
+def test_outputs_and_gradients_are_those_of_transformers(
+    make: Callable[[], nn.Module], router: RouterConfig | None, settings: dict[str, Any]
+) -> None:
     generator = torch.Generator().manual_seed(0)
     theirs = make().train()
     for parameter in theirs.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
-    moe = MoEConfig(EXPERTS, 1, TOP_K, token_dropping=False, router=router)
+    moe = MoEConfig(EXPERTS, 1, TOP_K, token_dropping=False, router=router, **settings)
     ours = MoELayer(GPTConfig(8, 8, 1, WIDTH, 1, INNER, ffn_network="swiglu", moe=moe), 0).train()
     up, down = theirs.experts.gate_up_proj, theirs.experts.down_proj
 
@@ -66,7 +68,7 @@ def test_outputs_and_gradients_are_those_of_transformers(make: Callable[[], nn.M
         nn.init.zeros_(parameter)
     for name, value in same(lambda weight: weight.detach()).items():
         parameters[name].data = value.clone(memory_format=torch.contiguous_format)
-    if isinstance(router, SigmoidTopK):
+    if isinstance(router, SigmoidRouterConfig):
         theirs.gate.e_score_correction_bias.copy_(torch.randn(EXPERTS, generator=generator) * 0.3)
         ours.router.bias.copy_(theirs.gate.e_score_correction_bias)
 

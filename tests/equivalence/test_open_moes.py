@@ -2,7 +2,7 @@
 
 import json
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from nlgmoe import GPT, GPTConfig, MoEGPTModule, WarmStart, generate, load_model
+from nlgmoe import GPT, GPTConfig, MoEGPTModule, Router, RouterConfig, WarmStart, experts_at, generate, load_model
 from nlgmoe.config import MoEConfig
 from nlgmoe.layers.attention import KVCache
-from nlgmoe.layers.routers import SoftmaxTopK
+from nlgmoe.layers.router import TopKRouter
 from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.pyramid import experts_per_layer
@@ -271,10 +271,12 @@ NATIVE = GPTConfig(
         ({"moe": {"num_experts": [2, 2, 4, 4]}}, None, "unequal numbers of experts, [2, 2, 4, 4]"),
         ({"moe": {"num_experts": [0, 4, 4, 4]}}, None, "dense blocks among MoE blocks without qk_norm=head"),
         (
-            {"moe": {"router": SoftmaxTopK(normalize_weights=False)}},
+            {"moe": {"normalize_weights": False}},
             None,
             "weights that are not normalised, without qk_norm",
         ),
+        ({"moe": {"normalize_weights": False}, "qk_norm": "projection"}, "olmoe", ""),
+        ({"moe": {"gate_scale": 2.0}}, None, "gate_scale=2.0"),
         ({"moe": {"eval_token_dropping": True}}, None, "eval_token_dropping"),
     ],
 )
@@ -282,15 +284,39 @@ def test_a_model_is_native_only_if_a_family_computes_it(
     change: dict[str, Any], family: str | None, reason: str
 ) -> None:
     if isinstance(change.get("moe"), dict):
-        change = {"moe": replace(NATIVE.moe, **change["moe"])}
+        change = {**change, "moe": replace(NATIVE.moe, **change["moe"])}
     config = replace(NATIVE, **change)
     assert family_of(config) == (family, reason)
     if family is not None:
         made = gpt_config(family_settings(config, family), Path("made"))
         assert experts_per_layer(made) == experts_per_layer(config)
+        assert config.moe is None or made.moe.normalizes == config.moe.normalizes
         assert replace(made, moe=None, init_std=config.init_std, num_kv_heads=None, ffn_hidden_size=None) == replace(
             config, moe=None
         )
+
+
+class SquaredRouter(TopKRouter):
+    def _scores(self, logits: Tensor, probs: Tensor) -> Tensor:
+        return probs.square()
+
+
+@dataclass(frozen=True)
+class SquaredRouterConfig(RouterConfig):
+    """A user's router that computes other weights than the paper's, from which it derives."""
+
+    def build(self, config: GPTConfig, block: int) -> Router:
+        assert config.moe is not None
+        return SquaredRouter(config.moe, config.hidden_size, experts_at(config, block), block)
+
+
+def test_a_router_that_derives_from_the_paper_s_is_not_native(tmp_path: Path) -> None:
+    moe = replace(NATIVE.moe, router=SquaredRouterConfig())
+    config = replace(NATIVE, vocab_size=61, qk_norm="projection", moe=moe)
+    trainer(tmp_path, SaveAt(1, tmp_path / "own.ckpt"), max_steps=1).fit(MoEGPTModule(config), SyntheticData())
+    with pytest.raises(ValueError, match="holds only the paper's router, not SquaredRouterConfig"):
+        export(tmp_path / "own.ckpt", tmp_path / "export")
+    assert family_of(config) == (None, "a router or an expert network of its own")
 
 
 REFUSED = {

@@ -43,8 +43,9 @@ def test_token_classes() -> None:
 
 
 def routing(expert: list[list[int]], mask: list[bool] | None) -> Routing:
-    chosen, nothing = torch.tensor(expert), torch.zeros(0)
-    return Routing(chosen, nothing, nothing, 0, None if mask is None else torch.tensor(mask))
+    chosen = torch.tensor(expert)
+    kept = torch.ones_like(chosen, dtype=torch.bool)
+    return Routing(chosen, kept.float(), kept, 0, None if mask is None else torch.tensor(mask))
 
 
 def test_counts_by_hand() -> None:

@@ -154,7 +154,7 @@ def noise() -> dict[str, str]:
     """Hashes of what routers draw: seen through gates whose weights are 0, or the identity."""
 
     def route(width: int, experts: int, **settings: Any) -> Any:
-        router = TopKRouter(MoEConfig(experts, **settings), width, experts, layer_index=5)
+        router = TopKRouter(MoEConfig(experts, **settings), width, experts, block=5)
         torch.nn.init.zeros_(router.weight)
         if settings.get("noise") == "jitter":
             torch.nn.init.eye_(router.weight)

@@ -35,7 +35,7 @@ GRADIENT = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 1e-2}
 @pytest.fixture(autouse=True)
 def drawn_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The routing's random numbers are the CPU's."""
-    here = router_module.Uniform.__call__
+    here = router_module.RoutingNoise.__call__
 
     def draw_there(self: Any, shape: tuple[int, ...]) -> Tensor:
         device, self.device = self.device, torch.device("cpu")
@@ -43,7 +43,7 @@ def drawn_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         self.device = device
         return drawn
 
-    monkeypatch.setattr(router_module.Uniform, "__call__", draw_there)
+    monkeypatch.setattr(router_module.RoutingNoise, "__call__", draw_there)
 
 
 def on(module: nn.Module, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -51,7 +51,7 @@ def cases(draw: st.DrawFn, **fixed: object) -> Case:
     )
     moe = replace(moe, **fixed)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    layer = MoELayer(GPTConfig(8, 8, 1, WIDTH, 1, INNER, moe=moe), layer_index=0).double()
+    layer = MoELayer(GPTConfig(8, 8, 1, WIDTH, 1, INNER, moe=moe), block=0).double()
     for parameter in layer.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5
     shape = draw(st.integers(1, 4)), draw(st.integers(1, 8))
@@ -66,7 +66,7 @@ def test_no_assignment_is_lost_or_duplicated_and_capacity_is_respected(case: Cas
     _, routing = case.layer(case.x, RoutingContext(mask=case.mask))
     experts, top_k = case.layer.router.num_experts, case.config.top_k
     assert all(len(set(row)) == top_k for row in routing.expert.tolist()), "a token chose an expert twice"
-    assert not routing.kept[~case.mask.flatten()].any(), "padding took a slot"
+    assert not routing.kept[~case.mask.flatten()].any(), "padding took capacity"
     assert not routing.weight[~routing.kept].any()
 
     dispatch = LocalDispatch(case.x.flatten(0, 1), routing)
@@ -80,8 +80,8 @@ def test_no_assignment_is_lost_or_duplicated_and_capacity_is_respected(case: Cas
 
     wanted = routing.tokens_per_expert
     assert wanted.sum() == case.mask.sum() * top_k
-    slots = capacity(case.mask.numel(), experts, top_k, case.config.train_capacity_factor, case.config.min_capacity)
-    expected = wanted.clamp_max(slots) if case.config.token_dropping else wanted  # full, but never overfull
+    limit = capacity(case.mask.numel(), experts, top_k, case.config.train_capacity_factor, case.config.min_capacity)
+    expected = wanted.clamp_max(limit) if case.config.token_dropping else wanted  # full, but never overfull
     assert torch.equal(tokens_per_expert, expected)
 
 

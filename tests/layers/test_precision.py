@@ -21,7 +21,7 @@ MOE = MoEConfig(4, 1, top_k=2, mlp_type="residual", second_expert="argmax", toke
 
 
 def layer(dtype: torch.dtype) -> MoELayer:
-    moe = MoELayer(GPTConfig(8, 64, 1, 16, 2, 32, moe=MOE), layer_index=0)
+    moe = MoELayer(GPTConfig(8, 64, 1, 16, 2, 32, moe=MOE), block=0)
     torch.manual_seed(1)
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.5)

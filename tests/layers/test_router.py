@@ -19,7 +19,7 @@ def route(
 ) -> Routing:
     """Route tokens with gate probabilities `probs`: the router is the identity, and its input is their logarithm."""
     table = torch.tensor(probs, dtype=torch.float64)
-    router = TopKRouter(config, table.shape[1], table.shape[1], layer_index=0).double().train(training)
+    router = TopKRouter(config, table.shape[1], table.shape[1], block=0).double().train(training)
     torch.nn.init.eye_(router.weight)
     return router(table.log(), RoutingContext(mask=None if mask is None else torch.tensor(mask)))
 
@@ -36,7 +36,7 @@ FOUR_TOKENS = [[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.4, 0.6]]  # three want exp
 
 
 def test_top_1_keeps_the_earliest_tokens_and_weighs_by_probability() -> None:
-    routing = route(PLAIN, FOUR_TOKENS)  # 2 slots each
+    routing = route(PLAIN, FOUR_TOKENS)  # a capacity of 2
     assert routing.expert.tolist() == [[0], [0], [0], [1]]
     assert routing.kept.tolist() == [[True], [True], [False], [True]]
     expect(routing.weight, [[0.9], [0.8], [0.0], [0.6]])
@@ -49,14 +49,14 @@ def test_top_1_keeps_the_earliest_tokens_and_weighs_by_probability() -> None:
 
 
 def test_top_1_keeps_the_highest_random_priorities(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router_module, "Uniform", lambda *_: lambda shape: torch.tensor([0.2, 0.1, 0.9, 0.0]))
+    monkeypatch.setattr(router_module, "RoutingNoise", lambda *_: lambda shape: torch.tensor([0.2, 0.1, 0.9, 0.0]))
     routing = route(replace(PLAIN, random_token_selection=True), FOUR_TOKENS)
     assert routing.kept.tolist() == [[True], [False], [True], [True]]
 
 
 def test_the_default_dtype_changes_no_draw() -> None:
     """`bf16-true` sets it in the forward pass, not where the backward pass computes a block again."""
-    router, x = TopKRouter(MoEConfig(4, min_capacity=0, noise="rsample"), 8, 4, layer_index=0), torch.randn(1024, 8)
+    router, x = TopKRouter(MoEConfig(4, min_capacity=0, noise="rsample"), 8, 4, block=0), torch.randn(1024, 8)
     torch.nn.init.normal_(router.weight)
     expected = router(x, RoutingContext(noise_key=(1, 2, 3)))
     torch.set_default_dtype(torch.bfloat16)
@@ -69,7 +69,7 @@ def test_the_default_dtype_changes_no_draw() -> None:
 
 def test_top_2_serves_all_first_choices_before_any_second_and_renormalises_over_the_kept() -> None:
     probs = [[0.1, 0.6, 0.3], [0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]
-    routing = route(replace(PLAIN, top_k=2), probs)  # 2 * 3 / 3 = 2 slots each
+    routing = route(replace(PLAIN, top_k=2), probs)  # 2 * 3 / 3 = 2 assignments each
     assert routing.expert.tolist() == [[1, 2], [0, 1], [0, 1]]
     # Expert 1: token 0 by first choice, token 1 by second, and then it is full.
     assert routing.kept.tolist() == [[True, True], [True, True], [True, False]]
@@ -79,7 +79,7 @@ def test_top_2_serves_all_first_choices_before_any_second_and_renormalises_over_
     expect(balance_loss(route(replace(PLAIN, top_k=2), probs[:1])), 3 * 0.6)
 
     late_first = [[0.53, 0.45, 0.02], [0.3, 0.2, 0.5], [0.3, 0.36, 0.34]]
-    kept = route(replace(PLAIN, top_k=2, train_capacity_factor=0.5), late_first).kept  # one slot each
+    kept = route(replace(PLAIN, top_k=2, train_capacity_factor=0.5), late_first).kept  # one assignment each
     # Expert 1 is token 2's first choice, so token 0's second loses, although its gate is higher; the others' seconds lose too.
     assert kept.tolist() == [[True, False], [True, False], [True, False]]
 
@@ -87,7 +87,7 @@ def test_top_2_serves_all_first_choices_before_any_second_and_renormalises_over_
 def test_top_3_serves_the_highest_gate_first() -> None:
     probs = [[0.4, 0.3, 0.2, 0.1], [0.5, 0.2, 0.1, 0.2000001], [0.3, 0.1, 0.35, 0.25]]
     probs = [[p / sum(row) for p in row] for row in probs]
-    config = replace(PLAIN, top_k=3, train_capacity_factor=0.8)  # ceil(3 * 3 / 4 * 0.8) = 2 slots each
+    config = replace(PLAIN, top_k=3, train_capacity_factor=0.8)  # ceil(3 * 3 / 4 * 0.8) = 2 assignments each
     routing = route(config, probs)
     assert routing.expert.tolist() == [[0, 1, 2], [0, 3, 1], [2, 0, 3]]
     # Expert 0 has gates 0.4, 0.5, 0.3: the last is out, although it is not the last in order of choice.
@@ -97,12 +97,12 @@ def test_top_3_serves_the_highest_gate_first() -> None:
     assert routing.tokens_per_expert.tolist() == [3, 2, 2, 2]
     mean = torch.tensor(probs, dtype=torch.float64).mean(0)
     expect(balance_loss(routing), 4 * (mean * torch.tensor([3, 2, 2, 2]) / 9).sum().item())
-    tied = route(replace(config, train_capacity_factor=1.0), [probs[0]] * 100).kept  # 75 slots each
+    tied = route(replace(config, train_capacity_factor=1.0), [probs[0]] * 100).kept  # 75 each
     assert tied.tolist() == [[token < 75] * 3 for token in range(100)]  # for the earliest of equal gates
 
 
 @pytest.mark.parametrize("random", [False, True])
-def test_masked_tokens_take_no_slot_and_count_in_no_statistic(random: bool) -> None:
+def test_masked_tokens_take_no_capacity_and_count_in_no_statistic(random: bool) -> None:
     routing = route(replace(PLAIN, random_token_selection=random), FOUR_TOKENS, mask=[False, True, True, True])
     assert routing.kept.tolist() == [[False], [True], [True], [True]]  # with the first token gone, expert 0 has room
     expect(routing.weight, [[0.0], [0.8], [0.7], [0.6]])
@@ -165,7 +165,7 @@ def test_random_choices_follow_their_distributions() -> None:
     expected = torch.tensor([0.0, 0.6, 0.3, 0.1])
     torch.testing.assert_close(second.bincount(minlength=4) / many, expected, rtol=0, atol=0.015)
 
-    crowd = [[0.9, 0.1]] * 8  # 4 slots: each token stays in half of the draws
+    crowd = [[0.9, 0.1]] * 8  # a capacity of 4: each token stays in half of the draws
     kept = torch.stack([route(MoEConfig(2, min_capacity=0), crowd).kept[:, 0] for _ in range(400)]).double()
     torch.testing.assert_close(kept.mean(0), torch.full((8,), 0.5, dtype=torch.float64), rtol=0, atol=0.12)
 

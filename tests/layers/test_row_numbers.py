@@ -63,7 +63,7 @@ def test_an_expert_gets_at_most_a_quarter_more_rows_and_none_in_generation() -> 
 def results(precision: str, dropping: bool) -> tuple[list[Tensor], list[int], list[int]]:
     """The output and all gradients of a layer; the rows that its experts computed, and those that they kept."""
     moe = MoEConfig(EXPERTS, 1, top_k=2, second_expert="argmax", token_dropping=dropping, train_capacity_factor=0.8)
-    layer = MoELayer(GPTConfig(8, 64, 1, WIDTH, 2, 32, moe=moe), layer_index=0)
+    layer = MoELayer(GPTConfig(8, 64, 1, WIDTH, 2, 32, moe=moe), block=0)
     generator, dtype = torch.Generator().manual_seed(1), HALF.get(precision, torch.float32)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5, generator=generator)

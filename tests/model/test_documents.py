@@ -55,7 +55,7 @@ def test_padding_is_still_not_seen_nor_counted() -> None:
 
 
 def test_one_document_is_the_plain_sequence_at_capacity_too() -> None:
-    """Borders change attention and positions; who finds a slot is none of their business."""
+    """Borders change attention and positions; who is kept is none of their business."""
     moe = replace(DROPLESS, top_k=1, token_dropping=True, train_capacity_factor=0.5, noise="jitter")
     model = GPT(replace(CONFIG, moe=moe)).double()
     tokens, documents = packed([[24]])

@@ -14,7 +14,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
-from nlgmoe import SigmoidTopK
+from nlgmoe import SigmoidRouterConfig
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, saved_steps
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import MoEConfig
@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "milestones": {"save": {"every_n_steps": None, "milestones": 4, "keep": 1, "monitor": None}},
     "curriculum": {"of": {"curriculum": SequenceCurriculum(8 * TOKENS, 8, 4)}},
     "a router that learns from steps": {
-        "of": {"config": replace(CONFIG, moe=MoEConfig(4, token_dropping=False, router=SigmoidTopK(0.1)))}
+        "of": {"config": replace(CONFIG, moe=MoEConfig(4, token_dropping=False, router=SigmoidRouterConfig(0.1)))}
     },
     "early stopping": {"stops": True, "max_steps": 100},
 }

@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from nlgmoe import GPTConfig, MoEConfig, MoELayer, Router, Routing, RoutingContext
 from nlgmoe.layers import all_to_all
 from nlgmoe.layers.experts import Experts
-from nlgmoe.layers.noise import Uniform
+from nlgmoe.layers.noise import RoutingNoise
 from nlgmoe.layers.router import TopKRouter
 from nlgmoe.tools.check.layer import Layer
 from nlgmoe.tools.check.own import OwnLayer, own_layer
@@ -104,30 +104,30 @@ def outputs_of_other_slots(module: MoELayer) -> None:
 # ---- routers
 
 
-def slots_of_training(self: TopKRouter, num_tokens: int) -> int | None:
+def capacity_of_training(self: TopKRouter, num_tokens: int) -> int | None:
     training, self.training = self.training, True
     try:
-        return TopKRouter._slots(self, num_tokens)
+        return TopKRouter._capacity(self, num_tokens)
     finally:
         self.training = training
 
 
-def one_slot_more(self: TopKRouter, num_tokens: int) -> int | None:
-    slots = TopKRouter._slots(self, num_tokens)
-    return None if slots is None else slots + 1
+def one_more(self: TopKRouter, num_tokens: int) -> int | None:
+    capacity = TopKRouter._capacity(self, num_tokens)
+    return None if capacity is None else capacity + 1
 
 
 def padding_in_the_queue(
-    self: TopKRouter, slots: int | None, expert: Tensor, probs: Tensor, mask: Tensor | None, draw: Uniform
+    self: TopKRouter, capacity: int | None, expert: Tensor, probs: Tensor, mask: Tensor | None, draw: RoutingNoise
 ) -> Tensor:
-    kept = TopKRouter._within_capacity(self, slots, expert, probs, None, draw)
+    kept = TopKRouter._within_capacity(self, capacity, expert, probs, None, draw)
     return kept if mask is None else kept & mask.unsqueeze(-1)
 
 
 def padding_kept(
-    self: TopKRouter, slots: int | None, expert: Tensor, probs: Tensor, mask: Tensor | None, draw: Uniform
+    self: TopKRouter, capacity: int | None, expert: Tensor, probs: Tensor, mask: Tensor | None, draw: RoutingNoise
 ) -> Tensor:
-    return TopKRouter._within_capacity(self, slots, expert, probs, None, draw)
+    return TopKRouter._within_capacity(self, capacity, expert, probs, None, draw)
 
 
 def first_tokens_stay(self: TopKRouter, *args: Any) -> Tensor:
@@ -139,11 +139,11 @@ def first_tokens_stay(self: TopKRouter, *args: Any) -> Tensor:
 
 
 def token_by_token(
-    self: TopKRouter, slots: int | None, expert: Tensor, probs: Tensor, mask: Tensor | None, draw: Uniform
+    self: TopKRouter, capacity: int | None, expert: Tensor, probs: Tensor, mask: Tensor | None, draw: RoutingNoise
 ) -> Tensor:
     wanted = nn.functional.one_hot(expert.flatten(), self.num_experts)
     place = ((wanted.cumsum(0) - 1) * wanted).sum(1).view_as(expert)
-    return place < (slots or len(expert))
+    return place < (capacity or len(expert))
 
 
 def normalised_before_dropping(self: TopKRouter, x: Tensor, context: RoutingContext) -> Routing:
@@ -189,12 +189,12 @@ def read_on_host(routing: Routing, x: Tensor) -> Routing:
 
 
 def counted_in_bf16(
-    self: TopKRouter, slots: int | None, expert: Tensor, probs: Tensor, mask: Tensor | None, draw: Uniform
+    self: TopKRouter, capacity: int | None, expert: Tensor, probs: Tensor, mask: Tensor | None, draw: RoutingNoise
 ) -> Tensor:
     valid = torch.ones(len(expert), dtype=torch.bool) if mask is None else mask
     wanted = nn.functional.one_hot(expert.t(), self.num_experts) * valid.view(1, -1, 1)  # [k, N, E]
     place = ((wanted.flatten(0, 1).bfloat16().cumsum(0) - 1).view_as(wanted) * wanted).sum(2).t()
-    return (place < (slots or len(expert))) & valid.unsqueeze(-1)
+    return (place < (capacity or len(expert))) & valid.unsqueeze(-1)
 
 
 def other_experts_in_evaluation(self: TopKRouter, x: Tensor) -> Tensor:
@@ -305,17 +305,17 @@ DEFECTS: dict[str, tuple[str, Defect]] = {
         (CAPACITY, routed(lambda routing, x: replace(routing, weight=routing.weight.detach()))),
     ),
     "weights renormalised before dropping": ("weights sum as declared", (TWO, router(forward=normalised_before_dropping))),
-    "capacity off by one": ("capacity is the formula", (CAPACITY, router(_slots=one_slot_more))),
-    "tokens dropped without a capacity": ("capacity is the formula", (DROPLESS, router(_slots=lambda self, tokens: 5))),
+    "capacity off by one": ("capacity is the formula", (CAPACITY, router(_capacity=one_more))),
+    "tokens dropped without a capacity": ("capacity is the formula", (DROPLESS, router(_capacity=lambda self, tokens: 5))),
     "the first tokens stay": ("the declared tokens are dropped", (CAPACITY, router(_within_capacity=first_tokens_stay))),
     "second choices before first": ("the declared tokens are dropped", (TWO, router(_within_capacity=token_by_token))),
-    "padding takes slots": ("capacity is the formula", (CAPACITY, router(_within_capacity=padding_in_the_queue))),
+    "padding takes capacity": ("capacity is the formula", (CAPACITY, router(_within_capacity=padding_in_the_queue))),
     "padding is computed": ("capacity is the formula", (DROPLESS, router(_within_capacity=padding_kept))),
     "padding in the balance loss": (
         "padding counts in no output or loss",
         (CAPACITY, routed(lambda routing, x: replace(routing, token_mask=None))),
     ),
-    "evaluation drops tokens": ("evaluation does not see neighbours", (CAPACITY, router(_slots=slots_of_training))),
+    "evaluation drops tokens": ("evaluation does not see neighbours", (CAPACITY, router(_capacity=capacity_of_training))),
     "tokens mixed up": ("evaluation does not see neighbours", (DROPLESS, layer(shifted))),
     "statistics of the micro-batch": ("micro-batches add up", (DROPLESS, layer(batch_normalised))),
     "dropped tokens copied": ("output = sum of weight * expert(x)", (CAPACITY, layer(copy_dropped))),
@@ -349,6 +349,11 @@ DEFECTS: dict[str, tuple[str, Defect]] = {
         "the losses reach the gate",
         (TWO, own_loss(lambda log_z: log_z.detach().square().mean())),
     ),
+    "a loss under another metric's name": (
+        "the losses reach the gate",
+        (TWO, routed(lambda routing, x: replace(routing, losses={"balance_loss": routing.logits.logsumexp(-1).mean()}))),
+    ),
+    "a loss for each token": ("the losses reach the gate", (TWO, own_loss(lambda log_z: log_z.square()))),
     "a loss that is a sum over tokens": (
         "micro-batches add up",
         (DROPLESS, own_loss(lambda log_z: log_z.square().sum())),
@@ -361,7 +366,7 @@ DEFECTS: dict[str, tuple[str, Defect]] = {
         "weights follow the logits",
         (DROPLESS, routed(lambda routing, x: replace(routing, weight=routing.weight.flip(1)))),
     ),
-    "slots counted in bf16": ("capacity is the formula", (TWO, router(_within_capacity=counted_in_bf16))),
+    "capacity counted in bf16": ("capacity is the formula", (TWO, router(_within_capacity=counted_in_bf16))),
     "all_kept of padding": (
         "capacity is the formula",
         (DROPLESS, routed(lambda routing, x: replace(routing, all_kept=True))),

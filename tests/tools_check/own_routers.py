@@ -16,29 +16,29 @@ class OwnCapacityConfig(RouterConfig):
     """A linear gate with bias and learned temperature; an expert keeps its likeliest tokens, `room` times its fair share.
 
     Attributes:
-        room: slots of an expert in training, over k * tokens / experts.
-        defect: `slots`: an expert keeps one token more than it says; `sum`: weights are not renormalised after dropping.
+        room: capacity of an expert in training, over k * tokens / experts.
+        defect: `capacity`: an expert keeps one token more than it says; `sum`: weights are not renormalised after dropping.
     """
 
-    uses = frozenset({"loss_coeff", "aux_scope"})
+    reads_fields = frozenset({"loss_coeff", "aux_scope"})
     room: float = 1.2
     defect: str = ""
 
-    def build(self, config: GPTConfig, layer_index: int) -> Router:
+    def build(self, config: GPTConfig, block: int) -> Router:
         assert config.moe is not None
-        return OwnCapacity(self, config.moe, config.hidden_size, experts_at(config, layer_index))
+        return OwnCapacity(self, config.moe, config.hidden_size, experts_at(config, block))
 
-    def slots(self, moe: MoEConfig, tokens: int, experts: int) -> int:
+    def capacity(self, moe: MoEConfig, tokens: int, experts: int) -> int:
         return math.ceil(self.room * moe.top_k * tokens / experts)
 
 
 @dataclass(frozen=True)
 class DeclaredCapacityConfig(OwnCapacityConfig):
-    """The same with the capacity of `MoEConfig`, which it declares to read: `nlgmoe check` knows its slots."""
+    """The same with the capacity of `MoEConfig`, which it declares to read: `nlgmoe check` knows its capacity."""
 
-    uses = OwnCapacityConfig.uses | {"token_dropping", "train_capacity_factor", "min_capacity"}
+    reads_fields = OwnCapacityConfig.reads_fields | {"token_dropping", "train_capacity_factor", "min_capacity"}
 
-    def slots(self, moe: MoEConfig, tokens: int, experts: int) -> int:
+    def capacity(self, moe: MoEConfig, tokens: int, experts: int) -> int:
         fair = math.ceil(moe.train_capacity_factor * moe.top_k * tokens / experts)
         return max(moe.min_capacity, fair + (self.defect == "formula")) if moe.token_dropping else tokens
 
@@ -64,14 +64,14 @@ class OwnCapacity(Router):
         weight, expert = probs.topk(self.moe.top_k, dim=-1)  # [N, k]
         mask = None if context.mask is None else context.mask.flatten()
         kept = torch.ones_like(expert, dtype=torch.bool) if mask is None else mask.unsqueeze(-1).expand_as(expert)
-        slots = self.settings.slots(self.moe, len(x), self.num_experts) if self.training else len(x)
+        capacity = self.settings.capacity(self.moe, len(x), self.num_experts) if self.training else len(x)
         queue = weight.detach().masked_fill(~kept, -1).flatten().argsort(descending=True, stable=True)  # [N * k]
         wanted = F.one_hot(expert.flatten()[queue], self.num_experts)
         place = torch.empty_like(queue).scatter_(0, queue, ((wanted.cumsum(0) - 1) * wanted).sum(1))
-        kept = kept & (place.view_as(kept) < slots + (self.settings.defect == "slots"))
+        kept = kept & (place.view_as(kept) < capacity + (self.settings.defect == "capacity"))
         if self.settings.defect != "sum":
             weight = weight.masked_fill(~kept, 0)
         if self.weight_sum:
             weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
         weight = weight.masked_fill(~kept, 0)
-        return Routing(expert, weight, kept, self.num_experts, mask, logits, probs, capacity=slots)
+        return Routing(expert, weight, kept, self.num_experts, mask, logits, probs, capacity=capacity)

@@ -15,7 +15,7 @@ from lightning import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nlgmoe import ExpertConfig, GPTConfig, MoEConfig, MoEGPTModule, RouterConfig, SigmoidTopK, SoftmaxTopK
+from nlgmoe import ExpertConfig, GPTConfig, MoEConfig, MoEGPTModule, RouterConfig, SigmoidRouterConfig
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import RoutingContext
@@ -62,7 +62,7 @@ def test_each_defect_is_found(defect: str) -> None:
 
 OPEN = GPTConfig(
     61, norm="rmsnorm", rope_theta=1e4, num_kv_heads=2, head_dim=12, qk_norm="head", bias=False, ffn_network="swiglu",
-    moe=MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", router=SoftmaxTopK(normalize_weights=False)),
+    moe=MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", normalize_weights=False),
 )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ OPEN = GPTConfig(
         (clean(DROPLESS), 16),
         (clean(MoEConfig(1)), 10),
         (
-            clean(MoEConfig(8, top_k=2, token_dropping=False, router=SigmoidTopK(0.01, 2.5, sequence_loss_coeff=0.1))),
+            clean(MoEConfig(8, top_k=2, token_dropping=False, gate_scale=2.5, router=SigmoidRouterConfig(0.01, 0.1))),
             16,
         ),
         (own_layer(OPEN, "ours"), 16),
@@ -123,13 +123,15 @@ def test_a_correct_router_with_a_capacity_and_a_learned_temperature_raises_no_al
 @pytest.mark.parametrize(
     ("router", "name", "reason"),
     [
-        (OwnCapacityConfig(defect="slots"), CAPACITY_RULE, "an expert keeps 15, and Routing.capacity is 14"),
+        (OwnCapacityConfig(defect="capacity"), CAPACITY_RULE, "an expert keeps 15, and Routing.capacity is 14"),
         (DeclaredCapacityConfig(defect="formula"), CAPACITY_RULE, "a capacity of 11 keeps"),
         (OwnCapacityConfig(defect="sum"), "weights sum as declared", "declared 1"),
     ],
     ids=["more than it says", "off by one", "not renormalised"],
 )
-def test_its_twins_with_one_defect_are_found_by_one_property(router: OwnCapacityConfig, name: str, reason: str) -> None:
+def test_check_finds_the_defect_of_a_users_router_by_one_property(
+    router: OwnCapacityConfig, name: str, reason: str
+) -> None:
     found = verdicts(of_router(router, top_k=2), QUICK)
     assert [one for one, text in found.items() if text.startswith("fail")] == [name], found
     assert reason in found[name]
@@ -159,12 +161,16 @@ def test_idioms_of_routers_raise_no_alarm() -> None:
 @pytest.mark.parametrize(
     ("moe", "verdict", "name"),
     [
-        (MoEConfig(8, min_capacity=50), "not applicable: an expert has 50 slots", "the declared tokens are dropped"),
+        (
+            MoEConfig(8, min_capacity=50),
+            "not applicable: an expert has a capacity of 50",
+            "the declared tokens are dropped",
+        ),
         (MoEConfig(3, top_k=2), "pass: by position", "the declared tokens are dropped"),
         (MoEConfig(8, z_loss_coeff=0.1), "pass", "50 steps balance the load"),
         (MoEConfig(18, top_k=9), "pass: one token", "unusual sizes work"),
     ],
-    ids=["no drops", "slots for some second choices", "large z-loss", "more experts than inputs"],
+    ids=["no drops", "capacity for some second choices", "large z-loss", "more experts than inputs"],
 )
 def test_unusual_settings_raise_no_alarm(moe: MoEConfig, verdict: str, name: str) -> None:
     found = verdicts(clean(moe), {name})[name]
@@ -214,11 +220,11 @@ def test_the_command_prints_json_and_ends_with_a_code(
 ) -> None:
     for name in set(PROPERTIES) - {NEIGHBOURS, "50 steps balance the load"}:
         monkeypatch.delitem(PROPERTIES, name)
-    nlgmoe(["check", "nlgmoe.SigmoidTopK", "--json"])
+    nlgmoe(["check", "nlgmoe.SigmoidRouterConfig", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["failed"] == 0
     assert [one["layer"] for one in found["layers"]] == [
-        f"nlgmoe.SigmoidTopK, top_k {end}" for end in ("1", "2", "2, dropless")
+        f"nlgmoe.SigmoidRouterConfig, top_k {end}" for end in ("1", "2", "2, dropless")
     ]
     (tmp_path / "laptop.json").write_text(json.dumps(yaml.safe_load(Path("configs/moe/laptop.yaml").read_text())))
     nlgmoe(["check", str(tmp_path / "laptop.json")])

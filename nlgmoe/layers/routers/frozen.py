@@ -1,6 +1,6 @@
 """A control: the paper's router with a random gate that does not learn.
 
-    logits = x W        [N, E]   W ~ N(0, init_std), drawn from the seed, a buffer of the checkpoint
+    logits = x W        [N, E]   W ~ N(0, gate_init_std), drawn from the seed, a buffer of the checkpoint
 
 Choices and weights still change with the hidden states. "Towards an empirical understanding of MoE design choices" (arXiv
 2402.13089) finds it as good as a learned gate. All else as in `layers/router.py`.
@@ -19,39 +19,36 @@ from nlgmoe.layers.router import Router, TopKRouter
 from nlgmoe.parts import RouterConfig
 from nlgmoe.pyramid import experts_at
 from nlgmoe.seeding import derive_seed
-from nlgmoe.validation import require, require_valid
+from nlgmoe.validation import require_valid
 
 
 @dataclass(frozen=True)
-class FrozenTopK(RouterConfig):
+class FrozenRouterConfig(RouterConfig):
     """Settings of a router with a frozen gate.
 
     Attributes:
         seed: seed of the gate; layers draw different gates.
-        init_std: standard deviation of the gate; null: the model's `init_std`.
     """
 
-    uses = ROUTER_FIELDS
-    free_in_evaluation = frozenset({"seed", "init_std"})
+    reads_fields = ROUTER_FIELDS
+    ignored_in_evaluation = frozenset({"seed"})
     seed: int = 0
-    init_std: float | None = None
 
     def __post_init__(self) -> None:
         require_valid(self)
-        require(self.init_std is None or self.init_std > 0, f"init_std={self.init_std} must be above 0")
 
-    def build(self, config: GPTConfig, layer_index: int) -> Router:
+    def build(self, config: GPTConfig, block: int) -> Router:
         """See `RouterConfig`."""
         assert config.moe is not None
-        router = FrozenTopKRouter(config.moe, config.hidden_size, experts_at(config, layer_index), layer_index)
+        router = FrozenRouter(config.moe, config.hidden_size, experts_at(config, block), block)
         if not router.weight.is_meta:
-            generator = torch.Generator("cpu").manual_seed(derive_seed("frozen router", self.seed, layer_index))
+            generator = torch.Generator("cpu").manual_seed(derive_seed("frozen router", self.seed, block))
             draw = torch.randn(router.weight.shape, generator=generator, device="cpu", dtype=torch.float32)
-            router.weight.copy_(draw * (self.init_std or config.init_std))
+            router.weight.copy_(draw * (config.moe.gate_init_std or config.init_std))
         return router
 
 
-class FrozenTopKRouter(TopKRouter):
+class FrozenRouter(TopKRouter):
     """The paper's router with its gate in a buffer, which is not optimised."""
 
     weight: Tensor  # type: ignore[assignment]

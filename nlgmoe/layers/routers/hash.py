@@ -41,7 +41,7 @@ class HashRouterConfig(RouterConfig):
             (`PileDataModule.token_counts`); null: equal numbers. Read when a new run starts; checkpoints contain the table.
     """
 
-    free_in_evaluation = frozenset({"seed", "counts"})
+    ignored_in_evaluation = frozenset({"seed", "counts"})
     seed: int = 0
     counts: str | None = None
 
@@ -52,16 +52,16 @@ class HashRouterConfig(RouterConfig):
         """See `RouterConfig`."""
         require_top_1(self, moe)
 
-    def build(self, config: GPTConfig, layer_index: int) -> Router:
+    def build(self, config: GPTConfig, block: int) -> Router:
         """See `RouterConfig`.
 
         Raises:
             ValueError: the file of counts is missing, or not of this vocabulary.
         """
-        router = HashRouter(config.vocab_size, experts_at(config, layer_index))
+        router = HashRouter(config.vocab_size, experts_at(config, block))
         if not router.table.is_meta:  # meta: the weights are counted, or read from a checkpoint
             counts = [1] * config.vocab_size if self.counts is None else read_counts(self.counts, config.vocab_size)
-            seed = derive_seed("hash router", self.seed, layer_index)
+            seed = derive_seed("hash router", self.seed, block)
             router.table.copy_(torch.tensor(balanced_table(counts, router.num_experts, seed)))
         return router
 

@@ -2,7 +2,7 @@
 
     s      = sigmoid(x W)                                         [N, E]
     expert = the top k of s + b                                   [N, k]   b changes the choice, not the weights
-    weight = route_scale * s[expert] / sum_k s[expert]            [N, k]   `normalize_weights` false: without the sum
+    weight = gate_scale * s[expert] / sum_k s[expert]             [N, k]   the sum if k > 1 (`normalize_weights`)
     b     += update_rate * sign(mean load - load)                 [E]      after each optimizer step
 
     sequence balance = sequence_loss_coeff * mean over sequences of sum_e f_e P_e
@@ -23,65 +23,52 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.noise import Uniform
+from nlgmoe.config import GPTConfig
+from nlgmoe.layers.noise import RoutingNoise
 from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter
-from nlgmoe.layers.routers.softmax import require_learning_gate
 from nlgmoe.parts import RouterConfig
 from nlgmoe.pyramid import experts_at
 from nlgmoe.validation import require, require_valid
 
 
 @dataclass(frozen=True)
-class SigmoidTopK(RouterConfig):
+class SigmoidRouterConfig(RouterConfig):
     """Settings of a router with sigmoid scores and a balancing bias.
 
     Attributes:
         update_rate: change of an expert's bias after each optimizer step; 0: no balancing by biases.
-        route_scale: multiplies the weights of the experts' outputs.
-        normalize_weights: the weights of a token's kept experts sum to `route_scale`; null: true if `top_k` is above 1.
         sequence_loss_coeff: weight of the sequence-wise balance loss, which is summed over the MoE layers.
-        init_std: standard deviation of the gate's initial weights; null: the model's `init_std`.
     """
 
-    uses = frozenset(
+    reads_fields = frozenset(
         {
             *("token_dropping", "train_capacity_factor", "eval_token_dropping", "eval_capacity_factor"),
-            *("min_capacity", "random_token_selection"),
+            *("min_capacity", "random_token_selection", "normalize_weights", "gate_scale", "gate_init_std"),
         }
     )
-    free_in_evaluation = frozenset({"update_rate", "sequence_loss_coeff", "init_std"})
+    ignored_in_evaluation = frozenset({"update_rate", "sequence_loss_coeff"})
     update_rate: float = 1e-3
-    route_scale: float = 1.0
-    normalize_weights: bool | None = None
     sequence_loss_coeff: float = 0.0
-    init_std: float | None = None
 
     def __post_init__(self) -> None:
         require_valid(self)
-        require(self.route_scale > 0, f"route_scale={self.route_scale} must be above 0")
         for name in ("update_rate", "sequence_loss_coeff"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0; 0 turns it off")
-        require(self.init_std is None or self.init_std > 0, f"init_std={self.init_std} must be above 0")
 
-    def check(self, moe: MoEConfig) -> None:
+    def build(self, config: GPTConfig, block: int) -> Router:
         """See `RouterConfig`."""
-        require_learning_gate(moe, self.normalize_weights)
-
-    def build(self, config: GPTConfig, layer_index: int) -> Router:
-        """See `RouterConfig`."""
-        return SigmoidTopKRouter(self, config, layer_index)
+        return SigmoidRouter(self, config, block)
 
 
-class SigmoidTopKRouter(TopKRouter):
+class SigmoidRouter(TopKRouter):
     """The paper's router with sigmoid scores, and a choice by biased scores."""
 
     bias: Tensor
 
-    def __init__(self, settings: SigmoidTopK, config: GPTConfig, layer_index: int) -> None:
+    def __init__(self, settings: SigmoidRouterConfig, config: GPTConfig, block: int) -> None:
         assert config.moe is not None
-        experts, gate = experts_at(config, layer_index), (settings.route_scale, settings.normalize_weights)
-        super().__init__(config.moe, config.hidden_size, experts, layer_index, *gate, settings.init_std)
+        experts = experts_at(config, block)
+        super().__init__(config.moe, config.hidden_size, experts, block)
         self.settings = settings
         self.register_buffer("bias", torch.zeros(experts))
 
@@ -105,7 +92,7 @@ class SigmoidTopKRouter(TopKRouter):
     def _scores(self, logits: Tensor, probs: Tensor) -> Tensor:
         return logits.exp()
 
-    def _choose(self, logits: Tensor, probs: Tensor, draw: Uniform) -> Tensor:
+    def _choose(self, logits: Tensor, probs: Tensor, draw: RoutingNoise) -> Tensor:
         return (logits.detach().exp() + self.bias).topk(self.config.top_k, dim=-1).indices
 
 

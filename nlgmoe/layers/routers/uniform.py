@@ -34,7 +34,7 @@ class UniformRouterConfig(RouterConfig):
         seed: seed of the hash, which differs between layers. Checkpoints contain the hash.
     """
 
-    free_in_evaluation = frozenset({"seed"})
+    ignored_in_evaluation = frozenset({"seed"})
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -44,10 +44,10 @@ class UniformRouterConfig(RouterConfig):
         """See `RouterConfig`."""
         require_top_1(self, moe)
 
-    def build(self, config: GPTConfig, layer_index: int) -> Router:
+    def build(self, config: GPTConfig, block: int) -> Router:
         """See `RouterConfig`."""
-        seed = derive_seed("uniform router", self.seed, layer_index)
-        return UniformRouter(experts_at(config, layer_index), seed)
+        seed = derive_seed("uniform router", self.seed, block)
+        return UniformRouter(experts_at(config, block), seed)
 
 
 class UniformRouter(Router):

@@ -70,7 +70,7 @@ class Output:
         y: `[B, T, H]`.
         routing: choices, weights and kept assignments; None: the layer does not return them.
         aux: auxiliary loss, coefficients applied; None: the layer has none.
-        other: the part of it that does not balance, such as a z-loss.
+        other: its terms that do not balance, such as a z-loss.
     """
 
     y: Tensor
@@ -80,7 +80,7 @@ class Output:
 
     @property
     def balance(self) -> Tensor:
-        """Return the part of the auxiliary loss that balances the load."""
+        """Return the terms of the auxiliary loss that balance the load."""
         if self.aux is None:
             raise NotApplicable("the layer has no auxiliary loss")
         balance = self.aux if self.other is None else self.aux - self.other
@@ -104,7 +104,7 @@ class Layer:
         num_experts: E.
         top_k: k.
         weight_sum: sum of a token's weights over kept choices; `free` where they are not normalised; None: not declared.
-        order: in which assignments take the slots of an expert: `random`, `position` (first choices of all tokens first), or
+        order: in which assignments take the capacity of an expert: `random`, `position` (first choices of all tokens first), or
             `score`; None: not declared.
         takes_mask: `forward` reads `Batch.mask`.
         takes_key: `forward` passes `Batch.noise_key` on; random numbers then depend on nothing else.
@@ -136,7 +136,7 @@ class Layer:
         return self.forward(module, batch)
 
     def capacity(self, tokens: int) -> int:
-        """Return the declared slots of an expert in training."""
+        """Return the declared capacity of an expert in training."""
         raise NotImplementedError
 
     def gate_weight(self, module: nn.Module) -> Tensor | None:
@@ -174,10 +174,10 @@ class Layer:
             torch.manual_seed(seed)
             module = self.build()
         generator = torch.Generator("cpu").manual_seed(seed)
-        for part in module.modules():
-            for name, parameter in part.named_parameters(recurse=False):
+        for child in module.modules():
+            for name, parameter in child.named_parameters(recurse=False):
                 draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * STD
-                parameter.data.copy_(draw + (getattr(part, "roles", {}).get(name) == "scale"))
+                parameter.data.copy_(draw + (getattr(child, "roles", {}).get(name) == "scale"))
         return module.to(dtype).train(training)
 
     def run(self, module: nn.Module, batch: Batch, seed: int = 0) -> Output:

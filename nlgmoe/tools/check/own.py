@@ -151,17 +151,17 @@ class OwnLayer(Layer):
         return bool(self.drops) or self.moe.router is not None or self.moe.aux_scope == "rank"
 
     def build_on_rank(self, whole: nn.Module) -> nn.Module:
-        """Make this rank's part of `whole`, with its weights. A collective."""
+        """Make this rank's share of `whole`, with its weights. A collective."""
         count = self.num_experts // distributed.get_world_size()
         first = distributed.get_rank() * count
-        part = MoELayer(self.config, 0, ExpertPlacement(first, count, distributed.group.WORLD))
-        part.dispatcher.equal_batches = True  # as in training on `PileDataModule`
+        share = MoELayer(self.config, 0, ExpertPlacement(first, count, distributed.group.WORLD))
+        share.dispatcher.equal_batches = True  # as in training on `PileDataModule`
         values = whole.state_dict()
         for name in values:
             if name.startswith("experts."):
                 values[name] = values[name][first : first + count]
-        part.to(next(whole.parameters()).dtype).load_state_dict(values)
-        return part.train(whole.training)
+        share.to(next(whole.parameters()).dtype).load_state_dict(values)
+        return share.train(whole.training)
 
     def _reads(self, field: str) -> bool:
         return _reads(self.moe, field)
@@ -169,7 +169,7 @@ class OwnLayer(Layer):
 
 def _reads(moe: MoEConfig, *fields: str) -> bool:
     """Return True if the router reads the settings."""
-    return moe.router is None or moe.router.uses.issuperset(fields)
+    return moe.router is None or moe.router.reads_fields.issuperset(fields)
 
 
 def own_layer(config: GPTConfig, name: str, width: int = 16) -> OwnLayer:

@@ -7,20 +7,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from nlgmoe.tools.check import batches, devices, gradients, ranks, slots, state, weights
+from nlgmoe.tools.check import batches, capacity, devices, gradients, ranks, state, weights
 from nlgmoe.tools.check.layer import Failed, Layer, NotApplicable
 
 Test = Callable[[Layer], str]  # returns the reason of a pass, and raises `Failed` or `NotApplicable`
 PROPERTIES: dict[str, tuple[Test, ...]] = {
     "gradients equal finite differences": (gradients.gradients_are_finite_differences,),
-    "the losses reach the gate": (gradients.output_reaches_the_gate, gradients.auxiliary_loss_reaches_the_gate),
+    "the losses reach the gate": (
+        gradients.output_reaches_the_gate,
+        gradients.own_losses_are_named_scalars,
+        gradients.auxiliary_loss_reaches_the_gate,
+    ),
     "output = sum of weight * expert(x)": (weights.output_is_the_weighted_sum,),
     "weights sum as declared": (weights.weights_sum_as_declared,),
     "weights follow the logits": (weights.weights_follow_the_logits,),
     "the balance loss sees a collapse": (weights.balance_loss_sees_a_collapse,),
-    "capacity is the formula": (slots.capacity_is_the_formula,),
-    "the declared tokens are dropped": (slots.the_declared_tokens_are_dropped,),
-    "padding counts in no output or loss": (slots.padding_counts_nowhere,),
+    "capacity is the formula": (capacity.capacity_is_the_formula,),
+    "the declared tokens are dropped": (capacity.the_declared_tokens_are_dropped,),
+    "padding counts in no output or loss": (capacity.padding_counts_nowhere,),
     "evaluation does not see neighbours": (
         batches.evaluation_does_not_see_neighbours,
         batches.permuted_tokens_give_permuted_outputs,

@@ -86,7 +86,7 @@ def _of_router(path: str, router: RouterConfig) -> list[Layer]:
     layers: list[Layer] = []
     refusals = []
     quiet = {"token_dropping": False, "second_expert": "argmax"}
-    dropless = {name: value for name, value in quiet.items() if name in router.uses}
+    dropless = {name: value for name, value in quiet.items() if name in router.reads_fields}
     for top_k, settings in ((1, {}), (2, {}), (2, dropless))[: 3 if dropless else 2]:
         try:
             moe = MoEConfig(8, top_k=top_k, router=router, **settings)  # type: ignore[arg-type]

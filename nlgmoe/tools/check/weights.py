@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from nlgmoe.tools.check.capacity import crowded_batches
 from nlgmoe.tools.check.layer import (
     Failed,
     Layer,
@@ -13,7 +14,6 @@ from nlgmoe.tools.check.layer import (
     require_close,
     scores_for,
 )  # fmt: skip
-from nlgmoe.tools.check.slots import crowded_batches
 
 
 def output_is_the_weighted_sum(layer: Layer) -> str:

@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.routers import SoftmaxTopK
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.surgery.write_weights import weight_shapes
 from nlgmoe.validation import RunError
@@ -57,7 +56,7 @@ _MIXTRAL = {
     "blocks.#.moe.experts.#.expand_weight": [_LAYER + "block_sparse_moe.experts.{}.w3.weight"],
     "blocks.#.moe.experts.#.project_weight": [_LAYER + "block_sparse_moe.experts.{}.w2.weight"],
 }
-_GPT2_PARTS = {
+_GPT2_MODULES = {
     "attention_norm": "ln_1",
     "attention.qkv": "attn.c_attn",
     "attention.project": "attn.c_proj",
@@ -67,7 +66,7 @@ _GPT2_PARTS = {
 }
 _GPT2 = {
     f"blocks.#.{ours}.{leaf}": [f"transformer.h.{{}}.{theirs}.{leaf}"]
-    for ours, theirs in _GPT2_PARTS.items()
+    for ours, theirs in _GPT2_MODULES.items()
     for leaf in ("weight", "bias")
 } | {
     "token_embedding.weight": ["transformer.wte.weight"],
@@ -250,7 +249,7 @@ def _moe_config(theirs: Any, family: str) -> MoEConfig | None:
         expert_ffn_size=expert_size,
         token_dropping=False,
         second_expert="argmax" if theirs.num_experts_per_tok == 2 else MoEConfig.second_expert,
-        router=None if family == "mixtral" or theirs.norm_topk_prob else SoftmaxTopK(normalize_weights=False),
+        normalize_weights=None if family == "mixtral" or theirs.norm_topk_prob else False,
     )
 
 
@@ -267,25 +266,20 @@ def family_of(config: GPTConfig) -> tuple[str | None, str]:
         return family, "" if family else f"a dense model with qk_norm={config.qk_norm}"
     if moe.mlp_type != "standard":
         return None, f"mlp_type={moe.mlp_type}"
-    if moe.expert is not None or not isinstance(moe.router, SoftmaxTopK | None):
+    if moe.expert is not None or moe.router is not None:
         return None, "a router or an expert network of its own"
     if len(set(counts) - {0}) > 1:
         return None, f"unequal numbers of experts, {counts}"
-    if moe.eval_token_dropping or (moe.router is not None and moe.router.gate_scale != 1):
-        return None, "eval_token_dropping" if moe.eval_token_dropping else f"gate_scale={moe.router.gate_scale}"  # type: ignore[union-attr]
+    if moe.eval_token_dropping or moe.gate_scale != 1:
+        return None, "eval_token_dropping" if moe.eval_token_dropping else f"gate_scale={moe.gate_scale}"
     family = {"projection": "olmoe", "head": "qwen3_moe", None: "mixtral"}[config.qk_norm]
-    if family == "mixtral" and not _normalises(moe):
+    if family == "mixtral" and not moe.normalizes:
         return None, "weights that are not normalised, without qk_norm"
     if family != "qwen3_moe" and 0 in counts:
         return None, "dense blocks among MoE blocks without qk_norm=head"
     if family == "olmoe" and config.head_dim is not None:
         return None, f"head_dim={config.head_dim} with qk_norm=projection"
     return family, ""
-
-
-def _normalises(moe: MoEConfig) -> bool:
-    asked = moe.router.normalize_weights if isinstance(moe.router, SoftmaxTopK) else None
-    return moe.top_k > 1 if asked is None else asked
 
 
 def family_settings(config: GPTConfig, family: str) -> dict[str, Any]:
@@ -312,7 +306,7 @@ def family_settings(config: GPTConfig, family: str) -> dict[str, Any]:
     if moe is not None:
         experts = max(experts_per_layer(config))
         values |= {"num_experts_per_tok": moe.top_k, "num_experts": experts, "num_local_experts": experts}
-        values |= {} if family == "mixtral" else {"norm_topk_prob": _normalises(moe)}
+        values |= {} if family == "mixtral" else {"norm_topk_prob": moe.normalizes}
     if family == "qwen3_moe":
         dense = [layer for layer, count in enumerate(experts_per_layer(config)) if not count]
         values |= {"moe_intermediate_size": config.expert_ffn_size, "decoder_sparse_step": 1, "mlp_only_layers": dense}

@@ -19,7 +19,7 @@ from nlgmoe.pyramid import experts_at, experts_per_layer
 from nlgmoe.tools.planner.topology import BytesPer, Topology
 
 
-def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, seq_len: int, size: BytesPer) -> int:
+def saved_by_block(config: GPTConfig, block: int, tokens: int, seq_len: int, size: BytesPer) -> int:
     """Return the bytes that one block saves for `tokens` in sequences of `seq_len`, its input included."""
     width, r, c = config.hidden_size, size.residual, size.compute
     inner = {"gelu": 2, "swiglu": 4}[
@@ -39,7 +39,7 @@ def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, seq_len: in
     per_token = norms + attention + dropout
     # Cosines and sines in half precision, of queries and of keys, for the positions of one sequence.
     turns = 4 * config.head_size * c * seq_len if config.rope_theta is not None and c == 2 else 0
-    experts = experts_at(config, layer_index)
+    experts = experts_at(config, block)
     if not experts:
         return tokens * (per_token + width * c + inner * config.ffn_size * c) + turns
 
@@ -66,9 +66,9 @@ def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, seq_len: in
     return tokens * per_token + turns + (4 * experts * width if size.weight == 2 else 0)  # the gate's weights, in fp32
 
 
-def saved_by_checkpointed_block(config: GPTConfig, layer_index: int, tokens: int, size: BytesPer) -> int:
+def saved_by_checkpointed_block(config: GPTConfig, block: int, tokens: int, size: BytesPer) -> int:
     """Return the bytes that a recomputed block saves: its input and its routing."""
-    moe, experts = config.moe, experts_at(config, layer_index)
+    moe, experts = config.moe, experts_at(config, block)
     routing = 0
     if moe is not None and experts:
         # Logits, probabilities and logsumexp; choice, weight and kept of each assignment.

@@ -1,4 +1,4 @@
-"""Slots of the experts: how many there are, which tokens get them, and padding, which gets none."""
+"""Capacity of the experts: how many assignments they keep, and which; padding takes none of it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _padded(layer: Layer) -> Batch:
 
 
 def capacity_is_the_formula(layer: Layer) -> str:
-    """Check that each expert keeps all of its assignments, or its capacity if that is less; padding takes no slot.
+    """Check that each expert keeps all of its assignments, or its capacity if that is less; padding takes none.
 
     An expert of any router keeps at most `Routing.capacity`.
     """
@@ -57,7 +57,7 @@ def capacity_is_the_formula(layer: Layer) -> str:
             routing = layer.routing(layer.run(built, batch))
         real = torch.ones(len(routing.kept), dtype=torch.bool) if batch.mask is None else batch.mask.flatten()
         if bool(routing.kept[~real].any()):
-            raise Failed(f"{int(routing.kept[~real].any(dim=1).sum())} padded tokens take slots")
+            raise Failed(f"{int(routing.kept[~real].any(dim=1).sum())} padded tokens are kept")
         if routing.all_kept and not bool(routing.kept.all()):
             raise Failed(f"all_kept is True, and {int((~routing.kept).sum())} assignments are not kept")
         asked, kept = (
@@ -67,36 +67,36 @@ def capacity_is_the_formula(layer: Layer) -> str:
         most = max(most, int(kept.max()))
         if routing.capacity is not None and int(kept.max()) > routing.capacity:
             raise Failed(f"an expert keeps {int(kept.max())}, and Routing.capacity is {routing.capacity}")
-        slots = layer.capacity(len(real)) if layer.drops else None
-        expected = asked if slots is None else asked.clamp_max(slots)
+        capacity = layer.capacity(len(real)) if layer.drops else None
+        expected = asked if capacity is None else asked.clamp_max(capacity)
         if torch.equal(kept, expected):
             continue
         if layer.drops is not None:
-            name = "no capacity" if slots is None else f"a capacity of {slots}"
+            name = "no capacity" if capacity is None else f"a capacity of {capacity}"
             raise Failed(f"asked {asked.tolist()}, kept {kept.tolist()}; {name} keeps {expected.tolist()}")
         if routing.capacity is None:
             raise NotApplicable("the layer drops tokens, and declares no capacity")
-        undeclared = f", at most Routing.capacity: its {routing.capacity} slots for {len(real)} tokens are not declared"
+        undeclared = f", at most Routing.capacity: its {routing.capacity} for {len(real)} tokens are not declared"
     if layer.drops:
-        return f"{layer.capacity(TOKENS)} slots for {TOKENS} tokens"
+        return f"{layer.capacity(TOKENS)} of {TOKENS} tokens"
     return f"an expert takes up to {most} tokens{undeclared}"
 
 
 def the_declared_tokens_are_dropped(layer: Layer) -> str:
-    """Check which tokens keep the slots of an overfull expert."""
+    """Check which tokens are kept by an overfull expert."""
     if not layer.drops:
         raise NotApplicable("the layer declares no capacity" if layer.drops is None else "the layer drops no token")
     require_choice(layer)
     if layer.order is None:
         raise NotApplicable("the layer declares no order")
-    module, slots = layer.make(), layer.capacity(TOKENS)
-    if slots >= TOKENS:
-        raise NotApplicable(f"an expert has {slots} slots for {TOKENS} tokens, and drops none")
-    batch, expected = collapsed(layer, module, TOKENS), set(range(slots))
+    module, capacity = layer.make(), layer.capacity(TOKENS)
+    if capacity >= TOKENS:
+        raise NotApplicable(f"an expert has a capacity of {capacity} for {TOKENS} tokens, and drops none")
+    batch, expected = collapsed(layer, module, TOKENS), set(range(capacity))
     if layer.order == "score":
         logits = scores_for(torch.arange(layer.top_k).expand(TOKENS, -1), layer.num_experts, 5.0, 2.0)
         logits[:, 0] += torch.linspace(0, 1, TOKENS, dtype=torch.float64)  # the last token has the highest score
-        batch, expected = batch_of_logits(layer, module, logits), set(range(TOKENS - slots, TOKENS))
+        batch, expected = batch_of_logits(layer, module, logits), set(range(TOKENS - capacity, TOKENS))
     kept = _tokens_of_expert_0(layer.routing(layer.run(module, batch)))
     if layer.order == "random":
         if kept == _tokens_of_expert_0(layer.routing(layer.run(module, batch, seed=1))):
@@ -105,7 +105,7 @@ def the_declared_tokens_are_dropped(layer: Layer) -> str:
     if kept != expected:
         raise Failed(f"kept tokens {sorted(kept)[:8]}, declared by {layer.order}: {sorted(expected)[:8]}")
     if layer.order == "position" and layer.top_k == 2:
-        _first_choices_before_second(layer, module, slots)
+        _first_choices_before_second(layer, module, capacity)
     return f"by {layer.order}"
 
 
@@ -113,14 +113,14 @@ def _tokens_of_expert_0(routing: Routing) -> set[int]:
     return set((routing.kept & (routing.expert == 0)).any(dim=1).nonzero().flatten().tolist())
 
 
-def _first_choices_before_second(layer: Layer, module: nn.Module, slots: int) -> None:
+def _first_choices_before_second(layer: Layer, module: nn.Module, capacity: int) -> None:
     """Check it with tokens of which the first half choose expert 0 second, and the others first."""
     half = TOKENS // 2
     scores = scores_for(torch.tensor([[1, 0]] * half + [[0, 2]] * half), layer.num_experts, 5.0, 10.0)
     kept = _tokens_of_expert_0(layer.routing(layer.run(module, batch_of_logits(layer, module, scores))))
-    left = max(0, slots - half)  # after all first choices
+    left = max(0, capacity - half)  # after all first choices
     if early := {token for token in kept if left <= token < half}:
-        raise Failed(f"tokens {sorted(early)[:8]} keep a second choice; first choices leave {left} slots")
+        raise Failed(f"tokens {sorted(early)[:8]} keep a second choice; first choices leave {left}")
 
 
 def padding_counts_nowhere(layer: Layer) -> str:
