@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, saved_steps, set_link
+from nlgmoe.run.resume import ends_step
 from nlgmoe.run.signals import StopOnSignal
 from nlgmoe.validation import SettingError, require
 
@@ -134,7 +135,7 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
     ) -> None:
         """Note that a step was taken."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if not trainer.fit_loop.epoch_loop._should_accumulate():
+        if ends_step(trainer):
             self._unsaved = trainer.global_step
 
     @override

@@ -20,6 +20,8 @@ from torch import distributed
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from nlgmoe.run.resume import ends_step
+
 # torchrun and other launchers forward the Ctrl+C that the terminal has already sent to every process.
 SAME_PRESS_SECONDS = 1.0
 # Added to the number of the signal that requeues, so that it outranks those that other ranks have received.
@@ -119,7 +121,7 @@ class StopOnSignal(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Read the request of a single process."""
-        if trainer.world_size == 1 and not trainer.fit_loop.epoch_loop._should_accumulate():
+        if trainer.world_size == 1 and ends_step(trainer):
             self._agreed = self._request()
 
     def _finish_step(self, trainer: Trainer) -> None:
