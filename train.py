@@ -1,6 +1,9 @@
 """fit, validate, test, predict: `python train.py fit --config configs/quickstart.yaml`."""
 
-from nlgmoe.cli.train import main
+from nlgmoe.process import prepare_threads
 
 if __name__ == "__main__":
+    prepare_threads()
+    from nlgmoe.cli.train import main
+
     main()

@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.documents import markdown_table, with_text
 from benchmarks.runs import ROOT
-from nlgmoe.device import keep_freed_memory
 from nlgmoe.files import write_json
+from nlgmoe.process import keep_freed_memory
 from nlgmoe.versions import versions
 
 RESULTS = ROOT / "docs" / "results"

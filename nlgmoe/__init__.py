@@ -1,13 +1,12 @@
 """nlgmoe: mixture-of-experts language models on PyTorch Lightning.
 
-The names below are the public interface. Each is imported at its first use, so that `import nlgmoe` is fast.
+The names below are the public interface. Each is imported at its first use: `import nlgmoe` is fast, and changes nothing in the
+process.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
-import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,14 +32,6 @@ if TYPE_CHECKING:
     from nlgmoe.surgery.warm_start import WarmStart
     from nlgmoe.tools.lm_eval.zero_shot_eval import ZeroShotEval
     from nlgmoe.tools.report.write_report import WriteReport
-
-# By default, waiting libgomp threads spin: a step takes three times as long beside a busy process, and spinning slows the other
-# hyperthread of the core (docs/results/performance.md). torch reads the setting at its import.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-# Without ipywidgets, Jupyter shows progress bars as text.
-warnings.filterwarnings("ignore", message="IProgress not found")
 
 _NAMES = {
     "nlgmoe.callbacks.staged_distillation": "StagedDistillation",

@@ -49,7 +49,7 @@ class MoEConfig:
         eval_token_dropping: evaluation drops too, as in the tutorial; `token_dropping` is for training alone. By default
             evaluation is dropless, so that the output for a sequence never depends on its neighbours in the batch.
         random_token_selection: with `top_k` 1, in training, an expert that is over capacity keeps random tokens; if
-            false, and in evaluation, the first tokens of the micro-batch do, sequence by sequence.
+            false, and in evaluation, it keeps the first tokens of the micro-batch, sequence by sequence.
         noise: training noise on the routing: `jitter` multiplies each value of the gate's input by U(0.99, 1.01), `rsample`
             adds Gumbel noise to the logits for the choice only, not for the weights (`top_k` 1 only).
         second_expert: with `top_k` 2, the second expert in training is a `sample` from the gate's distribution without the

@@ -1,11 +1,10 @@
-"""Differences between a CPU and an accelerator, and the memory of both: peaks, and settings of the allocators.
+"""Differences between a CPU and an accelerator, and the memory of both.
 
 `torch.accelerator` names the type of the accelerator, so that no accelerator is named here.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import sys
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 MEMORY = ("process_bytes", "gpu_bytes", "gpu_reserved_bytes")
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of glibc's mallopt(3)
 
 
 def default_device() -> str:
@@ -96,32 +94,3 @@ def available_memory() -> int | None:
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of the GPU that this process uses; without a GPU, of the process."""
     return next(iter(peak_memory(device)), resident_bytes())
-
-
-def configure_allocator(device: torch.device) -> None:
-    """Configure the allocator for a run on `device`, unless the environment configures it.
-
-    On an accelerator the host's allocator is not changed, and PyTorch's allocator grows its segments instead of adding new ones:
-    batches and rows of an expert have many sizes, which would fragment memory. PyTorch reads the setting at its first allocation.
-    """
-    if not is_accelerator(device):
-        keep_freed_memory()
-    elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which PyTorch prefers
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
-
-def keep_freed_memory() -> bool:
-    """Make glibc keep freed blocks of any size. Returns whether `mallopt` accepted it.
-
-    Activations, logits and gradients of one step are as large as those of the next. By default glibc unmaps each of them, and the
-    kernel then clears it page by page when it is allocated again: a third of a step on CPUs (docs/performance.md). Nothing is
-    changed if the environment has settings of its own (`MALLOC_...`, another allocator), or there is no glibc.
-    """
-    if "LD_PRELOAD" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 * 2**20}
-    accepted = [mallopt(name, value) == 1 for name, value in settings.items()]
-    return all(accepted)

@@ -1,4 +1,4 @@
-"""Build objects from a configuration, for notebooks."""
+"""Build objects from a configuration, for notebooks. torch and Lightning are imported once the process is prepared."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
-from typing_extensions import override
-
-from nlgmoe.cli.train import TrainCLI, hide_tips_of_packages
-from nlgmoe.data import PileDataModule
-from nlgmoe.module import MoEGPTModule
+from nlgmoe.process import prepare_threads
 from nlgmoe.validation import SettingError
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+    from nlgmoe.cli.train import TrainCLI
+    from nlgmoe.data import PileDataModule
+    from nlgmoe.module import MoEGPTModule
 
 # for commands that use the model or the data of a run of many ranks in one process
 ONE_PROCESS: dict[str, Any] = {"trainer__devices": 1, "trainer__num_nodes": 1, "trainer__strategy": "auto"}
@@ -45,8 +46,10 @@ def load_config(*path: str | Path | Sequence[str | Path], **overrides: Any) -> E
     Raises:
         ValueError: a file or a setting is wrong; the message names it.
     """
-    cli = _read(TrainCLI, path, overrides)
+    cli = _read(path, overrides, builds=True)
     if (checkpoint := cli.config.get("ckpt_path")) is not None:
+        from lightning.pytorch.utilities import rank_zero_warn
+
         rank_zero_warn(
             f"load_config resumes nothing: give ckpt_path={checkpoint} to experiment.trainer.fit or .validate"
         )
@@ -55,23 +58,17 @@ def load_config(*path: str | Path | Sequence[str | Path], **overrides: Any) -> E
 
 def parse_config(*path: str | Path | Sequence[str | Path], **overrides: Any) -> dict[str, Any]:
     """Return the settings that `load_config` would use, with every default; build nothing."""
-    cli = _read(_ParseCLI, path, overrides)
+    cli = _read(path, overrides, builds=False)
     settings: dict[str, Any] = cli.config.clone(with_meta=False).as_dict()  # without jsonargparse's notes of files
     return settings
 
 
-class _ParseCLI(TrainCLI):
-    """Parses and checks the settings only: the trainer of a cluster could not be built on another machine."""
+def _read(paths: Sequence[str | Path | Sequence[str | Path]], overrides: dict[str, Any], builds: bool) -> TrainCLI:
+    """Parse YAML files instead of a command line, and build the objects if `builds`; usage errors become ValueErrors."""
+    prepare_threads()
+    warnings.filterwarnings("ignore", message="IProgress not found")  # without ipywidgets, progress bars are text
+    from nlgmoe.cli.train import SettingsCLI, TrainCLI, hide_tips_of_packages
 
-    @override
-    def instantiate_classes(self) -> None:
-        """Build nothing."""
-
-
-def _read(
-    cli_class: type[TrainCLI], paths: Sequence[str | Path | Sequence[str | Path]], overrides: dict[str, Any]
-) -> TrainCLI:
-    """Run `cli_class` on YAML files instead of a command line; its usage errors become ValueErrors."""
     files = [file for item in paths for file in ([item] if isinstance(item, str | Path) else item)]
     args = [part for file in files for part in ("--config", str(file))]
     for name, value in overrides.items():
@@ -87,6 +84,6 @@ def _read(
     with warnings.catch_warnings():  # sys.argv is the notebook's
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         try:
-            return cli_class(args=args, run=False)
+            return (TrainCLI if builds else SettingsCLI)(args=args, run=False)
         except SettingError as error:  # without the parser's stack frames
             raise error.with_traceback(None) from None

@@ -26,7 +26,7 @@ from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.cli.parser import OneLineParser
 from nlgmoe.data import PileDataModule
 from nlgmoe.data.tokenizer import vocab_size_of
-from nlgmoe.device import configure_allocator, name_deepspeeds_device
+from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers import routers  # noqa: F401 (so that a configuration can name its routers by their class)
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.run.folder import RunFolder, RunTrainer, require_checkpoint
@@ -136,11 +136,6 @@ class TrainCLI(LightningCLI):
     before_test = before_predict = before_validate
 
     @override
-    def _run_subcommand(self, subcommand: str) -> None:
-        configure_allocator(self.trainer.strategy.root_device)
-        super()._run_subcommand(subcommand)
-
-    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log training into the run folder, unless the configuration sets another logger; evaluation prints its results.
 
@@ -195,5 +190,9 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage() and "TPU" not in record.getMessage()
 
 
-if __name__ == "__main__":
-    main()
+class SettingsCLI(TrainCLI):
+    """Parses and checks the settings only: the trainer of a cluster could not be built on another machine."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Build nothing."""

@@ -34,6 +34,7 @@ from typing_extensions import override
 from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.checkpoint.run_checkpoints import FOLDER, checkpoint_path, is_checkpoint, saved_steps
 from nlgmoe.files import atomic_write, write_json
+from nlgmoe.process import prepare_allocator
 from nlgmoe.validation import SettingError, require
 from nlgmoe.versions import versions
 
@@ -63,6 +64,7 @@ class RunTrainer(Trainer):
             ckpt_path: checkpoint to resume: last, the newest valid one of the run folder; auto, like last, or a new run if
                 there is none; or a path, which begins a new run in a folder without checkpoints.
         """
+        prepare_allocator(self.strategy.root_device)
         folder = Path(self.default_root_dir)
         if self.fast_dev_run:  # type: ignore[attr-defined]
             with TemporaryDirectory(prefix="fast_dev_run-") as temporary:
@@ -137,6 +139,7 @@ class RunTrainer(Trainer):
         return super().predict(model, dataloaders, datamodule, return_predictions, path)
 
     def _to_evaluate(self, model: LightningModule | None, name: str | Path | None) -> str | Path | None:
+        prepare_allocator(self.strategy.root_device)
         _settle_warm_start(model, name)
         folder = Path(self.default_root_dir)
         if name in ("last", "auto"):

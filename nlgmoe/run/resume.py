@@ -1,4 +1,18 @@
-"""Resuming: the progress of Lightning's loops in a checkpoint, and the start of a resumed run.
+"""How a run is resumed, in the order in which it happens, and what is set of Lightning's progress for it.
+
+hook                where                            what it does
+------------------  -------------------------------  ---------------------------------------------------------------------
+RunTrainer.fit      run/folder.py                    `checkpoint_to_resume` decides which checkpoint; locks the folder
+load_checkpoint     checkpoint/portable.py, under    `choose_checkpoint`: the newest valid one of a run folder; reads it,
+                    DeepSpeed parallel/strategy.py   each rank its own entries
+on_load_checkpoint  module.py                        refuses another model, seed, tokenizer or frozen component
+                                                     (checkpoint/same_run.py); token clock, run clock, `Resuming.load`
+-                   then                             Lightning: weights
+load_state_dict     data/training_data.py            refuses other data; position in the data
+load_state_dict     callbacks                        rows of tables, best checkpoint, sums of a logging interval
+-                   then                             Lightning: progress of its loops, AdamW's moments
+on_train_start      run/folder.py, callbacks         cuts the tables; renames damaged checkpoints of later steps
+on_train_start      module.py                        `Resuming.begin`: a pending validation, or the end of the run
 
 A checkpoint always holds the state after an optimizer step. A resumed run continues with the next step; a pending validation of
 the last step runs first. A run resumed at its end validates again, and takes no step.
@@ -20,14 +34,14 @@ from nlgmoe.run.checks import warn_of_another_size, warn_of_repeated_data
 #
 #   batch_progress              to its state in `on_train_batch_end` of the last step: the last micro-batch is processed, but not
 #                               completed; `reset` completes it
-#   _batches_that_stepped       step - 1 in a checkpoint, for the same reason: `reset` adds 1; `module.py`: to the last step
-#                               before every batch, since Lightning loses it if a run is resumed at an end, and to step - 1 in
+#   _batches_that_stepped       step - 1 in a checkpoint, for the same reason: `reset` adds 1; `step.py`: to the last step before
+#                               every batch, since Lightning loses it if a run is resumed at an end; `module.py`: to step - 1 in
 #                               the evaluation of a checkpoint, so that loggers get the step of training's own validation
 #   val_loop.batch_progress     to none: `begin` runs a pending validation, since Lightning's own restart of one looks at
 #                               the wrong batch at the end of an epoch
 #   epoch_loop.max_steps        to -1 from loading to `on_train_start`, which Lightning does not reach at `max_steps`
-#   val_check_batch             to `val_check_interval` optimizer steps before every batch: Lightning counts micro-batches, and
-#                               sets it anew with `reload_dataloaders_every_n_epochs`
+#   val_check_batch             `checks.py`: to `val_check_interval` optimizer steps before every batch: Lightning counts
+#                               micro-batches, and sets it anew with `reload_dataloaders_every_n_epochs`
 #   should_stop                 `module.py`: to False in `on_fit_start`, where a `Timer` may have set it, with the same effect as
 #                               `max_steps`; to True in `begin` at a run's end; `step.py`: to True at `train_tokens`, and
 #                               postponed to the end of an accumulation window

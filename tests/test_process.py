@@ -1,0 +1,96 @@
+"""Freed memory is kept on CPUs, segments grow on accelerators, and threads spin briefly, where nobody has said otherwise."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.process import prepare_allocator
+from nlgmoe.run.folder import RunTrainer
+from tests.processes import python
+from tests.synthetic import SyntheticData
+from tests.test_module import CONFIG
+
+# Faults of a page while 64 MB are asked for and given back eight times, the first time apart.
+COUNT = """
+import resource, torch
+from nlgmoe.process import prepare_allocator, keep_freed_memory
+{call}
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(16_000_000)
+before = faults()
+for _ in range(7):
+    torch.ones(16_000_000)
+print(faults() - before)
+"""
+
+
+def faults(call: str, **environment: str) -> int:
+    code = COUNT.format(call=call)
+    return int(python("-c", code, env=environment).stdout)
+
+
+def test_memory_is_not_asked_for_again() -> None:
+    assert faults("prepare_allocator(torch.device('cpu'))") < 1000
+    assert faults("assert not keep_freed_memory()", MALLOC_ARENA_MAX="2") > 50_000  # the environment's own settings win
+
+
+def test_segments_grow_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "PYTORCH_ALLOC_CONF"
+    for given, then in (({}, {name: "expandable_segments:True"}), ({name: "7"}, {name: "7"})):
+        monkeypatch.setattr(os, "environ", {"MALLOC_ARENA_MAX": "2"} | given)  # keeps this process's memory as it is
+        prepare_allocator(torch.device("cuda"))
+        assert os.environ == {"MALLOC_ARENA_MAX": "2"} | then
+
+
+def fresh(code: str, **given: str) -> str:
+    """Output of code in a process that has imported nothing."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    return subprocess.check_output([sys.executable, "-c", code], env=environment | given, text=True).strip()
+
+
+@pytest.mark.parametrize(
+    ("given", "then"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_threads_spin_briefly_unless_the_environment_says_otherwise(given: dict[str, str], then: str) -> None:
+    code = "from nlgmoe.process import prepare_threads; prepare_threads(); import os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert fresh(code, **given) == then
+
+
+def test_import_nlgmoe_changes_nothing() -> None:
+    code = """
+import os, sys, warnings
+before = dict(os.environ), list(warnings.filters)
+import nlgmoe
+assert before == (dict(os.environ), list(warnings.filters)) and "torch" not in sys.modules
+"""
+    assert fresh(code) == ""
+
+
+def test_a_notebook_prepares_the_process_as_train_py_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code = """
+import sys
+from nlgmoe import load_config
+class Finder:  # is asked before a module is imported
+    def find_spec(self, name, *_):
+        if name == "torch":
+            import os
+            print(os.environ["GOMP_SPINCOUNT"])
+            raise SystemExit
+assert "torch" not in sys.modules
+sys.meta_path.insert(0, Finder())
+load_config("configs/moe/laptop.yaml")
+"""
+    assert fresh(code) == "1000"
+    prepared: list[torch.device] = []
+    monkeypatch.setattr("nlgmoe.run.folder.prepare_allocator", prepared.append)
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    RunTrainer(default_root_dir=tmp_path, fast_dev_run=1, **quiet).fit(MoEGPTModule(CONFIG), SyntheticData())
+    RunTrainer(default_root_dir=tmp_path, **quiet).validate(MoEGPTModule(CONFIG), SyntheticData(), verbose=False)
+    assert prepared == [torch.device("cpu")] * 2
