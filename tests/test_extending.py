@@ -22,6 +22,7 @@ from nlgmoe import (
     GPT,
     GPTConfig,
     MoEConfig,
+    Router,
     Routing,
     RoutingContext,
 )
@@ -138,6 +139,31 @@ def test_what_a_router_returns_is_checked(change: Any, message: str, monkeypatch
     monkeypatch.setattr(type(model.blocks[1].moe.router), "forward", lambda *args: change(forward(*args)))
     with pytest.raises(ValueError, match=re.escape(message)):
         model(torch.zeros(2, 16, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        (
+            {"reads_fields": frozenset({"los_coeff"})},
+            "Wrong.reads_fields names los_coeff; a router may read aux_scope,",
+        ),
+        ({"reads_fields": {"loss_coeff"}}, "Wrong.reads_fields must be a frozenset, without an annotation"),
+        ({"uses": frozenset({"loss_coeff"})}, "Wrong.uses has no effect; name it reads_fields"),
+        (
+            {"build": lambda self, config, block: torch.nn.Identity()},
+            "Wrong.build returned a Identity; return a Router",
+        ),
+        (
+            {"build": lambda self, config, block: Router(3)},
+            "Wrong.build returned a Router of 3 experts for a layer of 4",
+        ),
+    ],
+)
+def test_what_a_router_declares_and_builds_is_checked(declared: dict[str, Any], message: str) -> None:
+    wrong = dataclass(frozen=True)(type("Wrong", (CosineRouterConfig,), declared))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GPT(replace(CONFIG, moe=MoEConfig(4, router=wrong())))
 
 
 def test_a_cosine_router_learns_by_the_balance_loss() -> None:

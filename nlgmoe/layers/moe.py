@@ -98,9 +98,8 @@ class MoELayer(nn.Module):
             )
         if routing.num_experts != num_experts:
             raise RunError(f"{name} returned num_experts={routing.num_experts} in a layer of {num_experts} experts")
-        if (
-            routing.weight.dtype.itemsize < 4
-        ):  # other libraries' layers, which `nlgmoe check` describes by a `Routing`, have such
+        # Not in `Routing`: `nlgmoe check` describes other libraries' layers by one, and some have weights in half precision.
+        if routing.weight.dtype.itemsize < 4:
             raise RunError(f"{name} returned weights of {routing.weight.dtype}; compute them in fp32")
         return routing
 
