@@ -9,7 +9,8 @@ import pytest
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.data.tokenizer import Tokenizer, detokenize, train_byte_level_bpe
+from nlgmoe.data.tokenizer import Tokenizer, detokenize
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.eval.generation import complete, generate
 from nlgmoe.eval.loaded_model import load_pretrained
 from nlgmoe.module import MoEGPTModule
