@@ -80,6 +80,19 @@ def evenly_spaced_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
     return [round(block * (teacher.num_layers - 1) / max(1, num_layers - 1)) for block in range(num_layers)]
 
 
+def check_blocks(teacher: GPTConfig, blocks: object, num_layers: int) -> None:
+    """Check that this is a list of `num_layers` of the teacher's blocks, from 0, in their order, and not of all."""
+    _require_fewer(teacher, num_layers)
+    last = teacher.num_layers - 1
+    require(
+        isinstance(blocks, list)
+        and len(blocks) == num_layers
+        and blocks == [block for block in range(teacher.num_layers) if block in blocks],
+        f"blocks={blocks} is not influence, even, upper, or a list of num_layers={num_layers} of the teacher's blocks "
+        f"from 0 to {last}, in their order, such as {evenly_spaced_layers(teacher, num_layers)}; give one of these",
+    )
+
+
 def config_of_blocks(teacher: GPTConfig, blocks: Sequence[int]) -> GPTConfig:
     """Return the configuration of a model that consists of these of the teacher's blocks, in this order.
 

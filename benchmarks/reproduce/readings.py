@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.reproduce.cells import CONTROL, MARGIN, SEEDS, TEACHER, WIDER, Cell
+from benchmarks.reproduce.cells import CONTROL, SEEDS, TEACHER, WIDER, Cell
 from benchmarks.reproduce.questions import (
     AGREES,
     DIFFERS,
@@ -25,13 +25,6 @@ from nlgmoe.tools.statistics import PairedDifference, paired_difference
 Runs = dict[str, dict[str, Any]]
 MAX_SEED = max(question.pairs for question in QUESTIONS)
 MISSING = "pairs missing"
-SEEN_3 = (
-    "experts",
-    "half",
-    "everywhere",
-    "staged",
-    "capacity",
-)  # questions of which three pairs were seen before the rules
 OTHER_PAIRS = (
     ("Staged student - MoE-32", STAGED_STUDENT, Cell("moe_32")),
     ("Staged student - its teacher", STAGED_STUDENT, TEACHER),
@@ -67,12 +60,10 @@ def of_cell(runs: Runs, cell: Cell, fact: str = "val_loss", seeds: tuple[int, ..
     return {seed: run[fact] for seed, run in found if run is not None}
 
 
-def difference(
-    runs: Runs, first: Cell, second: Cell, pairs: int = MAX_SEED, first_seed: int = 1
-) -> PairedDifference | None:
+def difference(runs: Runs, first: Cell, second: Cell, pairs: int = MAX_SEED) -> PairedDifference | None:
     """Return `first - second` in validation loss over seeds up to `pairs` of both; None if there are fewer than two."""
     a, b = of_cell(runs, first), of_cell(runs, second)
-    seeds = [seed for seed in range(first_seed, pairs + 1) if seed in a and seed in b]
+    seeds = [seed for seed in range(1, pairs + 1) if seed in a and seed in b]
     return paired_difference([a[s] for s in seeds], [b[s] for s in seeds]) if len(seeds) > 1 else None
 
 
@@ -169,18 +160,6 @@ def beside(results: dict[str, Any]) -> list[str]:
     for title, first, second in OTHER_PAIRS:
         if (found := difference(runs, first, second)) is not None:
             lines.append(f"{title}: {with_interval(found)}, {found.pairs} pairs.")
-    unseen = {q.key: difference(runs, q.first, q.second, q.pairs, first_seed=4) for q in QUESTIONS if q.key in SEEN_3}
-    if found_unseen := {key: with_interval(found) for key, found in unseen.items() if found is not None}:
-        listed = ", ".join(f"{key} {text}" for key, text in found_unseen.items())
-        lines.append(f"Pairs that were not seen before the rules, alone: {listed}.")
-    if (found := difference(runs, Cell("residual"), Cell("top_2"))) is not None:
-        low, high = found.interval(0.9)
-        old = "equivalent" if low > -MARGIN and high < MARGIN else "not shown to be equivalent"
-        lines.append(
-            f"Residual top-1 - top-2 with a sampled second expert: {with_interval(found)}, {found.pairs} pairs that were seen "
-            f"before the rule. By the first, two-sided rule (90% {low:+.3f} to {high:+.3f}, margin {MARGIN}) it is {old}; by "
-            f"today's it is {'' if high < MARGIN else 'not shown to be '}as good."
-        )
     for answer in answers_to(LARGER, runs).values():
         if answer.difference:
             lines.append(f"{answer.title}: {answer.difference}, {answer.pairs} pairs: **{answer.reading}**.")
@@ -195,14 +174,4 @@ def beside(results: dict[str, Any]) -> list[str]:
         ]
         if texts:
             lines.append(f"A dense model of {title}'s loss takes {' and '.join(texts)}.")
-    lower = runs.get("dense_4x@0.5-seed0-lr0.002")
-    if lower:
-        losses = {
-            rate: runs[f"dense_4x@0.5-seed0-lr{rate}"]["val_loss"] for rate in ("0.002", "0.004", "0.008", "0.016")
-        }
-        lines.append(
-            "dense_4x's best rate is near the edge of the search, so a lower one was tried, at half the budget: "
-            + ", ".join(f"{r} {v:.3f}" for r, v in losses.items())
-            + "."
-        )
     return lines

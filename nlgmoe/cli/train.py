@@ -25,7 +25,7 @@ from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.cli.parser import OneLineParser
 from nlgmoe.data import PileDataModule
-from nlgmoe.data.tokenizer import vocab_size_of
+from nlgmoe.data.tokenizer_loading import vocab_size_of
 from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers import routers  # noqa: F401 (so that a configuration can name its routers by their class)
 from nlgmoe.module import MoEGPTModule

@@ -62,7 +62,7 @@ def prepare_data(
     from nlgmoe.data.indexed import IndexedDataset
     from nlgmoe.data.pocket.build import SPLITS, read_manifest
     from nlgmoe.data.pocket_pile import prepare, token_folder
-    from nlgmoe.data.tokenizer import load_tokenizer
+    from nlgmoe.data.tokenizer_loading import load_tokenizer
 
     root = Path(data_dir)
     prepare(root, tokenizer)
@@ -118,7 +118,7 @@ def _tokenise_input(
     from nlgmoe.data.build_indexed import build_indexed, check_new
     from nlgmoe.data.corpus import build_lock
     from nlgmoe.data.documents import Fields, describe_file, is_plain_text
-    from nlgmoe.data.tokenizer import load_tokenizer, train_tokenizer
+    from nlgmoe.data.tokenizer_loading import load_tokenizer, train_tokenizer
 
     files = input_files(input)
     check_new(prefix)

@@ -16,7 +16,8 @@ from nlgmoe.data.megatron_indexed import MegatronIndexed
 from nlgmoe.data.pocket_pile import PocketPile
 from nlgmoe.data.samples import EvaluationSource, PackedSource, Sample, TokenSource
 from nlgmoe.data.streaming.streamed_text import StreamedText
-from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.data.training_data import TrainingData
 
 __all__ = [

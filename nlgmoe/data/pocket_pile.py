@@ -15,7 +15,8 @@ import xxhash
 from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from nlgmoe.data.pocket.build import SPLITS, Manifest, open_corpus, read_manifest, read_texts, text_path
-from nlgmoe.data.tokenizer import BUILT, Tokenizer, load_tokenizer
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import BUILT, load_tokenizer
 from nlgmoe.files import write_json
 from nlgmoe.validation import RunError, SettingError
 

@@ -16,6 +16,7 @@ from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset
 from nlgmoe.data.model_files import IDS
+from nlgmoe.data.tokenizer import detokenize
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -97,25 +98,20 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 def test_answers_are_those_of_transformers_and_end(
-    source: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    source: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": message}) + "\n" for message in MESSAGES))
     options = ["generate", checkpoint, "--chat", "--temperature=0", "--max-new-tokens=20"]
-    records = [
-        json.loads(line)
-        for line in run(capsys, *options, "--json", "--prompts", tmp_path / "in.jsonl").split("\n")[:-1]
-    ]
-    for message, record in zip(MESSAGES, records, strict=True):
+    answers = []
+    for message in MESSAGES:
         prompt = ask(tokenizer, message)
-        theirs = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0].tolist()
-        assert prompt.input_ids[0].tolist() + record["tokens"] == theirs
-        assert record["prompt"] == message
-    first = records[0]
-    assert (first["end"], first["tokens"][-1]) == ("stop", model.generation_config.eos_token_id[1])
-    alone = run(capsys, *options, "--prompt", MESSAGES[0])
-    assert alone == first["completion"] + "\n"
-    assert run(capsys, *options, "--prompt", MESSAGES[0], "--prompt", "a").startswith(f"--- {MESSAGES[0]!r}\n{alone}")
+        theirs = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt.input_ids.shape[1] :].tolist()
+        answers.append(detokenize(load_pretrained(checkpoint).tokenizer, theirs) + "\n")
+        assert run(capsys, *options, "--prompt", message) == answers[-1]
+        if message == MESSAGES[0]:
+            assert len(theirs) < 20 and theirs[-1] == model.generation_config.eos_token_id[1]
+    both = run(capsys, *options, *(word for message in MESSAGES for word in ("--prompt", message)))
+    assert both == "".join(f"--- {message!r}\n{text}\n" for message, text in zip(MESSAGES, answers, strict=True))
 
 
 def test_without_a_template_or_a_token_chat_ends_with_one_line(

@@ -17,7 +17,8 @@ from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
-from nlgmoe.data.tokenizer import Tokenizer, train_byte_level_bpe
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.surgery import write_weights
 from nlgmoe.tools.megatron.checkpoint.importing import import_checkpoint
 from nlgmoe.tools.megatron.checkpoint.source import load

@@ -177,7 +177,7 @@ WRONG = {
     "misspelt name": ("nlgmoe configs copy quickstrt.yaml", "did you mean quickstart.yaml?"),
     "a variable of the shell that is not set": ("nlgmoe configs copy --output=", "--output is empty; give a value"),
     "option twice": (
-        "nlgmoe generate x --output=x --output y",
+        "nlgmoe evaluate x --output=x --output y",
         "--output is given more than once, and only one of them would count; give it once",
     ),
     "text for an option's number": ("nlgmoe generate x --top-k few", "argument --top-k: invalid int value: 'few'; "),

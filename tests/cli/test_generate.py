@@ -1,7 +1,6 @@
-"""`nlgmoe generate`, from a checkpoint to what is printed or written; in this process, since imports cost seconds."""
+"""`nlgmoe generate`, from a checkpoint to what is printed; in this process, since imports cost seconds."""
 
 import io
-import json
 import sys
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import pytest
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.data.tokenizer import Tokenizer, detokenize, train_byte_level_bpe
+from nlgmoe.data.tokenizer import Tokenizer, detokenize
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.eval.generation import complete, generate
 from nlgmoe.eval.loaded_model import load_pretrained
 from nlgmoe.module import MoEGPTModule
@@ -51,39 +51,23 @@ def test_one_prompt_is_printed_as_it_goes_on(checkpoint: Path, capsys: pytest.Ca
 
 
 def test_it_says_where_the_model_can_read_no_further(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
-    out, err = run(capsys, checkpoint, "--prompt", "the king", "--temperature=0", "--json")
-    record = json.loads(out)
-    room = 32 - len(TOKENIZER.encode("the king"))
-    assert (record["end"], len(record["tokens"])) == ("seq_len", room)
-    assert err == "note: 1 of 1 texts ended before max_new_tokens, at the model's seq_len=32\n"
+    note = " ended before max_new_tokens, at the model's seq_len=32\n"
+    for count, subject in ((1, "the text"), (2, "2 of 2 texts")):
+        _, err = run(capsys, checkpoint, *["--prompt", "the king"] * count, "--temperature=0")
+        assert err == f"note: {subject}{note}"
 
 
-def test_a_file_of_prompts_becomes_a_file_of_completions(
-    checkpoint: Path, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_prompts_are_continued_in_their_order(
+    checkpoint: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = "\n\n".join(json.dumps({"prompt": text, "id": 1}) for text in TEXTS)
-    (tmp_path / "in.jsonl").write_text(lines)
-    args = (checkpoint, "--max-new-tokens", 5, "--batch-size", 3)
-    out, _ = run(capsys, *args, "--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
-    assert out == f"{len(TEXTS)} completions written to {tmp_path / 'out.jsonl'}\n"
-    written = (tmp_path / "out.jsonl").read_text()
-    records = [json.loads(line) for line in written.splitlines()]
-    assert [record["prompt"] for record in records] == TEXTS  # in their order
+    args = (checkpoint, "--max-new-tokens", 5)
     model = load_pretrained(checkpoint).model
     tokens = [TOKENIZER.encode(text) or [TOKENIZER.eod_id] for text in TEXTS]
-    expected = complete(model, tokens, 5, stop_ids=[TOKENIZER.eod_id])
-    assert [record["tokens"] for record in records] == [completion.tokens for completion in expected]
-    assert [record["log_prob"] for record in records] == pytest.approx([c.log_prob for c in expected], abs=1e-4)
-    assert [record["completion"] for record in records] == [detokenize(TOKENIZER, c.tokens) for c in expected]
-
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    assert run(capsys, *args, "--prompts", "-", "--json")[0] == written
+    texts = [detokenize(TOKENIZER, c.tokens) for c in complete(model, tokens, 5, stop_ids=[TOKENIZER.eod_id])]
+    shown, _ = run(capsys, *args, *(word for text in TEXTS for word in ("--prompt", text)))
+    assert shown == "".join(f"--- {ask!r}\n{ask}{answer}\n\n" for ask, answer in zip(TEXTS, texts, strict=True))
     monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffthe king\nand\n"))  # a piped text is a prompt
     assert run(capsys, *args)[0] == run(capsys, *args, "--prompt=the king\nand")[0]
-    asked = [part for text in TEXTS for part in ("--prompt", text)]
-    assert run(capsys, *args, *asked, "--json")[0] == written
-    shown, _ = run(capsys, *args, *asked)
-    assert all(f"--- {r['prompt']!r}\n{r['prompt']}{r['completion']}\n" in shown for r in records)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +75,6 @@ def test_a_file_of_prompts_becomes_a_file_of_completions(
     [
         (("CKPT", "--prompt", "queen " * 40), 2, "with seq_len=32 the model reads at most 31"),
         (("CKPT", "--prompt=a", "--device=abacus"), 2, "device=abacus cannot be used"),
-        (("CKPT", "--prompts", "TMP/text.jsonl"), 2, 'text.jsonl, line 2 is no JSON object with a text "prompt"'),
         (("TMP", "--prompt=a"), 1, "no valid checkpoint"),
         (("CKPT",), 2, "give a text with --prompt"),
     ],
@@ -100,7 +83,6 @@ def test_mistakes_end_with_one_line(
     args: tuple[str, ...], code: int, message: str, checkpoint: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    (tmp_path / "text.jsonl").write_text('{"prompt": "a"}\nthe king\n')
     (tmp_path / "checkpoints/step-1.ckpt").mkdir(parents=True)  # damaged
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)

@@ -74,7 +74,11 @@ def test_what_is_the_teachers_alone_is_not_the_students(tmp_path: Path) -> None:
     ("source", "options", "message"),
     [
         ("pr_moe/laptop.yaml", ["--num-layers=6"], "num_layers=6 must be at least 1 and below the teacher's 6"),
-        ("pr_moe/laptop.yaml", ["--num-layers=5", "--step=5", "--fraction=0.5"], "fraction=0.5 are two ends"),
+        (
+            "pr_moe/laptop.yaml",
+            ["--num-layers=5", "--step=5", "--fraction=0.5"],
+            "step=5, tokens=None, fraction=0.5; give one of them",
+        ),
         ("pr_moe", ["--num-layers=5"], "is in no run's folder: there is no config.yaml above it"),
     ],
 )
@@ -177,15 +181,15 @@ def test_a_student_trains_from_its_blocks_by_the_printed_command(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num-layers=5", "--blocks=lower"], "blocks=lower is not influence, even, upper or a list such as [0,1,3]"),
         (
-            ["--num-layers=2", "--blocks=[1,0]"],
-            "blocks=[1,0] must be blocks of the teacher, from 0 to 5, in their order",
+            ["--num-layers=5", "--blocks=lower"],
+            "blocks=lower is not influence, even, upper, or a list of num_layers=5 of the teacher's blocks",
         ),
-        (["--num-layers=2", "--blocks=[1,1]"], "blocks=[1,1] must be blocks of the teacher"),
-        (["--num-layers=2", "--blocks=[0,6]"], "blocks=[0,6] must be blocks of the teacher, from 0 to 5"),
-        (["--num-layers=3", "--blocks=[0,1]"], "blocks=[0,1] are 2 of the teacher's 6; num_layers=3 must be"),
-        (["--num-layers=6", "--blocks=[0,1,2,3,4,5]"], "num_layers=6 must be their number, and below the teacher's"),
+        (["--num-layers=2", "--blocks=[1,0]"], "blocks from 0 to 5, in their order, such as [0, 5]; give one of these"),
+        (["--num-layers=2", "--blocks=[1,1]"], "blocks=[1, 1] is not influence"),
+        (["--num-layers=2", "--blocks=[0,6]"], "blocks=[0, 6] is not influence"),
+        (["--num-layers=3", "--blocks=[0,1]"], "or a list of num_layers=3 of the teacher's blocks from 0 to 5"),
+        (["--num-layers=6", "--blocks=[0,1,2,3,4,5]"], "num_layers=6 must be at least 1 and below the teacher's 6"),
         (
             ["--num-layers=2", "--blocks=[0,2]"],
             "num_layers=2 leaves no MoE block of the teacher's num_experts=4: 0, 2 are",

@@ -11,7 +11,7 @@ import pytest
 from nlgmoe.data import PileDataModule
 from nlgmoe.data.pocket.build import write_corpus
 from nlgmoe.data.pocket.deduplication import Document
-from nlgmoe.data.tokenizer import train_byte_level_bpe
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 
 WORDS = ["the", "cat", "mats", "naïve", "日本", "students", "reading", "<|endoftext|>", "12", "books,", "quietly\n\n"]
 

@@ -23,7 +23,7 @@ from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, IndexedWriter, MegatronIndexed, PileDataModule, Tokenizer, build_indexed
 from nlgmoe.data.documents import Fields, Record
 from nlgmoe.data.megatron_indexed import choose_split
-from nlgmoe.data.tokenizer import load_tokenizer, train_byte_level_bpe
+from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe
 from tests.data.oracles import MegatronDataset
 
 build: Any = build_indexed.build_indexed

@@ -13,7 +13,7 @@ from nlgmoe import PileDataModule
 from nlgmoe.data import IndexedWriter, MegatronIndexed
 from nlgmoe.data.megatron_indexed import split_documents
 from nlgmoe.data.text_facts import unigram_entropy, xz_bits_per_byte
-from nlgmoe.data.tokenizer import train_byte_level_bpe
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from tests.data.conftest import tokens_of
 
 Write = Callable[..., Path]

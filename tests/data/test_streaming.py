@@ -40,7 +40,8 @@ from nlgmoe.data.streaming.streams import (
     StreamedSource,
     Window,
 )
-from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer, train_byte_level_bpe
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe
 from nlgmoe.validation import SettingError
 from tests.data.conftest import WORDS, make_documents, tokens_of
 from tests.data.test_datamodule import make_trainer, rows

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 
 from nlgmoe.data.byte_level import BYTE_OF
-from nlgmoe.data.tokenizer import EOD, Tokenizer, load_tokenizer, train_byte_level_bpe, train_tokenizer
+from nlgmoe.data.tokenizer import EOD, Tokenizer
+from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe, train_tokenizer
 from nlgmoe.experiment import parse_config
 from nlgmoe.validation import SettingError
 

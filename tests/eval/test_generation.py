@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.data.tokenizer import PROBE, StreamingDetokenizer, Tokenizer, detokenize, train_byte_level_bpe
+from nlgmoe.data.tokenizer import PROBE, StreamingDetokenizer, Tokenizer, detokenize
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.eval.generation import Completion, Sampling, complete, generate, stream
 from nlgmoe.model.gpt import GPT
 

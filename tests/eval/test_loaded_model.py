@@ -14,7 +14,8 @@ from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
 from nlgmoe.data.model_files import TokenizerFiles
-from nlgmoe.data.tokenizer import PROBE, Tokenizer, train_byte_level_bpe
+from nlgmoe.data.tokenizer import PROBE, Tokenizer
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.model.gpt import GPT
 from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.export import export

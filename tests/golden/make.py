@@ -19,7 +19,8 @@ import torch
 
 from nlgmoe.commands.main import main
 from nlgmoe.data.indexed import IndexedWriter, token_dtype
-from nlgmoe.data.tokenizer import Tokenizer, train_byte_level_bpe
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from tests.golden import recording as golden
 
 WORDS = {

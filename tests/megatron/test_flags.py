@@ -15,7 +15,7 @@ from lightning import Trainer
 from benchmarks.flag_table import PAGE, with_table
 from nlgmoe import MoEGPTModule, PileDataModule
 from nlgmoe.tools.megatron.flags import FLAGS, IGNORED, REFUSED, ROWS
-from nlgmoe.tools.megatron.from_megatron import Launch, translated
+from nlgmoe.tools.megatron.from_megatron import translated
 from tests.megatron.writing import get, launched, settings_of
 
 ROOT = Path(__file__).parents[2]
@@ -203,7 +203,7 @@ def test_refusals_name_the_flag_the_reason_and_the_remedy(flags: str, message: s
 CURRICULUM = '{"curriculum_learning": {"enabled": true, "curriculum_type": "seqlen"}}'
 
 
-def configured(flags: str, config: str, folder: Path) -> Launch:
+def configured(flags: str, config: str, folder: Path) -> list[str]:
     """A launch with a DeepSpeed configuration."""
     (folder / "c.json").write_text(config)
     return launched(f"{flags} --deepspeed_config {folder / 'c.json'}")
@@ -261,7 +261,7 @@ def test_any_flags_together_parse_or_are_refused_by_name(chosen: Sequence[str], 
     try:
         text = translated(launched(" ".join(chosen)))
     except ValueError as error:
-        assert all(re.match(r"the command line: (--|the launch)", line) for line in str(error).splitlines())
+        assert all(re.match(r"(--|the launch)", line) for line in str(error).splitlines())
         return
     parser.parse_object(yaml.safe_load(text))
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from nlgmoe.tools.megatron.from_megatron import Launch, read_launch, translated
+from nlgmoe.tools.megatron.from_megatron import translated
 
 NEEDED = {
     "--num-layers": "4",
@@ -36,10 +36,10 @@ def command(flags: str, launcher: str = "deepspeed --num_gpus 4", **needed: str)
     return f"{launcher} pretrain_gpt.py {words} {flags}"
 
 
-def launched(flags: str, launcher: str = "deepspeed --num_gpus 4", **needed: str) -> Launch:
-    return read_launch((), command(flags, launcher, **needed).split())
+def launched(flags: str, launcher: str = "deepspeed --num_gpus 4", **needed: str) -> list[str]:
+    return command(flags, launcher, **needed).split()
 
 
-def settings_of(launch: Launch) -> dict[str, Any]:
+def settings_of(launch: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = yaml.safe_load(translated(launch))
     return settings

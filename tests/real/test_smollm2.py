@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import real_model
 from nlgmoe import load_model, load_pretrained
 from nlgmoe.commands.main import main
+from nlgmoe.data.tokenizer import detokenize
 from tests.real.test_gguf import CUT
 
 QUESTION = "What is 12?"
@@ -27,14 +28,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def test_a_chat_ends_where_transformers_ends_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["generate", str(folder / "cut.ckpt"), f"--prompt={QUESTION}", "--chat", "--temperature=0", "--json"])
-    answer = json.loads(capsys.readouterr().out)
+    main(["generate", str(folder / "cut.ckpt"), f"--prompt={QUESTION}", "--chat", "--temperature=0"])
+    answer = capsys.readouterr().out
     main(["export", str(folder / "cut.ckpt"), str(folder / "exported")])
     tokenizer, theirs = (each.from_pretrained(folder / "exported") for each in (AutoTokenizer, AutoModelForCausalLM))
     messages = [{"role": "user", "content": QUESTION}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     made = theirs.generate(ids, max_new_tokens=100, do_sample=False)[0, ids.shape[1] :].tolist()
-    assert answer["tokens"] == made
+    assert answer == detokenize(load_pretrained(folder / "cut.ckpt").tokenizer, made) + "\n"
     assert tokenizer.decode(ids[0]).startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert load_pretrained(folder / "cut.ckpt").tokenizer.stop_ids == {0, 2}
     assert type(theirs).__name__ == "LlamaForCausalLM" and theirs.config.max_position_embeddings == 8192

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from nlgmoe.data.tokenizer import train_byte_level_bpe
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.tools.report.groups import chart, group_runs, table
 from nlgmoe.tools.report.page import page
 from nlgmoe.tools.report.runs import read_runs

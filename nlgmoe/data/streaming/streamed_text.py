@@ -18,7 +18,8 @@ from nlgmoe.data.documents import MAX_DOCUMENT_BYTES, Fields
 from nlgmoe.data.samples import TokenSource
 from nlgmoe.data.streaming.prepared_files import cache_eval_tokens, find_files, open_eval_cache
 from nlgmoe.data.streaming.streams import StreamConfig, StreamedSource
-from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.validation import SettingError, require
 
 OTHER = "other"

@@ -13,16 +13,11 @@ TEMPLATE_FP16 = {"initial_scale_power": 11, "loss_scale_window": 500, "hysteresi
 MEGATRON_FP16 = {"initial_scale_power": 32, "loss_scale_window": 1000, "hysteresis": 2}
 
 
-def trainer_settings(job: Translation, name: str) -> None:
-    """Set `trainer`.
-
-    Args:
-        job: the translation.
-        name: of the run folder where no flag gives one.
-    """
+def trainer_settings(job: Translation) -> None:
+    """Set `trainer`."""
     arguments = job.arguments
     folder = next((flag for flag in ("--save", "--tensorboard-dir") if arguments.has(flag)), None)
-    root = f"runs/{name}" if folder is None else posixpath.normpath(arguments.value(folder))
+    root = "runs/megatron" if folder is None else posixpath.normpath(arguments.value(folder))
     job.set("trainer.default_root_dir", root, "no --save" if folder is None else f"of {folder}")
     job.set("trainer.accelerator", "gpu")
     for setting, flags in {

@@ -19,17 +19,9 @@ GPT2_FILES = ["gpt2-vocab.json", "gpt2-merges.txt"]
 GPT2_VOCABULARY = 50257
 
 
-def translate(arguments: Arguments, source: str, name: str, notes: Sequence[str]) -> str:
-    """Return the configuration of a launch as YAML; what cannot be translated is added to the problems of `arguments`.
-
-    Args:
-        arguments: flags of the launch.
-        source: its origin, for the header.
-        name: of the run folder where no flag gives one.
-        notes: sentences for the header.
-    """
+def translate(arguments: Arguments) -> str:
+    """Return the configuration of a launch as YAML; what cannot be translated is added to the problems of `arguments`."""
     job = Translation(arguments)
-    job.notes[:0] = notes
     tokenizer = _tokenizer(job)
     if tokenizer is not None:
         job.set("model.config.vocab_size", tokenizer[1], "of the tokenizer; padding is not counted")
@@ -46,9 +38,9 @@ def translate(arguments: Arguments, source: str, name: str, notes: Sequence[str]
     if tokenizer is not None:
         job.set("data.tokenizer", tokenizer[0], "kept in data.data_dir" if tokenizer[0] == "gpt2" else "")
     _data(job)
-    trainer_settings(job, name)
+    trainer_settings(job)
     job.note_flags_without_setting(IGNORED)
-    return job.text(source)
+    return job.text()
 
 
 def model_config(job: Settings) -> None:

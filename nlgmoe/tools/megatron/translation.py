@@ -120,13 +120,12 @@ class Translation(Settings):
         if self.arguments.unknown:
             self.notes.append(f"NOT TRANSLATED, unknown: {' '.join(self.arguments.unknown)}.")
 
-    def text(self, source: str) -> str:
-        """Return the YAML file.
-
-        Args:
-            source: of the launch, for the header.
-        """
-        lines = [f"# {source}, translated by `nlgmoe from-megatron`.", "#   python train.py fit --config THIS_FILE"]
+    def text(self) -> str:
+        """Return the YAML file."""
+        lines = [
+            "# A launch of Megatron-DeepSpeed, translated by `nlgmoe from-megatron`.",
+            "#   python train.py fit --config THIS_FILE",
+        ]
         for note in self.notes:
             lines += textwrap.wrap(note, 120, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
         for section, settings in self.tree.items():

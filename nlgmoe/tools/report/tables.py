@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 
 from nlgmoe.callbacks.throughput import PARTS
-from nlgmoe.data.tokenizer import fingerprint_of
+from nlgmoe.data.tokenizer_loading import fingerprint_of
 from nlgmoe.run.folder import flattened
 from nlgmoe.tools.report.runs import BITS, Run
 

@@ -28,7 +28,6 @@ from nlgmoe.pyramid import moe_blocks
 from nlgmoe.surgery.write_weights import weight_shapes, write_weights
 from nlgmoe.tools.megatron.checkpoint.source import Dense, ExpertFiles, find_folder, read_dense
 from nlgmoe.tools.megatron.flags import FLAGS, ROWS, Arguments
-from nlgmoe.tools.megatron.from_megatron import words_of
 from nlgmoe.tools.megatron.translate import model_config
 from nlgmoe.tools.megatron.translation import Settings
 from nlgmoe.validation import RunError, SettingError
@@ -66,8 +65,7 @@ def config_of(args: Namespace, rows: int, positions: int, vocab_size: int | None
         vocab_size: ids to keep; None: all rows.
         accept_tanh_gelu: accept exact GELU, which becomes the tanh form.
     """
-    flags = [name for name, row in ROWS.items() if row.section in ("Model", "Experts") or FLAGS[name].get("model")]
-    arguments = Arguments(words_of({name: str(value) for name, value in vars(args).items()}, flags))
+    arguments = Arguments(words_of(args))
     settings = Settings(arguments)
     model_config(settings)
     seq_len = arguments.value("--seq-length") or positions
@@ -98,6 +96,24 @@ def config_of(args: Namespace, rows: int, positions: int, vocab_size: int | None
         **config,
         moe=MoEConfig(**moe) if moe else None,
     )
+
+
+def words_of(args: Namespace) -> list[str]:
+    """Return the model's flags that a run was given; a value that Megatron fills in itself counts as not given."""
+    heads, hidden = getattr(args, "num_attention_heads", 0), getattr(args, "hidden_size", 0)
+    filled_in = {"num_key_value_heads": heads, "ffn_hidden_size": 4 * hidden}
+    filled_in["kv_channels"] = hidden // heads if heads else 0
+    words = []
+    for flag, keys in FLAGS.items():
+        if ROWS[flag].section not in ("Model", "Experts") and not keys.get("model"):
+            continue
+        name = str(keys.get("argument") or flag.lstrip("-").replace("-", "_"))
+        value = getattr(args, name, None)
+        if "type" not in keys:
+            words += [flag] if value is ("argument" not in keys) else []
+        elif value not in (None, "", keys.get("default"), filled_in.get(name)):
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def import_checkpoint(
