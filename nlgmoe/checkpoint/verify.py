@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from nlgmoe.checkpoint.layout import Shapes, describe_differences, entry_shapes, optimizer_shapes
+from nlgmoe.checkpoint.layout import Shapes, entry_shapes, optimizer_shapes
 from nlgmoe.checkpoint.reading import (
     REMEDY,
     Contents,
@@ -26,6 +26,7 @@ from nlgmoe.checkpoint.reading import (
 )
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TOKENIZER
+from nlgmoe.differences import list_differences
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import freeze
 from nlgmoe.parts import PARTS, ForeignCodeError
@@ -100,8 +101,8 @@ def _model_differences(path: str | Path, document: dict[str, Any], files: dict[s
             if kind_of(file) == kind
             for name, (_, shape, _) in contents.items()
         }
-        for name, reason in describe_differences(shapes, stored).items():
-            yield f"{path}: {kind} entry {name} is {reason}"
+        for difference in list_differences(stored, shapes, limit=None):
+            yield f"{path}: {kind} entry {difference}"
 
 
 def describe(path: Path) -> str:

@@ -21,7 +21,7 @@ from nlgmoe.batch import Batch, token_mask_or_none
 from nlgmoe.checkpoint.reading import checksum_of_manifest
 from nlgmoe.checkpoint.writing import flush
 from nlgmoe.data import PileDataModule
-from nlgmoe.data.training_data import differing
+from nlgmoe.differences import list_differences
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.teacher_logits import (
     FORMAT,
@@ -143,7 +143,7 @@ def _check_same(header: dict[str, Any], settings: dict[str, Any], folder: Path) 
         values | values["data"] | {"teacher": values["teacher"]["weights"], "data": None}
         for values in (earlier, settings)
     )
-    if changes := differing(recorded, current):
+    if changes := list_differences(recorded, current):
         raise SettingError(
             f"{folder} was recorded with other settings: {', '.join(changes)}; name another output, or delete it"
         )
