@@ -78,7 +78,7 @@ def entry_shapes(model: nn.Module) -> Shapes:
     """Return the shape of every entry of the whole model, experts of other ranks included.
 
     Args:
-        model: the GPT, or this rank's part of it.
+        model: the GPT, or this rank's shard of it.
     """
     return {name: shape for name, _, shape in _whole_entries(model)}
 
@@ -97,8 +97,8 @@ def _whole_entries(model: nn.Module) -> Iterator[tuple[str, Tensor, torch.Size]]
             yield name, buffer, buffer.shape
         if isinstance(module, MoELayer):
             for expert in range(module.router.num_experts):
-                for part, stack in module.experts.named_parameters():
-                    yield f"{prefix}.experts.{expert}.{part}", stack, stack.shape[1:]
+                for parameter, stack in module.experts.named_parameters():
+                    yield f"{prefix}.experts.{expert}.{parameter}", stack, stack.shape[1:]
         if not isinstance(module, Experts):
             for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
                 yield name, parameter, parameter.shape

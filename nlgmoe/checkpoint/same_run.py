@@ -44,11 +44,11 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
 
 
 def check_frozen(checkpoint: dict[str, Any], frozen: Sequence[str]) -> None:
-    """Check that a run is resumed with the parts frozen that its checkpoint has no moments of."""
+    """Check that a run is resumed with the components frozen that its checkpoint has no moments of."""
     now, before = sorted(frozen), checkpoint.get("frozen", [])
     require(
         now == before,
-        f"model.optimizer.frozen={now} was {before} in the checkpoint's run, which has moments of the other parts only; set "
+        f"model.optimizer.frozen={now} was {before} in the checkpoint's run, which has moments of the other components only; set "
         "it as it was, or start a new run with model.warm_start",
     )
 

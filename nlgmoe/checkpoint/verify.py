@@ -1,4 +1,4 @@
-"""Verify a checkpoint: on one process, or on all ranks together, each of which reads a part of the tensors. Describe it."""
+"""Verify a checkpoint: on one process, or on all ranks together, each of which reads a share of the tensors. Describe it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from nlgmoe.checkpoint.reading import (
     Contents,
     entry_problem,
     file_problems,
-    followed,
     kind_of,
     open_tensors,
     read_document,
     read_manifest,
     read_tokenizer,
+    resolve_link,
 )
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TOKENIZER
@@ -39,11 +39,11 @@ def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[s
 
     Args:
         path: the folder.
-        rank: part of the tensors to read; rank 0 also compares names and shapes with the model's.
-        ranks: number of parts.
+        rank: number of the share of the tensors to read; rank 0 also compares names and shapes with the model's.
+        ranks: number of shares.
     """
     try:
-        path = followed(Path(path))
+        path = resolve_link(Path(path))
         document, files = read_document(path), read_manifest(path)["files"]
         read_tokenizer(path)
         yield from file_problems(path, files)
@@ -106,7 +106,7 @@ def _model_differences(path: str | Path, document: dict[str, Any], files: dict[s
 
 
 def describe(path: Path) -> str:
-    """Describe a valid checkpoint, one line for each part."""
+    """Describe a valid checkpoint, one line for each aspect."""
     document, manifest = read_document(path), read_manifest(path)
     files, saved_by = manifest["files"], {"nlgmoe": "unknown", "torch": "unknown"} | document["versions"]
     by_kind: dict[str, Contents] = {}

@@ -37,7 +37,7 @@ _UNNUMBERED = (
 class OfflineTeacher(Distiller):
     """Recorded logits of a teacher and their distillation loss.
 
-    Each rank reads the logits of its own samples. A curriculum's shorter sequences use the first part of a sample's logits,
+    Each rank reads the logits of its own samples. A curriculum's shorter sequences use the first of a sample's logits,
     which do not depend on later positions.
 
     Args:
@@ -67,7 +67,7 @@ class OfflineTeacher(Distiller):
                 raise error_type_like(error)(f"model.distiller.logits={self.logits}: {error}") from error
             self._check(recording.header, student.config, trainer)
             teacher = recording.header["teacher"]
-            self._learn_from("logits", self.logits, teacher["checkpoint"], teacher["weights"])
+            self.pin_teacher("logits", self.logits, teacher["checkpoint"], teacher["weights"])
         if self.teacher is not None:
             self._check_teacher(recording.header, self.teacher)
         self._recording = recording
@@ -89,12 +89,12 @@ class OfflineTeacher(Distiller):
             raise SettingError(f"model.distiller.logits={self.logits}: {_UNNUMBERED}")
         tokens = batch["tokens"]
         ids, log_probs = (
-            to_device(torch.from_numpy(part), tokens.device).flatten(0, 1)
-            for part in self._recording.read(batch["samples"], tokens.shape[1])
+            to_device(torch.from_numpy(values), tokens.device).flatten(0, 1)
+            for values in self._recording.read(batch["samples"], tokens.shape[1])
         )
 
-        def top(part: slice) -> tuple[Tensor, Tensor]:
-            return ids[part].long(), log_probs[part]
+        def top(positions: slice) -> tuple[Tensor, Tensor]:
+            return ids[positions].long(), log_probs[positions]
 
         return TopTargets(top, self.beta * self.loss_weight, self.temperature)
 

@@ -46,8 +46,8 @@ class MoELayer(nn.Module):
         else:
             self.router = build_router(config, layer_index, num_experts)
         self.placement = placement if placement is not None else ExpertPlacement(first=0, count=num_experts)
-        spread = self.placement.group is not None
-        self.dispatcher = AllToAllDispatcher(self.placement) if spread else LocalDispatcher()
+        is_sharded = self.placement.group is not None
+        self.dispatcher = AllToAllDispatcher(self.placement) if is_sharded else LocalDispatcher()
         self.experts = Experts(
             self.placement.count,
             config.hidden_size,

@@ -72,7 +72,7 @@ def load_initial_weights(
     """Load a checkpoint's weights into `model`. A collective.
 
     Args:
-        model: the GPT, or this rank's part of it.
+        model: the GPT, or this rank's shard of it.
         start: the settings.
         on_entry: called with each loaded entry and its values in the stored dtype.
         tokenizer: the data's, compared with the checkpoint's; None: not compared.
@@ -117,8 +117,8 @@ def _rename_blocks(names: dict[str, str], layers: list[int]) -> dict[str, str]:
     sources = {}
     for name in names:
         if match := _BLOCK.fullmatch(name):
-            for block, layer in enumerate(layers):
-                if layer == int(match["block"]):
+            for block, source in enumerate(layers):
+                if source == int(match["block"]):
                     sources[f"blocks.{block}.{match['rest']}"] = name
         else:
             sources[name] = name

@@ -94,8 +94,8 @@ def test_ranks_share_the_reading_and_miss_nothing(good: Path, tmp_path: Path) ->
     ckpt = tmp_path / "b.ckpt"
     shutil.copytree(good, ckpt)
     flip(ckpt / "model.safetensors", EXPERT)
-    found = [list(find_problems(ckpt, rank, 3)) for rank in range(3)]
-    assert sorted(map(len, found)) == [0, 0, 1]
+    problems = [list(find_problems(ckpt, rank, 3)) for rank in range(3)]
+    assert sorted(map(len, problems)) == [0, 0, 1]
 
 
 def test_a_disk_that_fails_is_no_damage(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:

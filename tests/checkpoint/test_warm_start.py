@@ -169,7 +169,7 @@ def test_blocks_start_from_the_blocks_that_are_named(trained: Path) -> None:
             if ".moe.experts." in name:
                 experts = (2, 3) if placements else range(4)
                 names = [source.replace(".experts.", f".experts.{expert}.") for expert in experts]
-                assert torch.equal(value, torch.stack([stored.read(one) for one in names]))
+                assert torch.equal(value, torch.stack([stored.read(entry) for entry in names]))
             else:
                 assert torch.equal(value, stored.read(source))
     with pytest.raises(

@@ -166,7 +166,7 @@ WRONG = {
     ),
     "another frozen part": (
         "fit --ckpt_path=LAST --model.optimizer.frozen=[norms] --model.train_tokens=128",
-        "model.optimizer.frozen=['norms'] was [] in the checkpoint's run, which has moments of the other parts only; set it",
+        "model.optimizer.frozen=['norms'] was [] in the checkpoint's run, which has moments of the other components only; set it",
     ),
     "ids over the vocabulary": (
         "fit --model.config.vocab_size=100",
