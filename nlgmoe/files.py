@@ -46,6 +46,6 @@ def expand_home(text: str) -> str:
     return os.path.expanduser(text) if text.startswith("~/") else text
 
 
-def settings_of(checkpoint: Path) -> Path:
+def yaml_beside(checkpoint: Path) -> Path:
     """Return `NAME.yaml` of `NAME.ckpt`: settings with which `train.py` validates the checkpoint or trains from its weights."""
     return checkpoint.with_suffix(".yaml")

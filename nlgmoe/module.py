@@ -16,9 +16,10 @@ from typing_extensions import override
 
 from nlgmoe.batch import Batch, loss_mask
 from nlgmoe.checkpoint.portable import use_portable_checkpoints
-from nlgmoe.checkpoint.same_run import check_frozen, check_same_run, check_tokenizer, differences
+from nlgmoe.checkpoint.same_run import check_frozen, check_same_run, check_tokenizer
 from nlgmoe.config import IGNORED_IN_EVALUATION, GPTConfig
 from nlgmoe.data.training_data import training_data
+from nlgmoe.differences import list_differences
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.eval.perplexity import Evaluation, batch_losses
 from nlgmoe.layers.moe import MoELayer
@@ -135,7 +136,7 @@ class MoEGPTModule(TrainingStep):
         tokenizer = None if data is None else data.tokenizer_files()
         loaded = load_initial_weights(model, start, tokenizer=tokenizer)
         self.started_from = str(loaded.path)
-        changed = differences(loaded.model_config, self.config.to_dict(), ignore=IGNORED_IN_EVALUATION)
+        changed = list_differences(loaded.model_config, self.config.to_dict(), IGNORED_IN_EVALUATION)
         rank_zero_info(loaded.report + (f"\n  model.config differed: {', '.join(changed)}" if changed else ""))
 
     @property

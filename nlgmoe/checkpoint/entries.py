@@ -11,8 +11,8 @@ from torch import Tensor
 from nlgmoe.validation import RunError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per value; `step` is one number per parameter
-_STACK = re.compile(r"(?P<layer>.*\.moe\.experts)\.(?P<part>\w+)")  # a stacked parameter of `layers/experts.py`
-EXPERT = re.compile(r"(?P<layer>.*\.moe\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)")  # its entry for one expert
+_STACK = re.compile(r"(?P<experts>.*\.moe\.experts)\.(?P<parameter>\w+)")  # a stacked parameter of `layers/experts.py`
+EXPERT = re.compile(r"(?P<experts>.*\.moe\.experts)\.(?P<expert>\d+)\.(?P<parameter>\w+)")  # its entry for one expert
 
 
 def split_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -20,7 +20,9 @@ def split_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:
     split: dict[str, Tensor] = {}
     for name, value in entries.items():
         if (match := _STACK.fullmatch(name)) and value.dim() > 0:
-            split |= {f"{match['layer']}.{expert}.{match['part']}": value[expert] for expert in range(len(value))}
+            split |= {
+                f"{match['experts']}.{expert}.{match['parameter']}": value[expert] for expert in range(len(value))
+            }
         else:
             split[name] = value
     return split
@@ -32,7 +34,7 @@ def join_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:
     stacks: dict[str, dict[int, Tensor]] = {}
     for name, value in entries.items():
         if match := EXPERT.fullmatch(name):
-            stacks.setdefault(f"{match['layer']}.{match['part']}", {})[int(match["expert"])] = value
+            stacks.setdefault(f"{match['experts']}.{match['parameter']}", {})[int(match["expert"])] = value
         else:
             joined[name] = value
     for name, experts in stacks.items():

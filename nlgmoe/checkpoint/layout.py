@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.reading import REMEDY, TensorFiles
+from nlgmoe.differences import list_differences
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import Router
@@ -77,7 +78,7 @@ def entry_shapes(model: nn.Module) -> Shapes:
     """Return the shape of every entry of the whole model, experts of other ranks included.
 
     Args:
-        model: the GPT, or this rank's part of it.
+        model: the GPT, or this rank's shard of it.
     """
     return {name: shape for name, _, shape in _whole_entries(model)}
 
@@ -96,37 +97,17 @@ def _whole_entries(model: nn.Module) -> Iterator[tuple[str, Tensor, torch.Size]]
             yield name, buffer, buffer.shape
         if isinstance(module, MoELayer):
             for expert in range(module.router.num_experts):
-                for part, stack in module.experts.named_parameters():
-                    yield f"{prefix}.experts.{expert}.{part}", stack, stack.shape[1:]
+                for parameter, stack in module.experts.named_parameters():
+                    yield f"{prefix}.experts.{expert}.{parameter}", stack, stack.shape[1:]
         if not isinstance(module, Experts):
             for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
                 yield name, parameter, parameter.shape
 
 
-def describe_differences(model: Shapes, checkpoint: Shapes) -> dict[str, str]:
-    """Map each missing, unknown or differently shaped entry to the reason; different shapes come first."""
-    differences = {
-        name: f"{list(checkpoint[name])} in the checkpoint, {list(shape)} in the model"
-        for name, shape in model.items()
-        if name in checkpoint and checkpoint[name] != shape
-    }
-    differences |= {name: "not in the checkpoint" for name in model if name not in checkpoint}
-    return differences | {name: "not in the model" for name in checkpoint if name not in model}
-
-
 def require_entries(files: TensorFiles, model: Shapes) -> None:
     """Check that a checkpoint has the entries of the model that it describes."""
-    if differences := describe_differences(model, files.shapes):
-        raise RunError(
-            f"{files.folder} does not hold the model that it describes: {summarize_differences(differences)}; {REMEDY}"
-        )
-
-
-def summarize_differences(differences: dict[str, str]) -> str:
-    """Join the first three of `describe_differences` in one line."""
-    named = ", ".join(f"{name} ({reason})" for name, reason in list(differences.items())[:3])
-    more = len(differences) - 3
-    return f"{named} and {more} more" if more > 0 else named
+    if different := list_differences(files.shapes, model):
+        raise RunError(f"{files.folder} does not hold the model that it describes: {', '.join(different)}; {REMEDY}")
 
 
 def _router_buffers(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -29,14 +29,14 @@ from torch import Tensor
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import BESIDE, TOKENIZER, TokenizerFiles
-from nlgmoe.files import settings_of
+from nlgmoe.files import yaml_beside
 from nlgmoe.parts import ForeignCodeError
 from nlgmoe.validation import RunError, SettingError
 
 FORMAT = "nlgmoe-portable"
 VERSION = 3
 REMEDY = "use another checkpoint"
-KINDS = ("model", "optimizer", "state")  # first part of the tensor files' names
+KINDS = ("model", "optimizer", "state")  # prefix of the tensor files' names
 Contents = dict[str, list[Any]]  # entry -> [type, shape, checksum]
 
 
@@ -221,12 +221,15 @@ def hash_of_weights(path: str | Path) -> str:
     """Return a hash of a checkpoint's weights, which depends neither on the number of files nor on their other entries."""
     files: dict[str, Contents] = read_manifest(path)["files"]
     entries = {
-        entry: record for name, held in files.items() if kind_of(name) == "model" for entry, record in held.items()
+        entry: record
+        for name, contents in files.items()
+        if kind_of(name) == "model"
+        for entry, record in contents.items()
     }
     return xxhash.xxh3_64_hexdigest(json.dumps(entries, sort_keys=True).encode())
 
 
-def followed(path: Path) -> Path:
+def resolve_link(path: Path) -> Path:
     """Return the checkpoint that a link, such as `last.ckpt`, points to, since a running `fit` may move the link."""
     return path.parent / path.readlink() if path.is_symlink() else path
 
@@ -241,7 +244,7 @@ def run_config(path: Path) -> Path | None:
 
     An imported checkpoint `NAME.ckpt` has `NAME.yaml` beside it.
     """
-    beside = settings_of(path)
+    beside = yaml_beside(path)
     if path.suffix == ".ckpt" and beside.is_file():
         return beside
     return next((folder / "config.yaml" for folder in (path, *path.parents) if holds_run(folder)), None)

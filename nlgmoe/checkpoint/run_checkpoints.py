@@ -13,7 +13,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
 
-from nlgmoe.checkpoint.reading import followed
+from nlgmoe.checkpoint.reading import resolve_link
 from nlgmoe.checkpoint.verify import gather_problems
 from nlgmoe.ranks import AllRanksError, of_rank_zero
 from nlgmoe.validation import SettingError, require
@@ -63,7 +63,7 @@ def choose_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path)
     if is_checkpoint(path):
-        path = of_rank_zero(followed(path))
+        path = of_rank_zero(resolve_link(path))
         if distributed.is_initialized() and (problems := gather_problems(path)):
             raise AllRanksError(f"{_summary(problems)}; use another checkpoint")
         return path
@@ -86,7 +86,7 @@ def choose_checkpoint(path: str | Path) -> Path:
 
 def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint `path`, unverified, or the newest valid one of a run folder, to read weights from. A collective."""
-    return followed(Path(path)) if is_checkpoint(path) else choose_checkpoint(path)
+    return resolve_link(Path(path)) if is_checkpoint(path) else choose_checkpoint(path)
 
 
 def _summary(problems: list[str]) -> str:

@@ -11,6 +11,7 @@ from nlgmoe.config import IGNORED_IN_EVALUATION, GPTConfig
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.training_data import TrainingData
+from nlgmoe.differences import list_differences
 from nlgmoe.validation import RunError, SettingError, require
 
 
@@ -32,7 +33,7 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
     if not resumes and config.moe is not None and config.moe.router is not None:
         ignored |= config.moe.router.ignored_in_evaluation
     saved = GPTConfig.from_dict(checkpoint["model_config"]).to_dict()  # fields that it lacks get their defaults
-    if different := differences(saved, config.to_dict(), ignore=ignored):
+    if different := list_differences(saved, config.to_dict(), ignored):
         shorter = "; data.seq_len makes sequences shorter" if saved["seq_len"] != config.seq_len else ""
         raise SettingError(
             f"the checkpoint's model differs from model.config: {', '.join(different)}; set model.config as the run had it"
@@ -43,12 +44,12 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
 
 
 def check_frozen(checkpoint: dict[str, Any], frozen: Sequence[str]) -> None:
-    """Check that a run is resumed with the parts frozen that its checkpoint has no moments of."""
+    """Check that a run is resumed with the components frozen that its checkpoint has no moments of."""
     now, before = sorted(frozen), checkpoint.get("frozen", [])
     require(
         now == before,
-        f"model.optimizer.frozen={now} was {before} in the checkpoint's run, which has no moments of them; set it as "
-        "it was, or start a new run with model.warm_start",
+        f"model.optimizer.frozen={now} was {before} in the checkpoint's run, which has moments of the other components only; set "
+        "it as it was, or start a new run with model.warm_start",
     )
 
 
@@ -74,17 +75,3 @@ def tokenizer_matches(tokenizer: TokenizerFiles, path: str | Path) -> bool:
     if stored is None or stored == tokenizer:
         return True
     return Tokenizer.from_files(tokenizer, "of the run").has_same_ids(Tokenizer.from_files(stored, "of the checkpoint"))
-
-
-def differences(
-    saved: dict[str, Any], current: dict[str, Any], prefix: str = "", ignore: frozenset[str] = frozenset()
-) -> list[str]:
-    """Return `field saved -> current` for every field that differs; nested fields by path, without those in `ignore`."""
-    changes = []
-    for name in sorted((saved.keys() | current.keys()) - ignore):
-        old, new = saved.get(name), current.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes += differences(old, new, f"{prefix}{name}.", ignore)
-        elif old != new:
-            changes.append(f"{prefix}{name} {old} -> {new}")
-    return changes

@@ -1,4 +1,4 @@
-"""Verify a checkpoint: on one process, or on all ranks together, each of which reads a part of the tensors. Describe it."""
+"""Verify a checkpoint: on one process, or on all ranks together, each of which reads a share of the tensors. Describe it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from typing import Any
 import torch
 from torch import distributed
 
-from nlgmoe.checkpoint.layout import Shapes, describe_differences, entry_shapes, optimizer_shapes
+from nlgmoe.checkpoint.layout import Shapes, entry_shapes, optimizer_shapes
 from nlgmoe.checkpoint.reading import (
     REMEDY,
     Contents,
     entry_problem,
     file_problems,
-    followed,
     kind_of,
     open_tensors,
     read_document,
     read_manifest,
     read_tokenizer,
+    resolve_link,
 )
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TOKENIZER
+from nlgmoe.differences import list_differences
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import freeze
 from nlgmoe.parts import PARTS, ForeignCodeError
@@ -38,11 +39,11 @@ def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[s
 
     Args:
         path: the folder.
-        rank: part of the tensors to read; rank 0 also compares names and shapes with the model's.
-        ranks: number of parts.
+        rank: number of the share of the tensors to read; rank 0 also compares names and shapes with the model's.
+        ranks: number of shares.
     """
     try:
-        path = followed(Path(path))
+        path = resolve_link(Path(path))
         document, files = read_document(path), read_manifest(path)["files"]
         read_tokenizer(path)
         yield from file_problems(path, files)
@@ -100,12 +101,12 @@ def _model_differences(path: str | Path, document: dict[str, Any], files: dict[s
             if kind_of(file) == kind
             for name, (_, shape, _) in contents.items()
         }
-        for name, reason in describe_differences(shapes, stored).items():
-            yield f"{path}: {kind} entry {name} is {reason}"
+        for difference in list_differences(stored, shapes, limit=None):
+            yield f"{path}: {kind} entry {difference}"
 
 
 def describe(path: Path) -> str:
-    """Describe a valid checkpoint, one line for each part."""
+    """Describe a valid checkpoint, one line for each aspect."""
     document, manifest = read_document(path), read_manifest(path)
     files, saved_by = manifest["files"], {"nlgmoe": "unknown", "torch": "unknown"} | document["versions"]
     by_kind: dict[str, Contents] = {}

@@ -54,8 +54,8 @@ def write_tensors(
     folder: Path, kind: str, entries: dict[str, Tensor], rank: int = 0, ranks: int = 1
 ) -> dict[str, Contents]:
     """Write one file of entries, flush it to disk, and return its contents for `finish`."""
-    part = f"-{rank:05}-of-{ranks:05}" if ranks > 1 else ""
-    file = folder / f"{kind}{part}.safetensors"
+    shard = f"-{rank:05}-of-{ranks:05}" if ranks > 1 else ""
+    file = folder / f"{kind}{shard}.safetensors"
     entries = {name: value.detach().cpu().contiguous() for name, value in entries.items()}
     if kind == "model" and (bad := [name for name, value in entries.items() if not value.isfinite().all()]):
         raise RunError(f"the weight {bad[0]} is NaN or infinite; the checkpoint is not written")

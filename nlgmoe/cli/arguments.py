@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nlgmoe.cli.errors import one_line
-from nlgmoe.files import atomic_write, settings_of
+from nlgmoe.files import atomic_write, yaml_beside
 from nlgmoe.validation import RunError, SettingError
 
 
@@ -56,9 +56,9 @@ def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool, setting
         raise SettingError(f"{setting}={checkpoint} is a file; a checkpoint is a folder: name another")
     if path.exists() and not overwrite:
         raise SettingError(f"{setting}={checkpoint} exists already; name another, or add --overwrite")
-    if settings and settings_of(path).exists() and not overwrite:
+    if settings and yaml_beside(path).exists() and not overwrite:
         raise SettingError(
-            f"{setting}={checkpoint}: {settings_of(path)} beside it exists already; name another, or add --overwrite"
+            f"{setting}={checkpoint}: {yaml_beside(path)} beside it exists already; name another, or add --overwrite"
         )
 
 

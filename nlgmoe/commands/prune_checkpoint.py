@@ -8,7 +8,7 @@ from typing import Literal
 
 from nlgmoe.checkpoint.reading import run_config
 from nlgmoe.cli.arguments import check_device, check_new_checkpoint, import_allowed
-from nlgmoe.files import settings_of
+from nlgmoe.files import yaml_beside
 from nlgmoe.validation import SettingError
 
 
@@ -83,7 +83,7 @@ def prune_checkpoint(
     sizes = [count_parameters(config).total for config in (before, after)]
     print(f"loss {use.loss:.4f} -> {loss:.4f} nats per token ({use.tokens:,} tokens)")
     print(f"{checkpoint}: {sizes[0]:,} parameters of {path} have become {sizes[1]:,}")
-    settings = settings_of(Path(checkpoint))
+    settings = yaml_beside(Path(checkpoint))
     print(f"{settings}: its settings")
     config, teacher = run_config(Path(run)), quote(str(path))
     files = [config or "CONFIG", settings]  # the later one overrides

@@ -7,7 +7,7 @@ from shlex import quote
 from typing import Any, Literal
 
 from nlgmoe.cli.arguments import check_new_checkpoint
-from nlgmoe.files import settings_of
+from nlgmoe.files import yaml_beside
 
 
 def upcycle_checkpoint(
@@ -75,5 +75,5 @@ def upcycle_checkpoint(
             f"no class of transformers has {reason}: nlgmoe export writes it with our code; leave out --expert-interval for a "
             "native class"
         )
-    print(f"{settings_of(Path(checkpoint))}: its settings")
+    print(f"{yaml_beside(Path(checkpoint))}: its settings")
     print(f"experts are {copies}; a run starts from them with model.warm_start.checkpoint={quote(checkpoint)}")

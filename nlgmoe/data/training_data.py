@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nlgmoe.data.model_files import TokenizerFiles
+from nlgmoe.differences import list_differences
 from nlgmoe.validation import SettingError
-
-SHOWN = 5  # differences in a message
 
 
 class TrainingData(LightningDataModule, ABC):
@@ -93,9 +91,9 @@ class TrainingData(LightningDataModule, ABC):
             SettingError: the run had other data. Evaluation compares only the tokenizer.
         """
         current, saved = self.fingerprint(), state_dict["fingerprint"]
-        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            current = {name: value for name, value in current.items() if name == "tokenizer"}
-        if changes := differing(saved, current):
+        evaluates = self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING
+        ignored = (saved.keys() | current.keys()) - (current.keys() & {"tokenizer"}) if evaluates else ()
+        if changes := list_differences(saved, current, ignored):
             raise SettingError(
                 f"The checkpoint was trained on other data; these differ: {', '.join(changes)}. Set the data "
                 "options as in that run to resume it, or start a new run from its weights with "
@@ -113,13 +111,3 @@ def training_data(trainer: Trainer | None) -> TrainingData | None:
 def length_of(data: TrainingData | None, longest: int) -> int:
     """Return the tokens of a whole sequence of the data; `longest`, the model's, if the data does not name them."""
     return longest if data is None or data.seq_len is None else data.seq_len
-
-
-def differing(saved: Mapping[str, object], current: Mapping[str, object]) -> list[str]:
-    """Name the entries of the current fingerprint of data that differ from the saved one."""
-    changes = [
-        f"{name} (saved: {saved.get(name, 'missing')}, now: {value})"
-        for name, value in current.items()
-        if saved.get(name) != value
-    ]
-    return changes[:SHOWN] + [f"and {len(changes) - SHOWN} more"] * (len(changes) > SHOWN)

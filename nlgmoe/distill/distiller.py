@@ -69,7 +69,7 @@ class Distiller(ABC):
     def release(self) -> bool:
         """Free what `start` loaded. Returns whether anything was loaded."""
 
-    def _learn_from(self, name: str, value: str, checkpoint: str, weights: str) -> None:
+    def pin_teacher(self, name: str, value: str, checkpoint: str, weights: str) -> None:
         """Note the teacher. That of a resumed run must have the same weights, unless the setting has another value.
 
         Args:

@@ -76,7 +76,7 @@ class MixtureOfStudents(Distiller):
             "num_heads": num_heads,
             "num_experts": num_experts,
         }
-        self.model: GPT | None = None  # this rank's part of the teacher, until `release`
+        self.model: GPT | None = None  # this rank's shard of the teacher, until `release`
 
     @override
     def start(self, student: GPT, trainer: Trainer) -> None:
@@ -104,7 +104,9 @@ class MixtureOfStudents(Distiller):
             _check_shape(config, self.expected, path)
             _check(config, student, length_of(data, student.seq_len), path)
             _check_tokenizer(data, path)
-        placements = strategy.expert_placements(config, of="teacher") if isinstance(strategy, PlacesExperts) else {}
+        placements = (
+            strategy.expert_placements(config, model_name="teacher") if isinstance(strategy, PlacesExperts) else {}
+        )
         with raise_on_all_ranks():
             self.model = _load(path, config, placements, like.device, PRECISIONS.get(self.precision or "", like.dtype))
         rank_zero_info(f"the teacher is {path}: {_describe(self.model)}")
@@ -116,7 +118,7 @@ class MixtureOfStudents(Distiller):
         if self._used.get("setting") == self.teacher:
             path, remedy = self._used["checkpoint"], "this run has learned from it: restore it, or set another path"
         checkpoint, document, weights = find_teacher(path, remedy)
-        self._learn_from("teacher", self.teacher, str(checkpoint), weights)
+        self.pin_teacher("teacher", self.teacher, str(checkpoint), weights)
         return checkpoint, document
 
     @override
@@ -141,9 +143,9 @@ class MixtureOfStudents(Distiller):
         if self.precision is None and torch.is_autocast_enabled(device):  # once, not for every chunk
             hidden, unembedding = (t.to(torch.get_autocast_dtype(device)) for t in (hidden, unembedding))
 
-        def logits(part: slice) -> Tensor:
+        def logits(positions: slice) -> Tensor:
             with torch.no_grad(), self._own_precision():
-                return (hidden[part] @ unembedding.to(hidden.dtype).t())[:, : model.config.vocab_size]
+                return (hidden[positions] @ unembedding.to(hidden.dtype).t())[:, : model.config.vocab_size]
 
         return SoftTargets(logits, self.beta * self.loss_weight, self.temperature)
 
@@ -154,12 +156,12 @@ class MixtureOfStudents(Distiller):
 
 
 def _describe(teacher: GPT) -> str:
-    """Describe shape, precision and device of this rank's part of the teacher."""
+    """Describe shape, precision and device of this rank's shard of the teacher."""
     config, parameters = teacher.config, list(teacher.parameters())
-    held = sum(module.count for module in teacher.modules() if isinstance(module, Experts))
+    experts = sum(module.count for module in teacher.modules() if isinstance(module, Experts))
     size = sum(parameter.numel() for parameter in parameters)
     return (
-        f"{config.num_layers} blocks, {config.hidden_size} wide; a rank holds {held} of its {sum(experts_per_layer(config))} "
+        f"{config.num_layers} blocks, {config.hidden_size} wide; a rank holds {experts} of its {sum(experts_per_layer(config))} "
         f"experts, in all {size / 1e6:,.1f}M parameters of {parameters[0].dtype} on {parameters[0].device}"
     )
 
@@ -204,7 +206,7 @@ def _check_tokenizer(data: TrainingData | None, path: Path) -> None:
 
 @torch.no_grad()
 def _load(path: Path, config: GPTConfig, placements: Any, device: torch.device, dtype: torch.dtype) -> GPT:
-    """Load this rank's part of the teacher, frozen, entry by entry."""
+    """Load this rank's shard of the teacher, frozen, entry by entry."""
     with torch.device("meta"):
         model = GPT(_without_dropping(config), placements=placements)
     files = TensorFiles(path, "model")

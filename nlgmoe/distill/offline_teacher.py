@@ -12,8 +12,9 @@ from typing_extensions import override
 
 from nlgmoe.batch import Batch
 from nlgmoe.config import GPTConfig
-from nlgmoe.data.training_data import differing, length_of, training_data
+from nlgmoe.data.training_data import length_of, training_data
 from nlgmoe.device import to_device
+from nlgmoe.differences import list_differences
 from nlgmoe.distill.distiller import (
     Distiller,
     RunPosition,
@@ -36,7 +37,7 @@ _UNNUMBERED = (
 class OfflineTeacher(Distiller):
     """Recorded logits of a teacher and their distillation loss.
 
-    Each rank reads the logits of its own samples. A curriculum's shorter sequences use the first part of a sample's logits,
+    Each rank reads the logits of its own samples. A curriculum's shorter sequences use the first of a sample's logits,
     which do not depend on later positions.
 
     Args:
@@ -64,11 +65,9 @@ class OfflineTeacher(Distiller):
                 recording = TeacherLogits(self.logits)
             except ValueError as error:
                 raise error_type_like(error)(f"model.distiller.logits={self.logits}: {error}") from error
-            length = length_of(training_data(trainer), student.config.seq_len)
-            self._check(recording.header, student.config, length)
-            self._check_data(recording.header, trainer)
+            self._check(recording.header, student.config, trainer)
             teacher = recording.header["teacher"]
-            self._learn_from("logits", self.logits, teacher["checkpoint"], teacher["weights"])
+            self.pin_teacher("logits", self.logits, teacher["checkpoint"], teacher["weights"])
         if self.teacher is not None:
             self._check_teacher(recording.header, self.teacher)
         self._recording = recording
@@ -90,41 +89,36 @@ class OfflineTeacher(Distiller):
             raise SettingError(f"model.distiller.logits={self.logits}: {_UNNUMBERED}")
         tokens = batch["tokens"]
         ids, log_probs = (
-            to_device(torch.from_numpy(part), tokens.device).flatten(0, 1)
-            for part in self._recording.read(batch["samples"], tokens.shape[1])
+            to_device(torch.from_numpy(values), tokens.device).flatten(0, 1)
+            for values in self._recording.read(batch["samples"], tokens.shape[1])
         )
 
-        def top(part: slice) -> tuple[Tensor, Tensor]:
-            return ids[part].long(), log_probs[part]
+        def top(positions: slice) -> tuple[Tensor, Tensor]:
+            return ids[positions].long(), log_probs[positions]
 
         return TopTargets(top, self.beta * self.loss_weight, self.temperature)
 
-    def _check(self, header: dict[str, Any], student: GPTConfig, seq_len: int) -> None:
-        """Check vocabulary, length and temperature."""
-        setting = f"model.distiller.logits={self.logits}"
-        for name, value in {"vocab_size": student.vocab_size, "seq_len": seq_len}.items():
-            if header[name] != value:
-                raise SettingError(
-                    f"{setting} has {name}={header[name]}, the student {value}; record the teacher's logits for this "
-                    "configuration"
-                )
-        if header["temperature"] != self.temperature:
-            raise SettingError(
-                f"{setting} was recorded at temperature={header['temperature']}, model.distiller.temperature is "
-                f"{self.temperature}; use the recorded one, or record again: the tail's probability at another is not known"
-            )
-
-    def _check_data(self, header: dict[str, Any], trainer: Trainer) -> None:
+    def _check(self, header: dict[str, Any], student: GPTConfig, trainer: Trainer) -> None:
         """Check that the logits are of this run's data, and cover every sample of its distillation."""
         setting, data = f"model.distiller.logits={self.logits}", training_data(trainer)
         if data is None:
             raise SettingError(f"{setting}: {_UNNUMBERED}")
-        current = {**data.fingerprint(), "document_attention": data.document_attention}
-        recorded = {**header["data"], "document_attention": header["document_attention"]}
-        if changes := differing(recorded, current):
+        current = {
+            **data.fingerprint(),
+            "document_attention": data.document_attention,
+            "vocab_size": student.vocab_size,
+            "seq_len": length_of(data, student.seq_len),
+        }
+        recorded = header["data"] | {name: header[name] for name in ("document_attention", "vocab_size", "seq_len")}
+        if changes := list_differences(recorded, current):
             raise SettingError(
                 f"{setting} was recorded from other data; these differ: {', '.join(changes)}; set data as it was, or record the "
                 "teacher's logits for this configuration"
+            )
+        if header["temperature"] != self.temperature:
+            raise SettingError(
+                f"{setting} was recorded at temperature={header['temperature']}, model.distiller.temperature is "
+                f"{self.temperature}; use the recorded one, or record again: the tail's probability at another is not known"
             )
         module: Any = trainer.lightning_module
         begin = RunPosition(module.tokens_seen, trainer.global_step, data.samples_consumed)

@@ -21,7 +21,7 @@ from nlgmoe.batch import Batch, token_mask_or_none
 from nlgmoe.checkpoint.reading import checksum_of_manifest
 from nlgmoe.checkpoint.writing import flush
 from nlgmoe.data import PileDataModule
-from nlgmoe.data.training_data import differing
+from nlgmoe.differences import list_differences
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.teacher_logits import (
     FORMAT,
@@ -143,7 +143,7 @@ def _check_same(header: dict[str, Any], settings: dict[str, Any], folder: Path) 
         values | values["data"] | {"teacher": values["teacher"]["weights"], "data": None}
         for values in (earlier, settings)
     )
-    if changes := differing(recorded, current):
+    if changes := list_differences(recorded, current):
         raise SettingError(
             f"{folder} was recorded with other settings: {', '.join(changes)}; name another output, or delete it"
         )
@@ -160,12 +160,12 @@ def _records(
     assert isinstance(targets, SoftTargets)
     (count, length), chunk = batch["tokens"].shape, settings["loss_chunk_size"]
     wanted = min(count, settings["samples"] - done.samples)
-    parts = [
+    chunks = [
         likeliest(targets, slice(start, start + chunk), settings["top_k"], settings["temperature"])
         for start in range(0, count * length, chunk)
     ]
-    require_finite_logits(teacher.model, torch.cat([log_probs[:, 0] for _, log_probs in parts]))
-    ids, log_probs = (torch.cat(column).view(count, length, -1).cpu() for column in zip(*parts, strict=True))
+    require_finite_logits(teacher.model, torch.cat([log_probs[:, 0] for _, log_probs in chunks]))
+    ids, log_probs = (torch.cat(column).view(count, length, -1).cpu() for column in zip(*chunks, strict=True))
     records = np.zeros(wanted, record_type(settings))
     records["ids"], records["log_probs"] = ids[:wanted].numpy(), log_probs[:wanted].half().numpy()
     whole = records.view(np.uint8).reshape(wanted, -1)
@@ -177,14 +177,14 @@ def _records(
 
 
 @torch.no_grad()
-def likeliest(targets: SoftTargets, part: slice, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
+def likeliest(targets: SoftTargets, positions: slice, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Cut a teacher's distribution at C positions to its K likeliest tokens.
 
     Returns:
         int64 `[C, K]`, the likeliest tokens first; and in at least fp32 `[C, K + 1]`, their log-probabilities at the temperature
         and the log of the remaining probability, -inf if that is 0.
     """
-    logits = targets.logits(part)
+    logits = targets.logits(positions)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_probs = (logits / temperature).log_softmax(dim=-1)  # [C, V]
     top, ids = log_probs.topk(top_k, dim=-1)

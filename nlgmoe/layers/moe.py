@@ -44,8 +44,8 @@ class MoELayer(nn.Module):
         self.top_k = config.moe.top_k
         self.router = build_router(config, block)
         self.placement = placement if placement is not None else ExpertPlacement(first=0, count=num_experts)
-        spread = self.placement.group is not None
-        self.dispatcher = AllToAllDispatcher(self.placement) if spread else LocalDispatcher()
+        is_sharded = self.placement.group is not None
+        self.dispatcher = AllToAllDispatcher(self.placement) if is_sharded else LocalDispatcher()
         self.experts = Experts(
             self.placement.count,
             config.hidden_size,

@@ -31,6 +31,6 @@ class ExpertPlacement:
 class PlacesExperts(Protocol):
     """A strategy that divides experts over ranks; `MoEGPTModule` builds its model accordingly."""
 
-    def expert_placements(self, config: GPTConfig, of: str = "model") -> Mapping[int, ExpertPlacement]:
-        """Return this rank's placement of every MoE block, by block number; `of` names the model in logs and errors."""
+    def expert_placements(self, config: GPTConfig, model_name: str = "model") -> Mapping[int, ExpertPlacement]:
+        """Return this rank's placement of every MoE block, by block number; `model_name` names the model in logs and errors."""
         ...

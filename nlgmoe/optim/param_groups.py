@@ -14,15 +14,15 @@ from torch import nn
 from nlgmoe.roles import DECAYED, role_of
 from nlgmoe.validation import require, require_valid
 
-Part = Literal["router", "experts", "attention", "ffn", "norms", "embeddings"]
-_PARTS: dict[Part, str] = {
+Component = Literal["router", "experts", "attention", "ffn", "norms", "embeddings"]
+_COMPONENTS: dict[Component, str] = {
     "router": r"\.moe\.router\.",
     "experts": r"\.moe\.experts\.",
     "attention": r"\.attention\.(qkv|project)\.",
     "ffn": r"\.ffn\.|\.moe\.(mlp|coefficient)\.",
     "norms": r"norm\.",
     "embeddings": r"embedding\.|^head\.",
-}  # part -> pattern of the names of its parameters
+}  # component -> pattern of the names of its parameters
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class AdamWConfig:
         betas: decay of the two moments, per optimizer step.
         eps: added to the denominator of the update; at least float32's smallest normal number: smaller ones may be flushed to 0.
         weight_decay: decoupled decay of weight matrices, the embeddings and the router included; biases and norms have none.
-        frozen: parts of the model that keep their weights: `router`, `experts`, `attention`, `ffn` (dense layers and shared
+        frozen: components of the model that keep their weights: `router`, `experts`, `attention`, `ffn` (dense layers and shared
             MLPs), `norms`, `embeddings` (and the head). They have no gradients and no moments.
     """
 
@@ -42,7 +42,7 @@ class AdamWConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    frozen: tuple[Part, ...] = ()
+    frozen: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
         require_valid(self)
@@ -56,23 +56,23 @@ class AdamWConfig:
         require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must be at least 0; 0 turns it off")
 
 
-def is_frozen(name: str, parts: Sequence[Part]) -> bool:
-    """Return whether a parameter of the GPT, or a checkpoint's entry, belongs to one of the parts."""
-    return any(re.search(_PARTS[part], name) for part in parts)
+def is_frozen(name: str, components: Sequence[Component]) -> bool:
+    """Return whether a parameter of the GPT, or a checkpoint's entry, belongs to one of the components."""
+    return any(re.search(_COMPONENTS[component], name) for component in components)
 
 
-def freeze(model: nn.Module, parts: Sequence[Part]) -> None:
-    """Let the parameters of the parts have no gradient; before the strategy sees the model.
+def freeze(model: nn.Module, components: Sequence[Component]) -> None:
+    """Let the parameters of the components have no gradient; before the strategy sees the model.
 
     Raises:
         SettingError: no parameter is left to train.
     """
     for name, parameter in model.named_parameters():
-        if is_frozen(name, parts):
+        if is_frozen(name, components):
             parameter.requires_grad_(False)
     require(
-        not parts or any(parameter.requires_grad for parameter in model.parameters()),
-        f"model.optimizer.frozen={list(parts)} leaves no parameter to train; leave a part out",
+        not components or any(parameter.requires_grad for parameter in model.parameters()),
+        f"model.optimizer.frozen={list(components)} leaves no parameter to train; leave a component out",
     )
 
 

@@ -1,7 +1,7 @@
 """Save and load the portable checkpoint under DeepSpeed: every rank writes and reads its own entries.
 
 To save, each entry is gathered on one of the ranks that share it, which writes it; to load, each rank reads entries one by one
-and keeps its part. No rank ever holds the whole model or optimizer.
+and keeps its shard. No rank ever holds the whole model or optimizer.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def restore_loss_scale(engine: Any, state: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, engine: Any | None, files: TensorFiles) -> None:
-    """Read this rank's weights, and its part of the engine's fp32 copies.
+    """Read this rank's weights, and its shard of the engine's fp32 copies.
 
     Args:
         model: the GPT.
@@ -153,7 +153,7 @@ def load_weights(model: nn.Module, engine: Any | None, files: TensorFiles) -> No
 
 @torch.no_grad()
 def load_moments(model: nn.Module, engine: Any, files: TensorFiles) -> None:
-    """Read this rank's part of AdamW's state."""
+    """Read this rank's shard of AdamW's state."""
     require_entries(files, optimizer_shapes(model))
     state = EngineState(engine)
     state.init_moments()

@@ -131,7 +131,7 @@ class EngineState:
         return step
 
     def fragment(self, parameter: Tensor, key: str | None) -> tuple[int, Tensor] | None:
-        """Return this rank's part of a parameter's value (`key` None) or moment, and its offset in the flat parameter."""
+        """Return this rank's shard of a parameter's value (`key` None) or moment, and its offset in the flat parameter."""
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         return None if mapping is None else (mapping.lp_fragment_address.start, mapping.get_hp_fragment(key))
 
@@ -148,16 +148,16 @@ class EngineState:
             return whole.float() if isinstance(entry.parameter, nn.Parameter) else whole
         value = torch.zeros(entry.shape.numel(), device=self._device)
         if (overlap := self._overlap(entry, key)) is not None:
-            part, values = overlap
-            value[part] = values
+            positions, values = overlap
+            value[positions] = values
         distributed.reduce(value, distributed.get_global_rank(ranks, owner), group=ranks)
         return value.cpu().view(entry.shape) if distributed.get_rank(ranks) == owner else None
 
     def load(self, entry: Entry, key: str | None, value: Tensor) -> None:
-        """Copy this rank's part of an entry into the engine, which has only what is trained."""
+        """Copy this rank's shard of an entry into the engine, which has only what is trained."""
         if entry.trained and (overlap := self._overlap(entry, key)) is not None:
-            part, values = overlap
-            values.copy_(value.view(-1)[part])
+            positions, values = overlap
+            values.copy_(value.view(-1)[positions])
 
     def init_moments(self) -> None:
         """Give AdamW its initial state, which it otherwise creates in its first step, so that moments can be loaded."""
@@ -183,7 +183,7 @@ class EngineState:
 
 
 def _gradient_fragment(parameter: nn.Parameter) -> Tensor | None:
-    """Return the part of a gradient that ZeRO keeps on this rank, as `safe_get_full_grad` reads it; None if there is none."""
+    """Return the shard of a gradient that ZeRO keeps on this rank, as `safe_get_full_grad` reads it; None if there is none."""
     mapping = getattr(parameter, "_hp_mapping", None)  # a frozen parameter has none
     if mapping is None:
         return None

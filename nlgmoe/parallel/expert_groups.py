@@ -39,14 +39,14 @@ class ExpertGroups:
         return f"ep_size_{self.degree}"
 
 
-def layer_degrees(config: GPTConfig, world_size: int, limit: int, name: str = "model") -> dict[int, int]:
+def layer_degrees(config: GPTConfig, world_size: int, limit: int, model_name: str = "model") -> dict[int, int]:
     """Return the degree of each MoE block, by block number; empty for a dense model.
 
     Args:
         config: configuration of the model.
         world_size: ranks of the run.
         limit: the run's `expert_parallel_size`.
-        name: the model in errors: "model", or "teacher".
+        model_name: the model in errors: "model", or "teacher".
     """
     if limit > world_size:
         raise AllRanksSettingError(
@@ -54,12 +54,12 @@ def layer_degrees(config: GPTConfig, world_size: int, limit: int, name: str = "m
             f"{world_size}, or run on more devices"
         )
     experts = moe_blocks(config)
-    degrees = {layer: expert_parallel_degree(count, world_size, limit) for layer, count in experts.items()}
+    degrees = {block: expert_parallel_degree(count, world_size, limit) for block, count in experts.items()}
     if limit > 1 and degrees and max(degrees.values()) == 1:
         counts = ", ".join(map(str, sorted(set(experts.values()))))
         raise AllRanksSettingError(
-            f"trainer.strategy.expert_parallel_size={limit} cannot shard a layer of the {name}: no number from 2 to {limit} "
-            f"divides both its number of experts ({counts}) and the number of ranks ({world_size}); change one, or use 1"
+            f"trainer.strategy.expert_parallel_size={limit} cannot shard a layer of the {model_name}: no number from 2 to "
+            f"{limit} divides both its number of experts ({counts}) and the number of ranks ({world_size}); change one, or use 1"
         )
     return degrees
 
@@ -94,28 +94,28 @@ def expert_placements(
 ) -> dict[int, ExpertPlacement]:
     """Return the experts of this rank in every MoE block, by block number."""
     placements = {}
-    for layer, degree in degrees.items():
-        count = experts_per_layer(config)[layer] // degree
+    for block, degree in degrees.items():
+        count = experts_per_layer(config)[block] // degree
         if degree == 1:
-            placements[layer] = ExpertPlacement(first=0, count=count)
+            placements[block] = ExpertPlacement(first=0, count=count)
         else:
             group = groups[degree].parallel
-            placements[layer] = ExpertPlacement(distributed.get_rank(group) * count, count, group)
+            placements[block] = ExpertPlacement(distributed.get_rank(group) * count, count, group)
     return placements
 
 
-def describe_degrees(config: GPTConfig, degrees: dict[int, int], world_size: int, name: str = "model") -> str:
+def describe_degrees(config: GPTConfig, degrees: dict[int, int], world_size: int, model_name: str = "model") -> str:
     """Describe each kind of layer in a line: blocks (counted from 0), degree, experts of a rank, ranks of an expert."""
     experts = experts_per_layer(config)
     kinds: dict[tuple[int, int], list[int]] = {}  # (experts, degree) -> blocks
-    for layer, degree in degrees.items():
-        kinds.setdefault((experts[layer], degree), []).append(layer)
+    for block, degree in degrees.items():
+        kinds.setdefault((experts[block], degree), []).append(block)
     lines = []
     for (count, degree), blocks in sorted(kinds.items()):
         per_rank = count // degree
         size = per_rank * expert_parameters(config) * len(blocks)
         lines.append(
-            f"blocks {', '.join(map(str, blocks))} of the {name}: {count} experts, expert-parallel degree {degree}, {per_rank} a "
-            f"rank ({size / 1e6:,.1f}M parameters), each on {world_size // degree}"
+            f"blocks {', '.join(map(str, blocks))} of the {model_name}: {count} experts, expert-parallel degree {degree}, "
+            f"{per_rank} a rank ({size / 1e6:,.1f}M parameters), each on {world_size // degree}"
         )
     return "\n".join(lines)

@@ -30,7 +30,7 @@ from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.non_finite import StepGradients
-from nlgmoe.optim.param_groups import AdamWConfig, Part, is_frozen
+from nlgmoe.optim.param_groups import AdamWConfig, Component, is_frozen
 from nlgmoe.parallel.expert_groups import (
     ExpertGroups,
     describe_degrees,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 class ExpertParallelStrategy(DeepSpeedStrategy):
-    """Data parallelism with ZeRO for the dense part, expert parallelism for the experts.
+    """Data parallelism with ZeRO for the dense parameters, expert parallelism for the experts.
 
     Every MoE layer has its own degree: the largest divisor of its number of experts and of the number of ranks up to
     `expert_parallel_size`. Checkpoints do not depend on it.
@@ -148,25 +148,25 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             self._init_deepspeed_distributed()
         register_world(self._collective_timeout)
 
-    def expert_placements(self, config: GPTConfig, of: str = "model") -> Mapping[int, ExpertPlacement]:
+    def expert_placements(self, config: GPTConfig, model_name: str = "model") -> Mapping[int, ExpertPlacement]:
         """Make the process groups and return this rank's experts in every MoE block, by block number. A collective.
 
         Args:
             config: configuration of the model to shard.
-            of: its name in the log and in errors: "model", or "teacher".
+            model_name: its name in the log and in errors: "model", or "teacher".
 
         Raises:
             ValueError: `expert_parallel_size` does not fit the model and the number of ranks.
         """
         from nlgmoe.parallel.engine import register_groups
 
-        degrees = layer_degrees(config, self.world_size, self.expert_parallel_size, of)
+        degrees = layer_degrees(config, self.world_size, self.expert_parallel_size, model_name)
         for degree in sorted(set(degrees.values()) - {1}):
             if degree not in self._groups:
                 self._groups[degree] = make_groups(degree, self._collective_timeout)
                 register_groups(self._groups[degree])
         if degrees:
-            rank_zero_info(describe_degrees(config, degrees, self.world_size, of))
+            rank_zero_info(describe_degrees(config, degrees, self.world_size, model_name))
         return expert_placements(config, degrees, self._groups)
 
     @property
@@ -175,8 +175,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         return gpt
 
     @property
-    def _frozen(self) -> tuple[Part, ...]:
-        """Parts that `model.optimizer.frozen` names."""
+    def _frozen(self) -> tuple[Component, ...]:
+        """Components that `model.optimizer.frozen` names."""
         config: AdamWConfig | None = getattr(self.lightning_module, "optimizer_config", None)
         return () if config is None else config.frozen
 
@@ -327,7 +327,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Read this rank's part of AdamW's state, and the loss scale."""
+        """Read this rank's shard of AdamW's state, and the loss scale."""
         from nlgmoe.parallel.checkpointing import load_moments, restore_loss_scale
 
         assert self._loading is not None
@@ -355,11 +355,11 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             distributed.barrier(device_ids=None if self.root_device.type == "cpu" else [self.root_device.index])
 
 
-def _check_parameters(model: nn.Module, frozen: Sequence[Part]) -> None:
+def _check_parameters(model: nn.Module, frozen: Sequence[Component]) -> None:
     """Check for parameters that DeepSpeed cannot train.
 
     ZeRO's optimizer uses zeros as the gradient of a parameter that is frozen after the optimizer was built, and updates it; those
-    of the parts `frozen` are not in the optimizer. `_broadcast_model` (0.19.8) views a parameter as bytes, which fails for a
+    of the components `frozen` are not in the optimizer. `_broadcast_model` (0.19.8) views a parameter as bytes, which fails for a
     tensor without dimension.
     """
     for name, parameter in model.named_parameters():

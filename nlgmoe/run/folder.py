@@ -69,16 +69,16 @@ class RunTrainer(Trainer):
         if self.fast_dev_run:  # type: ignore[attr-defined]
             with TemporaryDirectory(prefix="fast_dev_run-") as temporary:
                 checkpoint = None if ckpt_path is None else checkpoint_to_resume(folder, ckpt_path)
-                _settle_warm_start(model, checkpoint)
+                _ignore_or_check_warm_start(model, checkpoint)
                 self._default_root_dir = temporary
                 try:
                     super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint)
                 finally:
                     self._default_root_dir = str(folder)
             return
-        with held(folder) if self.is_global_zero else nullcontext():
+        with run_lock(folder) if self.is_global_zero else nullcontext():
             checkpoint = checkpoint_to_resume(folder, ckpt_path)
-            _settle_warm_start(model, checkpoint)
+            _ignore_or_check_warm_start(model, checkpoint)
             if self.is_global_zero:
                 _sweep(folder)
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint)
@@ -140,7 +140,7 @@ class RunTrainer(Trainer):
 
     def _to_evaluate(self, model: LightningModule | None, name: str | Path | None) -> str | Path | None:
         prepare_allocator(self.strategy.root_device)
-        _settle_warm_start(model, name)
+        _ignore_or_check_warm_start(model, name)
         folder = Path(self.default_root_dir)
         if name in ("last", "auto"):
             require(
@@ -187,7 +187,7 @@ def checkpoint_to_resume(folder: Path, name: str | Path | None) -> str | None:
     return str(name)
 
 
-def _settle_warm_start(model: Any, checkpoint: str | Path | None) -> None:
+def _ignore_or_check_warm_start(model: Any, checkpoint: str | Path | None) -> None:
     """Ignore `warm_start` if a checkpoint is resumed or evaluated; else check its checkpoint before a corpus is tokenised."""
     if checkpoint is not None and model is not None:
         model.warm_start = None
@@ -204,7 +204,7 @@ def require_checkpoint(path: str | Path) -> None:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Lock a run folder; the operating system releases the lock when the process ends."""
     lock = FileLock(folder / ".run.lock", timeout=LOCK_SECONDS)
     try:

@@ -44,7 +44,7 @@ def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
     for position, (old, new) in enumerate(zip(before, num_experts, strict=True)):
         require(
             0 < new <= old or new == old,
-            f"{setting}: number {position + 1} must be from 1 to {old}, which that layer has"
+            f"{setting}: number {position + 1} must be from 1 to {old}, which that MoE layer has"
             if old
             else f"{setting}: number {position + 1} must be 0, the block there is dense",
         )
@@ -98,14 +98,14 @@ def prune(
     before = GPTConfig.from_dict(document["model_config"])
     config = pruned_config(before, num_experts)
     blocks = list(moe_blocks(before))
-    of_block = {f"blocks.{block}.moe": list(experts) for block, experts in zip(blocks, kept, strict=True)}
+    kept_in = {f"blocks.{block}": list(experts) for block, experts in zip(blocks, kept, strict=True)}
 
     def read(name: str) -> Tensor:
-        layer = name.partition(".moe.")[0] + ".moe"
+        block = name.partition(".moe.")[0]
         if match := EXPERT.fullmatch(name):
-            return files.read(f"{match['layer']}.{of_block[layer][int(match['expert'])]}.{match['part']}")
+            return files.read(f"{match['experts']}.{kept_in[block][int(match['expert'])]}.{match['parameter']}")
         value = files.read(name)
-        return value[of_block[layer]] if name.startswith(f"{layer}.router.") else value
+        return value[kept_in[block]] if name.startswith(f"{block}.moe.router.") else value
 
     trained, start = (document["global_step"], document["tokens_seen"]), document.get("started_from")
     origin = f"{source}, by `nlgmoe prune`"

@@ -114,27 +114,27 @@ def _entry_reader(
     def read(name: str) -> Tensor:
         if ".moe." not in name:
             return files.read(name)
-        block, _, part = name.partition(".moe.")
+        block, _, rest = name.partition(".moe.")
         if match := EXPERT.fullmatch(name):
-            return expert(name, block, match["part"])
-        if part.startswith("mlp."):
-            value = files.read(f"{block}.ffn.{part.removeprefix('mlp.')}")
-            return value / 2 if halved and part.startswith("mlp.project") else value
+            return expert(name, block, match["parameter"])
+        if rest.startswith("mlp."):
+            value = files.read(f"{block}.ffn.{rest.removeprefix('mlp.')}")
+            return value / 2 if halved and rest.startswith("mlp.project") else value
         dtype = files.read(f"{block}.ffn.project.weight").dtype
         least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # 6e-8 in fp16, which makes TINY zero
         std = config.init_std
-        if part.startswith("router"):
+        if rest.startswith("router"):
             std = max(TINY, 16 * least) if moe.top_k == 1 else moe.gate_init_std or config.init_std
-        value = torch.zeros(shapes[name]) if part.endswith("bias") else _normal(shapes[name], seed, name) * std
+        value = torch.zeros(shapes[name]) if rest.endswith("bias") else _normal(shapes[name], seed, name) * std
         return value.to(dtype)
 
-    def expert(name: str, block: str, part: str) -> Tensor:
-        layer, leaf = part.rsplit("_", 1)  # expand or project, weight or bias
-        value = files.read(f"{block}.ffn.{layer}.{leaf}")
-        value = value.t() if leaf == "weight" else value  # expert stacks are [in, out], nn.Linear's weight [out, in]
-        if noise and leaf == "weight":
+    def expert(name: str, block: str, parameter: str) -> Tensor:
+        matrix, kind = parameter.rsplit("_", 1)  # expand or project, weight or bias
+        value = files.read(f"{block}.ffn.{matrix}.{kind}")
+        value = value.t() if kind == "weight" else value  # expert stacks are [in, out], nn.Linear's weight [out, in]
+        if noise and kind == "weight":
             value = value + (_normal(value.shape, seed, name) * (noise * value.float().std())).to(value.dtype)
-        if layer == "project":
+        if matrix == "project":
             experts = experts_at(config, int(block.rpartition(".")[2]))
             value = value * ((0.5 if halved else 1.0) * (experts if moe.top_k == 1 else 1))
         return value.contiguous()

@@ -7,7 +7,6 @@ entries, so that all ranks find the same differences.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.layout import (
-    Entry,
-    describe_differences,
-    entry_shapes,
-    local_entries,
-    summarize_differences,
-)
+from nlgmoe.checkpoint.layout import Entry, entry_shapes, local_entries
 from nlgmoe.checkpoint.reading import TensorFiles, read_document
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.checkpoint.same_run import tokenizer_matches
 from nlgmoe.data.model_files import TokenizerFiles
+from nlgmoe.differences import list_differences
 from nlgmoe.model.gpt import GPT
 from nlgmoe.ranks import raise_on_all_ranks
 from nlgmoe.validation import SettingError
@@ -79,7 +72,7 @@ def load_initial_weights(
     """Load a checkpoint's weights into `model`. A collective.
 
     Args:
-        model: the GPT, or this rank's part of it.
+        model: the GPT, or this rank's shard of it.
         start: the settings.
         on_entry: called with each loaded entry and its values in the stored dtype.
         tokenizer: the data's, compared with the checkpoint's; None: not compared.
@@ -95,18 +88,17 @@ def load_initial_weights(
             sources = _rename_blocks(sources, start.layers)
         available = {name: stored[source] for name, source in sources.items()}
         fitting = {name for name, shape in shapes.items() if available.get(name) == shape}
-        different = describe_differences(shapes, available)
+        different = list_differences(available, shapes, limit=None if fitting and not start.strict else 5)
         if tokenizer is not None and not tokenizer_matches(tokenizer, path):
-            different = {"token_embedding.weight": "of another tokenizer than data.tokenizer"} | different
+            different.insert(0, "token_embedding.weight (of another tokenizer than data.tokenizer)")
         if not fitting:
             raise SettingError(
-                f"no tensor of {start.checkpoint}{blocks} fits the model: {summarize_differences(different)}; use another "
-                "checkpoint"
+                f"no tensor of {start.checkpoint}{blocks} fits the model: {', '.join(different)}; use another checkpoint"
             )
         if different and start.strict:
             raise SettingError(
-                f"the weights of {path}{blocks} do not fit the model: {summarize_differences(different)}; use another "
-                "checkpoint or other model.warm_start.layers, or model.warm_start.strict=false to load what fits"
+                f"the weights of {path}{blocks} do not fit the model: {', '.join(different)}; use another checkpoint or "
+                "other model.warm_start.layers, or model.warm_start.strict=false to load what fits"
             )
         for entry in local_entries(model):
             if entry.name in fitting:
@@ -116,8 +108,8 @@ def load_initial_weights(
                     on_entry(entry, value)
     total, loaded = (sum(shapes[name].numel() for name in names) for names in (shapes, fitting))
     more = "; differences:" if different else ""
-    lines = [f"the weights are those of {path}{blocks}: loaded {loaded:,} of {total:,} values{more}"]
-    return WarmStartResult(model_config, "\n  ".join(lines + format_differences(different)), path)
+    head = f"the weights are those of {path}{blocks}: loaded {loaded:,} of {total:,} values{more}"
+    return WarmStartResult(model_config, "\n  ".join([head, *different]), path)
 
 
 def _rename_blocks(names: dict[str, str], layers: list[int]) -> dict[str, str]:
@@ -125,17 +117,9 @@ def _rename_blocks(names: dict[str, str], layers: list[int]) -> dict[str, str]:
     sources = {}
     for name in names:
         if match := _BLOCK.fullmatch(name):
-            for block, layer in enumerate(layers):
-                if layer == int(match["block"]):
+            for block, source in enumerate(layers):
+                if source == int(match["block"]):
                     sources[f"blocks.{block}.{match['rest']}"] = name
         else:
             sources[name] = name
     return sources
-
-
-def format_differences(different: dict[str, str]) -> list[str]:
-    """Format each difference as a line, with one line for the experts of a layer: `...experts.*.expand_bias (4 experts): ...`."""
-    counts = Counter((EXPERT.sub(r"\g<layer>.*.\g<part>", name), reason) for name, reason in different.items())
-    return [
-        f"{name}{f' ({count} experts)' if '.*.' in name else ''}: {reason}" for (name, reason), count in counts.items()
-    ]

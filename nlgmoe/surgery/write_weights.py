@@ -19,7 +19,7 @@ from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.checkpoint.reading import Contents, read_document, run_config
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TokenizerFiles
-from nlgmoe.files import atomic_write, settings_of
+from nlgmoe.files import atomic_write, yaml_beside
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.token_schedule import LearningRateSchedule
 from nlgmoe.validation import require
@@ -61,7 +61,7 @@ def write_weights(
     path, shards = Path(path), _shards(weight_shapes(config))
     _require_free(path, overwrite)
     if origin is not None:
-        _require_free(settings_of(path), overwrite)
+        _require_free(yaml_beside(path), overwrite)
     require(
         path.is_symlink() or not _is_resumable(path),
         f"{path} is not replaced by weights alone: a run can be resumed from it; name another",
@@ -91,7 +91,7 @@ def write_weights(
 
 
 def _write_settings(checkpoint: Path, config: GPTConfig, tokenizer: bool, origin: str, source: Path | None) -> None:
-    file = settings_of(checkpoint)
+    file = yaml_beside(checkpoint)
     settings: dict[str, Any] = {
         "model": {"config": config.to_dict(), "warm_start": {"checkpoint": str(checkpoint), "layers": None}}
     }

@@ -164,8 +164,8 @@ def write(
     for number, (name, module) in enumerate(moes):
         for expert in range(module.num_experts):
             prefix = f"{name}.deepspeed_moe.experts.deepspeed_experts.{expert}."
-            one = {key: value.clone() for key, value in model.state_dict().items() if key.startswith(prefix)}
-            torch.save(one, step / f"layer_{number}_expert_{expert}_mp_rank_00_model_states.pt")
+            values = {key: value.clone() for key, value in model.state_dict().items() if key.startswith(prefix)}
+            torch.save(values, step / f"layer_{number}_expert_{expert}_mp_rank_00_model_states.pt")
     return model.float()
 
 

@@ -168,7 +168,7 @@ def test_training_a_student_upcycling_and_pruning_pass_its_files_on(
             file: (source / file).read_bytes() for file in FILES
         }
         theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (source, exported))
-        assert {one: ours.get(one) for one in IDS} == {one: theirs.get(one) for one in IDS}
+        assert {name: ours.get(name) for name in IDS} == {name: theirs.get(name) for name in IDS}
         assert AutoTokenizer.from_pretrained(exported).padding_side == "right"
         assert list(find_problems(load_pretrained(tmp_path / name).path)) == []
         assert load_pretrained(tmp_path / name).tokenizer.stop_ids == load_pretrained(checkpoint).tokenizer.stop_ids

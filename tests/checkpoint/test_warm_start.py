@@ -66,8 +66,8 @@ def test_a_new_run_has_the_weights_and_nothing_else(name: str, trained: Path, tm
 @pytest.mark.parametrize(
     ("gpt", "moe", "words"),
     [
-        ({}, {"num_experts": [2, 6]}, "router.weight ([4, 32] in the checkpoint, [6, 32] in the model)"),
-        ({"num_layers": 6}, {"num_experts": [2, 4, 4]}, "blocks.4.attention_norm.weight (not in the checkpoint)"),
+        ({}, {"num_experts": [2, 6]}, "router.weight (saved: [4, 32], now: [6, 32])"),
+        ({"num_layers": 6}, {"num_experts": [2, 4, 4]}, "blocks.4.attention_norm.weight (saved: missing, now: [32])"),
     ],
     ids=["more experts", "deeper"],
 )
@@ -122,7 +122,7 @@ def test_nothing_in_common_is_an_error_and_another_number_of_heads_is_named(
         module(start, GPTConfig(61, 8, 4, 16, 2)).configure_model()
     with caplog.at_level("INFO"):
         module(start, replace(CONFIG, num_heads=4)).configure_model()
-    assert "model.config differed: num_heads 2 -> 4" in caplog.text  # no shape shows it
+    assert "model.config differed: num_heads (saved: 2, now: 4)" in caplog.text  # no shape shows it
 
 
 def test_weights_alone_are_evaluated_as_they_are_but_not_resumed(trained: Path, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_blocks_start_from_the_blocks_that_are_named(trained: Path) -> None:
             if ".moe.experts." in name:
                 experts = (2, 3) if placements else range(4)
                 names = [source.replace(".experts.", f".experts.{expert}.") for expert in experts]
-                assert torch.equal(value, torch.stack([stored.read(one) for one in names]))
+                assert torch.equal(value, torch.stack([stored.read(entry) for entry in names]))
             else:
                 assert torch.equal(value, stored.read(source))
     with pytest.raises(

@@ -152,7 +152,7 @@ WRONG = {
     "no such file": ("train.py fit --config nowhere.yaml", "--config nowhere.yaml: No such file or directory"),
     "another architecture": (
         "validate --ckpt_path=LAST --model.config.hidden_size=32",
-        "the checkpoint's model differs from model.config: hidden_size 16 -> 32",
+        "the checkpoint's model differs from model.config: hidden_size (saved: 16, now: 32)",
     ),
     "another tokenizer": ("validate --ckpt_path=LAST --data.tokenizer=pocket-1k", "these differ: tokenizer ("),
     "the best to resume": (
@@ -162,11 +162,11 @@ WRONG = {
     "other data": ("fit --ckpt_path=LAST --data.seed=7 --model.train_tokens=128", "seed (saved: 1234, now: 7)"),
     "another recipe": (
         "fit --ckpt_path=LAST --model.config.moe.train_capacity_factor=2.0 --model.train_tokens=128",
-        "moe.train_capacity_factor 1.0 -> 2.0",
+        "moe.train_capacity_factor (saved: 1.0, now: 2.0)",
     ),
     "another frozen part": (
         "fit --ckpt_path=LAST --model.optimizer.frozen=[norms] --model.train_tokens=128",
-        "model.optimizer.frozen=['norms'] was [] in the checkpoint's run, which has moments of the other parts only; set it",
+        "model.optimizer.frozen=['norms'] was [] in the checkpoint's run, which has moments of the other components only; set it",
     ),
     "ids over the vocabulary": (
         "fit --model.config.vocab_size=100",

@@ -35,7 +35,7 @@ def distilled(h: Tensor, u: Tensor, t: Tensor, m: Tensor | None, teacher: Tensor
 def test_the_loss_is_its_formula(temperature: float, masked: bool) -> None:
     hidden, unembedding, targets, mask, teacher = inputs()
     counted = mask if masked else torch.ones_like(mask)
-    found = distilled(
+    actual = distilled(
         hidden, unembedding, targets, mask if masked else None, teacher, beta=0.7, temperature=temperature
     )
     logits = hidden @ unembedding[:VOCABULARY].t()
@@ -43,13 +43,13 @@ def test_the_loss_is_its_formula(temperature: float, masked: bool) -> None:
     divergence = (p * (p.log() - (logits / temperature).log_softmax(-1))).sum(-1)
     language = F.cross_entropy(logits[counted], targets[counted])
     distillation = temperature**2 * divergence[counted].mean()
-    torch.testing.assert_close(found.language, language)
-    torch.testing.assert_close(found.distillation, distillation)
-    torch.testing.assert_close(found.loss, language + 0.7 * distillation)
-    assert float(found.agreement) == pytest.approx(2 / 5 if masked else 3 / 7)  # token 2 is masked
-    assert [value.requires_grad for value in found] == [True, False, False, False]
+    torch.testing.assert_close(actual.language, language)
+    torch.testing.assert_close(actual.distillation, distillation)
+    torch.testing.assert_close(actual.loss, language + 0.7 * distillation)
+    assert float(actual.agreement) == pytest.approx(2 / 5 if masked else 3 / 7)  # token 2 is masked
+    assert [value.requires_grad for value in actual] == [True, False, False, False]
     expected = torch.autograd.grad(language + 0.7 * distillation, (hidden, unembedding))
-    torch.testing.assert_close(torch.autograd.grad(found.loss, (hidden, unembedding)), expected)
+    torch.testing.assert_close(torch.autograd.grad(actual.loss, (hidden, unembedding)), expected)
 
 
 def test_a_target_whose_probability_is_zero_in_fp32_has_its_loss_and_gradient() -> None:
@@ -57,17 +57,20 @@ def test_a_target_whose_probability_is_zero_in_fp32_has_its_loss_and_gradient() 
     hidden = (300 * hidden).detach().requires_grad_()
     logits = hidden @ unembedding[:VOCABULARY].t()
     assert (logits.softmax(-1).gather(1, targets[:, None]) == 0).any()
-    found, expected = cross_entropy(hidden, unembedding, VOCABULARY, targets, None, 3), F.cross_entropy(logits, targets)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    actual, expected = (
+        cross_entropy(hidden, unembedding, VOCABULARY, targets, None, 3),
+        F.cross_entropy(logits, targets),
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
     variables = hidden, unembedding
-    torch.testing.assert_close(torch.autograd.grad(found, variables), torch.autograd.grad(expected, variables))
+    torch.testing.assert_close(torch.autograd.grad(actual, variables), torch.autograd.grad(expected, variables))
 
 
 def test_nothing_counts_where_all_is_masked() -> None:
     hidden, unembedding, targets, mask, teacher = inputs()
-    found = distilled(hidden, unembedding, targets, torch.zeros_like(mask), teacher, beta=1.0, temperature=2.0)
-    found.loss.backward()
-    assert [float(value.detach()) for value in found] == [0] * 4 and not hidden.grad.any()
+    actual = distilled(hidden, unembedding, targets, torch.zeros_like(mask), teacher, beta=1.0, temperature=2.0)
+    actual.loss.backward()
+    assert [float(value.detach()) for value in actual] == [0] * 4 and not hidden.grad.any()
 
 
 def test_autocast_keeps_the_losses_in_fp32() -> None:
@@ -77,8 +80,8 @@ def test_autocast_keeps_the_losses_in_fp32() -> None:
         half = distilled(hidden, unembedding, targets, mask, teacher.bfloat16(), beta=1.0, temperature=2.0)
     assert {value.dtype for value in half} == {torch.float32}
     torch.testing.assert_close(tuple(half[:3]), tuple(exact[:3]), rtol=0.02, atol=0.02)
-    found, expected = (torch.autograd.grad(one.loss, hidden)[0] for one in (half, exact))
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
+    actual, expected = (torch.autograd.grad(result.loss, hidden)[0] for result in (half, exact))
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.02)
 
 
 def offline(
@@ -108,8 +111,8 @@ def test_with_every_token_kept_nothing_is_lost(temperature: float) -> None:
     whole, kept = distilled(*arguments, **settings), offline(*arguments, top_k=VOCABULARY, **settings)
     torch.testing.assert_close(tuple(kept), tuple(whole))
     hidden, unembedding = arguments[:2]
-    found, expected = (torch.autograd.grad(one.loss, (hidden, unembedding)) for one in (kept, whole))
-    torch.testing.assert_close(found, expected)
+    actual, expected = (torch.autograd.grad(result.loss, (hidden, unembedding)) for result in (kept, whole))
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -125,8 +128,8 @@ def test_what_the_tail_hides_is_bounded(top_k: int, temperature: float) -> None:
     classes = [torch.cat([x[:, :top_k], x[:, top_k:].sum(-1, keepdim=True)], dim=1) for x in (p, q)]
     expected = (classes[0] * (classes[0] / classes[1]).log()).sum(-1)
     for token in range(TOKENS):
-        one = slice(token, token + 1)
-        arguments = logits[one], identity, targets[one], None, teacher[one].double()
+        position = slice(token, token + 1)
+        arguments = logits[position], identity, targets[position], None, teacher[position].double()
         kept = offline(*arguments, top_k=top_k, beta=1.0, temperature=temperature)
         whole = distilled(*arguments, beta=1.0, temperature=temperature)
         assert float(kept.distillation.detach()) == pytest.approx(temperature**2 * float(expected[token]))
@@ -164,6 +167,6 @@ def test_a_student_whose_tail_is_nothing_learns_without_nan() -> None:
     """Its probabilities of the tail are 0 in fp32, the teacher's are not."""
     logits = torch.zeros(1, 6).index_fill_(1, torch.tensor([0]), 300.0).requires_grad_()
     teacher, target = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, 0.0]]), torch.zeros(1, dtype=torch.int64)
-    found = offline(logits, torch.eye(6), target, None, teacher, top_k=2, half=True, beta=1.0, temperature=1.0)
-    (gradient,) = torch.autograd.grad(found.loss, logits)
-    assert found.loss.isfinite() and gradient.isfinite().all() and gradient[0, 0] > 0.5
+    actual = offline(logits, torch.eye(6), target, None, teacher, top_k=2, half=True, beta=1.0, temperature=1.0)
+    (gradient,) = torch.autograd.grad(actual.loss, logits)
+    assert actual.loss.isfinite() and gradient.isfinite().all() and gradient[0, 0] > 0.5

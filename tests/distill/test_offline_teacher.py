@@ -7,7 +7,8 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -62,6 +63,13 @@ class Longer(NumberedData):
         return super().fingerprint() | {"corpus": "a longer walk"}
 
 
+class Unnumbered(SyntheticData):
+    """The same samples, without their numbers."""
+
+    def fingerprint(self) -> dict[str, str | int]:
+        return NumberedData().fingerprint()
+
+
 def record(
     teacher: Path,
     folder: Path,
@@ -96,9 +104,9 @@ class Losses(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(float(outputs["loss"]))
-        found = trainer.callback_metrics.get("train/distillation_loss")
-        if found is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.distilled.append(float(found))
+        loss = trainer.callback_metrics.get("train/distillation_loss")
+        if loss is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.distilled.append(float(loss))
 
 
 def fit(
@@ -141,14 +149,14 @@ def test_the_stage_scales_the_weight_and_padding_is_no_part_of_the_tail(teacher:
     run = trainer(tmp_path, max_steps=4, accumulate_grad_batches=2)
     distiller = OfflineTeacher(str(folder), 0.5, 2.0)
     run.fit(MoEGPTModule(STUDENT, AdamWConfig(), distiller=distiller), NumberedData(padded=True))
-    found, tails = TeacherLogits(str(folder)), []
+    recorded, tails = TeacherLogits(str(folder)), []
     for sample in range(SAMPLES):
         mask = torch.arange(16) < sample * 5 % 16 + 1  # as `tests/synthetic.py` pads
-        tails.append(torch.from_numpy(found.read([sample], 16)[1])[0, mask, -1].double().exp())
+        tails.append(torch.from_numpy(recorded.read([sample], 16)[1])[0, mask, -1].double().exp())
     assert done.tail_mass / done.positions == pytest.approx(float(torch.cat(tails).mean()), rel=1e-3)
 
     distiller.loss_weight = 0.25
-    distiller._recording = found
+    distiller._recording = recorded
     said = distiller.read({"tokens": torch.zeros(1, 16, dtype=torch.long), "samples": [0]}, None)  # type: ignore[typeddict-item]
     assert said is not None and said.weight == 0.5 * 0.25
 
@@ -163,9 +171,9 @@ def test_a_run_goes_on_before_and_at_the_end(saved: int, logits: Path, tmp_path:
         said = 0
 
         def read(self, batch: Any, mask: Any) -> Any:
-            found = super().read(batch, mask)
-            Counts.said += found is not None
-            return found
+            targets = super().read(batch, mask)
+            Counts.said += targets is not None
+            return targets
 
     def run(root: Path, *callbacks: Callback, **settings: Any) -> Losses:
         return fit(root, Counts(str(copy), 1.0, 2.0), StagedDistillation(step=2), *callbacks, **settings)
@@ -197,11 +205,11 @@ def test_a_student_goes_on_with_the_teacher_it_had(logits: Path, tmp_path: Path)
 
 def test_ranks_read_their_own_samples(logits: Path) -> None:
     """In any order, a part of each."""
-    found = TeacherLogits(logits)
-    ids, log_probs = found.read([5, 3, 30], 7)
+    recorded = TeacherLogits(logits)
+    ids, log_probs = recorded.read([5, 3, 30], 7)
     assert ids.shape == (3, 7, 8) and log_probs.shape == (3, 7, 9)
     for index, sample in enumerate([5, 3, 30]):
-        whole = found.read([sample], 16)
+        whole = recorded.read([sample], 16)
         assert (ids[index] == whole[0][0, :7]).all() and (log_probs[index] == whole[1][0, :7]).all()
 
 
@@ -288,7 +296,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # teacher's s
     "temperature": ({"temperature": 1.0}, {}, r"recorded at temperature=2.0, model.distiller.temperature is 1.0; use"),
     "corpus": ({}, {"data": Longer()}, r"these differ: corpus \(saved: a walk, now: a longer walk\); set"),
     "documents": ({}, {"data": NumberedData(documents=True)}, r"document_attention \(saved: False, now: True\)"),
-    "numbers": ({}, {"data": SyntheticData()}, "the data module does not number its samples"),
+    "numbers": ({}, {"data": Unnumbered()}, "the data module does not number its samples"),
     "samples": ({}, {"accumulate": 3}, "holds 32 samples, this run distils 48; record that many with --samples 48"),
 }
 
@@ -311,9 +319,9 @@ def test_another_teacher_or_student_is_refused(logits: Path, teacher: Path, tmp_
     with pytest.raises(ValueError, match=r"recorded with other settings: teacher \(saved: \w+, now: \w+\)"):
         record(other, logits, top_k=8)
     for name in ("vocab_size", "seq_len"):
-        header = json.loads((logits / HEADER).read_text()) | {name: 99}
-        with pytest.raises(ValueError, match=f"has {name}=99, the student "):
-            OfflineTeacher(str(logits), 1.0, 2.0)._check(header, STUDENT, 16)
+        header, run = json.loads((logits / HEADER).read_text()) | {name: 99}, SimpleNamespace(datamodule=NumberedData())
+        with pytest.raises(ValueError, match=rf"these differ: {name} \(saved: 99, now: \d+\)"):
+            OfflineTeacher(str(logits), 1.0, 2.0)._check(header, STUDENT, cast(Trainer, run))
 
 
 def test_samples_of_a_run_by_hand() -> None:

@@ -48,7 +48,7 @@ from nlgmoe.layers.experts import Experts
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
-from nlgmoe.optim.param_groups import AdamWConfig, Part
+from nlgmoe.optim.param_groups import AdamWConfig, Component
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.surgery.warm_start import WarmStart
 from tests.checkpoint.runs import SaveAt
@@ -89,7 +89,7 @@ class Cell:
     hidden: int = 32
     network: Literal["gelu", "swiglu"] = "gelu"
     block: dict[str, Any] = field(default_factory=dict)  # other settings of GPTConfig
-    frozen: tuple[Part, ...] = ()
+    frozen: tuple[Component, ...] = ()
     strategy: str = "expert_parallel"
     non_finite: NonFinite = field(default_factory=NonFinite)
     options: dict[str, Any] = field(default_factory=dict)

@@ -26,8 +26,8 @@ def pyramid(*experts: int) -> GPTConfig:
 def test_a_layers_degree_divides_its_experts_and_the_ranks(
     experts: list[int], ranks: int, limit: int, degrees: list[int]
 ) -> None:
-    found = layer_degrees(pyramid(*experts), ranks, limit)
-    assert found == dict(zip(range(1, 2 * len(experts), 2), degrees, strict=True))
+    by_block = dict(zip(range(1, 2 * len(experts), 2), degrees, strict=True))
+    assert layer_degrees(pyramid(*experts), ranks, limit) == by_block
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def test_a_size_that_nothing_can_use_is_refused(experts: list[int], ranks: int, 
 def test_a_strategy_reports_the_layout_of_experts_alone(caplog: pytest.LogCaptureFixture) -> None:
     strategy = ExpertParallelStrategy()
     strategy.parallel_devices = [torch.device("cpu")]
-    assert strategy.expert_placements(GPTConfig(61, 16, 2, 32, 2), of="teacher") == {} and not caplog.records
-    (placement,) = strategy.expert_placements(pyramid(4), of="teacher").values()
+    assert strategy.expert_placements(GPTConfig(61, 16, 2, 32, 2), model_name="teacher") == {} and not caplog.records
+    (placement,) = strategy.expert_placements(pyramid(4), model_name="teacher").values()
     assert (placement.first, placement.count, placement.group) == (0, 4, None)
     assert "of the teacher: 4 experts, expert-parallel degree 1, 4 a rank" in caplog.text
     config = pyramid(4, 4, 8)

@@ -12,13 +12,13 @@ from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.param_groups import AdamWConfig, Part
+from nlgmoe.optim.param_groups import AdamWConfig, Component
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData
 from tests.test_module import trainer
 
 CONFIG = GPTConfig(61, 16, 4, 32, 2, hidden_dropout=0.1, moe=MoEConfig(4, mlp_type="residual", noise="jitter"))
-CASES: dict[str, tuple[tuple[Part, ...], dict[str, Any]]] = {
+CASES: dict[str, tuple[tuple[Component, ...], dict[str, Any]]] = {
     "experts": (("experts",), {}),
     "router, recomputed": (("router",), {"activation_checkpointing": True}),
     "tied embeddings": (("embeddings",), {}),
@@ -28,7 +28,7 @@ CASES: dict[str, tuple[tuple[Part, ...], dict[str, Any]]] = {
 
 
 def fit(
-    folder: Path, frozen: tuple[Part, ...], steps: int, path: Path | None, *callbacks: Any, **settings: Any
+    folder: Path, frozen: tuple[Component, ...], steps: int, path: Path | None, *callbacks: Any, **settings: Any
 ) -> MoEGPTModule:
     module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2, frozen=frozen), **settings)
     trainer(folder, *callbacks, max_steps=steps).fit(module, SyntheticData(), ckpt_path=path)
@@ -58,5 +58,7 @@ def test_frozen_parts_take_no_moments_and_a_run_with_them_is_resumed_exactly(cas
 
 def test_a_run_in_which_nothing_would_learn_is_refused(tmp_path: Path) -> None:
     dense, parts = replace(CONFIG, moe=None), ("attention", "ffn", "norms", "embeddings")
-    with pytest.raises(ValueError, match=r"frozen=\['attention', .* leaves no parameter to train; leave a part out"):
+    with pytest.raises(
+        ValueError, match=r"frozen=\['attention', .* leaves no parameter to train; leave a component out"
+    ):
         trainer(tmp_path, max_steps=1).fit(MoEGPTModule(dense, AdamWConfig(frozen=parts)), SyntheticData())

@@ -8,7 +8,7 @@ from shlex import quote
 from typing import Literal
 
 from nlgmoe.cli.arguments import check_new_checkpoint
-from nlgmoe.files import settings_of
+from nlgmoe.files import yaml_beside
 from nlgmoe.validation import SettingError
 
 
@@ -71,7 +71,7 @@ def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> 
     from nlgmoe.model.counting import count_parameters  # these need torch
     from nlgmoe.tools.hugging_face.importing import import_model
 
-    done, settings = import_model(source, checkpoint, overwrite), settings_of(Path(checkpoint))
+    done, settings = import_model(source, checkpoint, overwrite), yaml_beside(Path(checkpoint))
     print(f"{checkpoint}: {done.model_type}, {count_parameters(done.config).total:,} parameters")
     print(
         f"{settings}: settings; python train.py validate --config {quote(str(settings))} --ckpt_path {quote(checkpoint)}"

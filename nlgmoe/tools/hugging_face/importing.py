@@ -186,7 +186,10 @@ def _exported_weights(files: WeightFiles, config: GPTConfig) -> Callable[[str], 
             place, whole = (PREFIX + entry, None), shape
         else:
             expert = int(match["expert"])
-            place, whole = (f"{PREFIX}{match['layer']}.{match['part']}", expert), torch.Size((expert + 1, *shape))
+            place, whole = (
+                (f"{PREFIX}{match['experts']}.{match['parameter']}", expert),
+                torch.Size((expert + 1, *shape)),
+            )
         places[entry], expected[place[0]] = place, whole  # the last expert sets the number of experts
     files.check(expected)
     return lambda entry: files.read(*places[entry])

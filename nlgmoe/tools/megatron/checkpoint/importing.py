@@ -166,7 +166,7 @@ class Weights:
         """Read one entry, in fp32."""
         shape = self._shapes[name]
         if match := EXPERT.fullmatch(name):
-            layer, (part, kind) = match["layer"], match["part"].split("_")
+            layer, (part, kind) = match["experts"], match["parameter"].split("_")
             their_part = f"{_EXPERT_PARTS[part]}.{kind}"
             file, found = self._experts.read(int(layer.split(".")[1]), int(match["expert"]), their_part)
             _check_shape(file, their_part, found, list(reversed(shape)))
