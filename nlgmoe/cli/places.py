@@ -1,26 +1,43 @@
 """The settings that a command line and its YAML files give, each with its place, for messages.
 
-jsonargparse reads the same files, but does not record where a value is, and uses the last of two equal names.
+jsonargparse reads the same files by the same loader, but does not record where a value is, and uses the last of two equal names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse._loaders_dumpers import get_yaml_default_loader
+from jsonargparse import get_loader, set_loader
 
 from nlgmoe.cli.errors import one_line
 from nlgmoe.files import expand_home
 from nlgmoe.validation import SettingError
 
-ConfigLoader = get_yaml_default_loader()  # jsonargparse's own, for files and for single values
-ConfigLoader.add_constructor("tag:yaml.org,2002:str", lambda loader, node: expand_home(loader.construct_scalar(node)))
+CONFIG_OPTIONS = ("--config", "-c")  # LightningCLI's
 _MERGE = "tag:yaml.org,2002:merge"  # the name `<<`
+_read_number = get_loader("yaml")  # jsonargparse's loader: 1e-3 is a number, which PyYAML takes for text
+
+
+class ConfigLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Reads files and values: numbers as jsonargparse does, dates as text, `~/` as the home folder."""
+
+
+def _text(loader: Any, node: yaml.ScalarNode) -> Any:
+    if not node.style:  # without quotes
+        with suppress(yaml.YAMLError):
+            if isinstance(number := _read_number(node.value), float):
+                return number
+    return expand_home(node.value)
+
+
+ConfigLoader.add_constructor("tag:yaml.org,2002:str", _text)
+ConfigLoader.add_constructor("tag:yaml.org,2002:timestamp", _text)
+set_loader("yaml", lambda text: yaml.load(text, Loader=ConfigLoader), (yaml.YAMLError,))
 
 
 @dataclass(frozen=True)
@@ -32,12 +49,14 @@ class Setting:
         value: as YAML reads it.
         place: ` (FILE, line N)`; empty for the command line.
         appends: the setting, or the list that contains it, is written with `+` and extends the earlier list.
+        word: the value's text on the command line; None for a setting of a file, and for one inside another's value.
     """
 
     name: str
     value: Any
     place: str = ""
     appends: bool = False
+    word: str | None = None
 
     @property
     def leaf(self) -> str:
@@ -50,30 +69,37 @@ class Setting:
         return f"{self.name}={one_line(value, limit=80)}{self.place}"
 
 
-def read_arguments(args: Sequence[str], config_options: Collection[str]) -> Iterator[tuple[int, list[Setting]]]:
-    """Read `--name=value`, `--name value` and the files that `config_options` name, in their order.
+def read_arguments(words: Sequence[str]) -> Iterator[tuple[int, list[Setting]]]:
+    """Read `--name=value`, `--name value` and the configuration files, in their order.
 
     Yields:
         The index of an argument, and its settings.
     """
-    rest = list(args)
+    rest = list(words)
     while rest:
-        index = len(args) - len(rest)
+        index = len(words) - len(rest)
         option, equals, text = rest.pop(0).partition("=")
         if not option.startswith("-"):
-            continue
+            raise SettingError(f"unexpected argument {words[index]}; settings are written --name=value")
         if not equals and rest and not rest[0].startswith("--"):
             equals, text = "=", rest.pop(0)
-        if option in config_options:
+        if option in CONFIG_OPTIONS:
             yield index, list(read_file(text))
-        elif equals:
-            name, appends = option.lstrip("-").rstrip("+"), option.endswith("+")
-            settings = [Setting(name, text, "", appends)]  # plain text, unless it is YAML
-            with suppress(yaml.YAMLError):
-                node, loader = _compose(text)
-                if node is not None:
-                    settings = list(_walk(node, name, loader, "", appends=appends))
-            yield index, settings
+        elif option.startswith("--"):
+            yield index, list(_read_option(option[2:], text))
+
+
+def _read_option(name: str, text: str) -> Iterator[Setting]:
+    """Yield the settings of an option; its value is plain text, unless it is YAML."""
+    appends, name = name.endswith("+"), name.removesuffix("+")
+    settings = [Setting(name, text, appends=appends, word=text)]
+    with suppress(yaml.YAMLError):
+        node, loader = _compose(text)
+        if node is not None:
+            value = loader.construct_object(node, deep=True)
+            inside = _inside(node, name, loader, "", 0, appends)
+            settings = [Setting(name, value, appends=appends, word=text), *inside]
+    yield from settings
 
 
 def read_file(path: str) -> Iterator[Setting]:
@@ -92,12 +118,11 @@ def read_file(path: str) -> Iterator[Setting]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)  # a control character has none
         place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-        raise SettingError(
-            f"{path}{place} is not YAML: {getattr(error, 'problem', None) or one_line(str(error))}"
-        ) from error
+        reason = getattr(error, "problem", None) or one_line(str(error))
+        raise SettingError(f"{path}{place} is not YAML: {reason}") from error
     if not isinstance(node, yaml.MappingNode):
         raise SettingError(f"{path} {'is empty' if node is None else 'holds no settings'}; write them as `name: value`")
-    yield from _walk(node, "", loader, path)
+    yield from _inside(node, "", loader, path, 0, appends=False)
 
 
 def _compose(text: str) -> tuple[yaml.Node | None, Any]:
@@ -105,35 +130,44 @@ def _compose(text: str) -> tuple[yaml.Node | None, Any]:
     return loader.get_single_node(), loader
 
 
-def _walk(
-    node: yaml.Node, name: str, loader: Any, file: str, line: int = 0, appends: bool = False
-) -> Iterator[Setting]:
-    """Yield the settings of `node`: a list or mapping as a whole, then its items."""
+def _walk(node: yaml.Node, name: str, loader: Any, file: str, line: int, appends: bool) -> Iterator[Setting]:
+    """Yield a setting as a whole, then those inside it."""
     place = f" ({file}, line {line})" if file else ""
-    if name:
-        try:
-            yield Setting(name, loader.construct_object(node, deep=True), place, appends)
-        except yaml.YAMLError as error:  # an unknown tag
-            if not file:
-                raise
-            raise SettingError(f"{name}{place}: {one_line(str(error))}") from error
+    try:
+        yield Setting(name, loader.construct_object(node, deep=True), place, appends)
+    except yaml.YAMLError as error:  # an unknown tag
+        raise SettingError(f"{name}{place}: {one_line(str(error))}") from error
+    yield from _inside(node, name, loader, file, line, appends)
+
+
+def _inside(node: yaml.Node, name: str, loader: Any, file: str, line: int, appends: bool) -> Iterator[Setting]:
+    """Yield the items of a list, or the settings of a mapping: `class_path` first, since the others depend on it."""
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             yield from _walk(item, f"{name}[{index}]", loader, file, item.start_mark.line + 1, appends)
     elif isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        in_value = name.rpartition("init_args")[2].startswith(".")
-        for key, value in node.value:
+        if file:
+            _refuse_repeated(node, name, file)
+        for key, value in sorted(node.value, key=lambda entry: entry[0].value != "class_path"):
             if key.tag == _MERGE:
-                yield from _walk(value, name, loader, file, line, appends)
+                yield from _inside(value, name, loader, file, line, appends)
                 continue
-            full, key_line = f"{name}.{key.value}".removeprefix("."), key.start_mark.line + 1
-            setting = key.value.removesuffix("+")
-            for other in lines if file else ():  # the names in the value of a class's argument are its own
-                inside = not in_value and f"{max(other, setting)}.".startswith(f"{min(other, setting)}.")
-                if other == setting or inside:
-                    raise SettingError(
-                        f"{file}, line {key_line}: {full} is given again, after line {lines[other]}; remove one"
-                    )
-            lines[setting] = key_line
-            yield from _walk(value, full.removesuffix("+"), loader, file, key_line, appends or key.value.endswith("+"))
+            full = f"{name}.{key.value.removesuffix('+')}".removeprefix(".")
+            extends = appends or key.value.endswith("+")
+            yield from _walk(value, full, loader, file, key.start_mark.line + 1, extends)
+
+
+def _refuse_repeated(node: yaml.MappingNode, name: str, file: str) -> None:
+    """Refuse a name that is given twice, also as a whole and dotted: `trainer` and `trainer.max_steps`."""
+    lines: dict[str, int] = {}
+    dots_divide = not name.rpartition("init_args")[2].startswith(".")  # the names in an argument's value are its own
+    for key, _ in node.value:
+        if key.tag == _MERGE:
+            continue
+        setting, line = key.value.removesuffix("+"), key.start_mark.line + 1
+        for other in lines:
+            inside = dots_divide and f"{max(other, setting)}.".startswith(f"{min(other, setting)}.")
+            if other == setting or inside:
+                full = f"{name}.{key.value}".removeprefix(".")
+                raise SettingError(f"{file}, line {line}: {full} is given again, after line {lines[other]}; remove one")
+        lines[setting] = line
