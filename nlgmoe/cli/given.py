@@ -6,18 +6,15 @@ jsonargparse refuses anything else, each setting is tried by itself, to name the
 
 from __future__ import annotations
 
-import difflib
 import re
 from argparse import ArgumentParser
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nlgmoe.cli import hints
-from nlgmoe.cli.errors import one_line
-from nlgmoe.cli.places import Setting, read_arguments
+from nlgmoe.cli.errors import did_you_mean, one_line
+from nlgmoe.cli.places import Setting, read_arguments, read_value
 from nlgmoe.validation import SettingError
 
 _OURS = re.compile(r"(\w+)=(\[[^\]]*\]|\([^)]*\)|[^\s:;,]+)")  # the start of a message of this project
@@ -78,9 +75,12 @@ class GivenSettings:
         if name.endswith("]"):
             self._add(name, hints.item_of(self._known[name[: name.rindex("[")]]))
         elif name not in self._known:
-            if not self._takes_any_name(name.rpartition(".")[0]):
+            holder = name
+            while holder and holder not in self._known:
+                holder = holder.rpartition(".")[0]
+            if self._known.get(holder) is None or holder in self._required:
                 raise SettingError(f"unknown setting {setting.name}{setting.place}{self._nearest(setting.name, name)}")
-            self._known[name] = Any
+            self._known[name] = Any  # inside a dictionary, or an object of an unknown class
         hint = self._known[name]
         if isinstance(setting.value, str):
             self._name_class(setting, name.removesuffix(".class_path"))
@@ -92,13 +92,6 @@ class GivenSettings:
             raise SettingError(
                 f"{setting}: it is a section with settings such as {example}; write them as `name: value`"
             )
-
-    def _takes_any_name(self, name: str) -> bool:
-        """Return True if the settings inside this one are not known: those of a dictionary, or of an unknown class."""
-        while name and name not in self._known:
-            name = name.rpartition(".")[0]
-        hint = self._known.get(name)
-        return hints.is_open(hint) or (bool(hints.bases_of(hint)) and name not in self._required)
 
     def _name_class(self, setting: Setting, name: str) -> None:
         """Find the class that a setting names, and add its arguments."""
@@ -116,11 +109,14 @@ class GivenSettings:
                 self._add_arguments(name, kind)
 
     def _nearest(self, full_name: str, name: str) -> str:
-        """Suggest a name beside it, in the same section or class, or else anywhere."""
-        written, holder = full_name.rpartition(".")[0], name.rpartition(".")[0]
-        beside = [f"{written}{other.removeprefix(holder)}" for other in self._known if other.startswith(f"{holder}.")]
-        close = _closest(full_name, beside) or _closest(full_name, self._of_parser)
-        return f"; did you mean {close}?" if close else "; --help lists all of them"
+        """Suggest a name of the same section or class, or else any of the parser's."""
+        leaf = name.rpartition(".")[2]
+        start, written = name.removesuffix(leaf), full_name.removesuffix(leaf)
+        inside = {other.removeprefix(start) for other in self._known if other.startswith(start)}
+        beside = {other: written + other for other in inside}
+        anywhere = {other.rpartition(".")[2]: other for other in self._of_parser}
+        close = did_you_mean(leaf, beside, beside) or did_you_mean(leaf, anywhere, anywhere)
+        return close or "; --help lists all of them"
 
     def explain(self, message: str) -> str:
         """Return one line for an error of jsonargparse: the setting that it refuses by itself, or one that is missing."""
@@ -148,16 +144,13 @@ class GivenSettings:
     def placed(self, text: str) -> str:
         """Replace `leaf=value` at the start of a message by the setting's full name and place."""
         match = _OURS.match(text)
-        if match is None:  # Lightning's messages quote the value, under Lightning's own names
-            options = [given for given in self.settings if given.name.startswith("trainer.")]
-            quoted = [given for given in options if f"'{given.value}'" in text]
-            return f"{quoted[-1]}: {text}" if quoted else text
-        leaf, value = match.groups()
         for given in reversed(self.settings):
-            if given.leaf == leaf and _same(given.value, value):
-                return f"{given.name}={value}{given.place}{text[match.end() :]}"
-        names = [name for name in self._known if name.rpartition(".")[2] == leaf]
-        return f"{names[0].removesuffix(leaf)}{text}" if len(names) == 1 else text
+            if match and given.name.rpartition(".")[2] == match[1] and given.value in (match[2], read_value(match[2])):
+                return f"{given.name}={match[2]}{given.place}{text[match.end() :]}"
+            if not match and given.name.startswith("trainer.") and f"'{given.value}'" in text:  # Lightning's own name
+                return f"{given}: {text}"
+        names = [name for name in self._known if match and name.rpartition(".")[2] == match[1]]
+        return f"{names[0].removesuffix(names[0].rpartition('.')[2])}{text}" if len(names) == 1 else text
 
 
 def _plain(name: str) -> str:
@@ -166,19 +159,3 @@ def _plain(name: str) -> str:
 
 def _is_in(setting: Setting, name: str) -> bool:
     return f"{_plain(setting.name)}.".startswith(f"{name}.")
-
-
-def _same(given: Any, text: str) -> bool:
-    try:
-        value = yaml.safe_load(text)
-        return bool(given == value or float(given) == float(value))
-    except (yaml.YAMLError, TypeError, ValueError, OverflowError):
-        return str(given) == text
-
-
-def _closest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name whose last part is nearest to that of `name`; of equal ones the nearest as a whole."""
-    ordered = sorted(known, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
-    by_leaf = {other.rpartition(".")[2]: other for other in ordered}
-    close = difflib.get_close_matches(name.rpartition(".")[2], by_leaf, n=1)
-    return by_leaf[close[0]] if close else None

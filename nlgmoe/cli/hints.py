@@ -9,7 +9,7 @@ import importlib
 import inspect
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from enum import Enum
 from types import UnionType
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import register_type
+from typing_extensions import is_protocol
 
 from nlgmoe.cli.errors import did_you_mean, one_line
 from nlgmoe.cli.places import Setting
@@ -66,19 +67,6 @@ def settings_of_class(kind: type) -> tuple[dict[str, Any], list[str]]:
     return settings_of_parser(parser)
 
 
-def print_section_help(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Print the settings of a section and exit, for `--SECTION.help`, which jsonargparse has for classes only."""
-    options = {option for action in parser._actions for option in action.option_strings}
-    for word in words:
-        section = word.removeprefix("--").removesuffix("help")
-        inside = [action for action in parser._actions if action.dest.startswith(section)]
-        if word.endswith(".help") and word not in options and inside:
-            for action in inside:
-                kind = words_of(getattr(action, "_typehint", action.type))
-                print(f"  --{action.dest} ({kind}, default: {action.default})\n      {action.help}")
-            raise SystemExit(0)
-
-
 def members(hint: Any) -> tuple[Any, ...]:
     """Return the types of a union, or the type itself: `int | None` -> int, NoneType."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
@@ -94,11 +82,6 @@ def item_of(hint: Any) -> Any:
 def takes_null(hint: Any) -> bool:
     """Return True if null is a value of this type."""
     return not {Any, object, type(None)}.isdisjoint(members(hint))
-
-
-def is_open(hint: Any) -> bool:
-    """Return True if the names inside a value of this type are not checked: those of a dictionary, for example."""
-    return any(kind in (Any, object, dict) or _origin_is(kind, Mapping) for kind in members(hint))
 
 
 def is_section(kind: Any) -> bool:
@@ -119,18 +102,15 @@ def holds_settings(hint: Any) -> bool:
 
 
 def words_of(hint: Any) -> str:
-    """Return a type as messages name it: `int, list[int] or null`."""
+    """Return a type as messages name it: `int, list[int], null`."""
     words: list[str] = []
     for kind in members(hint):
-        arguments = [argument for argument in typing.get_args(kind) if argument is not Ellipsis]
-        name = getattr(typing.get_origin(kind) or kind, "__name__", str(kind))
         if typing.get_origin(kind) is Literal:
-            words += map(str, arguments)
-        elif arguments:
-            words.append(f"{name}[{', '.join(map(words_of, arguments))}]")
+            words += map(str, typing.get_args(kind))
         else:
-            words.append("null" if kind is type(None) else name)
-    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+            name = str(kind) if typing.get_args(kind) else getattr(kind, "__name__", str(kind))
+            words.append("null" if kind is type(None) else name.removeprefix("typing."))
+    return ", ".join(dict.fromkeys(words))
 
 
 def accepts(hint: Any, setting: Setting) -> bool:
@@ -152,7 +132,10 @@ def class_named(path: str, bases: list[type]) -> Any:
     by_name = {kind.__name__: kind for base in bases for kind in _subclasses(base)}
     if "." not in path and path not in by_name:
         raise SettingError(f"there is no such class{did_you_mean(path, by_name)}")
-    return find_class(path) if "." in path else by_name[path]
+    kind: Any = find_class(path) if "." in path else by_name[path]
+    if inspect.isclass(kind) and not any(map(is_protocol, bases)) and not issubclass(kind, tuple(bases)):
+        raise SettingError(f"it is no {' or '.join(base.__name__ for base in bases)}")
+    return kind
 
 
 def find_class(path: str) -> Any:
@@ -171,7 +154,7 @@ def find_class(path: str) -> Any:
     return getattr(module, name)
 
 
-def _subclasses(base: type) -> Iterator[type]:
+def _subclasses(base: Any) -> Iterator[Any]:
     yield base
     for kind in type.__subclasses__(base):
         yield from _subclasses(kind)

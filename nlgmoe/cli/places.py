@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,14 @@ ConfigLoader.add_constructor("tag:yaml.org,2002:timestamp", _text)
 set_loader("yaml", lambda text: yaml.load(text, Loader=ConfigLoader), (yaml.YAMLError,))
 
 
+def read_value(text: str) -> Any:
+    """Read a value; text that is no YAML stands for itself."""
+    try:
+        return yaml.load(text, Loader=ConfigLoader)
+    except yaml.YAMLError:
+        return text
+
+
 @dataclass(frozen=True)
 class Setting:
     """One setting as written.
@@ -57,11 +65,6 @@ class Setting:
     place: str = ""
     appends: bool = False
     word: str | None = None
-
-    @property
-    def leaf(self) -> str:
-        """The last part of the name."""
-        return self.name.rpartition(".")[2]
 
     def __str__(self) -> str:
         dumped = yaml.safe_dump(self.value, default_flow_style=True, width=10_000).removesuffix("...\n")
@@ -82,24 +85,17 @@ def read_arguments(words: Sequence[str]) -> Iterator[tuple[int, list[Setting]]]:
         if not option.startswith("-"):
             raise SettingError(f"unexpected argument {words[index]}; settings are written --name=value")
         if not equals and rest and not rest[0].startswith("--"):
-            equals, text = "=", rest.pop(0)
+            text = rest.pop(0)
         if option in CONFIG_OPTIONS:
             yield index, list(read_file(text))
-        elif option.startswith("--"):
-            yield index, list(_read_option(option[2:], text))
-
-
-def _read_option(name: str, text: str) -> Iterator[Setting]:
-    """Yield the settings of an option; its value is plain text, unless it is YAML."""
-    appends, name = name.endswith("+"), name.removesuffix("+")
-    settings = [Setting(name, text, appends=appends, word=text)]
-    with suppress(yaml.YAMLError):
-        node, loader = _compose(text)
-        if node is not None:
-            value = loader.construct_object(node, deep=True)
-            inside = _inside(node, name, loader, "", 0, appends)
-            settings = [Setting(name, value, appends=appends, word=text), *inside]
-    yield from settings
+        elif option.startswith("--") and not option.endswith(".help"):
+            name, appends = option[2:].removesuffix("+"), option.endswith("+")
+            settings = [Setting(name, text, appends=appends)]  # plain text, unless it is YAML
+            with suppress(yaml.YAMLError):
+                node, loader = _compose(text)
+                if node is not None:
+                    settings = list(_walk(node, name, loader, "", appends=appends))
+            yield index, [replace(settings[0], word=text), *settings[1:]]
 
 
 def read_file(path: str) -> Iterator[Setting]:
@@ -122,7 +118,7 @@ def read_file(path: str) -> Iterator[Setting]:
         raise SettingError(f"{path}{place} is not YAML: {reason}") from error
     if not isinstance(node, yaml.MappingNode):
         raise SettingError(f"{path} {'is empty' if node is None else 'holds no settings'}; write them as `name: value`")
-    yield from _inside(node, "", loader, path, 0, appends=False)
+    yield from _walk(node, "", loader, path)
 
 
 def _compose(text: str) -> tuple[yaml.Node | None, Any]:
@@ -130,44 +126,32 @@ def _compose(text: str) -> tuple[yaml.Node | None, Any]:
     return loader.get_single_node(), loader
 
 
-def _walk(node: yaml.Node, name: str, loader: Any, file: str, line: int, appends: bool) -> Iterator[Setting]:
-    """Yield a setting as a whole, then those inside it."""
+def _walk(
+    node: yaml.Node, name: str, loader: Any, file: str, line: int = 0, appends: bool = False
+) -> Iterator[Setting]:
+    """Yield a setting as a whole, then those inside it: `class_path` first, since the others depend on it."""
     place = f" ({file}, line {line})" if file else ""
-    try:
-        yield Setting(name, loader.construct_object(node, deep=True), place, appends)
-    except yaml.YAMLError as error:  # an unknown tag
-        raise SettingError(f"{name}{place}: {one_line(str(error))}") from error
-    yield from _inside(node, name, loader, file, line, appends)
-
-
-def _inside(node: yaml.Node, name: str, loader: Any, file: str, line: int, appends: bool) -> Iterator[Setting]:
-    """Yield the items of a list, or the settings of a mapping: `class_path` first, since the others depend on it."""
+    if name:
+        try:
+            yield Setting(name, loader.construct_object(node, deep=True), place, appends)
+        except yaml.YAMLError as error:  # an unknown tag
+            if not file:
+                raise
+            raise SettingError(f"{name}{place}: {one_line(str(error))}") from error
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             yield from _walk(item, f"{name}[{index}]", loader, file, item.start_mark.line + 1, appends)
     elif isinstance(node, yaml.MappingNode):
-        if file:
-            _refuse_repeated(node, name, file)
+        lines: dict[str, int] = {}
         for key, value in sorted(node.value, key=lambda entry: entry[0].value != "class_path"):
             if key.tag == _MERGE:
-                yield from _inside(value, name, loader, file, line, appends)
+                yield from _walk(value, name, loader, file, line, appends)
                 continue
-            full = f"{name}.{key.value.removesuffix('+')}".removeprefix(".")
-            extends = appends or key.value.endswith("+")
-            yield from _walk(value, full, loader, file, key.start_mark.line + 1, extends)
-
-
-def _refuse_repeated(node: yaml.MappingNode, name: str, file: str) -> None:
-    """Refuse a name that is given twice, also as a whole and dotted: `trainer` and `trainer.max_steps`."""
-    lines: dict[str, int] = {}
-    dots_divide = not name.rpartition("init_args")[2].startswith(".")  # the names in an argument's value are its own
-    for key, _ in node.value:
-        if key.tag == _MERGE:
-            continue
-        setting, line = key.value.removesuffix("+"), key.start_mark.line + 1
-        for other in lines:
-            inside = dots_divide and f"{max(other, setting)}.".startswith(f"{min(other, setting)}.")
-            if other == setting or inside:
-                full = f"{name}.{key.value}".removeprefix(".")
-                raise SettingError(f"{file}, line {line}: {full} is given again, after line {lines[other]}; remove one")
-        lines[setting] = line
+            leaf, key_line = key.value.removesuffix("+"), key.start_mark.line + 1
+            full = f"{name}.{leaf}".removeprefix(".")
+            if file and leaf in lines:
+                raise SettingError(
+                    f"{file}, line {key_line}: {full} is given again, after line {lines[leaf]}; remove one"
+                )
+            lines[leaf] = key_line
+            yield from _walk(value, full, loader, file, key_line, appends or key.value.endswith("+"))

@@ -25,7 +25,6 @@ from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.cli.errors import did_you_mean, is_wrong_setting, one_line, one_line_errors
 from nlgmoe.cli.given import GivenSettings
-from nlgmoe.cli.hints import print_section_help
 from nlgmoe.data import PileDataModule
 from nlgmoe.data.tokenizer import vocab_size_of
 from nlgmoe.device import configure_allocator, name_deepspeeds_device
@@ -103,9 +102,10 @@ class TrainCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, then check the settings before objects are built."""
-        if self._runs:
-            self._check_subcommand()
-        print_section_help(self._takes, self._words)
+        names, first = list(LightningCLI.subcommands()), next(iter(self._words), "")
+        if self._runs and first not in (*names, "-h", "--help"):
+            problem = f"unknown subcommand {first}{did_you_mean(first, names)}" if first else "no subcommand"
+            raise SettingError(f"{problem} (the first word is one of {', '.join(names)})")
         self._given = GivenSettings(self._takes)
         words = self._words[:1] if self._runs else []
         words += self._given.read(self._words[len(words) :])
@@ -130,15 +130,6 @@ class TrainCLI(LightningCLI):
         path = config.get("ckpt_path")
         if path is not None and path not in ("last", "auto", "best"):
             require_checkpoint(path)
-
-    def _check_subcommand(self) -> None:
-        names = list(LightningCLI.subcommands())
-        first = self._words[0] if self._words else "-"
-        if first not in (*names, "-h", "--help"):
-            problem = (
-                "no subcommand" if first.startswith("-") else f"unknown subcommand {first}{did_you_mean(first, names)}"
-            )
-            raise SettingError(f"{problem} (the first word is one of {', '.join(names)})")
 
     @override
     def instantiate_classes(self) -> None:

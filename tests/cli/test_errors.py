@@ -109,7 +109,7 @@ WRONG = {
     ),
     "misspelt choice": (
         "fit --model.schedule.shape=cosin",
-        "model.schedule.shape=cosin: expected cosine, constant or wsd",
+        "model.schedule.shape=cosin: expected cosine, constant, wsd",
     ),
     "misspelt class": (
         CALLBACK.format("SampleTxt", ""),
@@ -123,7 +123,7 @@ WRONG = {
     "one of two callbacks": (
         "yaml: trainer: {callbacks: [{class_path: nlgmoe.callbacks.SampleText, init_args: {prompts: [a], top_k: x}}, "
         "{class_path: nlgmoe.callbacks.SampleText, init_args: {prompts: [a], top_k: 4}}]}",
-        "trainer.callbacks[0].init_args.top_k=x (FOLDER/bad.yaml, line 1): expected int or null",
+        "trainer.callbacks[0].init_args.top_k=x (FOLDER/bad.yaml, line 1): expected int, null",
     ),
     "missing setting": (
         "fit --model.warm_start.strict=false",
