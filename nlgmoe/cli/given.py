@@ -104,6 +104,8 @@ class GivenSettings:
             try:
                 kind = hints.class_named(path, bases)
             except SettingError as error:
+                if hints.accepts(hint, setting):  # a type that is read from text
+                    return
                 raise SettingError(f"{setting}: {error}") from error
             if isinstance(kind, type):
                 self._add_arguments(name, kind)

@@ -97,8 +97,8 @@ def bases_of(hint: Any) -> list[type]:
 
 
 def holds_settings(hint: Any) -> bool:
-    """Return True if a value of this type is null, a section or an object, and no number or list."""
-    return all(kind in (None, type(None)) or is_section(kind) or kind in bases_of(kind) for kind in members(hint))
+    """Return True if a value of this type can only be a section or null."""
+    return all(kind in (None, type(None)) or is_section(kind) for kind in members(hint))
 
 
 def words_of(hint: Any) -> str:

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -113,7 +113,7 @@ class TrainCLI(LightningCLI):
             self.config = parser.parse_args(words)
         except ArgumentError as error:
             raise SettingError(self._given.explain(error.message)) from error
-        config = self.config.get(self.config.get("subcommand") or "", self.config)
+        config = _settings(self.config)
         if config["model"]["config"]["vocab_size"] == 0:
             if not any(setting.name.startswith("model.config") for setting in self._given.settings):
                 raise SettingError("no model is configured; give a file, such as --config configs/quickstart.yaml")
@@ -158,7 +158,7 @@ class TrainCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Warn if the weights are random."""
-        if self._get(self.config, "ckpt_path") is None and self.model.warm_start is None:
+        if _settings(self.config).get("ckpt_path") is None and self.model.warm_start is None:
             rank_zero_warn("no --ckpt_path: this evaluates an untrained model")
 
     before_test = before_predict = before_validate
@@ -176,7 +176,7 @@ class TrainCLI(LightningCLI):
         default one. The last `SaveCheckpoints` replaces earlier ones, so that the command line can set it.
         """
         self._refusal = None
-        settings = self._get(self.config_init, "trainer", default={})
+        settings = _settings(self.config_init)["trainer"]
         trains = self.subcommand in (None, "fit")
         if settings["logger"] is None or settings["logger"] is True:
             kwargs["logger"] = run_folder_loggers(settings["default_root_dir"]) if trains else False
@@ -210,6 +210,11 @@ def main(args: list[str] | None = None) -> None:
     with one_line_errors():
         hide_tips_of_packages()
         TrainCLI(args)
+
+
+def _settings(config: Namespace) -> Namespace:
+    """Return the settings of the subcommand, or all of them if there is none."""
+    return config.get(config.get("subcommand") or "", config)
 
 
 def _with_home(word: str) -> str:
