@@ -32,30 +32,33 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self.repeatable = {"--help": False}  # option -> may be given more than once
         for key, parameter in inspect.signature(function).parameters.items():
             options = _options(hints[key]) | {"help": texts[key].replace("%", "%%")}
-            if _is_positional(parameter):
+            required = parameter.default is parameter.empty
+            if hints[key] == tuple[str, ...] or (required and parameter.kind is not parameter.KEYWORD_ONLY):
                 self.add_argument(key, **options)
                 continue
-            if parameter.default is parameter.empty:
-                options["required"] = True
-            elif parameter.default is not None and parameter.default is not False:
+            if not required:
+                options["default"] = parameter.default
+            if options.get("default") is not None and options["default"] is not False:
                 options["help"] += " (default: %(default)s)"
-            self.add_argument(f"--{key.replace('_', '-')}", dest=key, **({"default": parameter.default} | options))
+            option = f"--{key.replace('_', '-')}"
+            self.repeatable[option] = options.get("action") in ("append", "extend")
+            self.add_argument(option, dest=key, required=required, **options)
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
         """Return the arguments by name. `--two_words` is `--two-words`; words after a bare `--` are values of `--flags`."""
         end = words.index("--") if "--" in words else len(words)
-        actions = {option: action for action in self._actions for option in action.option_strings}
         read: list[str] = []
         given: set[str] = set()
         for word in words[:end]:
             option, equals, value = word.partition("=")
             if option.startswith("--"):
                 option = option.replace("_", "-")
-                if option not in actions:
-                    raise SettingError(f"unknown option {option}{did_you_mean(option, actions)}")
-                if option in given and not isinstance(actions[option], argparse._AppendAction):
+                if option not in self.repeatable:
+                    raise SettingError(f"unknown option {option}{did_you_mean(option, self.repeatable)}")
+                if option in given and not self.repeatable[option]:
                     raise SettingError(
                         f"{option} is given more than once, and only one of them would count; give it once"
                     )
@@ -100,9 +103,3 @@ def number_or_list(text: str) -> int | list[int]:
     if not all(type(number) is int for number in (value if isinstance(value, list) else [value])):
         raise ValueError(f"{text} is neither a whole number nor a list of them")
     return value
-
-
-def _is_positional(parameter: inspect.Parameter) -> bool:
-    """Return True if the argument is positional: required and not keyword-only, or a tuple of words."""
-    required = parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
-    return required or "tuple[str, ...]" in str(parameter.annotation)

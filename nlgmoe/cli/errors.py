@@ -16,19 +16,16 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import select
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from nlgmoe.validation import RunError, SettingError
 
 INTERRUPTED = 128 + signal.SIGINT
-# The last line of the traceback that PyTorch raises as the message of a data-loading process's exception.
-_OF_WORKER = re.compile(r"^Caught \w+ in DataLoader worker process.*\n[\w.]+: (?P<text>.*)", re.DOTALL)
 
 
 @contextmanager
@@ -78,8 +75,12 @@ def describe(error: BaseException) -> list[str] | None:
         return [
             f"{one_line(text)}; use a smaller batch (data.micro_batch_size, --batch-size), or activation_checkpointing"
         ]
-    if isinstance(error, RunError | OSError | SettingError) and (worker := _OF_WORKER.match(text)):
-        return [one_line(worker["text"])]
+    kind = type(error)
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(error, RunError | OSError | SettingError) and f"\n{name}: " in text:
+        return [
+            one_line(text.rpartition(f"\n{name}: ")[2])
+        ]  # of a data-loading process: PyTorch's text is the traceback
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
         file = error.filename if error.filename2 is None else error.filename2
         return [f"{file}: {error.strerror}" if file is not None else error.strerror]
@@ -94,7 +95,7 @@ def one_line(text: str, limit: int = 600) -> str:
     return joined if len(joined) <= limit else f"{joined[: limit - 4]} ..."
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean ...?` with the closest known word; empty if none is close."""
+def did_you_mean(word: str, known: Iterable[str], full_names: Mapping[str, str] | None = None) -> str:
+    """Return `; did you mean ...?` with the closest known word, or with its full name; empty if none is close."""
     close = difflib.get_close_matches(word, sorted(set(known)), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {(full_names or {}).get(close[0], close[0])}?" if close else ""

@@ -1,26 +1,51 @@
 """The settings that a command line and its YAML files give, each with its place, for messages.
 
-jsonargparse reads the same files, but does not record where a value is, and uses the last of two equal names.
+jsonargparse reads the same files by the same loader, but does not record where a value is, and uses the last of two equal names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse._loaders_dumpers import get_yaml_default_loader
+from jsonargparse import get_loader, set_loader
 
 from nlgmoe.cli.errors import one_line
 from nlgmoe.files import expand_home
 from nlgmoe.validation import SettingError
 
-ConfigLoader = get_yaml_default_loader()  # jsonargparse's own, for files and for single values
-ConfigLoader.add_constructor("tag:yaml.org,2002:str", lambda loader, node: expand_home(loader.construct_scalar(node)))
+CONFIG_OPTIONS = ("--config", "-c")  # LightningCLI's
 _MERGE = "tag:yaml.org,2002:merge"  # the name `<<`
+_read_number = get_loader("yaml")  # jsonargparse's loader: 1e-3 is a number, which PyYAML takes for text
+
+
+class ConfigLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Reads files and values: numbers as jsonargparse does, dates as text, `~/` as the home folder."""
+
+
+def _text(loader: Any, node: yaml.ScalarNode) -> Any:
+    if not node.style:  # without quotes
+        with suppress(yaml.YAMLError):
+            if isinstance(number := _read_number(node.value), float):
+                return number
+    return expand_home(node.value)
+
+
+ConfigLoader.add_constructor("tag:yaml.org,2002:str", _text)
+ConfigLoader.add_constructor("tag:yaml.org,2002:timestamp", _text)
+set_loader("yaml", lambda text: yaml.load(text, Loader=ConfigLoader), (yaml.YAMLError,))
+
+
+def read_value(text: str) -> Any:
+    """Read a value; text that is no YAML stands for itself."""
+    try:
+        return yaml.load(text, Loader=ConfigLoader)
+    except yaml.YAMLError:
+        return text
 
 
 @dataclass(frozen=True)
@@ -32,17 +57,14 @@ class Setting:
         value: as YAML reads it.
         place: ` (FILE, line N)`; empty for the command line.
         appends: the setting, or the list that contains it, is written with `+` and extends the earlier list.
+        word: the value's text on the command line; None for a setting of a file, and for one inside another's value.
     """
 
     name: str
     value: Any
     place: str = ""
     appends: bool = False
-
-    @property
-    def leaf(self) -> str:
-        """The last part of the name."""
-        return self.name.rpartition(".")[2]
+    word: str | None = None
 
     def __str__(self) -> str:
         dumped = yaml.safe_dump(self.value, default_flow_style=True, width=10_000).removesuffix("...\n")
@@ -50,30 +72,30 @@ class Setting:
         return f"{self.name}={one_line(value, limit=80)}{self.place}"
 
 
-def read_arguments(args: Sequence[str], config_options: Collection[str]) -> Iterator[tuple[int, list[Setting]]]:
-    """Read `--name=value`, `--name value` and the files that `config_options` name, in their order.
+def read_arguments(words: Sequence[str]) -> Iterator[tuple[int, list[Setting]]]:
+    """Read `--name=value`, `--name value` and the configuration files, in their order.
 
     Yields:
         The index of an argument, and its settings.
     """
-    rest = list(args)
+    rest = list(words)
     while rest:
-        index = len(args) - len(rest)
+        index = len(words) - len(rest)
         option, equals, text = rest.pop(0).partition("=")
         if not option.startswith("-"):
-            continue
+            raise SettingError(f"unexpected argument {words[index]}; settings are written --name=value")
         if not equals and rest and not rest[0].startswith("--"):
-            equals, text = "=", rest.pop(0)
-        if option in config_options:
+            text = rest.pop(0)
+        if option in CONFIG_OPTIONS:
             yield index, list(read_file(text))
-        elif equals:
-            name, appends = option.lstrip("-").rstrip("+"), option.endswith("+")
-            settings = [Setting(name, text, "", appends)]  # plain text, unless it is YAML
+        elif option.startswith("--") and not option.endswith(".help"):
+            name, appends = option[2:].removesuffix("+"), option.endswith("+")
+            settings = [Setting(name, text, appends=appends)]  # plain text, unless it is YAML
             with suppress(yaml.YAMLError):
                 node, loader = _compose(text)
                 if node is not None:
                     settings = list(_walk(node, name, loader, "", appends=appends))
-            yield index, settings
+            yield index, [replace(settings[0], word=text), *settings[1:]]
 
 
 def read_file(path: str) -> Iterator[Setting]:
@@ -92,9 +114,8 @@ def read_file(path: str) -> Iterator[Setting]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)  # a control character has none
         place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-        raise SettingError(
-            f"{path}{place} is not YAML: {getattr(error, 'problem', None) or one_line(str(error))}"
-        ) from error
+        reason = getattr(error, "problem", None) or one_line(str(error))
+        raise SettingError(f"{path}{place} is not YAML: {reason}") from error
     if not isinstance(node, yaml.MappingNode):
         raise SettingError(f"{path} {'is empty' if node is None else 'holds no settings'}; write them as `name: value`")
     yield from _walk(node, "", loader, path)
@@ -108,7 +129,7 @@ def _compose(text: str) -> tuple[yaml.Node | None, Any]:
 def _walk(
     node: yaml.Node, name: str, loader: Any, file: str, line: int = 0, appends: bool = False
 ) -> Iterator[Setting]:
-    """Yield the settings of `node`: a list or mapping as a whole, then its items."""
+    """Yield a setting as a whole, then those inside it: `class_path` first, since the others depend on it."""
     place = f" ({file}, line {line})" if file else ""
     if name:
         try:
@@ -122,18 +143,15 @@ def _walk(
             yield from _walk(item, f"{name}[{index}]", loader, file, item.start_mark.line + 1, appends)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
-        in_value = name.rpartition("init_args")[2].startswith(".")
-        for key, value in node.value:
+        for key, value in sorted(node.value, key=lambda entry: entry[0].value != "class_path"):
             if key.tag == _MERGE:
                 yield from _walk(value, name, loader, file, line, appends)
                 continue
-            full, key_line = f"{name}.{key.value}".removeprefix("."), key.start_mark.line + 1
-            setting = key.value.removesuffix("+")
-            for other in lines if file else ():  # the names in the value of a class's argument are its own
-                inside = not in_value and f"{max(other, setting)}.".startswith(f"{min(other, setting)}.")
-                if other == setting or inside:
-                    raise SettingError(
-                        f"{file}, line {key_line}: {full} is given again, after line {lines[other]}; remove one"
-                    )
-            lines[setting] = key_line
-            yield from _walk(value, full.removesuffix("+"), loader, file, key_line, appends or key.value.endswith("+"))
+            leaf, key_line = key.value.removesuffix("+"), key.start_mark.line + 1
+            full = f"{name}.{leaf}".removeprefix(".")
+            if file and leaf in lines:
+                raise SettingError(
+                    f"{file}, line {key_line}: {full} is given again, after line {lines[leaf]}; remove one"
+                )
+            lines[leaf] = key_line
+            yield from _walk(value, full, loader, file, key_line, appends or key.value.endswith("+"))

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentError, Namespace
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -22,11 +23,12 @@ from nlgmoe.callbacks.progress import TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.throughput import Throughput
-from nlgmoe.cli.errors import one_line_errors
-from nlgmoe.cli.parser import OneLineParser
+from nlgmoe.cli.errors import did_you_mean, is_wrong_setting, one_line, one_line_errors
+from nlgmoe.cli.given import GivenSettings
 from nlgmoe.data import PileDataModule
 from nlgmoe.data.tokenizer_loading import vocab_size_of
 from nlgmoe.device import name_deepspeeds_device
+from nlgmoe.files import expand_home
 from nlgmoe.layers import routers  # noqa: F401 (so that a configuration can name its routers by their class)
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.run.folder import RunFolder, RunTrainer, require_checkpoint
@@ -36,18 +38,14 @@ from nlgmoe.run.signals import StopOnSignal
 from nlgmoe.validation import SettingError
 
 
-class TrainParser(OneLineParser, LightningArgumentParser):
-    """Lightning's parser, with errors of one line."""
-
-
 class TrainCLI(LightningCLI):
     """fit, validate, test and predict from YAML files and flags."""
 
-    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+    def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
         name_deepspeeds_device()  # parsing a strategy imports DeepSpeed
         self._runs = run
-        words = sys.argv[1:] if args is None else args
-        self._given = words[0] if isinstance(words, list) and words else None
+        self._words = [_with_home(word) for word in (sys.argv[1:] if args is None else args)]
+        self._refusal: Exception | None = None  # of the last constructor, if that raised one
         super().__init__(
             MoEGPTModule,
             PileDataModule,
@@ -72,9 +70,11 @@ class TrainCLI(LightningCLI):
                     PredictionFile(),
                 ],
             },
-            parser_class=TrainParser,
-            parser_kwargs={"description": "Train and evaluate mixture-of-experts language models."},
-            args=args,
+            parser_kwargs={
+                "description": "Train and evaluate mixture-of-experts language models.",
+                "exit_on_error": False,  # `parse_arguments` has the error
+                "allow_abbrev": False,  # a setting added later could make one ambiguous or change its meaning
+            },
             run=run,
         )
 
@@ -88,6 +88,7 @@ class TrainCLI(LightningCLI):
         for action in parser._actions:  # 1 is a number of batches, 1.0 a fraction: whole numbers are tried first
             if action.dest.startswith("trainer.limit_"):
                 action._typehint = int | float | None  # type: ignore[attr-defined]
+        self._takes = parser
         if not self._runs:  # a run's config.yaml may have it
             parser.add_argument("--ckpt_path", type=Any, default=None, help="checkpoint of a run; not used here")
 
@@ -95,16 +96,26 @@ class TrainCLI(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return Lightning's subcommands without unused arguments of `Trainer`; only the given one, if any, to save time."""
         skipped_arguments = {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
-        return {self._given: skipped_arguments[self._given]} if self._given in skipped_arguments else skipped_arguments
+        given = self._words[0] if self._words else None
+        return {given: skipped_arguments[given]} if given in skipped_arguments else skipped_arguments
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, then check the settings before objects are built."""
-        super().parse_arguments(parser, args)
-        config = self.config.get(self.config.get("subcommand") or "", self.config)
-        assert isinstance(parser, TrainParser)
+        names, first = list(LightningCLI.subcommands()), next(iter(self._words), "")
+        if self._runs and first not in (*names, "-h", "--help"):
+            problem = f"unknown subcommand {first}{did_you_mean(first, names)}" if first else "no subcommand"
+            raise SettingError(f"{problem} (the first word is one of {', '.join(names)})")
+        self._given = GivenSettings(self._takes)
+        words = self._words[:1] if self._runs else []
+        words += self._given.read(self._words[len(words) :])
+        try:
+            self.config = parser.parse_args(words)
+        except ArgumentError as error:
+            raise SettingError(self._given.explain(error.message)) from error
+        config = _settings(self.config)
         if config["model"]["config"]["vocab_size"] == 0:
-            if not any(setting.name.startswith("model.config") for setting in parser.given):
+            if not any(setting.name.startswith("model.config") for setting in self._given.settings):
                 raise SettingError("no model is configured; give a file, such as --config configs/quickstart.yaml")
             config["model"]["config"]["vocab_size"] = vocab_size_of(
                 config["data"]["tokenizer"], Path(config["data"]["data_dir"])
@@ -122,15 +133,32 @@ class TrainCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        """Build model, data and trainer."""
-        assert isinstance(self.parser, TrainParser)
-        self.parser.add_instantiator(self.parser.construct, object)
-        with self.parser.blaming_settings():
+        """Build model, data and trainer; an error of a constructor gets the place of its setting."""
+        self.parser.add_instantiator(self._construct, object)
+        try:
             super().instantiate_classes()
+        except Exception as error:
+            cause = self._refusal or error
+            if isinstance(cause, ValueError) or is_wrong_setting(cause):
+                raise SettingError(self._given.placed(one_line(str(cause)))) from error
+            raise cause from None  # as it was raised, without jsonargparse's message around it
+
+    def _construct(self, kind: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Construct an object of a configuration, and store its exception.
+
+        If a value may have several types, jsonargparse reports all attempts in one message, without the constructor's.
+        """
+        try:
+            built = kind(*args, **kwargs)
+        except Exception as error:
+            self._refusal = error
+            raise
+        self._refusal = None
+        return built
 
     def before_validate(self) -> None:
         """Warn if the weights are random."""
-        if self._get(self.config, "ckpt_path") is None and self.model.warm_start is None:
+        if _settings(self.config).get("ckpt_path") is None and self.model.warm_start is None:
             rank_zero_warn("no --ckpt_path: this evaluates an untrained model")
 
     before_test = before_predict = before_validate
@@ -142,7 +170,8 @@ class TrainCLI(LightningCLI):
         A callback of the configuration replaces a default one of its class or of a base class. Any progress bar replaces the
         default one. The last `SaveCheckpoints` replaces earlier ones, so that the command line can set it.
         """
-        settings = self._get(self.config_init, "trainer", default={})
+        self._refusal = None
+        settings = _settings(self.config_init)["trainer"]
         trains = self.subcommand in (None, "fit")
         if settings["logger"] is None or settings["logger"] is True:
             kwargs["logger"] = run_folder_loggers(settings["default_root_dir"]) if trains else False
@@ -169,13 +198,24 @@ class TrainCLI(LightningCLI):
         return trainer
 
 
-def main(args: ArgsType = None) -> None:
+def main(args: list[str] | None = None) -> None:
     """Run `train.py`; an error ends it with one line and an exit code, see `nlgmoe/cli/errors.py`."""
     if "CROSS_RANK" in os.environ:  # DeepSpeed's launcher: its name for what Lightning calls NODE_RANK
         os.environ.setdefault("NODE_RANK", os.environ["CROSS_RANK"])
     with one_line_errors():
         hide_tips_of_packages()
         TrainCLI(args)
+
+
+def _settings(config: Namespace) -> Namespace:
+    """Return the settings of the subcommand, or all of them if there is none."""
+    return config.get(config.get("subcommand") or "", config)
+
+
+def _with_home(word: str) -> str:
+    """Expand `~/` at the start of a word and in `--name=~/...`."""
+    name, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
+    return expand_home(name) + equals + expand_home(value)
 
 
 def hide_tips_of_packages() -> None:

@@ -107,9 +107,29 @@ WRONG = {
         "yaml: model:\n  config:\n    moe: {topk: 2}",
         "unknown setting model.config.moe.topk (FOLDER/bad.yaml, line 3); did you mean model.config.moe.top_k?",
     ),
+    "misspelt section": (
+        "yaml: data: {seed: 3}\nmodle:\n  seed: 3",
+        "unknown setting modle (FOLDER/bad.yaml, line 2); did you mean model?",
+    ),
+    "class of another kind": (
+        CALLBACK.format("SampleText", "prompts: [a]").replace("callbacks.SampleText", "GPTConfig"),
+        "trainer.callbacks[0].class_path=nlgmoe.GPTConfig (FOLDER/bad.yaml, line 1): it is no Callback",
+    ),
+    "argument of a class missing": (
+        CALLBACK.format("SampleText", "top_k: 3"),
+        "missing setting trainer.callbacks[0].prompts (FOLDER/bad.yaml, line 1); give it in a file, or on the command",
+    ),
+    "misspelt argument on the command line": (
+        "fit --trainer.strategy=nlgmoe.ExpertParallelStrategy --trainer.strategy.stge=1",
+        "unknown setting trainer.strategy.stge; did you mean trainer.strategy.stage?",
+    ),
+    "number for a section": (
+        "fit --model.config.moe=7",
+        "model.config.moe=7: it is a section with settings such as model.config.moe.num_experts",
+    ),
     "misspelt choice": (
         "fit --model.schedule.shape=cosin",
-        "model.schedule.shape=cosin: Expected a Literal['cosine', 'constant', 'wsd']. Got value: cosin",
+        "model.schedule.shape=cosin: expected cosine, constant, wsd",
     ),
     "misspelt class": (
         CALLBACK.format("SampleTxt", ""),
@@ -137,14 +157,17 @@ WRONG = {
     "sequences above the model's": ("fit --data.seq_len=32", "data.seq_len=32 is above model.config.seq_len=16, the"),
     "text for a number": (
         "fit --model.config.num_heads=two",
-        "model.config.num_heads=two: Expected a int. Got value: two",
+        "model.config.num_heads=two: expected int",
     ),
     "top-k above experts": (
         "yaml: model:\n  config:\n    moe:\n      top_k: 9",
         "model.config.moe.top_k=9 (FOLDER/bad.yaml, line 4) must be between 1 and",
     ),
     "unknown strategy": ("fit --trainer.strategy=dpp", "trainer.strategy=dpp: You selected an invalid strategy name"),
-    "misspelt subcommand": ("train.py fitt", "invalid choice: 'fitt' (choose from"),
+    "misspelt subcommand": (
+        "train.py fitt",
+        "unknown subcommand fitt; did you mean fit? (the first word is one of fit, ",
+    ),
     "no configuration": (
         "train.py fit",
         "no model is configured; give a file, such as --config configs/quickstart.yaml",
@@ -251,6 +274,9 @@ def test_damaged_data_are_named_with_another_exit_code(
         "--model.train_tokens=07 --model.seed=0x10",
         '--config={"model":{"config":{"moe":{"num_experts":4}}}}',
         "yaml: trainer:\n callbacks:\n - init_args: {prompts: [a]}\n   class_path: nlgmoe.callbacks.SampleText",
+        '--trainer.logger={"class_path":"TensorBoardLogger","init_args":{"save_dir":"x"},"dict_kwargs":{"max_queue":3}}',
+        "--trainer.callbacks+=Timer --trainer.callbacks.duration=01:00:10:00",
+        "yaml: trainer: {max_time: {hours: 1}, callbacks: [LearningRateMonitor], logger: null}",
         "yaml: model:\n  <<: {seed: 4}\n  train_tokens: 5",
     ],
 )

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 import nlgmoe.callbacks
 from nlgmoe import MoEGPTModule, PileDataModule
-from nlgmoe.cli.parser import parts_of
+from nlgmoe.cli.hints import item_of, members
 from nlgmoe.commands.main import COMMANDS, function_of, main
 from nlgmoe.data import Blend, MegatronIndexed, PocketPile
 
@@ -17,6 +17,10 @@ from nlgmoe.data import Blend, MegatronIndexed, PocketPile
 COUNTED = "tokens?|ids|blocks|heads|experts|assignments|sequences|documents|processes|micro-batches|steps|minutes"
 COUNTED += "|checkpoints|values|TFLOPs"
 QUANTITY = "probability|standard deviation|variance|multiple|weight|learning rate|decay|denominator|seed|temperature"
+
+
+def parts_of(hint: typing.Any) -> tuple[typing.Any, ...]:
+    return (*members(hint), *members(item_of(hint)))
 
 
 def our_classes() -> list[type]:

@@ -1,0 +1,163 @@
+"""The settings given to `train.py`, checked against those that it takes; one line for each error about them.
+
+Before jsonargparse parses, this refuses unknown names, null, a list in place of a section, and classes that do not exist. When
+jsonargparse refuses anything else, each setting is tried by itself, to name the wrong one with its place.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nlgmoe.cli import hints
+from nlgmoe.cli.errors import did_you_mean, one_line
+from nlgmoe.cli.places import Setting, read_arguments, read_value
+from nlgmoe.validation import SettingError
+
+_OURS = re.compile(r"(\w+)=(\[[^\]]*\]|\([^)]*\)|[^\s:;,]+)")  # the start of a message of this project
+
+
+class GivenSettings:
+    """The settings of one command line.
+
+    Names are compared without `init_args`, which the command line may leave out: `trainer.callbacks[0].monitor`.
+    """
+
+    def __init__(self, parser: ArgumentParser) -> None:
+        self.settings: list[Setting] = []
+        self._known: dict[str, Any] = {}  # name -> type; grows by the arguments of classes that are named
+        self._required: dict[
+            str, list[str]
+        ] = {}  # name of a class's or section's setting -> its arguments without default
+        for name, hint in hints.settings_of_parser(parser)[0].items():
+            self._add(name, hint)
+        self._of_parser = list(self._known)
+
+    def _add(self, name: str, hint: Any) -> None:
+        """Add a setting, and those inside it if it is a section."""
+        self._known[name] = hint
+        for kind in filter(hints.is_section, hints.members(hint)):
+            self._add_arguments(name, kind)
+
+    def _add_arguments(self, name: str, kind: type) -> None:
+        """Add the arguments of the class or section that is a setting's value."""
+        self._known = {other: hint for other, hint in self._known.items() if not other.startswith(f"{name}.")}
+        arguments, self._required[name] = hints.settings_of_class(kind)
+        for argument, hint in (arguments | {"class_path": str, "init_args": dict, "dict_kwargs": dict}).items():
+            self._add(f"{name}.{argument}", hint)
+
+    def read(self, words: Sequence[str]) -> list[str]:
+        """Record and check the settings of a command line.
+
+        Returns:
+            The words, with `--LIST=[]` before an argument that replaces a list: otherwise jsonargparse would keep arguments of
+            the earlier list's items.
+        """
+        read: list[str] = []
+        lists: set[str] = set()
+        last = 0
+        for index, settings in read_arguments(words):
+            new = {item.name.partition("[")[0] for item in settings if "]." in item.name and not item.appends}
+            repeated = sorted(name for name in new if _plain(name) in lists)
+            read += [*words[last:index], *(f"--{name}=[]" for name in repeated)]
+            lists |= set(map(_plain, new))
+            last = index
+            for setting in settings:
+                self._check(setting, _plain(setting.name))
+                self.settings.append(setting)
+        return [*read, *words[last:]]
+
+    def _check(self, setting: Setting, name: str) -> None:
+        """Refuse a setting that is unknown, null, no section or no class."""
+        if name.endswith("]"):
+            self._add(name, hints.item_of(self._known[name[: name.rindex("[")]]))
+        elif name not in self._known:
+            holder = name
+            while holder and holder not in self._known:
+                holder = holder.rpartition(".")[0]
+            if self._known.get(holder) is None or holder in self._required:
+                raise SettingError(f"unknown setting {setting.name}{setting.place}{self._nearest(setting.name, name)}")
+            self._known[name] = Any  # inside a dictionary, or an object of an unknown class
+        hint = self._known[name]
+        if isinstance(setting.value, str):
+            self._name_class(setting, name.removesuffix(".class_path"))
+        elif setting.value is None and hint is not None:
+            if not hints.takes_null(hint):
+                raise SettingError(f"{setting}: null is not accepted here; give a value")
+        elif not isinstance(setting.value, dict) and hints.holds_settings(hint):
+            example = next((other for other in self._known if other.startswith(f"{name}.")), f"{name}.class_path")
+            raise SettingError(
+                f"{setting}: it is a section with settings such as {example}; write them as `name: value`"
+            )
+
+    def _name_class(self, setting: Setting, name: str) -> None:
+        """Find the class that a setting names, and add its arguments."""
+        hint, path = self._known.get(name), setting.value
+        bases = hints.bases_of(hint)
+        if not bases or (str in hints.members(hint) and "." not in path):
+            return
+        self._required.pop(name, None)
+        if all(part.isidentifier() for part in path.split(".")) and not Path(path).is_file():
+            try:
+                kind = hints.class_named(path, bases)
+            except SettingError as error:
+                if hints.accepts(hint, setting):  # a type that is read from text
+                    return
+                raise SettingError(f"{setting}: {error}") from error
+            if isinstance(kind, type):
+                self._add_arguments(name, kind)
+
+    def _nearest(self, full_name: str, name: str) -> str:
+        """Suggest a name of the same section or class, or else any of the parser's."""
+        leaf = name.rpartition(".")[2]
+        start, written = name.removesuffix(leaf), full_name.removesuffix(leaf)
+        inside = {other.removeprefix(start) for other in self._known if other.startswith(start)}
+        beside = {other: written + other for other in inside}
+        anywhere = {other.rpartition(".")[2]: other for other in self._of_parser}
+        close = did_you_mean(leaf, beside, beside) or did_you_mean(leaf, anywhere, anywhere)
+        return close or "; --help lists all of them"
+
+    def explain(self, message: str) -> str:
+        """Return one line for an error of jsonargparse: the setting that it refuses by itself, or one that is missing."""
+        whole = []  # that may be refused for settings inside
+        for setting in reversed(self.settings):
+            hint = self._known.get(_plain(setting.name))
+            if hint in (None, Any) or hints.accepts(hint, setting):
+                continue
+            line = f"{setting}: expected {hints.words_of(hint)}"
+            if not hints.bases_of(hint) and not any(map(hints.is_section, hints.members(hint))):
+                return line
+            whole.append(line)
+        return self._missing() or next(iter(whole), one_line(message.strip().splitlines()[-1]))
+
+    def _missing(self) -> str | None:
+        """Return a line for an argument without default that is not given."""
+        for name, required in self._required.items():
+            inside = [setting for setting in self.settings if _is_in(setting, name)]
+            for argument in required if inside else ():
+                if not any(_is_in(setting, f"{name}.{argument}") for setting in inside):
+                    place = inside[-1].place
+                    return f"missing setting {name}.{argument}{place}; give it in a file, or on the command line"
+        return None
+
+    def placed(self, text: str) -> str:
+        """Replace `leaf=value` at the start of a message by the setting's full name and place."""
+        match = _OURS.match(text)
+        for given in reversed(self.settings):
+            if match and given.name.rpartition(".")[2] == match[1] and given.value in (match[2], read_value(match[2])):
+                return f"{given.name}={match[2]}{given.place}{text[match.end() :]}"
+            if not match and given.name.startswith("trainer.") and f"'{given.value}'" in text:  # Lightning's own name
+                return f"{given}: {text}"
+        names = [name for name in self._known if match and name.rpartition(".")[2] == match[1]]
+        return f"{names[0].removesuffix(names[0].rpartition('.')[2])}{text}" if len(names) == 1 else text
+
+
+def _plain(name: str) -> str:
+    return name.replace(".init_args.", ".")
+
+
+def _is_in(setting: Setting, name: str) -> bool:
+    return f"{_plain(setting.name)}.".startswith(f"{name}.")
