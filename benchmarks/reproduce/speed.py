@@ -10,8 +10,8 @@ from benchmarks.reproduce.campaign import Campaign
 from benchmarks.reproduce.questions import QUESTIONS, runs_of
 from benchmarks.step import gpt_step
 from benchmarks.timing import interleaved, settings
-from nlgmoe.device import keep_freed_memory
 from nlgmoe.model.gpt import GPT
+from nlgmoe.process import keep_freed_memory
 
 
 def measure(campaign: Campaign, rounds: int = 20) -> dict[str, Any]:

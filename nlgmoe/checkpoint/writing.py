@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,9 +114,8 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 def write_error_reason(error: Exception) -> str:
-    """Return the operating system's message for an error, also for one that safetensors has wrapped."""
-    number = re.search(r"\(os error (\d+)\)", str(error))
-    return os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or str(error)
+    """Return the operating system's message for an error, or safetensors', which contains it."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def remove(path: Path) -> None:

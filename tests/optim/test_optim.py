@@ -13,7 +13,7 @@ from nlgmoe.checkpoint.entries import optimizer_from_entries, optimizer_to_entri
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.model.gpt import GPT
-from nlgmoe.optim.param_groups import AdamWConfig, Part, build_adamw, freeze
+from nlgmoe.optim.param_groups import AdamWConfig, Component, build_adamw, freeze
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 
 COSINE = LearningRateSchedule("cosine", min_lr=1e-6, warmup_tokens=375_000_000, decay_tokens=300_000_000_000)
@@ -35,8 +35,8 @@ def test_cosine_of_the_papers_350m_pr_moe(tokens: int, expected: float) -> None:
     assert learning_rate(tokens, 3e-4, COSINE) == pytest.approx(expected, rel=1e-12, abs=1e-18)
 
 
-@pytest.mark.parametrize("part", get_args(Part))
-def test_frozen_parts_keep_their_weights_and_all_others_learn(part: Part) -> None:
+@pytest.mark.parametrize("part", get_args(Component))
+def test_frozen_parts_keep_their_weights_and_all_others_learn(part: Component) -> None:
     model = GPT(GPTConfig(61, 16, 2, 16, 2, tied_embeddings=False, moe=MoEConfig(2, mlp_type="residual")))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     freeze(model, (part,))

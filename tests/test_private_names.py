@@ -1,0 +1,87 @@
+"""Each private name of another library that the package uses is in `nlgmoe/private_names.py`, and in the installed release."""
+
+import ast
+import importlib
+import inspect
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import nlgmoe
+from nlgmoe.private_names import PRIVATE_NAMES, PrivateName
+
+ROOT = Path(nlgmoe.__file__).parent
+TREES = {str(file.relative_to(ROOT)): ast.parse(file.read_text()) for file in sorted(ROOT.rglob("*.py"))}
+PUBLIC = {"_replace", "_exit"}  # of Python, documented
+PRIVATE = re.compile(r"_[a-zA-Z]\w*")
+
+
+@pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=lambda entry: entry.name)
+def test_private_name_exists(entry: PrivateName) -> None:
+    module_name, _, name = entry.name.partition(":")
+    module = importlib.import_module(module_name)
+    holder, _, leaf = name.rpartition(".")
+    owner = getattr(module, holder, module) if holder else module
+    # an attribute of an object is set by the code of its class or module
+    assert not name or hasattr(owner, leaf) or re.search(rf"\.{leaf}\b", inspect.getsource(owner))
+
+
+@pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=lambda entry: entry.name)
+def test_private_name_is_used_where_the_list_says(entry: PrivateName) -> None:
+    leaf = re.split(r"[:.]", entry.name.rstrip(":"))[-1]
+    assert all(re.search(rf"\b{leaf}\b", (ROOT / file).read_text()) for file in entry.files.split())
+
+
+def test_private_names_are_all_listed() -> None:
+    """A private name that no module of the package defines, or that it overrides, belongs to another library."""
+    own = {name for tree in TREES.values() for name in defined(tree)}
+    found: dict[str, set[str]] = defaultdict(set)
+    for file, tree in TREES.items():
+        for name in used(tree):
+            if PRIVATE.fullmatch(name) and name not in own | PUBLIC:
+                found[name].add(file)
+    listed: dict[str, set[str]] = defaultdict(set)
+    for entry in PRIVATE_NAMES:
+        for part in re.split(r"[:.]", entry.name):
+            listed[part] |= set(entry.files.split())
+    unlisted = {name: files - listed[name] for name, files in found.items() if files - listed[name]}
+    assert not unlisted, "add them to nlgmoe/private_names.py, or use a public way"
+
+
+def defined(tree: ast.Module) -> Iterator[str]:
+    """Names that a module defines: functions, classes, variables, and attributes of `self`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not overrides(node):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+            yield node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def used(tree: ast.Module) -> Iterator[str]:
+    """Names that a module reads as attributes, imports, gives to `getattr` or `vars`, or overrides."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.FunctionDef) and overrides(node):
+            yield node.name
+        elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith("nlgmoe"):
+            yield from (*str(node.module).split("."), *(alias.name for alias in node.names))
+        elif isinstance(node, ast.Import):
+            yield from (part for alias in node.names for part in alias.name.split("."))
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
+            yield str(getattr(node.args[1], "value", ""))
+        elif isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.value, ast.Call):
+            yield str(getattr(node.slice, "value", ""))
+
+
+def overrides(node: ast.FunctionDef | ast.ClassDef) -> bool:
+    return any(getattr(decorator, "id", "") == "override" for decorator in node.decorator_list)
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
