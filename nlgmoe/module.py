@@ -192,12 +192,10 @@ class MoEGPTModule(TrainingStep):
 
     @override
     def on_validation_start(self) -> None:
-        """Start the clock of a validation of the fit."""
         self.clock.start("validation")
 
     @override
     def on_validation_end(self) -> None:
-        """Stop the clock of a validation."""
         self.clock.stop("validation")
 
     @override
@@ -277,7 +275,6 @@ class MoEGPTModule(TrainingStep):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the clock."""
         fits = self.trainer.state.fn == TrainerFn.FITTING
         check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
         check_tokenizer(checkpoint, training_data(self.trainer))

@@ -93,7 +93,6 @@ class ExpertLoad(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state."""
         self._last_used = [[int(step) for step in layer] for layer in state_dict["last_used"]]
         self._resumed = state_dict.get("interval", [])
         self._rows = 0 if self._is_fork else state_dict.get("rows")

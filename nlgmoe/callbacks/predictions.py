@@ -46,7 +46,6 @@ class PredictionFile(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Write the file."""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         ranks = [f"-{rank}" for rank in range(trainer.world_size)] if trainer.world_size > 1 else [""]

@@ -33,7 +33,6 @@ class TokenProgressBar(TQDMProgressBar):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the position in the run."""
         super().on_train_start(trainer, pl_module)
         bar, module = self.train_progress_bar, _module(trainer)
         bar.unit, bar.unit_scale, bar.total = " tok", True, module.train_tokens
@@ -50,7 +49,6 @@ class TokenProgressBar(TQDMProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the bar."""
         module, bar = _module(trainer), self.train_progress_bar
         if module.train_tokens is None and trainer.max_steps > 0 and trainer.global_step > 0:
             # later steps may have more tokens

@@ -48,7 +48,6 @@ class RunSummary(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums so far, for a resumed run."""
         return {
             # Losses that are not finite are kept: they count among the last 50 steps.
             "losses": [loss if math.isfinite(loss) else None for loss in self._losses],
@@ -57,7 +56,6 @@ class RunSummary(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the sums."""
         self._losses = deque(
             (math.nan if loss is None else float(loss) for loss in state_dict["losses"]), self._losses.maxlen
         )
@@ -92,19 +90,16 @@ class RunSummary(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Add the loss of a step."""
         assert isinstance(pl_module, MoEGPTModule)
         if ends_step(trainer):
             self._losses.append(pl_module.losses["train/loss"])
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that there is a result."""
         self._has_validated = True
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file."""
         assert isinstance(pl_module, MoEGPTModule)
         folder = Path(trainer.default_root_dir)
         nothing_new = not self._has_trained and not self._has_validated and (folder / "summary.json").exists()

@@ -41,12 +41,10 @@ class SampleText(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the samples so far, for a resumed run."""
         return {"samples": [list(sample) for sample in self._samples]}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the samples."""
         self._samples = [(int(step), str(text)) for step, text in state_dict["samples"]]
 
     @override

@@ -30,7 +30,6 @@ class ExpertSpecialisation(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting."""
         assert isinstance(pl_module, MoEGPTModule)
         self._counts = None
         experts = list(moe_blocks(pl_module.config).values())
@@ -51,7 +50,6 @@ class ExpertSpecialisation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add the batch."""
         assert isinstance(pl_module, MoEGPTModule)
         if self._counts is not None:
             self._counts.update(batch["tokens"], batch["domain"], pl_module.routings)

@@ -50,7 +50,6 @@ class Throughput(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks."""
         device = trainer.strategy.root_device
         self._peak = 1e12 * self.peak_tflops if self.peak_tflops else peak_flops(device, trainer.precision)
         self._stopwatch = Stopwatch(device)
@@ -66,7 +65,6 @@ class Throughput(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Start timing a micro-batch."""
         self._batch_started = time.perf_counter()
 
     @override
@@ -108,7 +106,6 @@ class Throughput(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clocks."""
         self._stop(trainer)
 
     @override
@@ -195,14 +192,12 @@ class StepProfiler(Profiler):
 
     @override
     def start(self, action_name: str) -> None:
-        """Start an action."""
         self.profiler.start(action_name)
         if (part := _part_of(action_name)) is not None:
             self._stopwatch.start(part)
 
     @override
     def stop(self, action_name: str) -> None:
-        """Stop an action."""
         if (part := _part_of(action_name)) is not None:
             self._stopwatch.stop(part)
         self.profiler.stop(action_name)

@@ -57,7 +57,6 @@ class RunCSVLogger(CSVLogger):
 
     @override
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Write a row if `records` is true."""
         if self.records:
             super().log_metrics(metrics, step)
 
@@ -65,7 +64,6 @@ class RunCSVLogger(CSVLogger):
     @override
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """Return the writer, created at first use."""
         if self._experiment is None:
             os.makedirs(self.log_dir, exist_ok=True)
             self._experiment = _AppendingWriter(self.log_dir)

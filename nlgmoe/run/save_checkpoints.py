@@ -82,12 +82,10 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return step and score of the best checkpoint."""
         return {} if self._best is None else {"best_step": self._best[0], "best_score": self._best[1]}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state."""
         self._best = (state_dict["best_step"], state_dict["best_score"]) if state_dict else None
 
     @override
@@ -133,7 +131,6 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note that a step was taken."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if ends_step(trainer):
             self._unsaved = trainer.global_step
@@ -170,7 +167,6 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step."""
         self._finish_step(trainer, save=True)
 
     @override

@@ -96,7 +96,6 @@ class StopOnSignal(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the previous handlers."""
         self.teardown(trainer, pl_module, "fit")
 
     # ---- agreement of ranks, shortly before a step waits for all of them and for the device
