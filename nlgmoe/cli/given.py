@@ -104,7 +104,7 @@ class GivenSettings:
             try:
                 kind = hints.class_named(path, bases)
             except SettingError as error:
-                if hints.accepts(hint, setting):  # a type that is read from text
+                if str not in hints.members(hint) and hints.accepts(hint, setting):  # a type that is read from text
                     return
                 raise SettingError(f"{setting}: {error}") from error
             if isinstance(kind, type):

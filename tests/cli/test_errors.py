@@ -128,6 +128,10 @@ WRONG = {
         "fit --trainer.strategy=nlgmoe.ExpertParallelStrategy --trainer.strategy.stge=1",
         "unknown setting trainer.strategy.stge; did you mean trainer.strategy.stage?",
     ),
+    "misspelt class of a setting that takes text": (
+        "fit --trainer.strategy=nlgmoe.ExpertParallelStrateg",
+        "trainer.strategy=nlgmoe.ExpertParallelStrateg: nlgmoe has no class ExpertParallelStrateg; did you mean ExpertPar",
+    ),
     "number for a section": (
         "fit --model.config.moe=7",
         "model.config.moe=7: it is a section with settings such as model.config.moe.num_experts",
