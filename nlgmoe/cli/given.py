@@ -29,9 +29,8 @@ class GivenSettings:
     def __init__(self, parser: ArgumentParser) -> None:
         self.settings: list[Setting] = []
         self._known: dict[str, Any] = {}  # name -> type; grows by the arguments of classes that are named
-        self._required: dict[
-            str, list[str]
-        ] = {}  # name of a class's or section's setting -> its arguments without default
+        # Name of a setting whose value is a section, or of a class that is named -> its arguments without default.
+        self._required: dict[str, list[str]] = {}
         for name, hint in hints.settings_of_parser(parser)[0].items():
             self._add(name, hint)
         self._of_parser = list(self._known)
@@ -39,8 +38,9 @@ class GivenSettings:
     def _add(self, name: str, hint: Any) -> None:
         """Add a setting, and those inside it if it is a section."""
         self._known[name] = hint
-        for kind in filter(hints.is_section, hints.members(hint)):
-            self._add_arguments(name, kind)
+        for kind in hints.members(hint):
+            if hints.is_section(kind):
+                self._add_arguments(name, kind)
 
     def _add_arguments(self, name: str, kind: type) -> None:
         """Add the arguments of the class or section that is a setting's value."""
@@ -61,8 +61,7 @@ class GivenSettings:
         last = 0
         for index, settings in read_arguments(words):
             new = {item.name.partition("[")[0] for item in settings if "]." in item.name and not item.appends}
-            repeated = sorted(name for name in new if _plain(name) in lists)
-            read += [*words[last:index], *(f"--{name}=[]" for name in repeated)]
+            read += [*words[last:index], *(f"--{name}=[]" for name in sorted(new) if _plain(name) in lists)]
             lists |= set(map(_plain, new))
             last = index
             for setting in settings:
@@ -73,12 +72,13 @@ class GivenSettings:
     def _check(self, setting: Setting, name: str) -> None:
         """Refuse a setting that is unknown, null, no section or no class."""
         if name.endswith("]"):
-            self._add(name, hints.item_of(self._known[name[: name.rindex("[")]]))
+            self._add(name, hints.item_of(self._known.get(name[: name.rindex("[")])))
         elif name not in self._known:
             holder = name
             while holder and holder not in self._known:
                 holder = holder.rpartition(".")[0]
-            if self._known.get(holder) is None or holder in self._required:
+            outer = self._known.get(holder)
+            if outer is None or holder in self._required or hints.SCALARS.issuperset(hints.members(outer)):
                 raise SettingError(f"unknown setting {setting.name}{setting.place}{self._nearest(setting.name, name)}")
             self._known[name] = Any  # inside a dictionary, or an object of an unknown class
         hint = self._known[name]
@@ -87,7 +87,7 @@ class GivenSettings:
         elif setting.value is None and hint is not None:
             if not hints.takes_null(hint):
                 raise SettingError(f"{setting}: null is not accepted here; give a value")
-        elif not isinstance(setting.value, dict) and hints.holds_settings(hint):
+        elif not isinstance(setting.value, dict) and hints.is_only_section(hint):
             example = next((other for other in self._known if other.startswith(f"{name}.")), f"{name}.class_path")
             raise SettingError(
                 f"{setting}: it is a section with settings such as {example}; write them as `name: value`"
@@ -104,7 +104,7 @@ class GivenSettings:
             try:
                 kind = hints.class_named(path, bases)
             except SettingError as error:
-                if hints.accepts(hint, setting):  # a type that is read from text
+                if str not in hints.members(hint) and hints.accepts(hint, setting):  # a type that is read from text
                     return
                 raise SettingError(f"{setting}: {error}") from error
             if isinstance(kind, type):
@@ -121,17 +121,14 @@ class GivenSettings:
         return close or "; --help lists all of them"
 
     def explain(self, message: str) -> str:
-        """Return one line for an error of jsonargparse: the setting that it refuses by itself, or one that is missing."""
-        whole = []  # that may be refused for settings inside
-        for setting in reversed(self.settings):
+        """Return one line for an error of jsonargparse: a setting that is missing, or one that it refuses by itself."""
+        if missing := self._missing():
+            return missing
+        for setting in reversed(self.settings):  # those inside another one first
             hint = self._known.get(_plain(setting.name))
-            if hint in (None, Any) or hints.accepts(hint, setting):
-                continue
-            line = f"{setting}: expected {hints.words_of(hint)}"
-            if not hints.bases_of(hint) and not any(map(hints.is_section, hints.members(hint))):
-                return line
-            whole.append(line)
-        return self._missing() or next(iter(whole), one_line(message.strip().splitlines()[-1]))
+            if hint not in (None, Any) and not hints.accepts(hint, setting):
+                return f"{setting}: expected {hints.words_of(hint)}"
+        return one_line(message.strip().splitlines()[-1])
 
     def _missing(self) -> str | None:
         """Return a line for an argument without default that is not given."""
@@ -146,13 +143,15 @@ class GivenSettings:
     def placed(self, text: str) -> str:
         """Replace `leaf=value` at the start of a message by the setting's full name and place."""
         match = _OURS.match(text)
+        leaf, value = match.groups() if match else ("", "")
         for given in reversed(self.settings):
-            if match and given.name.rpartition(".")[2] == match[1] and given.value in (match[2], read_value(match[2])):
-                return f"{given.name}={match[2]}{given.place}{text[match.end() :]}"
+            same = str(given.value) == value or given.value == read_value(value)
+            if match and given.name.rpartition(".")[2] == leaf and same:
+                return f"{given.name}={value}{given.place}{text[match.end() :]}"
             if not match and given.name.startswith("trainer.") and f"'{given.value}'" in text:  # Lightning's own name
                 return f"{given}: {text}"
-        names = [name for name in self._known if match and name.rpartition(".")[2] == match[1]]
-        return f"{names[0].removesuffix(names[0].rpartition('.')[2])}{text}" if len(names) == 1 else text
+        names = [name for name in self._known if leaf and name.rpartition(".")[2] == leaf]
+        return f"{names[0].rpartition('.')[0]}.{text}".removeprefix(".") if len(names) == 1 else text
 
 
 def _plain(name: str) -> str:

@@ -9,7 +9,7 @@ import importlib
 import inspect
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from enum import Enum
 from types import UnionType
@@ -26,6 +26,8 @@ from nlgmoe.parts import ExpertConfig, RouterConfig
 from nlgmoe.validation import SettingError
 
 NAMED_BY_CLASS = (RouterConfig, ExpertConfig)  # dataclasses whose subclasses a configuration names by `class_path`
+
+SCALARS = {bool, int, float, str, type(None)}
 
 
 def _duration(text: str) -> timedelta:
@@ -74,7 +76,7 @@ def members(hint: Any) -> tuple[Any, ...]:
 
 def item_of(hint: Any) -> Any:
     """Return the type of a list's items: `list[int] | None` -> int."""
-    lists = [kind for kind in members(hint) if _origin_is(kind, Iterable) and not _origin_is(kind, Mapping)]
+    lists = [kind for kind in members(hint) if typing.get_origin(kind) in (list, tuple, set, Iterable, Sequence)]
     items = [item for kind in lists for item in typing.get_args(kind) if item is not Ellipsis]
     return typing.Union[tuple(items)] if items else Any  # noqa: UP007 (its members are not known here)
 
@@ -96,8 +98,8 @@ def bases_of(hint: Any) -> list[type]:
     return [kind for kind in ours if not is_section(kind) and not issubclass(kind, int | float | str)]
 
 
-def holds_settings(hint: Any) -> bool:
-    """Return True if a value of this type can only be a section or null."""
+def is_only_section(hint: Any) -> bool:
+    """Return True if a value of this type is a section or null, and nothing else."""
     return all(kind in (None, type(None)) or is_section(kind) for kind in members(hint))
 
 
@@ -158,8 +160,3 @@ def _subclasses(base: Any) -> Iterator[Any]:
     yield base
     for kind in type.__subclasses__(base):
         yield from _subclasses(kind)
-
-
-def _origin_is(kind: Any, base: type) -> bool:
-    origin = typing.get_origin(kind)
-    return inspect.isclass(origin) and issubclass(origin, base)

@@ -50,21 +50,13 @@ def read_value(text: str) -> Any:
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting as written.
+    """One setting as written."""
 
-    Attributes:
-        name: dotted, list items in brackets: `trainer.callbacks[0].class_path`.
-        value: as YAML reads it.
-        place: ` (FILE, line N)`; empty for the command line.
-        appends: the setting, or the list that contains it, is written with `+` and extends the earlier list.
-        word: the value's text on the command line; None for a setting of a file, and for one inside another's value.
-    """
-
-    name: str
-    value: Any
-    place: str = ""
-    appends: bool = False
-    word: str | None = None
+    name: str  # dotted, list items in brackets: `trainer.callbacks[0].class_path`
+    value: Any  # as YAML reads it
+    place: str = ""  # ` (FILE, line N)`; empty for the command line
+    appends: bool = False  # it, or the list that contains it, is written with `+` and extends the earlier list
+    word: str | None = None  # its text on the command line; None in a file, and inside another setting's value
 
     def __str__(self) -> str:
         dumped = yaml.safe_dump(self.value, default_flow_style=True, width=10_000).removesuffix("...\n")
@@ -143,15 +135,16 @@ def _walk(
             yield from _walk(item, f"{name}[{index}]", loader, file, item.start_mark.line + 1, appends)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
+        in_value = name.rpartition("init_args")[2].startswith(".")  # of a class's argument, whose names are its own
         for key, value in sorted(node.value, key=lambda entry: entry[0].value != "class_path"):
             if key.tag == _MERGE:
                 yield from _walk(value, name, loader, file, line, appends)
                 continue
             leaf, key_line = key.value.removesuffix("+"), key.start_mark.line + 1
             full = f"{name}.{leaf}".removeprefix(".")
-            if file and leaf in lines:
-                raise SettingError(
-                    f"{file}, line {key_line}: {full} is given again, after line {lines[leaf]}; remove one"
-                )
+            for other in lines if file else ():
+                if other == leaf or (not in_value and f"{max(other, leaf)}.".startswith(f"{min(other, leaf)}.")):
+                    again = f"{full} is given again, after line {lines[other]}; remove one"
+                    raise SettingError(f"{file}, line {key_line}: {again}")
             lines[leaf] = key_line
             yield from _walk(value, full, loader, file, key_line, appends or key.value.endswith("+"))

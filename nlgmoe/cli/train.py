@@ -144,10 +144,7 @@ class TrainCLI(LightningCLI):
             raise cause from None  # as it was raised, without jsonargparse's message around it
 
     def _construct(self, kind: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Construct an object of a configuration, and store its exception.
-
-        If a value may have several types, jsonargparse reports all attempts in one message, without the constructor's.
-        """
+        """Construct an object, and store its exception, which jsonargparse hides if the value may have several types."""
         try:
             built = kind(*args, **kwargs)
         except Exception as error:

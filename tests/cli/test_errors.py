@@ -102,6 +102,11 @@ WRONG = {
         "yaml: model:\n  seed: 3\n  seed: 4",
         "FOLDER/bad.yaml, line 3: model.seed is given again, after line 2",
     ),
+    "setting twice, also dotted": (
+        "yaml: trainer: {max_steps: 3}\ntrainer.max_steps: 4",
+        "FOLDER/bad.yaml, line 2: trainer.max_steps is given again, after line 1; remove one",
+    ),
+    "number taken for a section": ("fit --model.seed.x=1", "unknown setting model.seed.x"),
     "misspelt flag": ("fit --model.config.hiden_size=65", "did you mean model.config.hidden_size?"),
     "misspelt key in a file": (
         "yaml: model:\n  config:\n    moe: {topk: 2}",
@@ -122,6 +127,10 @@ WRONG = {
     "misspelt argument on the command line": (
         "fit --trainer.strategy=nlgmoe.ExpertParallelStrategy --trainer.strategy.stge=1",
         "unknown setting trainer.strategy.stge; did you mean trainer.strategy.stage?",
+    ),
+    "misspelt class of a setting that takes text": (
+        "fit --trainer.strategy=nlgmoe.ExpertParallelStrateg",
+        "trainer.strategy=nlgmoe.ExpertParallelStrateg: nlgmoe has no class ExpertParallelStrateg; did you mean ExpertPar",
     ),
     "number for a section": (
         "fit --model.config.moe=7",
