@@ -81,9 +81,7 @@ def _read(paths: Sequence[str | Path | Sequence[str | Path]], overrides: dict[st
             ) from None
         args.append(f"--{setting}={text}")
     hide_tips_of_packages()
-    with warnings.catch_warnings():  # sys.argv is the notebook's
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        try:
-            return (TrainCLI if builds else SettingsCLI)(args=args, run=False)
-        except SettingError as error:  # without the parser's stack frames
-            raise error.with_traceback(None) from None
+    try:
+        return (TrainCLI if builds else SettingsCLI)(args=args, run=False)
+    except SettingError as error:  # without the parser's stack frames
+        raise error.with_traceback(None) from None
