@@ -6,7 +6,7 @@ import argparse
 import signal
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed, nn
 from typing_extensions import override
 
-from nlgmoe.checkpoint.portable import PREFIX, read_checkpoint
+from nlgmoe.checkpoint.portable import read_checkpoint
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
 from nlgmoe.config import GPTConfig
@@ -229,11 +229,20 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         load_initial_weights(self._gpt, start, lambda entry, value: state.load(entry, None, value.float()))  # type: ignore[arg-type]
 
     @override
+    def on_train_start(self) -> None:
+        """Refuse a parameter that a callback has frozen: ZeRO would update it, with zeros as its gradient."""
+        for name, parameter in self._gpt.named_parameters():
+            if not parameter.requires_grad and not is_frozen(name, self._frozen):
+                raise AllRanksError(
+                    "trainer.strategy=ExpertParallelStrategy trains all parameters but model.optimizer.frozen, and requires_grad "
+                    f"of {name} is False; train on one process or with ddp_find_unused_parameters_true, or leave it True"
+                )
+
+    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Refuse an epoch that begins within an accumulation window: the engine counts micro-batches across epochs."""
         window = self._engine.gradient_accumulation_steps()
-        left = self._engine.micro_steps % window
-        if batch_idx == 0 and left:
+        if batch_idx == 0 and (left := self._engine.micro_steps % window):
             raise AllRanksSettingError(
                 f"trainer.accumulate_grad_batches={window} does not divide the epoch that has ended: {left} of its micro-batches "
                 "are left; set trainer.limit_train_batches to a multiple of it"
@@ -251,7 +260,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     def step_gradients(self) -> StepGradients:
         """Return the gradients of the coming step."""
         assert self._gradients is not None
-        _check_parameters(self._gpt, self._frozen)  # a callback may freeze a parameter during training
         return self._gradients.of_step()
 
     @override
@@ -259,7 +267,11 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Create the engine, also for a device without an index, which the base class requires."""
         import deepspeed
 
-        _check_parameters(model, self._frozen)
+        if scalars := [name for name, parameter in model.named_parameters() if parameter.dim() == 0]:
+            raise AllRanksError(  # `_broadcast_model` (0.19.8) views a parameter as bytes, which fails for a scalar
+                f"trainer.strategy=ExpertParallelStrategy: DeepSpeed cannot send {scalars[0]} to other ranks, because it has no "
+                "dimension; give it the shape [1]"
+            )
         index = self.root_device.index
         engine, engine_optimizer, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank if index is None else index),
@@ -353,23 +365,3 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Wait for all ranks."""
         if distributed.is_initialized():
             distributed.barrier(device_ids=None if self.root_device.type == "cpu" else [self.root_device.index])
-
-
-def _check_parameters(model: nn.Module, frozen: Sequence[Component]) -> None:
-    """Check for parameters that DeepSpeed cannot train.
-
-    ZeRO's optimizer uses zeros as the gradient of a parameter that is frozen after the optimizer was built, and updates it; those
-    of the components `frozen` are not in the optimizer. `_broadcast_model` (0.19.8) views a parameter as bytes, which fails for a
-    tensor without dimension.
-    """
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and not is_frozen(name.removeprefix(PREFIX), frozen):
-            raise AllRanksError(
-                "trainer.strategy=ExpertParallelStrategy trains all parameters but model.optimizer.frozen, and requires_grad of "
-                f"{name} is False; train on one process or with ddp_find_unused_parameters_true, or leave it True"
-            )
-        if parameter.dim() == 0:
-            raise AllRanksError(
-                f"trainer.strategy=ExpertParallelStrategy: DeepSpeed cannot send {name} to other ranks, because it has no "
-                "dimension; give it the shape [1]"
-            )
