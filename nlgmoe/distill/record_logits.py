@@ -168,6 +168,12 @@ def _records(
 def likeliest(targets: SoftTargets, positions: slice, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Cut a teacher's distribution at C positions to its K likeliest tokens.
 
+    Args:
+        targets: the teacher's, of all positions of a batch.
+        positions: the C positions.
+        top_k: K.
+        temperature: divides the logits.
+
     Returns:
         int64 `[C, K]`, the likeliest tokens first; and in at least fp32 `[C, K + 1]`, their log-probabilities at the temperature
         and the log of the remaining probability, -inf if that is 0.
