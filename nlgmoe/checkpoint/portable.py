@@ -84,7 +84,6 @@ class PortableCheckpointIO(CheckpointIO):
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete the folder, or the link to one."""
         writing.remove(Path(path))
 
 

@@ -147,7 +147,13 @@ class TensorFiles:
 
 
 def file_problems(folder: Path, files: dict[str, Contents], kinds: Iterable[str] = KINDS) -> Iterator[str]:
-    """Yield missing, unknown, truncated and unreadable files, and entries missing from file headers. Reads no tensor."""
+    """Yield missing, unknown, truncated and unreadable files, and entries missing from file headers. Reads no tensor.
+
+    Args:
+        folder: the checkpoint.
+        files: the manifest's, file -> `Contents`.
+        kinds: those of `KINDS` to open; unknown files are of any kind.
+    """
     for name in sorted({file.name for file in folder.glob("*.safetensors")} - files.keys()):
         yield f"{folder / name} is unknown to manifest.json"
     for name, contents in files.items():

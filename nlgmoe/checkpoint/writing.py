@@ -52,7 +52,15 @@ def begin(path: Path) -> Path:
 def write_tensors(
     folder: Path, kind: str, entries: dict[str, Tensor], rank: int = 0, ranks: int = 1
 ) -> dict[str, Contents]:
-    """Write one file of entries, flush it to disk, and return its contents for `finish`."""
+    """Write one file of entries, flush it to disk, and return its contents for `finish`.
+
+    Args:
+        folder: the folder that `begin` made.
+        kind: one of `reading.KINDS`.
+        entries: at least one, by name.
+        rank: number of the file.
+        ranks: number of files of this kind.
+    """
     shard = f"-{rank:05}-of-{ranks:05}" if ranks > 1 else ""
     file = folder / f"{kind}{shard}.safetensors"
     entries = {name: value.detach().cpu().contiguous() for name, value in entries.items()}

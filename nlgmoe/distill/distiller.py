@@ -96,7 +96,12 @@ class Distiller(ABC):
 
 
 def find_teacher(teacher: str, remedy: str) -> tuple[Path, dict[str, Any], str]:
-    """Return a teacher's checkpoint, of a run the newest valid one; its document and the hash of its weights. A collective."""
+    """Return a teacher's checkpoint, of a run the newest valid one; its document and the hash of its weights. A collective.
+
+    Args:
+        teacher: path of a checkpoint or run folder.
+        remedy: end of the message if there is none.
+    """
     try:
         path = find_checkpoint(teacher)
         return path, read_document(path), hash_of_weights(path)

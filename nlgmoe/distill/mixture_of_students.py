@@ -80,7 +80,6 @@ class MixtureOfStudents(Distiller):
 
     @override
     def start(self, student: GPT, trainer: Trainer) -> None:
-        """Load the teacher to the student's device."""
         self.release()
         if self.loss_weight == 0:
             return
@@ -123,7 +122,6 @@ class MixtureOfStudents(Distiller):
 
     @override
     def release(self) -> bool:
-        """Free the teacher; the allocator may keep its memory for this process. Returns whether one was loaded."""
         if self.model is None:
             return False
         self.model = None
@@ -132,7 +130,6 @@ class MixtureOfStudents(Distiller):
     @override
     @torch.no_grad()
     def read(self, batch: Batch, mask: Tensor | None) -> TeacherTargets | None:
-        """Compute the teacher's targets for a batch; None once distillation has ended."""
         model = self.model
         if model is None:
             return None

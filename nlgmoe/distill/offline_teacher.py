@@ -76,13 +76,11 @@ class OfflineTeacher(Distiller):
 
     @override
     def release(self) -> bool:
-        """Close the folder. Returns whether it was open."""
         was_open, self._recording = self._recording is not None, None
         return was_open
 
     @override
     def read(self, batch: Batch, mask: Tensor | None) -> TeacherTargets | None:
-        """Look up the teacher's targets for a batch; None once distillation has ended."""
         if self._recording is None:
             return None
         if "samples" not in batch:

@@ -1,12 +1,13 @@
-"""Record a teacher's logits for a run's training samples, a file for every 1,000 of them; see `teacher_logits.py`.
+"""Record a teacher's logits for a run's training samples; see `teacher_logits.py`.
 
-A process that is killed loses the file that it was computing; the same command records the rest, with the same bytes. Files hold
-whole micro-batches, so that each sample is computed together with the same others.
+A process that is killed loses at most the last 1,000 samples; the same command records the rest, with the same bytes: it goes on
+after a whole micro-batch, so that each sample is computed together with the same others.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from nlgmoe.batch import Batch, token_mask_or_none
-from nlgmoe.checkpoint.reading import checksum_of_manifest
 from nlgmoe.checkpoint.writing import flush
 from nlgmoe.data import PileDataModule
 from nlgmoe.differences import list_differences
@@ -27,9 +27,8 @@ from nlgmoe.distill.teacher_logits import (
     FORMAT,
     HEADER,
     POSITION,
+    RECORDS,
     VERSION,
-    checksum,
-    file_name,
     read_header,
     record_type,
 )
@@ -39,7 +38,7 @@ from nlgmoe.non_finite import require_finite_logits
 from nlgmoe.validation import RunError, SettingError
 from nlgmoe.versions import versions
 
-SAMPLES_PER_FILE = 1000  # at least; rounded up to whole micro-batches
+SAMPLES_AT_RISK = 1000  # recorded before they are flushed to disk; rounded up to whole micro-batches
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,7 @@ def record_logits(
         folder: folder to write.
         report: called with the progress at the start and after every batch.
     """
-    header, position = folder / HEADER, folder / POSITION
-    total, batch_size = settings["samples"], settings["micro_batch_size"]
-    per_file = -(-SAMPLES_PER_FILE // batch_size) * batch_size
+    header, position, total = folder / HEADER, folder / POSITION, settings["samples"]
     for unfinished in folder.glob(".*.writing-*"):  # of a killed process
         unfinished.unlink()
     if header.exists():
@@ -92,30 +89,24 @@ def record_logits(
         done = Progress()
         folder.mkdir(parents=True, exist_ok=True)
         _write_position(position, done, data)
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            **settings,
-            "samples_per_file": per_file,
-            "versions": versions(),
-        }
-        _write_json(header, content | {"checksum": checksum_of_manifest(content)})
+        _write_json(header, {"format": FORMAT, "version": VERSION, **settings, "versions": versions()})
     report(done)
-    parts: list[np.ndarray] = []
-    batches = iter(data.train_dataloader()) if done.samples < total else iter(())
-    while done.samples < total:
-        batch = data.on_before_batch_transfer(next(batches), 0)
-        assert batch["samples"][0] == done.samples
-        records, done = _records(teacher, batch, settings, done)
-        parts.append(records)
-        data.advance(len(batch["samples"]))
-        report(done)
-        if done.samples == total or done.samples % per_file == 0:
-            with atomic_write(folder / file_name((done.samples - 1) // per_file)) as temporary:
-                temporary.write_bytes(b"".join(part.tobytes() for part in parts))
-                flush(temporary)
-            parts = []
-            _write_position(position, done, data)
+    with (folder / RECORDS).open("ab") as file:
+        file.truncate(done.samples * record_type(settings).itemsize)
+        batches = iter(data.train_dataloader()) if done.samples < total else iter(())
+        flushed = done.samples
+        while done.samples < total:
+            batch = data.on_before_batch_transfer(next(batches), 0)
+            assert batch["samples"][0] == done.samples
+            records, done = _records(teacher, batch, settings, done)
+            file.write(records.tobytes())
+            data.advance(len(batch["samples"]))
+            report(done)
+            if done.samples == total or done.samples - flushed >= SAMPLES_AT_RISK:
+                file.flush()
+                os.fsync(file.fileno())
+                _write_position(position, done, data)
+                flushed = done.samples
     flush(folder)
     position.unlink()
     return done
@@ -168,9 +159,6 @@ def _records(
     ids, log_probs = (torch.cat(column).view(count, length, -1).cpu() for column in zip(*chunks, strict=True))
     records = np.zeros(wanted, record_type(settings))
     records["ids"], records["log_probs"] = ids[:wanted].numpy(), log_probs[:wanted].half().numpy()
-    whole = records.view(np.uint8).reshape(wanted, -1)
-    for index in range(wanted):
-        records["checksum"][index] = checksum(whole[index], done.samples + index)
     mask = batch["token_mask"][:wanted]
     tail = log_probs[:wanted, :, -1].double().exp()[mask].sum()
     return records, Progress(done.samples + wanted, done.positions + int(mask.sum()), done.tail_mass + float(tail))
@@ -179,6 +167,12 @@ def _records(
 @torch.no_grad()
 def likeliest(targets: SoftTargets, positions: slice, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Cut a teacher's distribution at C positions to its K likeliest tokens.
+
+    Args:
+        targets: the teacher's, of all positions of a batch.
+        positions: the C positions.
+        top_k: K.
+        temperature: divides the logits.
 
     Returns:
         int64 `[C, K]`, the likeliest tokens first; and in at least fp32 `[C, K + 1]`, their log-probabilities at the temperature

@@ -63,7 +63,14 @@ def gather_owned_entries(
 
 
 def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) -> None:
-    """Write the folder `path`: every rank its entries, rank 0 the rest. A collective."""
+    """Write the folder `path`: every rank its entries, rank 0 the rest. A collective.
+
+    Args:
+        path: the checkpoint, the same on every rank.
+        checkpoint: Lightning's dictionary, without weights.
+        model: the GPT, with this rank's experts.
+        engine: DeepSpeed's engine.
+    """
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     with raise_on_all_ranks():
         if checkpoint.get("state_dict"):
@@ -153,7 +160,13 @@ def load_weights(model: nn.Module, engine: Any | None, files: TensorFiles) -> No
 
 @torch.no_grad()
 def load_moments(model: nn.Module, engine: Any, files: TensorFiles) -> None:
-    """Read this rank's shard of AdamW's state."""
+    """Read this rank's shard of AdamW's state.
+
+    Args:
+        model: the GPT, with this rank's experts.
+        engine: DeepSpeed's engine, before or after its first step.
+        files: the checkpoint's `optimizer` entries.
+    """
     require_entries(files, optimizer_shapes(model))
     state = EngineState(engine)
     state.init_moments()

@@ -139,6 +139,11 @@ class EngineState:
         """Return an entry on rank `owner` of the ranks that share it, on the CPU; None on the others. A collective.
 
         Parameters in fp32. A frozen one, and a buffer, is whole on every rank.
+
+        Args:
+            entry: a slice of a parameter or buffer.
+            key: name of a moment; None: the value.
+            owner: rank in the group of `ranks_of`.
         """
         ranks = self.ranks_of(entry.parameter)
         if not entry.trained:
@@ -223,7 +228,6 @@ class EngineGradients(StepGradients):
 
     @override
     def norm(self) -> Tensor:
-        """Return the norm, computed once a step. A collective."""
         if not self._measured:
             self._norm = self._zero_norm()
             self._measured = True

@@ -92,7 +92,13 @@ def _make_group(members: list[list[int]], timeout: timedelta) -> ProcessGroup:
 def expert_placements(
     config: GPTConfig, degrees: dict[int, int], groups: dict[int, ExpertGroups]
 ) -> dict[int, ExpertPlacement]:
-    """Return the experts of this rank in every MoE block, by block number."""
+    """Return the experts of this rank in every MoE block, by block number.
+
+    Args:
+        config: configuration of the model.
+        degrees: the result of `layer_degrees`.
+        groups: the groups of each degree above 1.
+    """
     placements = {}
     for block, degree in degrees.items():
         count = experts_per_layer(config)[block] // degree
@@ -105,7 +111,14 @@ def expert_placements(
 
 
 def describe_degrees(config: GPTConfig, degrees: dict[int, int], world_size: int, model_name: str = "model") -> str:
-    """Describe each kind of layer in a line: blocks (counted from 0), degree, experts of a rank, ranks of an expert."""
+    """Describe each kind of layer in a line: blocks (counted from 0), degree, experts of a rank, ranks of an expert.
+
+    Args:
+        config: configuration of the model.
+        degrees: the result of `layer_degrees`.
+        world_size: ranks of the run.
+        model_name: its name in the lines: "model", or "teacher".
+    """
     experts = experts_per_layer(config)
     kinds: dict[tuple[int, int], list[int]] = {}  # (experts, degree) -> blocks
     for block, degree in degrees.items():

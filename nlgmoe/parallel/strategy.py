@@ -6,7 +6,7 @@ import argparse
 import signal
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed, nn
 from typing_extensions import override
 
-from nlgmoe.checkpoint.portable import PREFIX, read_checkpoint
+from nlgmoe.checkpoint.portable import read_checkpoint
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
 from nlgmoe.config import GPTConfig
@@ -30,7 +30,7 @@ from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.non_finite import StepGradients
-from nlgmoe.optim.param_groups import AdamWConfig, Component, is_frozen
+from nlgmoe.optim.param_groups import AdamWConfig, is_frozen
 from nlgmoe.parallel.expert_groups import (
     ExpertGroups,
     describe_degrees,
@@ -95,6 +95,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             )
             stage = 1
         name_deepspeeds_device()
+        self._collective_timeout = timedelta(seconds=timeout_seconds)
         super().__init__(
             zero_optimization=True,
             stage=stage,
@@ -104,7 +105,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             loss_scale_window=loss_scale_window,
             hysteresis=hysteresis,
             min_loss_scale=min_loss_scale,
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=self._collective_timeout,
             logging_batch_size_per_gpu=1,  # "auto" makes the training data's loader, in evaluation too
             allgather_bucket_size=bucket_size,
             reduce_bucket_size=bucket_size,
@@ -174,17 +175,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         gpt: nn.Module = self.lightning_module.gpt  # type: ignore[union-attr,assignment]
         return gpt
 
-    @property
-    def _frozen(self) -> tuple[Component, ...]:
-        """Components that `model.optimizer.frozen` names."""
-        config: AdamWConfig | None = getattr(self.lightning_module, "optimizer_config", None)
-        return () if config is None else config.frozen
-
-    @property
-    def _collective_timeout(self) -> timedelta:
-        assert self._timeout is not None
-        return self._timeout
-
     # ---- the engine
 
     @override
@@ -229,11 +219,21 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         load_initial_weights(self._gpt, start, lambda entry, value: state.load(entry, None, value.float()))  # type: ignore[arg-type]
 
     @override
+    def on_train_start(self) -> None:
+        """Refuse a parameter that a callback has frozen: ZeRO would update it, with zeros as its gradient."""
+        config: AdamWConfig | None = getattr(self.lightning_module, "optimizer_config", None)
+        for name, parameter in self._gpt.named_parameters():
+            if not parameter.requires_grad and not is_frozen(name, () if config is None else config.frozen):
+                raise AllRanksError(
+                    "trainer.strategy=ExpertParallelStrategy trains all parameters but model.optimizer.frozen, and requires_grad "
+                    f"of {name} is False; train on one process or with ddp_find_unused_parameters_true, or leave it True"
+                )
+
+    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Refuse an epoch that begins within an accumulation window: the engine counts micro-batches across epochs."""
         window = self._engine.gradient_accumulation_steps()
-        left = self._engine.micro_steps % window
-        if batch_idx == 0 and left:
+        if batch_idx == 0 and (left := self._engine.micro_steps % window):
             raise AllRanksSettingError(
                 f"trainer.accumulate_grad_batches={window} does not divide the epoch that has ended: {left} of its micro-batches "
                 "are left; set trainer.limit_train_batches to a multiple of it"
@@ -251,7 +251,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     def step_gradients(self) -> StepGradients:
         """Return the gradients of the coming step."""
         assert self._gradients is not None
-        _check_parameters(self._gpt, self._frozen)  # a callback may freeze a parameter during training
         return self._gradients.of_step()
 
     @override
@@ -259,7 +258,11 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Create the engine, also for a device without an index, which the base class requires."""
         import deepspeed
 
-        _check_parameters(model, self._frozen)
+        if scalars := [name for name, parameter in model.named_parameters() if parameter.dim() == 0]:
+            raise AllRanksError(  # `_broadcast_model` (0.19.8) views a parameter as bytes, which fails for a scalar
+                f"trainer.strategy=ExpertParallelStrategy: DeepSpeed cannot send {scalars[0]} to other ranks, because it has no "
+                "dimension; give it the shape [1]"
+            )
         index = self.root_device.index
         engine, engine_optimizer, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank if index is None else index),
@@ -287,17 +290,15 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return nothing: `save_checkpoint` gathers the weights by entry."""
+        """Return nothing: `save_checkpoint` gathers the weights by entry, and the optimizer's state."""
         return {}
 
     @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return nothing: `save_checkpoint` gathers the optimizer's state by entry."""
         return {}
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write the portable checkpoint, each rank its own entries."""
         from nlgmoe.parallel.checkpointing import save
 
         if self._engine is None:
@@ -313,12 +314,10 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     @property
     @override
     def lightning_restore_optimizer(self) -> bool:
-        """Return True, so that Lightning calls `load_optimizer_state_dict`."""
         return True
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Read this rank's weights."""
         from nlgmoe.parallel.checkpointing import load_weights
 
         assert self._loading is not None
@@ -327,7 +326,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Read this rank's shard of AdamW's state, and the loss scale."""
         from nlgmoe.parallel.checkpointing import load_moments, restore_loss_scale
 
         assert self._loading is not None
@@ -339,10 +337,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Kill the ranks that this process has started, which may hang, unless all ranks raise this error."""
         launcher = self.launcher
-        if not isinstance(launcher, _SubprocessScriptLauncher):
-            return  # torchrun, srun and others kill their processes themselves
-        if isinstance(exception, AllRanksError):
-            return  # the others raise it too
+        if isinstance(exception, AllRanksError) or not isinstance(launcher, _SubprocessScriptLauncher):
+            return  # the others raise it too; torchrun, srun and others kill their processes themselves
         deadline = time.monotonic() + 5  # time for the other ranks to print their own errors
         while time.monotonic() < deadline and any(process.poll() is None for process in launcher.procs):
             time.sleep(0.1)
@@ -350,26 +346,5 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Wait for all ranks."""
         if distributed.is_initialized():
             distributed.barrier(device_ids=None if self.root_device.type == "cpu" else [self.root_device.index])
-
-
-def _check_parameters(model: nn.Module, frozen: Sequence[Component]) -> None:
-    """Check for parameters that DeepSpeed cannot train.
-
-    ZeRO's optimizer uses zeros as the gradient of a parameter that is frozen after the optimizer was built, and updates it; those
-    of the components `frozen` are not in the optimizer. `_broadcast_model` (0.19.8) views a parameter as bytes, which fails for a
-    tensor without dimension.
-    """
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and not is_frozen(name.removeprefix(PREFIX), frozen):
-            raise AllRanksError(
-                "trainer.strategy=ExpertParallelStrategy trains all parameters but model.optimizer.frozen, and requires_grad of "
-                f"{name} is False; train on one process or with ddp_find_unused_parameters_true, or leave it True"
-            )
-        if parameter.dim() == 0:
-            raise AllRanksError(
-                f"trainer.strategy=ExpertParallelStrategy: DeepSpeed cannot send {name} to other ranks, because it has no "
-                "dimension; give it the shape [1]"
-            )

@@ -1,4 +1,4 @@
-"""Logits on disk: that they are the teacher's, whole after any kill, refused where they do not belong, and that runs resume."""
+"""Logits on disk: the teacher's, complete after any kill, refused where they do not belong; and runs resume."""
 
 import json
 import os
@@ -27,9 +27,8 @@ from nlgmoe.distill.record_logits import record_logits
 from nlgmoe.distill.teacher_logits import (
     HEADER,
     POSITION,
+    RECORDS,
     TeacherLogits,
-    file_name,
-    read_header,
     record_type,
 )
 from nlgmoe.module import MoEGPTModule
@@ -40,7 +39,6 @@ from tests.distill.test_mixture_of_students import STUDENT, TEACHER, trained
 from tests.synthetic import NumberedData, SyntheticData
 from tests.test_module import trainer
 
-RECORDS = file_name(0)
 SAMPLES = 32  # of four steps
 
 
@@ -233,10 +231,10 @@ def die_before(call: int) -> None:
 def test_killed_anywhere_it_ends_with_the_same_bytes(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recording, "SAMPLES_PER_FILE", 1)  # a micro-batch
+    monkeypatch.setattr(recording, "SAMPLES_AT_RISK", 1)  # a micro-batch
     record(teacher, tmp_path / "whole", top_k=5, samples=6)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    assert set(whole) == {HEADER, *map(file_name, range(2))}
+    assert set(whole) == {HEADER, RECORDS}
     for call in range(100):
         folder = tmp_path / str(call)
         if (child := os.fork()) == 0:
@@ -258,28 +256,12 @@ def test_a_folder_of_something_else_is_left_as_it_is(teacher: Path, tmp_path: Pa
     assert (tmp_path / ".gitignore").exists()
 
 
-def damage(folder: Path, file: str, place: int) -> None:
-    with (folder / file).open("r+b") as opened:
-        opened.seek(place)
-        byte = opened.read(1)
-        opened.seek(place)
-        opened.write(bytes([byte[0] ^ 4]))
-
-
-def exchange_records(folder: Path) -> None:
-    """The words about one sample stand where those about the next belong."""
-    size = record_type(read_header(folder)).itemsize
-    content = (folder / RECORDS).read_bytes()
-    (folder / RECORDS).write_bytes(content[size : 2 * size] + content[:size] + content[2 * size :])
-
-
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, "no teacher's logits at .*; record them with nlgmoe distill-logits"),
     "unfinished": (lambda folder: (folder / POSITION).touch(), "is not finished; run the"),
-    "cut off": (lambda folder: os.truncate(folder / RECORDS, 1000), r"logits-00000.bin has 1,000 bytes, not "),
-    "header": (lambda folder: damage(folder, HEADER, 60), r"header.json is damaged \(its checksum differs\)"),
-    "exchanged": (exchange_records, r"damaged \(the checksum of sample \d+ differs\)"),
-    "record": (lambda folder: damage(folder, RECORDS, 5000), r"damaged \(the checksum of sample \d+ differs\)"),
+    "cut off": (lambda folder: os.truncate(folder / RECORDS, 1000), r"logits.bin has 1,000 bytes, not "),
+    "no records": (lambda folder: (folder / RECORDS).unlink(), r"logits.bin is missing: it is damaged; delete"),
+    "header": (lambda folder: os.truncate(folder / HEADER, 100), r"header.json is damaged \(.*\); delete"),
 }
 
 
@@ -344,5 +326,5 @@ def test_samples_of_a_run_by_hand() -> None:
 
 def test_bytes_of_a_token() -> None:
     small = {"vocab_size": 65_536, "seq_len": 128, "top_k": 64}
-    assert record_type(small).itemsize == 128 * (64 * 2 + 65 * 2) + 8
-    assert record_type(small | {"vocab_size": 65_537}).itemsize == 128 * (64 * 4 + 65 * 2) + 8
+    assert record_type(small).itemsize == 128 * (64 * 2 + 65 * 2)
+    assert record_type(small | {"vocab_size": 65_537}).itemsize == 128 * (64 * 4 + 65 * 2)

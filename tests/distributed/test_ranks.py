@@ -514,9 +514,10 @@ def test_a_parameter_that_the_engine_cannot_train_is_refused_by_name() -> None:
     module.gpt.final_norm.temperature = torch.nn.Parameter(torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"cannot send model\.final_norm\.temperature .* give it the shape \[1\]"):
         nlgmoe.ExpertParallelStrategy()._setup_model_and_optimizer(module, None)
-    module.gpt.final_norm.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"requires_grad of model\.final_norm\.\w+ is False; train on one process or"):
-        nlgmoe.ExpertParallelStrategy()._setup_model_and_optimizer(module, None)
+    module.gpt.final_norm.requires_grad_(False)  # as a callback may do
+    (strategy := nlgmoe.ExpertParallelStrategy()).connect(module)
+    with pytest.raises(ValueError, match=r"requires_grad of final_norm\.\w+ is False; train on one process or"):
+        strategy.on_train_start()
 
 
 @pytest.mark.parametrize("cell", THROUGH_HALF, ids=lambda cell: cell.name)
