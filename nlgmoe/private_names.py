@@ -162,7 +162,6 @@ LIGHTNING = [
         "on CPUs too",
         "`setup_distributed` for CPUs",
     ),
-    PrivateName(f"{_STRATEGY}._timeout", "parallel/strategy.py", "the timeout of other groups", "a property"),
     PrivateName(f"{_STRATEGY}._process_group_backend", "parallel/strategy.py", "gloo on CPUs", "likewise"),
     PrivateName(
         "lightning.pytorch.plugins.precision.deepspeed:DeepSpeedPrecision._desired_dtype",

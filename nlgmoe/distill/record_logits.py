@@ -92,7 +92,9 @@ def record_logits(
         _write_json(header, {"format": FORMAT, "version": VERSION, **settings, "versions": versions()})
     report(done)
     with (folder / RECORDS).open("ab") as file:
-        file.truncate(done.samples * record_type(settings).itemsize)
+        if file.tell() < (size := done.samples * record_type(settings).itemsize):
+            raise RunError(f"{file.name} has lost records that {position} counts; delete {folder} to start again")
+        file.truncate(size)
         batches = iter(data.train_dataloader()) if done.samples < total else iter(())
         flushed = done.samples
         while done.samples < total:

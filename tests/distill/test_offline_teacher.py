@@ -34,6 +34,7 @@ from nlgmoe.distill.teacher_logits import (
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
+from nlgmoe.validation import RunError
 from tests.checkpoint.runs import SaveAt
 from tests.distill.test_mixture_of_students import STUDENT, TEACHER, trained
 from tests.synthetic import NumberedData, SyntheticData
@@ -247,6 +248,21 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
         if not killed:
             break
     assert call > 10
+
+
+def test_a_recording_that_has_lost_records_is_not_continued(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(progress: recording.Progress) -> None:
+        if progress.samples == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(recording, "SAMPLES_AT_RISK", 1)
+    with pytest.raises(KeyboardInterrupt):
+        record(teacher, tmp_path, report=stop, samples=12)
+    (tmp_path / RECORDS).unlink()
+    with pytest.raises(RunError, match=r"logits.bin has lost records that .*position.json counts; delete"):
+        record(teacher, tmp_path, samples=12)
 
 
 def test_a_folder_of_something_else_is_left_as_it_is(teacher: Path, tmp_path: Path) -> None:
