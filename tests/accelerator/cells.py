@@ -35,7 +35,7 @@ from nlgmoe import (
     SigmoidRouterConfig,
     generate,
     load_config,
-    loss,
+    ranks,
     step,
 )
 from nlgmoe.callbacks import StagedDistillation
@@ -323,11 +323,9 @@ def checkpoints(root: Path) -> dict[str, Any]:
 
 def one_of_two_ranks(root: Path) -> dict[str, Any]:
     """What a rank exchanges with one that has the same: losses and sizes, on the device."""
-    ranks = SimpleNamespace(
-        is_initialized=lambda: True, get_world_size=lambda: 2, all_reduce=lambda value: value.mul_(2)
-    )
+    two = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 2, all_reduce=lambda value: value.mul_(2))
     accumulated = {"accumulate_grad_batches": 2}
-    with mock.patch.object(loss, "distributed", ranks), mock.patch.object(step, "distributed", ranks):
+    with mock.patch.object(ranks, "distributed", two), mock.patch.object(step, "distributed", two):
         found, _, made = train(FAKE, "32-true", root / "fake", config({}), None, accumulated)
     expected, _, alone = train(CPU, "32-true", root / "cpu", config({}), None, accumulated)
     return found | {"tokens": made.tokens_seen, "expected": expected | {"tokens": 2 * alone.tokens_seen}}

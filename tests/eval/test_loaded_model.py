@@ -114,4 +114,4 @@ def test_another_tokenizer_of_the_same_size_is_refused(
             action()
     with caplog.at_level("INFO"):
         validate(other, warm_start(strict=False))
-    assert "token_embedding.weight: of another tokenizer than data.tokenizer" in caplog.text
+    assert "token_embedding.weight (of another tokenizer than data.tokenizer)" in caplog.text
