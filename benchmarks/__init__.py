@@ -1,5 +1,5 @@
 """Benchmarks run in a process that is prepared as `train.py` prepares it."""
 
-from nlgmoe.process import prepare_threads
+from nlgmoe.process import prepare_process
 
-prepare_threads()
+prepare_process()

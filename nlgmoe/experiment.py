@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nlgmoe.process import prepare_threads
+from nlgmoe.process import prepare_process
 from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
@@ -65,8 +64,7 @@ def parse_config(*path: str | Path | Sequence[str | Path], **overrides: Any) -> 
 
 def _read(paths: Sequence[str | Path | Sequence[str | Path]], overrides: dict[str, Any], builds: bool) -> TrainCLI:
     """Parse YAML files instead of a command line, and build the objects if `builds`; usage errors become ValueErrors."""
-    prepare_threads()
-    warnings.filterwarnings("ignore", message="IProgress not found")  # without ipywidgets, progress bars are text
+    prepare_process()
     from nlgmoe.cli.train import SettingsCLI, TrainCLI, hide_tips_of_packages
 
     files = [file for item in paths for file in ([item] if isinstance(item, str | Path) else item)]

@@ -1,13 +1,14 @@
 """Settings of the process that make training fast, unless its environment has them: threads and allocators.
 
-`train.py`, the `nlgmoe` command and `load_config` call `prepare_threads`, their trainer calls `prepare_allocator`: a notebook
-trains as fast as the command. `import nlgmoe` changes nothing.
+`train.py`, the `nlgmoe` command and `load_config` call `prepare_process`, their trainer calls `prepare_allocator`: a notebook
+trains as fast as the command, if it calls `prepare_process` before it imports torch. `import nlgmoe` changes nothing.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,12 +17,13 @@ if TYPE_CHECKING:
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of glibc's mallopt(3)
 
 
-def prepare_threads() -> None:
-    """Let waiting threads of OpenMP spin briefly. It has an effect only before torch is imported, which reads the setting.
+def prepare_process() -> None:
+    """Let waiting threads of OpenMP spin briefly; and Jupyter without ipywidgets show progress bars as text, without a warning.
 
-    By default, waiting libgomp threads spin: a step takes three times as long beside a busy process, and spinning slows the
-    other hyperthread of the core (docs/results/performance.md).
+    Call it before torch is imported, which reads the setting. By default, waiting libgomp threads spin: a step takes three times
+    as long beside a busy process, and spinning slows the other hyperthread of the core (docs/results/performance.md).
     """
+    warnings.filterwarnings("ignore", message="IProgress not found")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

@@ -59,7 +59,7 @@ def fresh(code: str, **given: str) -> str:
     ("given", "then"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
 )
 def test_threads_spin_briefly_unless_the_environment_says_otherwise(given: dict[str, str], then: str) -> None:
-    code = "from nlgmoe.process import prepare_threads; prepare_threads(); import os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    code = "from nlgmoe.process import prepare_process; prepare_process(); import os; print(os.environ.get('GOMP_SPINCOUNT'))"
     assert fresh(code, **given) == then
 
 

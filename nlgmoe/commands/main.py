@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from nlgmoe.cli.errors import did_you_mean, one_line_errors
-from nlgmoe.process import prepare_threads
+from nlgmoe.process import prepare_process
 from nlgmoe.validation import SettingError
 from nlgmoe.versions import versions
 
@@ -40,7 +40,7 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: words of the command line; None: those of this process.
     """
-    prepare_threads()
+    prepare_process()
     sys.path.append(os.getcwd())  # for a configuration's own modules; `python train.py` has its folder too
     with one_line_errors():
         words = sys.argv[1:] if args is None else args
