@@ -171,13 +171,13 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, str, str]]] = {
     },
     "argparse:ArgumentParser": {
         "_actions": (
-            "cli/hints.py cli/train.py",
+            "cli/type_hints.py cli/train.py",
             "the settings of a parser, to check names before it parses",
             "argparse and jsonargparse list no options",
         ),
     },
     "jsonargparse._typehints:ActionTypeHint": {
-        "_typehint": ("cli/hints.py cli/train.py", "the types of settings", "`type` is None for a type hint"),
+        "_typehint": ("cli/type_hints.py cli/train.py", "the types of settings", "`type` is None for a type hint"),
     },
     "lm_eval.tasks._yaml_loader": {
         "load_yaml": ("tools/lm_eval/lm_eval_model.py", "read a task", "a public loader"),

@@ -7,7 +7,7 @@
     tokenizer.json    the run's tokenizer, and the model's files beside it
 
 `reading.py` and `writing.py` read and write files, `verify.py` and `run_checkpoints.py` find a valid checkpoint. One process uses
-Lightning's `CheckpointIO`, below; DeepSpeed's ranks each write and read their own entries (`parallel/checkpointing.py`).
+Lightning's `CheckpointIO`, below; DeepSpeed's ranks each write and read their own entries (`parallel/sharded_checkpoint.py`).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.cli.errors import did_you_mean, is_wrong_setting, one_line, one_line_errors
-from nlgmoe.cli.given import GivenSettings
+from nlgmoe.cli.given_settings import GivenSettings
 from nlgmoe.data import PileDataModule
 from nlgmoe.data.tokenizer_loading import vocab_size_of
 from nlgmoe.device import name_deepspeeds_device

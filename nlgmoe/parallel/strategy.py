@@ -299,7 +299,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        from nlgmoe.parallel.checkpointing import save
+        from nlgmoe.parallel.sharded_checkpoint import save
 
         if self._engine is None:
             raise RunError(f"{filepath}: nothing to save without training; copy the checkpoint that was evaluated")
@@ -318,7 +318,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        from nlgmoe.parallel.checkpointing import load_weights
+        from nlgmoe.parallel.sharded_checkpoint import load_weights
 
         assert self._loading is not None
         engine = None if isinstance(self.model, LightningModule) else self.deepspeed_engine
@@ -326,7 +326,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        from nlgmoe.parallel.checkpointing import load_moments, restore_loss_scale
+        from nlgmoe.parallel.sharded_checkpoint import load_moments, restore_loss_scale
 
         assert self._loading is not None
         if checkpoint["global_step"] > 0:  # before its first step AdamW has no state

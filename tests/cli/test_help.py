@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 import nlgmoe.callbacks
 from nlgmoe import MoEGPTModule, PileDataModule
-from nlgmoe.cli.hints import item_of, members
+from nlgmoe.cli.type_hints import item_of, members
 from nlgmoe.commands.main import COMMANDS, function_of, main
 from nlgmoe.data import Blend, MegatronIndexed, PocketPile
 

@@ -29,7 +29,7 @@ from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.hardware import hardware
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.optim.param_groups import is_frozen
-from nlgmoe.parallel.checkpointing import LOSS_SCALE_KEYS
+from nlgmoe.parallel.sharded_checkpoint import LOSS_SCALE_KEYS
 from nlgmoe.tools.planner.cost import estimate
 from nlgmoe.tools.planner.topology import Topology
 from tests.checkpoint.runs import SaveAt

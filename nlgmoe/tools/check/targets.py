@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from nlgmoe.cli.errors import one_line
-from nlgmoe.cli.hints import find_class
+from nlgmoe.cli.type_hints import find_class
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.parts import ExpertConfig, RouterConfig
 from nlgmoe.tools.check.foreign import ADAPTERS, ForeignLayer

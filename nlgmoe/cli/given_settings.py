@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nlgmoe.cli import hints
+from nlgmoe.cli import type_hints
 from nlgmoe.cli.errors import did_you_mean, one_line
-from nlgmoe.cli.places import Setting, read_arguments, read_value
+from nlgmoe.cli.yaml_places import Setting, read_arguments, read_value
 from nlgmoe.validation import SettingError
 
 _OURS = re.compile(r"(\w+)=(\[[^\]]*\]|\([^)]*\)|[^\s:;,]+)")  # the start of a message of this project
@@ -31,21 +31,21 @@ class GivenSettings:
         self._known: dict[str, Any] = {}  # name -> type; grows by the arguments of classes that are named
         # Name of a setting whose value is a section, or of a class that is named -> its arguments without default.
         self._required: dict[str, list[str]] = {}
-        for name, hint in hints.settings_of_parser(parser)[0].items():
+        for name, hint in type_hints.settings_of_parser(parser)[0].items():
             self._add(name, hint)
         self._of_parser = list(self._known)
 
     def _add(self, name: str, hint: Any) -> None:
         """Add a setting, and those inside it if it is a section."""
         self._known[name] = hint
-        for kind in hints.members(hint):
-            if hints.is_section(kind):
+        for kind in type_hints.members(hint):
+            if type_hints.is_section(kind):
                 self._add_arguments(name, kind)
 
     def _add_arguments(self, name: str, kind: type) -> None:
         """Add the arguments of the class or section that is a setting's value."""
         self._known = {other: hint for other, hint in self._known.items() if not other.startswith(f"{name}.")}
-        arguments, self._required[name] = hints.settings_of_class(kind)
+        arguments, self._required[name] = type_hints.settings_of_class(kind)
         for argument, hint in (arguments | {"class_path": str, "init_args": dict, "dict_kwargs": dict}).items():
             self._add(f"{name}.{argument}", hint)
 
@@ -72,22 +72,22 @@ class GivenSettings:
     def _check(self, setting: Setting, name: str) -> None:
         """Refuse a setting that is unknown, null, no section or no class."""
         if name.endswith("]"):
-            self._add(name, hints.item_of(self._known.get(name[: name.rindex("[")])))
+            self._add(name, type_hints.item_of(self._known.get(name[: name.rindex("[")])))
         elif name not in self._known:
             holder = name
             while holder and holder not in self._known:
                 holder = holder.rpartition(".")[0]
             outer = self._known.get(holder)
-            if outer is None or holder in self._required or hints.SCALARS.issuperset(hints.members(outer)):
+            if outer is None or holder in self._required or type_hints.SCALARS.issuperset(type_hints.members(outer)):
                 raise SettingError(f"unknown setting {setting.name}{setting.place}{self._nearest(setting.name, name)}")
             self._known[name] = Any  # inside a dictionary, or an object of an unknown class
         hint = self._known[name]
         if isinstance(setting.value, str):
             self._name_class(setting, name.removesuffix(".class_path"))
         elif setting.value is None and hint is not None:
-            if not hints.takes_null(hint):
+            if not type_hints.takes_null(hint):
                 raise SettingError(f"{setting}: null is not accepted here; give a value")
-        elif not isinstance(setting.value, dict) and hints.is_only_section(hint):
+        elif not isinstance(setting.value, dict) and type_hints.is_only_section(hint):
             example = next((other for other in self._known if other.startswith(f"{name}.")), f"{name}.class_path")
             raise SettingError(
                 f"{setting}: it is a section with settings such as {example}; write them as `name: value`"
@@ -96,15 +96,17 @@ class GivenSettings:
     def _name_class(self, setting: Setting, name: str) -> None:
         """Find the class that a setting names, and add its arguments."""
         hint, path = self._known.get(name), setting.value
-        bases = hints.bases_of(hint)
-        if not bases or (str in hints.members(hint) and "." not in path):
+        bases = type_hints.bases_of(hint)
+        if not bases or (str in type_hints.members(hint) and "." not in path):
             return
         self._required.pop(name, None)
         if all(part.isidentifier() for part in path.split(".")) and not Path(path).is_file():
             try:
-                kind = hints.class_named(path, bases)
+                kind = type_hints.class_named(path, bases)
             except SettingError as error:
-                if str not in hints.members(hint) and hints.accepts(hint, setting):  # a type that is read from text
+                if str not in type_hints.members(hint) and type_hints.accepts(
+                    hint, setting
+                ):  # a type that is read from text
                     return
                 raise SettingError(f"{setting}: {error}") from error
             if isinstance(kind, type):
@@ -126,8 +128,8 @@ class GivenSettings:
             return missing
         for setting in reversed(self.settings):  # those inside another one first
             hint = self._known.get(_plain(setting.name))
-            if hint not in (None, Any) and not hints.accepts(hint, setting):
-                return f"{setting}: expected {hints.words_of(hint)}"
+            if hint not in (None, Any) and not type_hints.accepts(hint, setting):
+                return f"{setting}: expected {type_hints.words_of(hint)}"
         return one_line(message.strip().splitlines()[-1])
 
     def _missing(self) -> str | None:

@@ -21,7 +21,7 @@ from jsonargparse.typing import register_type
 from typing_extensions import is_protocol
 
 from nlgmoe.cli.errors import did_you_mean, one_line
-from nlgmoe.cli.places import Setting
+from nlgmoe.cli.yaml_places import Setting
 from nlgmoe.parts import ExpertConfig, RouterConfig
 from nlgmoe.validation import SettingError
 
