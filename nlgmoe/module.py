@@ -192,7 +192,8 @@ class MoEGPTModule(TrainingStep):
 
     @override
     def on_validation_start(self) -> None:
-        self.clock.start("validation")
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.clock.start("validation")
 
     @override
     def on_validation_end(self) -> None:
