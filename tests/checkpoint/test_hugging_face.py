@@ -85,8 +85,11 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return lines[0]
 
 
-def test_bf16_is_written_on_request_and_kept(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_bf16_is_written_on_request_and_kept(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["export", str(checkpoints["moe"]), str(tmp_path / "half"), "--precision", "bf16"])
+    assert "llama.cpp, vLLM and mlx-lm refuse the folder" in capsys.readouterr().out
     main(["import", str(tmp_path / "half"), str(tmp_path / "half.ckpt")])
     main(["export", str(tmp_path / "half.ckpt"), str(tmp_path / "again")])
     half, again = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "again"))

@@ -21,6 +21,7 @@ from nlgmoe.layers.router import TopKRouter
 from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.tools.hugging_face.clients import client_limits
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import (
     CLASSES,
@@ -170,7 +171,10 @@ def test_a_folder_goes_back_to_the_bit(pair: Pair, tmp_path: Path) -> None:
     assert type(again) is type(pair.theirs) and not loading["missing_keys"] and not loading["unexpected_keys"]
     assert torch.equal(again.eval()(tokens()).logits, pair.theirs(tokens()).logits)
     written = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert written["rope_theta"] == pair.ours.config.rope_theta
+    # Where mlx-lm and llama.cpp read them; `transformers` itself writes neither for every family.
+    experts = max(experts_per_layer(pair.ours.config)) or None
+    assert written["rope_theta"] == pair.ours.config.rope_theta and written.get("num_experts") == experts
+    assert pair.family != "mixtral" or written["num_local_experts"] == experts
     assert {written[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")} == {None}
 
 
@@ -296,6 +300,37 @@ def test_a_model_is_native_only_if_a_family_computes_it(
         )
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"qk_norm": "projection", "moe": {"normalize_weights": False}}, []),
+        ({"qk_norm": "projection"}, ["norm_topk_prob=true"]),
+        (
+            {"qk_norm": "projection", "moe": {"normalize_weights": False}, "layer_norm_eps": 1e-6},
+            ["rms_norm_eps=1e-06"],
+        ),
+        ({"qk_norm": "projection", "num_kv_heads": 2}, ["norm_topk_prob=true", "grouped queries (num_kv_heads=2)"]),
+        ({"qk_norm": "projection", "tied_embeddings": True}, ["norm_topk_prob=true", "tied embeddings"]),
+        ({"qk_norm": "head"}, []),
+        ({"qk_norm": "head", "moe": {"normalize_weights": False}}, ["norm_topk_prob=false"]),
+        ({"qk_norm": "head", "moe": {"num_experts": [0, 4, 4, 4]}}, ["dense blocks"]),
+        ({"num_kv_heads": 2, "layer_norm_eps": 1e-6}, []),
+        ({"moe": None, "qk_norm": "head", "tied_embeddings": True}, []),
+        ({"moe": {"gate_scale": 2.0}}, ["llama.cpp, vLLM and mlx-lm refuse"]),
+    ],
+)
+def test_limits_of_other_programs_are_named_where_they_concern_the_model(
+    change: dict[str, Any], words: list[str]
+) -> None:
+    if isinstance(change.get("moe"), dict):
+        change = {**change, "moe": replace(NATIVE.moe, **change["moe"])}
+    config = replace(NATIVE, **{"tied_embeddings": False} | change)
+    lines = list(client_limits(config, family_of(config)[0], own_tokenizer=False))
+    assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True)), lines
+    own = list(client_limits(config, family_of(config)[0], own_tokenizer=True))
+    assert len(own) - len(lines) == (family_of(config)[0] is not None)
+
+
 class SquaredRouter(TopKRouter):
     def _scores(self, logits: Tensor, probs: Tensor) -> Tensor:
         return probs.square()
@@ -333,6 +368,11 @@ REFUSED = {
         "mixtral",
         {"num_experts_per_tok": 1},
         "num_experts_per_tok=1 with normalised weights of",
+    ),
+    "settings by layer": (
+        "qwen3_moe",
+        {"per_layer_config": {0: {"num_experts": 4}}, "intermediate_size": 40},
+        "per_layer_config of",
     ),
     "GPT-2's activation": ("gpt2", {"activation_function": "relu"}, "activation_function=relu of"),
     "scale by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True of"),

@@ -54,6 +54,8 @@ def export_checkpoint(
         print(
             "without a tokenizer: the checkpoint holds none; add the one that the model was trained with by --tokenizer"
         )
+    for line in done.limits:
+        print(line)
 
 
 def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> None:

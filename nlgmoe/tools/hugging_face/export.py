@@ -43,6 +43,7 @@ from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parts import require_paper_parts
 from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_sources
+from nlgmoe.tools.hugging_face.clients import client_limits
 from nlgmoe.tools.hugging_face.families import family_of, family_settings, pieces
 from nlgmoe.tools.hugging_face.importing import PREFIX
 from nlgmoe.tools.hugging_face.model_card import model_card
@@ -59,11 +60,13 @@ class Exported:
         checkpoint: the exported checkpoint.
         family: whose class loads it; None: ours, because of `reason`.
         reason: setting that no family has.
+        limits: lines about other programs that refuse the model, or compute another one.
     """
 
     checkpoint: Path
     family: str | None
     reason: str
+    limits: list[str]
 
 
 def export(
@@ -98,6 +101,7 @@ def export(
     meta, read = _weights(path, config, family, PRECISIONS.get(precision or ""))
     files = {} if tokenizer is None else tokenizer.files
     ids = special_ids(files)
+    limits = list(client_limits(config, family, own_tokenizer=tokenizer is not None and ids is None))
     if ids is None:  # of our own making: one token begins, ends and pads texts
         ids = dict.fromkeys(IDS, None if tokenizer is None else tokenizer.eod_id)
     kind = {
@@ -116,7 +120,7 @@ def export(
     texts |= {name: json.dumps(values, indent=2) + "\n" for name, values in settings.items()}
     texts |= {name: text for name, text in files.items() if name != CONFIG}
     _write(folder, texts, meta, read, max_shard_size)
-    return Exported(path, family, reason)
+    return Exported(path, family, reason, limits)
 
 
 def _write(

@@ -167,6 +167,8 @@ def entry_reader(config: GPTConfig, family: str, read: Callable[[str], Tensor]) 
 def gpt_config(values: dict[str, Any], folder: Path) -> GPTConfig:
     """Convert the contents of a family's `config.json`."""
     family = values["model_type"]
+    if values.get("per_layer_config"):  # of which their classes compute the settings of all layers
+        raise RunError(f"per_layer_config of {folder} cannot be imported: nlgmoe does not support it")
     try:
         theirs = getattr(transformers, f"{CLASSES[family]}Config").from_dict(values)
     except Exception as error:  # the library's exceptions have many types
