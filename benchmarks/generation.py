@@ -33,7 +33,7 @@ def models(dtype: torch.dtype) -> dict[str, Any]:
     exported = NlgmoeForCausalLM(
         NlgmoeConfig(**ours.config.to_dict(), bos_token_id=None, eos_token_id=None, pad_token_id=0)
     )
-    exported.model.load_state_dict(ours.state_dict())
+    exported.model.gpt.load_state_dict(ours.state_dict())
     every = {"MoE": ours, "exported": exported, "dense": GPT(base)}
     return {name: model.eval().to(dtype) for name, model in every.items()}
 

@@ -91,9 +91,10 @@ class AttentionContext:
         assert cache is None or documents is None, "a cache holds one document"
         new, cached = tokens.shape[1], cache.length if cache is not None else 0
         history = extend_mask(token_mask, cache, tokens)  # [B, S] or None
+        positions = positions_of(history, new, cached, tokens.device, documents)
         longest = cached + new
-        if longest > config.seq_len and history is not None:
-            longest = int(history.sum(dim=1).max())
+        if longest > config.seq_len and not (history is None and documents is None):
+            longest = int(positions.max()) + 1
         if longest > config.seq_len:
             raise RunError(
                 f"a sequence of {longest} tokens is longer than seq_len={config.seq_len}; shorten it, or train with a larger "
@@ -102,7 +103,6 @@ class AttentionContext:
         if cache is not None:
             cache.reserve(new, history)
         visible = visible_keys(history, new, cached, tokens.device, documents)
-        positions = positions_of(history, new, cached, tokens.device, documents)
         turn = None if config.rope_theta is None else rotations(positions, config.head_size, config.rope_theta)
         return AttentionContext(positions, visible, cache, turn)
 

@@ -28,6 +28,14 @@ from nlgmoe.pyramid import experts_at
 from nlgmoe.validation import RunError
 
 
+class LinearInInputType(nn.Linear):
+    """A linear layer that casts its weights to the type of its input. It is called, so that an adapter can take its place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer, `[..., in] -> [..., out]`."""
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 class MoELayer(nn.Module):
     """A feed-forward layer made of experts.
 
@@ -57,7 +65,7 @@ class MoELayer(nn.Module):
         residual = config.moe.mlp_type == "residual"
         self.mlp = FeedForward(config, config.shared_ffn_size) if residual else None
         learned_mix = residual and config.moe.residual_mix == "learned"
-        self.coefficient = nn.Linear(config.hidden_size, 2) if learned_mix else None
+        self.coefficient = LinearInInputType(config.hidden_size, 2) if learned_mix else None
 
     def forward(self, x: Tensor, context: RoutingContext = RoutingContext()) -> tuple[Tensor, Routing]:  # noqa: B008 (frozen)
         """Apply the layer.
@@ -107,9 +115,8 @@ class MoELayer(nn.Module):
         """Mix the experts and the shared MLP. Returns `[N, H]` in the dtype of `expert`, and the experts' weight, `[N]`."""
         assert self.coefficient is not None
         with without_autocast(x.device.type):
-            dtype = expert.dtype
             with fp32_products():
-                logits = F.linear(x.to(dtype), self.coefficient.weight.to(dtype), self.coefficient.bias.to(dtype))
+                logits = self.coefficient(x.to(expert.dtype))
             share = F.softmax(logits, dim=-1)  # [N, 2]
             return expert * share[:, 0:1] + mlp * share[:, 1:2], share[:, 0]
 

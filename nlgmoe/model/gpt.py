@@ -75,12 +75,17 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model.
 
+    Attributes:
+        block_class: class of the blocks.
+
     Args:
         config: settings of the model.
         seed: seed of the initial weights (`initialisation.py`).
         activation_checkpointing: keep only each block's input for the backward pass, and recompute the rest.
         placements: the experts that this rank holds, by block number; a block that is not named holds all of its experts.
     """
+
+    block_class: type[Block] = Block
 
     def __init__(
         self,
@@ -96,7 +101,8 @@ class GPT(nn.Module):
         learned = config.rope_theta is None
         self.position_embedding = nn.Embedding(config.seq_len, config.hidden_size) if learned else None
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.blocks = nn.ModuleList(Block(config, block, placements.get(block)) for block in range(config.num_layers))
+        build = self.block_class
+        self.blocks = nn.ModuleList(build(config, block, placements.get(block)) for block in range(config.num_layers))
         self.final_norm = build_norm(config)
         tied = config.tied_embeddings
         self.head = None if tied else nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
@@ -110,6 +116,7 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         noise_key: NoiseKey | None = None,
         documents: Tensor | None = None,
+        embedded: Tensor | None = None,
     ) -> GPTOutput:
         """Compute hidden states and routings.
 
@@ -121,13 +128,15 @@ class GPT(nn.Module):
             noise_key: (seed, step, micro-batch index) of the routing's random draws; None: torch's global generator.
             documents: `[B, T]` int64, the document of each position; a document is contiguous. Attention ends at its borders,
                 and positions count from its beginning; capacity and losses of routers ignore it. None: one document.
+            embedded: `[B, T, H]`, in place of the embeddings of `tokens`, of which only the shape is read then.
 
         Raises:
-            ValueError: a sequence is longer than `config.seq_len`, padding not counted.
+            ValueError: a sequence or document is longer than `config.seq_len`, padding not counted.
         """
         attention = AttentionContext.build(self.config, tokens, token_mask, documents, cache)
-        context, routings = RoutingContext(tokens, token_mask, noise_key, attention.positions), []
-        x = self.token_embedding(tokens)
+        ids = tokens if embedded is None else None
+        context, routings = RoutingContext(ids, token_mask, noise_key, attention.positions), []
+        x = self.token_embedding(tokens) if embedded is None else embedded
         if self.position_embedding is not None:
             x = x + self.position_embedding(attention.positions)
         x = self.dropout(x)  # [B, T, H]

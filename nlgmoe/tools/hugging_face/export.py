@@ -8,7 +8,7 @@
     modeling_nlgmoe.py, ...                    the model's sources (`bundle.py`), unless a family has the model
 
 A model that a family of `families.py` computes is written in that family's format, with its names of tensors. Others keep our
-names and shapes, with the prefix `model.`; a layer's experts are one tensor. At most one file of weights is in memory at a time.
+names and shapes, with the prefix `model.gpt.`, without padding rows; a layer's experts are one tensor. At most one file of weights is in memory at a time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from nlgmoe.parts import require_paper_parts
 from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_sources
 from nlgmoe.tools.hugging_face.clients import client_limits
 from nlgmoe.tools.hugging_face.families import family_of, family_settings, pieces
-from nlgmoe.tools.hugging_face.importing import PREFIX
+from nlgmoe.tools.hugging_face.importing import exported_name, exported_shape
 from nlgmoe.tools.hugging_face.model_card import model_card
 from nlgmoe.validation import RunError, SettingError
 
@@ -160,6 +160,7 @@ def _own_settings(config: GPTConfig) -> dict[str, Any]:
         "architectures": ["NlgmoeForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{CONFIGURATION}.NlgmoeConfig",
+            "AutoModel": f"{MODEL}.NlgmoeModel",
             "AutoModelForCausalLM": f"{MODEL}.NlgmoeForCausalLM",
         },
         "model_type": "nlgmoe",
@@ -203,12 +204,15 @@ def _weights(path: Path, config: GPTConfig, family: str | None, dtype: torch.dty
 
     entries: dict[str, list[str]] = {}  # of each parameter: one, or one per expert
     for entry in local_entries(model):
-        entries.setdefault(PREFIX + entry.stack, []).append(entry.name)
-    meta = {PREFIX + name: value.to(type_of(entries[PREFIX + name][0])) for name, value in model.named_parameters()}
+        entries.setdefault(exported_name(entry.stack), []).append(entry.name)
+    meta = {}
+    for parameter, value in model.named_parameters():
+        shape, name = exported_shape(parameter, value.shape, config), exported_name(parameter)
+        meta[name] = torch.empty(shape, dtype=type_of(entries[name][0]), device="meta")
 
     def read(name: str) -> Tensor:
         parts = [files.read(entry) for entry in entries[name]]
-        whole = parts[0] if parts[0].shape == meta[name].shape else torch.stack(parts)
+        whole = torch.stack(parts) if parts[0].dim() < meta[name].dim() else parts[0][: len(meta[name])]
         return whole.to(meta[name].dtype).contiguous()
 
     return meta, read

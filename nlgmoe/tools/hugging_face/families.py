@@ -30,6 +30,7 @@ from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.surgery.write_weights import weight_shapes
 from nlgmoe.validation import RunError
 
+TABLES = ("token_embedding.weight", "head.weight")  # their rows from `vocab_size` on are padding
 _NUMBER = r"(?<=\.)\d+(?=\.)"
 _LAYER = "model.layers.{}."
 _BLOCK = {
@@ -135,7 +136,7 @@ def pieces(config: GPTConfig, family: str) -> dict[str, Piece]:
         if len(names) == 3:
             rows = [heads, keys, keys]
         else:  # of a table the rows of the vocabulary, without padding
-            rows = [config.vocab_size if entry in ("token_embedding.weight", "head.weight") else shape[0]]
+            rows = [config.vocab_size if entry in TABLES else shape[0]]
         conv1d = entry.endswith("weight") and (".attn.c_" in names[0] or ".mlp.c_" in names[0])  # GPT-2's, [in, out]
         transposed = conv1d or ".moe.experts." in entry
         first = 0
@@ -154,11 +155,14 @@ def entry_reader(config: GPTConfig, family: str, read: Callable[[str], Tensor]) 
 
     def read_entry(entry: str) -> Tensor:
         value = torch.cat([read(name).t() if transposed else read(name) for name, transposed in parts[entry]])
-        if entry in ("token_embedding.weight", "head.weight"):
-            value = functional.pad(value, (0, 0, 0, config.padded_vocab_size - len(value)))
-        return value.contiguous()
+        return pad_table(entry, value, config).contiguous()
 
     return read_entry
+
+
+def pad_table(entry: str, value: Tensor, config: GPTConfig) -> Tensor:
+    """Return an entry with the padding rows of a table, which no file of Hugging Face's format has."""
+    return functional.pad(value, (0, 0, 0, config.padded_vocab_size - len(value))) if entry in TABLES else value
 
 
 # ---- settings

@@ -25,11 +25,10 @@ from nlgmoe.data.model_files import TOKENIZER, TokenizerFiles
 from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.surgery.write_weights import weight_shapes, write_weights
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS
-from nlgmoe.tools.hugging_face.families import NAMES, entry_reader, gpt_config, pieces
+from nlgmoe.tools.hugging_face.families import NAMES, TABLES, entry_reader, gpt_config, pad_table, pieces
 from nlgmoe.tools.hugging_face.gguf_file import folder_of_gguf
 from nlgmoe.validation import RunError, SettingError
 
-PREFIX = "model."  # of the GPT in `NlgmoeForCausalLM`
 _NEEDED = ["*.json", "model*.safetensors", "merges.txt", "chat_template.jinja"]
 _REMEDY = "download or save the model again"
 
@@ -148,7 +147,7 @@ class WeightFiles:
                     f"{self._folder}: {name} is {list(self.shapes[name])}, by config.json it is {list(shape)}; {_REMEDY}"
                 )
         unknown = self.shapes.keys() - expected.keys()
-        embedding = next((name for name in expected if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
+        embedding = next((name for name in expected if name.endswith(("embed_tokens.weight", "wte.weight", "token_embedding.weight"))), None)
         if embedding is not None and "lm_head.weight" in unknown:  # may be saved though it is tied
             unknown -= {"lm_head.weight"}
             if not torch.equal(self.read("lm_head.weight"), self.read(embedding)):
@@ -175,6 +174,16 @@ def _exported_config(values: dict[str, Any], folder: Path) -> GPTConfig:
         ) from error
 
 
+def exported_name(parameter: str) -> str:
+    """Return the name in `NlgmoeForCausalLM` of a parameter of the GPT."""
+    return "lm_head.weight" if parameter == "head.weight" else f"model.gpt.{parameter}"
+
+
+def exported_shape(parameter: str, shape: torch.Size, config: GPTConfig) -> torch.Size:
+    """Return the shape in `NlgmoeForCausalLM` of a parameter of the GPT: its tables have no padding rows."""
+    return torch.Size((config.vocab_size, *shape[1:])) if parameter in TABLES else shape
+
+
 def _exported_weights(files: WeightFiles, config: GPTConfig) -> Callable[[str], Tensor]:
     """Return a function that reads an entry of an export, which has the experts of a layer in one tensor."""
     places: dict[str, tuple[str, int | None]] = {}  # entry -> tensor, and its index there
@@ -183,16 +192,16 @@ def _exported_weights(files: WeightFiles, config: GPTConfig) -> Callable[[str], 
     for entry, shape in weight_shapes(config).items():
         match = EXPERT.fullmatch(entry)
         if match is None:
-            place, whole = (PREFIX + entry, None), shape
+            place, whole = (exported_name(entry), None), exported_shape(entry, shape, config)
         else:
             expert = int(match["expert"])
             place, whole = (
-                (f"{PREFIX}{match['experts']}.{match['parameter']}", expert),
+                (exported_name(f"{match['experts']}.{match['parameter']}"), expert),
                 torch.Size((expert + 1, *shape)),
             )
         places[entry], expected[place[0]] = place, whole  # the last expert sets the number of experts
     files.check(expected)
-    return lambda entry: files.read(*places[entry])
+    return lambda entry: pad_table(entry, files.read(*places[entry]), config)
 
 
 def _tokenizer(folder: Path, config: GPTConfig) -> tuple[TokenizerFiles | None, str]:

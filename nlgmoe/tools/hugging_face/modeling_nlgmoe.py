@@ -8,20 +8,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from nlgmoe.layers.attention import KVCache
+from nlgmoe.layers.attention import KVCache, positions_of
 from nlgmoe.layers.balance import add_router_losses
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.router import Router
-from nlgmoe.model.gpt import GPT
+from nlgmoe.model.gpt import GPT, Block
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import NlgmoeConfig
 
 # The field of the cache in the outputs of `transformers`: the second name before 5.24.
@@ -29,30 +30,45 @@ CACHE = next(f.name for f in fields(MoeCausalLMOutputWithPast) if f.name in ("ca
 _FIXED_SIZE = (
     "cache_implementation=static, a cache of fixed size, is not supported; use a growing cache such as DynamicCache"
 )
+# Arguments of other models' attention, and why they are refused.
+_REFUSED = {
+    **dict.fromkeys(
+        ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+        "pass position_ids that begin at 0 in each document (of a collator, set return_flash_attn_kwargs=False)",
+    ),
+    "output_attentions": "fused attention does not compute weights; leave it out",
+    "token_type_ids": "the model has no types of tokens; leave it out",
+}
 
 
-class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
-    """`GPT` with the interface of `transformers`: `from_pretrained`, `generate`, `save_pretrained`, a loss for labels.
+class NlgmoeBlock(Block, GradientCheckpointingLayer):
+    """A block that `gradient_checkpointing_enable` reaches."""
 
-    In evaluation mode the loss is the cross-entropy. In training mode, as in pre-training, the balance losses of the MoE
-    layers are added, and tokens over capacity may be dropped. With `aux_scope` global, that is a collective of all ranks.
+
+class _GPT(GPT):
+    block_class = NlgmoeBlock
+
+
+@dataclass
+class NlgmoeModelOutput(MoeModelOutputWithPast):
+    """The output of `NlgmoeModel`.
+
+    Attributes:
+        aux_loss: sum of the routers' losses with their coefficients, a scalar; None in evaluation without
+            `output_router_logits`, and in a dense model.
     """
+
+    aux_loss: Tensor | None = None
+
+
+class NlgmoePreTrainedModel(PreTrainedModel):
+    """What the classes of this file have in common."""
 
     config_class = NlgmoeConfig
     base_model_prefix = "model"
-    _input_embed_layer = "token_embedding"  # its rows from `vocab_size` on are padding
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["Block"]  # noqa: RUF012 (declared by `transformers`)
-
-    def __init__(self, config: NlgmoeConfig) -> None:
-        super().__init__(config)
-        self.gradient_checkpointing = False  # `gradient_checkpointing_enable` sets it
-        self.model = GPT(config.gpt_config(), seed=torch.initial_seed())
-        for parameter in self.model.parameters():
-            if not parameter.is_meta:
-                parameter._is_hf_initialized = True  # by GPT
-        self.post_init()
+    _no_split_modules = ["NlgmoeBlock"]  # noqa: RUF012 (declared by `transformers`)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise parameters that a folder lacks; `GPT` has initialised those of a new model."""
@@ -62,89 +78,210 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
                 if name.endswith("bias"):
                     nn.init.zeros_(parameter)
                 else:
-                    nn.init.normal_(parameter, std=self.model.config.init_std)
+                    nn.init.normal_(parameter, std=self.config.init_std)
 
-    def get_output_embeddings(self) -> nn.Module | None:
-        """Return the head; None if it is the token embedding."""
-        return self.model.head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replace the head, if it is not the token embedding."""
-        assert isinstance(value, nn.Linear)
-        self.model.head = value
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize the token embedding as `transformers` does; afterwards it has no padding rows."""
-        table = super().resize_token_embeddings(*args, **kwargs)
-        if table.num_embeddings == self.config.vocab_size:
-            self.config.vocab_size_multiple = 1
-            self.model.config = replace(self.model.config, vocab_size=table.num_embeddings, vocab_size_multiple=1)
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
+        table: nn.Module = self.base_model.gpt.token_embedding
         return table
 
-    def _or_of_config(self, given: bool | None, name: str) -> bool | None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.base_model.gpt.token_embedding = value
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recompute the blocks in the backward pass.
+
+        Raises:
+            ValueError: `use_reentrant` is set for a mixture of experts, whose routers' losses would get no gradient.
+        """
+        if self.config.moe is not None and (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True is not supported: the routers' losses would get no gradient; set it to False"
+            )
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+
+class NlgmoeModel(NlgmoePreTrainedModel):
+    """A `GPT`, from tokens to hidden states, with the interface of `transformers`. Its tables have no padding rows."""
+
+    def __init__(self, config: NlgmoeConfig) -> None:
+        super().__init__(config)
+        settings = replace(config.gpt_config(), tied_embeddings=True, vocab_size_multiple=1)  # it has no head
+        self.gpt: GPT = _GPT(settings, seed=torch.initial_seed())
+        for parameter in self.gpt.parameters():
+            if not parameter.is_meta:
+                parameter._is_hf_initialized = True  # by GPT
+        self.post_init()
+
+    def _or_of_config(self, given: bool | None, name: str) -> bool:
         """Return a setting of a call; where it is not given, that of the configuration, as `from_pretrained` sets it."""
-        return getattr(self.config, name, None) if given is None else given
+        return bool(getattr(self.config, name, None) if given is None else given)
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         cache: Any = None,
-        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
-        output_attentions: bool | None = None,
         past_key_values: Any = None,
-    ) -> MoeCausalLMOutputWithPast:
+        **kwargs: Any,
+    ) -> NlgmoeModelOutput:
         """Run the model; return a tuple if `return_dict=False` is passed or configured.
 
         Args:
             input_ids: `[B, T]`; with a cache, only the new tokens.
             attention_mask: `[B, S]`, 0 at padding, which may be anywhere; positions are counted from it.
+            position_ids: `[1 or B, T]`: the positions that the model counts itself, or positions that begin again at 0, each
+                time a new document: it gets the result that it has alone.
             cache: a growing cache of `transformers`, such as `DynamicCache`.
-            labels: `[B, T]`, usually `input_ids` (they are shifted here); -100 is ignored.
-            use_cache: return a cache; a new one if none is given.
-            logits_to_keep: number of last positions, or indices of positions, to compute logits of; 0: all.
+            inputs_embeds: `[B, T, H]`, in place of `input_ids`.
+            use_cache: return a cache; a new one if none is given. Documents and recomputed blocks have none.
             output_hidden_states: return the input of the first block and the output of each, the last after the final norm.
-            output_router_logits: return the gates' logits, `[B * T, E]` for each MoE layer.
-            output_attentions: not supported.
+            output_router_logits: return the gates' logits, `[B * T, E]` for each MoE layer, and `aux_loss`.
             past_key_values: the name of `cache` in earlier versions.
+            kwargs: refused if they would change attention; others are ignored, for they are the loss function's.
+
+        Raises:
+            ValueError: an argument, named with its value, is one that this model does not compute.
         """
-        output_hidden_states = self._or_of_config(output_hidden_states, "output_hidden_states")
-        output_router_logits = self._or_of_config(output_router_logits, "output_router_logits")
-        if self._or_of_config(output_attentions, "output_attentions"):
-            raise ValueError(
-                "output_attentions=True is not supported: fused attention does not compute weights; leave it out"
-            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
         cache = cache if cache is not None else past_key_values
-        if cache is None and use_cache:
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        tokens = inputs_embeds[..., 0] if input_ids is None else input_ids  # type: ignore[index]
+        batch, new = tokens.shape
+        self._refuse(kwargs, torch.arange(cached, cached + new, device=tokens.device))
+        mask = _token_mask(attention_mask, batch, cached + new)
+        documents = None if position_ids is None else _documents(position_ids, mask, batch, new, cached)
+
+        recomputes = self.is_gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if recomputes or documents is not None:
+            if cache is not None:
+                what = "gradient checkpointing, which would extend it twice" if recomputes else "several documents"
+                raise ValueError(f"a cache does not go with {what}; set use_cache=False")
+        elif cache is None and self._or_of_config(use_cache, "use_cache"):
             cache = DynamicCache()
-        mask = _token_mask(attention_mask, input_ids, 0 if cache is None else int(cache.get_seq_length()))
-        with _block_outputs(self.model, bool(output_hidden_states)) as states:
-            self.model.activation_checkpointing = self.gradient_checkpointing and self.training
+        with _block_outputs(self.gpt, self._or_of_config(output_hidden_states, "output_hidden_states")) as states:
             view = None if cache is None else _CacheView(cache, mask)
-            new_mask = None if mask is None else mask[:, -input_ids.shape[1] :]
-            output = self.model(input_ids, token_mask=new_mask, cache=view)
-        hidden = (
-            output.hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else output.hidden[:, logits_to_keep]
+            new_mask = None if mask is None else mask[:, -new:]
+            output = self.gpt(tokens, new_mask, view, documents=documents, embedded=inputs_embeds)
+
+        moe, aux_loss = self.gpt.config.moe, None
+        returns_logits = self._or_of_config(output_router_logits, "output_router_logits")
+        if moe is not None and (returns_logits or self.training):
+            zero = torch.zeros((), dtype=torch.float32, device=output.hidden.device)
+            aux_loss, _ = add_router_losses(zero, moe, output.routings)
+        return NlgmoeModelOutput(
+            last_hidden_state=output.hidden,
+            hidden_states=(*states[:-1], output.hidden) if states else None,
+            router_logits=tuple(routing.logits for routing in output.routings) if returns_logits else None,
+            aux_loss=aux_loss,
+            **{CACHE: cache},
         )
-        logits = self.model.logits(hidden.to(self.model.token_embedding.weight.device))  # [B, T or less, V]
-        loss = aux_loss = None
+
+    def _refuse(self, kwargs: dict[str, Any], own: Tensor) -> None:
+        """Refuse arguments that would change the result; `own` `[T]`: the indices of the new positions."""
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        if not self._or_of_config(kwargs.get("output_attentions"), "output_attentions"):
+            kwargs.pop("output_attentions", None)
+        else:
+            kwargs["output_attentions"] = True
+        for name in _REFUSED.keys() & kwargs.keys():
+            raise ValueError(f"{name}={kwargs[name]} is not supported: {_REFUSED[name]}")
+        if not kwargs.get("is_causal", True):
+            raise ValueError("is_causal=False is not supported: the model attends to earlier positions; leave it out")
+        given = kwargs.get("cache_position")
+        if given is not None and not torch.equal(given.to(own), own):
+            raise ValueError(f"cache_position={given.tolist()} is not {own.tolist()}; leave it out")
+
+
+class NlgmoeForCausalLM(NlgmoePreTrainedModel, GenerationMixin):
+    """`NlgmoeModel` and a head: `from_pretrained`, `generate`, `save_pretrained`, a loss for labels.
+
+    In evaluation mode the loss is the cross-entropy. In training mode, as in pre-training, the balance losses of the MoE
+    layers are added, and tokens over capacity may be dropped. With `aux_scope` global, that is a collective of all ranks.
+    `output_router_logits`, of a call or the configuration, adds them in evaluation too, as in Mixtral. A trainer that computes
+    its own loss from `logits` or `last_hidden_state` must add `config.router_aux_loss_coef * aux_loss` itself, as TRL does where
+    `config.output_router_logits` is set.
+    """
+
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.gpt.token_embedding.weight"}
+
+    def __init__(self, config: NlgmoeConfig) -> None:
+        super().__init__(config)
+        self.model = NlgmoeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the head."""
+        self.lm_head = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Run the model; return a tuple if `return_dict=False` is passed or configured. For other arguments see `NlgmoeModel`.
+
+        Args:
+            labels: `[B, T]`, usually `input_ids` (they are shifted here); -100 is ignored.
+            logits_to_keep: number of last positions, or indices of positions, to compute logits of; 0: all.
+            kwargs: passed to the loss function, such as `num_items_in_batch`: the labels of all micro-batches of a step. The
+                loss is divided by it, and `aux_loss` is weighted by this micro-batch's share of them.
+        """
+        outputs: NlgmoeModelOutput = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_router_logits,
+            past_key_values,
+            **kwargs | {"return_dict": True},
+        )
+        hidden = outputs.last_hidden_state
+        assert hidden is not None
+        hidden = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
+        logits = self.lm_head(hidden)  # [B, T or less, V]
+        loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.model.config.vocab_size)
-            if self.training and self.model.config.moe is not None:
-                aux_loss, _ = add_router_losses(loss.new_zeros(()), self.model.config.moe, output.routings)
-                loss = loss + aux_loss
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if outputs.aux_loss is not None:
+                weight = self.config.router_aux_loss_coef * _share_of_step(labels, **kwargs)
+                loss = loss + weight * outputs.aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
-            aux_loss=aux_loss,
+            aux_loss=outputs.aux_loss,
             logits=logits,
-            hidden_states=(*states[:-1], output.hidden) if states else None,
-            router_logits=tuple(routing.logits for routing in output.routings) if output_router_logits else None,
-            **{CACHE: cache},
+            hidden_states=outputs.hidden_states,
+            router_logits=outputs.router_logits,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 
@@ -165,19 +302,65 @@ class _CacheView(KVCache):
         return keys, values
 
 
-def _token_mask(attention_mask: Tensor | None, tokens: Tensor, cached: int) -> Tensor | None:
+def _token_mask(attention_mask: Tensor | None, batch: int, positions: int) -> Tensor | None:
     """Return a bool mask `[B, S]`, False at padding; None without padding."""
     if attention_mask is None:
         return None
     if attention_mask.dim() == 4:
         raise ValueError(_FIXED_SIZE)  # `generate` makes 4-dimensional masks for caches of fixed size
-    expected = (tokens.shape[0], cached + tokens.shape[1])
-    if attention_mask.shape != expected:
+    if attention_mask.shape != (batch, positions):
         raise ValueError(
-            f"attention_mask is {list(attention_mask.shape)}, not [sequences, cached + new positions] = {list(expected)}"
+            f"attention_mask is {list(attention_mask.shape)}, not [sequences, cached + new positions] = "
+            f"{[batch, positions]}"
         )
     mask = attention_mask.bool()
-    return None if mask.all() else mask
+    return None if not torch.compiler.is_compiling() and mask.all() else mask
+
+
+def _documents(position_ids: Tensor, mask: Tensor | None, batch: int, new: int, cached: int) -> Tensor | None:
+    """Return the document of each new position, `[B, T]`; None if the positions are those of one document.
+
+    Args:
+        position_ids: `[1 or B, T]`.
+        mask: `[B, S]`, False at padding, whose positions are not read; None without padding.
+        batch: B.
+        new: T.
+        cached: S - T.
+
+    Raises:
+        ValueError: the positions neither count on nor begin again at 0.
+    """
+    if position_ids.shape not in ((1, new), (batch, new)):
+        raise ValueError(f"position_ids is {list(position_ids.shape)}, not [1 or {batch}, {new}]")
+    given = position_ids.expand(batch, new)
+    counts = torch.ones_like(given, dtype=torch.bool) if mask is None else mask[:, cached:]
+    differs = (given != positions_of(mask, new, cached, given.device)) & counts
+    if not differs.any():
+        return None
+    documents = ((given == 0) & counts).cumsum(dim=1)
+    if cached == 0:
+        differs = (given != positions_of(mask, new, 0, given.device, documents)) & counts
+        if not differs.any():
+            return documents
+    row, column = differs.nonzero()[0].tolist()
+    raise ValueError(
+        f"position_ids[{row}, {column}]={int(given[row, column])} is not supported: positions count tokens from 0, and may "
+        "begin again at 0 in a call without a cache; leave position_ids out"
+    )
+
+
+def _share_of_step(
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | float:
+    """Return the share of the step's labels that are in this micro-batch, so that the shares of a step add up to 1."""
+    if num_items_in_batch is None:
+        return 1.0
+    counted = (labels[:, 1:] if shift_labels is None else shift_labels) != ignore_index
+    return counted.sum() / num_items_in_batch
 
 
 @contextmanager

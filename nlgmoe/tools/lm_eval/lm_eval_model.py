@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.eval.chat import transformers_tokenizer
@@ -103,7 +103,8 @@ class _Wrapped(NlgmoeForCausalLM):
         special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eod_id)
         with torch.device("meta"):
             super().__init__(NlgmoeConfig(**model.config.to_dict(), **special))
-        self.model = model
+        self.model.gpt = model
+        self.lm_head.weight = nn.Parameter(model.unembedding[: model.config.vocab_size].detach(), requires_grad=False)
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Generate; each rank makes as many forward passes as the rank that generates the longest text."""
