@@ -90,7 +90,8 @@ clean:  ## remove the virtual environment and caches; data and runs stay
 browser:  ### Chromium, which the tests of reports look at them with; from Debian's packages, as root or with sudo
 	@CHROMIUM=$(CHROMIUM) sh .ci/browser
 
-test-nightly: develop  ### slow tests of what changes rarely: launchers, faults, the wheel, a dry run of make gpu
+test-nightly: develop  ### slow tests of what changes rarely: launchers, faults, the wheel, other programs, a dry run of make gpu
+	$(PIP_INSTALL) --editable '.[clients]' --constraint constraints.txt
 	$(BIN)/python -m pytest --nightly
 
 planted: develop  ### plant faults in a copy of the package, and show that the test named beside each fails (10 minutes); ONLY=router for some

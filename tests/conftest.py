@@ -51,6 +51,7 @@ NIGHTLY = (
     "tests/cli/test_errors.py::test_a_real_command_prints_one_line_and_nothing_else",
     "tests/checkpoint/test_megatron.py::test_what_deepspeeds_engine_writes_on_two_ranks",
     "tests/cli/test_wheel.py",
+    "tests/clients/",
     "tests/distributed/test_commands.py",
     "tests/end_to_end/test_memory.py",
     "tests/end_to_end/test_open_moes.py",

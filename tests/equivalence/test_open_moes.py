@@ -315,6 +315,7 @@ def test_a_model_is_native_only_if_a_family_computes_it(
         ({"qk_norm": "head", "moe": {"normalize_weights": False}}, ["norm_topk_prob=false"]),
         ({"qk_norm": "head", "moe": {"num_experts": [0, 4, 4, 4]}}, ["dense blocks"]),
         ({"num_kv_heads": 2, "layer_norm_eps": 1e-6}, []),
+        ({"head_dim": 12}, ["mlx-lm refuses the model: for mixtral it takes no head_dim=12"]),
         ({"moe": None, "qk_norm": "head", "tied_embeddings": True}, []),
         ({"moe": {"gate_scale": 2.0}}, ["llama.cpp, vLLM and mlx-lm refuse"]),
     ],
