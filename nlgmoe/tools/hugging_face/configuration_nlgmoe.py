@@ -11,17 +11,19 @@ from nlgmoe.config import GPTConfig
 
 DEFAULTS = {field.name: None if field.default is MISSING else field.default for field in fields(GPTConfig)}
 FIELDS = tuple(DEFAULTS)
+OF_TRANSFORMERS = {"use_cache": True, "output_router_logits": False, "router_aux_loss_coef": 1.0}
 
 
 class NlgmoeConfig(PreTrainedConfig):
     """Every setting of `GPTConfig` under its own name, with the usual names of `transformers` as aliases.
 
+        use_cache (true): a forward pass returns a cache, unless it says otherwise.
+        output_router_logits (false): a forward pass returns the gates' logits and `aux_loss`, and adds `aux_loss` to its loss.
+        router_aux_loss_coef (1): weight of `aux_loss` in the loss, besides the coefficients in `moe`, which `aux_loss` includes.
+
     Args:
-        use_cache: a forward pass returns a cache, unless it says otherwise.
-        output_router_logits: a forward pass returns the gates' logits and `aux_loss`, and adds `aux_loss` to its loss.
-        router_aux_loss_coef: weight of `aux_loss` in the loss, besides the coefficients in `moe`, which `aux_loss` includes.
-        values: settings of `GPTConfig`, `moe` as a dictionary; a missing setting has `GPTConfig`'s default. `vocab_size` has
-            none, so that every `config.json` has it. Other settings are passed to `transformers`.
+        values: those settings, and those of `GPTConfig`, `moe` as a dictionary; a missing setting has `GPTConfig`'s default.
+            `vocab_size` has none, so that every `config.json` has it. Other settings are passed to `transformers`.
     """
 
     model_type = "nlgmoe"
@@ -34,17 +36,8 @@ class NlgmoeConfig(PreTrainedConfig):
         "initializer_range": "init_std",
     }
 
-    def __init__(
-        self,
-        use_cache: bool = True,
-        output_router_logits: bool = False,
-        router_aux_loss_coef: float = 1.0,
-        **values: Any,
-    ) -> None:
-        self.use_cache = use_cache
-        self.output_router_logits = output_router_logits
-        self.router_aux_loss_coef = router_aux_loss_coef
-        for name, default in DEFAULTS.items():
+    def __init__(self, **values: Any) -> None:
+        for name, default in (DEFAULTS | OF_TRANSFORMERS).items():
             setattr(self, name, values.pop(name, default))
         super().__init__(**values)
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,12 +82,18 @@ class NlgmoePreTrainedModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding."""
-        table: nn.Module = self.base_model.gpt.token_embedding
-        return table
+        return self._gpt.token_embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding."""
-        self.base_model.gpt.token_embedding = value
+        assert isinstance(value, nn.Embedding)
+        self._gpt.token_embedding = value
+
+    @property
+    def _gpt(self) -> GPT:
+        gpt = self.base_model.gpt
+        assert isinstance(gpt, GPT)
+        return gpt
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -113,7 +119,7 @@ class NlgmoeModel(NlgmoePreTrainedModel):
         self.gpt: GPT = _GPT(settings, seed=torch.initial_seed())
         for parameter in self.gpt.parameters():
             if not parameter.is_meta:
-                parameter._is_hf_initialized = True  # by GPT
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # by GPT
         self.post_init()
 
     def _or_of_config(self, given: bool | None, name: str) -> bool:
@@ -213,7 +219,7 @@ class NlgmoeForCausalLM(NlgmoePreTrainedModel, GenerationMixin):
     `config.output_router_logits` is set.
     """
 
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.gpt.token_embedding.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.gpt.token_embedding.weight"}  # noqa: RUF012 (declared by `transformers`)
 
     def __init__(self, config: NlgmoeConfig) -> None:
         super().__init__(config)
