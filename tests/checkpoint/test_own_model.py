@@ -71,7 +71,11 @@ def test_other_positions_are_refused_by_value() -> None:
     ("given", "message"),
     [
         ({"cache_position": torch.arange(10) + 1}, r"cache_position=\[1, 2, .* is not \[0, 1,"),
-        ({"cu_seq_lens_q": torch.tensor([0, 10, 20])}, "cu_seq_lens_q=.* is not supported: pass position_ids"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 5, 20])},
+            r"cu_seq_lens_q=\[0, 5, 20\] is not supported: pass position_ids",
+        ),
+        ({"seq_idx": torch.arange(10).expand(2, 10)}, "seq_idx=.* is not supported: pass position_ids"),
         ({"is_causal": False}, "is_causal=False is not supported"),
         ({"output_attentions": True}, "output_attentions=True is not supported"),
         ({"token_type_ids": torch.zeros(2, 10)}, "token_type_ids="),
@@ -88,6 +92,12 @@ def test_what_changes_nothing_is_taken() -> None:
     model = build()
     same = {"inputs_embeds": None, "cache_position": torch.arange(10), "is_causal": True, "output_attentions": False}
     assert torch.equal(model(IDS, **same, max_length_q=None).logits, model(IDS).logits)
+    borders = torch.tensor([0, *torch.tensor(LENGTHS).repeat(2).cumsum(0)])
+    numbers = torch.arange(3).repeat_interleave(torch.tensor(LENGTHS)).expand(2, 10)
+    described = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": 5, "seq_idx": numbers}
+    assert torch.equal(model(IDS, position_ids=PACKED, **described).logits, model(IDS, position_ids=PACKED).logits)
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q=.*; by position_ids it is \[0, 10, 20\]"):
+        model(IDS, **described)
 
 
 def test_embeddings_stand_for_tokens() -> None:
@@ -134,12 +144,23 @@ def test_settings_have_values() -> None:
     assert config.gpt_config() == GPTConfig(99, hidden_size=32, num_heads=4)
     assert (config.num_hidden_layers, config.max_position_embeddings, config.initializer_range) == (24, 2048, 0.014)
     assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (4, 4, 128)
-    assert (config.use_cache, config.tie_word_embeddings, config.output_router_logits) == (True, True, False)
+    assert (config.use_cache, config.tie_word_embeddings) == (True, True)
     config = NlgmoeConfig(
         vocab_size=99, num_heads=4, num_key_value_heads=2, intermediate_size=48, initializer_range=0.1
     )
     assert config.gpt_config() == GPTConfig(99, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, init_std=0.1)
     assert NlgmoeConfig.from_dict(config.to_dict()).gpt_config() == config.gpt_config()
+    assert not hasattr(config, "router_aux_loss_coef") and not hasattr(config, "num_experts_per_tok")
+
+
+def test_trainers_that_compute_a_balance_loss_find_its_settings_or_the_reason() -> None:
+    config = NlgmoeConfig(**SMALL | {"moe": {"num_experts": 4, "top_k": 2}})
+    assert (config.num_experts, config.num_experts_per_tok, config.router_aux_loss_coef) == (4, 2, 0.01)
+    assert config.output_router_logits is False
+    with pytest.raises(
+        AttributeError, match=r"no num_experts: the layers have \[2, 4\]; .* set router_aux_loss_coef=0.0"
+    ):
+        NlgmoeConfig(**SMALL).num_experts  # noqa: B018
 
 
 def test_the_loss_has_the_balance_loss_in_training_and_where_router_logits_are_asked_for() -> None:
@@ -148,8 +169,8 @@ def test_the_loss_has_the_balance_loss_in_training_and_where_router_logits_are_a
     balance, z = router_losses(model.model.gpt(IDS).routings)
     asked = model(IDS, labels=labels, output_router_logits=True)
     assert plain.aux_loss is None and plain.router_logits is None and float(asked.aux_loss) > 0.1
-    torch.testing.assert_close(asked.aux_loss, 0.1 * balance + 0.2 * z)
-    torch.testing.assert_close(asked.loss, plain.loss + asked.aux_loss)
+    torch.testing.assert_close(asked.aux_loss, balance + 0.2 / 0.1 * z)
+    torch.testing.assert_close(asked.loss, plain.loss + 0.1 * asked.aux_loss)
     configured = build(output_router_logits=True, router_aux_loss_coef=0.5)
     torch.testing.assert_close(configured(IDS, labels=labels).loss, plain.loss + 0.5 * asked.aux_loss)
     assert float(configured.model(IDS).aux_loss) == pytest.approx(float(asked.aux_loss))  # for a loss of one's own
