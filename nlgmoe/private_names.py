@@ -190,7 +190,7 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, str, str]]] = {
         "_init_weights": ("tools/hugging_face/modeling_nlgmoe.py", "overridden, as documented", "-"),
         "_no_split_modules": ("tools/hugging_face/modeling_nlgmoe.py", "set, as documented", "-"),
         "_supports_sdpa": ("tools/hugging_face/modeling_nlgmoe.py", "set, as other models do", "-"),
-        "_input_embed_layer": ("tools/hugging_face/modeling_nlgmoe.py", "set, as other models do", "-"),
+        "_tied_weights_keys": ("tools/hugging_face/modeling_nlgmoe.py", "set, as other models do", "-"),
     },
     "transformers.configuration_utils:PreTrainedConfig": {
         "_experts_implementation": (

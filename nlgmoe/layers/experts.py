@@ -75,6 +75,8 @@ class Experts(nn.Module):
             `[M, H]` in the dtype of the computation; rows that belong to no expert are zero, and so is their gradient.
         """
         x = cast_by_autocast(x)
+        if torch.compiler.is_dynamo_compiling() and x.device.type == "cpu" and x.dtype != torch.bfloat16:
+            return _uncompiled(self, x, tokens_per_expert, all_used)
         if self._backend(x, all_used) == "loop":
             return self._loop(x, tokens_per_expert)
         linear = self._grouped(x, tokens_per_expert)
@@ -164,6 +166,13 @@ def select_backend(
     # On other GPUs grouped_mm is a loop too, and the host waits in each of its calls. On sm_100 it leaves the weight gradients of
     # empty experts uninitialised (pytorch#172439).
     return "grouped" if dtype == torch.bfloat16 and capability is not None and capability[0] == 9 else "loop"
+
+
+@torch.compiler.disable
+def _uncompiled(experts: Experts, x: Tensor, tokens_per_expert: Tensor, all_used: bool) -> Tensor:
+    """Apply experts between compiled parts: on a CPU grouped_mm computes in fp32, but its compiled form takes bf16 only."""
+    y: Tensor = experts(x, tokens_per_expert, all_used)
+    return y
 
 
 def _dense(parameter: Callable[[str], Tensor | None]) -> Linear:

@@ -8,7 +8,8 @@
     modeling_nlgmoe.py, ...                    the model's sources (`bundle.py`), unless a family has the model
 
 A model that a family of `families.py` computes is written in that family's format, with its names of tensors. Others keep our
-names and shapes, with the prefix `model.gpt.`, without padding rows; a layer's experts are one tensor. At most one file of weights is in memory at a time.
+names and shapes, with the prefix `model.gpt.`; a layer's experts are one tensor, and tables have no padding rows. At most one
+file of weights is in memory at a time.
 """
 
 from __future__ import annotations

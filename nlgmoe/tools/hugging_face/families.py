@@ -133,10 +133,7 @@ def pieces(config: GPTConfig, family: str) -> dict[str, Piece]:
     for entry, shape in weight_shapes(config).items():
         numbers = re.findall(_NUMBER, entry)
         names = [name.format(*numbers) for name in NAMES[family][re.sub(_NUMBER, "#", entry)]]
-        if len(names) == 3:
-            rows = [heads, keys, keys]
-        else:  # of a table the rows of the vocabulary, without padding
-            rows = [config.vocab_size if entry in TABLES else shape[0]]
+        rows = [heads, keys, keys] if len(names) == 3 else [config.vocab_size if entry in TABLES else shape[0]]
         conv1d = entry.endswith("weight") and (".attn.c_" in names[0] or ".mlp.c_" in names[0])  # GPT-2's, [in, out]
         transposed = conv1d or ".moe.experts." in entry
         first = 0

@@ -147,7 +147,8 @@ class WeightFiles:
                     f"{self._folder}: {name} is {list(self.shapes[name])}, by config.json it is {list(shape)}; {_REMEDY}"
                 )
         unknown = self.shapes.keys() - expected.keys()
-        embedding = next((name for name in expected if name.endswith(("embed_tokens.weight", "wte.weight", "token_embedding.weight"))), None)
+        tables = ("embed_tokens.weight", "wte.weight", "token_embedding.weight")
+        embedding = next((name for name in expected if name.endswith(tables)), None)
         if embedding is not None and "lm_head.weight" in unknown:  # may be saved though it is tied
             unknown -= {"lm_head.weight"}
             if not torch.equal(self.read("lm_head.weight"), self.read(embedding)):
@@ -180,7 +181,7 @@ def exported_name(parameter: str) -> str:
 
 
 def exported_shape(parameter: str, shape: torch.Size, config: GPTConfig) -> torch.Size:
-    """Return the shape in `NlgmoeForCausalLM` of a parameter of the GPT: its tables have no padding rows."""
+    """Return its shape there: tables have no padding rows."""
     return torch.Size((config.vocab_size, *shape[1:])) if parameter in TABLES else shape
 
 

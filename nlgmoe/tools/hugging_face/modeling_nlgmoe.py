@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,8 @@ CACHE = next(f.name for f in fields(MoeCausalLMOutputWithPast) if f.name in ("ca
 _FIXED_SIZE = (
     "cache_implementation=static, a cache of fixed size, is not supported; use a growing cache such as DynamicCache"
 )
-# Arguments of other models' attention, and why they are refused.
+# Arguments of other models, and why they are refused.
 _REFUSED = {
-    **dict.fromkeys(
-        ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
-        "pass position_ids that begin at 0 in each document (of a collator, set return_flash_attn_kwargs=False)",
-    ),
     "output_attentions": "fused attention does not compute weights; leave it out",
     "token_type_ids": "the model has no types of tokens; leave it out",
 }
@@ -54,8 +50,8 @@ class NlgmoeModelOutput(MoeModelOutputWithPast):
     """The output of `NlgmoeModel`.
 
     Attributes:
-        aux_loss: sum of the routers' losses with their coefficients, a scalar; None in evaluation without
-            `output_router_logits`, and in a dense model.
+        aux_loss: sum of the routers' losses with their coefficients, divided by the balance loss's (if that is not 0), a scalar;
+            None in evaluation without `output_router_logits`, and in a dense model.
     """
 
     aux_loss: Tensor | None = None
@@ -82,12 +78,18 @@ class NlgmoePreTrainedModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding."""
-        table: nn.Module = self.base_model.gpt.token_embedding
-        return table
+        return self._gpt.token_embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding."""
-        self.base_model.gpt.token_embedding = value
+        assert isinstance(value, nn.Embedding)
+        self._gpt.token_embedding = value
+
+    @property
+    def _gpt(self) -> GPT:
+        gpt = self.base_model.gpt
+        assert isinstance(gpt, GPT)
+        return gpt
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -113,7 +115,7 @@ class NlgmoeModel(NlgmoePreTrainedModel):
         self.gpt: GPT = _GPT(settings, seed=torch.initial_seed())
         for parameter in self.gpt.parameters():
             if not parameter.is_meta:
-                parameter._is_hf_initialized = True  # by GPT
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # by GPT
         self.post_init()
 
     def _or_of_config(self, given: bool | None, name: str) -> bool:
@@ -147,7 +149,8 @@ class NlgmoeModel(NlgmoePreTrainedModel):
             output_hidden_states: return the input of the first block and the output of each, the last after the final norm.
             output_router_logits: return the gates' logits, `[B * T, E]` for each MoE layer, and `aux_loss`.
             past_key_values: the name of `cache` in earlier versions.
-            kwargs: refused if they would change attention; others are ignored, for they are the loss function's.
+            kwargs: `cache_position`, `is_causal`, and descriptions of documents for other kernels (`cu_seq_lens_q`, `seq_idx`),
+                which must say what the other arguments say. Others are ignored, for they are the loss function's.
 
         Raises:
             ValueError: an argument, named with its value, is one that this model does not compute.
@@ -158,7 +161,7 @@ class NlgmoeModel(NlgmoePreTrainedModel):
         cached = 0 if cache is None else int(cache.get_seq_length())
         tokens = inputs_embeds[..., 0] if input_ids is None else input_ids  # type: ignore[index]
         batch, new = tokens.shape
-        self._refuse(kwargs, torch.arange(cached, cached + new, device=tokens.device))
+        self._refuse(kwargs, torch.arange(cached, cached + new, device=tokens.device), batch, position_ids)
         mask = _token_mask(attention_mask, batch, cached + new)
         documents = None if position_ids is None else _documents(position_ids, mask, batch, new, cached)
 
@@ -178,7 +181,7 @@ class NlgmoeModel(NlgmoePreTrainedModel):
         returns_logits = self._or_of_config(output_router_logits, "output_router_logits")
         if moe is not None and (returns_logits or self.training):
             zero = torch.zeros((), dtype=torch.float32, device=output.hidden.device)
-            aux_loss, _ = add_router_losses(zero, moe, output.routings)
+            aux_loss = add_router_losses(zero, moe, output.routings)[0] / (moe.loss_coeff or 1.0)
         return NlgmoeModelOutput(
             last_hidden_state=output.hidden,
             hidden_states=(*states[:-1], output.hidden) if states else None,
@@ -187,8 +190,15 @@ class NlgmoeModel(NlgmoePreTrainedModel):
             **{CACHE: cache},
         )
 
-    def _refuse(self, kwargs: dict[str, Any], own: Tensor) -> None:
-        """Refuse arguments that would change the result; `own` `[T]`: the indices of the new positions."""
+    def _refuse(self, kwargs: dict[str, Any], own: Tensor, batch: int, position_ids: Tensor | None) -> None:
+        """Refuse arguments that would change the result.
+
+        Args:
+            kwargs: of the forward pass.
+            own: `[T]`, the indices of the new positions.
+            batch: B.
+            position_ids: `[1 or B, T]`, or None.
+        """
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         if not self._or_of_config(kwargs.get("output_attentions"), "output_attentions"):
             kwargs.pop("output_attentions", None)
@@ -201,19 +211,21 @@ class NlgmoeModel(NlgmoePreTrainedModel):
         given = kwargs.get("cache_position")
         if given is not None and not torch.equal(given.to(own), own):
             raise ValueError(f"cache_position={given.tolist()} is not {own.tolist()}; leave it out")
+        if kwargs.keys() & {"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}:
+            positions = own[None] if position_ids is None else position_ids
+            _require_borders(kwargs, (positions == 0).expand(batch, len(own)))
 
 
 class NlgmoeForCausalLM(NlgmoePreTrainedModel, GenerationMixin):
     """`NlgmoeModel` and a head: `from_pretrained`, `generate`, `save_pretrained`, a loss for labels.
 
-    In evaluation mode the loss is the cross-entropy. In training mode, as in pre-training, the balance losses of the MoE
-    layers are added, and tokens over capacity may be dropped. With `aux_scope` global, that is a collective of all ranks.
-    `output_router_logits`, of a call or the configuration, adds them in evaluation too, as in Mixtral. A trainer that computes
-    its own loss from `logits` or `last_hidden_state` must add `config.router_aux_loss_coef * aux_loss` itself, as TRL does where
-    `config.output_router_logits` is set.
+    In evaluation mode the loss is the cross-entropy. In training mode, as in pre-training, the routers' losses are added,
+    `config.router_aux_loss_coef * aux_loss`, and tokens over capacity may be dropped. With `aux_scope` global, that is a
+    collective of all ranks. `output_router_logits`, of a call or the configuration, adds them in evaluation too, as in Mixtral.
+    A trainer that computes its own loss from `logits` or `last_hidden_state` must add them itself.
     """
 
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.gpt.token_embedding.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.gpt.token_embedding.weight"}  # noqa: RUF012 (declared by `transformers`)
 
     def __init__(self, config: NlgmoeConfig) -> None:
         super().__init__(config)
@@ -347,6 +359,24 @@ def _documents(position_ids: Tensor, mask: Tensor | None, batch: int, new: int, 
         f"position_ids[{row}, {column}]={int(given[row, column])} is not supported: positions count tokens from 0, and may "
         "begin again at 0 in a call without a cache; leave position_ids out"
     )
+
+
+def _require_borders(kwargs: dict[str, Any], begins: Tensor) -> None:
+    """Require that descriptions of documents for other kernels agree with the positions.
+
+    Args:
+        kwargs: of the forward pass.
+        begins: `[B, T]` bool, True where a document begins.
+    """
+    borders = [*begins.flatten().nonzero().flatten().tolist(), begins.numel()]
+    remedy = "is not supported: pass position_ids that begin again at 0 in each document"
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        given = borders if name not in kwargs else kwargs[name].flatten().tolist()
+        if given != borders:
+            raise ValueError(f"{name}={given} {remedy}; by position_ids it is {borders}")
+    numbers = kwargs.get("seq_idx")
+    if numbers is not None and not torch.equal(numbers[:, 1:] != numbers[:, :-1], begins[:, 1:]):
+        raise ValueError(f"seq_idx={numbers.tolist()} {remedy}")
 
 
 def _share_of_step(

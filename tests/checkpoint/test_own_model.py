@@ -1,0 +1,267 @@
+"""The class of exported folders takes what `transformers`' own models take, or refuses it by name and value."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.balance import router_losses
+from nlgmoe.layers.moe import moe_layers
+from nlgmoe.tools.hugging_face.configuration_nlgmoe import NlgmoeConfig
+from nlgmoe.tools.hugging_face.modeling_nlgmoe import NlgmoeForCausalLM, NlgmoeModel
+
+MOE = {"num_experts": [2, 4], "mlp_type": "residual", "expert_interval": 1, "loss_coeff": 0.1, "z_loss_coeff": 0.2}
+SMALL = {"vocab_size": 99, "seq_len": 12, "num_layers": 2, "hidden_size": 16, "num_heads": 2, "moe": MOE}
+IDS = torch.randint(99, (2, 10), generator=torch.Generator().manual_seed(0))
+LENGTHS = (3, 5, 2)  # documents of a row
+PACKED = torch.cat([torch.arange(length) for length in LENGTHS])[None]  # [1, 10]
+
+
+def build(**settings: Any) -> NlgmoeForCausalLM:
+    torch.manual_seed(0)
+    model = NlgmoeForCausalLM(NlgmoeConfig(**SMALL | settings)).eval()
+    for index, parameter in enumerate(model.parameters()):
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+    return model
+
+
+def separately(model: NlgmoeForCausalLM, row: Tensor) -> Tensor:
+    return torch.cat([model(part[None]).logits for part in row.split(LENGTHS)], dim=1)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"rope_theta": 1e4, "num_kv_heads": 1, "qk_norm": "head"}], ids=["learned", "rotary"]
+)
+def test_packed_documents_are_those_that_stand_alone(settings: dict[str, Any]) -> None:
+    model = build(**settings)
+    expected = torch.cat([separately(model, row) for row in IDS])
+    packed = model(IDS, position_ids=PACKED)
+    torch.testing.assert_close(packed.logits, expected)
+    assert packed.cache is None and not torch.allclose(model(IDS).logits, expected, atol=1e-2)
+    # In one row, longer than a sequence may be; and with padding on the left, which a row may give any position.
+    torch.testing.assert_close(
+        model(IDS.view(1, 20), position_ids=PACKED.repeat(1, 2)).logits, expected.view(1, 20, -1)
+    )
+    padded, mask = torch.cat([IDS[:, :2], IDS], dim=1), torch.ones(2, 12).index_fill(1, torch.tensor([0, 1]), 0)
+    positions = torch.cat([torch.tensor([[7, 0]]), PACKED], dim=1).expand(2, 12)
+    torch.testing.assert_close(model(padded, mask, positions).logits[:, 2:], expected)
+
+
+def test_other_positions_are_refused_by_value() -> None:
+    model = build()
+    own = torch.arange(10)[None]
+    assert torch.equal(model(IDS, position_ids=own).logits, model(IDS).logits)
+    for wrong, place in ((own + 1, r"\[0, 0\]=1"), (own * 2, r"\[0, 1\]=2"), (PACKED.flip(1), r"\[0, 0\]=1")):
+        with pytest.raises(ValueError, match=rf"position_ids{place} is not supported"):
+            model(IDS, position_ids=wrong)
+    with pytest.raises(ValueError, match=r"position_ids is \[1, 9\], not \[1 or 2, 10\]"):
+        model(IDS, position_ids=own[:, 1:])
+    cache = model(IDS[:, :4]).cache
+    with pytest.raises(ValueError, match=r"position_ids\[0, 0\]=0 is not supported"):
+        model(IDS[:, 4:], position_ids=torch.arange(6)[None], cache=cache)
+    model(IDS[:, 4:], position_ids=own[:, 4:], cache=cache)
+    with pytest.raises(ValueError, match="a cache does not go with several documents"):
+        model(IDS, position_ids=PACKED, cache=type(cache)())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"cache_position": torch.arange(10) + 1}, r"cache_position=\[1, 2, .* is not \[0, 1,"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 5, 20])},
+            r"cu_seq_lens_q=\[0, 5, 20\] is not supported: pass position_ids",
+        ),
+        ({"seq_idx": torch.arange(10).expand(2, 10)}, "seq_idx=.* is not supported: pass position_ids"),
+        ({"is_causal": False}, "is_causal=False is not supported"),
+        ({"output_attentions": True}, "output_attentions=True is not supported"),
+        ({"token_type_ids": torch.zeros(2, 10)}, "token_type_ids="),
+        ({"inputs_embeds": torch.zeros(2, 10, 16)}, "pass either input_ids or inputs_embeds"),
+        ({"attention_mask": torch.ones(2, 9)}, r"attention_mask is \[2, 9\], not .* \[2, 10\]"),
+    ],
+)
+def test_what_would_change_the_result_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()(IDS, **given)
+
+
+def test_what_changes_nothing_is_taken() -> None:
+    model = build()
+    same = {"inputs_embeds": None, "cache_position": torch.arange(10), "is_causal": True, "output_attentions": False}
+    assert torch.equal(model(IDS, **same, max_length_q=None).logits, model(IDS).logits)
+    borders = torch.tensor([0, *torch.tensor(LENGTHS).repeat(2).cumsum(0)])
+    numbers = torch.arange(3).repeat_interleave(torch.tensor(LENGTHS)).expand(2, 10)
+    described = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": 5, "seq_idx": numbers}
+    assert torch.equal(model(IDS, position_ids=PACKED, **described).logits, model(IDS, position_ids=PACKED).logits)
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q=.*; by position_ids it is \[0, 10, 20\]"):
+        model(IDS, **described)
+
+
+def test_embeddings_stand_for_tokens() -> None:
+    model = build()
+    table = model.get_input_embeddings()
+    assert torch.equal(model(inputs_embeds=table(IDS)).logits, model(IDS).logits)
+    embeddings = table(IDS).detach().requires_grad_()
+    model(inputs_embeds=embeddings, labels=IDS).loss.backward()
+    assert embeddings.grad is not None and bool(embeddings.grad.ne(0).any())
+    settings = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    text = model.generate(IDS, **settings)
+    assert torch.equal(model.generate(inputs_embeds=table(IDS), **settings), text[:, 10:])
+
+
+def test_a_cache_is_returned_unless_the_configuration_says_otherwise() -> None:
+    model = build()
+    first, whole = model(IDS[:, :6]), model(IDS)
+    assert first.cache.get_seq_length() == 6 and model(IDS, use_cache=False).cache is None
+    torch.testing.assert_close(model(IDS[:, 6:], cache=first.cache).logits, whole.logits[:, 6:])
+    again = model(IDS[:, :6]).cache
+    torch.testing.assert_close(model(IDS[:, 6:], past_key_values=again).logits, whole.logits[:, 6:])
+    assert build(use_cache=False)(IDS).cache is None
+    assert model(IDS, return_dict=False)[0].shape == (2, 10, 99)
+
+
+def test_the_head_is_a_module_tied_where_the_configuration_ties(tmp_path: Path) -> None:
+    for tied in (True, False):
+        model = build(tied_embeddings=tied)
+        head, table = model.get_output_embeddings(), model.get_input_embeddings()
+        assert head.weight.shape == (99, 16) and (head.weight is table.weight) == tied
+        model.save_pretrained(tmp_path / str(tied))
+        loaded = NlgmoeForCausalLM.from_pretrained(tmp_path / str(tied))
+        assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    base = NlgmoeModel.from_pretrained(tmp_path / "True")
+    hidden = base(IDS, output_hidden_states=True, output_router_logits=True)
+    expected = loaded.model(IDS).last_hidden_state
+    assert hidden.last_hidden_state.shape == expected.shape and len(hidden.hidden_states) == 3
+    assert [logits.shape[1] for logits in hidden.router_logits] == [2, 4] and hidden.cache.get_seq_length() == 10
+
+
+def test_settings_have_values() -> None:
+    config = NlgmoeConfig(vocab_size=99, hidden_size=32, num_heads=4)
+    assert config.gpt_config() == GPTConfig(99, hidden_size=32, num_heads=4)
+    assert (config.num_hidden_layers, config.max_position_embeddings, config.initializer_range) == (24, 2048, 0.014)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (4, 4, 128)
+    assert (config.use_cache, config.tie_word_embeddings) == (True, True)
+    config = NlgmoeConfig(
+        vocab_size=99, num_heads=4, num_key_value_heads=2, intermediate_size=48, initializer_range=0.1
+    )
+    assert config.gpt_config() == GPTConfig(99, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, init_std=0.1)
+    assert NlgmoeConfig.from_dict(config.to_dict()).gpt_config() == config.gpt_config()
+    assert not hasattr(config, "router_aux_loss_coef") and not hasattr(config, "num_experts_per_tok")
+
+
+def test_trainers_that_compute_a_balance_loss_find_its_settings_or_the_reason() -> None:
+    config = NlgmoeConfig(**SMALL | {"moe": {"num_experts": 4, "top_k": 2}})
+    assert (config.num_experts, config.num_experts_per_tok, config.router_aux_loss_coef) == (4, 2, 0.01)
+    assert config.output_router_logits is False
+    with pytest.raises(
+        AttributeError, match=r"no num_experts: the layers have \[2, 4\]; .* set router_aux_loss_coef=0.0"
+    ):
+        NlgmoeConfig(**SMALL).num_experts  # noqa: B018
+
+
+def test_the_loss_has_the_balance_loss_in_training_and_where_router_logits_are_asked_for() -> None:
+    model, labels = build(), IDS.masked_fill(IDS < 20, -100)
+    plain = model(IDS, labels=labels)
+    balance, z = router_losses(model.model.gpt(IDS).routings)
+    asked = model(IDS, labels=labels, output_router_logits=True)
+    assert plain.aux_loss is None and plain.router_logits is None and float(asked.aux_loss) > 0.1
+    torch.testing.assert_close(asked.aux_loss, balance + 0.2 / 0.1 * z)
+    torch.testing.assert_close(asked.loss, plain.loss + 0.1 * asked.aux_loss)
+    configured = build(output_router_logits=True, router_aux_loss_coef=0.5)
+    torch.testing.assert_close(configured(IDS, labels=labels).loss, plain.loss + 0.5 * asked.aux_loss)
+    assert float(configured.model(IDS).aux_loss) == pytest.approx(float(asked.aux_loss))  # for a loss of one's own
+    trained = model.train()(IDS, labels=labels)
+    assert trained.router_logits is None
+    weight = moe_layers(model)[0].router.weight
+    assert bool(torch.autograd.grad(trained.aux_loss, weight)[0].ne(0).any())
+
+
+def test_the_losses_of_micro_batches_add_up_to_that_of_the_step() -> None:
+    model, labels = build(output_router_logits=True), IDS.masked_fill(IDS < 30, -100)
+    items = (labels[:, 1:] != -100).sum(dim=1)
+    parts = [model(IDS[i : i + 1], labels=labels[i : i + 1]) for i in range(2)]
+    scaled = [model(IDS[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=items.sum()) for i in range(2)]
+    assert items[0] != items[1]
+    for i in range(2):
+        torch.testing.assert_close(scaled[i].loss, parts[i].loss * items[i] / items.sum())
+
+
+class Adapted(nn.Module):
+    """A low-rank adapter, as PEFT puts it in the place of a linear layer."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.down = base, nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_adapters_of_every_linear_layer_get_a_gradient() -> None:
+    model = build().requires_grad_(False)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert "model.gpt.blocks.0.moe.coefficient" in names and "lm_head" in names
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, Adapted(model.get_submodule(name)))
+    model(IDS, labels=IDS).loss.backward()
+    for name in names:
+        adapter = model.get_submodule(name)
+        for part in (adapter.up, adapter.down):
+            assert part.weight.grad is not None and bool(part.weight.grad.ne(0).any()), name
+
+
+def test_coefficients_are_computed_in_fp32_whatever_the_weights() -> None:
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    layer = moe_layers(build().to(torch.bfloat16))[0].coefficient
+    assert layer is not None and layer(x).dtype == torch.float32
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight.float(), layer.bias.float()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dynamic_int8_of_every_linear_layer_runs() -> None:
+    model = build(hidden_size=64)
+    expected = model(IDS).logits
+    eight = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert not isinstance(eight.lm_head, nn.Linear)
+    assert float((eight(IDS).logits - expected).norm()) < 0.2 * float(expected.norm())
+
+
+def test_recomputation_refuses_what_it_would_compute_wrongly() -> None:
+    model = build().train()
+    with pytest.raises(ValueError, match="use_reentrant=True is not supported"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.gradient_checkpointing_enable()
+    assert model(IDS).cache is None
+    with torch.no_grad():
+        cache = model(IDS[:, :5]).cache
+    with pytest.raises(ValueError, match="a cache does not go with gradient checkpointing"):
+        model(IDS[:, 5:], cache=cache)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_model_computes_the_same(dtype: torch.dtype) -> None:
+    torch.compiler.reset()
+    model = build(num_layers=1, moe=MOE | {"num_experts": 2}).to(dtype)
+    compiled = torch.compile(model)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
+    torch.testing.assert_close(
+        compiled(IDS, position_ids=PACKED).logits, model(IDS, position_ids=PACKED).logits, **close
+    )
+    loss = compiled(IDS, labels=IDS).loss
+    loss.backward()
+    torch.testing.assert_close(loss, model(IDS, labels=IDS).loss, **close)
+    settings = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(compiled.generate(IDS, **settings), model.generate(IDS, **settings))
+
+
+def test_the_sizes_are_those_of_the_checkpoints_model() -> None:
+    config = NlgmoeConfig(**SMALL)
+    assert config.vocab_size_multiple == 128 and config.gpt_config().moe == MoEConfig(**MOE)
+    assert NlgmoeForCausalLM(config).model.gpt.token_embedding.num_embeddings == 99
