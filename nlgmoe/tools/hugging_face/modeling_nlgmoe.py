@@ -161,7 +161,7 @@ class NlgmoeModel(NlgmoePreTrainedModel):
         cached = 0 if cache is None else int(cache.get_seq_length())
         tokens = inputs_embeds[..., 0] if input_ids is None else input_ids  # type: ignore[index]
         batch, new = tokens.shape
-        self._refuse(kwargs, torch.arange(cached, cached + new, device=tokens.device), batch, position_ids)
+        self._refuse(kwargs, tokens, cached, position_ids)
         mask = _token_mask(attention_mask, batch, cached + new)
         documents = None if position_ids is None else _documents(position_ids, mask, batch, new, cached)
 
@@ -190,13 +190,13 @@ class NlgmoeModel(NlgmoePreTrainedModel):
             **{CACHE: cache},
         )
 
-    def _refuse(self, kwargs: dict[str, Any], own: Tensor, batch: int, position_ids: Tensor | None) -> None:
+    def _refuse(self, kwargs: dict[str, Any], tokens: Tensor, cached: int, position_ids: Tensor | None) -> None:
         """Refuse arguments that would change the result.
 
         Args:
             kwargs: of the forward pass.
-            own: `[T]`, the indices of the new positions.
-            batch: B.
+            tokens: `[B, T]`.
+            cached: S - T.
             position_ids: `[1 or B, T]`, or None.
         """
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
@@ -208,12 +208,13 @@ class NlgmoeModel(NlgmoePreTrainedModel):
             raise ValueError(f"{name}={kwargs[name]} is not supported: {_REFUSED[name]}")
         if not kwargs.get("is_causal", True):
             raise ValueError("is_causal=False is not supported: the model attends to earlier positions; leave it out")
-        given = kwargs.get("cache_position")
-        if given is not None and not torch.equal(given.to(own), own):
+        if not kwargs.keys() & {"cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}:
+            return
+        own = torch.arange(cached, cached + tokens.shape[1], device=tokens.device)
+        given = kwargs.get("cache_position", own)
+        if not torch.equal(given.to(own), own):
             raise ValueError(f"cache_position={given.tolist()} is not {own.tolist()}; leave it out")
-        if kwargs.keys() & {"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}:
-            positions = own[None] if position_ids is None else position_ids
-            _require_borders(kwargs, (positions == 0).expand(batch, len(own)))
+        _require_borders(kwargs, ((own if position_ids is None else position_ids) == 0).expand(tokens.shape))
 
 
 class NlgmoeForCausalLM(NlgmoePreTrainedModel, GenerationMixin):
