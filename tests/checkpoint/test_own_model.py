@@ -11,7 +11,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import NlgmoeConfig
-from nlgmoe.tools.hugging_face.modeling_nlgmoe import NlgmoeForCausalLM, NlgmoeModel
+from nlgmoe.tools.hugging_face.modeling_nlgmoe import CACHE, NlgmoeForCausalLM, NlgmoeModel
 
 MOE = {"num_experts": [2, 4], "mlp_type": "residual", "expert_interval": 1, "loss_coeff": 0.1, "z_loss_coeff": 0.2}
 SMALL = {"vocab_size": 99, "seq_len": 12, "num_layers": 2, "hidden_size": 16, "num_heads": 2, "moe": MOE}
@@ -28,6 +28,10 @@ def build(**settings: Any) -> NlgmoeForCausalLM:
     return model
 
 
+def cache_of(output: Any) -> Any:
+    return getattr(output, CACHE)
+
+
 def separately(model: NlgmoeForCausalLM, row: Tensor) -> Tensor:
     return torch.cat([model(part[None]).logits for part in row.split(LENGTHS)], dim=1)
 
@@ -40,7 +44,7 @@ def test_packed_documents_are_those_that_stand_alone(settings: dict[str, Any]) -
     expected = torch.cat([separately(model, row) for row in IDS])
     packed = model(IDS, position_ids=PACKED)
     torch.testing.assert_close(packed.logits, expected)
-    assert packed.cache is None and not torch.allclose(model(IDS).logits, expected, atol=1e-2)
+    assert cache_of(packed) is None and not torch.allclose(model(IDS).logits, expected, atol=1e-2)
     # In one row, longer than a sequence may be; and with padding on the left, which a row may give any position.
     torch.testing.assert_close(
         model(IDS.view(1, 20), position_ids=PACKED.repeat(1, 2)).logits, expected.view(1, 20, -1)
@@ -59,7 +63,7 @@ def test_other_positions_are_refused_by_value() -> None:
             model(IDS, position_ids=wrong)
     with pytest.raises(ValueError, match=r"position_ids is \[1, 9\], not \[1 or 2, 10\]"):
         model(IDS, position_ids=own[:, 1:])
-    cache = model(IDS[:, :4]).cache
+    cache = cache_of(model(IDS[:, :4]))
     with pytest.raises(ValueError, match=r"position_ids\[0, 0\]=0 is not supported"):
         model(IDS[:, 4:], position_ids=torch.arange(6)[None], cache=cache)
     model(IDS[:, 4:], position_ids=own[:, 4:], cache=cache)
@@ -115,11 +119,11 @@ def test_embeddings_stand_for_tokens() -> None:
 def test_a_cache_is_returned_unless_the_configuration_says_otherwise() -> None:
     model = build()
     first, whole = model(IDS[:, :6]), model(IDS)
-    assert first.cache.get_seq_length() == 6 and model(IDS, use_cache=False).cache is None
-    torch.testing.assert_close(model(IDS[:, 6:], cache=first.cache).logits, whole.logits[:, 6:])
-    again = model(IDS[:, :6]).cache
+    assert cache_of(first).get_seq_length() == 6 and cache_of(model(IDS, use_cache=False)) is None
+    torch.testing.assert_close(model(IDS[:, 6:], cache=cache_of(first)).logits, whole.logits[:, 6:])
+    again = cache_of(model(IDS[:, :6]))
     torch.testing.assert_close(model(IDS[:, 6:], past_key_values=again).logits, whole.logits[:, 6:])
-    assert build(use_cache=False)(IDS).cache is None
+    assert cache_of(build(use_cache=False)(IDS)) is None
     assert model(IDS, return_dict=False)[0].shape == (2, 10, 99)
 
 
@@ -136,7 +140,7 @@ def test_the_head_is_a_module_tied_where_the_configuration_ties(tmp_path: Path) 
     hidden = base(IDS, output_hidden_states=True, output_router_logits=True)
     expected = loaded.model(IDS).last_hidden_state
     assert hidden.last_hidden_state.shape == expected.shape and len(hidden.hidden_states) == 3
-    assert [logits.shape[1] for logits in hidden.router_logits] == [2, 4] and hidden.cache.get_seq_length() == 10
+    assert [logits.shape[1] for logits in hidden.router_logits] == [2, 4] and cache_of(hidden).get_seq_length() == 10
 
 
 def test_settings_have_values() -> None:
@@ -237,9 +241,9 @@ def test_recomputation_refuses_what_it_would_compute_wrongly() -> None:
     with pytest.raises(ValueError, match="use_reentrant=True is not supported"):
         model.gradient_checkpointing_enable({"use_reentrant": True})
     model.gradient_checkpointing_enable()
-    assert model(IDS).cache is None
+    assert cache_of(model(IDS)) is None
     with torch.no_grad():
-        cache = model(IDS[:, :5]).cache
+        cache = cache_of(model(IDS[:, :5]))
     with pytest.raises(ValueError, match="a cache does not go with gradient checkpointing"):
         model(IDS[:, 5:], cache=cache)
 
