@@ -36,7 +36,7 @@ def client_limits(config: GPTConfig, family: str | None, own_tokenizer: bool) ->
         yield "llama.cpp refuses the model: for olmoe it takes no tied embeddings"
     if family == "qwen3_moe" and 0 in experts_per_layer(config):
         yield "llama.cpp refuses the model: for qwen3_moe it takes no dense blocks"
-    if family == "mixtral" and config.head_dim is not None:
-        yield f"mlx-lm refuses the model: for mixtral it takes no head_dim={config.head_dim}"
+    if family == "mixtral" and config.head_size * config.num_heads != config.hidden_size:
+        yield f"mlx-lm refuses the model: for mixtral it takes no head_dim={config.head_size}"
     if own_tokenizer:
         yield "llama.cpp converts tokenizers of published models alone; docs/hugging_face.md has a remedy"
