@@ -72,6 +72,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nightly", action="store_true", help="run the slow tests, and no others")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out folders that are nightly as a whole: packages of the extra `clients` are installed for those runs alone."""
+    name = f"{collection_path.relative_to(config.rootpath).as_posix()}/"
+    in_suite = not config.getoption("--nightly") and config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    return True if in_suite and name in NIGHTLY else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     nightly = config.getoption("--nightly")
     if nightly or config.args_source == pytest.Config.ArgsSource.TESTPATHS:

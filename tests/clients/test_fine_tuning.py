@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
@@ -17,10 +19,6 @@ from nlgmoe.config import MoEConfig
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.importing import import_model
 from tests.checkpoint.test_hugging_face import PR_MOE, TOKENIZER, write
-
-CLIENTS = "is not installed: pip install -e '.[clients]'"
-peft = pytest.importorskip("peft", reason=f"peft {CLIENTS}")
-trl = pytest.importorskip("trl", reason=f"trl {CLIENTS}")
 
 MODELS = {
     "pr_moe": replace(PR_MOE, seq_len=64),

@@ -2,18 +2,16 @@
 
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
 
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.importing import import_model
 from tests.equivalence.test_open_moes import VARIANTS, their_model, tokens
-
-WHY = "mlx-lm is not installed: pip install -e '.[clients]'"
-mx, utils, generation = (
-    pytest.importorskip(name, reason=WHY) for name in ("mlx.core", "mlx_lm.utils", "mlx_lm.generate")
-)
 
 
 @torch.no_grad()
@@ -23,9 +21,9 @@ def test_logits_and_greedy_texts_are_equal(variant: str, tmp_path: Path) -> None
     theirs.save_pretrained(tmp_path / "theirs")
     import_model(str(tmp_path / "theirs"), tmp_path / "ours.ckpt")
     export(tmp_path / "ours.ckpt", tmp_path / "exported")
-    model, _ = utils.load_model(tmp_path / "exported")
+    model, _ = load_model(tmp_path / "exported")
     expected = theirs(tokens()).logits.numpy()
     np.testing.assert_allclose(np.array(model(mx.array(tokens().numpy()))), expected, rtol=0, atol=1e-5)
-    made = [int(token) for token, _ in generation.generate_step(mx.array(prompt), model, max_tokens=12)]
+    made = [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=12)]
     greedy = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
     assert made == greedy.tolist()
