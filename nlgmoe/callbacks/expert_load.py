@@ -57,9 +57,7 @@ class ExpertLoad(Callback):
             raise SettingError(f"dead_window={dead_window} must be at least 1 step")
         self.dead_window = dead_window
         self._experts: list[int] = []  # number of experts of each MoE layer
-        self._components: list[
-            list[nn.Parameter]
-        ] = []  # router and experts of each MoE layer; last, all other parameters
+        self._components: list[list[nn.Parameter]] = []  # router and experts of each layer; last, all other parameters
         self._squares: Tensor | None = None  # squared gradients of the current step, this rank's part
         self._skipped = 0
         self._evaluated = torch.zeros(0)  # sums of all layers in `validate`

@@ -104,9 +104,8 @@ class GivenSettings:
             try:
                 kind = type_hints.class_named(path, bases)
             except SettingError as error:
-                if str not in type_hints.members(hint) and type_hints.accepts(
-                    hint, setting
-                ):  # a type that is read from text
+                # a type that is read from text
+                if str not in type_hints.members(hint) and type_hints.accepts(hint, setting):
                     return
                 raise SettingError(f"{setting}: {error}") from error
             if isinstance(kind, type):
