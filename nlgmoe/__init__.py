@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from nlgmoe.eval.loaded_model import LoadedModel, load_pretrained
     from nlgmoe.eval.specialisation import Specialisation
     from nlgmoe.experiment import Experiment, load_config
+    from nlgmoe.layers.attention import AttentionContext
+    from nlgmoe.layers.mla import MLAConfig
     from nlgmoe.layers.moe import MoELayer
+    from nlgmoe.layers.rotary import Llama3, Yarn
     from nlgmoe.layers.router import Router, Routing, RoutingContext
     from nlgmoe.layers.routers import FrozenRouterConfig, HashRouterConfig, SigmoidRouterConfig, UniformRouterConfig
     from nlgmoe.model.gpt import GPT, GPTOutput
     from nlgmoe.module import MoEGPTModule
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
-    from nlgmoe.parts import ExpertConfig, RouterConfig
+    from nlgmoe.parts import AttentionConfig, ExpertConfig, RotaryScaling, RouterConfig
     from nlgmoe.pyramid import experts_at, student_config, student_layers
     from nlgmoe.surgery.warm_start import WarmStart
     from nlgmoe.tools.lm_eval.zero_shot_eval import ZeroShotEval
@@ -46,13 +49,16 @@ _NAMES = {
     "nlgmoe.eval.loaded_model": "LoadedModel load_pretrained",
     "nlgmoe.eval.specialisation": "Specialisation",
     "nlgmoe.experiment": "Experiment load_config",
+    "nlgmoe.layers.attention": "AttentionContext",
+    "nlgmoe.layers.mla": "MLAConfig",
     "nlgmoe.layers.moe": "MoELayer",
+    "nlgmoe.layers.rotary": "Llama3 Yarn",
     "nlgmoe.layers.router": "Router Routing RoutingContext",
     "nlgmoe.layers.routers": "FrozenRouterConfig HashRouterConfig SigmoidRouterConfig UniformRouterConfig",
     "nlgmoe.model.gpt": "GPT GPTOutput",
     "nlgmoe.module": "MoEGPTModule",
     "nlgmoe.parallel.strategy": "ExpertParallelStrategy",
-    "nlgmoe.parts": "ExpertConfig RouterConfig",
+    "nlgmoe.parts": "AttentionConfig ExpertConfig RotaryScaling RouterConfig",
     "nlgmoe.pyramid": "experts_at student_config student_layers",
     "nlgmoe.tools.lm_eval.zero_shot_eval": "ZeroShotEval",
     "nlgmoe.tools.report.write_report": "WriteReport",

@@ -9,7 +9,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from nlgmoe.parts import PARTS, ExpertConfig, RouterConfig, part_from_dict, part_to_dict
+from nlgmoe.parts import (
+    MODEL_PARTS,
+    MOE_PARTS,
+    AttentionConfig,
+    ExpertConfig,
+    RotaryScaling,
+    RouterConfig,
+    part_from_dict,
+    part_to_dict,
+)
 from nlgmoe.validation import SettingError, require, require_valid
 
 ROUTER_FIELDS = frozenset(
@@ -19,9 +28,24 @@ ROUTER_FIELDS = frozenset(
         *("loss_coeff", "z_loss_coeff", "aux_scope"),
     }
 )  # fields of MoEConfig that only routers read
+ATTENTION_FIELDS = frozenset(
+    {"num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "rotary_dim", "attention_scale", "attention_dropout"}
+)  # fields of GPTConfig that only attention layers read
 IGNORED_IN_EVALUATION = (ROUTER_FIELDS - {"normalize_weights", "gate_scale"}) | {
     *("hidden_dropout", "attention_dropout", "init_std"),
 }  # may differ from the checkpoint's
+
+
+def _check_part(part: RouterConfig | AttentionConfig, settings: Any, known: frozenset[str]) -> None:
+    """Check a part against the settings that name it; those of the fields `known` that it does not read have their default."""
+    part.check_reads_fields(known)
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        require(
+            field.name not in known - part.reads_fields or value == field.default,
+            f"{field.name}={value} has no effect with {type(part).__name__}; leave it out",
+        )
+    part.check(settings)
 
 
 @dataclass(frozen=True)
@@ -136,15 +160,7 @@ class MoEConfig:
             "normalize_weights=True with top_k=1 makes every weight the same, and the gate learns nothing; leave it out",
         )
         if self.router is not None:
-            self.router.check_reads_fields(ROUTER_FIELDS)
-        for field in fields(self):
-            unread = self.router is not None and field.name in ROUTER_FIELDS - self.router.reads_fields
-            require(
-                not unread or getattr(self, field.name) == field.default,
-                f"{field.name}={getattr(self, field.name)} has no effect with {type(self.router).__name__}; leave it out",
-            )
-        if self.router is not None:
-            self.router.check(self)
+            _check_part(self.router, self, ROUTER_FIELDS)
 
     @property
     def normalizes(self) -> bool:
@@ -175,11 +191,21 @@ class GPTConfig:
         norm: `layernorm`, or `rmsnorm` (arXiv 1910.07467), which has no mean and no bias.
         rope_theta: rotary position embeddings (arXiv 2104.09864) with this base: values i and i + D / 2 of a head turn by
             position * rope_theta^(-2i / D), such as 10000; null: learned positions.
+        rotary_dim: the first values of a head that turn, an even number; null: all of them.
+        rotary_scaling: a change of the rotary frequencies for texts longer than those of training, by class_path: `nlgmoe.Yarn`
+            or `nlgmoe.Llama3`; null: none.
+        attention: another attention than multi-head attention, by class_path: `nlgmoe.MLAConfig`, or your own
+            (docs/extending.md); its `reads_fields` lists those of `ATTENTION_FIELDS` that it reads.
+        attention_scale: multiple of the product of a query and a key in the softmax; null: 1 / sqrt(width of a head).
         num_kv_heads: number of key and value heads, each shared by `num_heads / num_kv_heads` query heads (arXiv 2305.13245);
             null: `num_heads`.
         head_dim: width of a head, in values; null: `hidden_size / num_heads`.
         qk_norm: RMSNorm of queries and keys: of each `head`, or of the whole `projection`; null: none.
         bias: biases in attention, feed-forward layers, experts and LayerNorms; the learned residual mix always has one.
+        qkv_bias: biases of queries, keys and values; null: as `bias`.
+        embedding_scale: multiple of the token embeddings that is read (Granite's `embedding_multiplier`).
+        residual_scale: multiple of each branch's output that is added to the residual stream.
+        logit_scale: multiple of the final norm's output from which logits are computed.
         tied_embeddings: the head and the token embedding share one matrix.
         moe: mixture-of-experts layers, or null for a dense model.
     """
@@ -198,42 +224,38 @@ class GPTConfig:
     ffn_network: Literal["gelu", "swiglu"] = "gelu"
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     rope_theta: float | None = None
+    rotary_dim: int | None = None
+    rotary_scaling: RotaryScaling | None = None
+    attention: AttentionConfig | None = None
+    attention_scale: float | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
     qk_norm: Literal["projection", "head"] | None = None
     bias: bool = True
+    qkv_bias: bool | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     tied_embeddings: bool = True
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
         require_valid(self)
         sizes = ("vocab_size", "seq_len", "num_layers", "hidden_size", "num_heads", "vocab_size_multiple")
-        for name in (*sizes, "num_kv_heads", "head_dim"):
+        for name in (*sizes, "num_kv_heads", "head_dim", "rotary_dim"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}={value} must be at least 1")
-        require(
-            self.head_dim is not None or self.hidden_size % self.num_heads == 0,
-            f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}",
-        )
-        require(
-            self.num_heads % self.kv_heads == 0,
-            f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
-        )
-        if self.rope_theta is not None:
-            require(self.rope_theta > 0, f"rope_theta={self.rope_theta} must be above 0, or null for learned positions")
-            require(
-                self.head_size % 2 == 0,
-                f"rope_theta={self.rope_theta} rotates pairs of values, but a head has "
-                f"{self.head_size}; set an even head_dim, or other num_heads",
-            )
+        self._check_attention()
         require(
             self.ffn_hidden_size is None or self.ffn_hidden_size >= 1,
             f"ffn_hidden_size={self.ffn_hidden_size} must be at least 1, or null for 4 * hidden_size",
         )
         for name in ("hidden_dropout", "attention_dropout"):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
-        for name in ("init_std", "layer_norm_eps"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+        scales = ("attention_scale", "embedding_scale", "residual_scale", "logit_scale")
+        for name in ("init_std", "layer_norm_eps", *scales):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name}={value} must be above 0")
         if self.moe is None:
             return
         moe_layers = self.num_layers // self.moe.expert_interval
@@ -249,6 +271,36 @@ class GPTConfig:
             f"{self.num_layers} with expert_interval={self.moe.expert_interval} makes {moe_layers} MoE positions",
         )
 
+    def _check_attention(self) -> None:
+        """Check the fields of attention and positions."""
+        require(
+            self.head_dim is not None or self.attention is not None or self.hidden_size % self.num_heads == 0,
+            f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}",
+        )
+        require(
+            self.num_heads % self.kv_heads == 0,
+            f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
+        )
+        if self.attention is not None:
+            _check_part(self.attention, self, ATTENTION_FIELDS)
+        if self.rope_theta is None:
+            for name in ("rotary_dim", "rotary_scaling"):
+                value = getattr(self, name)
+                require(
+                    value is None, f"{name}={value} has no effect without rope_theta; set rope_theta, or leave it out"
+                )
+            return
+        require(self.rope_theta > 0, f"rope_theta={self.rope_theta} must be above 0, or null for learned positions")
+        require(
+            self.rotary_dim is None or self.rotary_dim <= self.head_size,
+            f"rotary_dim={self.rotary_dim} is above the {self.head_size} values of a head; null turns all of them",
+        )
+        require(
+            self.rotary_size % 2 == 0,
+            f"rope_theta={self.rope_theta} rotates pairs of values, but {self.rotary_size} values of a head turn; set an even "
+            "head_dim, rotary_dim, or other num_heads",
+        )
+
     @property
     def head_size(self) -> int:
         """Width of an attention head."""
@@ -258,6 +310,11 @@ class GPTConfig:
     def kv_heads(self) -> int:
         """Number of key and value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def rotary_size(self) -> int:
+        """Number of values of a head that turn with the position."""
+        return (self.attention or AttentionConfig()).rotary_size(self)
 
     @property
     def ffn_size(self) -> int:
@@ -282,10 +339,11 @@ class GPTConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON and YAML, of which `from_dict` is the inverse. Parts that are null are left out."""
         values = asdict(self)
-        for name in PARTS if self.moe is not None else ():
-            del values["moe"][name]
-            if (part := getattr(self.moe, name)) is not None:
-                values["moe"][name] = part_to_dict(part)
+        for section, settings, parts in ((values, self, MODEL_PARTS), (values["moe"], self.moe, MOE_PARTS)):
+            for name in parts if settings is not None else ():
+                del section[name]
+                if (part := getattr(settings, name)) is not None:
+                    section[name] = part_to_dict(part)
         return values
 
     @staticmethod
@@ -296,9 +354,14 @@ class GPTConfig:
             ForeignCodeError: a part's class is in a module outside `nlgmoe` that is not imported.
         """
         moe = values.get("moe")
-        if moe is None:
-            return GPTConfig(**values)
-        if not isinstance(moe, dict):
-            raise SettingError(f"moe={moe!r} must hold settings by name, or be null for a dense model")
-        own = {name: part_from_dict(moe[name], base) for name, base in PARTS.items() if moe.get(name) is not None}
-        return GPTConfig(**{**values, "moe": MoEConfig(**{**moe, **own})})
+        if moe is not None:
+            if not isinstance(moe, dict):
+                raise SettingError(f"moe={moe!r} must hold settings by name, or be null for a dense model")
+            values = {**values, "moe": MoEConfig(**_with_parts(moe, MOE_PARTS))}
+        return GPTConfig(**_with_parts(values, MODEL_PARTS))
+
+
+def _with_parts(values: dict[str, Any], parts: dict[str, type]) -> dict[str, Any]:
+    """Return the values with the objects of `part_to_dict`'s values."""
+    made = {name: part_from_dict(values[name], base) for name, base in parts.items() if values.get(name) is not None}
+    return {**values, **made}

@@ -1,5 +1,7 @@
-"""Base classes of the parts of a MoE layer that users replace by classes of their own, named in the configuration.
+"""Base classes of the parts of a model that users replace by classes of their own, named in the configuration.
 
+    attention:
+      class_path: nlgmoe.MLAConfig
     moe:
       num_experts: 16
       router:
@@ -29,11 +31,12 @@ Stack = tuple[int, int, Literal["expand", "project"]]  # inputs, outputs, and ro
 
 
 @dataclass(frozen=True)
-class RouterConfig:
-    """Settings of a router; a subclass adds its fields.
+class _Part:
+    """Settings of a part that reads some fields of the configuration that names it.
 
     Attributes:
-        reads_fields: fields among `config.ROUTER_FIELDS` that the router reads; a configuration that sets another one is refused.
+        reads_fields: fields among `config.ROUTER_FIELDS` or `config.ATTENTION_FIELDS` that the part reads; a configuration that
+            sets another one is refused.
         ignored_in_evaluation: fields of the subclass that may differ between training and evaluation.
     """
 
@@ -41,10 +44,10 @@ class RouterConfig:
     ignored_in_evaluation: ClassVar[frozenset[str]] = frozenset()
 
     def check_reads_fields(self, known: frozenset[str]) -> None:
-        """Check the declaration `reads_fields`: a misspelt name would turn a loss off.
+        """Check the declaration `reads_fields`: a misspelt name would turn a setting off.
 
         Args:
-            known: all fields that routers may read.
+            known: all fields that such a part may read.
 
         Raises:
             ValueError: it is no set of such names, or a field of the dataclass.
@@ -58,15 +61,73 @@ class RouterConfig:
             )
         if unknown := sorted(self.reads_fields - known):
             raise SettingError(
-                f"{name}.reads_fields names {', '.join(unknown)}; a router may read {', '.join(sorted(known))}"
+                f"{name}.reads_fields names {', '.join(unknown)}; it may read {', '.join(sorted(known))}"
             )
 
-    def check(self, moe: Any) -> None:
-        """Check that the router fits its `MoEConfig`, such as `top_k`.
+    def check(self, config: Any) -> None:
+        """Check that the part fits the configuration that names it: a router its `MoEConfig`, an attention its `GPTConfig`.
 
         Raises:
             ValueError: it does not; the message begins with `setting=value`.
         """
+
+
+@dataclass(frozen=True)
+class AttentionConfig(_Part):
+    """Settings of an attention layer; a subclass adds its fields. Only `build` must be overridden."""
+
+    def rotary_size(self, config: Any) -> int:
+        """Return how many values of a query and of a key turn with `rope_theta`, an even number."""
+        size: int = config.head_size if config.rotary_dim is None else config.rotary_dim
+        return size
+
+    def score_widths(self, config: Any) -> tuple[int, int]:
+        """Return the widths of a head's query and of its value, from which the FLOPs of scores and weighted sums are counted."""
+        return config.head_size, config.head_size
+
+    def saved_bytes(self, config: Any, itemsize: int) -> int | None:
+        """Return the bytes that the layer saves for the backward pass for each token, its input included.
+
+        Args:
+            config: the model's `GPTConfig`.
+            itemsize: bytes of an activation.
+
+        Returns:
+            None if that is not known: `nlgmoe inspect` then refuses the model.
+        """
+        return None
+
+    def build(self, config: Any, block: int) -> Any:
+        """Make the attention layer of one block.
+
+        Args:
+            config: the model's `GPTConfig`.
+            block: block number, counted from 0; the layer's key for `context.cache.extend`.
+
+        Returns:
+            An `nn.Module` whose `forward(x, context)` maps `[B, T, H] -> [B, T, H]`; `context` is a
+            `layers.attention.AttentionContext`.
+        """
+        raise SettingError(f"{type(self).__name__} has no build(config, block)")
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    """A change of the frequencies of rotary positions for texts longer than those of training; a subclass adds its fields."""
+
+    def scale(self, frequencies: Tensor, theta: float) -> Tensor:
+        """Return the changed frequencies.
+
+        Args:
+            frequencies: `[R / 2]` fp32, `theta^(-2i / R)`, radians per position.
+            theta: `rope_theta`.
+        """
+        raise SettingError(f"{type(self).__name__} has no scale(frequencies, theta)")
+
+
+@dataclass(frozen=True)
+class RouterConfig(_Part):
+    """Settings of a router; a subclass adds its fields."""
 
     def build(self, config: Any, block: int) -> Any:
         """Make the router of one block.
@@ -123,24 +184,44 @@ class ExpertConfig:
         raise SettingError(f"{type(self).__name__} has no forward(x, linear)")
 
 
-PARTS = {"router": RouterConfig, "expert": ExpertConfig}  # fields of `MoEConfig` that name a class
+Part = AttentionConfig | RotaryScaling | RouterConfig | ExpertConfig
+MODEL_PARTS: dict[str, type] = {"attention": AttentionConfig, "rotary_scaling": RotaryScaling}  # fields of `GPTConfig`
+MOE_PARTS: dict[str, type] = {"router": RouterConfig, "expert": ExpertConfig}  # fields of `MoEConfig`
+PARTS = (*MODEL_PARTS, *(f"moe.{name}" for name in MOE_PARTS))  # fields that name a class
 
 
-def require_paper_parts(moe: Any, what: str, parts: Iterable[str] = tuple(PARTS)) -> None:
+def require_paper_parts(config: Any, what: str, parts: Iterable[str] = PARTS) -> None:
     """Check that parts of a model are the paper's.
 
     Args:
-        moe: its `MoEConfig`; None: a dense model.
+        config: its `GPTConfig`.
         what: subject and verb of the message, such as `the cost model supports`.
-        parts: names of the parts to check.
+        parts: names of the parts to check, of `PARTS`.
 
     Raises:
         ValueError: one is not; the message names it.
     """
-    for name in parts if moe is not None else ():
-        part = getattr(moe, name)
+    for path in parts:
+        section, _, name = path.rpartition(".")
+        part = getattr(config.moe if section else config, name, None)
         if part is not None:
-            raise SettingError(f"{what} only the paper's {name}, not {type(part).__name__} (model.config.moe.{name})")
+            raise SettingError(f"{what} only the paper's {name}, not {type(part).__name__} (model.config.{path})")
+
+
+def named_parts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts in the values of `GPTConfig.to_dict` that are not the paper's, by the names of `PARTS`."""
+    moe = values.get("moe") or {}
+    sections = {path: moe if path.startswith("moe.") else values for path in PARTS}
+    found = {path: section.get(path.removeprefix("moe.")) for path, section in sections.items()}
+    return {path: part for path, part in found.items() if part is not None}
+
+
+def without_parts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of `GPTConfig.to_dict` without parts."""
+    rest = {name: value for name, value in values.items() if name not in MODEL_PARTS}
+    if rest.get("moe"):
+        rest["moe"] = {name: value for name, value in rest["moe"].items() if name not in MOE_PARTS}
+    return rest
 
 
 class ForeignCodeError(SettingError):
@@ -158,7 +239,7 @@ class ForeignCodeError(SettingError):
         )
 
 
-def part_to_dict(part: RouterConfig | ExpertConfig) -> dict[str, Any]:
+def part_to_dict(part: Part) -> dict[str, Any]:
     """Return `class_path` and `init_args`, as in YAML."""
     return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": asdict(part)}
 

@@ -146,7 +146,7 @@ def test_what_a_router_returns_is_checked(change: Any, message: str, monkeypatch
     [
         (
             {"reads_fields": frozenset({"los_coeff"})},
-            "Wrong.reads_fields names los_coeff; a router may read aux_scope,",
+            "Wrong.reads_fields names los_coeff; it may read aux_scope,",
         ),
         ({"reads_fields": {"loss_coeff"}}, "Wrong.reads_fields must be a frozenset, without an annotation"),
         ({"uses": frozenset({"loss_coeff"})}, "Wrong.uses has no effect; name it reads_fields"),

@@ -29,7 +29,7 @@ from nlgmoe.data.model_files import TOKENIZER
 from nlgmoe.differences import list_differences
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import freeze
-from nlgmoe.parts import PARTS, ForeignCodeError
+from nlgmoe.parts import ForeignCodeError, named_parts, without_parts
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.ranks import raise_on_all_ranks
 
@@ -137,12 +137,10 @@ def _count_values(contents: Contents) -> str:
 
 def _describe_model(values: dict[str, Any]) -> list[str]:
     """Describe the experts, and name parts that are not the paper's; those from outside nlgmoe are not imported."""
-    moe = values.get("moe") or {}
-    parts = {f"moe.{name}": str(part["class_path"]) for name in PARTS if (part := moe.get(name))}
+    parts = {name: str(part["class_path"]) for name, part in named_parts(values).items()}
     unknown = ": its entries are not compared with the model"
-    without_parts = {key: value for key, value in moe.items() if key not in PARTS} or None
     blocks: dict[int, list[str]] = {}
-    for block, count in enumerate(experts_per_layer(GPTConfig.from_dict(values | {"moe": without_parts}))):
+    for block, count in enumerate(experts_per_layer(GPTConfig.from_dict(without_parts(values)))):
         if count:
             blocks.setdefault(count, []).append(str(block))
     experts = "; ".join(f"{count} in block {', '.join(numbers)}" for count, numbers in blocks.items())

@@ -22,10 +22,11 @@ from typing_extensions import is_protocol
 
 from nlgmoe.cli.errors import did_you_mean, one_line
 from nlgmoe.cli.yaml_places import Setting
-from nlgmoe.parts import ExpertConfig, RouterConfig
+from nlgmoe.parts import AttentionConfig, ExpertConfig, RotaryScaling, RouterConfig
 from nlgmoe.validation import SettingError
 
-NAMED_BY_CLASS = (RouterConfig, ExpertConfig)  # dataclasses whose subclasses a configuration names by `class_path`
+# dataclasses whose subclasses a configuration names by `class_path`
+NAMED_BY_CLASS = (AttentionConfig, RotaryScaling, RouterConfig, ExpertConfig)
 
 SCALARS = {bool, int, float, str, type(None)}
 

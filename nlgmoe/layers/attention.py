@@ -1,4 +1,4 @@
-"""Causal self-attention, with a key-value cache for generation.
+"""Causal self-attention, with a key-value cache for generation; `mla.py` has another one, `rotary.py` the positions.
 
 Letters in shape comments: B sequences, T new positions, S positions in all (cached + new), H hidden size, N query heads, K key
 heads, D width of a head.
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nlgmoe.config import GPTConfig
-from nlgmoe.device import to_device
+from nlgmoe.config import ATTENTION_FIELDS, GPTConfig
+from nlgmoe.layers.rotary import rotate, rotations
+from nlgmoe.parts import AttentionConfig
 from nlgmoe.validation import RunError, SettingError
 
 
@@ -42,11 +43,13 @@ class KVCache:
         self._start, self.length, self.mask = self.length, self.length + new, mask
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store `k`, `v` `[B, K, T, D]` of `layer`. Returns the keys and values of all positions, `[B, K, S, D]`."""
-        batch, heads, _, width = k.shape
+        """Store `k`, `v` `[B, K, T, D]` of `layer`. Returns the keys and values of all positions, `[B, K, S, D]`.
+
+        K and D may differ between the two: an attention may store other tensors than keys and values.
+        """
         if layer not in self._layers:
-            shape = (batch, heads, self.max_len, width)
-            self._layers[layer] = k.new_empty(shape), v.new_empty(shape)
+            shapes = ((*part.shape[:2], self.max_len, part.shape[3]) for part in (k, v))
+            self._layers[layer] = k.new_empty(next(shapes)), v.new_empty(next(shapes))
         keys, values = self._layers[layer]
         keys[:, :, self._start : self.length] = k
         values[:, :, self._start : self.length] = v
@@ -103,8 +106,51 @@ class AttentionContext:
         if cache is not None:
             cache.reserve(new, history)
         visible = visible_keys(history, new, cached, tokens.device, documents)
-        turn = None if config.rope_theta is None else rotations(positions, config.head_size, config.rope_theta)
+        theta, turn = config.rope_theta, None
+        if theta is not None:
+            turn = rotations(positions, config.rotary_size, theta, config.rotary_scaling)
         return AttentionContext(positions, visible, cache, turn)
+
+
+@dataclass(frozen=True)
+class MultiHead(AttentionConfig):
+    """The attention of a configuration that names none."""
+
+    reads_fields = ATTENTION_FIELDS
+
+    def saved_bytes(self, config: GPTConfig, itemsize: int) -> int:
+        """See `AttentionConfig`."""
+        heads, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
+        size = (config.hidden_size + heads + 2 * keys + heads) * itemsize  # input; q, k, v; output
+        if config.rope_theta is not None or config.qk_norm is not None:
+            size += (
+                heads + keys
+            ) * itemsize  # other queries and keys; those before stay, because v is a view of one tensor
+        if config.qk_norm is not None:
+            size += 4 * (2 if config.qk_norm == "projection" else config.num_heads + config.kv_heads)  # 1/rms
+        return size + 4 * config.num_heads  # logsumexp
+
+    def build(self, config: GPTConfig, block: int) -> CausalSelfAttention:
+        """See `AttentionConfig`."""
+        return CausalSelfAttention(config, block)
+
+
+def attention_config(config: GPTConfig) -> AttentionConfig:
+    """Return the settings of a model's attention: those that it names, or multi-head attention."""
+    return config.attention or MultiHead()
+
+
+def build_attention(config: GPTConfig, block: int) -> nn.Module:
+    """Build the attention of a block.
+
+    Raises:
+        ValueError: a user's `build` returns no module.
+    """
+    settings = attention_config(config)
+    module = settings.build(config, block)
+    if not isinstance(module, nn.Module):
+        raise SettingError(f"{type(settings).__name__}.build returned a {type(module).__name__}; return an nn.Module")
+    return module
 
 
 class CausalSelfAttention(nn.Module):
@@ -112,7 +158,7 @@ class CausalSelfAttention(nn.Module):
 
         q, k, v = x W_qkv                           N query heads and K key heads, each of them for N / K query heads
         q, k    = rotate(norm(q)), rotate(norm(k))  with `qk_norm` and `rope_theta`
-        y       = softmax(q k^T / sqrt(D)) v W_project
+        y       = softmax(q k^T * scale) v W_project    `attention_scale`, or 1 / sqrt(D)
 
     Args:
         config: configuration of the model.
@@ -123,10 +169,11 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         heads, key_heads, size = config.num_heads, config.kv_heads, config.head_size
         self.head_size, self.shares_keys = size, key_heads != heads
-        self.dropout = config.attention_dropout
+        self.dropout, self.scale = config.attention_dropout, config.attention_scale
         self.block = block
         self.widths = [heads * size, key_heads * size, key_heads * size]
-        self.qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=config.bias)
+        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        self.qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=qkv_bias)
         self.project = nn.Linear(heads * size, config.hidden_size, bias=config.bias)
         self.norms_heads = config.qk_norm == "head"
         if config.qk_norm is not None:
@@ -159,24 +206,10 @@ class CausalSelfAttention(nn.Module):
             attn_mask=context.visible,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal,
+            scale=self.scale,
             enable_gqa=self.shares_keys and context.visible is None,
         )
         return self.project(y.transpose(1, 2).flatten(2))
-
-
-def rotations(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines of the angles `position * theta^(-2 i / D)`, each `[1 or B, 1, T, D]` in fp32."""
-    # [D / 2], on the CPU: a difference in the last bit of a frequency rotates position 4,096 by 2e-4.
-    frequencies = 1.0 / (theta ** (torch.arange(0, head_size, 2, dtype=torch.float32, device="cpu") / head_size))
-    angles = positions[:, None, :, None].float() * to_device(frequencies, positions.device)  # [1 or B, 1, T, D / 2]
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs of values (i, i + D / 2) of each head, `[B, N, T, D]`."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
 
 
 def build_norm(config: GPTConfig) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a configuration, by formula; only a user's own router is built.
+"""Parameters and FLOPs of a configuration, by formula; only other routers and attentions are built.
 
 Active parameters are those that one token uses: `top_k` experts of each MoE layer instead of all.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.layers.attention import attention_config, build_attention
 from nlgmoe.layers.feed_forward import NETWORKS, expert_network
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.router import build_router
@@ -60,7 +61,7 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
     norm = width * (2 if config.norm == "layernorm" and config.bias else 1)
     return ParameterCount(
         embedding=(tables + positions) * width,
-        attention=layers * (_parameters(attention_stacks(config), config.bias) + _qk_norm_parameters(config)),
+        attention=_attention_parameters(config)[0],
         norms=(2 * layers + 1) * norm,
         dense_ffn=dense + shared,
         router=_router_parameters(config) + len(experts) * coefficient,
@@ -81,16 +82,19 @@ def expert_stacks(config: GPTConfig) -> list[Stack]:
     return list(expert_network(config).stacks(config.hidden_size, config.expert_ffn_size).values())
 
 
-def attention_stacks(config: GPTConfig) -> list[Stack]:
-    """Return the two matrices of an attention layer: queries, keys and values; and the output projection."""
-    heads = config.num_heads * config.head_size
-    keys = config.kv_heads * config.head_size
-    return [(config.hidden_size, heads + 2 * keys, "expand"), (heads, config.hidden_size, "project")]
-
-
-def _qk_norm_parameters(config: GPTConfig) -> int:
-    size = {"head": 2, "projection": config.num_heads + config.kv_heads, None: 0}[config.qk_norm]
-    return size * config.head_size
+def _attention_parameters(config: GPTConfig) -> tuple[int, int]:
+    """Count the parameters of all attention layers, and of these the weights of matrices; other attentions are built, on meta."""
+    if config.attention is not None:
+        with torch.device("meta"):
+            layers = [build_attention(config, block) for block in range(config.num_layers)]
+        sizes = [(parameter.numel(), parameter.dim()) for layer in layers for parameter in layer.parameters()]
+        return sum(size for size, _ in sizes), sum(size for size, dim in sizes if dim == 2)
+    heads, keys, width = config.num_heads * config.head_size, config.kv_heads * config.head_size, config.hidden_size
+    matrices = width * (heads + 2 * keys) + heads * width
+    qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+    vectors = qkv_bias * (heads + 2 * keys) + config.bias * width
+    vectors += {"head": 2, "projection": config.num_heads + config.kv_heads, None: 0}[config.qk_norm] * config.head_size
+    return config.num_layers * (matrices + vectors), config.num_layers * matrices
 
 
 def network_stacks(config: GPTConfig, ffn_size: int) -> list[Stack]:
@@ -140,8 +144,8 @@ def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
     width, layers = config.hidden_size, config.num_layers
     length = config.seq_len if seq_len is None else seq_len
     experts = list(moe_blocks(config).values())
-    scores = 2 * config.num_heads * config.head_size * length  # and the weighted sum, causal half
-    forward = layers * (matmul_flops(attention_stacks(config)) + scores)
+    scores = config.num_heads * sum(attention_config(config).score_widths(config)) * length  # with sums, causal half
+    forward = 2 * _attention_parameters(config)[1] + layers * scores
     forward += (layers - len(experts)) * matmul_flops(network_stacks(config, config.ffn_size))
     if config.moe is not None:
         residual = config.moe.mlp_type == "residual"

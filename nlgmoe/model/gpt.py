@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.attention import AttentionContext, CausalSelfAttention, KVCache, build_norm
+from nlgmoe.layers.attention import AttentionContext, KVCache, build_attention, build_norm
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement
@@ -30,7 +30,7 @@ class GPTOutput:
     """The output for a batch.
 
     Attributes:
-        hidden: `[B, T, H]`, after the final norm; the input of `GPT.logits` and of the losses.
+        hidden: `[B, T, H]`, after the final norm, times `logit_scale`; the input of `GPT.logits` and of the losses.
         routings: one `Routing` per MoE block, from the first to the last.
     """
 
@@ -43,16 +43,19 @@ class Block(nn.Module):
 
     x ── norm ── attention ── dropout ──(+)── norm ── FFN or MoE ── dropout ──(+)── x
     └──────────────────────────────────┘ └───────────────────────────────────┘
+
+    The output of each branch is multiplied by `residual_scale`.
     """
 
     def __init__(self, config: GPTConfig, block: int, placement: ExpertPlacement | None = None) -> None:
         super().__init__()
         self.attention_norm = build_norm(config)
-        self.attention = CausalSelfAttention(config, block)
+        self.attention = build_attention(config, block)
         self.ffn_norm = build_norm(config)
         self.moe = MoELayer(config, block, placement) if experts_at(config, block) else None
         self.ffn = None if self.moe is not None else FeedForward(config, config.ffn_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.scale = config.residual_scale
 
     def forward(self, x: Tensor, attention: AttentionContext, routing: RoutingContext) -> tuple[Tensor, Routing | None]:
         """Apply the block, `[B, T, H] -> [B, T, H]`. Returns the routing too if the block is MoE."""
@@ -60,16 +63,21 @@ class Block(nn.Module):
         if self.moe is None:
             return self.feed_forward(x), None
         h, chosen = self.moe(self.ffn_norm(x), routing)
-        return x + self.dropout(h), chosen
+        return self._add(x, h), chosen
 
     def attend(self, x: Tensor, context: AttentionContext) -> Tensor:
         """Apply the first half of the block."""
-        return x + self.dropout(self.attention(self.attention_norm(x), context))
+        return self._add(x, self.attention(self.attention_norm(x), context))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Apply the second half of a block without experts."""
         assert self.ffn is not None
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        return self._add(x, self.ffn(self.ffn_norm(x)))
+
+    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Add the output of a branch to the residual stream."""
+        branch = self.dropout(branch)
+        return x + (branch if self.scale == 1 else branch * self.scale)
 
 
 class GPT(nn.Module):
@@ -137,6 +145,8 @@ class GPT(nn.Module):
         ids = tokens if embedded is None else None
         context, routings = RoutingContext(ids, token_mask, noise_key, attention.positions), []
         x = self.token_embedding(tokens) if embedded is None else embedded
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
         if self.position_embedding is not None:
             x = x + self.position_embedding(attention.positions)
         x = self.dropout(x)  # [B, T, H]
@@ -147,7 +157,8 @@ class GPT(nn.Module):
                 x, routing = block(x, attention, context)
             if routing is not None:
                 routings.append(routing)
-        return GPTOutput(self.final_norm(x), routings)
+        x = self.final_norm(x)
+        return GPTOutput(x if self.config.logit_scale == 1 else x * self.config.logit_scale, routings)
 
     @property
     def unembedding(self) -> Tensor:

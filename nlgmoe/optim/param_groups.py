@@ -18,7 +18,7 @@ Component = Literal["router", "experts", "attention", "ffn", "norms", "embedding
 _COMPONENTS: dict[Component, str] = {
     "router": r"\.moe\.router\.",
     "experts": r"\.moe\.experts\.",
-    "attention": r"\.attention\.(qkv|project)\.",
+    "attention": r"\.attention\.(?!\w*norm\.)",
     "ffn": r"\.ffn\.|\.moe\.(mlp|coefficient)\.",
     "norms": r"norm\.",
     "embeddings": r"embedding\.|^head\.",

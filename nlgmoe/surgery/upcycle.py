@@ -91,7 +91,7 @@ def upcycle(
             f"{name}={size} is not the width of the dense model's layers, which are copied; leave it null",
         )
     config = replace(dense_config, moe=moe)
-    require_paper_parts(config.moe, "upcycling supports")
+    require_paper_parts(config, "upcycling supports", ("moe.router", "moe.expert"))
     require(moe.gate_scale == 1, f"gate_scale={moe.gate_scale} would scale the dense model's layers; leave it out")
     require(
         moe.normalizes == (moe.top_k > 1),

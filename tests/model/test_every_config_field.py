@@ -18,8 +18,11 @@ from nlgmoe import config as config_module
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers import balance
 from nlgmoe.layers.balance import router_losses
+from nlgmoe.layers.mla import MLAConfig
+from nlgmoe.layers.rotary import Llama3, Yarn
 from nlgmoe.loss import training_loss
 from nlgmoe.model.gpt import GPT
+from nlgmoe.parts import part_to_dict
 from nlgmoe.seeding import derive_seed
 
 MOE = MoEConfig(4, min_capacity=0)
@@ -45,7 +48,15 @@ GPT_CASES: dict[str, tuple[dict[str, Any], Any, set[str]]] = {
     "num_kv_heads": ({}, 1, EVERYWHERE),
     "head_dim": ({}, 4, EVERYWHERE),
     "qk_norm": ({}, "head", EVERYWHERE),
+    "rotary_dim": ({"rope_theta": 100.0}, 4, {"training", "evaluation"}),
+    "rotary_scaling": ({"rope_theta": 100.0}, Llama3(4.0, 4), {"training", "evaluation"}),
+    "attention": ({"rope_theta": 100.0}, MLAConfig(8, 4, 4, 8), EVERYWHERE),
+    "attention_scale": ({}, 2.0, {"training", "evaluation"}),
     "bias": ({}, False, EVERYWHERE),
+    "qkv_bias": ({}, False, EVERYWHERE),
+    "embedding_scale": ({}, 2.0, {"training", "evaluation"}),
+    "residual_scale": ({}, 2.0, {"training", "evaluation"}),
+    "logit_scale": ({}, 2.0, {"training", "evaluation"}),
     "tied_embeddings": ({}, False, {"shapes", "evaluation"}),
     "moe": ({}, None, EVERYWHERE),
 }
@@ -154,6 +165,8 @@ def loss_of(config: GPTConfig) -> Tensor:
 
 
 MODES, COEFFS = ("train", "eval"), ("loss", "z_loss")
+MLA = part_to_dict(MLAConfig(8, 4, 4, 8))
+YARN = part_to_dict(Yarn(4.0, 4))
 HASH = {"class_path": "hash_router.HashRouterConfig"}
 WRONG: list[tuple[dict[str, Any], str]] = [
     *(({name: 0}, f"{name}=0 must be at least 1") for name in ("vocab_size", "seq_len", "num_layers", "hidden_size")),
@@ -168,7 +181,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"num_heads": 3}, "hidden_size=16 is not a multiple of num_heads=3"),
     ({"num_kv_heads": 3}, "num_heads=2 is not a multiple of num_kv_heads=3"),
     ({"rope_theta": 0.0}, "rope_theta=0.0 must be above 0, or null for learned positions"),
-    ({"rope_theta": 1e4, "head_dim": 3}, "rope_theta=10000.0 rotates pairs of values, but a head has 3"),
+    ({"rope_theta": 1e4, "head_dim": 3}, "rope_theta=10000.0 rotates pairs of values, but 3 values"),
+    ({"rope_theta": 1e4, "rotary_dim": 10}, "rotary_dim=10 is above the 8 values of a head"),
+    ({"rope_theta": 1e4, "rotary_dim": 3}, "rope_theta=10000.0 rotates pairs of values, but 3 values of a head turn"),
+    ({"rotary_dim": 4}, "rotary_dim=4 has no effect without rope_theta"),
+    ({"rotary_scaling": YARN}, "rotary_scaling=Yarn.* has no effect without rope_theta"),
+    ({"logit_scale": 0.0}, "logit_scale=0.0 must be above 0"),
+    ({"attention": MLA}, "rope_theta=None does not fit MLAConfig"),
+    ({"attention": MLA, "rope_theta": 1e4, "head_dim": 4}, "head_dim=4 has no effect with MLAConfig; leave it out"),
     ({"init_std": float("inf")}, "init_std=inf must be finite"),
     ({"moe": {"expert_interval": 3}}, "expert_interval=3 leaves no MoE layer among num_layers=2"),
     (
@@ -216,5 +236,7 @@ def test_every_check_of_the_configuration_has_a_wrong_value_above() -> None:
 
 
 def test_a_config_survives_its_dictionary() -> None:
-    for config in (BASE, replace(BASE, moe=None), replace(BASE, num_layers=4, moe=MoEConfig([2, 4], noise="jitter"))):
+    latent = replace(BASE, rope_theta=1e4, attention=MLAConfig(8, 4, 4, 8), rotary_scaling=Yarn(2.0, 16))
+    jitter = replace(BASE, num_layers=4, moe=MoEConfig([2, 4], noise="jitter"))
+    for config in (BASE, replace(BASE, moe=None), jitter, latent):
         assert GPTConfig.from_dict(config.to_dict()) == config

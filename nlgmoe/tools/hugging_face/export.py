@@ -97,7 +97,7 @@ def export(
     config = GPTConfig.from_dict(document["model_config"])
     family, reason = family_of(config)
     if family is None:
-        require_paper_parts(config.moe, "a folder for transformers holds")
+        require_paper_parts(config, "a folder for transformers holds")
     tokenizer = choose_tokenizer(path, tokenizer, config)
     meta, read = _weights(path, config, family, PRECISIONS.get(precision or ""))
     files = {} if tokenizer is None else tokenizer.files

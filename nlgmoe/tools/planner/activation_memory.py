@@ -14,9 +14,11 @@ from itertools import accumulate
 from operator import add
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.layers.attention import attention_config
 from nlgmoe.layers.experts import BIAS_WIDTH
 from nlgmoe.pyramid import experts_at, experts_per_layer
 from nlgmoe.tools.planner.topology import BytesPer, Topology
+from nlgmoe.validation import SettingError
 
 
 def saved_by_block(config: GPTConfig, block: int, tokens: int, seq_len: int, size: BytesPer) -> int:
@@ -27,18 +29,16 @@ def saved_by_block(config: GPTConfig, block: int, tokens: int, seq_len: int, siz
     ]  # saved values: before and after the GELU; two products, SiLU, product
     # Input of each norm; mean and 1/std of a row, or 1/rms in fp32.
     norms = 2 * (width * r + (2 * r if config.norm == "layernorm" else 4))
-    heads, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
-    attention = (
-        width + heads + 2 * keys + heads
-    ) * c + 4 * config.num_heads  # normed input; q, k, v; output; logsumexp
-    if config.rope_theta is not None or config.qk_norm is not None:
-        attention += (heads + keys) * c  # other queries and keys; those before stay, because v is a view of one tensor
-    if config.qk_norm is not None:
-        attention += 4 * (2 if config.qk_norm == "projection" else config.num_heads + config.kv_heads)  # 1/rms
+    attention = attention_config(config).saved_bytes(config, c)
+    if attention is None:
+        name = type(config.attention).__name__
+        raise SettingError(
+            f"the cost model does not know the memory of {name} (model.config.attention): it has no saved_bytes"
+        )
     dropout = 2 * width if config.hidden_dropout else 0
     per_token = norms + attention + dropout
     # Cosines and sines in half precision, of queries and of keys, for the positions of one sequence.
-    turns = 4 * config.head_size * c * seq_len if config.rope_theta is not None and c == 2 else 0
+    turns = 4 * config.rotary_size * c * seq_len if config.rope_theta is not None and c == 2 else 0
     experts = experts_at(config, block)
     if not experts:
         return tokens * (per_token + width * c + inner * config.ffn_size * c) + turns

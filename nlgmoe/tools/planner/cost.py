@@ -163,7 +163,7 @@ def memory_options(config: GPTConfig, topology: Topology) -> list[dict[str, Any]
 
 def _parameter_groups(config: GPTConfig, topology: Topology) -> list[_ParameterGroup]:
     """Return the dense parameters, then the experts of every MoE layer."""
-    require_paper_parts(config.moe, "the cost model supports", ["expert"])
+    require_paper_parts(config, "the cost model supports", ["moe.expert"])
     count = count_parameters(config)
     groups = [_ParameterGroup(count.total - count.experts, topology.gpus)]
     for experts, degree in zip(experts_per_layer(config), topology.degrees(config), strict=True):

@@ -19,7 +19,7 @@ from scipy.interpolate import make_interp_spline
 from nlgmoe.config import GPTConfig
 from nlgmoe.eval.specialisation import FILE as SPECIALISATION
 from nlgmoe.eval.specialisation import Specialisation
-from nlgmoe.parts import PARTS, ForeignCodeError
+from nlgmoe.parts import ForeignCodeError, without_parts
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.run.folder import flattened, starts_of
 from nlgmoe.validation import RunError, SettingError
@@ -61,8 +61,7 @@ class Run:
             try:
                 return GPTConfig.from_dict(values)
             except ForeignCodeError:
-                own = {name: value for name, value in values["moe"].items() if name not in PARTS}
-                return GPTConfig.from_dict(values | {"moe": own})
+                return GPTConfig.from_dict(without_parts(values))
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 

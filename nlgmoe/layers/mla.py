@@ -1,0 +1,143 @@
+"""Multi-head latent attention: keys and values of all heads are made of one narrow vector a token, which alone is cached.
+
+    c, r    = x W_down                       [C], [R]   latent, and the rotary part of the key, which all heads share
+    k_n, v_n = norm(c) W_up                  [P], [V]   of head n
+    q_n, s_n = norm(x W_query_down) W_query_up          [P], [R]   or x W_query, without `q_lora_rank`
+    score_n = (q_n k_n + rotate(s_n) rotate(r)) * scale            `attention_scale`, or 1 / sqrt(P + R)
+    y       = concat_n(softmax(score_n) v_n) W_project
+
+DeepSeek-V2 (arXiv 2405.04434, section 2.1); tests/equivalence compares with `transformers`. Generation expands the cached latents
+of all positions at each step, as `transformers` does.
+
+Letters: B sequences, T new positions, S positions in all (cached + new), H hidden size, N heads, C width of the latent; P, R and
+V widths of the plain and rotary parts of a key and of a value; D the largest of P + R and V.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nlgmoe.config import GPTConfig
+from nlgmoe.layers.attention import AttentionContext
+from nlgmoe.layers.feed_forward import cast_by_autocast
+from nlgmoe.layers.rotary import rotate
+from nlgmoe.parts import AttentionConfig
+from nlgmoe.validation import require, require_valid
+
+
+@dataclass(frozen=True)
+class MLAConfig(AttentionConfig):
+    """Settings of multi-head latent attention, with the names of DeepSeek's configurations.
+
+    Attributes:
+        kv_lora_rank: width of the latent of keys and values, in values per token.
+        qk_nope_head_dim: width of the part of a head's queries and keys that does not turn, in values.
+        qk_rope_head_dim: width of the part that turns, in values; an even number.
+        v_head_dim: width of a head's value vectors.
+        q_lora_rank: width of the latent of queries; null: queries are one product.
+        norm_eps: added to the mean square in the norms of the latents, whatever `layer_norm_eps` is.
+    """
+
+    reads_fields = frozenset({"attention_scale", "attention_dropout"})
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        require_valid(self)
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name}={value} must be at least 1")
+        require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be above 0")
+
+    def check(self, config: GPTConfig) -> None:
+        """See `AttentionConfig`."""
+        require(config.rope_theta is not None, "rope_theta=None does not fit MLAConfig; set it, such as 10000.0")
+
+    def rotary_size(self, config: GPTConfig) -> int:
+        """See `AttentionConfig`."""
+        return self.qk_rope_head_dim
+
+    def score_widths(self, config: GPTConfig) -> tuple[int, int]:
+        """See `AttentionConfig`; without the zeros that make the widths equal."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim
+
+    def build(self, config: GPTConfig, block: int) -> nn.Module:
+        """See `AttentionConfig`."""
+        return LatentAttention(self, config, block)
+
+
+class LatentAttention(nn.Module):
+    """The layer.
+
+    Args:
+        settings: widths of the parts.
+        config: configuration of the model.
+        block: block number.
+    """
+
+    def __init__(self, settings: MLAConfig, config: GPTConfig, block: int) -> None:
+        super().__init__()
+        hidden, heads, eps, bias = config.hidden_size, config.num_heads, settings.norm_eps, config.bias
+        self.plain, self.rotary = settings.qk_nope_head_dim, settings.qk_rope_head_dim
+        self.rank, self.values = settings.kv_lora_rank, settings.v_head_dim
+        self.heads, self.block = heads, block
+        self.scale = config.attention_scale or (self.plain + self.rotary) ** -0.5
+        self.dropout = config.attention_dropout
+        if settings.q_lora_rank is None:
+            self.query: nn.Module = nn.Linear(hidden, heads * (self.plain + self.rotary), bias=False)
+        else:
+            self.query_down = nn.Linear(hidden, settings.q_lora_rank, bias=bias)
+            self.query_norm = nn.RMSNorm(settings.q_lora_rank, eps=eps)
+            self.query = nn.Linear(settings.q_lora_rank, heads * (self.plain + self.rotary), bias=False)
+        self.has_query_latent = settings.q_lora_rank is not None
+        self.key_value_down = nn.Linear(hidden, self.rank + self.rotary, bias=bias)
+        self.key_value_norm = nn.RMSNorm(self.rank, eps=eps)
+        self.key_value = nn.Linear(self.rank, heads * (self.plain + self.values), bias=False)
+        self.project = nn.Linear(heads * self.values, hidden, bias=bias)
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Attend, `[B, T, H] -> [B, T, H]`."""
+        assert context.rotation is not None
+        x = cast_by_autocast(x)  # two products read it
+        cos, sin = context.rotation  # [1 or B, 1, T, R]
+        q = self.query(self.query_norm(self.query_down(x)) if self.has_query_latent else x)
+        q_plain, q_rotary = q.unflatten(-1, (self.heads, -1)).split(
+            [self.plain, self.rotary], dim=-1
+        )  # [B, T, N, P or R]
+        latent, k_rotary = self.key_value_down(x).split([self.rank, self.rotary], dim=-1)  # [B, T, C], [B, T, R]
+        latent, k_rotary = (
+            self.key_value_norm(latent)[:, None],
+            rotate(k_rotary[:, None], cos, sin),
+        )  # [B, 1, T, C or R]
+        if context.cache is not None:
+            latent, k_rotary = context.cache.extend(self.block, latent, k_rotary)  # [B, 1, S, C or R]
+        k_plain, v = (
+            self.key_value(latent[:, 0]).unflatten(-1, (self.heads, -1)).split([self.plain, self.values], dim=-1)
+        )
+        k_rotary = k_rotary.transpose(1, 2).expand(-1, -1, self.heads, -1)  # [B, S, N, R]
+
+        # Parts are joined as [B, T, N, D], the layout of products: the fused kernel needs no other copy of them.
+        q = torch.cat([q_plain, rotate(q_rotary, cos.transpose(1, 2), sin.transpose(1, 2))], dim=-1)
+        k = torch.cat([k_plain, k_rotary], dim=-1)
+        width = max(self.plain + self.rotary, self.values)  # fused kernels need queries, keys and values of one width
+        q, k, v = (F.pad(part, (0, width - part.shape[-1])).transpose(1, 2) for part in (q, k, v))  # [B, N, T or S, D]
+        causal = True if context.visible is None and x.shape[1] > 1 else False  # noqa: SIM210 (as in attention.py)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=context.visible,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+            scale=self.scale,
+        )
+        return self.project(y.transpose(1, 2)[..., : self.values].flatten(2))
