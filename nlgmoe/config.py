@@ -24,14 +24,14 @@ from nlgmoe.validation import SettingError, require, require_valid
 ROUTER_FIELDS = frozenset(
     {
         *("train_capacity_factor", "eval_capacity_factor", "min_capacity", "token_dropping", "eval_token_dropping"),
-        *("random_token_selection", "noise", "second_expert", "normalize_weights", "gate_scale", "gate_init_std"),
-        *("loss_coeff", "z_loss_coeff", "aux_scope"),
+        *("random_token_selection", "noise", "second_expert", "groups", "normalize_weights", "gate_scale"),
+        *("gate_init_std", "loss_coeff", "z_loss_coeff", "aux_scope"),
     }
 )  # fields of MoEConfig that only routers read
 ATTENTION_FIELDS = frozenset(
     {"num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "rotary_dim", "attention_scale", "attention_dropout"}
 )  # fields of GPTConfig that only attention layers read
-IGNORED_IN_EVALUATION = (ROUTER_FIELDS - {"normalize_weights", "gate_scale"}) | {
+IGNORED_IN_EVALUATION = (ROUTER_FIELDS - {"groups", "normalize_weights", "gate_scale"}) | {
     *("hidden_dropout", "attention_dropout", "init_std"),
 }  # may differ from the checkpoint's
 
@@ -60,7 +60,8 @@ class MoEConfig:
         top_k: experts per token.
         mlp_type: `standard`, or `residual`: every token also passes a shared dense MLP (paper, section 4.1.1).
         residual_mix: how a residual layer joins the two: `learned` (a softmax of a linear layer with two outputs, as in
-            DeepSpeed's code) or `sum` (the paper's plain sum).
+            DeepSpeed's code), `sum` (the paper's plain sum), or `sigmoid` (the shared MLP times the sigmoid of a linear layer
+            with one output and no bias, plus the experts: Qwen2-MoE, arXiv 2407.10671).
         expert_ffn_size: inner width of an expert, in values per token; null: the model's. `num_experts` 32 and `top_k` 4 at a
             quarter of the width are fine-grained experts (DeepSeekMoE, arXiv 2401.06066).
         shared_ffn_size: inner width of a residual layer's shared MLP, in values per token; null: the model's.
@@ -78,6 +79,9 @@ class MoEConfig:
             adds Gumbel noise to the logits for the choice only, not for the weights (`top_k` 1 only).
         second_expert: with `top_k` 2, the second expert in training is a `sample` from the gate's distribution without the
             first, or the `argmax`; in evaluation it is the `argmax`.
+        groups: `[8, 4]`: the experts of a layer are 8 groups of equal size, in order, and a token chooses its experts within the
+            4 groups with the highest scores (DeepSeek-V2, arXiv 2405.04434, and V3); null: among all experts. A group's score is
+            the maximum of its probabilities, of the sigmoid router the sum of the two highest scores plus bias.
         normalize_weights: the weights of a token's kept experts sum to `gate_scale`; null: if `top_k` is above 1. Mixtral (arXiv
             2401.04088) and Qwen3-MoE normalise, OLMoE (arXiv 2409.02060) does not.
         gate_scale: multiplies the weights of the experts' outputs.
@@ -96,7 +100,7 @@ class MoEConfig:
     expert_interval: int = 2
     top_k: int = 1
     mlp_type: Literal["standard", "residual"] = "standard"
-    residual_mix: Literal["learned", "sum"] = "learned"
+    residual_mix: Literal["learned", "sum", "sigmoid"] = "learned"
     expert_ffn_size: int | None = None
     shared_ffn_size: int | None = None
     train_capacity_factor: float = 1.0
@@ -107,6 +111,7 @@ class MoEConfig:
     random_token_selection: bool = True
     noise: Literal["jitter", "rsample"] | None = None
     second_expert: Literal["sample", "argmax"] = "sample"
+    groups: list[int] | None = None
     normalize_weights: bool | None = None
     gate_scale: float = 1.0
     gate_init_std: float | None = None
@@ -130,6 +135,8 @@ class MoEConfig:
             1 <= self.top_k <= fewest,
             f"top_k={self.top_k} must be between 1 and the smallest num_experts ({fewest})",
         )
+        if self.groups is not None:
+            self._check_groups([count for count in counts if count])
         for name in ("expert_ffn_size", "shared_ffn_size"):
             size = getattr(self, name)
             require(
@@ -161,6 +168,29 @@ class MoEConfig:
         )
         if self.router is not None:
             _check_part(self.router, self, ROUTER_FIELDS)
+
+    def _check_groups(self, counts: list[int]) -> None:
+        assert self.groups is not None
+        require(
+            len(self.groups) == 2 and 1 <= self.groups[1] <= self.groups[0],
+            f"groups={self.groups} must be two numbers, of groups and of those that a token chooses from, such as [8, 4]",
+        )
+        number, chosen = self.groups
+        require(
+            not any(count % number for count in counts),
+            f"num_experts={self.num_experts} cannot be divided into the {number} equal groups of groups={self.groups}; "
+            f"use multiples of {number}",
+        )
+        most = chosen * min(counts) // number
+        require(
+            self.top_k <= most,
+            f"top_k={self.top_k} must be at most {most}, the experts in {chosen} of the {number} groups of groups={self.groups}",
+        )
+
+    @property
+    def mix_outputs(self) -> int:
+        """Outputs of the linear layer that weights a residual layer's two branches; 0: there is none."""
+        return {"learned": 2, "sigmoid": 1, "sum": 0}[self.residual_mix] if self.mlp_type == "residual" else 0
 
     @property
     def normalizes(self) -> bool:

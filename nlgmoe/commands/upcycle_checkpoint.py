@@ -17,7 +17,7 @@ def upcycle_checkpoint(
     expert_interval: int | None = None,
     top_k: int | None = None,
     mlp_type: Literal["standard", "residual"] = "standard",
-    residual_mix: Literal["learned", "sum"] = "learned",
+    residual_mix: Literal["learned", "sum", "sigmoid"] = "learned",
     noise: float = 0.0,
     seed: int = 1234,
     overwrite: bool = False,
@@ -36,7 +36,7 @@ def upcycle_checkpoint(
         expert_interval: blocks from one MoE block to the next; default: 1 for a Llama or Qwen3, else 2.
         top_k: experts per token; default: 2 for a Llama or Qwen3, else 1.
         mlp_type: standard, or residual (PR-MoE), which adds a shared MLP.
-        residual_mix: mix of experts and shared MLP in a residual block, learned or sum.
+        residual_mix: mix of experts and shared MLP in a residual block, learned, sum or sigmoid.
         noise: noise added to the experts' matrices, as a multiple of each matrix's standard deviation; it makes experts part
             earlier, and the result computes only nearly the same as the dense model.
         seed: seed of the noise and the gates.

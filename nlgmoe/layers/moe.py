@@ -5,6 +5,7 @@
     standard:          y = experts(x)
     residual, sum:     y = experts(x) + MLP(x)
     residual, learned: y = c_0 * experts(x) + c_1 * MLP(x)       c = softmax(W x + b), in at least fp32; b = 0 at first
+    residual, sigmoid: y = experts(x) + g * MLP(x)               g = sigmoid(w x), in at least fp32 (Qwen2-MoE)
 
 Letters: B sequences, T positions, N = B * T tokens, H hidden size, k experts per token.
 """
@@ -33,7 +34,7 @@ class LinearInInputType(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer, `[..., in] -> [..., out]`."""
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class MoELayer(nn.Module):
@@ -62,10 +63,9 @@ class MoELayer(nn.Module):
             expert_network(config),
             config.bias,
         )
-        residual = config.moe.mlp_type == "residual"
-        self.mlp = FeedForward(config, config.shared_ffn_size) if residual else None
-        learned_mix = residual and config.moe.residual_mix == "learned"
-        self.coefficient = LinearInInputType(config.hidden_size, 2) if learned_mix else None
+        self.mlp = FeedForward(config, config.shared_ffn_size) if config.moe.mlp_type == "residual" else None
+        outputs = config.moe.mix_outputs
+        self.coefficient = LinearInInputType(config.hidden_size, outputs, bias=outputs == 2) if outputs else None
 
     def forward(self, x: Tensor, context: RoutingContext = RoutingContext()) -> tuple[Tensor, Routing]:  # noqa: B008 (frozen)
         """Apply the layer.
@@ -89,7 +89,7 @@ class MoELayer(nn.Module):
         if self.coefficient is not None:
             assert mlp is not None
             y, share = self._mix(tokens, y, mlp)
-            routing = replace(routing, expert_share=share.detach())
+            routing = replace(routing, expert_share=share)
         elif mlp is not None:
             y = y + mlp
         return y.to(x.dtype).view_as(x), routing
@@ -112,13 +112,20 @@ class MoELayer(nn.Module):
         return routing
 
     def _mix(self, x: Tensor, expert: Tensor, mlp: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix the experts and the shared MLP. Returns `[N, H]` in the dtype of `expert`, and the experts' weight, `[N]`."""
+        """Mix the experts and the shared MLP.
+
+        Returns:
+            `[N, H]` in the dtype of `expert`, and `Routing.expert_share`.
+        """
         assert self.coefficient is not None
         with without_autocast(x.device.type):
             with fp32_products():
                 logits = self.coefficient(x.to(expert.dtype))
+            if logits.shape[1] == 1:
+                gate = logits.sigmoid()  # [N, 1]
+                return expert + mlp * gate, 1 / (1 + gate.detach()[:, 0])
             share = F.softmax(logits, dim=-1)  # [N, 2]
-            return expert * share[:, 0:1] + mlp * share[:, 1:2], share[:, 0]
+            return expert * share[:, 0:1] + mlp * share[:, 1:2], share[:, 0].detach()
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:

@@ -3,7 +3,8 @@
     logits = x W                               [N, E]   in at least fp32
     p      = softmax(logits)                   [N, E]
     expert = the k largest logits (k > 2: p)   [N, k]   k = 2, training: the second one is sampled (`second_expert`);
-                                                        equal ones: the lower expert for k <= 2, unspecified for k > 2
+                                                        equal ones: the lower expert for k <= 2, unspecified for k > 2;
+                                                        with `groups` G, g: of the g groups with the largest maxima
     kept   = the assignments within capacity   [N, k]
     weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1 (`normalize_weights`);
                                                         times `gate_scale`
@@ -69,7 +70,8 @@ class Routing:
         losses: name -> scalar; losses of the router's own, coefficients applied.
         capacity: an upper bound on the kept assignments of each expert, the same on all ranks; None: none is known.
         all_kept: True only if `kept` has no False, so that rows need not be checked for dropped ones.
-        expert_share: `[N]` weight of the experts in a learned residual mix, detached; else None.
+        expert_share: `[N]` weight of the experts in a residual mix divided by that of experts and shared MLP, detached: c_0 of
+            the learned mix, 1 / (1 + g) of the sigmoid one (`moe.py`); else None.
 
     Raises:
         ValueError: a field has another shape or type.
@@ -242,19 +244,35 @@ class TopKRouter(Router):
     def _choose(self, logits: Tensor, probs: Tensor, draw: RoutingNoise) -> Tensor:
         """Choose the k experts of each token, `[N, k]`, first choice first."""
         config, training = self.config, self.training
+        if config.top_k > 2:
+            return self._within_groups(probs.detach()).topk(config.top_k, dim=-1).indices
+        logits = self._within_groups(logits.detach())
         if config.top_k == 1:
             if config.noise == "rsample" and training:
                 logits = logits + draw.gumbel(logits.shape)
             return logits.argmax(dim=-1, keepdim=True)
-        logits = logits.detach()
-        if config.top_k == 2:
-            first = logits.argmax(dim=-1, keepdim=True)
-            if config.second_expert == "sample" and training:
-                # The Gumbel-max trick: the argmax of logits + Gumbel noise is a sample of their softmax.
-                logits = logits + draw.gumbel(logits.shape)
-            second = logits.scatter(1, first, float("-inf")).argmax(dim=-1, keepdim=True)
-            return torch.cat([first, second], dim=-1)
-        return probs.detach().topk(config.top_k, dim=-1).indices
+        first = logits.argmax(dim=-1, keepdim=True)
+        if config.second_expert == "sample" and training:
+            # The Gumbel-max trick: the argmax of logits + Gumbel noise is a sample of their softmax.
+            logits = logits + draw.gumbel(logits.shape)
+        second = logits.scatter(1, first, float("-inf")).argmax(dim=-1, keepdim=True)
+        return torch.cat([first, second], dim=-1)
+
+    def _within_groups(self, scores: Tensor, summed: int = 1) -> Tensor:
+        """Replace the scores of experts outside a token's best groups by -inf, `[N, E]`.
+
+        Args:
+            scores: `[N, E]`.
+            summed: number of a group's highest scores whose sum is the group's.
+        """
+        if self.config.groups is None:
+            return scores
+        number, chosen = self.config.groups
+        grouped = scores.unflatten(1, (number, self.num_experts // number))  # [N, G, E / G]
+        group_scores = grouped.topk(summed, dim=-1).values.sum(dim=-1)  # [N, G]
+        outside = torch.ones_like(group_scores, dtype=torch.bool)
+        outside = outside.scatter(1, group_scores.topk(chosen, dim=-1).indices, False)
+        return grouped.masked_fill(outside.unsqueeze(-1), float("-inf")).flatten(1)
 
     def _within_capacity(
         self, capacity: int | None, expert: Tensor, probs: Tensor, token_mask: Tensor | None, draw: RoutingNoise

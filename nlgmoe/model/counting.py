@@ -54,8 +54,8 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
     residual, expert = config.moe is not None and config.moe.mlp_type == "residual", expert_parameters(config)
     dense = (layers - len(experts)) * _parameters(network_stacks(config, config.ffn_size), config.bias)
     shared = residual * len(experts) * _parameters(network_stacks(config, config.shared_ffn_size), config.bias)
-    coefficient = 2 * width + 2 if config.moe is not None and residual and config.moe.residual_mix == "learned" else 0
-    top_k = config.moe.top_k if config.moe is not None else 0
+    top_k, outputs = (config.moe.top_k, config.moe.mix_outputs) if config.moe is not None else (0, 0)
+    coefficient = outputs * width + (2 if outputs == 2 else 0)  # only the learned mix has a bias
     tables = (config.padded_vocab_size if padded else config.vocab_size) * (1 if config.tied_embeddings else 2)
     positions = config.seq_len if config.rope_theta is None else 0
     norm = width * (2 if config.norm == "layernorm" and config.bias else 1)
@@ -152,7 +152,6 @@ def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
         shared = residual * matmul_flops(network_stacks(config, config.shared_ffn_size))
         forward += len(experts) * (config.moe.top_k * matmul_flops(expert_stacks(config)) + shared)
         forward += 2 * _router_parameters(config)
-        if residual and config.moe.residual_mix == "learned":
-            forward += len(experts) * 4 * width
+        forward += len(experts) * 2 * config.moe.mix_outputs * width
     forward += 2 * width * config.vocab_size
     return 3 * forward

@@ -1,7 +1,7 @@
 """Prune: write a checkpoint with fewer experts. A standard mixture becomes a pyramid.
 
-The kept experts keep their order and their rows of the router's weights and biases. A softmax over fewer experts assigns larger
-probabilities, so that with `top_k` 1 the weights of the outputs increase.
+With `groups` equal numbers of each group are kept. The kept experts keep their order and their rows of the router's weights and
+biases. A softmax over fewer experts assigns larger probabilities, so that with `top_k` 1 the weights of the outputs increase.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
         num_experts: number of experts at each MoE position.
 
     Raises:
-        ValueError: there are too few or too many numbers, one of them is larger than before or below `top_k`, or the router has
-            no row for each expert.
+        ValueError: there are too few or too many numbers, one of them is larger than before, below `top_k` or not divided by the
+            number of groups, or the router has no row for each expert.
     """
     require(config.moe is not None, "num_experts: a dense model has no experts; prune a mixture")
     assert config.moe is not None
@@ -59,17 +59,20 @@ def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
 
 
 def most_used(weights: Sequence[Tensor], config: GPTConfig) -> list[list[int]]:
-    """Return the experts to keep in each MoE layer, in order: those with the largest sum of weights.
+    """Return the experts to keep in each MoE layer, in order: those with the largest weights, with `groups` of each group.
 
     Args:
-        weights: `[E]` of each MoE layer (`eval/expert_use.py`).
+        weights: `[E]` of each MoE layer, or their saliency (`eval/expert_use.py`).
         config: the result of `pruned_config`.
     """
-    counts = list(moe_blocks(config).values())
-    return [
-        sorted(layer_weights.argsort(descending=True, stable=True)[:count].tolist())
-        for layer_weights, count in zip(weights, counts, strict=True)
-    ]
+    assert config.moe is not None
+    groups, kept = config.moe.groups[0] if config.moe.groups is not None else 1, []
+    for layer_weights, count in zip(weights, moe_blocks(config).values(), strict=True):
+        size = len(layer_weights) // groups
+        ranked = layer_weights.unflatten(0, (groups, size)).argsort(dim=1, descending=True, stable=True)  # [G, E / G]
+        first = torch.arange(groups, device=ranked.device).unsqueeze(1) * size  # of each group
+        kept.append(sorted((first + ranked[:, : count // groups]).flatten().tolist()))
+    return kept
 
 
 def prune(

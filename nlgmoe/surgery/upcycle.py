@@ -6,6 +6,7 @@ Every expert is a copy of its block's feed-forward layer f; all other weights ar
     standard, k = 1     y = p E f(x), and the gate's probability p is 1 / E                    output projections times E
     residual, learned   y = c_1 f(x) + c_0 (as above), and the coefficients c sum to 1         as above
     residual, sum       y = f(x) / 2 + (as above) / 2, of the shared MLP and the experts       as above, and both halved
+    residual, sigmoid   y = sigmoid(w x) f(x) + (as above) / 2, and the gate's weights w are 0 as above, and the experts halved
 
 This equals the dense model's output up to rounding; with top-1 and 2^n experts the factors themselves are exact.
 
@@ -109,7 +110,8 @@ def _entry_reader(
     """Return a function that makes an entry of the new model from those of the dense one."""
     moe = config.moe
     assert moe is not None
-    halved = moe.mlp_type == "residual" and moe.residual_mix == "sum"
+    # A gate of zeros already halves the shared MLP.
+    halved, summed = moe.mlp_type == "residual" and moe.residual_mix != "learned", moe.residual_mix == "sum"
 
     def read(name: str) -> Tensor:
         if ".moe." not in name:
@@ -119,13 +121,14 @@ def _entry_reader(
             return expert(name, block, match["parameter"])
         if rest.startswith("mlp."):
             value = files.read(f"{block}.ffn.{rest.removeprefix('mlp.')}")
-            return value / 2 if halved and rest.startswith("mlp.project") else value
+            return value / 2 if summed and rest.startswith("mlp.project") else value
         dtype = files.read(f"{block}.ffn.project.weight").dtype
         least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # 6e-8 in fp16, which makes TINY zero
         std = config.init_std
         if rest.startswith("router"):
             std = max(TINY, 16 * least) if moe.top_k == 1 else moe.gate_init_std or config.init_std
-        value = torch.zeros(shapes[name]) if rest.endswith("bias") else _normal(shapes[name], seed, name) * std
+        zero = rest.endswith("bias") or (halved and rest.startswith("coefficient"))
+        value = torch.zeros(shapes[name]) if zero else _normal(shapes[name], seed, name) * std
         return value.to(dtype)
 
     def expert(name: str, block: str, parameter: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.eval.expert_use import measure_use
+from nlgmoe.layers.moe import moe_layers
 from nlgmoe.surgery.prune import most_used, prune, pruned_config
 from tests.checkpoint.test_hugging_face import TOKENIZER, error_of, write
 from tests.end_to_end.test_train_cli import ROOT, TINY
@@ -27,7 +29,9 @@ PAIR = TOKENS[:, :2]  # uses four experts of a layer at most
 MOES = {
     "softmax": MoEConfig([6, 0, 5], top_k=2, mlp_type="residual"),
     "sigmoid": MoEConfig([6, 0, 5], top_k=2, token_dropping=False, router=SigmoidRouterConfig()),
+    "gated": MoEConfig([6, 0, 5], top_k=2, mlp_type="residual", residual_mix="sigmoid"),
 }
+GROUPS = MoEConfig([6, 0, 8], top_k=2, groups=[2, 1], mlp_type="residual", residual_mix="sigmoid", token_dropping=False)
 
 
 def batch_of(tokens: Tensor) -> dict[str, Tensor]:
@@ -65,13 +69,14 @@ def test_experts_that_no_token_uses_are_not_missed(kind: str, tmp_path: Path) ->
     assert read_tokenizer(tmp_path / "small.ckpt") == TOKENIZER.files
 
 
+@pytest.mark.parametrize("kind", ["softmax", "gated"])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @torch.no_grad()
 def test_use_is_the_sum_of_weights_and_saliency_the_mean_of_weight_times_norm(
-    dtype: torch.dtype, error: float, tmp_path: Path
+    dtype: torch.dtype, error: float, kind: str, tmp_path: Path
 ) -> None:
     """Saliency: REAP's, of each expert over its tokens. In bf16 experts compute rows of no token too."""
-    model = load_model(whole(tmp_path, "softmax")).to(dtype)
+    model = load_model(whole(tmp_path, kind)).to(dtype)
     layer = [block.moe for block in model.blocks if block.moe][1]
     inputs: list[Tensor] = []
     handle = layer.register_forward_hook(lambda module, args, output: inputs.append(args[0].flatten(0, 1)))
@@ -94,6 +99,47 @@ def test_use_is_the_sum_of_weights_and_saliency_the_mean_of_weight_times_norm(
 def test_the_most_used_experts_stay_in_their_order() -> None:
     weights = [torch.tensor([1.0, 5, 5, 3]), torch.tensor([0.0, 2])]
     assert most_used(weights, GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 1]))) == [[1, 2], [1]]
+
+
+def test_equal_numbers_of_each_group_stay() -> None:
+    weights = [torch.tensor([1.0, 5, 5, 3, 0.1, 0.2, 0.4, 0.3])]
+    config = GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig([4], groups=[2, 1]))
+    assert most_used(weights, config) == [[1, 2, 6, 7]]
+    assert most_used(weights, replace(config, moe=replace(config.moe, groups=[4, 4]))) == [[1, 2, 5, 6]]
+
+
+@pytest.mark.parametrize("by", ["use", "reap"])
+@pytest.mark.parametrize("router", [None, SigmoidRouterConfig()], ids=["softmax", "sigmoid"])
+def test_groups_and_a_shared_expert_survive_pruning(
+    by: str, router: SigmoidRouterConfig | None, tmp_path: Path
+) -> None:
+    """Experts that are not missed are removed; a token chooses in the same group as before."""
+    config = GPTConfig(300, 16, 6, 16, 2, init_std=0.3, moe=replace(GROUPS, router=router))
+    source = write(tmp_path / "whole.ckpt", config, tokenizer=TOKENIZER.files)
+    model, text, small = load_model(source), tmp_path / "text.txt", tmp_path / "small.ckpt"
+    use = measure_use(model, [batch_of(TOKENS)])
+    numbers = [4, 0, 4]
+    kept = most_used(use.weights if by == "use" else use.saliency, pruned_config(config, numbers))
+    for experts, size in zip(kept, (6, 8), strict=True):
+        assert [sum(number * 2 // size == group for number in experts) for group in (0, 1)] == [2, 2]
+    prune(source, small, numbers, kept)
+    assert list(find_problems(small)) == []
+    pruned = load_model(small)
+    for name, entry in pruned.state_dict().items():
+        if ".coefficient." in name or ".mlp." in name:
+            assert torch.equal(entry, model.state_dict()[name])
+    # Tokens whose two experts are kept in every layer, and whose group is the same: the whole model's routing, renumbered.
+    inputs = torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
+    for before, after, experts in zip(moe_layers(model), moe_layers(pruned), kept, strict=True):
+        chosen, rest = before.router(inputs).expert, after.router(inputs).expert
+        same = torch.isin(chosen, torch.tensor(experts)).all(dim=1)
+        assert same.any()
+        if router is None:  # the group's maximum is one of the two
+            assert torch.equal(torch.tensor(experts)[rest[same]], chosen[same])
+    text.write_text("It was the best of times. " * 20)
+    arguments = ["prune", str(source), str(tmp_path / "by.ckpt"), "--num-experts=4", f"--by={by}", f"--text={text}"]
+    main(arguments)
+    assert load_model(tmp_path / "by.ckpt").config.moe.num_experts == [4, 0, 4]
 
 
 def test_a_run_is_pruned_and_healed_by_the_commands(
@@ -144,6 +190,16 @@ def test_what_cannot_be_pruned_is_refused(tmp_path: Path, capsys: pytest.Capture
     ):
         assert message in error_of(capsys, "prune", source, *arguments)
     assert not small.exists()
+    config = GPTConfig(61, 16, 6, 16, 2, moe=GROUPS)
+    for numbers, message in (
+        (
+            [4, 0, 5],
+            r"^num_experts=\[4, 0, 5\] cannot be divided into the 2 equal groups of groups=\[2, 1\]; use multiples of 2$",
+        ),
+        ([2, 0, 4], "^top_k=2 must be at most 1, the experts in 1 of the 2 groups"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pruned_config(config, numbers)
     config = GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(4, router=HashRouterConfig()))
     with pytest.raises(ValueError, match="HashRouter does not derive from TopKRouter"):
         pruned_config(config, [2])

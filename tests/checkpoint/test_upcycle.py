@@ -28,6 +28,9 @@ KINDS = {
     "top-3, pyramid": (DENSE, MoEConfig([3, 6], top_k=3)),
     "residual top-2": (DENSE, MoEConfig(4, top_k=2, mlp_type="residual", normalize_weights=True, gate_init_std=0.2)),
     "summed top-2": (DENSE, MoEConfig(4, top_k=2, mlp_type="residual", residual_mix="sum")),
+    "gated top-2": (DENSE, MoEConfig(4, top_k=2, mlp_type="residual", residual_mix="sigmoid")),
+    "gated top-1, groups": (DENSE, MoEConfig([4, 6], groups=[2, 1], mlp_type="residual", residual_mix="sigmoid")),
+    "top-3, groups": (DENSE, MoEConfig(8, top_k=3, groups=[4, 2])),
     "an open model": (OPEN, MoEConfig(4, expert_interval=1, top_k=2)),
 }
 

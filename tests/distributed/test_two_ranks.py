@@ -9,9 +9,11 @@ import pytest
 from tests.distributed.cells import Cell, Outcome, alone, on_ranks, run_all, spawn
 from tests.distributed.test_ranks import CAPACITY, DROPLESS, assert_close
 
+GROUPS = {"top_k": 2, "second_expert": "argmax", "groups": [2, 1], "mlp_type": "residual", "residual_mix": "sigmoid"}
 CELLS = [
     Cell("two ranks, dropless, ZeRO 1", 2, 1, moe=DROPLESS | {"mlp_type": "residual"}, accumulate=2, padded=True),
     Cell("two ranks, capacity, ZeRO 2", 2, 2, moe=CAPACITY),
+    Cell("two ranks, groups, gated shared expert", 2, 2, moe=DROPLESS | GROUPS),
     Cell("two ranks, nothing but defaults", 2, 2, moe={}),
 ]
 

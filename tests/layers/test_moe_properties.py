@@ -36,12 +36,16 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn, **fixed: object) -> Case:
     experts = draw(st.integers(1, 6))
+    top_k = draw(st.integers(1, min(experts, 4)))
+    divisors = [number for number in range(1, experts + 1) if experts % number == 0]
+    groups = [[n, g] for n in divisors for g in range(1, n + 1) if top_k <= g * experts // n]
     moe = MoEConfig(
         num_experts=experts,
         expert_interval=1,
-        top_k=draw(st.integers(1, min(experts, 4))),
+        top_k=top_k,
+        groups=draw(st.sampled_from([None, *groups])),
         mlp_type=draw(st.sampled_from(["standard", "residual"])),
-        residual_mix=draw(st.sampled_from(["learned", "sum"])),
+        residual_mix=draw(st.sampled_from(["learned", "sum", "sigmoid"])),
         train_capacity_factor=draw(st.sampled_from([0.3, 1.0, 1.1, 2.0])),
         min_capacity=draw(st.integers(0, 4)),
         token_dropping=draw(st.booleans()),
@@ -68,6 +72,8 @@ def test_no_assignment_is_lost_or_duplicated_and_capacity_is_respected(case: Cas
     assert all(len(set(row)) == top_k for row in routing.expert.tolist()), "a token chose an expert twice"
     assert not routing.kept[~case.mask.flatten()].any(), "padding took capacity"
     assert not routing.weight[~routing.kept].any()
+    number, chosen = case.config.groups or (1, 1)
+    assert all(len({e * number // experts for e in row}) <= chosen for row in routing.expert.tolist()), "other groups"
 
     dispatch = LocalDispatch(case.x.flatten(0, 1), routing)
     _, tokens_per_expert, all_used = dispatch.receive()
@@ -98,7 +104,11 @@ def one_token_at_a_time(case: Case, x: Tensor, kept: Tensor, expert: Tensor, pro
             inner = F.gelu(token @ e.expand_weight[j] + e.expand_bias[j], approximate="tanh")
             y = y + probs[n, j] / total * (inner @ e.project_weight[j] + e.project_bias[j])
         if layer.mlp is not None:
-            c = torch.ones(2) if layer.coefficient is None else layer.coefficient(token).softmax(-1)
+            c = torch.ones(2)
+            if case.config.residual_mix == "learned":
+                c = layer.coefficient(token).softmax(-1)
+            elif case.config.residual_mix == "sigmoid":
+                c = torch.stack([c[0].double(), 1 / (1 + torch.exp(-layer.coefficient.weight[0] @ token))])
             y = c[0] * y + c[1] * layer.mlp(token)
         rows.append(y)
     return torch.stack(rows).view_as(x)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,8 +21,8 @@ from nlgmoe.layers.router import Routing
 MOE = MoEConfig(4, 1, top_k=2, mlp_type="residual", second_expert="argmax", token_dropping=False)
 
 
-def layer(dtype: torch.dtype) -> MoELayer:
-    moe = MoELayer(GPTConfig(8, 64, 1, 16, 2, 32, moe=MOE), block=0)
+def layer(dtype: torch.dtype, mix: str = "learned") -> MoELayer:
+    moe = MoELayer(GPTConfig(8, 64, 1, 16, 2, 32, moe=replace(MOE, residual_mix=mix)), block=0)
     torch.manual_seed(1)
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -33,11 +34,11 @@ def batch(dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def precision(name: str) -> Iterator[tuple[MoELayer, Tensor]]:
+def precision(name: str, mix: str = "learned") -> Iterator[tuple[MoELayer, Tensor]]:
     """A layer and its input in one of the three ways to train; all of their values are bf16 numbers."""
     dtype = torch.float32 if name == "bf16-mixed" else {"fp64": torch.float64, "bf16-true": torch.bfloat16}[name]
     with torch.autocast("cpu", torch.bfloat16) if name == "bf16-mixed" else nullcontext():
-        yield layer(torch.bfloat16).to(dtype), batch(dtype)
+        yield layer(torch.bfloat16, mix).to(dtype), batch(dtype)
 
 
 def assert_same(ours: Routing, expected: Routing) -> None:
@@ -69,22 +70,25 @@ class Softmaxes(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("mix", ["learned", "sigmoid"])
 @pytest.mark.parametrize("name", ["bf16-mixed", "bf16-true"])
-def test_only_the_gemms_of_experts_and_mlp_are_bf16_the_mix_is_fp32(name: str) -> None:
-    with precision(name) as (moe, x), Softmaxes() as softmaxes:
+def test_only_the_gemms_of_experts_and_mlp_are_bf16_the_mix_is_fp32(name: str, mix: str) -> None:
+    with precision(name, mix) as (moe, x), Softmaxes() as softmaxes:
         y, routing = moe(x)
-    assert softmaxes.dtypes == [torch.float32, torch.float32]  # the router's, the coefficient's
+    assert softmaxes.dtypes == [torch.float32] * (2 if mix == "learned" else 1)  # the router's, the coefficient's
 
     # The same layer by hand: products, sums with biases and MLP outputs rounded to bf16, all else in fp32.
-    exact, tokens = layer(torch.bfloat16).float(), x.flatten(0, 1).to(torch.bfloat16)
-    low = layer(torch.bfloat16)
+    exact, tokens = layer(torch.bfloat16, mix).float(), x.flatten(0, 1).to(torch.bfloat16)
+    low = layer(torch.bfloat16, mix)
     mixed = torch.zeros(len(tokens), 16)
     for choice in range(2):
         outputs = torch.stack([expert(low.experts, e, tokens) for e in range(4)])  # [E, N, H] bf16
         picked = outputs[routing.expert[:, choice], torch.arange(len(tokens))].float()
         mixed += routing.weight[:, choice, None] * picked
-    share = F.softmax(F.linear(tokens.float(), exact.coefficient.weight, exact.coefficient.bias), dim=-1)
+    logits = F.linear(tokens.float(), exact.coefficient.weight, exact.coefficient.bias)
+    share = F.softmax(logits, dim=-1) if mix == "learned" else torch.cat([torch.ones_like(logits), logits.sigmoid()], 1)
     mixed = share[:, 0:1] * mixed + share[:, 1:2] * low.mlp(tokens).float()
+    torch.testing.assert_close(routing.expert_share, share[:, 0] / share.sum(dim=1))
     torch.testing.assert_close(y.flatten(0, 1), mixed.to(x.dtype), rtol=0 if name == "bf16-true" else 1e-6, atol=2e-5)
 
 
@@ -106,10 +110,11 @@ class Products(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("mix", ["learned", "sigmoid"])
 @pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
-def test_router_and_mix_are_in_fp32_where_a_script_allows_less(allowed: str) -> None:
+def test_router_and_mix_are_in_fp32_where_a_script_allows_less(allowed: str, mix: str) -> None:
     """On a GPU Lightning advises `high` or `medium`: TF32."""
-    moe = layer(torch.float32)
+    moe = layer(torch.float32, mix)
     torch.set_float32_matmul_precision(allowed)
     try:
         with Products() as products:

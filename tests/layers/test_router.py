@@ -113,6 +113,66 @@ def test_masked_tokens_take_no_capacity_and_count_in_no_statistic(random: bool) 
     assert not nothing.kept.any() and router_losses([nothing]) == (0, 0)
 
 
+SIX = [0.05, 0.30, 0.20, 0.22, 0.23, 1e-9]  # three groups of two: their maxima are 0.30, 0.22, 0.23
+
+
+@pytest.mark.parametrize(
+    ("top_k", "groups", "expert"),
+    [
+        (1, [3, 1], [1]),
+        (2, None, [1, 4]),
+        (2, [3, 1], [1, 0]),
+        (2, [3, 2], [1, 4]),
+        (3, None, [1, 4, 3]),
+        (3, [3, 2], [1, 4, 0]),
+        (4, [3, 2], [1, 4, 0, 5]),
+        (3, [3, 3], [1, 4, 3]),
+        (3, [2, 1], [1, 2, 0]),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_token_chooses_within_its_best_groups(
+    top_k: int, groups: list[int] | None, expert: list[int], training: bool
+) -> None:
+    config = replace(PLAIN, num_experts=6, top_k=top_k, groups=groups, token_dropping=False)
+    routing = route(config, [SIX, SIX[::-1]], training=training)
+    assert routing.expert[0].tolist() == expert
+    if groups != [3, 2] and groups != [2, 1]:  # the mirror image has the same groups in the other order
+        assert routing.expert[1].tolist() == [5 - number for number in expert]
+    weight = torch.tensor(SIX, dtype=torch.float64)[expert]
+    expect(routing.weight[0], (weight / (weight.sum() if top_k > 1 else sum(SIX))).tolist())
+
+
+def test_draws_stay_within_the_groups() -> None:
+    rows = [SIX] * 20_000
+    config = replace(PLAIN, num_experts=6, groups=[3, 2], token_dropping=False)
+    shares = {0: 0.05, 1: 0.30, 4: 0.23, 5: 0.0}  # groups 0 and 2
+    torch.manual_seed(0)
+    noisy = route(replace(config, noise="rsample"), rows).expert.flatten()
+    sampled = route(replace(config, top_k=2, second_expert="sample"), rows).expert
+    assert (sampled[:, 0] == 1).all()
+    for found, first in ((noisy, None), (sampled[:, 1], 1)):
+        total = sum(share for number, share in shares.items() if number != first)
+        for number in range(6):
+            expected = shares.get(number, 0.0) / total if number != first else 0.0
+            assert (found == number).double().mean().item() == pytest.approx(expected, abs=0.015)
+
+
+def test_an_expert_outside_is_not_chosen_where_those_within_have_probability_0() -> None:
+    logits = torch.full((1, 8), -2000.0)
+    logits[0, 5] = 0
+    for top_k in (2, 3):
+        router = TopKRouter(replace(PLAIN, num_experts=8, top_k=top_k, groups=[2, 1]), 8, 8, block=0)
+        torch.nn.init.eye_(router.weight)
+        assert router(logits).expert.min() >= 4
+
+
+def test_groups_and_capacity() -> None:
+    config = replace(PLAIN, num_experts=6, top_k=2, groups=[3, 1], train_capacity_factor=1.5)  # a capacity of 1
+    routing = route(config, [SIX, SIX])
+    assert routing.expert.tolist() == [[1, 0]] * 2 and routing.kept.tolist() == [[True, True], [False, False]]
+
+
 def test_capacity_rounds_up_in_float32() -> None:
     assert capacity(100, 2, 1, 1.1, 4) == 55  # in float64 it would be 56
     assert capacity(100, 8, 2, 1.2, 4) == 31  # and here float64 says 30

@@ -131,6 +131,20 @@ def test_sigmoid_chooses_by_biased_scores_and_weighs_by_scores() -> None:
     expect(router.bias, [-1e-3, 1e-3, 0.0])
 
 
+def test_sigmoid_scores_a_group_by_the_sum_of_its_two_highest_biased_scores() -> None:
+    moe = MoEConfig(6, top_k=2, groups=[2, 1], router=SigmoidRouterConfig(), **DROPLESS)
+    router = GPT(model(moe, hidden_size=6, num_heads=1)).blocks[1].moe.router.double()
+    torch.nn.init.eye_(router.weight)
+    x = torch.tensor([[logit(score) for score in (0.9, 0.1, 0.05, 0.6, 0.3, 0.55)]], dtype=torch.float64)
+    routing = router(x)  # 1.0 against 1.15, though the highest score is in the first group
+    assert routing.expert.tolist() == [[3, 5]]
+    expect(routing.weight, [[0.6 / 1.15, 0.55 / 1.15]])
+    router.bias.copy_(torch.tensor([0.0, 0.3, 0.0, 0.0, 0.0, 0.0]))
+    routing = router(x)  # 1.3
+    assert routing.expert.tolist() == [[0, 1]]
+    expect(routing.weight, [[0.9, 0.1]])
+
+
 def test_sequence_balance_is_computed_for_each_sequence_without_padding() -> None:
     p = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.2, 0.8], [0.9, 0.1]], dtype=torch.float64, requires_grad=True)
     # Sequence 1: both choose 0: 2 * (1 * 0.65). Sequence 2: one each: 2 * (0.5 * 0.55 + 0.5 * 0.45).
@@ -290,9 +304,34 @@ def test_a_run_learns_resumes_exactly_and_is_counted(
         export(tmp_path / "half.ckpt", tmp_path / "export")
 
 
+@each
+def test_it_trains_beside_a_gated_shared_expert_and_in_groups(name: str, tmp_path: Path) -> None:
+    moe = replace(MOES[name], mlp_type="residual", residual_mix="sigmoid", shared_ffn_size=24)
+    if name in ("softmax", "sigmoid", "frozen"):
+        moe = replace(moe, top_k=2, groups=[2, 1])
+    module = MoEGPTModule(model(moe))
+    start = {key: value.clone() for key, value in module.gpt.state_dict().items()}
+    made = trainer(tmp_path, max_steps=3)
+    made.fit(module, SyntheticData())
+    changed = {key for key, value in module.gpt.state_dict().items() if not torch.equal(value, start[key])}
+    assert "blocks.1.moe.coefficient.weight" in changed and "blocks.1.moe.mlp.expand.weight" in changed
+    assert "blocks.1.moe.coefficient.bias" not in start and made.callback_metrics["train/loss"].isfinite()
+    chosen = module.gpt(torch.arange(16).view(1, 16)).routings[0].expert
+    if moe.groups is not None:
+        assert torch.equal(chosen[:, 0] // 2, chosen[:, 1] // 2)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            lambda: MoEConfig([8, 4], groups=[4, 2], router=SigmoidRouterConfig()),
+            r"groups=\[4, 2\] must leave 2 experts a group with SigmoidRouterConfig \(num_experts=\[8, 4\]\)",
+        ),
+        (
+            lambda: MoEConfig(4, groups=[2, 1], router=HashRouterConfig()),
+            r"groups=\[2, 1\] has no effect with HashRouterConfig",
+        ),
         (
             lambda: MoEConfig(4, normalize_weights=True, router=SigmoidRouterConfig()),
             "normalize_weights=True with top_k=1",

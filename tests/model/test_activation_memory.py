@@ -38,6 +38,12 @@ CONFIGS = {
     "many experts": replace(DENSE, hidden_size=32, moe=MoEConfig(64)),
     "residual, pyramid": replace(DENSE, num_layers=4, moe=MoEConfig([2, 8], mlp_type="residual")),
     "residual, sum": replace(DENSE, moe=MoEConfig(4, mlp_type="residual", residual_mix="sum")),
+    "residual, sigmoid, groups": replace(
+        DENSE, moe=MoEConfig(4, top_k=2, groups=[2, 1], mlp_type="residual", residual_mix="sigmoid")
+    ),
+    "Qwen2-MoE": replace(
+        DENSE, **MODERN, moe=MoEConfig(8, 1, 2, mlp_type="residual", residual_mix="sigmoid", noise="jitter")
+    ),
     "dropout": replace(DENSE, hidden_dropout=0.1, moe=MoEConfig(4)),
     "layer map, widths, swiglu": replace(
         DENSE,

@@ -1,5 +1,7 @@
 """Counts against the built model and against the paper's table."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,6 +18,7 @@ SMALL = [
     GPTConfig(61, 16, 5, 16, 2, ffn_hidden_size=24, moe=MoEConfig([2, 5], top_k=2)),
     GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig(3, mlp_type="residual")),
     GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig(3, expert_interval=1, mlp_type="residual", residual_mix="sum")),
+    GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([4, 6], groups=[2, 1], mlp_type="residual", residual_mix="sigmoid")),
     GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([0, 4, 0, 6], expert_interval=1, top_k=4, expert_ffn_size=24)),
     GPTConfig(
         61, 16, 4, 16, 2, ffn_network="swiglu",
@@ -65,3 +68,5 @@ def test_an_expert_costs_what_a_dense_ffn_costs() -> None:
     gate = 3 * 2 * 16 * 8 * 2
     assert flops_per_token(moe) - flops_per_token(dense) == gate
     assert flops_per_token(residual) - flops_per_token(moe) == 3 * 2 * (4 * 16 * 64 + 4 * 16)
+    gated = replace(residual, moe=MoEConfig(8, mlp_type="residual", residual_mix="sigmoid"))
+    assert flops_per_token(gated) - flops_per_token(moe) == 3 * 2 * (4 * 16 * 64 + 2 * 16)

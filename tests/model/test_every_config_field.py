@@ -76,6 +76,7 @@ MOE_CASES: dict[str, tuple[dict[str, Any], Any, set[str]]] = {
     "random_token_selection": ({}, False, {"training"}),
     "noise": ({}, "jitter", {"training"}),
     "second_expert": ({"top_k": 2}, "argmax", {"training"}),
+    "groups": ({"top_k": 2, "second_expert": "argmax"}, [2, 1], {"training", "evaluation"}),
     "normalize_weights": ({"top_k": 2}, False, {"training", "evaluation"}),
     "gate_scale": ({}, 2.0, {"training", "evaluation"}),
     "gate_init_std": ({}, 0.1, {"start"}),
@@ -201,6 +202,20 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"moe": {"shared_ffn_size": 8}}, "shared_ffn_size=8 has no effect with mlp_type=standard"),
     ({"moe": {"expert_interval": 0}}, "expert_interval=0 must be at least 1"),
     ({"moe": {"top_k": 3, "num_experts": [4, 2]}}, r"top_k=3 must be between 1 and the smallest num_experts \(2\)"),
+    (
+        {"moe": {"num_experts": [4, 6], "groups": [4, 2]}, "num_layers": 4},
+        r"num_experts=\[4, 6\] cannot be divided into the 4",
+    ),
+    (
+        {"moe": {"num_experts": 4, "top_k": 3, "groups": [2, 1]}},
+        r"top_k=3 must be at most 2, the experts in 1 of the 2 groups of groups=",
+    ),
+    *(
+        ({"moe": {"groups": groups}}, rf"groups=\[{', '.join(map(str, groups))}\] must be two numbers, of groups and")
+        for groups in ([], [2], [2, 1, 1], [2, 0], [2, 3], [0, 0], [-2, -1])
+    ),
+    ({"moe": {"groups": [2, 1.0]}}, r"groups=\[2, 1.0\] must be of the type list\[int\] | None"),
+    ({"moe": {"groups": 2}}, r"groups=2 must be of the type list\[int\] | None"),
     *(({"moe": {f"{mode}_capacity_factor": 0}}, f"{mode}_capacity_factor=0 must be above 0") for mode in MODES),
     ({"moe": {"min_capacity": -1}}, "min_capacity=-1 must be at least 0"),
     *(({"moe": {f"{kind}_coeff": -1}}, f"{kind}_coeff=-1 must be at least 0") for kind in COEFFS),

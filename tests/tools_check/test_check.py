@@ -79,8 +79,17 @@ OPEN = GPTConfig(
             16,
         ),
         (own_layer(OPEN, "ours"), 16),
+        (clean(MoEConfig(8, groups=[4, 2], mlp_type="residual", residual_mix="sigmoid", noise="rsample")), 16),
+        (clean(MoEConfig(12, top_k=3, groups=[3, 2], residual_mix="sigmoid", mlp_type="residual")), 16),
+        (
+            clean(MoEConfig(8, top_k=2, token_dropping=False, groups=[2, 1], router=SigmoidRouterConfig(0.01))),
+            16,
+        ),
     ],
-    ids=["top-1", "rsample, residual", "top-3, residual", "dropless", "one expert", "sigmoid", "an open model"],
+    ids=[
+        *("top-1", "rsample, residual", "top-3, residual", "dropless", "one expert", "sigmoid", "an open model"),
+        *("top-1, groups, gated", "top-3, groups, gated", "sigmoid, groups"),
+    ],
 )
 def test_our_layers_pass(layer: Layer, asked: int) -> None:
     found = verdicts(layer, QUICK)

@@ -1,7 +1,9 @@
-"""Sigmoid scores, and balance by a bias on the choice instead of a loss: DeepSeek-V3's router (one group of experts).
+"""Sigmoid scores, and balance by a bias on the choice instead of a loss: DeepSeek-V3's router.
 
     s      = sigmoid(x W)                                         [N, E]
-    expert = the top k of s + b                                   [N, k]   b changes the choice, not the weights
+    expert = the top k of s + b                                   [N, k]   b changes the choice, not the weights; with `groups`
+                                                                           G, g: of the g groups with the largest sums of
+                                                                           their two highest s + b
     weight = gate_scale * s[expert] / sum_k s[expert]             [N, k]   the sum if k > 1 (`normalize_weights`)
     b     += update_rate * sign(mean load - load)                 [E]      after each optimizer step
 
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nlgmoe.config import GPTConfig
+from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.noise import RoutingNoise
 from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter
 from nlgmoe.parts import RouterConfig
@@ -43,7 +45,7 @@ class SigmoidRouterConfig(RouterConfig):
     reads_fields = frozenset(
         {
             *("token_dropping", "train_capacity_factor", "eval_token_dropping", "eval_capacity_factor"),
-            *("min_capacity", "random_token_selection", "normalize_weights", "gate_scale", "gate_init_std"),
+            *("min_capacity", "random_token_selection", "groups", "normalize_weights", "gate_scale", "gate_init_std"),
         }
     )
     ignored_in_evaluation = frozenset({"update_rate", "sequence_loss_coeff"})
@@ -54,6 +56,14 @@ class SigmoidRouterConfig(RouterConfig):
         require_valid(self)
         for name in ("update_rate", "sequence_loss_coeff"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0; 0 turns it off")
+
+    def check(self, moe: MoEConfig) -> None:
+        """See `RouterConfig`."""
+        counts = moe.num_experts if isinstance(moe.num_experts, list) else [moe.num_experts]
+        require(
+            moe.groups is None or moe.groups[0] * 2 <= min(count for count in counts if count),
+            f"groups={moe.groups} must leave 2 experts a group with SigmoidRouterConfig (num_experts={moe.num_experts})",
+        )
 
     def build(self, config: GPTConfig, block: int) -> Router:
         """See `RouterConfig`."""
@@ -93,7 +103,8 @@ class SigmoidRouter(TopKRouter):
         return logits.exp()
 
     def _choose(self, logits: Tensor, probs: Tensor, draw: RoutingNoise) -> Tensor:
-        return (logits.detach().exp() + self.bias).topk(self.config.top_k, dim=-1).indices
+        scores = self._within_groups(logits.detach().exp() + self.bias, summed=2)
+        return scores.topk(self.config.top_k, dim=-1).indices
 
 
 def sequence_balance(probs: Tensor, top_k: int, sequences: int, token_mask: Tensor | None) -> Tensor:

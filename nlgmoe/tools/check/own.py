@@ -21,7 +21,7 @@ from nlgmoe.tools.check.layer import Batch, Layer, Output
 from nlgmoe.validation import SettingError
 
 MOST_EXPERTS = 8  # of a layer under test, unless `top_k` is larger
-RANKED_EXPERTS = 6  # which 2 and 3 ranks divide
+RANKED_EXPERTS = 6  # which 2 and 3 ranks divide; with groups a multiple
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,10 @@ class OwnLayer(Layer):
             return experts
         if module.coefficient is None:
             return experts + module.mlp(x)
-        share = F.softmax(module.coefficient(x), dim=-1)
+        logits = module.coefficient(x)
+        if self.moe.residual_mix == "sigmoid":
+            return experts + module.mlp(x) * logits.sigmoid()
+        share = F.softmax(logits, dim=-1)
         return experts * share[:, :1] + module.mlp(x) * share[:, 1:]
 
     def after_step(self, module: nn.Module, routings: Sequence[Routing]) -> bool:
@@ -138,12 +141,13 @@ class OwnLayer(Layer):
 
     def on_ranks(self) -> OwnLayer:
         """Return the layer with experts that 2 and 3 ranks divide, without noise where they have to equal the whole batch."""
-        experts = RANKED_EXPERTS * -(-self.top_k // RANKED_EXPERTS)
+        multiple = math.lcm(RANKED_EXPERTS, _groups(self.moe)[0])
+        experts = multiple * -(-_fewest_experts(self.moe) // multiple)
         quiet = {} if self.drops else {"noise": None, "second_expert": "argmax"}
         quiet = {name: value for name, value in quiet.items() if self._reads(name)}
         scope = {"aux_scope": "rank"} if self.accumulates and self._reads("aux_scope") else {}
         moe = replace(self.moe, num_experts=experts, **quiet, **scope)  # type: ignore[arg-type]
-        return own_layer(replace(self.config, moe=moe), self.name)
+        return own_layer(replace(self.config, moe=moe), self.name, most=experts)
 
     @property
     def accumulates(self) -> bool:
@@ -172,12 +176,27 @@ def _reads(moe: MoEConfig, *fields: str) -> bool:
     return moe.router is None or moe.router.reads_fields.issuperset(fields)
 
 
-def own_layer(config: GPTConfig, name: str, width: int = 16) -> OwnLayer:
-    """Return the MoE layer of a configuration, at small widths, with at most 8 experts (or twice `top_k`)."""
+def _groups(moe: MoEConfig) -> tuple[int, int]:
+    """Return the number of groups, and of those that a token chooses from."""
+    return (moe.groups[0], moe.groups[1]) if moe.groups is not None else (1, 1)
+
+
+def _fewest_experts(moe: MoEConfig) -> int:
+    """Return the smallest number of experts among which a token can choose, two in each group."""
+    number, chosen = _groups(moe)
+    return number * max(2, -(-moe.top_k // chosen))
+
+
+def own_layer(config: GPTConfig, name: str, width: int = 16, most: int = MOST_EXPERTS) -> OwnLayer:
+    """Return the MoE layer of a configuration, at small widths.
+
+    It has at most 8 experts, or twice `top_k`, or the next number that the groups divide, with two experts a group.
+    """
     if config.moe is None or not any(experts_per_layer(config)):
         raise SettingError(f"{name} has no MoE layer; set model.config.moe")
-    top_k = config.moe.top_k
-    experts = min(max(experts_per_layer(config)), max(MOST_EXPERTS, 2 * top_k))
+    top_k, (number, _) = config.moe.top_k, _groups(config.moe)
+    divided = number * -(-max(most, 2 * top_k) // number)
+    experts = min(max(experts_per_layer(config)), max(divided, _fewest_experts(config.moe)))
     inner = 13 if width % 2 else 16
     shared = inner if config.moe.mlp_type == "residual" else None
     moe = replace(config.moe, num_experts=experts, expert_interval=1, expert_ffn_size=inner, shared_ffn_size=shared)

@@ -60,8 +60,9 @@ def saved_by_block(config: GPTConfig, block: int, tokens: int, seq_len: int, siz
         per_token += inner * config.shared_ffn_size * c
         if separate:  # else it shares the gate's input
             per_token += width * c
-        if moe.residual_mix == "learned":
-            per_token += (4 + c) * width + 8  # both branches, and their weights
+        if moe.mix_outputs:
+            # The shared MLP, and of the learned mix the experts; their weights, or the gate and `expert_share`.
+            per_token += (c + (4 if moe.residual_mix == "learned" else 0)) * width + 8
             per_token += 4 * width if copies or (jitter and c != r) else 0  # input
     return tokens * per_token + turns + (4 * experts * width if size.weight == 2 else 0)  # the gate's weights, in fp32
 
@@ -73,8 +74,8 @@ def saved_by_checkpointed_block(config: GPTConfig, block: int, tokens: int, size
     if moe is not None and experts:
         # Logits, probabilities and logsumexp; choice, weight and kept of each assignment.
         routing = 2 * 4 * experts + 4 + moe.top_k * (8 + 4 + 1)
-        if moe.mlp_type == "residual" and moe.residual_mix == "learned":
-            routing += 2 * 4  # weights of experts and MLP
+        if moe.mix_outputs:
+            routing += 4 * moe.mix_outputs  # weights of experts and MLP, or `expert_share`
     return tokens * (config.hidden_size * size.residual + routing)
 
 
