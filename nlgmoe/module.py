@@ -91,6 +91,7 @@ class MoEGPTModule(TrainingStep):
         self.compiles = compile
         self.warm_start = warm_start
         self.started_from: str | None = None  # the checkpoint of the warm start
+        self.family: str | None = None  # of transformers, that its model was imported from
         self.model: GPT | None = None  # built by configure_model, once the strategy is ready for it
         self._evaluation: Evaluation | None = None
 
@@ -135,7 +136,7 @@ class MoEGPTModule(TrainingStep):
         data = training_data(self._trainer)
         tokenizer = None if data is None else data.tokenizer_files()
         loaded = load_initial_weights(model, start, tokenizer=tokenizer)
-        self.started_from = str(loaded.path)
+        self.started_from, self.family = str(loaded.path), loaded.family
         changed = list_differences(loaded.model_config, self.config.to_dict(), IGNORED_IN_EVALUATION)
         rank_zero_info(loaded.report + (f"\n  model.config differed: {', '.join(changed)}" if changed else ""))
 
@@ -265,8 +266,8 @@ class MoEGPTModule(TrainingStep):
             "seed": self.seed,
             "frozen": sorted(self.optimizer_config.frozen),
         }
-        if self.started_from is not None:
-            checkpoint["started_from"] = self.started_from
+        origin = {"started_from": self.started_from, "family": self.family}
+        checkpoint |= {name: value for name, value in origin.items() if value is not None}
         data = training_data(self.trainer)
         if data is not None and (tokenizer := data.tokenizer_files()) is not None:
             checkpoint["tokenizer"] = tokenizer
@@ -280,7 +281,7 @@ class MoEGPTModule(TrainingStep):
         check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
         check_tokenizer(checkpoint, training_data(self.trainer))
         self.tokens_seen = checkpoint["tokens_seen"]
-        self.started_from = checkpoint.get("started_from")
+        self.started_from, self.family = checkpoint.get("started_from"), checkpoint.get("family")
         self.guard.load_state_dict(checkpoint["non_finite"])
         if fits:
             check_frozen(checkpoint, self.optimizer_config.frozen)

@@ -48,7 +48,7 @@ def upcycle_checkpoint(
     from nlgmoe.config import GPTConfig, MoEConfig
     from nlgmoe.model.counting import count_parameters
     from nlgmoe.surgery.upcycle import upcycle
-    from nlgmoe.tools.hugging_face.families import CLASSES, family_of
+    from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 
     path = find_checkpoint(dense)
     family, _ = family_of(GPTConfig.from_dict(read_document(path)["model_config"]))
@@ -69,7 +69,7 @@ def upcycle_checkpoint(
     copies = "exact copies" if noise == 0 else f"copies with noise of {noise} times their standard deviation"
     became, reason = family_of(upcycled.config)
     if became is not None:
-        print(f"nlgmoe export writes it as {CLASSES[became]}ForCausalLM of transformers")
+        print(f"nlgmoe export writes it as {FAMILIES[became].classes}ForCausalLM of transformers")
     elif family is not None:
         print(
             f"no class of transformers has {reason}: nlgmoe export writes it with our code; leave out --expert-interval for a "

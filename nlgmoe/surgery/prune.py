@@ -112,5 +112,7 @@ def prune(
 
     trained, start = (document["global_step"], document["tokens_seen"]), document.get("started_from")
     origin = f"{source}, by `nlgmoe prune`"
-    write_weights(checkpoint, read, config, tokenizer, *trained, overwrite, start, origin, source)
+    write_weights(
+        checkpoint, read, config, tokenizer, *trained, overwrite, start, origin, source, document.get("family")
+    )
     return config

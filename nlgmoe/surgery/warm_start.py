@@ -55,11 +55,13 @@ class WarmStartResult:
         model_config: the model configuration of the checkpoint.
         report: how many values were loaded, and one line for each difference.
         path: the checkpoint.
+        family: the family of `transformers` that the checkpoint's model was imported from; None: no one.
     """
 
     model_config: dict[str, Any]
     report: str
     path: Path
+    family: str | None
 
 
 @torch.no_grad()
@@ -80,7 +82,7 @@ def load_initial_weights(
     blocks = "" if start.layers is None else f", blocks {', '.join(map(str, start.layers))} (counted from 0)"
     with raise_on_all_ranks():
         path = find_checkpoint(start.checkpoint)
-        model_config = read_document(path)["model_config"]
+        document = read_document(path)
         files, shapes = TensorFiles(path, "model"), entry_shapes(model)
         stored = files.shapes
         sources = {name: name for name in stored}
@@ -109,7 +111,7 @@ def load_initial_weights(
     total, loaded = (sum(shapes[name].numel() for name in names) for names in (shapes, fitting))
     more = "; differences:" if different else ""
     head = f"the weights are those of {path}{blocks}: loaded {loaded:,} of {total:,} values{more}"
-    return WarmStartResult(model_config, "\n  ".join([head, *different]), path)
+    return WarmStartResult(document["model_config"], "\n  ".join([head, *different]), path, document.get("family"))
 
 
 def _rename_blocks(names: dict[str, str], layers: list[int]) -> dict[str, str]:

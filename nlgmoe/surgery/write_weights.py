@@ -41,6 +41,7 @@ def write_weights(
     started_from: str | None = None,
     origin: str | None = None,
     source: Path | None = None,
+    family: str | None = None,
 ) -> None:
     """Write the folder `path` file by file under a temporary name, and rename it when it is complete.
 
@@ -57,6 +58,7 @@ def write_weights(
         origin: source of the weights in words, the first line of `NAME.yaml`, which has settings to use the checkpoint with;
             None: no such file.
         source: checkpoint that the weights are from; the settings name the corpus of its run.
+        family: of `transformers`, that the model was imported from, and that an export prefers; None: no one.
     """
     path, shards = Path(path), _shards(weight_shapes(config))
     _require_free(path, overwrite)
@@ -77,7 +79,7 @@ def write_weights(
             "non_finite": {"skipped": 0, "in_a_row": 0},
             "seed": 0,
         }
-        | ({} if started_from is None else {"started_from": started_from})
+        | {name: value for name, value in {"started_from": started_from, "family": family}.items() if value is not None}
     )
     with writing.explain_write_errors(path), writing.new_folder(path) as temporary:
         files: dict[str, Contents] = {}

@@ -23,13 +23,7 @@ from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.hugging_face.clients import client_limits
 from nlgmoe.tools.hugging_face.export import export
-from nlgmoe.tools.hugging_face.families import (
-    CLASSES,
-    family_of,
-    family_settings,
-    gpt_config,
-    pieces,
-)
+from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 from nlgmoe.tools.hugging_face.importing import import_model
 from tests.checkpoint.runs import SaveAt
 from tests.golden.recording import Losses
@@ -81,8 +75,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def their_model(variant: str) -> Any:
     family, values = VARIANTS[variant]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{CLASSES[family]}Config")(**{**SHAPE, **values})
-    model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(config).eval()
+    config = getattr(transformers, f"{FAMILIES[family].classes}Config")(**{**SHAPE, **values})
+    model = getattr(transformers, f"{FAMILIES[family].classes}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # scales too
             if parameter.dim() == 1:
@@ -141,11 +135,11 @@ def test_gradients_are_equal(pair: Pair) -> None:
     total = torch.nn.utils.get_total_norm([p.grad for p in pair.theirs.parameters() if p.grad is not None])
     ours = torch.nn.utils.get_total_norm([p.grad for p in pair.ours.parameters()])  # type: ignore[misc]
     assert float(ours) == pytest.approx(float(total), rel=1e-5)
-    theirs, table = dict(pair.theirs.named_parameters()), pieces(pair.ours.config, pair.family)
+    theirs, layout = dict(pair.theirs.named_parameters()), FAMILIES[pair.family].layout(pair.ours.config)
     for name, parameter in pair.ours.named_parameters():
         if ".experts." in name:
             continue  # stacks, in one form or another: their norm is in the total
-        names = [part for part, piece in table.items() if piece.entry == name]
+        names = [place.tensor for place in layout.of_entry[name]]
         expected = torch.cat([theirs[part.replace("block_sparse_moe", "mlp")].grad for part in names])
         grad = parameter.grad[: len(expected)]  # type: ignore[index]
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5 * float(total))
@@ -238,13 +232,13 @@ PUBLISHED: dict[
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_names_shapes_and_counts_of_published_models(family: str) -> None:
     values, total, active = PUBLISHED[family]
-    theirs = getattr(transformers, f"{CLASSES[family]}Config")(**values)
-    config = gpt_config(theirs.to_dict(), Path("published"))
+    theirs = getattr(transformers, f"{FAMILIES[family].classes}Config")(**values)
+    config = FAMILIES[family].config(theirs.to_dict(), Path("published"))
     count = count_parameters(config, padded=False)
     assert (round(count.total / 1e9, 2), round(count.active / 1e9, 2)) == (total, active)
     with torch.device("meta"):
-        model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(theirs)
-    ours = {name: piece.shape for name, piece in pieces(config, family).items()}
+        model = getattr(transformers, f"{FAMILIES[family].classes}ForCausalLM")(theirs)
+    ours = FAMILIES[family].layout(config).shapes
     assert sum(shape.numel() for shape in ours.values()) == sum(p.numel() for p in model.parameters())
     stacked = {name: p.shape for name, p in model.named_parameters() if ".experts." not in name}
     for name, shape in stacked.items():
@@ -270,18 +264,18 @@ NATIVE = GPTConfig(
         ({"qk_norm": "projection"}, "olmoe", ""),
         ({"moe": None}, "llama", ""),
         ({"moe": None, "qk_norm": "head"}, "qwen3", ""),
-        ({"moe": None, "qk_norm": "projection"}, None, "a dense model with qk_norm=projection"),
-        ({"rope_theta": None}, None, "learned positions"),
-        ({"moe": {"num_experts": [2, 2, 4, 4]}}, None, "unequal numbers of experts, [2, 2, 4, 4]"),
-        ({"moe": {"num_experts": [0, 4, 4, 4]}}, None, "dense blocks among MoE blocks without qk_norm=head"),
+        ({"moe": None, "qk_norm": "projection"}, None, "qk_norm=projection (the nearest family is llama)"),
+        ({"rope_theta": None}, None, "rope_theta=null (the nearest family is mixtral)"),
+        ({"moe": {"num_experts": [2, 2, 4, 4]}}, None, "num_experts=[2, 2, 4, 4] (the nearest family is mixtral)"),
+        ({"moe": {"num_experts": [0, 4, 4, 4]}}, None, "qk_norm=null (the nearest family is qwen3_moe)"),
         (
             {"moe": {"normalize_weights": False}},
             None,
-            "weights that are not normalised, without qk_norm",
+            "qk_norm=null (the nearest family is olmoe)",
         ),
         ({"moe": {"normalize_weights": False}, "qk_norm": "projection"}, "olmoe", ""),
-        ({"moe": {"gate_scale": 2.0}}, None, "gate_scale=2.0"),
-        ({"moe": {"eval_token_dropping": True}}, None, "eval_token_dropping"),
+        ({"moe": {"gate_scale": 2.0}}, None, "gate_scale=2.0 (the nearest family is mixtral)"),
+        ({"moe": {"eval_token_dropping": True}}, None, "eval_token_dropping=true (the nearest family is mixtral)"),
     ],
 )
 def test_a_model_is_native_only_if_a_family_computes_it(
@@ -292,7 +286,7 @@ def test_a_model_is_native_only_if_a_family_computes_it(
     config = replace(NATIVE, **change)
     assert family_of(config) == (family, reason)
     if family is not None:
-        made = gpt_config(family_settings(config, family), Path("made"))
+        made = FAMILIES[family].config(FAMILIES[family].settings(config), Path("made"))
         assert experts_per_layer(made) == experts_per_layer(config)
         assert config.moe is None or made.moe.normalizes == config.moe.normalizes
         assert replace(made, moe=None, init_std=config.init_std, num_kv_heads=None, ffn_hidden_size=None) == replace(
@@ -352,7 +346,7 @@ def test_a_router_that_derives_from_the_paper_s_is_not_native(tmp_path: Path) ->
     trainer(tmp_path, SaveAt(1, tmp_path / "own.ckpt"), max_steps=1).fit(MoEGPTModule(config), SyntheticData())
     with pytest.raises(ValueError, match="holds only the paper's router, not SquaredRouterConfig"):
         export(tmp_path / "own.ckpt", tmp_path / "export")
-    assert family_of(config) == (None, "a router or an expert network of its own")
+    assert family_of(config) == (None, "router=SquaredRouterConfig (the nearest family is olmoe)")
 
 
 REFUSED = {
@@ -383,7 +377,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_computed_is_refused_by_name(case: str, tmp_path: Path) -> None:
     family, values, message = REFUSED[case]
-    config = getattr(transformers, f"{CLASSES[family]}Config")(**{**SHAPE, "intermediate_size": 40, **values})
+    config = getattr(transformers, f"{FAMILIES[family].classes}Config")(**{**SHAPE, "intermediate_size": 40, **values})
     config.save_pretrained(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message) as raised:

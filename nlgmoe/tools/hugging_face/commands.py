@@ -19,6 +19,7 @@ def export_checkpoint(
     precision: Literal["fp32", "bf16"] | None = None,
     tokenizer: str | None = None,
     data_dir: str = "data/pocket_pile",
+    family: str | None = None,
 ) -> None:
     """Write a folder for AutoModelForCausalLM.from_pretrained, with tokenizer and model card.
 
@@ -32,6 +33,8 @@ def export_checkpoint(
         precision: precision of the weights, fp32 or bf16; default: the stored precision.
         tokenizer: as data.tokenizer, for a checkpoint without a tokenizer.
         data_dir: folder of tokenizers given by name.
+        family: class to write the model for, of those that compute it, such as mixtral; nlgmoe: with its code. Default: the class
+            that it was imported from, or the first.
     """
     if not Path(checkpoint).exists():
         raise SettingError(f"{checkpoint} does not exist; name a checkpoint, or the folder of a run")
@@ -40,14 +43,13 @@ def export_checkpoint(
     from nlgmoe.tools.hugging_face.export import export
 
     given = None if tokenizer is None else load_tokenizer(tokenizer, Path(data_dir))
-    done = export(checkpoint, folder, max_shard_size, precision, given)
+    done = export(checkpoint, folder, max_shard_size, precision, given, family)
     files = {file.name: file.stat().st_size for file in Path(folder).iterdir()}
     size, seconds = sum(files.values()) / 1e6, time.perf_counter() - start
     print(f"{folder}: {done.checkpoint} in {size:,.1f} MB, {seconds:.1f} s")
     if done.family is None:
-        print(
-            f"with the model's code, because no class of transformers has {done.reason}: load it with trust_remote_code=True"
-        )
+        reason = f", because no class of transformers has {done.reason}" if done.reason else ""
+        print(f"with the model's code{reason}: load it with trust_remote_code=True")
     else:
         print(f"in the format of {done.family}: it needs no code of its own")
     if "tokenizer.json" not in files:
@@ -78,6 +80,10 @@ def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> 
     print(
         f"{settings}: settings; python train.py validate --config {quote(str(settings))} --ckpt_path {quote(checkpoint)}"
     )
+    if done.dropped:
+        blocks = ", ".join(sorted({name.split(".")[2] for name in done.dropped}))
+        number = f"{len(done.dropped):,} tensors, such as {done.dropped[0]}"
+        print(f"without block {blocks}, which predicts further tokens (MTP): {number}")
     if done.no_tokenizer:
         print(
             f"without a tokenizer: {done.no_tokenizer}; add data.tokenizer, or a data.corpus of the model's token ids"

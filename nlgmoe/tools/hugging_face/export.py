@@ -7,7 +7,7 @@
     README.md                                  the model card
     modeling_nlgmoe.py, ...                    the model's sources (`bundle.py`), unless a family has the model
 
-A model that a family of `families.py` computes is written in that family's format, with its names of tensors. Others keep our
+A model that a family of `families/` computes is written in that family's format, with its names of tensors. Others keep our
 names and shapes, with the prefix `model.gpt.`; a layer's experts are one tensor, and tables have no padding rows. At most one
 file of weights is in memory at a time.
 """
@@ -45,7 +45,7 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.parts import require_paper_parts
 from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_sources
 from nlgmoe.tools.hugging_face.clients import client_limits
-from nlgmoe.tools.hugging_face.families import family_of, family_settings, pieces
+from nlgmoe.tools.hugging_face.families import FAMILIES, chosen_family
 from nlgmoe.tools.hugging_face.importing import exported_name, exported_shape
 from nlgmoe.tools.hugging_face.model_card import model_card
 from nlgmoe.validation import RunError, SettingError
@@ -60,7 +60,7 @@ class Exported:
     Attributes:
         checkpoint: the exported checkpoint.
         family: whose class loads it; None: ours, because of `reason`.
-        reason: setting that no family has.
+        reason: settings that no family has; empty if our code was asked for.
         limits: lines about other programs that refuse the model, or compute another one.
     """
 
@@ -76,6 +76,7 @@ def export(
     max_shard_size: str = "5GB",
     precision: Literal["fp32", "bf16"] | None = None,
     tokenizer: Tokenizer | None = None,
+    family: str | None = None,
 ) -> Exported:
     """Write `folder` atomically.
 
@@ -85,9 +86,12 @@ def export(
         max_shard_size: maximum size of a file of weights, such as `5GB`; a larger tensor gets its own file.
         precision: precision of the weights; None: the stored precision.
         tokenizer: tokenizer of a checkpoint without one.
+        family: whose format to write, of those that compute the model, or `nlgmoe` for our code; None: the one that it was
+            imported from, or the first.
 
     Raises:
-        ValueError: the checkpoint does not exist, is damaged or has another tokenizer, or the folder cannot be written.
+        ValueError: the checkpoint does not exist, is damaged or has another tokenizer, the family does not compute the model, or
+            the folder cannot be written.
     """
     folder = Path(folder).resolve()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -95,7 +99,7 @@ def export(
     path = find_checkpoint(checkpoint)
     document = read_document(path)
     config = GPTConfig.from_dict(document["model_config"])
-    family, reason = family_of(config)
+    family, reason = chosen_family(config, family, document.get("family"))
     if family is None:
         require_paper_parts(config, "a folder for transformers holds")
     tokenizer = choose_tokenizer(path, tokenizer, config)
@@ -110,7 +114,7 @@ def export(
         "transformers_version": transformers.__version__,
     }
     settings = {
-        CONFIG: (_own_settings(config) if family is None else family_settings(config, family)) | ids | kind,
+        CONFIG: (_own_settings(config) if family is None else FAMILIES[family].settings(config)) | ids | kind,
         GENERATION: ids | {"transformers_version": transformers.__version__},
     }
     texts = {"README.md": model_card(folder.name, document, summary_of(path, document), tokenizer is not None, family)}
@@ -192,16 +196,17 @@ def _weights(path: Path, config: GPTConfig, family: str | None, dtype: torch.dty
         name: record[0] for contents in read_manifest(path)["files"].values() for name, record in contents.items()
     }
 
+    buffers = dict(model.named_buffers())  # which keep their precision
+
     def type_of(entry: str) -> torch.dtype:
         kind: torch.dtype = getattr(torch, stored[entry])
-        return dtype or kind
+        return kind if dtype is None or entry in buffers else dtype
 
     if family is not None:
-        table = pieces(config, family)
-        meta = {
-            name: torch.empty(piece.shape, dtype=type_of(piece.entry), device="meta") for name, piece in table.items()
-        }
-        return meta, lambda name: table[name].of(files.read(table[name].entry)).to(meta[name].dtype)
+        layout = FAMILIES[family].layout(config)
+        types = {name: type_of(places[0].entry) for name, places in layout.of_tensor.items()}
+        meta = {name: torch.empty(shape, dtype=types[name], device="meta") for name, shape in layout.shapes.items()}
+        return meta, lambda name: layout.tensor(name, files.read, types[name])
 
     entries: dict[str, list[str]] = {}  # of each parameter: one, or one per expert
     for entry in local_entries(model):

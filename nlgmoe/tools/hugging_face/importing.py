@@ -25,7 +25,8 @@ from nlgmoe.data.model_files import TOKENIZER, TokenizerFiles
 from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.surgery.write_weights import weight_shapes, write_weights
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS
-from nlgmoe.tools.hugging_face.families import NAMES, TABLES, entry_reader, gpt_config, pad_table, pieces
+from nlgmoe.tools.hugging_face.families import FAMILIES, OWN
+from nlgmoe.tools.hugging_face.families.tensors import TABLES, Where, pad_table
 from nlgmoe.tools.hugging_face.gguf_file import folder_of_gguf
 from nlgmoe.validation import RunError, SettingError
 
@@ -41,11 +42,13 @@ class Imported:
         config: configuration of the model.
         model_type: the family.
         no_tokenizer: reason for which the checkpoint has no tokenizer; empty if it has one.
+        dropped: tensors of the files that the checkpoint does not have.
     """
 
     config: GPTConfig
     model_type: str
     no_tokenizer: str
+    dropped: list[str]
 
 
 def import_model(source: str, checkpoint: str | Path, overwrite: bool = False) -> Imported:
@@ -71,19 +74,31 @@ def _import_folder(folder: Path, checkpoint: str | Path, overwrite: bool, origin
         raise SettingError(f"{folder} has no config.json; name a folder of Hugging Face's format")
     values = read_json(folder / "config.json", _REMEDY)
     model_type = str(values.get("model_type"))
-    if model_type == "nlgmoe":
+    dropped: list[str] = []
+    read: Callable[[str], Tensor]
+    if model_type == OWN:
         config, files = _exported_config(values, folder), WeightFiles(folder)
         read = _exported_weights(files, config)
-    elif model_type not in NAMES:
-        known = f"nlgmoe (what `nlgmoe export` writes), {', '.join(sorted(NAMES))}"
+    elif model_type not in FAMILIES:
+        known = f"{OWN} (what `nlgmoe export` writes), {', '.join(sorted(FAMILIES))}"
         raise SettingError(f"model_type={model_type} of {folder} cannot be imported; supported are {known}")
     else:
-        config, files = gpt_config(values, folder), WeightFiles(folder)
-        files.check({name: piece.shape for name, piece in pieces(config, model_type).items()})
-        read = entry_reader(config, model_type, files.read)
+        family = FAMILIES[model_type]
+        config, files = family.config(values, folder), WeightFiles(folder, family.named)
+        layout = family.layout(config)
+        dropped = files.drop(_further_blocks(values, config))
+        files.check(layout.shapes, layout.of_entry["token_embedding.weight"][0].tensor)
+        read = lambda entry: layout.entry(entry, files.read)  # noqa: E731
     tokenizer, missing = _tokenizer(folder, config)
-    write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin)
-    return Imported(config, model_type, missing)
+    preferred = None if model_type == OWN else model_type
+    write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin, family=preferred)
+    return Imported(config, model_type, missing, dropped)
+
+
+def _further_blocks(values: dict[str, Any], config: GPTConfig) -> list[str]:
+    """Return the beginnings of names of tensors of the blocks that predict further tokens (MTP), after the model's own."""
+    first, count = config.num_layers, values.get("num_nextn_predict_layers") or 0
+    return [f"model.layers.{layer}." for layer in range(first, first + count)]
 
 
 def _local(source: str) -> Path:
@@ -105,13 +120,14 @@ class WeightFiles:
 
     Args:
         folder: what `save_pretrained` wrote.
+        named: returns the name of a tensor from that in the file; None: the tensor is left out.
 
     Attributes:
         shapes: of each tensor.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, named: Callable[[str], str | None] = str) -> None:
+        self._folder, self._named = folder, named
         self.shapes: Shapes = {}
         self._places: dict[str, tuple[Path, str]] = {}  # tensor -> file, and the name in it
         for file in sorted([*folder.glob("model.safetensors"), *folder.glob("model-*-of-*.safetensors")]):
@@ -122,12 +138,12 @@ class WeightFiles:
             raise RunError(f"{folder} has no model.safetensors; {_REMEDY}")
 
     def _add(self, file: Path, saved: str, tensor: Any) -> None:
-        if saved.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
-            return  # buffers in old files
+        if (name := self._named(saved)) is None:
+            return
         if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):  # integers would need scales
-            raise RunError(f"{file}: {saved} is of {tensor.get_dtype()}, not of floating-point numbers; {_REMEDY}")
-        headless = saved.startswith(("wte.", "wpe.", "h.", "ln_f."))  # a GPT-2 that was saved without its head
-        name = f"transformer.{saved}" if headless else saved
+            raise RunError(
+                f"{file}: {saved} is of {tensor.get_dtype()}, and nlgmoe reads no quantised files; name a conversion to bf16"
+            )
         if name in self._places:
             raise RunError(
                 f"{name} is in {self._places[name][0]} and in {file.name}; remove the file that is not meant"
@@ -135,8 +151,20 @@ class WeightFiles:
         self._places[name] = file, saved
         self.shapes[name] = torch.Size(tensor.get_shape())
 
-    def check(self, expected: Shapes) -> None:
-        """Check that the files have tensors of these names and shapes, and no others."""
+    def drop(self, prefixes: list[str]) -> list[str]:
+        """Leave out the tensors whose names begin so, and return their names."""
+        dropped = [name for name in self.shapes if name.startswith(tuple(prefixes))]
+        for name in dropped:
+            del self.shapes[name]
+        return dropped
+
+    def check(self, expected: Shapes, embedding: str) -> None:
+        """Check that the files have tensors of these names and shapes, and no others.
+
+        Args:
+            expected: shapes by name.
+            embedding: name of the token embedding.
+        """
         for name, shape in expected.items():
             if name not in self.shapes:
                 fused = next((saved for saved in self.shapes if "experts.gate_up_proj" in saved), None)
@@ -147,9 +175,7 @@ class WeightFiles:
                     f"{self._folder}: {name} is {list(self.shapes[name])}, by config.json it is {list(shape)}; {_REMEDY}"
                 )
         unknown = self.shapes.keys() - expected.keys()
-        tables = ("embed_tokens.weight", "wte.weight", "token_embedding.weight")
-        embedding = next((name for name in expected if name.endswith(tables)), None)
-        if embedding is not None and "lm_head.weight" in unknown:  # may be saved though it is tied
+        if "lm_head.weight" in unknown:  # may be saved though it is tied
             unknown -= {"lm_head.weight"}
             if not torch.equal(self.read("lm_head.weight"), self.read(embedding)):
                 raise RunError(
@@ -158,11 +184,11 @@ class WeightFiles:
         if unknown:
             raise RunError(f"{self._folder} has {min(unknown)}, which its config.json does not describe; {_REMEDY}")
 
-    def read(self, name: str, index: int | None = None) -> Tensor:
-        """Read a tensor, or `tensor[index]`."""
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        """Read `tensor[where]`, and no more of the file."""
         file, saved = self._places[name]
         with open_tensors(file) as tensors:
-            value: Tensor = tensors.get_tensor(saved) if index is None else tensors.get_slice(saved)[index]
+            value: Tensor = tensors.get_slice(saved)[where] if where else tensors.get_tensor(saved)
             return value
 
 
@@ -187,21 +213,21 @@ def exported_shape(parameter: str, shape: torch.Size, config: GPTConfig) -> torc
 
 def _exported_weights(files: WeightFiles, config: GPTConfig) -> Callable[[str], Tensor]:
     """Return a function that reads an entry of an export, which has the experts of a layer in one tensor."""
-    places: dict[str, tuple[str, int | None]] = {}  # entry -> tensor, and its index there
+    places: dict[str, tuple[str, Where]] = {}  # entry -> tensor, and its index there
     expected: Shapes = {}
-    place: tuple[str, int | None]
+    place: tuple[str, Where]
     for entry, shape in weight_shapes(config).items():
         match = EXPERT.fullmatch(entry)
         if match is None:
-            place, whole = (exported_name(entry), None), exported_shape(entry, shape, config)
+            place, whole = (exported_name(entry), ()), exported_shape(entry, shape, config)
         else:
             expert = int(match["expert"])
             place, whole = (
-                (exported_name(f"{match['experts']}.{match['parameter']}"), expert),
+                (exported_name(f"{match['experts']}.{match['parameter']}"), (expert,)),
                 torch.Size((expert + 1, *shape)),
             )
         places[entry], expected[place[0]] = place, whole  # the last expert sets the number of experts
-    files.check(expected)
+    files.check(expected, exported_name("token_embedding.weight"))
     return lambda entry: pad_table(entry, files.read(*places[entry]), config)
 
 

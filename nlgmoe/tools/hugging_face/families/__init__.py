@@ -1,0 +1,75 @@
+"""Models of other families in the format of `transformers`: their settings and the names of their weights.
+
+    family      block (`configs/block/`)                         import   export
+    olmoe       OLMoE: every block MoE                           yes      yes
+    qwen3_moe   Qwen3-MoE: blocks may be dense                   yes      yes
+    mixtral     Mixtral: every block MoE, normalised weights     yes      yes
+    llama       Llama, dense                                     yes      yes
+    qwen3       Qwen3, dense                                     yes      yes
+    gpt2        GPT-2: the paper's block, dense                  yes      no
+
+A family is a `Family` in a file of its own, and an item of `FAMILIES`. `tensors.py` has the table of tensors for both directions,
+`settings.py` what families share of their settings. A model belongs to a family if the family's settings, written and read
+back, describe a model that computes the same. tests/equivalence/test_open_moes.py compares logits, gradients and generation
+with the classes of `transformers`.
+"""
+
+from __future__ import annotations
+
+from nlgmoe.config import GPTConfig
+from nlgmoe.tools.hugging_face.families.gpt2 import GPT2
+from nlgmoe.tools.hugging_face.families.llama import LLAMA, QWEN3
+from nlgmoe.tools.hugging_face.families.mixtral import MIXTRAL
+from nlgmoe.tools.hugging_face.families.olmoe import OLMOE
+from nlgmoe.tools.hugging_face.families.qwen3_moe import QWEN3_MOE
+from nlgmoe.validation import SettingError
+
+OWN = "nlgmoe"  # `model_type` of a folder with our code
+FAMILIES = {family.name: family for family in (OLMOE, QWEN3_MOE, MIXTRAL, LLAMA, QWEN3, GPT2)}
+"""In the order in which an export chooses."""
+EXPORTED = [family for family in FAMILIES.values() if family.write is not None]
+
+
+def family_of(config: GPTConfig, preferred: str | None = None) -> tuple[str | None, str]:
+    """Return the name of the family whose class computes the same as a model in evaluation; or None, and the reason.
+
+    Args:
+        config: of the model.
+        preferred: name of the family to try first, of which the model was imported; None: no one.
+    """
+    nearest: tuple[int, str] | None = None
+    refusal = ""
+    for family in sorted(EXPORTED, key=lambda family: family.name != preferred):
+        try:
+            differing = family.differences(config)
+        except ValueError as error:  # its reader or writer refuses the model
+            refusal = refusal or f"{error} (for {family.name})"
+            continue
+        if not differing:
+            return family.name, ""
+        if nearest is None or len(differing) < nearest[0]:
+            nearest = len(differing), f"{', '.join(differing)} (the nearest family is {family.name})"
+    return None, refusal if nearest is None else nearest[1]
+
+
+def chosen_family(config: GPTConfig, name: str | None, preferred: str | None = None) -> tuple[str | None, str]:
+    """Return what `family_of` does, or the family of this name, which must compute the model; `nlgmoe`: None, for our own code.
+
+    Raises:
+        SettingError: the family is unknown, or does not compute the model.
+    """
+    if name is None:
+        return family_of(config, preferred)
+    if name == OWN:
+        return None, ""
+    family = next((family for family in EXPORTED if family.name == name), None)
+    if family is None:
+        known = ", ".join((OWN, *(family.name for family in EXPORTED)))
+        raise SettingError(f"family={name} cannot be exported; supported are {known}")
+    try:
+        differing = ", ".join(family.differences(config))
+    except ValueError as error:
+        differing = str(error)
+    if differing:
+        raise SettingError(f"family={name} does not compute a model with {differing}; leave it out, or use {OWN}")
+    return name, ""

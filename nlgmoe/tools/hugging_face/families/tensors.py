@@ -1,0 +1,182 @@
+"""Tensors of a family's files and entries of our checkpoints: one table of places for both directions.
+
+A family's table maps each entry, with `#` for a number, to the `Slot`s of its rows; `places` fills it in for a model, and
+`Layout` reads an entry from the files, or makes a tensor of the entries. One entry or tensor is in memory at a time.
+
+    "blocks.#.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight"     a tensor of its own
+    "blocks.#.attention.qkv.weight": [Slot(q, rows=query_rows), Slot(k, rows=key_rows), ...]   rows in several tensors
+    "blocks.#.moe.experts.#.gate_weight": "model.layers.{}.mlp.experts.{}.gate_proj.weight"    a tensor for each expert
+    "blocks.#.moe.experts.#.gate_weight": "model.layers.{}.moe.input_linear.weight"            a stack, [E, ...]
+    "blocks.#.moe.experts.#.expand_weight": Slot("model.layers.{}.moe.input_linear.weight", part=1)   its rows from F on
+    "blocks.#.attention.query.weight": Slot(q, order=even_rows_first)                          rows in another order
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nlgmoe.checkpoint.layout import Shapes
+from nlgmoe.config import GPTConfig
+from nlgmoe.surgery.write_weights import weight_shapes
+
+TABLES = ("token_embedding.weight", "head.weight")  # their rows from `vocab_size` on are padding
+_NUMBER = r"(?<=\.)\d+(?=\.)"
+Where = tuple[int | slice, ...]  # an index of a tensor
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Rows of an entry in a tensor of a family's files; a row is one output of a linear layer.
+
+    Attributes:
+        name: of the tensor, with `{}` for the numbers of block and expert. An expert's entry whose name has no `{}` for the
+            expert is in a stack of all experts, whose first index is the expert.
+        rows: number of rows of the entry; null: all. An entry's slots follow one another.
+        part: number of parts of as many rows, of other entries, that stand before these rows in the tensor.
+        order: the row of the entry (of these rows, from 0) that each of the tensor's rows is; null: the same order.
+        in_out: the tensor is `[in, out]`; those of `nn.Linear` are `[out, in]`.
+    """
+
+    name: str
+    rows: Callable[[GPTConfig], int] | None = None
+    part: int = 0
+    order: Callable[[GPTConfig], Sequence[int]] | None = None
+    in_out: bool = False
+
+
+Slots = str | Slot | Sequence[Slot]  # a name is a slot with the defaults
+Table = Mapping[str, Slots]
+
+
+def query_rows(config: GPTConfig) -> int:
+    """Return the number of rows of the queries."""
+    return config.num_heads * config.head_size
+
+
+def key_rows(config: GPTConfig) -> int:
+    """Return the number of rows of the keys, and of the values."""
+    return config.kv_heads * config.head_size
+
+
+@dataclass(frozen=True)
+class Place:
+    """A `Slot` of one model. The entry is transposed first, if it is; "rows" are the tensor's.
+
+    Attributes:
+        entry: name of the entry.
+        tensor: name of the tensor.
+        first: the entry's first row.
+        rows: number of rows.
+        at: the tensor's first row.
+        index: of the expert in a stack; None: no stack.
+        order: see `Slot`.
+        transposed: the entry is `[in, out]` and the tensor `[out, in]`, or the reverse.
+        shape: of these rows.
+    """
+
+    entry: str
+    tensor: str
+    first: int
+    rows: int
+    at: int
+    index: int | None
+    order: tuple[int, ...] | None
+    transposed: bool
+    shape: torch.Size
+
+    @property
+    def where(self) -> Where:
+        """Index of these rows in the tensor."""
+        rows = slice(self.at, self.at + self.rows)
+        return (rows,) if self.index is None else (self.index, rows)
+
+    def cut(self, entry: Tensor) -> Tensor:
+        """Return these rows of the entry, in the order of the tensor."""
+        rows = (entry.t() if self.transposed else entry)[self.first : self.first + self.rows]
+        return rows if self.order is None else rows[list(self.order)]
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """Return these rows of the tensor in the order of the entry, the inverse of `cut`; not transposed."""
+        if self.order is None:
+            return rows
+        value = torch.empty_like(rows)
+        value[list(self.order)] = rows
+        return value
+
+
+def places(config: GPTConfig, table: Table) -> list[Place]:
+    """Return the places of all entries of a model; those of an entry in the order of its rows."""
+    found = []
+    orders: dict[Callable[[GPTConfig], Sequence[int]], tuple[int, ...]] = {}
+    for entry, shape in weight_shapes(config).items():
+        numbers = re.findall(_NUMBER, entry)
+        value = table[re.sub(_NUMBER, "#", entry)]
+        first, expert = 0, ".moe.experts." in entry  # an expert's matrices are `[in, out]` in our checkpoints
+        for slot in [value] if isinstance(value, str | Slot) else value:
+            slot = Slot(slot) if isinstance(slot, str) else slot
+            transposed = expert != slot.in_out and len(shape) == 2
+            whole = config.vocab_size if entry in TABLES else shape[-1] if transposed else shape[0]
+            rows = whole if slot.rows is None else slot.rows(config)
+            index = int(numbers[-1]) if expert and slot.name.count("{}") < len(numbers) else None
+            if slot.order is not None and slot.order not in orders:
+                orders[slot.order] = tuple(slot.order(config))
+            order = None if slot.order is None else orders[slot.order]
+            size = torch.Size((rows, *(shape[:1] if transposed else shape[1:])))
+            name = slot.name.format(*numbers)
+            found.append(Place(entry, name, first, rows, slot.part * rows, index, order, transposed, size))
+            first += rows
+    return found
+
+
+class Layout:
+    """The tensors of a model in a family's files.
+
+    Args:
+        places: of all entries.
+        config: of the model.
+
+    Attributes:
+        of_entry: places of each entry, in the order of its rows.
+        of_tensor: places in each tensor.
+        shapes: of each tensor.
+    """
+
+    def __init__(self, places: Sequence[Place], config: GPTConfig) -> None:
+        self._config = config
+        self.of_entry: dict[str, list[Place]] = {}
+        self.of_tensor: dict[str, list[Place]] = {}
+        for place in places:
+            self.of_entry.setdefault(place.entry, []).append(place)
+            self.of_tensor.setdefault(place.tensor, []).append(place)
+        self.shapes: Shapes = {name: _shape(parts) for name, parts in self.of_tensor.items()}
+
+    def entry(self, name: str, read: Callable[[str, Where], Tensor]) -> Tensor:
+        """Return an entry; `read(tensor, where)` reads a part of a tensor."""
+        parts = self.of_entry[name]
+        value = torch.cat([place.restore(read(place.tensor, place.where)) for place in parts])
+        return pad_table(name, value.t() if parts[0].transposed else value, self._config).contiguous()
+
+    def tensor(self, name: str, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+        """Return a tensor; `read(entry)` reads an entry."""
+        value = torch.empty(self.shapes[name], dtype=dtype)
+        for place in self.of_tensor[name]:
+            value[place.where] = place.cut(read(place.entry)).to(dtype)
+        return value
+
+
+def _shape(parts: Sequence[Place]) -> torch.Size:
+    rows, *columns = parts[0].shape
+    rows = max(place.at + place.rows for place in parts)
+    stack = [] if parts[0].index is None else [1 + max(place.index or 0 for place in parts)]
+    return torch.Size((*stack, rows, *columns))
+
+
+def pad_table(entry: str, value: Tensor, config: GPTConfig) -> Tensor:
+    """Return an entry with the padding rows of a table, which no file of Hugging Face's format has."""
+    return functional.pad(value, (0, 0, 0, config.padded_vocab_size - len(value))) if entry in TABLES else value
