@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nlgmoe.config import IGNORED_IN_EVALUATION, GPTConfig, MoEConfig
+from nlgmoe.config import ATTENTION_FIELDS, IGNORED_IN_EVALUATION, GPTConfig, MoEConfig
+from nlgmoe.layers.attention import attention_config
+from nlgmoe.parts import MODEL_PARTS, MOE_PARTS
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.validation import SettingError
 
@@ -164,13 +166,19 @@ def moe_of(config: GPTConfig) -> MoEConfig:
 def computation(config: GPTConfig) -> dict[str, Any]:
     """Return the settings that decide the computation in evaluation, those of `moe` too, by name, with nulls resolved."""
     values, moe, counts = config.to_dict(), config.moe, experts_per_layer(config)
-    values |= values.pop("moe") or {}
+    values = dict.fromkeys((*MODEL_PARTS, *MOE_PARTS)) | values | (values["moe"] or {})
+    del values["moe"]
     ignored = {"vocab_size_multiple", "expert_interval", "residual_mix", *IGNORED_IN_EVALUATION} - {
         "eval_token_dropping"
     }
     sizes = ("ffn_hidden_size", "expert_ffn_size", "shared_ffn_size")
     values = {name: value for name, value in values.items() if name not in ignored and name not in sizes}
-    values |= {"num_kv_heads": config.kv_heads, "head_dim": config.head_size, "num_experts": counts}
+    attention = attention_config(config)
+    width, _ = attention.score_widths(config)
+    values |= {"num_kv_heads": config.kv_heads, "head_dim": config.head_size, "rotary_dim": config.rotary_size}
+    values |= {"attention_scale": config.attention_scale or width**-0.5, "num_experts": counts}
+    values["qkv_bias"] = config.bias if config.qkv_bias is None else config.qkv_bias
+    values = {name: value for name, value in values.items() if name not in ATTENTION_FIELDS - attention.reads_fields}
     if 0 in counts:
         values["ffn_hidden_size"] = config.ffn_size
     if moe is None:
@@ -188,8 +196,8 @@ def computation(config: GPTConfig) -> dict[str, Any]:
 def differing_settings(config: GPTConfig, other: GPTConfig) -> list[str]:
     """Return settings of a model, as `name=value`, with which it computes something else than the other."""
     ours, theirs = computation(config), computation(other)
-    names = [name for name in {**ours, **theirs} if not _equal(ours.get(name), theirs.get(name))]
-    return [f"{name}={_text(ours.get(name))}" for name in names]
+    # A setting that one of them lacks has no meaning there, because of another one that differs, such as `mlp_type`.
+    return [f"{name}={_text(ours[name])}" for name in ours if name in theirs and not _equal(ours[name], theirs[name])]
 
 
 def _equal(value: Any, other: Any) -> bool:
