@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from nlgmoe.config import IGNORED_IN_EVALUATION, GPTConfig, MoEConfig
+from nlgmoe.parts import PARTS
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.validation import SettingError
 
@@ -63,12 +65,12 @@ def rope_fields(theirs: Any) -> dict[str, Any]:
     return {"rope_theta": float(rope["rope_theta"])}
 
 
-def decoder_config(theirs: Any, **fields: Any) -> GPTConfig:
+def decoder_config(theirs: Any, **more: Any) -> GPTConfig:
     """Read a model with Llama's block: RMSNorm, SwiGLU, rotary positions, no biases.
 
     Args:
         theirs: the family's configuration.
-        fields: further fields, or other values.
+        more: further fields, or other values.
     """
     head_dim = getattr(theirs, "head_dim", None)
     values = {
@@ -84,17 +86,17 @@ def decoder_config(theirs: Any, **fields: Any) -> GPTConfig:
         "bias": False,
         "tied_embeddings": bool(theirs.tie_word_embeddings),
     }
-    return GPTConfig(**values | fields)
+    return GPTConfig(**values | more)
 
 
-def moe_config(theirs: Any, num_experts: int | list[int], normalizes: bool, **fields: Any) -> MoEConfig:
+def moe_config(theirs: Any, num_experts: int | list[int], normalizes: bool, **more: Any) -> MoEConfig:
     """Read a mixture whose blocks all, but those with 0 experts, have equally many experts.
 
     Args:
         theirs: the family's configuration.
         num_experts: experts of each MoE block, or of every block, 0 for a dense one.
         normalizes: the weights of a token's experts sum to 1.
-        fields: further fields.
+        more: further fields.
     """
     top_k = theirs.num_experts_per_tok
     if top_k == 1 and normalizes:
@@ -103,7 +105,7 @@ def moe_config(theirs: Any, num_experts: int | list[int], normalizes: bool, **fi
         num_experts = num_experts[0]
     second: Any = "argmax" if top_k == 2 else MoEConfig.second_expert
     values = {"expert_interval": 1, "top_k": top_k, "token_dropping": False, "second_expert": second}
-    return MoEConfig(num_experts=num_experts, **values | {"normalize_weights": None if normalizes else False} | fields)
+    return MoEConfig(num_experts=num_experts, **values | {"normalize_weights": None if normalizes else False} | more)
 
 
 # ---- writing
@@ -163,7 +165,10 @@ def moe_of(config: GPTConfig) -> MoEConfig:
 
 def computation(config: GPTConfig) -> dict[str, Any]:
     """Return the settings that decide the computation in evaluation, those of `moe` too, by name, with nulls resolved."""
-    values, moe, counts = config.to_dict(), config.moe, experts_per_layer(config)
+    moe, counts = config.moe, experts_per_layer(config)
+    values = (
+        dict.fromkeys((*(field.name for field in fields(config)), *PARTS)) | config.to_dict()
+    )  # parts may be left out
     values |= values.pop("moe") or {}
     ignored = {"vocab_size_multiple", "expert_interval", "residual_mix", *IGNORED_IN_EVALUATION} - {
         "eval_token_dropping"
@@ -188,8 +193,8 @@ def computation(config: GPTConfig) -> dict[str, Any]:
 def differing_settings(config: GPTConfig, other: GPTConfig) -> list[str]:
     """Return settings of a model, as `name=value`, with which it computes something else than the other."""
     ours, theirs = computation(config), computation(other)
-    names = [name for name in {**ours, **theirs} if not _equal(ours.get(name), theirs.get(name))]
-    return [f"{name}={_text(ours.get(name))}" for name in names]
+    # A setting that one of them lacks has no meaning there, because of another one that differs, such as `mlp_type`.
+    return [f"{name}={_text(ours[name])}" for name in ours if name in theirs and not _equal(ours[name], theirs[name])]
 
 
 def _equal(value: Any, other: Any) -> bool:
