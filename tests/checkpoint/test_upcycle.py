@@ -111,9 +111,14 @@ LLAMA = replace(OPEN, qk_norm=None)
             LLAMA,
             "--expert-interval 2",
             (None, 2, 2),
-            "no class of transformers has dense blocks among MoE blocks without qk_norm=head: nlgmoe",
+            "no class of transformers has qk_norm=null (the nearest family is qwen3_moe): nlgmoe",
         ),
-        (LLAMA, "--mlp-type residual", (None, 2, 1), "no class of transformers has mlp_type=residual: nlgmoe export"),
+        (
+            LLAMA,
+            "--mlp-type residual",
+            (None, 2, 1),
+            "has qk_norm=null, mlp_type=residual (the nearest family is qwen3_moe): nlgmoe export",
+        ),
         (DENSE, "", (None, 2, 1), ""),
     ],
 )

@@ -17,6 +17,7 @@ with the classes of `transformers`.
 from __future__ import annotations
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.tools.hugging_face.families.family import Family
 from nlgmoe.tools.hugging_face.families.gpt2 import GPT2
 from nlgmoe.tools.hugging_face.families.llama import LLAMA, QWEN3
 from nlgmoe.tools.hugging_face.families.mixtral import MIXTRAL
@@ -27,7 +28,10 @@ from nlgmoe.validation import SettingError
 OWN = "nlgmoe"  # `model_type` of a folder with our code
 FAMILIES = {family.name: family for family in (OLMOE, QWEN3_MOE, MIXTRAL, LLAMA, QWEN3, GPT2)}
 """In the order in which an export chooses."""
-EXPORTED = [family for family in FAMILIES.values() if family.write is not None]
+
+
+def _exported() -> list[Family]:
+    return [family for family in FAMILIES.values() if family.write is not None]
 
 
 def family_of(config: GPTConfig, preferred: str | None = None) -> tuple[str | None, str]:
@@ -39,7 +43,7 @@ def family_of(config: GPTConfig, preferred: str | None = None) -> tuple[str | No
     """
     nearest: tuple[int, str] | None = None
     refusal = ""
-    for family in sorted(EXPORTED, key=lambda family: family.name != preferred):
+    for family in sorted(_exported(), key=lambda family: family.name != preferred):
         try:
             differing = family.differences(config)
         except ValueError as error:  # its reader or writer refuses the model
@@ -62,9 +66,9 @@ def chosen_family(config: GPTConfig, name: str | None, preferred: str | None = N
         return family_of(config, preferred)
     if name == OWN:
         return None, ""
-    family = next((family for family in EXPORTED if family.name == name), None)
+    family = next((family for family in _exported() if family.name == name), None)
     if family is None:
-        known = ", ".join((OWN, *(family.name for family in EXPORTED)))
+        known = ", ".join((OWN, *(family.name for family in _exported())))
         raise SettingError(f"family={name} cannot be exported; supported are {known}")
     try:
         differing = ", ".join(family.differences(config))

@@ -99,7 +99,10 @@ class Family:
             theirs = self.config_class(**self.write(config))
         except StrictDataclassError as error:  # a check of theirs, such as of hidden_size by heads
             raise UnsupportedError(" ".join(str(error).split())) from error
-        return differing_settings(config, self._config_of(theirs))
+        made = self._config_of(theirs)
+        if config.moe is not None and made.moe is None:
+            raise UnsupportedError(f"num_experts={config.moe.num_experts}")
+        return differing_settings(config, made)
 
     def layout(self, config: GPTConfig) -> Layout:
         """Return the tensors of a model's files."""

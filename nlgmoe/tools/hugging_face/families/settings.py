@@ -65,12 +65,12 @@ def rope_fields(theirs: Any) -> dict[str, Any]:
     return {"rope_theta": float(rope["rope_theta"])}
 
 
-def decoder_config(theirs: Any, **fields: Any) -> GPTConfig:
+def decoder_config(theirs: Any, **more: Any) -> GPTConfig:
     """Read a model with Llama's block: RMSNorm, SwiGLU, rotary positions, no biases.
 
     Args:
         theirs: the family's configuration.
-        fields: further fields, or other values.
+        more: further fields, or other values.
     """
     head_dim = getattr(theirs, "head_dim", None)
     values = {
@@ -86,17 +86,17 @@ def decoder_config(theirs: Any, **fields: Any) -> GPTConfig:
         "bias": False,
         "tied_embeddings": bool(theirs.tie_word_embeddings),
     }
-    return GPTConfig(**values | fields)
+    return GPTConfig(**values | more)
 
 
-def moe_config(theirs: Any, num_experts: int | list[int], normalizes: bool, **fields: Any) -> MoEConfig:
+def moe_config(theirs: Any, num_experts: int | list[int], normalizes: bool, **more: Any) -> MoEConfig:
     """Read a mixture whose blocks all, but those with 0 experts, have equally many experts.
 
     Args:
         theirs: the family's configuration.
         num_experts: experts of each MoE block, or of every block, 0 for a dense one.
         normalizes: the weights of a token's experts sum to 1.
-        fields: further fields.
+        more: further fields.
     """
     top_k = theirs.num_experts_per_tok
     if top_k == 1 and normalizes:
@@ -105,7 +105,7 @@ def moe_config(theirs: Any, num_experts: int | list[int], normalizes: bool, **fi
         num_experts = num_experts[0]
     second: Any = "argmax" if top_k == 2 else MoEConfig.second_expert
     values = {"expert_interval": 1, "top_k": top_k, "token_dropping": False, "second_expert": second}
-    return MoEConfig(num_experts=num_experts, **values | {"normalize_weights": None if normalizes else False} | fields)
+    return MoEConfig(num_experts=num_experts, **values | {"normalize_weights": None if normalizes else False} | more)
 
 
 # ---- writing
