@@ -162,19 +162,20 @@ def moe_of(config: GPTConfig) -> MoEConfig:
 
 # ---- comparing
 
+# Settings that are compared below, in another form, or not at all.
+_REPLACED = (IGNORED_IN_EVALUATION - {"eval_token_dropping"}) | {
+    *("vocab_size_multiple", "moe", "expert_interval", "residual_mix"),
+    *("ffn_hidden_size", "expert_ffn_size", "shared_ffn_size"),
+}
+
 
 def computation(config: GPTConfig) -> dict[str, Any]:
     """Return the settings that decide the computation in evaluation, those of `moe` too, by name, with nulls resolved."""
     moe, counts = config.moe, experts_per_layer(config)
-    values = (
-        dict.fromkeys((*(field.name for field in fields(config)), *PARTS)) | config.to_dict()
-    )  # parts may be left out
-    values |= values.pop("moe") or {}
-    ignored = {"vocab_size_multiple", "expert_interval", "residual_mix", *IGNORED_IN_EVALUATION} - {
-        "eval_token_dropping"
-    }
-    sizes = ("ffn_hidden_size", "expert_ffn_size", "shared_ffn_size")
-    values = {name: value for name, value in values.items() if name not in ignored and name not in sizes}
+    found: dict[str, Any] = config.to_dict()
+    found |= found.pop("moe") or {}
+    null = dict.fromkeys((*(field.name for field in fields(config)), *PARTS))  # parts that are null are not in `found`
+    values = {name: value for name, value in {**null, **found}.items() if name not in _REPLACED}
     values |= {"num_kv_heads": config.kv_heads, "head_dim": config.head_size, "num_experts": counts}
     if 0 in counts:
         values["ffn_hidden_size"] = config.ffn_size
