@@ -84,8 +84,11 @@ class Family:
         assert self.write is not None, f"{self.name} is not exported"
         values = self.write(config)
         made: dict[str, Any] = self.config_class(**values).to_dict()
-        # Top-level `rope_theta` is for readers of version 4.
-        return made | values | {"architectures": [f"{self.classes}ForCausalLM"], "rope_theta": config.rope_theta}
+        # Top-level `rope_theta` and `rope_scaling` are for readers of version 4.
+        old: dict[str, Any] = {"rope_theta": config.rope_theta}
+        if config.rotary_scaling is not None:
+            old["rope_scaling"] = values["rope_parameters"]
+        return made | values | {"architectures": [f"{self.classes}ForCausalLM"]} | old
 
     def differences(self, config: GPTConfig) -> list[str]:
         """Return settings, as `name=value`, with which a model computes something else than the family; empty: nothing else.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from nlgmoe.config import ATTENTION_FIELDS, IGNORED_IN_EVALUATION, GPTConfig, MoEConfig
 from nlgmoe.layers.attention import attention_config
-from nlgmoe.parts import MODEL_PARTS, MOE_PARTS
+from nlgmoe.parts import MOE_PARTS
 from nlgmoe.pyramid import experts_per_layer
-from nlgmoe.validation import SettingError
+from nlgmoe.tools.hugging_face.families.rope import UnsupportedError, rope_fields, rope_settings, rope_temperature
 
 # Values of settings that nlgmoe computes; a family without the setting has that value.
 REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -21,10 +22,6 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "router_jitter_noise": (0.0,),
 }
-
-
-class UnsupportedError(SettingError):
-    """A family's setting that nlgmoe does not compute, or a model's that the family does not express, as `setting=value`."""
 
 
 # ---- reading: `theirs` is the object of transformers' configuration class
@@ -55,16 +52,6 @@ def shape_fields(theirs: Any) -> dict[str, Any]:
     }
 
 
-def rope_fields(theirs: Any) -> dict[str, Any]:
-    """Return the fields of rotary positions."""
-    rope = theirs.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise UnsupportedError(f"rope_type={rope['rope_type']}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedError(f"partial_rotary_factor={rope['partial_rotary_factor']}")
-    return {"rope_theta": float(rope["rope_theta"])}
-
-
 def decoder_config(theirs: Any, **more: Any) -> GPTConfig:
     """Read a model with Llama's block: RMSNorm, SwiGLU, rotary positions, no biases.
 
@@ -73,6 +60,10 @@ def decoder_config(theirs: Any, **more: Any) -> GPTConfig:
         more: further fields, or other values.
     """
     head_dim = getattr(theirs, "head_dim", None)
+    width, temperature = head_dim or theirs.hidden_size // theirs.num_attention_heads, rope_temperature(theirs)
+    rope = rope_fields(theirs, width)
+    if temperature != 1 and rope["rotary_dim"] is not None:  # it would scale a part of each product
+        raise UnsupportedError(f"attention_factor={temperature} with partial_rotary_factor")
     values = {
         **shape_fields(theirs),
         "num_kv_heads": theirs.num_key_value_heads,
@@ -82,7 +73,8 @@ def decoder_config(theirs: Any, **more: Any) -> GPTConfig:
         "layer_norm_eps": theirs.rms_norm_eps,
         "ffn_network": "swiglu",
         "norm": "rmsnorm",
-        **rope_fields(theirs),
+        **rope,
+        "attention_scale": None if temperature == 1 else temperature**2 / math.sqrt(width),
         "bias": False,
         "tied_embeddings": bool(theirs.tie_word_embeddings),
     }
@@ -118,7 +110,6 @@ def decoder_settings(config: GPTConfig, **settings: Any) -> dict[str, Any]:
         config: of the model.
         settings: further settings, or other values.
     """
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -133,7 +124,7 @@ def decoder_settings(config: GPTConfig, **settings: Any) -> dict[str, Any]:
         "attention_dropout": float(config.attention_dropout),
         "hidden_act": "silu",
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # their defaults are another model's
-        **({} if config.rope_theta is None else {"rope_parameters": rope}),
+        **rope_settings(config),
         **settings,
     }
 
@@ -162,17 +153,22 @@ def moe_of(config: GPTConfig) -> MoEConfig:
 
 # ---- comparing
 
+# Settings that are compared below, in another form, or not at all.
+_REPLACED = (IGNORED_IN_EVALUATION - {"eval_token_dropping"}) | {
+    *("vocab_size_multiple", "moe", "expert_interval", "residual_mix"),
+    *("ffn_hidden_size", "expert_ffn_size", "shared_ffn_size"),
+}
+
 
 def computation(config: GPTConfig) -> dict[str, Any]:
     """Return the settings that decide the computation in evaluation, those of `moe` too, by name, with nulls resolved."""
-    values, moe, counts = config.to_dict(), config.moe, experts_per_layer(config)
-    values = dict.fromkeys((*MODEL_PARTS, *MOE_PARTS)) | values | (values["moe"] or {})
-    del values["moe"]
-    ignored = {"vocab_size_multiple", "expert_interval", "residual_mix", *IGNORED_IN_EVALUATION} - {
-        "eval_token_dropping"
-    }
-    sizes = ("ffn_hidden_size", "expert_ffn_size", "shared_ffn_size")
-    values = {name: value for name, value in values.items() if name not in ignored and name not in sizes}
+    moe, counts = config.moe, experts_per_layer(config)
+    found: dict[str, Any] = config.to_dict()
+    found |= found.pop("moe") or {}
+    null = dict.fromkeys(
+        (*(field.name for field in fields(config)), *MOE_PARTS)
+    )  # parts that are null are not in `found`
+    values = {name: value for name, value in {**null, **found}.items() if name not in _REPLACED}
     attention = attention_config(config)
     width, _ = attention.score_widths(config)
     values |= {"num_kv_heads": config.kv_heads, "head_dim": config.head_size, "rotary_dim": config.rotary_size}
