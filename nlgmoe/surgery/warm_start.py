@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from nlgmoe.checkpoint.layout import Entry, entry_shapes, local_entries
 from nlgmoe.checkpoint.reading import TensorFiles, read_document
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.checkpoint.same_run import tokenizer_matches
+from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.differences import list_differences
 from nlgmoe.model.gpt import GPT
+from nlgmoe.parts import ForeignCodeError
 from nlgmoe.ranks import raise_on_all_ranks
 from nlgmoe.validation import SettingError
 
@@ -111,7 +114,10 @@ def load_initial_weights(
     total, loaded = (sum(shapes[name].numel() for name in names) for names in (shapes, fitting))
     more = "; differences:" if different else ""
     head = f"the weights are those of {path}{blocks}: loaded {loaded:,} of {total:,} values{more}"
-    return WarmStartResult(document["model_config"], "\n  ".join([head, *different]), path, document.get("family"))
+    saved = document["model_config"]
+    with suppress(ForeignCodeError):  # settings that it lacks get their defaults
+        saved = GPTConfig.from_dict(saved).to_dict()
+    return WarmStartResult(saved, "\n  ".join([head, *different]), path, document.get("family"))
 
 
 def _rename_blocks(names: dict[str, str], layers: list[int]) -> dict[str, str]:

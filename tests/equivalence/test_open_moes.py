@@ -26,50 +26,10 @@ from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 from nlgmoe.tools.hugging_face.importing import import_model
 from tests.checkpoint.runs import SaveAt
+from tests.equivalence.variants import FAULTS, PUBLISHED, SHAPE, VARIANTS, Fault
 from tests.golden.recording import Losses
 from tests.synthetic import SyntheticData
 from tests.test_module import trainer
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 89,
-    "hidden_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-MOE = {"num_experts_per_tok": 2, "intermediate_size": 40}
-# variant -> family, settings
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "olmoe": ("olmoe", MOE | {"num_experts": 8}),
-    "olmoe, grouped queries, normalised, tied": (
-        "olmoe",
-        MOE | {"num_experts": 8, "num_key_value_heads": 2, "norm_topk_prob": True, "tie_word_embeddings": True},
-    ),
-    "olmoe, top-1": ("olmoe", MOE | {"num_experts": 8, "num_experts_per_tok": 1}),
-    "qwen3_moe, wide heads, a dense block": (
-        "qwen3_moe",
-        MOE
-        | {"num_experts": 8, "moe_intermediate_size": 24, "head_dim": 16, "mlp_only_layers": [1]}
-        | {"num_key_value_heads": 2, "norm_topk_prob": True, "num_experts_per_tok": 3},
-    ),
-    "qwen3_moe, every second block": (
-        "qwen3_moe",
-        MOE | {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8, "decoder_sparse_step": 2},
-    ),
-    "mixtral, top-3, theta": (
-        "mixtral",
-        {**MOE, "num_local_experts": 4, "num_experts_per_tok": 3, "num_key_value_heads": 2}
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-    ),
-    "llama, wide heads, tied": ("llama", {"intermediate_size": 56, "head_dim": 20, "tie_word_embeddings": True}),
-    "llama": ("llama", {"intermediate_size": 56, "num_key_value_heads": 1, "head_dim": 12}),
-    "qwen3": ("qwen3", {"intermediate_size": 56, "head_dim": 16, "num_key_value_heads": 2}),
-}
 
 
 def their_model(variant: str) -> Any:
@@ -121,6 +81,26 @@ def test_logits_are_equal_also_with_padding_and_a_cache(pair: Pair) -> None:
     cache = KVCache(17)
     parts = [pair.ours(part, cache=cache).hidden for part in ids.split([9, *[1] * 8], dim=1)]
     torch.testing.assert_close(pair.ours.logits(torch.cat(parts, dim=1)), pair.theirs(ids).logits, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+@torch.no_grad()
+def test_a_wrong_name_order_scale_or_epsilon_shows_in_the_logits(name: str, tmp_path: Path) -> None:
+    """Otherwise equal logits would prove little."""
+    variant, fault = FAULTS[name]
+    pair = Pair(variant, tmp_path)
+    expected = pair.theirs(tokens()).logits
+    assert (broken_logits(pair.ours, lambda config, state: config) - expected).abs().max() < 2e-5
+    assert (broken_logits(pair.ours, fault) - expected).abs().max() > 5e-5
+
+
+def broken_logits(model: GPT, fault: Fault) -> Tensor:
+    """The logits of a model with a fault."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    broken = GPT(fault(model.config, state)).eval()
+    broken.load_state_dict(state)
+    logits: Tensor = broken.logits(broken(tokens()).hidden)
+    return logits
 
 
 def test_gradients_are_equal(pair: Pair) -> None:
@@ -202,31 +182,6 @@ def test_half_precision_is_as_close_to_fp32_as_theirs(pair: Pair) -> None:
     half.load_state_dict(pair.ours.state_dict())
     ours = (half.logits(half(ids).hidden).float() - expected).abs().median()
     assert ours < 1.25 * theirs
-
-
-PUBLISHED: dict[
-    str, tuple[dict[str, Any], float, float]
-] = {  # config.json's values, parameters, active ones, in billions
-    "olmoe": ({"intermediate_size": 1024}, 6.92, 1.28),  # OLMoE-1B-7B
-    "qwen3_moe": (  # Qwen3-30B-A3B
-        {"num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": True, "num_experts": 128},
-        30.53,
-        3.35,
-    ),
-    "mixtral": ({}, 46.70, 12.88),  # Mixtral-8x7B
-    "llama": (  # Llama-3.2-1B, whose rope is scaled and so is not imported
-        {"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-        | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
-        1.24,
-        1.24,
-    ),
-    "qwen3": (  # Qwen3-1.7B
-        {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
-        | {"num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
-        1.72,
-        1.72,
-    ),
-}
 
 
 @pytest.mark.parametrize("family", PUBLISHED)

@@ -1,0 +1,126 @@
+"""Models of other families that the tests compare with `transformers`, and faults that the comparison must find."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from nlgmoe.config import GPTConfig
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 89,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+MOE = {"num_experts_per_tok": 2, "intermediate_size": 40}
+# variant -> family, settings
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "olmoe": ("olmoe", MOE | {"num_experts": 8}),
+    "olmoe, grouped queries, normalised, tied": (
+        "olmoe",
+        MOE | {"num_experts": 8, "num_key_value_heads": 2, "norm_topk_prob": True, "tie_word_embeddings": True},
+    ),
+    "olmoe, top-1": ("olmoe", MOE | {"num_experts": 8, "num_experts_per_tok": 1}),
+    "qwen3_moe, wide heads, a dense block": (
+        "qwen3_moe",
+        MOE
+        | {"num_experts": 8, "moe_intermediate_size": 24, "head_dim": 16, "mlp_only_layers": [1]}
+        | {"num_key_value_heads": 2, "norm_topk_prob": True, "num_experts_per_tok": 3},
+    ),
+    "qwen3_moe, every second block": (
+        "qwen3_moe",
+        MOE | {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8, "decoder_sparse_step": 2},
+    ),
+    "mixtral, top-3, theta": (
+        "mixtral",
+        {**MOE, "num_local_experts": 4, "num_experts_per_tok": 3, "num_key_value_heads": 2}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    ),
+    "llama, wide heads, tied": ("llama", {"intermediate_size": 56, "head_dim": 20, "tie_word_embeddings": True}),
+    "llama": ("llama", {"intermediate_size": 56, "num_key_value_heads": 1, "head_dim": 12}),
+    "qwen3": ("qwen3", {"intermediate_size": 56, "head_dim": 16, "num_key_value_heads": 2}),
+}
+
+# family -> values of config.json, parameters and active ones in billions
+PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
+    "olmoe": ({"intermediate_size": 1024}, 6.92, 1.28),  # OLMoE-1B-7B
+    "qwen3_moe": (  # Qwen3-30B-A3B
+        {"num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": True, "num_experts": 128},
+        30.53,
+        3.35,
+    ),
+    "mixtral": ({}, 46.70, 12.88),  # Mixtral-8x7B
+    "llama": (  # Llama-3.2-1B, whose rope is scaled and so is not imported
+        {"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
+        1.24,
+        1.24,
+    ),
+    "qwen3": (  # Qwen3-1.7B
+        {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
+        | {"num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
+        1.72,
+        1.72,
+    ),
+}
+
+Fault = Callable[[GPTConfig, dict[str, Tensor]], GPTConfig]  # changes a state dict in place, returns the configuration
+
+
+def setting(name: str, value: Any) -> Fault:
+    """Another value of a setting, such as `layer_norm_eps`, `moe.gate_scale` or `attention.norm_eps`."""
+    section, _, field = name.rpartition(".")
+
+    def change(config: GPTConfig, state: dict[str, Tensor]) -> GPTConfig:
+        if not section:
+            return replace(config, **{field: value})
+        return replace(config, **{section: replace(getattr(config, section), **{field: value})})
+
+    return change
+
+
+def swapped(one: str, other: str) -> Fault:
+    """The tensors whose names end with `one` have the values of those that end with `other`, and the reverse."""
+
+    def change(config: GPTConfig, state: dict[str, Tensor]) -> GPTConfig:
+        for name in [name for name in state if name.endswith(one)]:
+            twin = name.removesuffix(one) + other
+            state[name], state[twin] = state[twin], state[name]
+        return config
+
+    return change
+
+
+def changed(ending: str, by: Callable[[Tensor], Tensor]) -> Fault:
+    """The tensors whose names end with `ending`, changed by a function, such as an order of rows."""
+
+    def change(config: GPTConfig, state: dict[str, Tensor]) -> GPTConfig:
+        names = [name for name in state if name.endswith(ending)]
+        assert names, ending
+        state.update({name: by(state[name]) for name in names})
+        return config
+
+    return change
+
+
+# fault -> variant and fault
+FAULTS: dict[str, tuple[str, Fault]] = {
+    "qwen3_moe: gate and expand are swapped": (
+        "qwen3_moe, wide heads, a dense block",
+        swapped("experts.gate_weight", "experts.expand_weight"),
+    ),
+    "qwen3_moe: rows of queries, heads reversed": (
+        "qwen3_moe, wide heads, a dense block",
+        changed("attention.qkv.weight", lambda rows: rows.roll(16, 0)),
+    ),
+    "olmoe: another epsilon": ("olmoe", setting("layer_norm_eps", 2e-5)),
+    "mixtral: another base of positions": ("mixtral, top-3, theta", setting("rope_theta", 510.0)),
+}
