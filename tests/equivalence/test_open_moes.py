@@ -38,9 +38,9 @@ def their_model(variant: str) -> Any:
     config = getattr(transformers, f"{FAMILIES[family].classes}Config")(**{**SHAPE, **values})
     model = getattr(transformers, f"{FAMILIES[family].classes}ForCausalLM")(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # scales too
-            if parameter.dim() == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+        for tensor in model.state_dict().values():  # scales and biases
+            if tensor.dim() == 1:
+                tensor.add_(0.2 * torch.randn_like(tensor))
     return model
 
 
@@ -98,7 +98,7 @@ def broken_logits(model: GPT, fault: Fault) -> Tensor:
     """The logits of a model with a fault."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     broken = GPT(fault(model.config, state)).eval()
-    broken.load_state_dict(state)
+    broken.load_state_dict({name: state[name] for name in broken.state_dict()})  # a fault may lack biases
     logits: Tensor = broken.logits(broken(tokens()).hidden)
     return logits
 
@@ -194,14 +194,14 @@ def test_names_shapes_and_counts_of_published_models(family: str) -> None:
     with torch.device("meta"):
         model = getattr(transformers, f"{FAMILIES[family].classes}ForCausalLM")(theirs)
     ours = FAMILIES[family].layout(config).shapes
-    assert sum(shape.numel() for shape in ours.values()) == sum(p.numel() for p in model.parameters())
-    stacked = {name: p.shape for name, p in model.named_parameters() if ".experts." not in name}
-    for name, shape in stacked.items():
-        if name != "lm_head.weight" or not theirs.tie_word_embeddings:
-            assert (
-                ours[name.replace("mlp.gate.weight", "block_sparse_moe.gate.weight") if family == "mixtral" else name]
-                == shape
-            )
+    saved = {name: tensor.shape for name, tensor in model.state_dict().items()}  # buffers too
+    if theirs.tie_word_embeddings:
+        del saved["lm_head.weight"]
+    assert sum(shape.numel() for shape in ours.values()) == sum(shape.numel() for shape in saved.values())
+    for name, shape in saved.items():
+        if ".experts." not in name:
+            name = name.replace("mlp.gate.weight", "block_sparse_moe.gate.weight") if family == "mixtral" else name
+            assert ours[name] == shape
     assert family_of(config) == (family, "")
 
 
