@@ -17,7 +17,7 @@ from nlgmoe.tools.hugging_face.families.sigmoid_moe import SIGMOID_MOE, first_de
 
 def _read(theirs: Any) -> GPTConfig:
     own = {"qkv_bias": theirs.attention_bias, "qk_norm": "head" if theirs.use_qk_norm else None}
-    return decoder_config(theirs, **own, moe=sigmoid_moe(theirs, first_dense(theirs)))
+    return decoder_config(theirs, partial=True, **own, moe=sigmoid_moe(theirs, first_dense(theirs)))
 
 
 def _write(config: GPTConfig) -> dict[str, Any]:

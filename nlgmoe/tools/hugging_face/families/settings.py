@@ -54,16 +54,17 @@ def shape_fields(theirs: Any) -> dict[str, Any]:
     }
 
 
-def decoder_config(theirs: Any, **more: Any) -> GPTConfig:
+def decoder_config(theirs: Any, partial: bool = False, **more: Any) -> GPTConfig:
     """Read a model with Llama's block: RMSNorm, SwiGLU, rotary positions, no biases.
 
     Args:
         theirs: the family's configuration.
+        partial: see `rope_fields`.
         more: further fields, or other values.
     """
     head_dim = getattr(theirs, "head_dim", None)
     width, temperature = head_dim or theirs.hidden_size // theirs.num_attention_heads, rope_temperature(theirs)
-    rope = rope_fields(theirs, width)
+    rope = rope_fields(theirs, width, partial)
     if temperature != 1 and rope["rotary_dim"] is not None:  # it would scale a part of each product
         raise UnsupportedError(f"attention_factor={temperature} with partial_rotary_factor")
     values = {
