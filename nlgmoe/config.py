@@ -326,6 +326,11 @@ class GPTConfig:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
+    def has_qkv_bias(self) -> bool:
+        """True if queries, keys and values have biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
     def rotary_size(self) -> int:
         """Number of values of a head that turn with the position."""
         return (self.attention or AttentionConfig()).rotary_size(self)

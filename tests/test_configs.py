@@ -1,6 +1,5 @@
 """The YAML files against the paper: sizes, hyper-parameters, and every model on every machine."""
 
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,16 +8,17 @@ import pytest
 import yaml
 
 from nlgmoe import Experiment, load_config
-from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.config import GPTConfig
 from nlgmoe.data import StreamedText
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.experiment import parse_config
 from nlgmoe.model.counting import count_parameters
-from nlgmoe.tools.hugging_face.families import family_of
+from nlgmoe.tools.hugging_face.families import FAMILIES as OPEN_FAMILIES
 
 ROOT = Path(__file__).parents[1] / "configs"
 GPUS = {"cpu": 1, "gpu": 1, "gpus_8": 8, "gpus_64": 64, "gpus_128": 128}
 FAMILIES = ["dense", "moe", "pr_moe", "mos"]
+BLOCKS = sorted(path.stem for path in (ROOT / "block").glob("*.yaml"))
 
 
 class Published(NamedTuple):
@@ -80,19 +80,26 @@ def test_every_row_of_the_paper_is_there_and_every_family_has_a_twin() -> None:
     }
     twins = {f"{family}/laptop" for family in FAMILIES}
     data = {"data/paper_blend", "data/pile_streaming"}
-    data |= {f"block/{family}" for family in ("llama", "olmoe", "qwen3_moe", "mixtral")}
+    data |= {f"block/{family}" for family in OPEN_FAMILIES if family not in ("qwen3", "gpt2")}
     assert files == {"quickstart", "finetune", *PAPER, *twins, *(f"hardware/{overlay}" for overlay in GPUS), *data}
 
 
-@pytest.mark.parametrize("block", ["llama", "olmoe", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("block", BLOCKS)
 def test_a_block_goes_with_any_model(block: str) -> None:
-    for name in ("pr_moe/laptop", "dense/laptop"):
+    """A block with a mixture's settings goes with any model that has experts."""
+    overlay = read(f"block/{block}")["model"]["config"]
+    for name in ("moe/laptop", "pr_moe/laptop") if "moe" in overlay else ("pr_moe/laptop", "dense/laptop"):
         config = GPTConfig.from_dict(parse(name, f"block/{block}")["model"]["config"])
-        assert config.norm == "rmsnorm" and config.rope_theta and not config.tied_embeddings and not config.bias
-        assert config.qk_norm == {"olmoe": "projection", "qwen3_moe": "head"}.get(block)
-    native = GPTConfig(64, 16, 2, 16, 2, **read(f"block/{block}")["model"]["config"])
-    moe = None if block == "llama" else MoEConfig(4, expert_interval=1, top_k=2)
-    assert family_of(replace(native, moe=moe)) == (block, "")
+        assert config.norm == "rmsnorm" and config.rope_theta and not config.bias
+        assert (config.moe is None) == (name == "dense/laptop")
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_block_is_its_family_s(block: str) -> None:
+    name, every = ("dense", {}) if block == "llama" else ("moe", {"model__config__moe__expert_interval": 1})
+    files = [ROOT / f"{name}/laptop.yaml", ROOT / f"block/{block}.yaml"]
+    config = GPTConfig.from_dict(parse_config(files, **every)["model"]["config"])
+    assert OPEN_FAMILIES[block].differences(config) == []
 
 
 def test_a_short_training_goes_with_any_model() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nlgmoe.config import GPTConfig
@@ -21,6 +22,8 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": None,
 }
 MOE = {"num_experts_per_tok": 2, "intermediate_size": 40}
+SIGMOID = MOE | {"n_routed_experts": 8, "moe_intermediate_size": 24, "n_shared_experts": 1, "num_experts_per_tok": 3}
+SIGMOID |= {"first_k_dense_replace": 1, "norm_topk_prob": True}
 # variant -> family, settings
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", MOE | {"num_experts": 8}),
@@ -44,6 +47,36 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {**MOE, "num_local_experts": 4, "num_experts_per_tok": 3, "num_key_value_heads": 2}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     ),
+    "qwen2_moe, grouped queries": (
+        "qwen2_moe",
+        MOE
+        | {"num_experts": 8, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 36}
+        | {"num_key_value_heads": 2, "num_experts_per_tok": 3},
+    ),
+    "qwen2_moe, a dense block, no biases, normalised, tied": (
+        "qwen2_moe",
+        MOE
+        | {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 48, "qkv_bias": False}
+        | {"mlp_only_layers": [2], "norm_topk_prob": True, "tie_word_embeddings": True},
+    ),
+    "dots1, groups": (
+        "dots1",
+        SIGMOID | {"n_group": 4, "topk_group": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.5, "head_dim": 16},
+    ),
+    "dots1, all blocks sparse, top-2, not normalised": (
+        "dots1",
+        SIGMOID | {"first_k_dense_replace": 0, "num_experts_per_tok": 2, "norm_topk_prob": False},
+    ),
+    "glm4_moe, half of a head turns": (
+        "glm4_moe",
+        SIGMOID | {"attention_bias": True, "head_dim": 16, "num_key_value_heads": 2, "routed_scaling_factor": 1.5},
+    ),
+    "glm4_moe, norms of heads, groups, all of a head turns, top-1": (
+        "glm4_moe",
+        SIGMOID
+        | {"use_qk_norm": True, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 1, "norm_topk_prob": False}
+        | {"first_k_dense_replace": 2, "partial_rotary_factor": 1.0, "tie_word_embeddings": True},
+    ),
     "llama, wide heads, tied": ("llama", {"intermediate_size": 56, "head_dim": 20, "tie_word_embeddings": True}),
     "llama": ("llama", {"intermediate_size": 56, "num_key_value_heads": 1, "head_dim": 12}),
     "qwen3": ("qwen3", {"intermediate_size": 56, "head_dim": 16, "num_key_value_heads": 2}),
@@ -58,6 +91,14 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
         3.35,
     ),
     "mixtral": ({}, 46.70, 12.88),  # Mixtral-8x7B
+    "qwen2_moe": ({}, 14.32, 2.69),  # Qwen1.5-MoE-A2.7B
+    "dots1": (  # dots.llm1
+        {"hidden_size": 4096, "n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6}
+        | {"first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+        142.77,
+        14.02,
+    ),
+    "glm4_moe": ({"attention_bias": True, "head_dim": 128}, 106.85, 13.42),  # GLM-4.5-Air
     "llama": (  # Llama-3.2-1B, whose rope is scaled and so is not imported
         {"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
         | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
@@ -120,6 +161,25 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "qwen3_moe: rows of queries, heads reversed": (
         "qwen3_moe, wide heads, a dense block",
         changed("attention.qkv.weight", lambda rows: rows.roll(16, 0)),
+    ),
+    "qwen2_moe: the shared expert has no gate": (
+        "qwen2_moe, grouped queries",
+        setting("moe.residual_mix", "sum"),
+    ),
+    "qwen2_moe: gate and expand of the shared expert are swapped": (
+        "qwen2_moe, grouped queries",
+        swapped("moe.mlp.gate.weight", "moe.mlp.expand.weight"),
+    ),
+    "qwen2_moe: no biases of queries, keys and values": ("qwen2_moe, grouped queries", setting("qkv_bias", False)),
+    "dots1: no bias on the choice": ("dots1, groups", changed("moe.router.bias", torch.zeros_like)),
+    "dots1: all groups": ("dots1, groups", setting("moe.groups", None)),
+    "dots1: no scale of the weights": ("dots1, groups", setting("moe.gate_scale", 1.0)),
+    "dots1: weights that are not normalised": ("dots1, groups", setting("moe.normalize_weights", False)),
+    "glm4_moe: all of a head turns": ("glm4_moe, half of a head turns", setting("rotary_dim", None)),
+    "glm4_moe: a quarter of a head turns": ("glm4_moe, half of a head turns", setting("rotary_dim", 4)),
+    "glm4_moe: gate and expand of the shared experts are swapped": (
+        "glm4_moe, half of a head turns",
+        swapped("moe.mlp.gate.weight", "moe.mlp.expand.weight"),
     ),
     "olmoe: another epsilon": ("olmoe", setting("layer_norm_eps", 2e-5)),
     "mixtral: another base of positions": ("mixtral, top-3, theta", setting("rope_theta", 510.0)),
