@@ -80,19 +80,26 @@ def test_every_row_of_the_paper_is_there_and_every_family_has_a_twin() -> None:
     }
     twins = {f"{family}/laptop" for family in FAMILIES}
     data = {"data/paper_blend", "data/pile_streaming"}
-    data |= {f"block/{family}" for family in ("llama", "olmoe", "qwen3_moe", "mixtral")}
+    data |= {f"block/{family}" for family in BLOCKS}
     assert files == {"quickstart", "finetune", *PAPER, *twins, *(f"hardware/{overlay}" for overlay in GPUS), *data}
 
 
-@pytest.mark.parametrize("block", ["llama", "olmoe", "qwen3_moe", "mixtral"])
+BLOCKS = ("llama", "olmoe", "qwen3_moe", "mixtral", "granitemoe", "granitemoeshared")
+
+
+@pytest.mark.parametrize("block", BLOCKS)
 def test_a_block_goes_with_any_model(block: str) -> None:
-    for name in ("pr_moe/laptop", "dense/laptop"):
+    values = read(f"block/{block}")["model"]["config"]
+    moe = values.pop("moe", {})
+    for name in ("pr_moe/laptop", "moe/laptop" if moe else "dense/laptop"):
         config = GPTConfig.from_dict(parse(name, f"block/{block}")["model"]["config"])
-        assert config.norm == "rmsnorm" and config.rope_theta and not config.tied_embeddings and not config.bias
+        assert config.norm == "rmsnorm" and config.rope_theta and not config.bias
+        assert config.tied_embeddings == block.startswith("granite")
         assert config.qk_norm == {"olmoe": "projection", "qwen3_moe": "head"}.get(block)
-    native = GPTConfig(64, 16, 2, 16, 2, **read(f"block/{block}")["model"]["config"])
-    moe = None if block == "llama" else MoEConfig(4, expert_interval=1, top_k=2)
-    assert family_of(replace(native, moe=moe)) == (block, "")
+        assert all(getattr(config.moe, field) == value for field, value in moe.items())
+    native = GPTConfig(64, 16, 2, 16, 2, **values)
+    mixture = None if block == "llama" else MoEConfig(4, expert_interval=1, top_k=2, **moe)
+    assert family_of(replace(native, moe=mixture)) == (block, "")
 
 
 def test_a_short_training_goes_with_any_model() -> None:

@@ -21,6 +21,8 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": None,
 }
 MOE = {"num_experts_per_tok": 2, "intermediate_size": 40}
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.7, "logits_scaling": 0.5}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
 # variant -> family, settings
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", MOE | {"num_experts": 8}),
@@ -44,12 +46,42 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {**MOE, "num_local_experts": 4, "num_experts_per_tok": 3, "num_key_value_heads": 2}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     ),
+    "granitemoe": (
+        "granitemoe",
+        {**MOE, **GRANITE, "num_local_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 2},
+    ),
+    "granitemoe, wide heads, yarn, tied": (
+        "granitemoe",
+        {**MOE, **GRANITE, "num_local_experts": 4, "head_dim": 16, "tie_word_embeddings": True}
+        | {"rope_parameters": YARN},
+    ),
+    "granitemoeshared": (
+        "granitemoeshared",
+        {**MOE, **GRANITE, "num_local_experts": 4, "shared_intermediate_size": 56, "rms_norm_eps": 1e-5},
+    ),
     "llama, wide heads, tied": ("llama", {"intermediate_size": 56, "head_dim": 20, "tie_word_embeddings": True}),
     "llama": ("llama", {"intermediate_size": 56, "num_key_value_heads": 1, "head_dim": 12}),
     "qwen3": ("qwen3", {"intermediate_size": 56, "head_dim": 16, "num_key_value_heads": 2}),
 }
 
-# family -> values of config.json, parameters and active ones in billions
+# family -> part of a tensor's name in its files, and the same part in the model that `transformers` builds
+BUILT: dict[str, tuple[str, str]] = {
+    "mixtral": ("block_sparse_moe", "mlp"),
+    **dict.fromkeys(("granitemoe", "granitemoeshared"), ("router.layer", "router")),
+}
+
+
+def built_name(family: str, name: str) -> str:
+    """Return the name of a parameter of `transformers`' model, other than an expert's, by the name of its tensor in the files."""
+    return name.replace(*BUILT.get(family, ("", "")))
+
+
+# family, or family and model -> values of config.json, parameters and active ones in billions
+GRANITE_3 = {"embedding_multiplier": 12.0, "attention_multiplier": 0.015625, "residual_multiplier": 0.22} | {
+    "logits_scaling": 6.0,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
 PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
     "olmoe": ({"intermediate_size": 1024}, 6.92, 1.28),  # OLMoE-1B-7B
     "qwen3_moe": (  # Qwen3-30B-A3B
@@ -58,6 +90,28 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
         3.35,
     ),
     "mixtral": ({}, 46.70, 12.88),  # Mixtral-8x7B
+    "granitemoe": (  # granite-3.0-1b-a400m; the published 0.4 does not count the embeddings
+        {"vocab_size": 49_155, "hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 24}
+        | {"num_attention_heads": 16, "num_key_value_heads": 8, "num_local_experts": 32, "num_experts_per_tok": 8}
+        | GRANITE_3,
+        1.33,
+        0.43,
+    ),
+    "granitemoe, 3B": (  # granite-3.0-3b-a800m
+        {"vocab_size": 49_155, "hidden_size": 1536, "intermediate_size": 512, "num_hidden_layers": 32}
+        | {"num_attention_heads": 24, "num_key_value_heads": 8, "num_local_experts": 40, "num_experts_per_tok": 8}
+        | GRANITE_3,
+        3.3,
+        0.88,
+    ),
+    "granitemoeshared": (  # the shape of granite-3.0-3b-a800m, and a shared MLP: no published model's settings were at hand
+        {"vocab_size": 49_155, "hidden_size": 1536, "intermediate_size": 512, "num_hidden_layers": 32}
+        | {"num_attention_heads": 24, "num_key_value_heads": 8, "num_local_experts": 40, "num_experts_per_tok": 8}
+        | GRANITE_3
+        | {"shared_intermediate_size": 1024},
+        3.45,
+        1.03,
+    ),
     "llama": (  # Llama-3.2-1B, whose rope is scaled and so is not imported
         {"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
         | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
@@ -121,6 +175,15 @@ FAULTS: dict[str, tuple[str, Fault]] = {
         "qwen3_moe, wide heads, a dense block",
         changed("attention.qkv.weight", lambda rows: rows.roll(16, 0)),
     ),
+    "granitemoe: no embedding_multiplier": ("granitemoe", setting("embedding_scale", 1.0)),
+    "granitemoe: attention scaled by the width of a head": ("granitemoe", setting("attention_scale", None)),
+    "granitemoe: another residual_multiplier": ("granitemoe", setting("residual_scale", 0.71)),
+    "granitemoe: logits multiplied by logits_scaling": ("granitemoe", setting("logit_scale", 0.5)),
+    "granitemoe: expand before gate": ("granitemoe", swapped("experts.gate_weight", "experts.expand_weight")),
+    "granitemoe: rows of the router": ("granitemoe", changed("router.weight", lambda rows: rows.roll(1, 0))),
+    "granitemoeshared: expand before gate": ("granitemoeshared", swapped("mlp.gate.weight", "mlp.expand.weight")),
+    "granitemoeshared: halves of a sum": ("granitemoeshared", changed("mlp.project.weight", lambda w: w / 2)),
+    "granitemoe, yarn: no temperature": ("granitemoe, wide heads, yarn, tied", setting("attention_scale", 0.4)),
     "olmoe: another epsilon": ("olmoe", setting("layer_norm_eps", 2e-5)),
     "mixtral: another base of positions": ("mixtral, top-3, theta", setting("rope_theta", 510.0)),
 }

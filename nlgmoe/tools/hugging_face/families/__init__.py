@@ -4,6 +4,8 @@
     olmoe       OLMoE: every block MoE                           yes      yes
     qwen3_moe   Qwen3-MoE: blocks may be dense                   yes      yes
     mixtral     Mixtral: every block MoE, normalised weights     yes      yes
+    granitemoe  Granite 3: four scales, normalised weights       yes      yes
+    granitemoeshared   likewise, plus a shared MLP               yes      yes
     llama       Llama, dense                                     yes      yes
     qwen3       Qwen3, dense                                     yes      yes
     gpt2        GPT-2: the paper's block, dense                  yes      no
@@ -19,6 +21,7 @@ from __future__ import annotations
 from nlgmoe.config import GPTConfig
 from nlgmoe.tools.hugging_face.families.family import Family
 from nlgmoe.tools.hugging_face.families.gpt2 import GPT2
+from nlgmoe.tools.hugging_face.families.granite import GRANITE_MOE, GRANITE_MOE_SHARED
 from nlgmoe.tools.hugging_face.families.llama import LLAMA, QWEN3
 from nlgmoe.tools.hugging_face.families.mixtral import MIXTRAL
 from nlgmoe.tools.hugging_face.families.olmoe import OLMOE
@@ -26,7 +29,9 @@ from nlgmoe.tools.hugging_face.families.qwen3_moe import QWEN3_MOE
 from nlgmoe.validation import SettingError
 
 OWN = "nlgmoe"  # `model_type` of a folder with our code
-FAMILIES = {family.name: family for family in (OLMOE, QWEN3_MOE, MIXTRAL, LLAMA, QWEN3, GPT2)}
+FAMILIES = {
+    family.name: family for family in (OLMOE, QWEN3_MOE, MIXTRAL, GRANITE_MOE, GRANITE_MOE_SHARED, LLAMA, QWEN3, GPT2)
+}
 """In the order in which an export chooses."""
 
 
