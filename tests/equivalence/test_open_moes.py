@@ -27,7 +27,7 @@ from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 from nlgmoe.tools.hugging_face.importing import import_model
 from tests.checkpoint.runs import SaveAt
-from tests.equivalence.variants import FAULTS, PUBLISHED, SHAPE, SIGMOID, VARIANTS, Fault
+from tests.equivalence.variants import FAULTS, PUBLISHED, SHAPE, SIGMOID, VARIANTS, Fault, built_name
 from tests.golden.recording import Losses
 from tests.synthetic import SyntheticData
 from tests.test_module import trainer
@@ -120,8 +120,12 @@ def test_gradients_are_equal(pair: Pair) -> None:
     for name, parameter in pair.ours.named_parameters():
         if ".experts." in name:
             continue  # stacks, in one form or another: their norm is in the total
-        names = [place.tensor for place in layout.of_entry[name]]
-        expected = torch.cat([theirs[part.replace("block_sparse_moe", "mlp")].grad for part in names])
+        expected = torch.cat(
+            [
+                place.restore(theirs[built_name(pair.family, place.tensor)].grad[place.where])
+                for place in layout.of_entry[name]
+            ]
+        )
         grad = parameter.grad[: len(expected)]  # type: ignore[index]
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5 * float(total))
 
@@ -185,23 +189,23 @@ def test_half_precision_is_as_close_to_fp32_as_theirs(pair: Pair) -> None:
     assert ours < 1.25 * theirs
 
 
-@pytest.mark.parametrize("family", PUBLISHED)
-def test_names_shapes_and_counts_of_published_models(family: str) -> None:
-    values, total, active = PUBLISHED[family]
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_names_shapes_and_counts_of_published_models(name: str) -> None:
+    values, total, active = PUBLISHED[name]
+    family = name.partition(",")[0]
     theirs = getattr(transformers, f"{FAMILIES[family].classes}Config")(**values)
     config = FAMILIES[family].config(theirs.to_dict(), Path("published"))
     count = count_parameters(config, padded=False)
     assert (round(count.total / 1e9, 2), round(count.active / 1e9, 2)) == (total, active)
     with torch.device("meta"):
         model = getattr(transformers, f"{FAMILIES[family].classes}ForCausalLM")(theirs)
-    ours = FAMILIES[family].layout(config).shapes
+    ours = {built_name(family, name): shape for name, shape in FAMILIES[family].layout(config).shapes.items()}
     saved = {name: tensor.shape for name, tensor in model.state_dict().items()}  # buffers too
     if theirs.tie_word_embeddings:
         del saved["lm_head.weight"]
     assert sum(shape.numel() for shape in ours.values()) == sum(shape.numel() for shape in saved.values())
     for name, shape in saved.items():
         if ".experts." not in name:
-            name = name.replace("mlp.gate.weight", "block_sparse_moe.gate.weight") if family == "mixtral" else name
             assert ours[name] == shape
     assert family_of(config) == (family, "")
 
@@ -335,6 +339,19 @@ REFUSED = {
         {"partial_rotary_factor": 0.5},
         "partial_rotary_factor=0.5 of",
     ),
+    "attention_bias of a mixture": ("granitemoe", {"attention_bias": True}, "attention_bias=True of"),
+    "no shared expert": ("granitemoeshared", {"shared_intermediate_size": 0}, "shared_intermediate_size=0 of"),
+    "scaled rope of a mixture": (
+        "granitemoe",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        "rope_type=dynamic of",
+    ),
+    "one normalised expert": (
+        "granitemoe",
+        {"num_experts_per_tok": 1},
+        "num_experts_per_tok=1 with normalised weights of",
+    ),
+    "another activation": ("granitemoeshared", {"hidden_act": "gelu"}, "hidden_act=gelu of"),
     "jitter": ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 of"),
     "one normalised weight": (
         "mixtral",

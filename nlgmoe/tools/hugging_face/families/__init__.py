@@ -7,6 +7,8 @@
     qwen2_moe   Qwen2-MoE: a shared expert times a sigmoid       yes      yes
     dots1       dots.llm1: sigmoid scores, shared experts        yes      yes
     glm4_moe    GLM-4.5: as dots1; half of a head turns          yes      yes
+    granitemoe  Granite 3: four scales, normalised weights       yes      yes
+    granitemoeshared   likewise, plus a shared MLP               yes      yes
     llama       Llama, dense                                     yes      yes
     qwen3       Qwen3, dense                                     yes      yes
     gpt2        GPT-2: the paper's block, dense                  yes      no
@@ -24,6 +26,7 @@ from nlgmoe.tools.hugging_face.families.dots1 import DOTS1
 from nlgmoe.tools.hugging_face.families.family import Family
 from nlgmoe.tools.hugging_face.families.glm4_moe import GLM4_MOE
 from nlgmoe.tools.hugging_face.families.gpt2 import GPT2
+from nlgmoe.tools.hugging_face.families.granite import GRANITE_MOE, GRANITE_MOE_SHARED
 from nlgmoe.tools.hugging_face.families.llama import LLAMA, QWEN3
 from nlgmoe.tools.hugging_face.families.mixtral import MIXTRAL
 from nlgmoe.tools.hugging_face.families.olmoe import OLMOE
@@ -33,7 +36,11 @@ from nlgmoe.validation import SettingError
 
 OWN = "nlgmoe"  # `model_type` of a folder with our code
 FAMILIES = {
-    family.name: family for family in (OLMOE, QWEN3_MOE, MIXTRAL, QWEN2_MOE, DOTS1, GLM4_MOE, LLAMA, QWEN3, GPT2)
+    family.name: family
+    for family in (
+        *(OLMOE, QWEN3_MOE, MIXTRAL, QWEN2_MOE, DOTS1, GLM4_MOE, GRANITE_MOE, GRANITE_MOE_SHARED),
+        *(LLAMA, QWEN3, GPT2),
+    )
 }
 """In the order in which an export chooses."""
 
