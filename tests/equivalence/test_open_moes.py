@@ -26,7 +26,7 @@ from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 from nlgmoe.tools.hugging_face.importing import import_model
 from tests.checkpoint.runs import SaveAt
-from tests.equivalence.variants import FAULTS, PUBLISHED, SHAPE, VARIANTS, Fault
+from tests.equivalence.variants import FAULTS, PUBLISHED, SHAPE, VARIANTS, YARN, Fault
 from tests.golden.recording import Losses
 from tests.synthetic import SyntheticData
 from tests.test_module import trainer
@@ -38,9 +38,9 @@ def their_model(variant: str) -> Any:
     config = getattr(transformers, f"{FAMILIES[family].classes}Config")(**{**SHAPE, **values})
     model = getattr(transformers, f"{FAMILIES[family].classes}ForCausalLM")(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # scales too
-            if parameter.dim() == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+        for tensor in model.state_dict().values():  # scales and biases
+            if tensor.dim() == 1:
+                tensor.add_(0.2 * torch.randn_like(tensor))
     return model
 
 
@@ -119,8 +119,11 @@ def test_gradients_are_equal(pair: Pair) -> None:
     for name, parameter in pair.ours.named_parameters():
         if ".experts." in name:
             continue  # stacks, in one form or another: their norm is in the total
-        names = [place.tensor for place in layout.of_entry[name]]
-        expected = torch.cat([theirs[part.replace("block_sparse_moe", "mlp")].grad for part in names])
+        parts = []
+        for place in layout.of_entry[name]:
+            theirs_grad = theirs[place.tensor.replace("block_sparse_moe", "mlp")].grad
+            parts.append(place.restore(theirs_grad[place.where]))
+        expected = torch.cat(parts)
         grad = parameter.grad[: len(expected)]  # type: ignore[index]
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5 * float(total))
 
@@ -184,9 +187,9 @@ def test_half_precision_is_as_close_to_fp32_as_theirs(pair: Pair) -> None:
     assert ours < 1.25 * theirs
 
 
-@pytest.mark.parametrize("family", PUBLISHED)
-def test_names_shapes_and_counts_of_published_models(family: str) -> None:
-    values, total, active = PUBLISHED[family]
+@pytest.mark.parametrize("model_name", PUBLISHED)
+def test_names_shapes_and_counts_of_published_models(model_name: str) -> None:
+    family, (values, total, active) = model_name.partition(",")[0], PUBLISHED[model_name]
     theirs = getattr(transformers, f"{FAMILIES[family].classes}Config")(**values)
     config = FAMILIES[family].config(theirs.to_dict(), Path("published"))
     count = count_parameters(config, padded=False)
@@ -194,15 +197,29 @@ def test_names_shapes_and_counts_of_published_models(family: str) -> None:
     with torch.device("meta"):
         model = getattr(transformers, f"{FAMILIES[family].classes}ForCausalLM")(theirs)
     ours = FAMILIES[family].layout(config).shapes
-    assert sum(shape.numel() for shape in ours.values()) == sum(p.numel() for p in model.parameters())
-    stacked = {name: p.shape for name, p in model.named_parameters() if ".experts." not in name}
-    for name, shape in stacked.items():
-        if name != "lm_head.weight" or not theirs.tie_word_embeddings:
-            assert (
-                ours[name.replace("mlp.gate.weight", "block_sparse_moe.gate.weight") if family == "mixtral" else name]
-                == shape
-            )
-    assert family_of(config) == (family, "")
+    saved = {name: tensor.shape for name, tensor in model.state_dict().items()}  # buffers too
+    if theirs.tie_word_embeddings:
+        del saved["lm_head.weight"]
+    assert sum(shape.numel() for shape in ours.values()) == sum(shape.numel() for shape in saved.values())
+    for name, shape in saved.items():
+        if ".experts." not in name:
+            name = name.replace("mlp.gate.weight", "block_sparse_moe.gate.weight") if family == "mixtral" else name
+            assert ours[name] == shape
+    assert family_of(config, family) == (family, "")
+
+
+def test_of_two_families_the_one_of_the_import_is_written_or_the_one_that_is_named(tmp_path: Path) -> None:
+    """A GLM-4 MoE Lite whose first blocks are dense is a DeepSeek-V3 too."""
+    pair = Pair("glm4_moe_lite, whole queries, groups, yarn", tmp_path)
+    assert family_of(pair.ours.config) == ("deepseek_v3", "")
+    assert export(pair.checkpoint, tmp_path / "back").family == "glm4_moe_lite"
+    assert export(pair.checkpoint, tmp_path / "other", family="deepseek_v3").family == "deepseek_v3"
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "other").eval()
+    assert isinstance(other, transformers.DeepseekV3ForCausalLM)
+    with torch.no_grad():
+        torch.testing.assert_close(other(tokens()).logits, pair.theirs(tokens()).logits, rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match=r"family=deepseek_v2 does not compute a model with .*router=SigmoidRouter"):
+        export(pair.checkpoint, tmp_path / "third", family="deepseek_v2")
 
 
 NATIVE = GPTConfig(
@@ -324,6 +341,24 @@ REFUSED = {
         {"per_layer_config": {0: {"num_experts": 4}}, "intermediate_size": 40},
         "per_layer_config of",
     ),
+    "latents and two temperatures": (
+        "deepseek_v2",
+        {"num_experts_per_tok": 2, "rope_parameters": YARN | {"mscale": 1.0}},
+        r"attention_factor=1.0.* \(mscale / mscale_all_dim\) of",
+    ),
+    "latents and YaRN's own temperature": (
+        "glm4_moe_lite",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+        r"attention_factor=1.138.* of",
+    ),
+    "latents and biases": ("deepseek_v3", {"attention_bias": True}, "attention_bias=True of"),
+    "latents and shared keys": ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads=2 of"),
+    "another choice": ("deepseek_v3", {"topk_method": "greedy"}, "topk_method=greedy of"),
+    "an unknown choice": ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method=noaux_tc of"),
+    "rotation in halves": ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False of"),
+    "every second block": ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq=2 of"),
+    "no shared expert": ("deepseek_v3", {"n_shared_experts": 0}, "n_shared_experts=0 of"),
+    "FP8": ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config=fp8 of .* bf16"),
     "GPT-2's activation": ("gpt2", {"activation_function": "relu"}, "activation_function=relu of"),
     "scale by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True of"),
 }

@@ -15,9 +15,16 @@ def qkv(leaf: str) -> list[Slot]:
     return [Slot(f"{LAYER}self_attn.{part}_proj.{leaf}", rows=count) for part, count in rows.items()]
 
 
+def shared_mlp(name: str) -> dict[str, Slots]:
+    """Return the slots of a residual layer's shared MLP, which is `mlp.{name}` in the files."""
+    parts = {"gate": "gate_proj", "expand": "up_proj", "project": "down_proj"}
+    return {f"blocks.#.moe.mlp.{ours}.weight": f"{LAYER}mlp.{name}.{theirs}.weight" for ours, theirs in parts.items()}
+
+
 BLOCK: dict[str, Slots] = {
     "blocks.#.attention_norm.weight": LAYER + "input_layernorm.weight",
     "blocks.#.attention.qkv.weight": qkv("weight"),
+    "blocks.#.attention.qkv.bias": qkv("bias"),
     "blocks.#.attention.project.weight": LAYER + "self_attn.o_proj.weight",
     "blocks.#.attention.query_norm.weight": LAYER + "self_attn.q_norm.weight",
     "blocks.#.attention.key_norm.weight": LAYER + "self_attn.k_norm.weight",
