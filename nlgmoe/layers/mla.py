@@ -93,11 +93,11 @@ class LatentAttention(nn.Module):
         self.scale = config.attention_scale or (self.plain + self.rotary) ** -0.5
         self.dropout = config.attention_dropout
         if settings.q_lora_rank is None:
-            self.query: nn.Module = nn.Linear(hidden, heads * (self.plain + self.rotary), bias=False)
+            self.query = nn.Linear(hidden, heads * (self.plain + self.rotary), bias=False)
         else:
             self.query_down = nn.Linear(hidden, settings.q_lora_rank, bias=bias)
             self.query_norm = nn.RMSNorm(settings.q_lora_rank, eps=eps)
-            self.query = nn.Linear(settings.q_lora_rank, heads * (self.plain + self.rotary), bias=False)
+            self.query_up = nn.Linear(settings.q_lora_rank, heads * (self.plain + self.rotary), bias=False)
         self.has_query_latent = settings.q_lora_rank is not None
         self.key_value_down = nn.Linear(hidden, self.rank + self.rotary, bias=bias)
         self.key_value_norm = nn.RMSNorm(self.rank, eps=eps)
@@ -109,7 +109,7 @@ class LatentAttention(nn.Module):
         assert context.rotation is not None
         x = cast_by_autocast(x)  # two products read it
         cos, sin = context.rotation  # [1 or B, 1, T, R]
-        q = self.query(self.query_norm(self.query_down(x)) if self.has_query_latent else x)
+        q = self.query_up(self.query_norm(self.query_down(x))) if self.has_query_latent else self.query(x)
         q_plain, q_rotary = q.unflatten(-1, (self.heads, -1)).split(
             [self.plain, self.rotary], dim=-1
         )  # [B, T, N, P or R]

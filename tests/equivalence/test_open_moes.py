@@ -27,7 +27,7 @@ from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 from nlgmoe.tools.hugging_face.importing import import_model
 from tests.checkpoint.runs import SaveAt
-from tests.equivalence.variants import FAULTS, PUBLISHED, SHAPE, SIGMOID, VARIANTS, Fault, built_name
+from tests.equivalence.variants import FAULTS, LATENT_YARN, PUBLISHED, SHAPE, SIGMOID, VARIANTS, Fault, built_name
 from tests.golden.recording import Losses
 from tests.synthetic import SyntheticData
 from tests.test_module import trainer
@@ -120,12 +120,11 @@ def test_gradients_are_equal(pair: Pair) -> None:
     for name, parameter in pair.ours.named_parameters():
         if ".experts." in name:
             continue  # stacks, in one form or another: their norm is in the total
-        expected = torch.cat(
-            [
-                place.restore(theirs[built_name(pair.family, place.tensor)].grad[place.where])
-                for place in layout.of_entry[name]
-            ]
-        )
+        parts = []
+        for place in layout.of_entry[name]:
+            theirs_grad = theirs[built_name(pair.family, place.tensor)].grad
+            parts.append(place.restore(theirs_grad[place.where]))
+        expected = torch.cat(parts)
         grad = parameter.grad[: len(expected)]  # type: ignore[index]
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5 * float(total))
 
@@ -189,10 +188,9 @@ def test_half_precision_is_as_close_to_fp32_as_theirs(pair: Pair) -> None:
     assert ours < 1.25 * theirs
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_names_shapes_and_counts_of_published_models(name: str) -> None:
-    values, total, active = PUBLISHED[name]
-    family = name.partition(",")[0]
+@pytest.mark.parametrize("model_name", PUBLISHED)
+def test_names_shapes_and_counts_of_published_models(model_name: str) -> None:
+    family, (values, total, active) = model_name.partition(",")[0], PUBLISHED[model_name]
     theirs = getattr(transformers, f"{FAMILIES[family].classes}Config")(**values)
     config = FAMILIES[family].config(theirs.to_dict(), Path("published"))
     count = count_parameters(config, padded=False)
@@ -207,7 +205,21 @@ def test_names_shapes_and_counts_of_published_models(name: str) -> None:
     for name, shape in saved.items():
         if ".experts." not in name:
             assert ours[name] == shape
-    assert family_of(config) == (family, "")
+    assert family_of(config, family) == (family, "")
+
+
+def test_of_two_families_the_one_of_the_import_is_written_or_the_one_that_is_named(tmp_path: Path) -> None:
+    """A GLM-4 MoE Lite whose first blocks are dense is a DeepSeek-V3 too."""
+    pair = Pair("glm4_moe_lite, whole queries, groups, yarn", tmp_path)
+    assert family_of(pair.ours.config) == ("deepseek_v3", "")
+    assert export(pair.checkpoint, tmp_path / "back").family == "glm4_moe_lite"
+    assert export(pair.checkpoint, tmp_path / "other", family="deepseek_v3").family == "deepseek_v3"
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "other").eval()
+    assert isinstance(other, transformers.DeepseekV3ForCausalLM)
+    with torch.no_grad():
+        torch.testing.assert_close(other(tokens()).logits, pair.theirs(tokens()).logits, rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match=r"family=deepseek_v2 does not compute a model with .*router=SigmoidRouter"):
+        export(pair.checkpoint, tmp_path / "third", family="deepseek_v2")
 
 
 NATIVE = GPTConfig(
@@ -367,6 +379,24 @@ REFUSED = {
     "a window from a layer on": ("dots1", SIGMOID | {"max_window_layers": 2}, "layer_types=.* of"),
     "a bias of the output": ("dots1", SIGMOID | {"attention_bias": True}, "attention_bias=True of"),
     "no shared experts": ("glm4_moe", SIGMOID | {"n_shared_experts": 0}, "n_shared_experts=0 of"),
+    "latents and two temperatures": (
+        "deepseek_v2",
+        {"num_experts_per_tok": 2, "rope_parameters": LATENT_YARN | {"mscale": 1.0}},
+        r"attention_factor=1.0.* \(mscale / mscale_all_dim\) of",
+    ),
+    "latents and YaRN's own temperature": (
+        "glm4_moe_lite",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+        r"attention_factor=1.138.* of",
+    ),
+    "latents and biases": ("deepseek_v3", {"attention_bias": True}, "attention_bias=True of"),
+    "latents and shared keys": ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads=2 of"),
+    "another choice": ("deepseek_v3", {"topk_method": "greedy"}, "topk_method=greedy of"),
+    "an unknown choice": ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method=noaux_tc of"),
+    "rotation in halves": ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False of"),
+    "every second block": ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq=2 of"),
+    "no shared expert beside latents": ("deepseek_v3", {"n_shared_experts": 0}, "n_shared_experts=0 of"),
+    "FP8": ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config=fp8 of .* bf16"),
     "GPT-2's activation": ("gpt2", {"activation_function": "relu"}, "activation_function=relu of"),
     "scale by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True of"),
 }

@@ -34,6 +34,10 @@ def scaled(kind: str, theta: float, length: int = 8, **values: Any) -> dict[str,
 
 YARN = scaled("yarn", 1e4, factor=4.0)
 BETAS = {"beta_fast": 0.5, "beta_slow": 0.1}  # turns in 8 tokens
+LATENT = MOE | {"kv_lora_rank": 20, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10, "q_lora_rank": 24}
+LATENT |= {"n_routed_experts": 8, "moe_intermediate_size": 24, "routed_scaling_factor": 2.5, "first_k_dense_replace": 1}
+LATENT_YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+LATENT_YARN |= {"original_max_position_embeddings": 16, "mscale": 0.707, "mscale_all_dim": 0.707}
 # variant -> family, settings
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", MOE | {"num_experts": 8}),
@@ -100,6 +104,39 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "granitemoeshared",
         {**MOE, **GRANITE, "num_local_experts": 4, "shared_intermediate_size": 56, "rms_norm_eps": 1e-5},
     ),
+    "deepseek_v3, groups, yarn": (
+        "deepseek_v3",
+        LATENT | {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "rope_parameters": LATENT_YARN},
+    ),
+    "deepseek_v3, whole queries, two shared experts, tied": (
+        "deepseek_v3",
+        {**LATENT, "n_group": 1, "topk_group": 1, "q_lora_rank": None, "v_head_dim": 12, "n_shared_experts": 2}
+        | {"first_k_dense_replace": 0, "rms_norm_eps": 1e-3, "tie_word_embeddings": True},
+    ),
+    "deepseek_v3, top-1": (
+        "deepseek_v3",
+        LATENT | {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 1, "norm_topk_prob": False, "v_head_dim": 16},
+    ),
+    "deepseek_v2, yarn": (
+        "deepseek_v2",
+        {**LATENT, "q_lora_rank": None, "n_shared_experts": 2, "num_experts_per_tok": 3, "norm_topk_prob": True}
+        | {"rope_parameters": LATENT_YARN | {"beta_fast": 4.0, "mscale": 1.2, "mscale_all_dim": 1.2}},
+    ),
+    "deepseek_v2, groups": (
+        "deepseek_v2",
+        LATENT
+        | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
+        | {"first_k_dense_replace": 2},
+    ),
+    "glm4_moe_lite, dense blocks between": (
+        "glm4_moe_lite",
+        LATENT | {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"], "num_experts_per_tok": 4},
+    ),
+    "glm4_moe_lite, whole queries, groups, yarn": (
+        "glm4_moe_lite",
+        {**LATENT, "q_lora_rank": None, "n_group": 2, "topk_group": 1}
+        | {"rope_parameters": LATENT_YARN | {"attention_factor": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}},
+    ),
     "llama, wide heads, tied": ("llama", {"intermediate_size": 56, "head_dim": 20, "tie_word_embeddings": True}),
     "llama": ("llama", {"intermediate_size": 56, "num_key_value_heads": 1, "head_dim": 12}),
     "qwen3": ("qwen3", {"intermediate_size": 56, "head_dim": 16, "num_key_value_heads": 2}),
@@ -142,12 +179,16 @@ def built_name(family: str, name: str) -> str:
     return name.replace(*BUILT.get(family, ("", "")))
 
 
-# family, or family and model -> values of config.json, parameters and active ones in billions
 GRANITE_3 = {"embedding_multiplier": 12.0, "attention_multiplier": 0.015625, "residual_multiplier": 0.22} | {
     "logits_scaling": 6.0,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
+# Settings of files on the hub that the classes do not know.
+HUB = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1, "ep_size": 1}
+HUB_YARN: dict[str, Any] = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0}
+HUB_YARN |= {"mscale_all_dim": 1.0, "original_max_position_embeddings": 4096}
+# family, or family and model -> values of config.json, parameters and active ones in billions
 PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
     "olmoe": ({"intermediate_size": 1024}, 6.92, 1.28),  # OLMoE-1B-7B
     "qwen3_moe": (  # Qwen3-30B-A3B
@@ -156,6 +197,42 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
         3.35,
     ),
     "mixtral": ({}, 46.70, 12.88),  # Mixtral-8x7B
+    "deepseek_v3, Moonlight-16B-A3B": (
+        HUB
+        | {"vocab_size": 163_840, "hidden_size": 2048, "intermediate_size": 11_264, "moe_intermediate_size": 1408}
+        | {"num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 2}
+        | {"n_routed_experts": 64, "routed_scaling_factor": 2.446, "q_lora_rank": None, "n_group": 1, "topk_group": 1}
+        | {"num_experts_per_tok": 6, "first_k_dense_replace": 1, "max_position_embeddings": 8192}
+        | {"rope_theta": 50_000.0, "rms_norm_eps": 1e-5},
+        15.96,
+        2.91,
+    ),
+    "deepseek_v3": (  # DeepSeek-V3, without the block that predicts a further token
+        HUB | {"max_position_embeddings": 163_840, "rope_theta": 10_000.0, "rope_scaling": HUB_YARN},
+        671.03,
+        37.55,
+    ),
+    "deepseek_v2": (  # DeepSeek-V2-Lite
+        {
+            **HUB,
+            "topk_method": "greedy",
+            "scoring_func": "softmax",
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 2,
+        }
+        | {"vocab_size": 102_400, "hidden_size": 2048, "intermediate_size": 10_944, "moe_intermediate_size": 1408}
+        | {"num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts_per_tok": 6}
+        | {"q_lora_rank": None, "first_k_dense_replace": 1, "max_position_embeddings": 163_840}
+        | {"rope_theta": 10_000.0, "rope_scaling": HUB_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+        15.71,
+        2.66,
+    ),
+    "glm4_moe_lite": (  # GLM-4.7-Flash
+        {"topk_method": "noaux_tc", "first_k_dense_replace": 1, "partial_rotary_factor": 1.0, "rope_theta": 1e6},
+        29.94,
+        3.9,
+    ),
     "qwen2_moe": ({}, 14.32, 2.69),  # Qwen1.5-MoE-A2.7B
     "dots1": (  # dots.llm1
         {"hidden_size": 4096, "n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6}
@@ -245,6 +322,11 @@ def changed(ending: str, by: Callable[[Tensor], Tensor]) -> Fault:
     return change
 
 
+def interleaved(rows: Tensor) -> Tensor:
+    """Rows of heads, `[N, rows, ...]`, of which the last four are two pairs that turn: (0, 2) and (1, 3) become neighbours."""
+    return torch.cat([rows[:, :-4], rows[:, [-4, -2, -3, -1]]], dim=1)
+
+
 # fault -> variant and fault
 FAULTS: dict[str, tuple[str, Fault]] = {
     "qwen3_moe: gate and expand are swapped": (
@@ -298,6 +380,38 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     ),
     "yarn: another beta_fast": ("llama, yarn, beta", setting("rotary_scaling.beta_fast", 0.6)),
     "yarn: the factor of the lengths": ("mixtral, yarn of lengths", setting("rotary_scaling.factor", 4.0)),
+    "deepseek_v3: rows of queries are not reordered": (
+        "deepseek_v3, groups, yarn",
+        changed("attention.query_up.weight", lambda rows: interleaved(rows.unflatten(0, (4, 12))).flatten(0, 1)),
+    ),
+    "deepseek_v3: rows of whole queries are not reordered": (
+        "deepseek_v3, whole queries, two shared experts, tied",
+        changed("attention.query.weight", lambda rows: interleaved(rows.unflatten(0, (4, 12))).flatten(0, 1)),
+    ),
+    "deepseek_v3: rows of keys are not reordered": (
+        "deepseek_v3, groups, yarn",
+        changed("attention.key_value_down.weight", lambda rows: interleaved(rows[None])[0]),
+    ),
+    "deepseek_v3: the epsilon of the latents is rms_norm_eps": (
+        "deepseek_v3, whole queries, two shared experts, tied",
+        setting("attention.norm_eps", 1e-3),
+    ),
+    "deepseek_v3: a slightly larger epsilon of the latents": (
+        "deepseek_v3, groups, yarn",
+        setting("attention.norm_eps", 1e-5),
+    ),
+    "deepseek_v3: no bias on the choice": ("deepseek_v3, groups, yarn", changed("router.bias", torch.zeros_like)),
+    "deepseek_v3: another number of groups": ("deepseek_v3, groups, yarn", setting("moe.groups", [2, 1])),
+    "deepseek_v3: fewer groups": ("deepseek_v3, groups, yarn", setting("moe.groups", [4, 3])),
+    "deepseek_v3: no scale of the weights": ("deepseek_v3, groups, yarn", setting("moe.gate_scale", 1.0)),
+    "deepseek_v3: gate and expand of the shared experts are swapped": (
+        "deepseek_v3, groups, yarn",
+        swapped("moe.mlp.gate.weight", "moe.mlp.expand.weight"),
+    ),
+    "deepseek_v3: no scale of the scores": ("deepseek_v3, groups, yarn", setting("attention_scale", None)),
+    "deepseek_v3: positions that are not scaled": ("deepseek_v3, groups, yarn", setting("rotary_scaling", None)),
+    "deepseek_v2: normalised weights": ("deepseek_v2, yarn", setting("moe.normalize_weights", True)),
+    "deepseek_v2: all groups": ("deepseek_v2, groups", setting("moe.groups", None)),
     "olmoe: another epsilon": ("olmoe", setting("layer_norm_eps", 2e-5)),
     "mixtral: another base of positions": ("mixtral, top-3, theta", setting("rope_theta", 510.0)),
 }
