@@ -70,6 +70,20 @@ class MLAConfig(AttentionConfig):
         """See `AttentionConfig`; without the zeros that make the widths equal."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim
 
+    def saved_bytes(self, config: GPTConfig, itemsize: int) -> int:
+        """See `AttentionConfig`."""
+        key, value = self.score_widths(config)
+        width = max(key, value)
+        size = (
+            config.hidden_size + 2 * self.kv_lora_rank + self.qk_rope_head_dim
+        )  # input; latent before and after its norm
+        size += 2 * (self.q_lora_rank or 0)
+        per_head = 3 * width  # query, key, output
+        # Values are a view of one tensor with the plain keys, or else padded; their output is then a copy.
+        per_head += self.qk_nope_head_dim + value if value == width else width + value
+        rows = 1 + (self.q_lora_rank is not None) + config.num_heads  # 1/rms of each norm; logsumexp
+        return (size + config.num_heads * per_head) * itemsize + 4 * rows
+
     def build(self, config: GPTConfig, block: int) -> nn.Module:
         """See `AttentionConfig`."""
         return LatentAttention(self, config, block)
@@ -129,7 +143,7 @@ class LatentAttention(nn.Module):
         q = torch.cat([q_plain, rotate(q_rotary, cos.transpose(1, 2), sin.transpose(1, 2))], dim=-1)
         k = torch.cat([k_plain, k_rotary], dim=-1)
         width = max(self.plain + self.rotary, self.values)  # fused kernels need queries, keys and values of one width
-        q, k, v = (F.pad(part, (0, width - part.shape[-1])).transpose(1, 2) for part in (q, k, v))  # [B, N, T or S, D]
+        q, k, v = (_padded(part, width).transpose(1, 2) for part in (q, k, v))  # [B, N, T or S, D]
         causal = True if context.visible is None and x.shape[1] > 1 else False  # noqa: SIM210 (as in attention.py)
         y = F.scaled_dot_product_attention(
             q,
@@ -141,3 +155,9 @@ class LatentAttention(nn.Module):
             scale=self.scale,
         )
         return self.project(y.transpose(1, 2)[..., : self.values].flatten(2))
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    """Return `x` with zeros up to a last dimension of `width`."""
+    missing = width - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing else x  # `F.pad` copies also without zeros

@@ -82,6 +82,12 @@ ARGMAX = DROPLESS | {"top_k": 2, "second_expert": "argmax"}
 QWEN3 = {"norm": "rmsnorm", "rope_theta": 100.0, "bias": False, "tied_embeddings": False} | {
     "qk_norm": "head", "head_dim": 8, "num_kv_heads": 1
 }  # fmt: skip
+# DeepSeek-V3's block: latent attention, and experts in groups.
+LATENT = {"norm": "rmsnorm", "rope_theta": 100.0, "bias": False, "tied_embeddings": False} | {
+    "attention": nlgmoe.MLAConfig(10, 6, 4, 8, q_lora_rank=12)
+}  # fmt: skip
+GROUPED: dict[str, Any] = {"token_dropping": False, "top_k": 2, "groups": [4, 2], "mlp_type": "residual"}
+GROUPED |= {"residual_mix": "sum", "router": nlgmoe.SigmoidRouterConfig(0.01)}
 
 PLAIN = Cell("degree 2, ZeRO 2", 2, 2, steps=20)
 LEARNS = Cell("router that learns from steps", 2, 2, moe=LEARNING, accumulate=2)
@@ -104,6 +110,7 @@ CELLS: dict[int, list[Cell]] = {  # one for each choice that ranks could get wro
         Cell("auto, capacity", strategy="auto", moe=CAPACITY, checkpointing=True, steps=5),
         Cell("layer map", 2, experts=[0, 4, 2, 0], moe=DROPLESS | LAYER_MAP, network="swiglu", steps=5),
         Cell("the block of Qwen3-MoE", 2, 2, moe=ARGMAX, block=QWEN3, network="swiglu", padded=True, documents=True, steps=5),
+        Cell("the block of DeepSeek-V3", 2, 2, experts=8, moe=GROUPED, block=LATENT, network="swiglu", accumulate=2, steps=5),
         Cell("router that looks up", 2, 1, moe={"router": HashRouterConfig(1), "mlp_type": "residual"}, steps=5),
         LEARNS,
         LEARNS_DDP,

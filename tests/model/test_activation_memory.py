@@ -14,6 +14,7 @@ from nlgmoe.layers import dispatch
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import cross_entropy
+from nlgmoe.layers.mla import MLAConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.planner.activation_memory import (
     activation_bytes,
@@ -53,6 +54,14 @@ CONFIGS = {
     ),
     "OLMoE": replace(DENSE, **MODERN, qk_norm="projection", moe=MoEConfig(8, expert_interval=1, top_k=2)),
     "Qwen3-MoE": replace(DENSE, **MODERN, qk_norm="head", head_dim=64, num_kv_heads=2, moe=MoEConfig([0, 8], 1)),
+    "latent attention, narrow values": replace(DENSE, **MODERN, attention=MLAConfig(40, 16, 8, 20)),
+    "latent attention of queries too, wide values": replace(
+        DENSE, **MODERN, attention=MLAConfig(40, 16, 8, 36, q_lora_rank=48), moe=MoEConfig(8, 1, 2)
+    ),
+    "latent attention, one width, biases": replace(
+        DENSE, rope_theta=1e4, num_heads=3, attention=MLAConfig(72, 32, 16, 48, q_lora_rank=88)
+    ),
+    "latent attention, one width, whole queries": replace(DENSE, **MODERN, attention=MLAConfig(72, 32, 16, 48)),
 }
 # How a precision of `Topology` looks on one process; the half-precision model is what DeepSpeed's engine runs.
 PRECISIONS = {

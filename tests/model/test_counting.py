@@ -1,6 +1,7 @@
 """Counts against the built model and against the paper's table."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.mla import MLAConfig
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.model.counting import count_parameters, flops_per_token, parameters_of
 from nlgmoe.model.gpt import GPT
@@ -24,6 +26,8 @@ SMALL = [
         61, 16, 4, 16, 2, ffn_network="swiglu",
         moe=MoEConfig([0, 3], mlp_type="residual", expert_ffn_size=24, shared_ffn_size=40),
     ),
+    GPTConfig(61, 16, 4, 16, 2, rope_theta=1e4, attention=MLAConfig(10, 6, 4, 12), moe=MoEConfig(3)),
+    GPTConfig(61, 16, 4, 16, 2, rope_theta=1e4, norm="rmsnorm", attention=MLAConfig(10, 6, 4, 8, q_lora_rank=12)),
 ]  # fmt: skip
 
 
@@ -51,14 +55,25 @@ def test_active_leaves_out_the_experts_not_chosen(config: GPTConfig) -> None:
     assert count.active == count.total - count.experts + layers * top_k * one_expert
 
 
-def test_flops_match_torchs_own_counter_on_a_dense_model() -> None:
-    config = GPTConfig(128, 16, 3, 32, 2)
+@pytest.mark.parametrize(
+    ("changes", "widths"),
+    [
+        ({}, (16, 16, 16)),
+        ({"attention": MLAConfig(10, 6, 4, 10)}, (10, 10, 10)),
+        ({"attention": MLAConfig(10, 6, 4, 8, q_lora_rank=12)}, (10, 8, 10)),
+        ({"attention": MLAConfig(10, 6, 4, 14)}, (10, 14, 14)),
+    ],
+)
+def test_flops_match_torchs_own_counter_on_a_dense_model(changes: dict[str, Any], widths: tuple[int, int, int]) -> None:
+    """Torch counts the masked half too, and the zeros that make keys and values equally wide; `widths`: of both, computed."""
+    config = GPTConfig(128, 16, 3, 32, 2, rope_theta=1e4, **changes)
     model = GPT(config)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the others it cannot see on CPU
         output = model(torch.zeros(2, 16, dtype=torch.long))
         model.logits(output.hidden)
-    full_attention = config.num_layers * 2 * config.hidden_size * config.seq_len  # torch counts the masked half too
-    assert counter.get_total_flops() / 32 == flops_per_token(config) / 3 + full_attention
+    key, value, computed = widths
+    counted_by_torch_alone = config.num_layers * config.num_heads * config.seq_len * (4 * computed - key - value)
+    assert counter.get_total_flops() / 32 == flops_per_token(config) / 3 + counted_by_torch_alone
 
 
 def test_an_expert_costs_what_a_dense_ffn_costs() -> None:
