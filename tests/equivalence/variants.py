@@ -67,6 +67,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "granitemoeshared",
         {**MOE, **GRANITE, "num_local_experts": 4, "shared_intermediate_size": 56, "rms_norm_eps": 1e-5},
     ),
+    "granite, yarn": (
+        "granite",
+        GRANITE | {"intermediate_size": 56, "num_key_value_heads": 2, "rope_parameters": YARN, "head_dim": 12},
+    ),
     "llama, wide heads, tied": ("llama", {"intermediate_size": 56, "head_dim": 20, "tie_word_embeddings": True}),
     "llama": ("llama", {"intermediate_size": 56, "num_key_value_heads": 1, "head_dim": 12}),
     "qwen3": ("qwen3", {"intermediate_size": 56, "head_dim": 16, "num_key_value_heads": 2}),
@@ -156,6 +160,13 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
         },
         1.24,
         1.24,
+    ),
+    "granite": (  # granite-3.0-2b-base
+        {"vocab_size": 49_155, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 40}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8}
+        | GRANITE_3,
+        2.53,
+        2.53,
     ),
     "qwen3": (  # Qwen3-1.7B
         {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}

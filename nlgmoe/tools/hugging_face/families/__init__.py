@@ -8,6 +8,7 @@
     granitemoeshared   likewise, plus a shared MLP               yes      yes
     llama       Llama, dense                                     yes      yes
     qwen3       Qwen3, dense                                     yes      yes
+    granite     Granite 3, dense                                 yes      yes
     gpt2        GPT-2: the paper's block, dense                  yes      no
 
 A family is a `Family` in a file of its own, and an item of `FAMILIES`. `tensors.py` has the table of tensors for both directions,
@@ -21,7 +22,7 @@ from __future__ import annotations
 from nlgmoe.config import GPTConfig
 from nlgmoe.tools.hugging_face.families.family import Family
 from nlgmoe.tools.hugging_face.families.gpt2 import GPT2
-from nlgmoe.tools.hugging_face.families.granite import GRANITE_MOE, GRANITE_MOE_SHARED
+from nlgmoe.tools.hugging_face.families.granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
 from nlgmoe.tools.hugging_face.families.llama import LLAMA, QWEN3
 from nlgmoe.tools.hugging_face.families.mixtral import MIXTRAL
 from nlgmoe.tools.hugging_face.families.olmoe import OLMOE
@@ -30,7 +31,8 @@ from nlgmoe.validation import SettingError
 
 OWN = "nlgmoe"  # `model_type` of a folder with our code
 FAMILIES = {
-    family.name: family for family in (OLMOE, QWEN3_MOE, MIXTRAL, GRANITE_MOE, GRANITE_MOE_SHARED, LLAMA, QWEN3, GPT2)
+    family.name: family
+    for family in (OLMOE, QWEN3_MOE, MIXTRAL, GRANITE_MOE, GRANITE_MOE_SHARED, LLAMA, QWEN3, GRANITE, GPT2)
 }
 """In the order in which an export chooses."""
 
