@@ -24,8 +24,9 @@ def upcycle_checkpoint(
 ) -> None:
     """Copy each block's feed-forward layer into its experts, so that the MoE model computes the same as the dense one.
 
-    A Llama becomes a Mixtral, a Qwen3 a Qwen3-MoE: every block has experts, two for each token, trained as those families are
-    (dropless, second expert by argmax). Other models, and residual ones, become the paper's.
+    A Llama becomes a Mixtral, a Qwen3 a Qwen3-MoE, a Granite a GraniteMoe: every block has experts, two for each token, trained
+    as those families are (dropless, second expert by argmax). Other models, and residual ones, become the paper's. Other routers,
+    weights and groups: `nlgmoe.surgery.upcycle.upcycle`.
 
     Set model.config.moe to the same values in a run that starts from the result with model.warm_start.checkpoint.
 
@@ -33,8 +34,8 @@ def upcycle_checkpoint(
         dense: the checkpoint of a dense model, or the folder of its run.
         checkpoint: output folder, `NAME.ckpt`.
         num_experts: experts of each MoE block, or a list with one number for each.
-        expert_interval: blocks from one MoE block to the next; default: 1 for a Llama or Qwen3, else 2.
-        top_k: experts per token; default: 2 for a Llama or Qwen3, else 1.
+        expert_interval: blocks from one MoE block to the next; default: 1 for a Llama, Qwen3 or Granite, else 2.
+        top_k: experts per token; default: 2 for a Llama, Qwen3 or Granite, else 1.
         mlp_type: standard, or residual (PR-MoE), which adds a shared MLP.
         residual_mix: mix of experts and shared MLP in a residual block, learned, sum or sigmoid.
         noise: noise added to the experts' matrices, as a multiple of each matrix's standard deviation; it makes experts part

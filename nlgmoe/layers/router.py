@@ -244,9 +244,9 @@ class TopKRouter(Router):
     def _choose(self, logits: Tensor, probs: Tensor, draw: RoutingNoise) -> Tensor:
         """Choose the k experts of each token, `[N, k]`, first choice first."""
         config, training = self.config, self.training
-        if config.top_k > 2:
-            return self._within_groups(probs.detach()).topk(config.top_k, dim=-1).indices
         logits = self._within_groups(logits.detach())
+        if config.top_k > 2:
+            return logits.topk(config.top_k, dim=-1).indices
         if config.top_k == 1:
             if config.noise == "rsample" and training:
                 logits = logits + draw.gumbel(logits.shape)

@@ -1,23 +1,26 @@
 """UPCYCLING: initialise a mixture of experts from a trained dense model so that it computes the same (arXiv 2212.05055).
 
 Every expert is a copy of its block's feed-forward layer f; all other weights are copied unchanged. Without dropping and noise,
+the weights of a token's k experts of E have the same sum S for every token, and the experts' output projections are divided by S:
 
-    standard, k > 1     y = sum_i w_i f(x), and the renormalised weights w sum to 1            nothing is scaled
-    standard, k = 1     y = p E f(x), and the gate's probability p is 1 / E                    output projections times E
-    residual, learned   y = c_1 f(x) + c_0 (as above), and the coefficients c sum to 1         as above
-    residual, sum       y = f(x) / 2 + (as above) / 2, of the shared MLP and the experts       as above, and both halved
-    residual, sigmoid   y = sigmoid(w x) f(x) + (as above) / 2, and the gate's weights w are 0 as above, and the experts halved
+    normalised weights                     S = gate_scale             any gate
+    softmax, not normalised                S = gate_scale k / E       a gate so small that the softmax rounds to 1 / E
+    sigmoid scores, not normalised         S = gate_scale k / 2       a small gate: scores are 1/2, up to their last bits
 
-This equals the dense model's output up to rounding; with top-1 and 2^n experts the factors themselves are exact.
+    residual, learned   y = c_1 f(x) + c_0 (as above), and the coefficients c sum to 1
+    residual, sum       y = f(x) / 2 + (as above) / 2, of the shared MLP and the experts: both output projections are halved
+    residual, sigmoid   y = sigmoid(w x) f(x) + (as above) / 2, and the gate's weights w are 0: those of the experts are halved
 
-Top-1 weights are not renormalised, so p must be the same for every token. The gate's weights are therefore so small (`TINY`) that
-the softmax rounds to 1 / E, while their signs still distribute the tokens over the experts; the first optimizer step brings them
-to their usual size. Scaling for a softmax before the top-k: He et al., arXiv 2410.07524. With k > 1 gates are initialised as in a
-new model.
+This equals the dense model's output up to rounding; with powers of two the factors themselves are exact.
+
+Gates of weights that are not normalised still distribute the tokens over the experts: by logits that differ where their softmax
+does not, or by the last bits of sigmoid scores. The first optimizer step brings such a gate to its usual size. Scaling for a
+softmax before the top-k: He et al., arXiv 2410.07524. Other gates are initialised as in a new model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +33,7 @@ from nlgmoe.checkpoint.layout import Shapes
 from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.routers.sigmoid import SigmoidRouterConfig
 from nlgmoe.parts import require_paper_parts
 from nlgmoe.pyramid import experts_at
 from nlgmoe.seeding import derive_seed
@@ -37,6 +41,7 @@ from nlgmoe.surgery.write_weights import weight_shapes, write_weights
 from nlgmoe.validation import require
 
 TINY = 1e-12  # times a normed input of thousands of values: far below half the last bit of 1 in fp32
+SMALL = 2e-6  # standard deviation of logits of a normed input: a change of some bits of a sigmoid in fp32
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ def upcycle(
 
     Raises:
         ValueError: `checkpoint` exists and `overwrite` is false; there is no dense checkpoint, it is damaged, or its model is not
-            dense; the experts do not fit it; the router or the experts' network is not the paper's.
+            dense; the experts do not fit it; the router is neither the paper's nor `SigmoidRouterConfig`'s, or the experts'
+            network is not the paper's.
     """
     require(noise >= 0, f"noise={noise} must be at least 0; 0 makes exact copies")
     require(seed >= 0, f"seed={seed} must be at least 0")
@@ -92,16 +98,34 @@ def upcycle(
             f"{name}={size} is not the width of the dense model's layers, which are copied; leave it null",
         )
     config = replace(dense_config, moe=moe)
-    require_paper_parts(config, "upcycling supports", ("moe.router", "moe.expert"))
-    require(moe.gate_scale == 1, f"gate_scale={moe.gate_scale} would scale the dense model's layers; leave it out")
+    require_paper_parts(config, "upcycling supports", ("moe.expert",))
     require(
-        moe.normalizes == (moe.top_k > 1),
-        f"normalize_weights={moe.normalize_weights} with top_k={moe.top_k} would scale the dense model's layers; leave it out",
+        moe.router is None or type(moe.router) is SigmoidRouterConfig,
+        f"router={type(moe.router).__name__} has weights of unknown sum, by which upcycling divides; use the paper's router, or "
+        "SigmoidRouterConfig",
     )
     read = _entry_reader(files, config, weight_shapes(config), noise, seed)
     origin = f"{path}, by `nlgmoe upcycle`"
     write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin, source=path)
     return Upcycled(path, dense_config, config)
+
+
+def expert_factor(moe: MoEConfig, num_experts: int) -> float:
+    """Return the factor of the experts' output projections in a layer of so many experts, by the table above."""
+    share = 0.5 if moe.mlp_type == "residual" and moe.residual_mix != "learned" else 1.0
+    if not moe.normalizes:
+        share *= (num_experts if moe.router is None else 2) / moe.top_k
+    return share / moe.gate_scale
+
+
+def _gate_std(config: GPTConfig, dtype: torch.dtype) -> float:
+    """Return the standard deviation of a gate's weights, of which `dtype` must have values."""
+    moe = config.moe
+    assert moe is not None
+    if moe.normalizes:
+        return moe.gate_init_std or config.init_std
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # 6e-8 in fp16, which makes TINY zero
+    return max(TINY if moe.router is None else SMALL / math.sqrt(config.hidden_size), 16 * least)
 
 
 def _entry_reader(
@@ -110,8 +134,8 @@ def _entry_reader(
     """Return a function that makes an entry of the new model from those of the dense one."""
     moe = config.moe
     assert moe is not None
-    # A gate of zeros already halves the shared MLP.
-    halved, summed = moe.mlp_type == "residual" and moe.residual_mix != "learned", moe.residual_mix == "sum"
+    residual = moe.mlp_type == "residual"
+    summed, gated = (residual and moe.residual_mix == mix for mix in ("sum", "sigmoid"))
 
     def read(name: str) -> Tensor:
         if ".moe." not in name:
@@ -122,14 +146,13 @@ def _entry_reader(
         if rest.startswith("mlp."):
             value = files.read(f"{block}.ffn.{rest.removeprefix('mlp.')}")
             return value / 2 if summed and rest.startswith("mlp.project") else value
+        if rest == "router.bias":
+            return torch.zeros(shapes[name])  # a buffer, in fp32
         dtype = files.read(f"{block}.ffn.project.weight").dtype
-        least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # 6e-8 in fp16, which makes TINY zero
-        std = config.init_std
-        if rest.startswith("router"):
-            std = max(TINY, 16 * least) if moe.top_k == 1 else moe.gate_init_std or config.init_std
-        zero = rest.endswith("bias") or (halved and rest.startswith("coefficient"))
-        value = torch.zeros(shapes[name]) if zero else _normal(shapes[name], seed, name) * std
-        return value.to(dtype)
+        if rest.endswith("bias") or (gated and rest.startswith("coefficient")):
+            return torch.zeros(shapes[name], dtype=dtype)
+        std = _gate_std(config, dtype) if rest.startswith("router") else config.init_std
+        return (_normal(shapes[name], seed, name) * std).to(dtype)
 
     def expert(name: str, block: str, parameter: str) -> Tensor:
         matrix, kind = parameter.rsplit("_", 1)  # expand or project, weight or bias
@@ -138,8 +161,7 @@ def _entry_reader(
         if noise and kind == "weight":
             value = value + (_normal(value.shape, seed, name) * (noise * value.float().std())).to(value.dtype)
         if matrix == "project":
-            experts = experts_at(config, int(block.rpartition(".")[2]))
-            value = value * ((0.5 if halved else 1.0) * (experts if moe.top_k == 1 else 1))
+            value = value * expert_factor(moe, experts_at(config, int(block.rpartition(".")[2])))
         return value.contiguous()
 
     return read

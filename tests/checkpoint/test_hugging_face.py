@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from nlgmoe import generate, load_model
+from nlgmoe import MLAConfig, Yarn, generate, load_model
 from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.verify import find_problems
@@ -22,6 +22,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.tokenizer import PROBE, Tokenizer
 from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe
+from nlgmoe.layers.attention import MultiHead
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.layers.router import Router
@@ -45,6 +46,11 @@ CONFIGS = {
     "modern": replace(  # no family has a pyramid
         PR_MOE, norm="rmsnorm", rope_theta=1e4, qk_norm="head", num_kv_heads=1, bias=False, ffn_network="swiglu",
         tied_embeddings=False,
+    ),
+    "latent": replace(  # parts of the package that config.json names
+        PR_MOE, norm="rmsnorm", rope_theta=100.0, bias=False, ffn_network="swiglu", tied_embeddings=False,
+        attention=MLAConfig(8, 4, 4, 8, q_lora_rank=12), rotary_scaling=Yarn(4.0, 8), attention_scale=0.5,
+        embedding_scale=2.0,
     ),
 }  # fmt: skip
 
@@ -100,6 +106,18 @@ def test_bf16_is_written_on_request_and_kept(
     assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == "bfloat16"
 
 
+@dataclass(frozen=True)
+class OwnAttention(MultiHead):
+    """A user's."""
+
+
+def test_parts_of_a_user_s_are_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = write(tmp_path / "own.ckpt", replace(CONFIGS["latent"], attention=OwnAttention()))
+    assert "holds only the paper's attention, not OwnAttention (model.config.attention)" in error_of(
+        capsys, "export", checkpoint, tmp_path / "own"
+    )
+
+
 def test_the_tokenizer_gives_our_ids(folders: dict[str, Path], tmp_path: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(folders["moe"], trust_remote_code=True)
     assert theirs(PROBE, split_special_tokens=True).input_ids == TOKENIZER.encode(PROBE)
@@ -114,7 +132,7 @@ def test_the_tokenizer_gives_our_ids(folders: dict[str, Path], tmp_path: Path) -
 def test_folders_work_where_only_transformers_is(
     checkpoints: dict[str, Path], folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    names = ("pr_moe", "modern")
+    names = ("pr_moe", "modern", "latent")
     copies = [str(shutil.copytree(folders[name], tmp_path / name)) for name in names]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
         "HF_MODULES_CACHE": str(tmp_path / "modules"),

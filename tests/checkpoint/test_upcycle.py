@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from nlgmoe import HashRouterConfig, MoEGPTModule, WarmStart, load_model
+from nlgmoe import (
+    HashRouterConfig,
+    Llama3,
+    MLAConfig,
+    MoEGPTModule,
+    SigmoidRouterConfig,
+    WarmStart,
+    Yarn,
+    load_model,
+)
 from nlgmoe.checkpoint.reading import read_tokenizer
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
@@ -23,6 +32,14 @@ OPEN = GPTConfig(
     61, 16, 4, 32, 4, init_std=0.3, norm="rmsnorm", rope_theta=100.0, num_kv_heads=2, qk_norm="head", bias=False,
     ffn_network="swiglu", tied_embeddings=False,
 )  # fmt: skip
+LLAMA = replace(OPEN, qk_norm=None)
+LLAMA_3 = replace(LLAMA, rotary_scaling=Llama3(8.0, 8, 1.0, 2.0))
+GRANITE = replace(LLAMA, embedding_scale=3.0, attention_scale=0.4, residual_scale=0.7, logit_scale=0.5)
+LATENT = replace(
+    LLAMA, num_kv_heads=None, attention=MLAConfig(8, 4, 4, 8), rotary_scaling=Yarn(4.0, 8), attention_scale=0.5
+)
+SIGMOID = SigmoidRouterConfig()
+FREE = {"normalize_weights": False, "expert_interval": 1}  # weights that are not normalised
 KINDS = {
     "top-1, layer map": (DENSE, MoEConfig([0, 3, 0, 4], expert_interval=1)),
     "top-3, pyramid": (DENSE, MoEConfig([3, 6], top_k=3)),
@@ -32,6 +49,37 @@ KINDS = {
     "gated top-1, groups": (DENSE, MoEConfig([4, 6], groups=[2, 1], mlp_type="residual", residual_mix="sigmoid")),
     "top-3, groups": (DENSE, MoEConfig(8, top_k=3, groups=[4, 2])),
     "an open model": (OPEN, MoEConfig(4, expert_interval=1, top_k=2)),
+    "Llama 3": (LLAMA_3, MoEConfig(4, expert_interval=1, top_k=2)),
+    "Granite": (GRANITE, MoEConfig(4, expert_interval=1, top_k=2)),
+    "Granite, summed": (GRANITE, MoEConfig(4, expert_interval=1, top_k=2, mlp_type="residual", residual_mix="sum")),
+    "DeepSeek-V2": (LATENT, MoEConfig(6, top_k=3, gate_scale=16.0, groups=[3, 2], **FREE)),
+    "DeepSeek-V3, dense first": (
+        LATENT,
+        MoEConfig([0, 8, 8, 8], expert_interval=1, top_k=3, gate_scale=2.5, groups=[4, 2], router=SIGMOID),
+    ),
+    "DeepSeek-V3, summed": (
+        LATENT,
+        MoEConfig(4, top_k=2, gate_scale=2.5, mlp_type="residual", residual_mix="sum", router=SIGMOID),
+    ),
+    "OLMoE": (OPEN, MoEConfig(8, top_k=4, token_dropping=False, **FREE)),
+    "free top-2, pyramid, summed": (
+        DENSE,
+        MoEConfig([4, 4, 6, 6], top_k=2, mlp_type="residual", residual_mix="sum", **FREE),
+    ),
+    "free top-3, learned": (DENSE, MoEConfig(4, top_k=3, gate_scale=0.3, mlp_type="residual", **FREE)),
+    "free top-3, gated": (DENSE, MoEConfig(4, top_k=3, mlp_type="residual", residual_mix="sigmoid", **FREE)),
+    "scaled top-2": (DENSE, MoEConfig(4, top_k=2, gate_scale=0.3)),
+    "sigmoid top-1": (DENSE, MoEConfig(4, router=SIGMOID)),
+    "sigmoid, free top-3, scaled": (OPEN, MoEConfig(8, top_k=3, gate_scale=1.5, router=SIGMOID, **FREE)),
+    "sigmoid, free, gated, groups": (
+        DENSE,
+        MoEConfig(8, top_k=2, groups=[4, 1], mlp_type="residual", residual_mix="sigmoid", router=SIGMOID, **FREE),
+    ),
+}
+
+NATIVE = {
+    **dict.fromkeys(("an open model", "OLMoE"), "qwen3_moe"),
+    **{"Llama 3": "mixtral", "Granite": "granitemoe", "Granite, summed": "granitemoeshared"},
 }
 
 
@@ -58,11 +106,13 @@ def test_the_mixture_computes_what_the_dense_model_does(kind: str, tmp_path: Pat
     with torch.no_grad():
         routings = model(TOKENS).routings
     for routing in routings:
-        if moe.top_k == 1:
-            assert torch.equal(routing.probs, torch.full_like(routing.probs, 1 / routing.probs.shape[1]))
-        assert (routing.tokens_per_expert > 0).sum() >= 2, "all tokens go to one expert"
-    if config is OPEN:
-        assert family_of(model.config) == ("qwen3_moe", "")
+        experts = routing.num_experts
+        if not moe.normalizes:
+            equal = torch.full_like(routing.probs, 1 / experts)
+            torch.testing.assert_close(routing.probs, equal, rtol=1e-5 if moe.router else 0, atol=0)
+        assert (routing.tokens_per_expert > 0).sum() > min(moe.top_k, experts - 1), "all tokens go to the same experts"
+    if kind in NATIVE:
+        assert family_of(model.config) == (NATIVE[kind], "")
 
 
 def test_experts_part_in_training(dense: Path, tmp_path: Path) -> None:
@@ -98,9 +148,6 @@ def test_noise_is_as_large_as_it_was_said(dense: Path, tmp_path: Path) -> None:
     assert torch.equal(a.expand_bias, ffn.expand.bias.expand_as(a.expand_bias))
 
 
-LLAMA = replace(OPEN, qk_norm=None)
-
-
 @pytest.mark.parametrize(
     ("config", "words", "expected", "said"),
     [
@@ -119,6 +166,8 @@ LLAMA = replace(OPEN, qk_norm=None)
             (None, 2, 1),
             "has qk_norm=null, mlp_type=residual (the nearest family is qwen3_moe): nlgmoe export",
         ),
+        (LLAMA_3, "", ("mixtral", 1, 2), "writes it as MixtralForCausalLM of transformers"),
+        (GRANITE, "", ("granitemoe", 1, 2), "writes it as GraniteMoeForCausalLM of transformers"),
         (DENSE, "", (None, 2, 1), ""),
     ],
 )
@@ -154,10 +203,5 @@ def test_the_command_and_what_it_refuses(dense: Path, tmp_path: Path, capsys: py
     main(["upcycle", str(dense), str(out), "--num-experts", "4", "--overwrite"])  # also one that cannot be read
     assert load_model(out).config.moe == MoEConfig(4)
     assert "no dense model" in error_of(capsys, "upcycle", out, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="upcycling supports only the paper's router, not HashRouterConfig"):
+    with pytest.raises(ValueError, match="router=HashRouterConfig has weights of unknown sum"):
         upcycle(dense, tmp_path / "other.ckpt", MoEConfig(4, router=HashRouterConfig()))
-    for moe in (MoEConfig(4, gate_scale=2.0), MoEConfig(4, top_k=2, normalize_weights=False)):
-        with pytest.raises(
-            ValueError, match=r"(gate_scale=2.0|normalize_weights=False with top_k=2) would scale the dense"
-        ):
-            upcycle(dense, tmp_path / "other.ckpt", moe)

@@ -137,6 +137,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {**LATENT, "q_lora_rank": None, "n_group": 2, "topk_group": 1}
         | {"rope_parameters": LATENT_YARN | {"attention_factor": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}},
     ),
+    "granite, yarn": (
+        "granite",
+        GRANITE | {"intermediate_size": 56, "num_key_value_heads": 2, "rope_parameters": YARN, "head_dim": 12},
+    ),
     "llama, wide heads, tied": ("llama", {"intermediate_size": 56, "head_dim": 20, "tie_word_embeddings": True}),
     "llama": ("llama", {"intermediate_size": 56, "num_key_value_heads": 1, "head_dim": 12}),
     "qwen3": ("qwen3", {"intermediate_size": 56, "head_dim": 16, "num_key_value_heads": 2}),
@@ -274,6 +278,13 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
         },
         1.24,
         1.24,
+    ),
+    "granite": (  # granite-3.0-2b-base
+        {"vocab_size": 49_155, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 40}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8}
+        | GRANITE_3,
+        2.53,
+        2.53,
     ),
     "qwen3": (  # Qwen3-1.7B
         {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}

@@ -42,8 +42,8 @@ from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.eval.loaded_model import choose_tokenizer
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
-from nlgmoe.parts import require_paper_parts
-from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_sources
+from nlgmoe.parts import PARTS, require_paper_parts
+from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_parts, bundled_sources
 from nlgmoe.tools.hugging_face.clients import client_limits
 from nlgmoe.tools.hugging_face.families import FAMILIES, chosen_family
 from nlgmoe.tools.hugging_face.importing import exported_name, exported_shape
@@ -101,7 +101,8 @@ def export(
     config = GPTConfig.from_dict(document["model_config"])
     family, reason = chosen_family(config, family, document.get("family"))
     if family is None:
-        require_paper_parts(config, "a folder for transformers holds")
+        rest = [name for name in PARTS if name not in bundled_parts(config)]
+        require_paper_parts(config, "a folder for transformers holds", rest)
     tokenizer = choose_tokenizer(path, tokenizer, config)
     meta, read = _weights(path, config, family, PRECISIONS.get(precision or ""))
     files = {} if tokenizer is None else tokenizer.files
@@ -119,7 +120,7 @@ def export(
     }
     texts = {"README.md": model_card(folder.name, document, summary_of(path, document), tokenizer is not None, family)}
     if family is None:
-        texts |= bundled_sources()
+        texts |= bundled_sources(config)
     if tokenizer is not None:
         settings[TOKENIZER_CONFIG] = _tokenizer_settings(tokenizer, config)
     texts |= {name: json.dumps(values, indent=2) + "\n" for name, values in settings.items()}

@@ -14,6 +14,7 @@
     granitemoeshared   the same, plus a shared MLP                      yes      yes
     llama              Llama, dense                                     yes      yes
     qwen3              Qwen3, dense                                     yes      yes
+    granite            Granite 3, dense: four scales                     yes      yes
     gpt2               GPT-2: the paper's block, dense                  yes      no
 
 A family is a `Family` in a file of its own, and an item of `FAMILIES`. `tensors.py` has the table of tensors for both directions,
@@ -30,7 +31,7 @@ from nlgmoe.tools.hugging_face.families.dots1 import DOTS1
 from nlgmoe.tools.hugging_face.families.family import Family
 from nlgmoe.tools.hugging_face.families.glm4_moe import GLM4_MOE
 from nlgmoe.tools.hugging_face.families.gpt2 import GPT2
-from nlgmoe.tools.hugging_face.families.granite import GRANITE_MOE, GRANITE_MOE_SHARED
+from nlgmoe.tools.hugging_face.families.granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
 from nlgmoe.tools.hugging_face.families.llama import LLAMA, QWEN3
 from nlgmoe.tools.hugging_face.families.mixtral import MIXTRAL
 from nlgmoe.tools.hugging_face.families.olmoe import OLMOE
@@ -41,7 +42,7 @@ from nlgmoe.validation import SettingError
 OWN = "nlgmoe"  # `model_type` of a folder with our code
 _ALL = (
     *(OLMOE, QWEN3_MOE, MIXTRAL, QWEN2_MOE, DOTS1, GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, DEEPSEEK_V2),
-    *(GRANITE_MOE, GRANITE_MOE_SHARED, LLAMA, QWEN3, GPT2),
+    *(GRANITE_MOE, GRANITE_MOE_SHARED, LLAMA, QWEN3, GRANITE, GPT2),
 )
 FAMILIES = {family.name: family for family in _ALL}
 """In the order in which an export chooses."""

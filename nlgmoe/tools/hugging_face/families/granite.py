@@ -1,4 +1,4 @@
-"""Granite 3's mixtures: Llama's block with four scales, every block MoE, weights always normalised, perhaps with a shared MLP.
+"""Granite 3: Llama's block with four scales, dense; or every block MoE, weights always normalised, perhaps with a shared MLP.
 
 x = embedding_multiplier * E[token]        x = x + residual_multiplier * branch(norm(x))
 scores = attention_multiplier * q k^T      logits = head(norm(x)) / logits_scaling
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from nlgmoe.config import GPTConfig
+from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.rotary import Yarn
 from nlgmoe.tools.hugging_face.families.family import Family
 from nlgmoe.tools.hugging_face.families.llama import BLOCK, LAYER
@@ -29,43 +29,51 @@ _TABLE = BLOCK | {
 }
 
 
-def _read(theirs: Any, **shared: Any) -> GPTConfig:
+def _read(theirs: Any, moe: MoEConfig | None = None) -> GPTConfig:
     return decoder_config(
         theirs,
         attention_scale=theirs.attention_multiplier * rope_temperature(theirs) ** 2,
         embedding_scale=float(theirs.embedding_multiplier),
         residual_scale=float(theirs.residual_multiplier),
         logit_scale=1 / theirs.logits_scaling,
-        moe=moe_config(theirs, theirs.num_local_experts, normalizes=True, **shared),
+        moe=moe,
     )
+
+
+def _moe(theirs: Any, **shared: Any) -> MoEConfig:
+    return moe_config(theirs, theirs.num_local_experts, normalizes=True, **shared)
 
 
 def _read_shared(theirs: Any) -> GPTConfig:
     size = theirs.shared_intermediate_size
     if not size:
         raise UnsupportedError(f"shared_intermediate_size={size}")
-    return _read(theirs, mlp_type="residual", residual_mix="sum", shared_ffn_size=size)
+    return _read(theirs, _moe(theirs, mlp_type="residual", residual_mix="sum", shared_ffn_size=size))
 
 
-def _write(config: GPTConfig) -> dict[str, Any]:
+def _write(config: GPTConfig, **settings: Any) -> dict[str, Any]:
     scaling, width = config.rotary_scaling, config.head_size
     factor = yarn_mscale(scaling.factor) ** 2 if isinstance(scaling, Yarn) else 1.0  # of products, by the temperature
     return decoder_settings(
         config,
-        intermediate_size=config.expert_ffn_size,
         head_dim=width,
         attention_multiplier=(config.attention_scale or width**-0.5) / factor,
         embedding_multiplier=config.embedding_scale,
         residual_multiplier=config.residual_scale,
         logits_scaling=1 / config.logit_scale,
-        **moe_settings(config),
         **rope_settings(replace(config, attention_scale=factor * width**-0.5)),
+        **settings,
     )
 
 
+def _write_moe(config: GPTConfig, **shared: Any) -> dict[str, Any]:
+    return _write(config, intermediate_size=config.expert_ffn_size, **moe_settings(config), **shared)
+
+
 def _write_shared(config: GPTConfig) -> dict[str, Any]:
-    return _write(config) | {"shared_intermediate_size": config.shared_ffn_size}
+    return _write_moe(config, shared_intermediate_size=config.shared_ffn_size)
 
 
-GRANITE_MOE = Family("granitemoe", "GraniteMoe", _TABLE, _read, _write)
+GRANITE = Family("granite", "Granite", BLOCK, _read, _write)
+GRANITE_MOE = Family("granitemoe", "GraniteMoe", _TABLE, lambda theirs: _read(theirs, _moe(theirs)), _write_moe)
 GRANITE_MOE_SHARED = Family("granitemoeshared", "GraniteMoeShared", _TABLE, _read_shared, _write_shared)
