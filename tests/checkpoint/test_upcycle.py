@@ -115,8 +115,15 @@ def test_the_mixture_computes_what_the_dense_model_does(kind: str, tmp_path: Pat
         assert family_of(model.config) == (NATIVE[kind], "")
 
 
-def test_experts_part_in_training(dense: Path, tmp_path: Path) -> None:
-    moe = MoEConfig([2, 4], mlp_type="residual")
+@pytest.mark.parametrize(
+    "moe",
+    [
+        MoEConfig([2, 4], mlp_type="residual"),
+        MoEConfig(4, top_k=2, router=SIGMOID, normalize_weights=False),
+        MoEConfig(6, top_k=3, normalize_weights=False),
+    ],
+)
+def test_experts_part_in_training(moe: MoEConfig, dense: Path, tmp_path: Path) -> None:
     upcycle(dense, tmp_path / "moe.ckpt", moe)
     module = MoEGPTModule(replace(DENSE, moe=moe), warm_start=WarmStart(str(tmp_path / "moe.ckpt")))
     trainer(tmp_path, max_steps=2).fit(module, SyntheticData())
@@ -124,9 +131,12 @@ def test_experts_part_in_training(dense: Path, tmp_path: Path) -> None:
     assert not torch.equal(experts[0], experts[1])
 
 
-def test_the_gates_of_a_dense_model_in_fp16_are_not_rounded_to_zero(tmp_path: Path) -> None:
+@pytest.mark.parametrize("router", [None, SIGMOID])
+def test_the_gates_of_a_dense_model_in_fp16_are_not_rounded_to_zero(
+    router: SigmoidRouterConfig | None, tmp_path: Path
+) -> None:
     half = write(tmp_path / "half.ckpt", DENSE, dtype=torch.float16)
-    upcycle(half, tmp_path / "moe.ckpt", MoEConfig(4))
+    upcycle(half, tmp_path / "moe.ckpt", MoEConfig(4, router=router))
     with torch.no_grad():
         routings = load_model(tmp_path / "moe.ckpt")(TOKENS).routings
     for routing in routings:

@@ -23,8 +23,8 @@ def export_checkpoint(
 ) -> None:
     """Write a folder for AutoModelForCausalLM.from_pretrained, with tokenizer and model card.
 
-    A model that OLMoE, Qwen3-MoE, Mixtral, Llama or Qwen3 compute is written for that class of transformers. Other models come
-    with their code, which from_pretrained runs with trust_remote_code=True.
+    A model that a family of docs/open_moes.md computes is written for that class of transformers. Other models come with their
+    code, which from_pretrained runs with trust_remote_code=True.
 
     Args:
         checkpoint: the folder, `NAME.ckpt`, or a run folder: its newest valid checkpoint is exported.
@@ -63,8 +63,8 @@ def export_checkpoint(
 def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> None:
     """Convert a folder of Hugging Face's format, or a GGUF file, into a checkpoint, and write a YAML file to use it with.
 
-    Supported are OLMoE, Qwen3-MoE, Mixtral, Llama, Qwen3, GPT-2, and what nlgmoe export writes; of GGUF files Llama, Qwen3 and
-    Qwen3-MoE (docs/open_moes.md).
+    Supported are the families of docs/open_moes.md, GPT-2, and what nlgmoe export writes; of GGUF files Llama, Qwen3 and
+    Qwen3-MoE.
 
     Args:
         source: the folder, a file NAME.gguf, or the name of a model on the Hugging Face hub, such as allenai/OLMoE-1B-7B-0924.
