@@ -19,7 +19,7 @@ from nlgmoe.parts import (
     part_from_dict,
     part_to_dict,
 )
-from nlgmoe.validation import SettingError, require, require_valid
+from nlgmoe.validation import SettingError, require, require_above, require_at_least, require_valid
 
 ROUTER_FIELDS = frozenset(
     {
@@ -130,38 +130,29 @@ class MoEConfig:
             f"num_experts={self.num_experts} must have a number above 0 and none below 0; set moe to null for a dense model",
         )
         fewest = min(count for count in counts if count)
-        require(self.expert_interval >= 1, f"expert_interval={self.expert_interval} must be at least 1")
+        require_at_least(1, self, "expert_interval")
         require(
             1 <= self.top_k <= fewest,
             f"top_k={self.top_k} must be between 1 and the smallest num_experts ({fewest})",
         )
         if self.groups is not None:
             self._check_groups([count for count in counts if count])
-        for name in ("expert_ffn_size", "shared_ffn_size"):
-            size = getattr(self, name)
-            require(
-                size is None or size >= 1, f"{name}={size} must be at least 1, or null for the model's ffn_hidden_size"
-            )
+        model_size = ", or null for the model's ffn_hidden_size"
+        require_at_least(1, self, "expert_ffn_size", "shared_ffn_size", remedy=model_size)
         require(
             self.shared_ffn_size is None or self.mlp_type == "residual",
             f"shared_ffn_size={self.shared_ffn_size} has no effect with mlp_type={self.mlp_type}; use mlp_type=residual, or null",
         )
-        for name in ("train_capacity_factor", "eval_capacity_factor"):
-            require(
-                getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0; 1.0 is an expert's fair share"
-            )
-        require(self.min_capacity >= 0, f"min_capacity={self.min_capacity} must be at least 0")
-        for name in ("loss_coeff", "z_loss_coeff"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0; 0 turns that loss off")
+        fair_share = "; 1.0 is an expert's fair share"
+        require_above(0, self, "train_capacity_factor", "eval_capacity_factor", remedy=fair_share)
+        require_at_least(0, self, "min_capacity")
+        require_at_least(0, self, "loss_coeff", "z_loss_coeff", remedy="; 0 turns that loss off")
         require(
             not (self.noise == "rsample" and self.top_k != 1),
             f"noise=rsample works with top_k=1 only (top_k={self.top_k}); use noise=jitter, or null",
         )
-        require(self.gate_scale > 0, f"gate_scale={self.gate_scale} must be above 0")
-        require(
-            self.gate_init_std is None or self.gate_init_std > 0,
-            f"gate_init_std={self.gate_init_std} must be above 0, or null for the model's init_std",
-        )
+        require_above(0, self, "gate_scale")
+        require_above(0, self, "gate_init_std", remedy=", or null for the model's init_std")
         require(
             not (self.normalize_weights and self.top_k == 1),
             "normalize_weights=True with top_k=1 makes every weight the same, and the gate learns nothing; leave it out",
@@ -272,20 +263,14 @@ class GPTConfig:
     def __post_init__(self) -> None:
         require_valid(self)
         sizes = ("vocab_size", "seq_len", "num_layers", "hidden_size", "num_heads", "vocab_size_multiple")
-        for name in (*sizes, "num_kv_heads", "head_dim", "rotary_dim"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name}={value} must be at least 1")
+        require_at_least(1, self, *sizes, "num_kv_heads", "head_dim", "rotary_dim")
+        require_at_least(1, self, "ffn_hidden_size", remedy=", or null for 4 * hidden_size")
+        scales = ("attention_scale", "embedding_scale", "residual_scale", "logit_scale")
+        require_above(0, self, "init_std", "layer_norm_eps", *scales)
+        require_above(0, self, "rope_theta", remedy=", or null for learned positions")
         self._check_attention()
-        require(
-            self.ffn_hidden_size is None or self.ffn_hidden_size >= 1,
-            f"ffn_hidden_size={self.ffn_hidden_size} must be at least 1, or null for 4 * hidden_size",
-        )
         for name in ("hidden_dropout", "attention_dropout"):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
-        scales = ("attention_scale", "embedding_scale", "residual_scale", "logit_scale")
-        for name in ("init_std", "layer_norm_eps", *scales):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name}={value} must be above 0")
         if self.moe is None:
             return
         moe_layers = self.num_layers // self.moe.expert_interval
@@ -320,7 +305,6 @@ class GPTConfig:
                     value is None, f"{name}={value} has no effect without rope_theta; set rope_theta, or leave it out"
                 )
             return
-        require(self.rope_theta > 0, f"rope_theta={self.rope_theta} must be above 0, or null for learned positions")
         require(
             self.rotary_dim is None or self.rotary_dim <= self.head_size,
             f"rotary_dim={self.rotary_dim} is above the {self.head_size} values of a head; null turns all of them",
@@ -340,6 +324,11 @@ class GPTConfig:
     def kv_heads(self) -> int:
         """Number of key and value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """True if queries, keys and values have biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def rotary_size(self) -> int:

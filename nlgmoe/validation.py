@@ -40,6 +40,20 @@ def require(condition: bool, message: str) -> None:
         raise SettingError(message)
 
 
+def require_at_least(least: float, settings: Any, *names: str, remedy: str = "") -> None:
+    """Check fields that are not null; `remedy` ends the message."""
+    for name in names:
+        value = getattr(settings, name)
+        require(value is None or value >= least, f"{name}={value} must be at least {least}{remedy}")
+
+
+def require_above(limit: float, settings: Any, *names: str, remedy: str = "") -> None:
+    """Check fields that are not null; `remedy` ends the message."""
+    for name in names:
+        value = getattr(settings, name)
+        require(value is None or value > limit, f"{name}={value} must be above {limit}{remedy}")
+
+
 def is_finite(value: Any) -> bool:
     """Return False for a number that is NaN or infinite, or a list with one."""
     return all(math.isfinite(number) for number in _values(value) if isinstance(number, float))

@@ -172,8 +172,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout, self.scale = config.attention_dropout, config.attention_scale
         self.block = block
         self.widths = [heads * size, key_heads * size, key_heads * size]
-        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-        self.qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=qkv_bias)
+        self.qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=config.has_qkv_bias)
         self.project = nn.Linear(heads * size, config.hidden_size, bias=config.bias)
         self.norms_heads = config.qk_norm == "head"
         if config.qk_norm is not None:

@@ -91,8 +91,7 @@ def _attention_parameters(config: GPTConfig) -> tuple[int, int]:
         return sum(size for size, _ in sizes), sum(size for size, dim in sizes if dim == 2)
     heads, keys, width = config.num_heads * config.head_size, config.kv_heads * config.head_size, config.hidden_size
     matrices = width * (heads + 2 * keys) + heads * width
-    qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-    vectors = qkv_bias * (heads + 2 * keys) + config.bias * width
+    vectors = config.has_qkv_bias * (heads + 2 * keys) + config.bias * width
     vectors += {"head": 2, "projection": config.num_heads + config.kv_heads, None: 0}[config.qk_norm] * config.head_size
     return config.num_layers * (matrices + vectors), config.num_layers * matrices
 

@@ -18,6 +18,7 @@ from nlgmoe import GPT, GPTConfig, MoEGPTModule, Router, RouterConfig, WarmStart
 from nlgmoe.config import MoEConfig
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.router import TopKRouter
+from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.pyramid import experts_per_layer
@@ -26,7 +27,7 @@ from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 from nlgmoe.tools.hugging_face.importing import import_model
 from tests.checkpoint.runs import SaveAt
-from tests.equivalence.variants import FAULTS, PUBLISHED, SHAPE, VARIANTS, YARN, Fault
+from tests.equivalence.variants import FAULTS, LATENT_YARN, PUBLISHED, SHAPE, SIGMOID, VARIANTS, Fault, built_name
 from tests.golden.recording import Losses
 from tests.synthetic import SyntheticData
 from tests.test_module import trainer
@@ -98,7 +99,7 @@ def broken_logits(model: GPT, fault: Fault) -> Tensor:
     """The logits of a model with a fault."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     broken = GPT(fault(model.config, state)).eval()
-    broken.load_state_dict(state)
+    broken.load_state_dict({name: state[name] for name in broken.state_dict()})  # a fault may lack biases
     logits: Tensor = broken.logits(broken(tokens()).hidden)
     return logits
 
@@ -121,7 +122,7 @@ def test_gradients_are_equal(pair: Pair) -> None:
             continue  # stacks, in one form or another: their norm is in the total
         parts = []
         for place in layout.of_entry[name]:
-            theirs_grad = theirs[place.tensor.replace("block_sparse_moe", "mlp")].grad
+            theirs_grad = theirs[built_name(pair.family, place.tensor)].grad
             parts.append(place.restore(theirs_grad[place.where]))
         expected = torch.cat(parts)
         grad = parameter.grad[: len(expected)]  # type: ignore[index]
@@ -196,14 +197,13 @@ def test_names_shapes_and_counts_of_published_models(model_name: str) -> None:
     assert (round(count.total / 1e9, 2), round(count.active / 1e9, 2)) == (total, active)
     with torch.device("meta"):
         model = getattr(transformers, f"{FAMILIES[family].classes}ForCausalLM")(theirs)
-    ours = FAMILIES[family].layout(config).shapes
+    ours = {built_name(family, name): shape for name, shape in FAMILIES[family].layout(config).shapes.items()}
     saved = {name: tensor.shape for name, tensor in model.state_dict().items()}  # buffers too
     if theirs.tie_word_embeddings:
         del saved["lm_head.weight"]
     assert sum(shape.numel() for shape in ours.values()) == sum(shape.numel() for shape in saved.values())
     for name, shape in saved.items():
         if ".experts." not in name:
-            name = name.replace("mlp.gate.weight", "block_sparse_moe.gate.weight") if family == "mixtral" else name
             assert ours[name] == shape
     assert family_of(config, family) == (family, "")
 
@@ -227,6 +227,8 @@ NATIVE = GPTConfig(
     moe=MoEConfig(4, expert_interval=1, top_k=2),
 )  # fmt: skip
 
+DEEPSEEK = {"mlp_type": "residual", "residual_mix": "sum", "groups": [2, 1], "router": SigmoidRouterConfig()}
+
 
 @pytest.mark.parametrize(
     ("change", "family", "reason"),
@@ -237,6 +239,7 @@ NATIVE = GPTConfig(
         ({"moe": None}, "llama", ""),
         ({"moe": None, "qk_norm": "head"}, "qwen3", ""),
         ({"moe": None, "qk_norm": "projection"}, None, "qk_norm=projection (the nearest family is llama)"),
+        ({"rotary_dim": 4}, None, "rotary_dim=4 (the nearest family is mixtral)"),
         ({"rope_theta": None}, None, "rope_theta=null (the nearest family is mixtral)"),
         ({"moe": {"num_experts": [2, 2, 4, 4]}}, None, "num_experts=[2, 2, 4, 4] (the nearest family is mixtral)"),
         ({"moe": {"num_experts": [0, 4, 4, 4]}}, None, "qk_norm=null (the nearest family is qwen3_moe)"),
@@ -247,6 +250,19 @@ NATIVE = GPTConfig(
         ),
         ({"moe": {"normalize_weights": False}, "qk_norm": "projection"}, "olmoe", ""),
         ({"moe": {"gate_scale": 2.0}}, None, "gate_scale=2.0 (the nearest family is mixtral)"),
+        ({"qkv_bias": True, "moe": {"mlp_type": "residual", "residual_mix": "sigmoid"}}, "qwen2_moe", ""),
+        ({"qk_norm": "head", "moe": DEEPSEEK}, "dots1", ""),
+        ({"qk_norm": "head", "qkv_bias": False, "rotary_dim": 4, "moe": DEEPSEEK}, "glm4_moe", ""),
+        (
+            {"qk_norm": "head", "rotary_dim": 4, "moe": {**DEEPSEEK, "num_experts": [0, 4, 0, 4]}},
+            None,
+            "num_experts=[0, 4, 0, 4] (the nearest family is glm4_moe)",
+        ),
+        (
+            {"qk_norm": "head", "moe": {**DEEPSEEK, "shared_ffn_size": 100}},
+            None,
+            "shared_ffn_size=100 (the nearest family is dots1)",
+        ),
         ({"moe": {"eval_token_dropping": True}}, None, "eval_token_dropping=true (the nearest family is mixtral)"),
     ],
 )
@@ -330,6 +346,24 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
         "rope_type=linear of",
     ),
+    "a part that turns, which the class ignores": (
+        "llama",
+        {"partial_rotary_factor": 0.5},
+        "partial_rotary_factor=0.5 of",
+    ),
+    "attention_bias of a mixture": ("granitemoe", {"attention_bias": True}, "attention_bias=True of"),
+    "no shared expert": ("granitemoeshared", {"shared_intermediate_size": 0}, "shared_intermediate_size=0 of"),
+    "scaled rope of a mixture": (
+        "granitemoe",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        "rope_type=dynamic of",
+    ),
+    "one normalised expert": (
+        "granitemoe",
+        {"num_experts_per_tok": 1},
+        "num_experts_per_tok=1 with normalised weights of",
+    ),
+    "another activation": ("granitemoeshared", {"hidden_act": "gelu"}, "hidden_act=gelu of"),
     "jitter": ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 of"),
     "one normalised weight": (
         "mixtral",
@@ -341,9 +375,13 @@ REFUSED = {
         {"per_layer_config": {0: {"num_experts": 4}}, "intermediate_size": 40},
         "per_layer_config of",
     ),
+    "a window in some layers": ("qwen2_moe", {"use_sliding_window": True}, "layer_types=.* of"),
+    "a window from a layer on": ("dots1", SIGMOID | {"max_window_layers": 2}, "layer_types=.* of"),
+    "a bias of the output": ("dots1", SIGMOID | {"attention_bias": True}, "attention_bias=True of"),
+    "no shared experts": ("glm4_moe", SIGMOID | {"n_shared_experts": 0}, "n_shared_experts=0 of"),
     "latents and two temperatures": (
         "deepseek_v2",
-        {"num_experts_per_tok": 2, "rope_parameters": YARN | {"mscale": 1.0}},
+        {"num_experts_per_tok": 2, "rope_parameters": LATENT_YARN | {"mscale": 1.0}},
         r"attention_factor=1.0.* \(mscale / mscale_all_dim\) of",
     ),
     "latents and YaRN's own temperature": (
@@ -357,7 +395,7 @@ REFUSED = {
     "an unknown choice": ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method=noaux_tc of"),
     "rotation in halves": ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False of"),
     "every second block": ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq=2 of"),
-    "no shared expert": ("deepseek_v3", {"n_shared_experts": 0}, "n_shared_experts=0 of"),
+    "no shared expert beside latents": ("deepseek_v3", {"n_shared_experts": 0}, "n_shared_experts=0 of"),
     "FP8": ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config=fp8 of .* bf16"),
     "GPT-2's activation": ("gpt2", {"activation_function": "relu"}, "activation_function=relu of"),
     "scale by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True of"),
@@ -394,6 +432,17 @@ def test_folders_that_do_not_fit_their_config_are_refused_by_name(tmp_path: Path
     with pytest.raises(ValueError, match="fused format"):
         import_model(str(tmp_path / "fused"), tmp_path / "made.ckpt")
     assert not (tmp_path / "made.ckpt").exists()
+
+
+def test_blocks_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    """GLM-4.5's files have one, after the model's own; `num_nextn_predict_layers` counts them."""
+    their_model("glm4_moe, half of a head turns").save_pretrained(tmp_path / "theirs")
+    file, further = tmp_path / "theirs" / "model.safetensors", "model.layers.4.eh_proj.weight"
+    save_file(load_file(file) | {further: torch.zeros(48, 96)}, file)
+    assert import_model(str(tmp_path / "theirs"), tmp_path / "ours.ckpt").dropped == [further]
+    done = export(tmp_path / "ours.ckpt", tmp_path / "back")
+    assert done.family == "glm4_moe"
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 
 def test_a_folder_of_two_precisions_goes_back_to_the_bit(tmp_path: Path) -> None:

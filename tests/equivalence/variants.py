@@ -22,10 +22,22 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": None,
 }
 MOE = {"num_experts_per_tok": 2, "intermediate_size": 40}
+SIGMOID = MOE | {"n_routed_experts": 8, "moe_intermediate_size": 24, "n_shared_experts": 1, "num_experts_per_tok": 3}
+SIGMOID |= {"first_k_dense_replace": 1, "norm_topk_prob": True}
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.7, "logits_scaling": 0.5}
+
+
+def scaled(kind: str, theta: float, length: int = 8, **values: Any) -> dict[str, Any]:
+    """Return `rope_parameters` of a model whose first training had texts of `length` tokens, fewer than those of the tests."""
+    return {"rope_type": kind, "rope_theta": theta, "original_max_position_embeddings": length, **values}
+
+
+YARN = scaled("yarn", 1e4, factor=4.0)
+BETAS = {"beta_fast": 0.5, "beta_slow": 0.1}  # turns in 8 tokens
 LATENT = MOE | {"kv_lora_rank": 20, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10, "q_lora_rank": 24}
 LATENT |= {"n_routed_experts": 8, "moe_intermediate_size": 24, "routed_scaling_factor": 2.5, "first_k_dense_replace": 1}
-YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
-YARN |= {"original_max_position_embeddings": 16, "mscale": 0.707, "mscale_all_dim": 0.707}
+LATENT_YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+LATENT_YARN |= {"original_max_position_embeddings": 16, "mscale": 0.707, "mscale_all_dim": 0.707}
 # variant -> family, settings
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", MOE | {"num_experts": 8}),
@@ -49,9 +61,52 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {**MOE, "num_local_experts": 4, "num_experts_per_tok": 3, "num_key_value_heads": 2}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     ),
+    "qwen2_moe, grouped queries": (
+        "qwen2_moe",
+        MOE
+        | {"num_experts": 8, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 36}
+        | {"num_key_value_heads": 2, "num_experts_per_tok": 3},
+    ),
+    "qwen2_moe, a dense block, no biases, normalised, tied": (
+        "qwen2_moe",
+        MOE
+        | {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 48, "qkv_bias": False}
+        | {"mlp_only_layers": [2], "norm_topk_prob": True, "tie_word_embeddings": True},
+    ),
+    "dots1, groups": (
+        "dots1",
+        SIGMOID | {"n_group": 4, "topk_group": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.5, "head_dim": 16},
+    ),
+    "dots1, all blocks sparse, top-2, not normalised": (
+        "dots1",
+        SIGMOID | {"first_k_dense_replace": 0, "num_experts_per_tok": 2, "norm_topk_prob": False},
+    ),
+    "glm4_moe, half of a head turns": (
+        "glm4_moe",
+        SIGMOID | {"attention_bias": True, "head_dim": 16, "num_key_value_heads": 2, "routed_scaling_factor": 1.5},
+    ),
+    "glm4_moe, norms of heads, groups, all of a head turns, top-1": (
+        "glm4_moe",
+        SIGMOID
+        | {"use_qk_norm": True, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 1, "norm_topk_prob": False}
+        | {"first_k_dense_replace": 2, "partial_rotary_factor": 1.0, "tie_word_embeddings": True},
+    ),
+    "granitemoe": (
+        "granitemoe",
+        {**MOE, **GRANITE, "num_local_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 2},
+    ),
+    "granitemoe, wide heads, yarn, tied": (
+        "granitemoe",
+        {**MOE, **GRANITE, "num_local_experts": 4, "head_dim": 16, "tie_word_embeddings": True}
+        | {"rope_parameters": YARN},
+    ),
+    "granitemoeshared": (
+        "granitemoeshared",
+        {**MOE, **GRANITE, "num_local_experts": 4, "shared_intermediate_size": 56, "rms_norm_eps": 1e-5},
+    ),
     "deepseek_v3, groups, yarn": (
         "deepseek_v3",
-        LATENT | {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "rope_parameters": YARN},
+        LATENT | {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "rope_parameters": LATENT_YARN},
     ),
     "deepseek_v3, whole queries, two shared experts, tied": (
         "deepseek_v3",
@@ -65,7 +120,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2, yarn": (
         "deepseek_v2",
         {**LATENT, "q_lora_rank": None, "n_shared_experts": 2, "num_experts_per_tok": 3, "norm_topk_prob": True}
-        | {"rope_parameters": YARN | {"beta_fast": 4.0, "mscale": 1.2, "mscale_all_dim": 1.2}},
+        | {"rope_parameters": LATENT_YARN | {"beta_fast": 4.0, "mscale": 1.2, "mscale_all_dim": 1.2}},
     ),
     "deepseek_v2, groups": (
         "deepseek_v2",
@@ -80,18 +135,60 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite, whole queries, groups, yarn": (
         "glm4_moe_lite",
         {**LATENT, "q_lora_rank": None, "n_group": 2, "topk_group": 1}
-        | {"rope_parameters": YARN | {"attention_factor": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}},
+        | {"rope_parameters": LATENT_YARN | {"attention_factor": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}},
     ),
     "llama, wide heads, tied": ("llama", {"intermediate_size": 56, "head_dim": 20, "tie_word_embeddings": True}),
     "llama": ("llama", {"intermediate_size": 56, "num_key_value_heads": 1, "head_dim": 12}),
     "qwen3": ("qwen3", {"intermediate_size": 56, "head_dim": 16, "num_key_value_heads": 2}),
+    "llama 3": (
+        "llama",
+        {"intermediate_size": 56, "head_dim": 12, "num_key_value_heads": 2}
+        | {
+            "rope_parameters": scaled("llama3", 100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=2.0, length=16)
+        },
+    ),
+    "llama, yarn, beta": (
+        "llama",
+        {"intermediate_size": 56, "rope_parameters": scaled("yarn", 10.0, factor=4.0) | BETAS},
+    ),
+    "qwen3, yarn": (
+        "qwen3",
+        {"intermediate_size": 56, "head_dim": 16, "num_key_value_heads": 2, "rope_parameters": YARN},
+    ),
+    "qwen3_moe, yarn, attention_factor, not truncated": (
+        "qwen3_moe",
+        MOE
+        | {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": True}
+        | {"rope_parameters": scaled("yarn", 10.0, factor=4.0, attention_factor=1.5, truncate=False) | BETAS},
+    ),
+    "mixtral, yarn of lengths": (
+        "mixtral",
+        MOE | {"num_local_experts": 4, "head_dim": 12, "rope_parameters": scaled("yarn", 100.0, factor=None)},
+    ),
 }
 
+# family -> part of a tensor's name in its files, and the same part in the model that `transformers` builds
+BUILT: dict[str, tuple[str, str]] = {
+    "mixtral": ("block_sparse_moe", "mlp"),
+    **dict.fromkeys(("granitemoe", "granitemoeshared"), ("router.layer", "router")),
+}
+
+
+def built_name(family: str, name: str) -> str:
+    """Return the name of a parameter of `transformers`' model, other than an expert's, by the name of its tensor in the files."""
+    return name.replace(*BUILT.get(family, ("", "")))
+
+
+GRANITE_3 = {"embedding_multiplier": 12.0, "attention_multiplier": 0.015625, "residual_multiplier": 0.22} | {
+    "logits_scaling": 6.0,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
 # Settings of files on the hub that the classes do not know.
 HUB = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1, "ep_size": 1}
 HUB_YARN: dict[str, Any] = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0}
 HUB_YARN |= {"mscale_all_dim": 1.0, "original_max_position_embeddings": 4096}
-# family, and the model if there are several -> values of config.json, parameters and active ones in billions
+# family, or family and model -> values of config.json, parameters and active ones in billions
 PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
     "olmoe": ({"intermediate_size": 1024}, 6.92, 1.28),  # OLMoE-1B-7B
     "qwen3_moe": (  # Qwen3-30B-A3B
@@ -136,9 +233,45 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
         29.94,
         3.9,
     ),
-    "llama": (  # Llama-3.2-1B, whose rope is scaled and so is not imported
+    "qwen2_moe": ({}, 14.32, 2.69),  # Qwen1.5-MoE-A2.7B
+    "dots1": (  # dots.llm1
+        {"hidden_size": 4096, "n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6}
+        | {"first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+        142.77,
+        14.02,
+    ),
+    "glm4_moe": ({"attention_bias": True, "head_dim": 128}, 106.85, 13.42),  # GLM-4.5-Air
+    "granitemoe": (  # granite-3.0-1b-a400m; the published 0.4 does not count the embeddings
+        {"vocab_size": 49_155, "hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 24}
+        | {"num_attention_heads": 16, "num_key_value_heads": 8, "num_local_experts": 32, "num_experts_per_tok": 8}
+        | GRANITE_3,
+        1.33,
+        0.43,
+    ),
+    "granitemoe, 3B": (  # granite-3.0-3b-a800m
+        {"vocab_size": 49_155, "hidden_size": 1536, "intermediate_size": 512, "num_hidden_layers": 32}
+        | {"num_attention_heads": 24, "num_key_value_heads": 8, "num_local_experts": 40, "num_experts_per_tok": 8}
+        | GRANITE_3,
+        3.3,
+        0.88,
+    ),
+    "granitemoeshared": (  # the shape of granite-3.0-3b-a800m, and a shared MLP: no published model's settings were at hand
+        {"vocab_size": 49_155, "hidden_size": 1536, "intermediate_size": 512, "num_hidden_layers": 32}
+        | {"num_attention_heads": 24, "num_key_value_heads": 8, "num_local_experts": 40, "num_experts_per_tok": 8}
+        | GRANITE_3
+        | {"shared_intermediate_size": 1024},
+        3.45,
+        1.03,
+    ),
+    "llama": (  # Llama-3.2-1B
         {"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-        | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True}
+        | {"max_position_embeddings": 131_072, "rms_norm_eps": 1e-5}
+        | {
+            "rope_parameters": scaled(
+                "llama3", 5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, length=8192
+            )
+        },
         1.24,
         1.24,
     ),
@@ -204,6 +337,49 @@ FAULTS: dict[str, tuple[str, Fault]] = {
         "qwen3_moe, wide heads, a dense block",
         changed("attention.qkv.weight", lambda rows: rows.roll(16, 0)),
     ),
+    "qwen2_moe: the shared expert has no gate": (
+        "qwen2_moe, grouped queries",
+        setting("moe.residual_mix", "sum"),
+    ),
+    "qwen2_moe: gate and expand of the shared expert are swapped": (
+        "qwen2_moe, grouped queries",
+        swapped("moe.mlp.gate.weight", "moe.mlp.expand.weight"),
+    ),
+    "qwen2_moe: no biases of queries, keys and values": ("qwen2_moe, grouped queries", setting("qkv_bias", False)),
+    "dots1: no bias on the choice": ("dots1, groups", changed("moe.router.bias", torch.zeros_like)),
+    "dots1: all groups": ("dots1, groups", setting("moe.groups", None)),
+    "dots1: no scale of the weights": ("dots1, groups", setting("moe.gate_scale", 1.0)),
+    "dots1: weights that are not normalised": ("dots1, groups", setting("moe.normalize_weights", False)),
+    "glm4_moe: all of a head turns": ("glm4_moe, half of a head turns", setting("rotary_dim", None)),
+    "glm4_moe: a quarter of a head turns": ("glm4_moe, half of a head turns", setting("rotary_dim", 4)),
+    "glm4_moe: gate and expand of the shared experts are swapped": (
+        "glm4_moe, half of a head turns",
+        swapped("moe.mlp.gate.weight", "moe.mlp.expand.weight"),
+    ),
+    "granitemoe: no embedding_multiplier": ("granitemoe", setting("embedding_scale", 1.0)),
+    "granitemoe: attention scaled by the width of a head": ("granitemoe", setting("attention_scale", None)),
+    "granitemoe: another residual_multiplier": ("granitemoe", setting("residual_scale", 0.71)),
+    "granitemoe: logits multiplied by logits_scaling": ("granitemoe", setting("logit_scale", 0.5)),
+    "granitemoe: expand before gate": ("granitemoe", swapped("experts.gate_weight", "experts.expand_weight")),
+    "granitemoe: rows of the router": ("granitemoe", changed("router.weight", lambda rows: rows.roll(1, 0))),
+    "granitemoeshared: expand before gate": ("granitemoeshared", swapped("mlp.gate.weight", "mlp.expand.weight")),
+    "granitemoeshared: halves of a sum": ("granitemoeshared", changed("mlp.project.weight", lambda w: w / 2)),
+    "granitemoe, yarn: no temperature": ("granitemoe, wide heads, yarn, tied", setting("attention_scale", 0.4)),
+    "llama 3: another factor": ("llama 3", setting("rotary_scaling.factor", 8.5)),
+    "llama 3: another limit": ("llama 3", setting("rotary_scaling.high_freq_factor", 2.1)),
+    "llama 3: not scaled": ("llama 3", setting("rotary_scaling", None)),
+    "yarn: another factor": ("qwen3, yarn", setting("rotary_scaling.factor", 4.1)),
+    "yarn: no temperature": ("qwen3, yarn", setting("attention_scale", None)),
+    "yarn: another attention_factor": (
+        "qwen3_moe, yarn, attention_factor, not truncated",
+        setting("attention_scale", 1.49**2 / 4),
+    ),
+    "yarn: truncated": (
+        "qwen3_moe, yarn, attention_factor, not truncated",
+        setting("rotary_scaling.truncate", True),
+    ),
+    "yarn: another beta_fast": ("llama, yarn, beta", setting("rotary_scaling.beta_fast", 0.6)),
+    "yarn: the factor of the lengths": ("mixtral, yarn of lengths", setting("rotary_scaling.factor", 4.0)),
     "deepseek_v3: rows of queries are not reordered": (
         "deepseek_v3, groups, yarn",
         changed("attention.query_up.weight", lambda rows: interleaved(rows.unflatten(0, (4, 12))).flatten(0, 1)),

@@ -81,13 +81,13 @@ SMALL = {
 } | {f"llama__{name}": 1 for name in ("block_count", "attention__head_count", "attention__head_count_kv")}
 
 
-def file_of(path: Path, architecture: str = "llama", **values: int | str) -> Path:
+def file_of(path: Path, architecture: str = "llama", tensor: str = "token_embd.weight", **values: int | str) -> Path:
     """Write a GGUF file with a tensor and these fields, whose names have `__` for a dot."""
     writer = GGUFWriter(path, architecture)
     for name, value in values.items():
         add = writer.add_string if isinstance(value, str) else writer.add_uint16
         add(name.replace("__", "."), value)
-    writer.add_tensor("token_embd.weight", torch.zeros(32, 32).numpy())
+    writer.add_tensor(tensor, torch.zeros(32, 32).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -107,6 +107,7 @@ def test_files_that_cannot_be_imported_are_refused_in_a_line(tmp_path: Path, mon
         file_of(tmp_path / "other.gguf", "gemma3"): "general.architecture=gemma3 of",
         file_of(tmp_path / "mixtral.gguf", llama__expert_count=8): "llama.expert_count=8 of",
         file_of(tmp_path / "scaled.gguf", llama__rope__scaling__type="yarn"): "llama.rope.scaling.type=yarn of",
+        file_of(tmp_path / "llama3.gguf", tensor="rope_freqs.weight"): "rope_freqs.weight of",
         file_of(tmp_path / "lacking.gguf", **SMALL): "transformers cannot read .*it lacks model.layers.0",
     }
     for file, message in cases.items():

@@ -86,7 +86,7 @@ def _decoder(theirs: Any, moe: MoEConfig) -> GPTConfig:
     if rope.get("rope_type", "default") != "default" and rope.get("mscale_all_dim"):
         width = theirs.qk_nope_head_dim + theirs.qk_rope_head_dim
         scale = yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2 / math.sqrt(width)
-    heads = {"num_kv_heads": None, "head_dim": None}
+    heads: dict[str, Any] = {"num_kv_heads": None, "head_dim": None}
     return decoder_config(theirs, attention=attention, attention_scale=scale, **heads, moe=moe)
 
 

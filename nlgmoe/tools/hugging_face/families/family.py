@@ -84,8 +84,10 @@ class Family:
         assert self.write is not None, f"{self.name} is not exported"
         values = self.write(config)
         made: dict[str, Any] = self.config_class(**values).to_dict()
-        # Top-level `rope_theta` and `rope_scaling` are for readers of version 4.
+        # Settings of positions on the top level are for readers of version 4.
         old: dict[str, Any] = {"rope_theta": config.rope_theta}
+        if (part := values.get("rope_parameters", {}).get("partial_rotary_factor")) is not None:
+            old["partial_rotary_factor"] = part
         if config.rotary_scaling is not None:
             old["rope_scaling"] = values["rope_parameters"]
         return made | values | {"architectures": [f"{self.classes}ForCausalLM"]} | old

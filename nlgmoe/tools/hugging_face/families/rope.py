@@ -20,15 +20,18 @@ class UnsupportedError(SettingError):
     """A family's setting that nlgmoe does not compute, or a model's that the family does not express, as `setting=value`."""
 
 
-def rope_fields(theirs: Any, width: int) -> dict[str, Any]:
+def rope_fields(theirs: Any, width: int, partial: bool = False) -> dict[str, Any]:
     """Return the fields of rotary positions; `rope_temperature` is left to the caller.
 
     Args:
         theirs: the family's configuration.
-        width: of a head, of which a part may turn.
+        width: of a head.
+        partial: the family's class reads `partial_rotary_factor`; most ignore it.
     """
     rope = theirs.rope_parameters
-    turning = int(width * rope.get("partial_rotary_factor", 1.0))
+    turning = int(width * (share := rope.get("partial_rotary_factor", 1.0)))
+    if turning != width and not partial:
+        raise UnsupportedError(f"partial_rotary_factor={share}")
     return {
         "rope_theta": float(rope["rope_theta"]),
         "rotary_dim": None if turning == width else turning,
@@ -76,13 +79,11 @@ def rope_settings(config: GPTConfig, **settings: Any) -> dict[str, Any]:
 
     Args:
         config: of the model.
-        settings: further settings of `rope_parameters`, or other values.
+        settings: further settings of `rope_parameters`, such as `partial_rotary_factor`, or other values.
     """
     if config.rope_theta is None:
         return {}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rotary_dim is not None:
-        rope["partial_rotary_factor"] = config.rotary_dim / config.head_size
     scaling = config.rotary_scaling
     if isinstance(scaling, Llama3):
         rope |= {"rope_type": "llama3", "low_freq_factor": scaling.low_freq_factor}

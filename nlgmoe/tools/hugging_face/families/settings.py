@@ -22,6 +22,8 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "router_jitter_noise": (0.0,),
 }
+# Of families whose `layer_types` say which layers have a window: `sliding_window` is its length.
+REQUIRED_BY_LAYER = {name: values for name, values in REQUIRED.items() if name != "sliding_window"}
 
 
 # ---- reading: `theirs` is the object of transformers' configuration class
@@ -52,16 +54,17 @@ def shape_fields(theirs: Any) -> dict[str, Any]:
     }
 
 
-def decoder_config(theirs: Any, **more: Any) -> GPTConfig:
+def decoder_config(theirs: Any, partial: bool = False, **more: Any) -> GPTConfig:
     """Read a model with Llama's block: RMSNorm, SwiGLU, rotary positions, no biases.
 
     Args:
         theirs: the family's configuration.
+        partial: see `rope_fields`.
         more: further fields, or other values.
     """
     head_dim = getattr(theirs, "head_dim", None)
     width, temperature = head_dim or theirs.hidden_size // theirs.num_attention_heads, rope_temperature(theirs)
-    rope = rope_fields(theirs, width)
+    rope = rope_fields(theirs, width, partial)
     if temperature != 1 and rope["rotary_dim"] is not None:  # it would scale a part of each product
         raise UnsupportedError(f"attention_factor={temperature} with partial_rotary_factor")
     values = {
@@ -173,7 +176,7 @@ def computation(config: GPTConfig) -> dict[str, Any]:
     width, _ = attention.score_widths(config)
     values |= {"num_kv_heads": config.kv_heads, "head_dim": config.head_size, "rotary_dim": config.rotary_size}
     values |= {"attention_scale": config.attention_scale or width**-0.5, "num_experts": counts}
-    values["qkv_bias"] = config.bias if config.qkv_bias is None else config.qkv_bias
+    values["qkv_bias"] = config.has_qkv_bias
     values = {name: value for name, value in values.items() if name not in ATTENTION_FIELDS - attention.reads_fields}
     if 0 in counts:
         values["ffn_hidden_size"] = config.ffn_size
