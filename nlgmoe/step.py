@@ -123,7 +123,8 @@ class TrainingStep(LightningModule):
 
     def begin_steps(self) -> None:
         """Begin the first step of a fit."""
-        routers = enumerate(moe.router for moe in moe_layers(self.gpt))
+        frozen = "router" in self.optimizer_config.frozen
+        routers = enumerate(moe.router for moe in moe_layers(self.gpt) if not frozen)
         self._learning_routers = {moe_layer: router for moe_layer, router in routers if router.learns_from_steps}
         self.window, self._stops_after_step = Window(), False
         data = training_data(self.trainer)

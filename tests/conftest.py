@@ -61,6 +61,7 @@ NIGHTLY = (
     "tests/faults/",
     "tests/layers/test_experts.py::test_compiled_parts_compute_the_same",
     "tests/real/test_smollm2.py::test_the_whole_path",
+    "tests/test_blocks.py::test_every_block_trains_with_every_mixture",
     "tests/test_gpu_command.py::test_a_dry_run_takes_every_step",
     "tests/test_other_loggers.py",
     "tests/test_reproduce.py::test_runs_go_on_from_trunks_and_logits_and_are_not_repeated",

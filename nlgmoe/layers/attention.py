@@ -45,11 +45,11 @@ class KVCache:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store `k`, `v` `[B, K, T, D]` of `layer`. Returns the keys and values of all positions, `[B, K, S, D]`.
 
-        K and D may differ between the two: an attention may store other tensors than keys and values.
+        K, D and the type may differ between the two: an attention may store other tensors than keys and values.
         """
         if layer not in self._layers:
-            shapes = ((*part.shape[:2], self.max_len, part.shape[3]) for part in (k, v))
-            self._layers[layer] = k.new_empty(next(shapes)), v.new_empty(next(shapes))
+            keys, values = (part.new_empty(*part.shape[:2], self.max_len, part.shape[3]) for part in (k, v))
+            self._layers[layer] = keys, values
         keys, values = self._layers[layer]
         keys[:, :, self._start : self.length] = k
         values[:, :, self._start : self.length] = v

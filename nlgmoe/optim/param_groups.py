@@ -35,7 +35,8 @@ class AdamWConfig:
         eps: added to the denominator of the update; at least float32's smallest normal number: smaller ones may be flushed to 0.
         weight_decay: decoupled decay of weight matrices, the embeddings and the router included; biases and norms have none.
         frozen: components of the model that keep their weights: `router`, `experts`, `attention`, `ffn` (dense layers and shared
-            MLPs), `norms`, `embeddings` (and the head). They have no gradients and no moments.
+            MLPs), `norms`, `embeddings` (and the head). They have no gradients and no moments; a frozen
+            router's buffers, such as a bias of the choice, stay too.
     """
 
     lr: float = 3e-4

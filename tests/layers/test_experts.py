@@ -122,7 +122,10 @@ def test_no_number_is_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> N
 QWEN3 = {"norm": "rmsnorm", "rope_theta": 100.0, "qk_norm": "head", "num_kv_heads": 1, "bias": False}
 
 
-@pytest.mark.parametrize("block", [{}, QWEN3], ids=["gpt", "qwen3"])
+GLM4 = {"norm": "rmsnorm", "rope_theta": 100.0, "rotary_dim": 4, "qkv_bias": True, "bias": False, "residual_scale": 0.5}
+
+
+@pytest.mark.parametrize("block", [{}, QWEN3, GLM4], ids=["gpt", "qwen3", "glm4"])
 def test_compiled_parts_compute_the_same(block: dict[str, Any]) -> None:
     needs("g++")
     config = GPTConfig(64, 16, 2, 16, 2, **block, moe=MoEConfig(4, mlp_type="residual"))

@@ -12,6 +12,10 @@ from nlgmoe.model.gpt import GPT
 
 DROPLESS = MoEConfig(4, top_k=2, second_expert="argmax", mlp_type="residual", token_dropping=False)
 CONFIG = GPTConfig(50, 24, 4, 32, 2, init_std=0.2, vocab_size_multiple=16, moe=DROPLESS)
+# Half of each head turns, as in GLM-4.5; the shared MLP is times a sigmoid, as in Qwen2-MoE.
+TURNED = replace(
+    CONFIG, rope_theta=100.0, rotary_dim=8, qkv_bias=False, moe=replace(DROPLESS, residual_mix="sigmoid", groups=[2, 1])
+)
 LENGTHS = [[3, 8, 1, 12], [24, 0, 0, 0]]  # of the documents in each sequence
 
 
@@ -24,8 +28,9 @@ def packed(lengths: list[list[int]] = LENGTHS) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("training", [True, False])
-def test_each_document_is_as_if_alone(dtype: torch.dtype, tolerance: float, training: bool) -> None:
-    model = GPT(CONFIG).to(dtype).train(training)
+@pytest.mark.parametrize("config", [CONFIG, TURNED], ids=["gpt", "turned"])
+def test_each_document_is_as_if_alone(config: GPTConfig, dtype: torch.dtype, tolerance: float, training: bool) -> None:
+    model = GPT(config).to(dtype).train(training)
     tokens, documents = packed()
     together = model(tokens, documents=documents)
     assert not torch.allclose(together.hidden[0, 3:], model(tokens).hidden[0, 3:], atol=1e-2)

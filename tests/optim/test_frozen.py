@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig, Component
 from tests.checkpoint.runs import SaveAt
@@ -54,6 +55,15 @@ def test_frozen_parts_take_no_moments_and_a_run_with_them_is_resumed_exactly(cas
     assert {name.removeprefix("step/") for name in stored if name.startswith("step/")} == trained
     resumed = fit(tmp_path, frozen, 4, tmp_path / "two.ckpt", **settings)
     assert all(torch.equal(value, whole.gpt.state_dict()[name]) for name, value in resumed.gpt.state_dict().items())
+
+
+@pytest.mark.parametrize("frozen", [("router",), ("experts",)])
+def test_a_frozen_router_keeps_its_bias(frozen: tuple[Component, ...], tmp_path: Path) -> None:
+    config = replace(CONFIG, moe=MoEConfig(4, top_k=2, router=SigmoidRouterConfig()))
+    module = MoEGPTModule(config, AdamWConfig(lr=1e-2, frozen=frozen))
+    trainer(tmp_path, max_steps=2).fit(module, SyntheticData())
+    biases = [value for name, value in module.gpt.named_buffers() if name.endswith("router.bias")]
+    assert len(biases) == 2 and all(bool(bias.any()) == (frozen != ("router",)) for bias in biases)
 
 
 def test_a_run_in_which_nothing_would_learn_is_refused(tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ def test_each_defect_is_found(defect: str) -> None:
 
 
 OPEN = GPTConfig(
-    61, norm="rmsnorm", rope_theta=1e4, num_kv_heads=2, head_dim=12, qk_norm="head", bias=False, ffn_network="swiglu",
-    moe=MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", normalize_weights=False),
+    61, norm="rmsnorm", rope_theta=1e4, num_kv_heads=2, head_dim=12, rotary_dim=6, qk_norm="head", bias=False,
+    ffn_network="swiglu", moe=MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", normalize_weights=False),
 )  # fmt: skip
 
 
@@ -297,7 +297,10 @@ def test_nan_passes_no_comparison() -> None:
     [
         ("nothing", "nothing is no YAML file, checkpoint or class_path, and none of deepspeed, mixtral"),
         ("no.such.Class", "no.such.Class: cannot import no.such"),
-        ("configs/dense/laptop.yaml", "configs/dense/laptop.yaml has no MoE layer; set model.config.moe"),
+        (
+            "configs/dense/laptop.yaml",
+            "configs/dense/laptop.yaml has no MoE layer and names no attention; set model.config.moe, or",
+        ),
         ("torch.nn.Identity", "torch.nn.Identity makes a module without the attribute hidden_size"),
         (f"{__name__}.FloatLoss", "FloatLoss cannot be called with x of [2, 8, 16]: RunError: forward returns a float"),
     ],

@@ -25,7 +25,7 @@ def check(target: list[str], allow_code: list[str] | None = None, json: bool = F
     tables, failed, total = [], 0, 0
     for layer in find_layers(target):
         if not json:
-            print(f"{layer.name}: {layer.num_experts} experts, top_k {layer.top_k}, width {layer.hidden_size}")
+            print(f"{layer.name}: {layer.sizes}")
         results = []
         for result in check_layer(layer):
             results.append(result)

@@ -8,10 +8,10 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from nlgmoe.device import default_device
-from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, require_close
+from nlgmoe.tools.check.layer import Batch, Failed, NotApplicable, Target, require_close
 
 
-def half_precision_is_close(layer: Layer) -> str:
+def half_precision_is_close(layer: Target) -> str:
     """Compare outputs in bf16 and fp16 with those in fp32."""
     with torch.no_grad():
         expected = layer.run(
@@ -34,7 +34,7 @@ def half_precision_is_close(layer: Layer) -> str:
     return f"median relative error: {', '.join(errors)}"
 
 
-def types_do_not_leak(layer: Layer) -> str:
+def types_do_not_leak(layer: Target) -> str:
     """Check the types of outputs, gradients, weights and auxiliary loss, with each type and under autocast."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         batch = Batch.random(layer, 2, 16, dtype=dtype).tracked()
@@ -62,7 +62,7 @@ def types_do_not_leak(layer: Layer) -> str:
     return "fp64, fp32, bf16, and fp32 under autocast to bf16"
 
 
-def host_reads_nothing(layer: Layer) -> str:
+def host_reads_nothing(layer: Target) -> str:
     """Run forward, backward and `after_step` on fake tensors, which have no values: reading one is an error.
 
     They are on a CPU, because PyTorch has no autocast for `meta`. A foreign layer may read values in
@@ -70,14 +70,14 @@ def host_reads_nothing(layer: Layer) -> str:
     """
     for training in (True, False):
         place = _place_of_read(layer, training, "cpu")
-        if place and type(layer).without_dispatch is Layer.without_dispatch:
+        if place and type(layer).without_dispatch is Target.without_dispatch:
             place = _place_of_read(layer, training, "meta")
         if place:
             raise Failed(f"the host reads the device ({place})")
     return "forward and backward, on tensors without values"
 
 
-def _place_of_read(layer: Layer, training: bool, device: str) -> str:
+def _place_of_read(layer: Target, training: bool, device: str) -> str:
     """Return the line that reads a value; empty: none does."""
     module, mode = layer.make(torch.bfloat16, training), FakeTensorMode(allow_non_fake_inputs=True)
     batch = Batch.random(layer, 2, 16, dtype=torch.bfloat16)
@@ -98,7 +98,7 @@ def _place_of_read(layer: Layer, training: bool, device: str) -> str:
     return ""
 
 
-def gpu_agrees_with_cpu(layer: Layer) -> str:
+def gpu_agrees_with_cpu(layer: Target) -> str:
     """Compare output and gradient of the input with those of the CPU, in fp32."""
     device = default_device()
     if device == "cpu":

@@ -14,6 +14,7 @@ from nlgmoe.tools.check.layer import (
     Layer,
     NotApplicable,
     Output,
+    Target,
     batch_of_logits,
     require_choice,
 )  # fmt: skip
@@ -24,7 +25,7 @@ TOLERANCE = 1e-2
 PAPER_LOSSES = frozenset({"balance_loss", "z_loss", "distillation_loss"})  # logged as `train/NAME`
 
 
-def gradients_are_finite_differences(layer: Layer) -> str:
+def gradients_are_finite_differences(layer: Target) -> str:
     """Compare directional derivatives of output plus auxiliary loss, for the input and each parameter.
 
     A gradient is right if it is that of one of `STEPS`: one is small enough to cross no kink, one large enough for fp32.
@@ -77,8 +78,10 @@ def _values_beside(
     return values
 
 
-def _separated(layer: Layer, module: nn.Module, tokens: int = 24) -> Batch:
+def _separated(layer: Target, module: nn.Module, tokens: int = 24) -> Batch:
     """Return a batch whose logits are far apart, so that a small step changes no choice."""
+    if not isinstance(layer, Layer):
+        return Batch.random(layer, 2, tokens // 2)
     generator = torch.Generator("cpu").manual_seed(3)
     ranks = torch.rand(tokens, layer.num_experts, generator=generator).argsort(dim=1).double()
     try:

@@ -5,9 +5,10 @@ Letters: B sequences, T positions, N = B * T tokens, H hidden size, E experts, k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from nlgmoe.layers.router import Routing
 
 VOCABULARY = 61  # ids that `Batch.random` draws
-STD = 0.3  # of the weights: logits of a few units with H = 16
+STD = 0.3  # of the weights, less for more than 16 inputs: logits of a few units
 
 
 class Failed(Exception):
@@ -34,6 +35,7 @@ class Batch:
         x: `[B, T, H]` hidden states.
         tokens: `[B, T]` ids, for routers that read them.
         mask: `[B, T]` bool, False at padding; None: no padding.
+        documents: `[B, T]` int64, for attention: `GPT.forward`; None: one document.
         first_position: of each sequence.
         noise_key: `RoutingContext.noise_key`; None: draw from torch's global generator.
     """
@@ -41,11 +43,12 @@ class Batch:
     x: Tensor
     tokens: Tensor
     mask: Tensor | None = None
+    documents: Tensor | None = None
     first_position: int = 0
     noise_key: tuple[int, ...] | None = None
 
     @staticmethod
-    def random(layer: Layer, sequences: int, length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
+    def random(layer: Target, sequences: int, length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
         """Draw a batch from N(0, 1)."""
         generator = torch.Generator("cpu").manual_seed(seed)
         x = torch.randn(sequences, length, layer.hidden_size, generator=generator, dtype=torch.float64)
@@ -54,8 +57,16 @@ class Batch:
 
     def sequences(self, index: slice | list[int]) -> Batch:
         """Return some of the sequences."""
-        mask = None if self.mask is None else self.mask[index]
-        return replace(self, x=self.x[index], tokens=self.tokens[index], mask=mask)
+        return self._of(index)
+
+    def positions(self, index: slice) -> Batch:
+        """Return some of the positions."""
+        return self._of((slice(None), index))
+
+    def _of(self, index: Any) -> Batch:
+        masks = {name: getattr(self, name) for name in ("mask", "documents")}
+        chosen: dict[str, Any] = {name: value if value is None else value[index] for name, value in masks.items()}
+        return replace(self, x=self.x[index], tokens=self.tokens[index], **chosen)
 
     def tracked(self) -> Batch:
         """Return the batch with an `x` that gets a gradient."""
@@ -95,33 +106,23 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A kind of layer; a subclass builds and calls it. Properties that need a fact it leaves out are "not applicable".
+class Target:
+    """A kind of layer, with experts or of attention; a subclass builds and calls it.
 
     Attributes:
         name: in the table.
         hidden_size: H.
-        num_experts: E.
-        top_k: k.
-        weight_sum: sum of a token's weights over kept choices; `free` where they are not normalised; None: not declared.
-        order: in which assignments take the capacity of an expert: `random`, `position` (first choices of all tokens first), or
-            `score`; None: not declared.
-        takes_mask: `forward` reads `Batch.mask`.
         takes_key: `forward` passes `Batch.noise_key` on; random numbers then depend on nothing else.
-        drops: training has a capacity, `capacity`, or drops nothing; None: not declared.
-        drops_in_evaluation: evaluation is declared to drop tokens.
     """
 
     name: str
     hidden_size: int = 16
-    num_experts: int = 8
-    top_k: int = 1
-    weight_sum: float | Literal["free"] | None = None
-    order: Literal["random", "position", "score"] | None = None
-    takes_mask: bool = False
     takes_key: bool = False
-    drops: bool | None = None
-    drops_in_evaluation: bool = False
+
+    @property
+    def sizes(self) -> str:
+        """Return the sizes of the layer, for the heading of the table."""
+        return f"width {self.hidden_size}"
 
     def build(self) -> nn.Module:
         """Make the module, on the default device."""
@@ -134,6 +135,60 @@ class Layer:
     def without_dispatch(self, module: nn.Module, batch: Batch) -> Output:
         """Compute `forward` without a dispatch that reads values on a CPU, though not on an accelerator, if this is known."""
         return self.forward(module, batch)
+
+    def after_step(self, module: nn.Module, routings: Sequence[Routing]) -> bool:
+        """Update state after an optimizer step; returns False if the layer has none."""
+        return False
+
+    def make(self, dtype: torch.dtype = torch.float64, training: bool = True, seed: int = 0) -> nn.Module:
+        """Build the module with weights that are drawn anew, wide enough that every expert is chosen; scales are near 1."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            module = self.build()
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for child in module.modules():
+            scales = {"weight"} if isinstance(child, nn.LayerNorm | nn.RMSNorm) else set()
+            scales |= {name for name, role in getattr(child, "roles", {}).items() if role == "scale"}
+            for name, parameter in child.named_parameters(recurse=False):
+                draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                width = parameter.shape[-1] if parameter.dim() > 1 else 1
+                parameter.data.copy_(draw * STD * min(1, 4 / math.sqrt(width)) + (name in scales))
+        return module.to(dtype).train(training)
+
+    def run(self, module: nn.Module, batch: Batch, seed: int = 0) -> Output:
+        """Call the module with fixed random numbers."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return self.forward(module, batch)
+
+
+@dataclass(frozen=True)
+class Layer(Target):
+    """A kind of MoE layer. Properties that need a fact it leaves out are "not applicable".
+
+    Attributes:
+        num_experts: E.
+        top_k: k.
+        weight_sum: sum of a token's weights over kept choices; `free` where they are not normalised; None: not declared.
+        order: in which assignments take the capacity of an expert: `random`, `position` (first choices of all tokens first), or
+            `score`; None: not declared.
+        takes_mask: `forward` reads `Batch.mask`.
+        drops: training has a capacity, `capacity`, or drops nothing; None: not declared.
+        drops_in_evaluation: evaluation is declared to drop tokens.
+    """
+
+    num_experts: int = 8
+    top_k: int = 1
+    weight_sum: float | Literal["free"] | None = None
+    order: Literal["random", "position", "score"] | None = None
+    takes_mask: bool = False
+    drops: bool | None = None
+    drops_in_evaluation: bool = False
+
+    @property
+    def sizes(self) -> str:
+        """See `Target`."""
+        return f"{self.num_experts} experts, top_k {self.top_k}, width {self.hidden_size}"
 
     def capacity(self, tokens: int) -> int:
         """Return the declared capacity of an expert in training."""
@@ -160,31 +215,9 @@ class Layer:
         """Return the layer's output of the experts' weighted sum: adds a shared MLP, if there is one. `[N, H]` all."""
         return experts
 
-    def after_step(self, module: nn.Module, routings: Sequence[Routing]) -> bool:
-        """Update state after an optimizer step; returns False if the layer has none."""
-        return False
-
     def odd(self) -> Layer | None:
         """Return the layer with odd widths; None: they are fixed."""
         return None
-
-    def make(self, dtype: torch.dtype = torch.float64, training: bool = True, seed: int = 0) -> nn.Module:
-        """Build the module with weights that are drawn anew, wide enough that every expert is chosen; scales are near 1."""
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            module = self.build()
-        generator = torch.Generator("cpu").manual_seed(seed)
-        for child in module.modules():
-            for name, parameter in child.named_parameters(recurse=False):
-                draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * STD
-                parameter.data.copy_(draw + (getattr(child, "roles", {}).get(name) == "scale"))
-        return module.to(dtype).train(training)
-
-    def run(self, module: nn.Module, batch: Batch, seed: int = 0) -> Output:
-        """Call the module with fixed random numbers."""
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            return self.forward(module, batch)
 
     def routing(self, output: Output) -> Routing:
         """Return the routing of an output."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from nlgmoe.tools.check import batches, capacity, devices, gradients, ranks, state, weights
-from nlgmoe.tools.check.layer import Failed, Layer, NotApplicable
+from nlgmoe.tools.check import attention, batches, capacity, devices, gradients, ranks, state, weights
+from nlgmoe.tools.check.layer import Failed, Layer, NotApplicable, Target
 
-Test = Callable[[Layer], str]  # returns the reason of a pass, and raises `Failed` or `NotApplicable`
+Test = Callable[[Any], str]  # takes the layer, returns the reason of a pass, and raises `Failed` or `NotApplicable`
 PROPERTIES: dict[str, tuple[Test, ...]] = {
     "gradients equal finite differences": (gradients.gradients_are_finite_differences,),
     "the losses reach the gate": (
@@ -41,6 +41,22 @@ PROPERTIES: dict[str, tuple[Test, ...]] = {
     "the host reads no device": (devices.host_reads_nothing,),
     "the GPU agrees with the CPU": (devices.gpu_agrees_with_cpu,),
 }
+OF_ATTENTION: dict[str, tuple[Test, ...]] = {
+    "gradients equal finite differences": (gradients.gradients_are_finite_differences,),
+    "a token sees no later one": (attention.sees_no_later_token,),
+    "a cache changes no output": (attention.cache_changes_nothing,),
+    "padding changes no output": (attention.padding_is_not_seen,),
+    "documents do not see each other": (attention.documents_are_apart,),
+    "types are kept": (devices.half_precision_is_close, devices.types_do_not_leak, attention.autocast_is_close),
+    "recomputation changes no gradient": (attention.recomputation_changes_nothing,),
+    "the host reads no device": (devices.host_reads_nothing,),
+    "a resumed run is the same to the bit": (
+        state.forward_writes_no_state,
+        state.a_resumed_run_is_the_same,
+        attention.settings_give_the_layer,
+    ),
+    "the GPU agrees with the CPU": (devices.gpu_agrees_with_cpu,),
+}
 
 
 @dataclass(frozen=True)
@@ -53,12 +69,12 @@ class Result:
     seconds: float
 
 
-def check_layer(layer: Layer, only: set[str] | None = None) -> Iterator[Result]:
+def check_layer(layer: Target, only: set[str] | None = None) -> Iterator[Result]:
     """Test the properties, or `only` some, one after the other.
 
     A property fails if one of its tests does, and is not applicable if none of them is applicable.
     """
-    for name, tests in PROPERTIES.items():
+    for name, tests in (PROPERTIES if isinstance(layer, Layer) else OF_ATTENTION).items():
         if only is not None and name not in only:
             continue
         begun, reasons = time.perf_counter(), {"fail": "", "pass": "", "not applicable": ""}

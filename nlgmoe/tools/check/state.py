@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, require_choice
+from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, Target, require_choice
 
 STEPS = 50
 
 
-def forward_writes_no_state(layer: Layer) -> str:
+def forward_writes_no_state(layer: Target) -> str:
     """Check that `forward` changes no parameter or buffer, and gives equal results twice, as activation checkpointing needs."""
     for training in (True, False):
         module, batch = layer.make(training=training), replace(Batch.random(layer, 2, 16), noise_key=(0, 0, 0))
@@ -69,7 +69,7 @@ def steps_follow_the_requests(layer: Layer) -> str:
 class Training:
     """A few steps of Adam towards a fixed map of random data, in fp32."""
 
-    def __init__(self, layer: Layer, module: nn.Module) -> None:
+    def __init__(self, layer: Target, module: nn.Module) -> None:
         self.layer, self.module = layer, module
         self.optimizer = torch.optim.Adam([value for value in module.parameters() if value.requires_grad], lr=1e-2)
 
@@ -92,7 +92,7 @@ class Training:
         return learns
 
 
-def a_resumed_run_is_the_same(layer: Layer) -> str:
+def a_resumed_run_is_the_same(layer: Target) -> str:
     """Compare five steps with three, a save, a load into a new module, and two more."""
     whole, resumed = (Training(layer, layer.make(torch.float32, seed=seed)) for seed in (0, 9))
     whole.steps(range(3))

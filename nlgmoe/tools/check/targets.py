@@ -13,53 +13,70 @@ from torch import nn
 from nlgmoe.cli.errors import one_line
 from nlgmoe.cli.type_hints import find_class
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.parts import ExpertConfig, RouterConfig
+from nlgmoe.parts import AttentionConfig, ExpertConfig, RouterConfig
+from nlgmoe.tools.check.attention import ATTENTIONS, attention_layer, layers_of_attention
 from nlgmoe.tools.check.foreign import ADAPTERS, ForeignLayer
-from nlgmoe.tools.check.layer import Batch, Layer
+from nlgmoe.tools.check.layer import Batch, Layer, Target
 from nlgmoe.tools.check.own import own_layer
 from nlgmoe.tools.planner.inspect_config import read_settings
 from nlgmoe.validation import SettingError
 
+KINDS = "RouterConfig, ExpertConfig, AttentionConfig or nn.Module"
 
-def find_layers(words: Sequence[str]) -> list[Layer]:
+
+def find_layers(words: Sequence[str]) -> Sequence[Target]:
     """Return the layers to test."""
     if all(word.endswith((".yaml", ".yml", ".json")) for word in words):
-        return [own_layer(read_settings(words)[0], " ".join(words))]
+        return _of_config(" ".join(words), read_settings(words)[0])
     if len(words) > 1:
         raise SettingError(f"{' '.join(words)}: give YAML files, or one checkpoint, class_path or name")
     (word,) = words
     if word in ADAPTERS:
         return ADAPTERS[word]
+    if word in ATTENTIONS:
+        return layers_of_attention(word, ATTENTIONS[word])
     if Path(word).is_dir() or word.endswith(".ckpt"):
-        return [own_layer(read_settings(words)[0], word)]
+        return _of_config(word, read_settings(words)[0])
     return _of_class(word, _import(word))
+
+
+def _of_config(name: str, config: GPTConfig) -> list[Target]:
+    """Return the MoE layer of a model, and the attention that it names."""
+    layers: list[Target] = [own_layer(config, name)] if config.moe is not None else []
+    if config.attention is not None:
+        layers.append(attention_layer(config, f"{name}, {type(config.attention).__name__}"))
+    if not layers:
+        raise SettingError(f"{name} has no MoE layer and names no attention; set model.config.moe, or check multi-head")
+    return layers
 
 
 def _import(path: str) -> Any:
     """Import a class_path."""
     if "." not in path or os.sep in path:
-        raise SettingError(f"{path} is no YAML file, checkpoint or class_path, and none of {', '.join(ADAPTERS)}")
+        raise SettingError(
+            f"{path} is no YAML file, checkpoint or class_path, and none of {', '.join([*ADAPTERS, *ATTENTIONS])}"
+        )
     try:
         return find_class(path)
     except ValueError as error:
         raise SettingError(f"{path}: {error}") from error
 
 
-def _of_class(path: str, kind: Any) -> list[Layer]:
+def _of_class(path: str, kind: Any) -> Sequence[Target]:
     if not callable(kind):
-        raise SettingError(
-            f"{path} is no class and no function; give one that makes a RouterConfig, ExpertConfig or nn.Module"
-        )
+        raise SettingError(f"{path} is no class and no function; give one that makes a {KINDS}")
     part = _make(path, kind)
-    if isinstance(part, Layer):
+    if isinstance(part, Target):
         return [part]
+    if isinstance(part, AttentionConfig):
+        return layers_of_attention(path, part)
     if isinstance(part, RouterConfig):
         return _of_router(path, part)
     if isinstance(part, ExpertConfig):
         moe = MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", expert=part)
         return [own_layer(GPTConfig(512, moe=moe), path)]
     if not isinstance(part, nn.Module):
-        raise SettingError(f"{path} makes a {type(part).__name__}; give a RouterConfig, ExpertConfig or nn.Module")
+        raise SettingError(f"{path} makes a {type(part).__name__}; give a {KINDS}")
     sizes = {name: getattr(part, name, None) for name in ("hidden_size", "num_experts", "top_k")}
     if missing := [name for name, value in sizes.items() if not isinstance(value, int)]:
         raise SettingError(f"{path} makes a module without the attribute {missing[0]}, a number; add it")
@@ -78,7 +95,10 @@ def _make(path: str, factory: Callable[[], Any]) -> Any:
     try:
         return factory()
     except Exception as error:
-        raise SettingError(f"{path} cannot be made without arguments ({type(error).__name__}: {error})") from error
+        raise SettingError(
+            f"{path} cannot be made without arguments ({type(error).__name__}: {error}); give a function that makes one, or a "
+            "configuration that names it"
+        ) from error
 
 
 def _of_router(path: str, router: RouterConfig) -> list[Layer]:
