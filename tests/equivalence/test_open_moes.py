@@ -218,6 +218,11 @@ def test_of_two_families_the_one_of_the_import_is_written_or_the_one_that_is_nam
     assert isinstance(other, transformers.DeepseekV3ForCausalLM)
     with torch.no_grad():
         torch.testing.assert_close(other(tokens()).logits, pair.theirs(tokens()).logits, rtol=0, atol=2e-5)
+    export(pair.checkpoint, tmp_path / "half", precision="bf16")
+    types = {name: value.dtype for name, value in load_file(tmp_path / "half" / "model.safetensors").items()}
+    assert {name for name, kind in types.items() if kind == torch.float32} == {
+        f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2, 3)
+    }
     with pytest.raises(ValueError, match=r"family=deepseek_v2 does not compute a model with .*router=SigmoidRouter"):
         export(pair.checkpoint, tmp_path / "third", family="deepseek_v2")
 
