@@ -1,4 +1,4 @@
-"""Routers and experts in a user's own files: trained, resumed, read, and refused where they are not known."""
+"""Routers, experts and attentions in a user's own files: trained, resumed, read, and refused where they are not known."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from hash_router import HashRouterConfig
 from line_corpus import LineCorpus
 from swiglu_expert import SwiGLUExpert
 from torch.nn import functional as F
+from window_attention import WindowAttentionConfig
 
 from nlgmoe import (
     GPT,
@@ -31,6 +32,7 @@ from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.data import TokenArrays, load_tokenizer
+from nlgmoe.layers.attention import AttentionContext
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.model.counting import count_parameters, parameters_of
 from tests.end_to_end.test_train_cli import ROOT, TINY
@@ -217,6 +219,69 @@ def test_what_an_expert_declares_and_returns_is_checked(part: str, value: Any, m
     wrong = dataclass(frozen=True)(type("Wrong", (SwiGLUExpert,), {part: lambda *arguments: value}))
     with pytest.raises(ValueError, match=re.escape(message)):
         GPT(replace(CONFIG, moe=MoEConfig(4, expert=wrong())))(torch.zeros(2, 16, dtype=torch.long))
+
+
+def test_a_window_is_what_a_token_sees() -> None:
+    config = replace(CONFIG, moe=None, attention=WindowAttentionConfig(3))
+    layer, mask = GPT(config).blocks[0].attention, torch.ones(1, 16, dtype=torch.bool)
+    mask[0, 7:9] = False  # padding, which takes no place in a window
+    for token_mask, expected in ((None, {8, 9, 10}), (mask, {6, 9, 10})):
+        x = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        context = AttentionContext.build(config, torch.zeros(1, 16, dtype=torch.long), token_mask)
+        layer(x, context)[0, 10].sum().backward()
+        assert set(x.grad[0].any(dim=-1).nonzero().flatten().tolist()) == expected
+
+
+def test_an_attention_is_trained_resumed_frozen_and_distilled_and_refused_by_name(
+    pocket_pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    window = {"class_path": "window_attention.WindowAttentionConfig", "init_args": {"window": 4}}
+    model = {"model": {"config": {"attention": window}}}
+    runs = {name: tmp_path / name for name in ("whole", "halves", "frozen", "student")}
+    main(command(runs["whole"], pocket_pile, "--model.train_tokens=256", **model))
+    main(command(runs["halves"], pocket_pile, "--model.train_tokens=128", **model))
+    main(command(runs["halves"], pocket_pile, "--model.train_tokens=256", "--ckpt_path=last", **model))
+    frozen = ("--model.optimizer.frozen=[attention]", "--model.activation_checkpointing=true")
+    main(command(runs["frozen"], pocket_pile, "--model.train_tokens=256", *frozen, **model))
+    ends = {name: runs[name] / "checkpoints/last.ckpt" for name in runs}
+    whole, halves, kept = (TensorFiles(ends[name], "model").read_all() for name in ("whole", "halves", "frozen"))
+    assert all(torch.equal(value, halves[name]) for name, value in whole.items())
+    first = GPT(GPTConfig.from_dict(read_document(ends["whole"])["model_config"]), seed=1234).blocks[0].attention
+    assert torch.equal(kept["blocks.0.attention.qkv.weight"], first.qkv.weight)
+    assert not torch.equal(whole["blocks.0.attention.qkv.weight"], first.qkv.weight)
+
+    teacher = {"class_path": "nlgmoe.MixtureOfStudents", "init_args": {"teacher": str(runs["whole"])}}
+    student = {"config": model["model"]["config"], "distiller": teacher}
+    fewer = ("--model.config.num_layers=1", "--model.config.moe.expert_interval=1", "--model.train_tokens=128")
+    main(command(runs["student"], pocket_pile, *fewer, model=student))
+    assert read_document(ends["student"])["model_config"]["attention"] == window
+
+    monkeypatch.delitem(sys.modules, "window_attention")
+    nlgmoe(["verify", str(ends["whole"])])
+    assert "attention=window_attention.WindowAttentionConfig" in capsys.readouterr().out
+    nlgmoe(["report", str(runs["whole"]), "--output", str(tmp_path / "report.html")])
+    generate = ["generate", str(runs["whole"]), "--prompt", "The", "--max-new-tokens", "8"]
+    for words, message in (
+        (
+            generate,
+            "has window_attention.WindowAttentionConfig, code outside nlgmoe that is not imported; if you trust it",
+        ),
+        (["inspect", str(ends["whole"])], "add --allow-code window_attention to a command that takes it"),
+    ):
+        with pytest.raises(SystemExit):
+            nlgmoe(words)
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    nlgmoe([*generate, "--allow-code", "window_attention"])
+    for words, message in (
+        (
+            ["export", str(runs["whole"]), str(tmp_path / "export")],
+            "only the paper's attention, not WindowAttentionConfig",
+        ),
+        (["inspect", str(ends["whole"])], "does not know the memory of WindowAttentionConfig (model.config.attention)"),
+    ):
+        with pytest.raises(SystemExit):
+            nlgmoe(words)
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_corpus_of_text_lines_is_trained_on_resumed_and_blended(

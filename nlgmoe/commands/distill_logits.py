@@ -44,7 +44,7 @@ def distill_logits(
         samples: training samples to record, from the run's first one on; default: as many as the configuration distils.
         temperature: temperature of the distributions; default: that of model.distiller, else 1.
         precision: precision of the teacher, fp32 or bf16; default: that of model.distiller, else fp32.
-        allow_code: module of the checkpoint's router or expert to import; may be given several times.
+        allow_code: module of the checkpoint's router, expert or attention to import; may be given several times.
     """
     _check_arguments(output, top_k, samples, temperature)
     import_allowed(allow_code)

@@ -41,7 +41,7 @@ def generate_text(
         device: device of the model, such as cuda.
         precision: precision of weights and matrix products, fp32 or bf16; default: the stored precision.
         chat: each prompt is a message of the user, which the model answers: its chat template and stop tokens are used.
-        allow_code: module of the checkpoint's router or expert to import; may be given several times.
+        allow_code: module of the checkpoint's router, expert or attention to import; may be given several times.
     """
     import_allowed(allow_code)
     from nlgmoe.data.tokenizer import detokenize  # these need torch

@@ -1,1 +1,1 @@
-"""`nlgmoe check`: properties that any MoE layer must have, tested on a layer of this project, of a user or of another library."""
+"""`nlgmoe check`: properties that any MoE layer or attention must have, of this project or of others."""

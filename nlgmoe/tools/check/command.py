@@ -1,4 +1,4 @@
-"""`nlgmoe check`: a conformance test of MoE layers."""
+"""`nlgmoe check`: a conformance test of MoE layers and attentions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from nlgmoe.validation import RunError
 
 
 def check(target: list[str], allow_code: list[str] | None = None, json: bool = False) -> None:
-    """Test a MoE layer: gradients, weights, capacity, padding, batches, ranks, state, precision. 10 to 60 seconds on a CPU.
+    """Test a MoE layer or an attention: gradients, capacity, padding, cache, ranks, state, types. 10 to 60 seconds on a CPU.
 
     Args:
-        target: YAML files of train.py; a checkpoint or run folder; a class_path of a RouterConfig, of an ExpertConfig, or of a
-            whole layer; or a name: deepspeed, mixtral, olmoe, qwen3-moe, deepseek-v3.
-        allow_code: module of the checkpoint's router or expert to import; may be given several times.
+        target: YAML files of train.py; a checkpoint or run folder; a class_path of a RouterConfig, ExpertConfig or
+            AttentionConfig, or of a whole MoE layer; or a name: deepspeed, mixtral, olmoe, qwen3-moe, deepseek-v3,
+            multi-head, mla.
+        allow_code: module of the checkpoint's router, expert or attention to import; may be given several times.
         json: print one JSON object instead of a table.
     """
     import_allowed(allow_code)

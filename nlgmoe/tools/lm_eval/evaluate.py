@@ -44,7 +44,7 @@ def evaluate(
         tokenizer: as `data.tokenizer`, for a checkpoint without a tokenizer.
         device: cpu, cuda or cuda:N; default: a GPU if there is one.
         precision: precision of weights and matrix products; default: the checkpoint's.
-        allow_code: module of the checkpoint's router or expert to import; may be given several times.
+        allow_code: module of the checkpoint's router, expert or attention to import; may be given several times.
     """
     check_settings(limit, num_fewshot, batch_size)
     if output is not None:
