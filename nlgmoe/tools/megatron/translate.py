@@ -185,47 +185,28 @@ def _corpus(job: Translation) -> None:
     words, split = job.arguments.required("--data-path"), _split(job)
     if words is None or split is None:
         return
-    corpora = [(1.0, words[0])]
-    if len(words) > 1:
-        corpora = _weighted(words)
-        if not corpora:
-            job.arguments.refuse(
-                "--data-path", "is not a list of weight and prefix in turn, weights above 0; correct it"
-            )
-            return
-    if len(corpora) == 1:
-        job.set("data.corpus.class_path", "nlgmoe.data.MegatronIndexed")
-        job.set("data.corpus.init_args.prefix", corpora[0][1])
-        job.set("data.corpus.init_args.split", split)
+    words = ["1", *words] if len(words) == 1 else words
+    try:
+        weights = [float(word) for word in words[::2]]
+    except ValueError:
+        weights = [math.nan]
+    prefixes = words[1::2]
+    if len(weights) != len(prefixes) or not all(0 < weight < math.inf for weight in weights):
+        job.arguments.refuse("--data-path", "is not a list of weight and prefix in turn, weights above 0; correct it")
         return
-    prefixes = [prefix for _, prefix in corpora]
     if twice := [prefix for prefix in prefixes if prefixes.count(prefix) > 1]:
         job.arguments.refuse("--data-path", f"names {twice[0]} twice; add up its weights")
+    corpora = [
+        {"class_path": "nlgmoe.data.MegatronIndexed", "init_args": {"prefix": prefix, "split": [*split]}}
+        for prefix in prefixes
+    ]
     names = [posixpath.basename(prefix).removesuffix("_text_document") for prefix in prefixes]
     if len(set(names)) < len(names) or not all(names):
         names = [prefix.strip("/") for prefix in prefixes]
-    parts = [
-        {
-            "weight": weight,
-            "name": name,
-            "corpus": {
-                "class_path": "nlgmoe.data.MegatronIndexed",
-                "init_args": {"prefix": prefix, "split": list(split)},
-            },
-        }
-        for name, (weight, prefix) in zip(names, corpora, strict=True)
-    ]
-    job.set("data.corpus.class_path", "nlgmoe.data.Blend")
-    job.set("data.corpus.init_args.parts", parts)
-
-
-def _weighted(words: Sequence[str]) -> list[tuple[float, str]]:
-    """Return weight and prefix of each data set of `--data-path`; none if the words are not such a list."""
-    try:
-        pairs = [(float(weight), prefix) for weight, prefix in zip(words[::2], words[1::2], strict=True)]
-    except ValueError:
-        return []
-    return pairs if all(0 < weight < math.inf for weight, _ in pairs) else []
+    keys = ("weight", "name", "corpus")
+    parts = [dict(zip(keys, part, strict=True)) for part in zip(weights, names, corpora, strict=True)]
+    blend = {"class_path": "nlgmoe.data.Blend", "init_args": {"parts": parts}}
+    job.set("data.corpus", blend if len(parts) > 1 else corpora[0])
 
 
 def _split(job: Translation) -> list[float] | None:
