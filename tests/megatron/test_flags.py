@@ -101,7 +101,8 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("--split 8,2", {"data.corpus.init_args.split": [8, 2, 0]}),
-    ("--vocab-file a/gpt2-vocab.json", {"data.tokenizer": "gpt2", "model.config.vocab_size": 50257}),
+    ("--vocab-file a/gpt2-vocab.json", {"data.tokenizer": "gpt2"}),
+    ("--vocab-file a/vocab.json --merge-file a/merges.txt", {"data.tokenizer": "a"}),
     ("--num-workers 0", {"data.num_workers": 0}),
     ("--seed 5", {"model.seed": 5, "data.seed": 5}),
     (
@@ -180,7 +181,10 @@ def test_a_teacher_is_nothing_without_the_switch() -> None:
         ("--reset-attention-mask", "--reset-attention-mask: comes with --reset-position-ids here"),
         ("--data-path 0.3 a -0.7 b", "--data-path 0.3 a -0.7 b: is not a list of weight and prefix in turn"),
         ("--data-path 0.3 a 0.7 a", "--data-path 0.3 a 0.7 a: names a twice; add up its weights"),
-        ("--vocab-file x/vocab.json --merge-file x/merges.txt", "translate where it can be read"),
+        (
+            "--vocab-file x/vocab.json",
+            "--vocab-file x/vocab.json: needs GPT-2's files under the names gpt2-vocab.json and",
+        ),
         ("--zero-stage 3", "--zero-stage 3: only 0, 1, 2 can be translated"),
         ("--fp16 --bf16", "--bf16: contradicts --fp16"),
         ("--load other --save mine --save-interval 1", "--load other: starts from another run's checkpoint"),
@@ -249,6 +253,7 @@ def parser() -> ArgumentParser:
     parser.add_class_arguments(MoEGPTModule, "model")
     parser.add_class_arguments(PileDataModule, "data")
     parser.add_class_arguments(Trainer, "trainer")
+    parser.set_defaults({"model.config.vocab_size": 50257})  # the tokenizer's, as train.py does
     return parser
 
 

@@ -14,11 +14,10 @@ import yaml
 from nlgmoe import load_config
 from nlgmoe.commands.main import main
 from nlgmoe.tools.megatron.from_megatron import translated
-from tests.megatron.writing import command, get, launched, settings_of
+from tests.megatron.writing import command, get
 
 SETTINGS = {
     "model.config": {
-        "vocab_size": 50257,
         "seq_len": 2048,
         "num_layers": 24,
         "hidden_size": 1024,
@@ -150,13 +149,7 @@ def test_all_refusals_are_told_at_once_and_without_a_traceback(capsys: pytest.Ca
     assert all(line.startswith("error: --") for line in lines)
 
 
-def test_a_folder_tokenizer_is_counted(tmp_path: Path) -> None:
-    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "<|endoftext|>": 2}')
-    settings = settings_of(launched(f"--vocab-file {tmp_path}/vocab.json --merge-file {tmp_path}/merges.txt"))
-    assert (settings["data"]["tokenizer"], settings["model"]["config"]["vocab_size"]) == (str(tmp_path), 3)
-
-
-def test_the_command_writes_comments_notes_and_skipped_flags(
+def test_the_command_writes_notes_defaults_and_skipped_flags(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "o.yaml"
@@ -172,7 +165,8 @@ def test_the_command_writes_comments_notes_and_skipped_flags(
     assert "# NOT TRANSLATED, unknown: --no-such-flag 3.\n" in printed
     assert "# --deepspeed: the strategy does that.\n" in printed
     assert "    lr: 0.001\n" in printed
-    assert "      loss_coeff: 0.1  # Megatron-DeepSpeed's default\n" in printed
+    assert "      loss_coeff: 0.1\n" in printed
+    assert "# Not given, so Megatron-DeepSpeed's default: " in printed and "--moe-loss-coeff 0.1" in printed
 
 
 @pytest.mark.parametrize(("words", "message"), [([], "after --"), (["run.sh"], "unrecognized arguments: run.sh")])

@@ -58,17 +58,17 @@ def evaluate(
     from nlgmoe.eval.loaded_model import load_pretrained
     from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT, handle_non_serializable, quiet
     from nlgmoe.tools.lm_eval.results import merge_results, results_table
-    from nlgmoe.tools.lm_eval.tasks import evaluate_task, find_tasks, load_task
+    from nlgmoe.tools.lm_eval.tasks import Tasks
 
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
     with quiet(progress=True):
-        manager = find_tasks(names, include_path)
+        selected = Tasks(names, include_path, limit, num_fewshot)
         loaded = load_pretrained(checkpoint, tokenizer, device, precision)
         model = EvaluatedGPT(loaded.model, loaded.tokenizer, batch_size)
-        # All are loaded before the first is evaluated, so that mistakes show at once.
-        selected = [load_task(manager, name, limit, num_fewshot) for name in names]
+        for name in names:  # all before the first is evaluated, so that mistakes show at once
+            selected.load(name)
         os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstrap must not fork a process with threads
-        results = merge_results([evaluate_task(model, task, limit, BOOTSTRAP_ITERS) for task in selected])
+        results = merge_results([selected.evaluate(model, name, BOOTSTRAP_ITERS) for name in names])
     about = _describe_model(loaded, limit)
     limited = "" if limit is None else f"; limit {limit}: a part of each task"
     print(

@@ -25,14 +25,13 @@ try:
     from lm_eval.evaluator import evaluate as run_tasks
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._yaml_loader import load_yaml
     from lm_eval.utils import handle_non_serializable
 except ModuleNotFoundError as missing:
     raise SettingError(
         f"zero-shot evaluation needs lm-eval ({missing.name} is missing): pip install -e '.[eval]' in the project's folder"
     ) from missing
 
-__all__ = ["BUILT_IN", "EvaluatedGPT", "TaskManager", "handle_non_serializable", "load_yaml", "quiet", "run_tasks"]
+__all__ = ["BUILT_IN", "EvaluatedGPT", "TaskManager", "handle_non_serializable", "quiet", "run_tasks"]
 
 BUILT_IN = Path(lm_eval.tasks.__file__).parent  # lm-eval's own tasks, in YAML files
 

