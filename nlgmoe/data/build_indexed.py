@@ -13,6 +13,7 @@ PREFIX.bin and PREFIX.idx appear when the build is done.
 import json
 import os
 import shutil
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -225,7 +226,9 @@ def _tokenise(
         contents = [text.encode() for text in texts]
         for content, ids in zip(contents, tokenizer.encode_batch(texts), strict=True):
             held_out = xxhash.xxh3_64_intdigest(content) < share * 2**64  # equal documents are in one split
-            documents[held_out].append(np.array([*ids, tokenizer.eod_id], dtype))
+            # With `struct`, twice as fast as `np.array`: what follows the tokenizer holds the GIL.
+            packed = struct.pack(f"{len(ids) + 1}{dtype.char}", *ids, tokenizer.eod_id)
+            documents[held_out].append(np.frombuffer(packed, dtype))
         return *documents, sum(map(len, contents))
 
     queue: deque[tuple[Progress, Future[tuple[list[np.ndarray], list[np.ndarray], int]]]] = deque()

@@ -290,7 +290,7 @@ def _check_text(value: Any, fields: Fields) -> str:
     if not isinstance(value, str):
         raise UnusableError(f"not text ({fields.content} is of type {type(value).__name__})")
     try:
-        length = len(_with_text(value).encode())
+        length = len(value) if _with_text(value).isascii() else len(value.encode())
     except UnicodeEncodeError as error:  # JSON can spell half a character: "\ud800"
         raise UnusableError("not UTF-8 (half of a surrogate pair)") from error
     if length > fields.max_bytes:
