@@ -45,7 +45,7 @@ def prepare_data(
     Args:
         data_dir: folder to build in; set `data.data_dir` of a training run to it.
         tokenizer: "gpt2", "pocket-1k", "pocket-4k", "pocket-8k", or a folder with tokenizer.json or vocab.json and merges.txt.
-        input: files of text to tokenise: paths, folders, quoted patterns such as 'texts/*.txt'.
+        input: files of text to tokenise: paths, folders, quoted patterns such as 'texts/*.txt' or 's3://bucket/pile/*.jsonl.zst'.
         output: prefix of the files for the tokens of `input`: OUTPUT.bin and OUTPUT.idx.
         vocab_size: train a tokenizer of so many ids on `input`, and save it in the folder OUTPUT.tokenizer.
         text_field: field of a record with its text; a nested field has dots: `content.body`.

@@ -477,8 +477,9 @@ def test_files_are_hashed_once_and_without_the_lock(
     hashed.clear()
     assert open_corpus().fingerprint() == first and not hashed
     os.utime(tmp_path / "pile/train/02.jsonl.zst")
+    assert open_corpus().fingerprint() == first and hashed == ["02.jsonl.zst"]
     write(tmp_path / "pile/train/04.jsonl.zst", make_texts(60, "new"))
-    assert open_corpus().fingerprint() != first and hashed == ["02.jsonl.zst", "04.jsonl.zst"]
+    assert open_corpus().fingerprint() != first and len(hashed) == 1 + 5  # another number of pieces for each
 
 
 def test_files_on_the_hub_are_listed_again_only_for_another_commit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,9 +144,10 @@ def find_files(
         data_files: as in `datasets.load_dataset`; patterns in `path`, or addresses of their own.
         revision: as in `datasets.load_dataset`.
         known: an earlier result. It is returned if `revision` on the hub is still its commit. Other files are listed again; those
-            whose size and modification time are known are not hashed again.
+            whose size and modification time are known are not hashed again, unless their number has changed.
     """
-    if known and (before := known["train"][0].path).startswith(hub := f"hf://datasets/{path}@"):
+    hub = f"hf://datasets/{path}@"
+    if known and (before := known["train"][0].path).startswith(hub):
         commit = before.removeprefix(hub).partition("/")[0]
         if revision == commit or _commit(path, revision) == commit:
             return {**known}
@@ -177,9 +178,10 @@ def find_files(
         )
     described = {split: [describe_file(file) for file in files] for split, files in files_by_split.items()}
     pieces = max(2, HASHED_PIECES // len(described["train"]))
-    hashes = {replace(file, contents=""): file.contents for file in (known or described)["train"]}
+    hashed = known["train"] if known and len(known["train"]) == len(described["train"]) else []  # in as many pieces
+    hashes = {replace(file, contents=""): file.contents for file in hashed}
     for place, file in enumerate(described["train"]):
-        contents = file.path if file.path.startswith("hf://") else file.contents or hashes.get(file)
+        contents = file.path if file.path.startswith(hub) else file.contents or hashes.get(file)
         described["train"][place] = replace(file, contents=contents or hash_of_pieces(file.path, pieces))
     return described
 
@@ -189,7 +191,9 @@ def _commit(path: str, revision: str | None) -> str | None:
     try:
         return HfApi().dataset_info(path, revision=revision).sha
     except (OSError, HTTPError, ValueError) as error:
-        raise RunError(f"path={path}, revision={revision}: {error}; start again when the hub can be reached") from error
+        raise RunError(
+            f"path={path}: {' '.join(str(error).split())}; start again when the hub can be reached"
+        ) from error
 
 
 def _find_by_datasets(
