@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Literal
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 TOKENIZER = "pocket-8k"
 PIECES, PIECE_BYTES = 20, 1_000_000  # a single text file is cut into so many documents, or more of so many bytes
-TRAINING_BYTES = 1_000_000_000  # of files; of more, every n-th document trains the tokenizer
+TRAINING_BYTES = 1_000_000_000  # of text, about, on which a tokenizer is trained: the first of each file
 SHOWN = 10  # skipped documents that are named
 
 
@@ -46,7 +45,7 @@ def prepare_data(
     Args:
         data_dir: folder to build in; set `data.data_dir` of a training run to it.
         tokenizer: "gpt2", "pocket-1k", "pocket-4k", "pocket-8k", or a folder with tokenizer.json or vocab.json and merges.txt.
-        input: files of text to tokenise: paths, folders, quoted patterns such as 'texts/*.txt'.
+        input: files of text to tokenise: paths, folders, quoted patterns such as 'texts/*.txt' or 's3://bucket/pile/*.jsonl.zst'.
         output: prefix of the files for the tokens of `input`: OUTPUT.bin and OUTPUT.idx.
         vocab_size: train a tokenizer of so many ids on `input`, and save it in the folder OUTPUT.tokenizer.
         text_field: field of a record with its text; a nested field has dots: `content.body`.
@@ -117,7 +116,8 @@ def _tokenise_input(
     from nlgmoe.cli.input_files import input_files
     from nlgmoe.data.build_indexed import build_indexed, check_new
     from nlgmoe.data.corpus import build_lock
-    from nlgmoe.data.documents import Fields, describe_file, is_plain_text
+    from nlgmoe.data.documents import Fields
+    from nlgmoe.data.source_files import describe_file, is_plain_text
     from nlgmoe.data.tokenizer_loading import load_tokenizer, train_tokenizer
 
     files = input_files(input)
@@ -161,13 +161,11 @@ def _tokenise_input(
 
 def _texts(files: list[str], fields: Fields, skips: bool) -> Iterator[str]:
     """Yield the texts that a tokenizer is trained on."""
-    from nlgmoe.data.build_indexed import local_bytes
-    from nlgmoe.data.documents import read_documents
+    from nlgmoe.data.documents import read_shares
+    from nlgmoe.data.source_files import describe_file
 
-    size = local_bytes(files, 0)
     ignore = (lambda line: None) if skips else None  # the build names them
-    records = (record for file in files for record in read_documents(file, fields, skip=ignore))
-    for record in islice(records, 0, None, size // TRAINING_BYTES + 1):
+    for record, _ in read_shares([describe_file(file) for file in files], fields, TRAINING_BYTES, ignore):
         assert isinstance(record.content, str)
         yield record.content
 
@@ -186,6 +184,8 @@ def _print_built(built: Progress, files: int, prefix: Path, options: dict[str, s
     print(f"tokens     {built.tokens:,}, {built.bytes / built.tokens:.2f} bytes each")
     if built.skipped:
         print(f"left out   {built.skipped:,} documents, files or ends of files that cannot be used")
+    if built.empty:
+        print(f"empty      {built.empty:,} documents without text, which are left out")
     print(f"corpus     {prefix}.bin, {prefix}.idx")
     dataset = IndexedDataset(prefix)
     if (split := choose_split(dataset, built.held_out)) is None:

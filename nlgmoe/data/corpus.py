@@ -21,6 +21,7 @@ from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.validation import SettingError, require
 
 WAITING_SECONDS = 3.0  # of waiting for a build by another process, before a message
+NO_LOCK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 PIECES, PIECE_BYTES = 64, 1 << 15  # of a file, for its hash
 
 Fingerprint = dict[str, str | int]
@@ -134,7 +135,8 @@ class Corpus(Protocol):
 def build_lock(data_dir: Path) -> Iterator[None]:
     """Create the folder, and lock it: one process at a time builds in it.
 
-    Without write permission no lock is needed: writing a missing file raises the error.
+    Without write permission no lock is needed: writing a missing file raises the error. Some file systems have no locks: prepare
+    the data there by one process, before the run.
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -148,7 +150,7 @@ def build_lock(data_dir: Path) -> Iterator[None]:
             print(f"waiting for another process, which builds in {data_dir}", file=sys.stderr, flush=True)
             lock.acquire()
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in NO_LOCK:
             raise
     try:
         yield

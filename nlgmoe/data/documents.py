@@ -1,5 +1,8 @@
 """Read the documents of a file in order, from any of them on, in constant memory: JSON lines, Parquet, plain text.
 
+A document without text is left out and counted: nothing but white space, a blank line of JSON lines, an empty list of ids, an
+empty file of plain text. It keeps its number in the file.
+
 JSON lines and plain text may be compressed (.gz, .zst). pyarrow decompresses them, since it detects truncated streams, which
 zstandard's reader does not. Its JSON reader is not used: it reports no line numbers.
 """
@@ -7,7 +10,7 @@ zstandard's reader does not. Its JSON reader is not used: it reports no line num
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,11 +23,9 @@ from fsspec.core import url_to_fs
 from huggingface_hub.errors import HTTPError
 
 from nlgmoe.data.byte_level import byte_without_token
+from nlgmoe.data.source_files import COMPRESSIONS, DataFile, has_records, is_plain_text
 from nlgmoe.validation import RunError
 
-JSON_LINES = (".jsonl", ".json", ".ndjson")
-PLAIN_TEXT = (".txt", ".md")  # one document a file, unless `Fields.text_bytes` is set
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 PIECE_BYTES = 1 << 16  # decompressed at a time; of a truncated file, up to as much is lost before the cut
 ROWS = 64  # of Parquet, decoded at a time
 # Tokenising takes some 130 bytes for a byte of text: 2.6 GB for a document of this size.
@@ -33,6 +34,10 @@ MAX_DOCUMENT_BYTES = 20_000_000
 
 class UnusableError(ValueError):
     """A document or file cannot be used for this reason; `read_documents` adds the place."""
+
+
+class NoTextError(UnusableError):
+    """A document has no text."""
 
 
 Skip = Callable[[str], object]
@@ -71,10 +76,10 @@ class Record:
     """One document of a file.
 
     Args:
-        number: index of the document in its file, unusable documents included.
+        number: index of the document in its file, unusable documents and those without text included.
         content: its text, or its token ids as int64 [N].
         domain: its domain in the file; None if it has none.
-        bytes: uncompressed size of its line or text; 0 in Parquet.
+        bytes: uncompressed size of its line or text; in Parquet, characters of its text, or four for each token id.
     """
 
     number: int
@@ -83,30 +88,18 @@ class Record:
     bytes: int
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """One file.
-
-    Args:
-        path: local, or an address such as `hf://datasets/NAME@COMMIT/train/00.jsonl.zst`.
-        bytes: its size.
-        modified: when a local file was written, in seconds; None on the hub, where the path holds the commit.
-        contents: `hash_of_pieces` of a file of training; on the hub its path, which holds the commit.
-    """
-
-    path: str
-    bytes: int
-    modified: float | None = None
-    contents: str = ""
-
-
 WHOLE = range(sys.maxsize)  # numbers of all documents
 
 
 def read_documents(
-    path: str | Path, fields: Fields, shard: range = WHOLE, start: int = 0, skip: Skip | None = None
+    path: str | Path,
+    fields: Fields,
+    shard: range = WHOLE,
+    start: int = 0,
+    skip: Skip | None = None,
+    count_empty: Callable[[], object] = lambda: None,
 ) -> Iterator[Record]:
-    """Yield the documents of a file.
+    """Yield the documents of a file that have text.
 
     Args:
         path: a local file, or an address that fsspec opens (`hf://datasets/...`); `has_records` or `is_plain_text` by its ending.
@@ -114,6 +107,7 @@ def read_documents(
         shard: the documents to yield; others are neither parsed nor checked.
         start: documents at the beginning to leave out.
         skip: called with place and reason of each document, file or end of a file that cannot be used; None: raise an error.
+        count_empty: called for each document without text.
 
     Raises:
         RunError: a document or the file cannot be used, or the disk or the network failed.
@@ -142,13 +136,17 @@ def read_documents(
                         content, domain = parsed()
                         if isinstance(content, str) and (reason := byte_without_token(content, fields.missing_bytes)):
                             raise UnusableError(reason)
+                    except NoTextError:
+                        count_empty()
                     except UnusableError as error:
                         refuse(f"{path}{unit and f', {unit} {number + 1:,}'}", error)
                     else:
-                        yield Record(number, content, domain, size)
+                        yield Record(number, content, domain, size or len(content) * (1 if fields.ids is None else 4))
                 number += 1
-        if number == 0:
+        if number == 0 and unit:
             raise UnusableError("empty file")
+        if number == 0 in shard:
+            count_empty()
     except GeneratorExit:  # when the interpreter exits, the classes below no longer exist
         raise
     except UnusableError as error:
@@ -163,23 +161,6 @@ def read_documents(
                 f"{place}: cannot be read ({details}); run the command again when it can be, training with --ckpt_path last"
             ) from failure
         refuse(place, f"damaged or cut off ({details})")
-
-
-def has_records(path: str | Path) -> bool:
-    """Return whether a file is JSON lines or Parquet by its name."""
-    return _uncompressed(path).endswith(JSON_LINES) or str(path).endswith(".parquet")
-
-
-def is_plain_text(path: str | Path) -> bool:
-    """Return whether a file is plain text by its name."""
-    return _uncompressed(path).endswith(PLAIN_TEXT)
-
-
-def _uncompressed(path: str | Path) -> str:
-    name = str(path)
-    for compression in COMPRESSIONS:
-        name = name.removesuffix(compression)
-    return name
 
 
 # Readers yield the number of each document from `start` on, its bytes, and a function that parses it.
@@ -255,8 +236,12 @@ def decode_text(content: bytes, beginning: bool = True) -> str:
         text = content.decode("utf-8-sig" if beginning else "utf-8")
     except UnicodeDecodeError as error:
         raise UnusableError(f"not UTF-8 (from byte {error.start:,} on; convert it to UTF-8)") from error
-    if not text.strip():
-        raise UnusableError("empty document")
+    return _with_text(text)
+
+
+def _with_text(text: str) -> str:
+    if not text or text.isspace():
+        raise NoTextError("empty document")
     return text
 
 
@@ -268,9 +253,11 @@ def _parse_line(line: bytes | None, length: int, fields: Fields) -> _Content:
     if line is None:
         raise _too_long(length, fields)
     try:
-        record = json.loads(line.rstrip(b"\n").decode("utf-8-sig"))  # some editors write a byte order mark
+        text = _with_text(line.rstrip(b"\n").decode("utf-8-sig"))  # some editors write a byte order mark
     except UnicodeDecodeError as error:
         raise UnusableError(f"not UTF-8 (from byte {error.start} on)") from error
+    try:
+        record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UnusableError(f"not JSON ({error})") from error
     return _parse_record(record, fields)
@@ -302,10 +289,8 @@ def _look_up(record: Any, name: str) -> Any:
 def _check_text(value: Any, fields: Fields) -> str:
     if not isinstance(value, str):
         raise UnusableError(f"not text ({fields.content} is of type {type(value).__name__})")
-    if not value:
-        raise UnusableError("empty document")
     try:
-        length = len(value.encode())
+        length = len(value) if _with_text(value).isascii() else len(value.encode())
     except UnicodeEncodeError as error:  # JSON can spell half a character: "\ud800"
         raise UnusableError("not UTF-8 (half of a surrogate pair)") from error
     if length > fields.max_bytes:
@@ -321,7 +306,7 @@ def _check_ids(value: Any, fields: Fields) -> np.ndarray:
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise UnusableError(f"not token ids ({fields.content} is no list of whole numbers)")
     if ids.size == 0:
-        raise UnusableError("empty document")
+        raise NoTextError("empty document")
     if ids.min() < 0 or (fields.vocab_size is not None and ids.max() >= fields.vocab_size):
         known = "" if fields.vocab_size is None else f"; the tokenizer has {fields.vocab_size:,}"
         raise UnusableError(f"token ids of another tokenizer (from {ids.min()} to {ids.max()}{known})")
@@ -332,8 +317,18 @@ def _too_long(length: int, fields: Fields) -> UnusableError:
     return UnusableError(f"document too long ({length:,} bytes; at most {fields.max_bytes:,} are allowed)")
 
 
-def describe_file(path: str) -> DataFile:
-    """Look up size and modification time of a file, by which changes are detected."""
-    file_system, name = url_to_fs(path)
-    info = file_system.info(name)
-    return DataFile(path, int(info["size"]), info.get("mtime"))
+def read_shares(
+    files: Sequence[DataFile], fields: Fields, limit: int, skip: Skip | None = None
+) -> Iterator[tuple[Record, float]]:
+    """Yield the first documents of each file, some `limit` bytes of text in all, which files share by their sizes.
+
+    With each document: the fraction of it, from its beginning, that belongs to its file's share.
+    """
+    sizes = [max(1, file.bytes) for file in files]
+    for file, size in zip(files, sizes, strict=True):
+        share = limit * size / sum(sizes)
+        for record in read_documents(file.path, fields, skip=skip):
+            yield record, min(1.0, share / record.bytes)
+            share -= record.bytes
+            if share <= 0:
+                break

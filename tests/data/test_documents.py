@@ -20,7 +20,8 @@ import zstandard
 from huggingface_hub.errors import HTTPError
 
 from nlgmoe.data import documents
-from nlgmoe.data.documents import Fields, Record, has_records, is_plain_text, read_documents
+from nlgmoe.data.documents import Fields, Record, read_documents
+from nlgmoe.data.source_files import has_records, is_plain_text
 from nlgmoe.validation import RunError
 
 ENDINGS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
@@ -88,7 +89,6 @@ BAD_LINES = [
     (b"[" * 100_000, "not JSON", "recursion"),
     (b'{"content": "good"}', "no such field", "(text)"),
     (b'{"text": ["good"]}', "not text", "text is of type list"),
-    (b'{"text": ""}', "empty document", ""),
     (b'{"text": "' + b"x" * 200_000 + b'"}', "document too long", "200,012 bytes; at most 150,000 are allowed"),
     (b'{"ids": [1, 50]}', "token ids of another tokenizer", "from 1 to 50; the tokenizer has 50"),
     (b'{"ids": [-1]}', "token ids of another tokenizer", "from -1 to -1"),
@@ -131,16 +131,15 @@ def test_a_damaged_file_is_named_or_skipped(tmp_path: Path, ending: str) -> None
 
 
 def test_bad_rows_of_parquet(tmp_path: Path) -> None:
-    texts = [b"good", b"\xff", None, b"", b"long" * 10, b"good"]
+    texts = [b"good", b"\xff", None, b"long" * 10, b"good"]
     column = pa.array(texts, pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": column}), path := tmp_path / "data.parquet")
     skipped: list[str] = []
     records = read(path, Fields(domain="meta.name", max_bytes=30), skip=skipped.append)
-    assert [(r.number, r.content, r.domain) for r in records] == [(0, "good", None), (5, "good", None)]
+    assert [(r.number, r.content, r.domain) for r in records] == [(0, "good", None), (4, "good", None)]
     reasons = (
         "not UTF-8",
         "no such field (text)",
-        "empty document",
         "document too long (40 bytes; at most 30 are allowed)",
     )
     assert skipped == [f"{path}, row {row}: {reason}" for row, reason in enumerate(reasons, 2)]
@@ -195,6 +194,31 @@ def test_plain_text_is_one_document_or_cut_at_ends_of_lines(tmp_path: Path, endi
     assert len(pieces) > 5 and "".join(str(piece.content) for piece in pieces) == text
     assert all(str(piece.content).endswith("\n") and str(piece.content).strip() for piece in pieces)
     assert read(path, cut, start=3) == pieces[3:]
+
+
+def test_a_document_without_text_is_left_out_and_counted(tmp_path: Path) -> None:
+    """In every reader, from any place and in any share; it keeps its number."""
+    records: list[dict[str, Any]] = [{"text": text} for text in ("good", "", " \n\t\u00a0", "good", "\u2003", " ")]
+    paths = [write(tmp_path / "data.jsonl", records), write(tmp_path / "data.parquet", records)]
+    lines = [GOOD, b"", b" \t\r", GOOD, b'{"text": ""}', b""]
+    paths += [write_lines(tmp_path / f"lines.{ending}", lines) for ending in ENDINGS[:3]]
+    for path in paths:
+        for share, start, numbers, empty in (
+            (documents.WHOLE, 0, [0, 3], 4),
+            (documents.WHOLE, 2, [3], 3),
+            (range(1, sys.maxsize, 2), 0, [3], 2),
+        ):
+            counted: list[None] = []
+            found = read(path, shard=share, start=start, count_empty=lambda counted=counted: counted.append(None))
+            assert [record.number for record in found] == numbers and len(counted) == empty, path
+    by_ids = [write(tmp_path / f"ids.{ending}", [{"ids": [1]}, {"ids": []}]) for ending in ("jsonl", "parquet")]
+    assert [[record.number for record in read(path, Fields(ids="ids"))] for path in by_ids] == [[0], [0]]
+    for number, text in enumerate((b"", b" \n \n", b"\xef\xbb\xbf")):
+        (path := tmp_path / f"{number}.txt").write_bytes(text)
+        for fields in (PILE, Fields(text_bytes=2)):
+            counted = []
+            assert read(path, fields, count_empty=lambda counted=counted: counted.append(None)) == []
+            assert len(counted) == 1
 
 
 def test_a_text_file_that_is_none_is_named_or_skipped(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import lightning
 import numpy as np
 import pyarrow as pa
@@ -18,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import zstandard
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed
@@ -30,6 +33,7 @@ from nlgmoe.data.documents import Fields
 from nlgmoe.data.pocket.build import write_corpus
 from nlgmoe.data.samples import Sample
 from nlgmoe.data.sampling import TrainingSampler
+from nlgmoe.data.source_files import DataFile
 from nlgmoe.data.streaming import prepared_files
 from nlgmoe.data.streaming import streams as streams_module
 from nlgmoe.data.streaming.streams import (
@@ -216,8 +220,8 @@ def test_resuming_reads_a_block_and_tokenises_less(make_config: Config, monkeypa
     counted: Counter[str] = Counter()
     read, encode = streams_module.read_documents, config.tokenizer.encode_batch
 
-    def counting(*args: Any) -> Iterator[Any]:
-        for record in read(*args):
+    def counting(*args: Any, **options: Any) -> Iterator[Any]:
+        for record in read(*args, **options):
             counted["read"] += 1
             yield record
 
@@ -269,6 +273,30 @@ def test_the_streams_of_a_blend_go_on_from_their_cursors(make_config: Config, mo
     assert starts == [25] * 5
 
 
+def test_a_resumed_stream_leaves_out_and_counts_the_same_documents_without_text(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """Two streams share two files of 18 documents, six of them without text."""
+    for name in ("a", "b"):
+        texts = make_texts(12, name)
+        write(tmp_path / f"{name}.jsonl", ["", *texts[:5], " ", "\n", *texts[5:], "\t", ""])
+        (tmp_path / f"{name}.jsonl").open("a").write("\n")
+    names = [str(tmp_path / f"{name}.jsonl") for name in ("a", "b")]
+    config = StreamConfig([*names[:1]], Fields(), ["text"], tokenizer, 2, 4)
+    seen: list[str] = []
+    for number in range(2):
+        stream = Stream(config, number, SEQ_LEN, 1)
+        windows = list(islice(stream.windows(Cursor()), 60))
+        assert windows[-1].after.epoch >= 2 and windows[-1].after.empty >= 3 * windows[-1].after.epoch
+        for first in range(0, 50, 7):
+            again = list(islice(stream.windows(windows[first].after), 5))
+            assert [window.after for window in again] == [window.after for window in windows[first + 1 : first + 6]]
+        read = {window.after.epoch: window.after.empty for window in reversed(windows)}  # the first of each epoch
+        assert [read[epoch] for epoch in (1, 2)] == [3, 6]
+        seen += documents_of(stream.windows(Cursor()), tokenizer, 1)
+    assert set(seen) == set(make_texts(12, "a"))
+
+
 # ---- the corpus
 
 
@@ -291,7 +319,7 @@ def open_corpus(tiny_corpus: Path, tmp_path: Path) -> Open:
         data = PileDataModule(
             str(tmp_path / "built"),
             str(tiny_corpus / "tokenizer"),
-            StreamedText(str(folder), **(defaults | options)),
+            StreamedText(**({"path": str(folder)} | defaults | options)),
             micro_batch_size=4,
             seq_len=SEQ_LEN,
             num_workers=workers,
@@ -345,7 +373,6 @@ def test_edited_files_of_equal_size_are_evaluated_anew_and_not_resumed_on(open_c
     for name in ("before", "behind"):
         write(train, make_texts(60, name))
         write(validation, make_texts(30, name))
-        os.utime(train, ns=(10**18, 10**18))
         data = open_corpus(data_files=files)
         assert name in data.decode(np.concatenate(tokens_of(data, "validation"))[:30].tolist())
         states.append((data.state_dict(), train.stat().st_size))
@@ -416,6 +443,88 @@ def test_the_training_sample_has_the_shares_of_all_files(
     part = sizes(61)
     assert part.sum() < whole.sum() / 3 and whole[2] == part[2] == 0
     assert part[0] / part.sum() == pytest.approx(whole[0] / whole.sum(), abs=0.05)
+
+
+def test_the_search_for_a_domain_that_is_absent_ends(
+    open_corpus: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many bytes after the last document that was of use; a rare domain that comes before is found."""
+    texts = [*["text of a domain"] * 30, "rare", *["text of a domain"] * 900]
+    records = [{"text": text, "meta": {"name": "rare" if text == "rare" else "domain 0"}} for text in texts]
+    lines = [json.dumps(record) + "\n" for record in records]
+    (tmp_path / "val.jsonl").write_text("".join([*lines, "no JSON\n"]))
+    monkeypatch.setattr(prepared_files, "SEARCHED_BYTES", 60 * len(lines[0]))
+    files = {"train": "train/*.jsonl.zst", "validation": f"file://{tmp_path}/val.jsonl"}
+    data = open_corpus(data_files=files, domains=["domain 0", "rare"], evaluation_tokens=20)
+    documents = [int((tokens == data.eod_id).sum()) for tokens in tokens_of(data, "validation")]
+    assert documents[1:] == [1, 0] and 0 < documents[0] < 30
+
+
+def test_files_are_hashed_once_and_without_the_lock(
+    open_corpus: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    hash_of_pieces = prepared_files.hash_of_pieces
+
+    def hash_unlocked(path: str, pieces: int) -> str:
+        with FileLock(tmp_path / "built" / ".lock", timeout=0):
+            hashed.append(Path(path).name)
+        return hash_of_pieces(path, pieces)
+
+    monkeypatch.setattr(prepared_files, "hash_of_pieces", hash_unlocked)
+    first = open_corpus().fingerprint()
+    assert sorted(hashed) == [f"{number:02}.jsonl.zst" for number in range(4)]
+    hashed.clear()
+    assert open_corpus().fingerprint() == first and not hashed
+    os.utime(tmp_path / "pile/train/02.jsonl.zst")
+    assert open_corpus().fingerprint() == first and hashed == ["02.jsonl.zst"]
+    write(tmp_path / "pile/train/04.jsonl.zst", make_texts(60, "new"))
+    assert open_corpus().fingerprint() != first and len(hashed) == 1 + 5  # another number of pieces for each
+
+
+def test_files_on_the_hub_are_listed_again_only_for_another_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def dataset_info(self: Any, path: str, revision: str | None) -> Any:
+        asked.append(revision)
+        return SimpleNamespace(sha="c" * 40)
+
+    def list_files(*arguments: Any) -> Any:
+        raise SettingError("listed again")
+
+    monkeypatch.setattr(prepared_files.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(prepared_files, "_find_by_datasets", list_files)
+    known = {"train": [DataFile(f"hf://datasets/owner/name@{'c' * 40}/train/00.jsonl", 5)]}
+    for revision in (None, "main", "c" * 40):
+        assert prepared_files.find_files("owner/name", None, revision, known) == known
+    assert asked == [None, "main"]
+    for path, revision in (("owner/name", "d" * 40), ("owner/other", None)):
+        known["train"][0] = replace(known["train"][0], path=f"hf://datasets/owner/name@{'e' * 40}/train/00.jsonl")
+        with pytest.raises(SettingError, match="listed again"):
+            prepared_files.find_files(path, None, revision, known)
+
+
+def test_an_object_store_is_read_like_a_folder(open_corpus: Open, tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    for file in (tmp_path / "pile").rglob("*.zst"):
+        store.pipe(f"/bucket/{file.relative_to(tmp_path / 'pile')}", file.read_bytes())
+    batches = [
+        rows(next(iter(open_corpus(path=path, domains=["domain 1"]).train_dataloader())))
+        for path in (str(tmp_path / "pile"), f"file://{tmp_path}/pile", "memory://bucket")
+    ]
+    assert batches[0] == batches[1] == batches[2]
+    before = open_corpus(path="memory://bucket").state_dict()
+    store.pipe("/bucket/train/00.jsonl.zst", (tmp_path / "pile/train/01.jsonl.zst").read_bytes())
+    with pytest.raises(ValueError, match=r"these differ: .*corpus\.00\.jsonl\.zst"):
+        open_corpus(path="memory://bucket").load_state_dict(before)
+    with pytest.raises(
+        SettingError, match=r"path=memory://bucket has no files for validation: name them in data_files"
+    ):
+        open_corpus(path="memory://bucket", data_files={"train": "train/*", "validation": "absent/*"})
+    with pytest.raises(
+        SettingError, match=r"other://bucket/t\*\.jsonl cannot be read here \(.*; give paths, or addresses"
+    ):
+        open_corpus(path="other://bucket", data_files={"train": "t*.jsonl", "validation": "val.jsonl"})
 
 
 def test_bad_data_ends_the_run_with_one_line_from_workers_too(

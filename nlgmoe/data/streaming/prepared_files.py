@@ -11,16 +11,18 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
 from nlgmoe.data.corpus import hash_of_pieces
-from nlgmoe.data.documents import DataFile, describe_file, has_records, read_documents
+from nlgmoe.data.documents import read_documents, read_shares
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from nlgmoe.data.source_files import DataFile, describe_file, find_addressed, has_records, is_local
 from nlgmoe.data.streaming.streams import StreamConfig
 from nlgmoe.data.tokenizer import SAME_TOKENIZER
 from nlgmoe.files import write_json
@@ -28,6 +30,7 @@ from nlgmoe.validation import RunError, SettingError
 
 HASHED_PIECES = 1024  # of 32 KB, about, of all training files
 TRAINING_BYTES, TRAINING_FILES = 8_000_000, 64  # about, and at most, for statistics and the domains' shares
+SEARCHED_BYTES = 100_000_000  # of text, for the next document of a domain that lacks some
 CHECKED_DOCUMENTS = 16  # documents of ids that are compared with the tokenizer
 Tokens = dict[str, list[np.ndarray]]  # split -> of each domain [N_d]; of "train" a sample
 
@@ -87,32 +90,29 @@ def _training_sample(files: Sequence[DataFile], config: StreamConfig) -> Iterato
     """
     drawn = random.Random(0).sample(range(len(files)), min(len(files), TRAINING_FILES))
     chosen = [files[index] for index in sorted(drawn)]
-    share = TRAINING_BYTES / max(1, sum(file.bytes for file in chosen))
-    for file in chosen:
-        quota, taken = share * file.bytes if share < 1 else math.inf, 0
-        for record in read_documents(file.path, config.fields):
-            tokens = config.tokens(record)
-            size = record.bytes or len(record.content) * (4 if config.fields.ids else 1)
-            yield tokens[: math.ceil(len(tokens) * min(1.0, (quota - taken) / size))], config.domain(record)
-            taken += size
-            if taken >= quota:
-                break
+    for record, share in read_shares(chosen, config.fields, TRAINING_BYTES):
+        tokens = config.tokens(record)
+        yield tokens[: math.ceil(len(tokens) * share)], config.domain(record)
 
 
 def _first_of_each_domain(
     files: Sequence[DataFile], config: StreamConfig, limit: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield the tokens and domain of documents until there are `limit` of each domain; the last document is whole."""
-    kept = [0] * len(config.domains)
-    for file in files:
-        for record in read_documents(file.path, config.fields):
-            if min(kept) >= limit:
-                return
-            domain = config.domain(record)
-            if kept[domain] < limit:
-                tokens = config.tokens(record)
-                kept[domain] += len(tokens)
-                yield tokens, domain
+    """Yield the tokens and domain of documents until there are `limit` of each domain; the last document is whole.
+
+    A domain may be rare, or absent: `SEARCHED_BYTES` after the last document that was of use, the search ends.
+    """
+    kept, searched = [0] * len(config.domains), 0
+    for record in (record for file in files for record in read_documents(file.path, config.fields)):
+        domain = config.domain(record)
+        searched += record.bytes
+        if kept[domain] < limit:
+            tokens = config.tokens(record)
+            kept[domain] += len(tokens)
+            searched = 0
+            yield tokens, domain
+        if min(kept) >= limit or searched >= SEARCHED_BYTES:
+            return
 
 
 def _write(folder: Path, split: str, documents: Iterator[tuple[np.ndarray, int]], config: StreamConfig) -> int:
@@ -132,24 +132,34 @@ def _prefix(folder: Path, domain: int, split: str) -> Path:
 
 
 def find_files(
-    path: str, data_files: Mapping[str, str | list[str]] | None, revision: str | None
+    path: str,
+    data_files: Mapping[str, str | list[str]] | None,
+    revision: str | None,
+    known: Mapping[str, list[DataFile]] | None = None,
 ) -> dict[str, list[DataFile]]:
-    """Return the files of each split by name. The arguments are those of `datasets.load_dataset`."""
-    # Imported here: it takes seconds.
-    from datasets import load_dataset_builder
+    """Return the files of each split by name.
 
-    try:
-        builder = load_dataset_builder(path, data_files=data_files, revision=revision)
-    except (OSError, HTTPError, ValueError, RuntimeError, ImportError, BadZipFile, IndexError, StopIteration) as error:
-        # A long list of endings is cut off. The last two types are raised if path or data_files names no files.
-        reason = str(error).partition(" with any supported extension")[0].rstrip(".")
-        reason = "it names no files" if isinstance(error, IndexError | StopIteration) else reason
-        of_network = isinstance(error, ConnectionError | TimeoutError | HTTPError)
-        raise (RunError if of_network else SettingError)(
-            f"path={path}: {reason}; set it to a folder or to a data set on the Hugging Face hub, and data_files to names or "
-            "patterns in it"
-        ) from error
-    files_by_split = {str(split): sorted(set(files)) for split, files in (builder.config.data_files or {}).items()}
+    Args:
+        path: a folder, a data set on the hub, or the address of a folder that fsspec reads, such as `s3://bucket/pile`.
+        data_files: as in `datasets.load_dataset`; patterns in `path`, or addresses of their own.
+        revision: as in `datasets.load_dataset`.
+        known: an earlier result. It is returned if `revision` on the hub is still its commit. Other files are listed again; those
+            whose size and modification time are known are not hashed again, unless their number has changed.
+    """
+    hub = f"hf://datasets/{path}@"
+    if known and (before := known["train"][0].path).startswith(hub):
+        commit = before.removeprefix(hub).partition("/")[0]
+        if revision == commit or _commit(path, revision) == commit:
+            return {**known}
+    patterns = {split: [given] if isinstance(given, str) else given for split, given in (data_files or {}).items()}
+    if all(map(is_local, [path, *chain(*patterns.values())])):
+        files_by_split = _find_by_datasets(path, data_files, revision)
+    else:
+        files_by_split = {
+            split: [file for name in names for file in find_addressed(f"{path}/{name}" if is_local(name) else name)]
+            for split, names in patterns.items()
+        }
+    files_by_split = {split: sorted(set(files)) for split, files in files_by_split.items() if files}
     if missing := {"train", "validation"} - files_by_split.keys():
         raise SettingError(
             f"path={path} has no files for {' and '.join(sorted(missing))}: name them in data_files, such as "
@@ -168,8 +178,39 @@ def find_files(
         )
     described = {split: [describe_file(file) for file in files] for split, files in files_by_split.items()}
     pieces = max(2, HASHED_PIECES // len(described["train"]))
-    described["train"] = [
-        replace(file, contents=file.path if file.path.startswith("hf://") else hash_of_pieces(file.path, pieces))
-        for file in described["train"]
-    ]
+    hashed = known["train"] if known and len(known["train"]) == len(described["train"]) else []  # in as many pieces
+    hashes = {replace(file, contents=""): file.contents for file in hashed}
+    for place, file in enumerate(described["train"]):
+        contents = file.path if file.path.startswith(hub) else file.contents or hashes.get(file)
+        described["train"][place] = replace(file, contents=contents or hash_of_pieces(file.path, pieces))
     return described
+
+
+def _commit(path: str, revision: str | None) -> str | None:
+    """Return the commit of a revision of a data set on the hub."""
+    try:
+        return HfApi().dataset_info(path, revision=revision).sha
+    except (OSError, HTTPError, ValueError) as error:
+        raise RunError(
+            f"path={path}: {' '.join(str(error).split())}; start again when the hub can be reached"
+        ) from error
+
+
+def _find_by_datasets(
+    path: str, data_files: Mapping[str, str | list[str]] | None, revision: str | None
+) -> dict[str, list[str]]:
+    # Imported here: it takes seconds.
+    from datasets import load_dataset_builder
+
+    try:
+        builder = load_dataset_builder(path, data_files=data_files, revision=revision)
+    except (OSError, HTTPError, ValueError, RuntimeError, ImportError, BadZipFile, IndexError, StopIteration) as error:
+        # A long list of endings is cut off. The last two types are raised if path or data_files names no files.
+        reason = str(error).partition(" with any supported extension")[0].rstrip(".")
+        reason = "it names no files" if isinstance(error, IndexError | StopIteration) else reason
+        of_network = isinstance(error, ConnectionError | TimeoutError | HTTPError)
+        raise (RunError if of_network else SettingError)(
+            f"path={path}: {reason}; set it to a folder, an address such as s3://bucket/pile, or a data set on the Hugging "
+            "Face hub, and data_files to names or patterns in it"
+        ) from error
+    return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}

@@ -16,7 +16,7 @@ from typing_extensions import override
 from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of
 from nlgmoe.data.documents import MAX_DOCUMENT_BYTES, Fields
 from nlgmoe.data.samples import TokenSource
-from nlgmoe.data.streaming.prepared_files import cache_eval_tokens, find_files, open_eval_cache
+from nlgmoe.data.streaming.prepared_files import cache_eval_tokens, find_files, open_eval_cache, read_files
 from nlgmoe.data.streaming.streams import StreamConfig, StreamedSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import load_tokenizer
@@ -34,9 +34,10 @@ class StreamedText:
     `data_dir/streamed`.
 
     Args:
-        path: name of a data set on the hub, or a local folder.
-        data_files: split -> names or patterns in it, such as `{train: train/*.jsonl.zst, validation: val.jsonl.zst}`;
-            None: those that `datasets` finds by their names. "train" and "validation" are required, "test" is optional.
+        path: name of a data set on the hub, a local folder, or the address of a folder that fsspec reads (`s3://bucket/pile`).
+        data_files: split -> names or patterns in it, or addresses, such as `{train: train/*.jsonl.zst, validation:
+            val.jsonl.zst}`; "train" and "validation" are required, "test" is optional. None: files that `datasets` finds by
+            their names, in a folder or on the hub.
         revision: branch, tag or commit of a data set on the hub; None: the newest.
         text_field: field of a record's text.
         ids_field: field of a record's token ids of `data.tokenizer`, read instead of its text.
@@ -84,7 +85,7 @@ class StreamedText:
             )
         if domains is not None and (OTHER in domains or len(set(domains)) < len(domains)):
             raise SettingError(f"domains={list(domains)} must be different names, none of them {OTHER!r}")
-        self.path = path
+        self.path = path.removeprefix("file://").rstrip("/") or path
         self.data_files = data_files
         self.revision = revision
         self.fields = Fields(text_field, ids_field, domain_field, max_bytes=max_document_bytes)
@@ -98,17 +99,19 @@ class StreamedText:
         """Fetch the tokenizer, find the files, and cache the tokens to evaluate on."""
         with build_lock(data_dir):
             loaded = self._tokenizer(data_dir, tokenizer)
-            files = find_files(self.path, self.data_files, self.revision)
-            folder = self._folder(data_dir, loaded)
+        folder = self._folder(data_dir, loaded)
+        files = find_files(self.path, self.data_files, self.revision, read_files(folder))
+        with build_lock(data_dir):
             cache_eval_tokens(folder, files, self._config(loaded, []), self.evaluation_tokens)
-            cache = open_eval_cache(folder, len(self._names()))
-            assert cache is not None
-            named = zip(self.domains or [], cache[1]["validation"], strict=False)
-            if absent := [name for name, tokens in named if not len(tokens)]:
-                rank_zero_warn(
-                    f"domains: no validation document is of {', '.join(absent)} by domain_field={self.fields.domain}; if that "
-                    f"is not intended, correct the names ({OTHER} has the remaining documents)"
-                )
+        cache = open_eval_cache(folder, len(self._names()))
+        assert cache is not None
+        named = zip(self.domains or [], cache[1]["validation"], strict=False)
+        if absent := [name for name, tokens in named if not len(tokens)]:
+            rank_zero_warn(
+                f"domains: no validation document that was read is of {', '.join(absent)} by "
+                f"domain_field={self.fields.domain}; if that is not intended, correct the names ({OTHER} has the remaining "
+                "documents)"
+            )
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
         """Map the cached tokens; the training files are opened when they are read."""

@@ -13,7 +13,7 @@ and the first input of a stream is the end-of-document token.
 import math
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ class Cursor(NamedTuple):
         first: number in that file of the block's first document.
         document: number in the block's order of the document in which, or right after which, the window begins.
         token: number in that document of the window's first target.
+        empty: documents without text that were left out before the block, in all epochs.
     """
 
     window: int = 0
@@ -50,6 +51,7 @@ class Cursor(NamedTuple):
     first: int = 0
     document: int = 0
     token: int = 0
+    empty: int = 0
 
 
 class Window(NamedTuple):
@@ -151,25 +153,32 @@ class Stream:
 
     def _blocks(self, cursor: Cursor) -> Iterator[tuple[list[Record], Cursor]]:
         """Yield the shuffled documents of each block, and its cursor, from that of `cursor` on."""
+        empty = cursor.empty
+
+        def count_empty() -> None:
+            nonlocal empty
+            empty += 1
+
         while True:
-            records = self._records(cursor)
+            records = self._records(cursor, count_empty)
             while block := _take(records, self._config.shuffle_buffer):
                 order = self._permutation("block", len(block), cursor.epoch, cursor.block)
                 yield [block[i][1] for i in order], cursor
                 file, last = block[-1]
-                cursor = cursor._replace(block=cursor.block + 1, file=file, first=last.number + 1)
+                cursor = cursor._replace(block=cursor.block + 1, file=file, first=last.number + 1, empty=empty)
             if cursor.block == 0:
                 raise RunError(
                     f"num_streams={self._config.num_streams} leaves stream {self._stream} no document; lower it, or use a "
                     "larger corpus"
                 )
-            cursor = cursor._replace(epoch=cursor.epoch + 1, block=0, file=0, first=0)
+            cursor = cursor._replace(epoch=cursor.epoch + 1, block=0, file=0, first=0, empty=empty)
 
-    def _records(self, cursor: Cursor) -> Iterator[tuple[int, Record]]:
+    def _records(self, cursor: Cursor, count_empty: Callable[[], object]) -> Iterator[tuple[int, Record]]:
         """Yield the rest of an epoch's documents, each with its file's index in the epoch's order."""
         files, first = self._permutation("files", len(self._files), cursor.epoch), cursor.first
         for number in range(cursor.file, len(files)):
-            for record in read_documents(self._files[files[number]], self._config.fields, self._shard, first):
+            path = self._files[files[number]]
+            for record in read_documents(path, self._config.fields, self._shard, first, count_empty=count_empty):
                 yield number, record
             first = 0
 
