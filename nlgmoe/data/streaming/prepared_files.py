@@ -1,6 +1,6 @@
 """The files of a streamed corpus, and tokens of some of its documents, kept on disk for evaluation and statistics.
 
-FOLDER/{number of the domain}.{split}.bin, .idx
+FOLDER/{number of the domain}.{split}.bin, .idx, .json
 FOLDER/files.json                                the corpus's files by split; written last
 """
 
@@ -21,6 +21,7 @@ from huggingface_hub.errors import HTTPError
 from nlgmoe.data.corpus import hash_of_pieces
 from nlgmoe.data.documents import DataFile, describe_file, has_records, read_documents
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from nlgmoe.data.prefix import describe
 from nlgmoe.data.streaming.streams import StreamConfig
 from nlgmoe.data.tokenizer import SAME_TOKENIZER
 from nlgmoe.files import write_json
@@ -121,9 +122,15 @@ def _write(folder: Path, split: str, documents: Iterator[tuple[np.ndarray, int]]
     with ExitStack() as stack:
         domains = range(len(config.domains))
         writers = [stack.enter_context(IndexedWriter(_prefix(folder, number, split), dtype)) for number in domains]
+        counts, sizes = [0] * len(writers), [0] * len(writers)
         for tokens, domain in documents:
             writers[domain].add_document(tokens)
+            counts[domain] += 1
+            sizes[domain] += int(config.tokenizer.token_bytes[tokens].sum())
             written += len(tokens)
+        for domain, writer in enumerate(writers):
+            held_out, prefix = 0 if split == "train" else counts[domain], _prefix(folder, domain, split)
+            writer.sidecar = describe(prefix, config.tokenizer, config.domains[domain], held_out, sizes[domain])
     return written
 
 
