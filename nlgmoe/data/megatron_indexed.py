@@ -45,11 +45,11 @@ class MegatronIndexed:
         ValueError: `split` is not three shares, or `prefix` is empty.
     """
 
-    def __init__(self, prefix: str | list[str], split: Sequence[float] | None = None) -> None:
+    def __init__(self, prefix: list[str] | str, split: Sequence[float] | None = None) -> None:
         require(
             split is None or (len(split) == 3 and min(split) >= 0 and sum(split) > 0),
-            f"split={None if split is None else list(split)} must be three shares of documents (training, validation, test), none "
-            "negative and not all 0, such as [98, 2, 0]",
+            f"split={split and list(split)} must be three shares of documents (training, validation, test), none negative and not "
+            "all 0, such as [98, 2, 0]",
         )
         self.prefix = [prefix] if isinstance(prefix, str) else list(prefix)
         require(
@@ -159,8 +159,7 @@ def hold_out_more(parts: Sequence[Part]) -> None:
         raise SettingError(
             f"prefix={parts[0].prefix}: its one document cannot be divided into training and validation; give more text"
         )
-    training, held_out = (sum(part.bounds[number] - part.bounds[number - 1] for part in parts) for number in (1, 2))
-    if training == 0:
+    if (training := sum(part.bounds[1] for part in parts)) == 0:
         first = next(part for part in parts if part.bounds[-1])
         first.bounds[1], training = 1, 1
         first.ends[1] = IndexedDataset(first.prefix).first_token(1)
@@ -174,6 +173,15 @@ def hold_out_more(parts: Sequence[Part]) -> None:
             part.bounds[1], training = part.bounds[1] - 1, training - 1
             first_token = dataset.first_token(part.bounds[1])
             part.ends[1], held_out = first_token, held_out + part.ends[1] - first_token
+
+
+def split_of(prefix: Path, held_out: int) -> tuple[list[int], list[int]]:
+    """Return the `bounds` and `ends` of a corpus of one prefix, see `Part`."""
+    dataset = IndexedDataset(prefix)
+    bounds = [0, dataset.documents - held_out, dataset.documents, dataset.documents]
+    part = Part(prefix, dataset.dtype, "", bounds, [dataset.first_token(number) for number in bounds], {})
+    hold_out_more([part])
+    return part.bounds, part.ends
 
 
 def _folder_of(parts: Sequence[Part]) -> str:
@@ -195,7 +203,9 @@ def _fingerprint(parts: Sequence[Part]) -> Fingerprint:
     if len(parts) == 1:
         return {**parts[0].hashes, "training documents": parts[0].bounds[1]}
     contents = {
-        "/".join(part.prefix.absolute().parts[-2:]): f"{' '.join(part.hashes.values())}, {part.bounds[1]} of {part.domain}"
+        "/".join(
+            part.prefix.absolute().parts[-2:]
+        ): f"{' '.join(part.hashes.values())}, {part.bounds[1]} of {part.domain}"
         for part in parts
     }
     facts = [(part.domain, part.bounds[1], *part.hashes.values()) for part in parts]

@@ -89,12 +89,12 @@ class Sidecar:
         """
         if (documents, tokens) != (self.documents, self.tokens):
             raise RunError(
-                f"{prefix}.json describes {self.documents:,} documents of {self.tokens:,} tokens, {prefix}.idx has {documents:,} of "
+                f"{prefix}.json describes {self.documents:,} documents of {self.tokens:,} tokens, the .idx has {documents:,} of "
                 f"{tokens:,}; copy all files of the corpus, or delete the .json and set split and data.tokenizer"
             )
         if tokenizer.fingerprint != self.fingerprint:
             raise SettingError(
-                f"tokenizer={tokenizer.name} (fingerprint {tokenizer.fingerprint[:12]}) is not that of {prefix}, {self.tokenizer} "
+                f"tokenizer={tokenizer.name} (fingerprint {tokenizer.fingerprint[:12]}) is not {prefix}'s, {self.tokenizer} "
                 f"({self.fingerprint[:12]}); leave data.tokenizer out, or set it to null where a file gives it"
             )
 
