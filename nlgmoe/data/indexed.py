@@ -74,6 +74,7 @@ class IndexedDataset:
         self.document_indices = np.frombuffer(index, "<i8", boundaries, HEADER.size + 12 * sequences)
         expected = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
         if (size := bin_path.stat().st_size) != expected:
+            self.check()
             raise RunError(f"{bin_path} has {size} bytes, {index_path} says {expected}: cut off? Build it again.")
         # An empty file cannot be mapped.
         self.tokens = np.memmap(bin_path, self.dtype, mode="r") if size else np.zeros(0, self.dtype)

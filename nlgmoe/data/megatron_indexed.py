@@ -48,8 +48,8 @@ class MegatronIndexed:
     def __init__(self, prefix: list[str] | str, split: Sequence[float] | None = None) -> None:
         require(
             split is None or (len(split) == 3 and min(split) >= 0 and sum(split) > 0),
-            f"split={split and list(split)} must be three shares of documents (training, validation, test), none negative and not "
-            "all 0, such as [98, 2, 0]",
+            f"split={split and list(split)} must be three shares of documents (training, validation, test), none negative and "
+            "not all 0, such as [98, 2, 0]",
         )
         self.prefix = [prefix] if isinstance(prefix, str) else list(prefix)
         require(

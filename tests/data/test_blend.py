@@ -68,7 +68,7 @@ def make_blend(make_data: Callable[..., PileDataModule]) -> Callable[..., PileDa
 def indexed(make_data: Callable[..., PileDataModule]) -> MegatronIndexed:
     """A corpus in Megatron's format, with three splits: the verse of the tiny corpus."""
     data = make_data()
-    return MegatronIndexed(str(token_folder(data.data_dir, data._opened().tokenizer) / "verse.train"), (6, 3, 1))
+    return MegatronIndexed(str(token_folder(data.data_dir, data._opened().tokenizer) / "verse"), (6, 3, 1))
 
 
 Make = Callable[..., PileDataModule]
