@@ -131,12 +131,11 @@ def find_prefixes(given: Sequence[str]) -> list[Path]:
     Raises:
         SettingError: there are no such files, a shard is missing, or a file is named twice.
     """
-    found = [prefix for word in given for prefix in _matching(word)]
-    seen: dict[str, Path] = {}
-    for prefix in found:
-        if (other := seen.setdefault(os.path.realpath(f"{prefix}.bin"), prefix)) is not prefix:
+    found: dict[str, Path] = {}
+    for prefix in (prefix for word in given for prefix in _matching(word)):
+        if (other := found.setdefault(os.path.realpath(f"{prefix}.bin"), prefix)) is not prefix:
             raise SettingError(f"prefix names one file twice, as {other} and as {prefix}; name it once")
-    return found
+    return list(found.values())
 
 
 def _matching(word: str) -> list[Path]:

@@ -238,7 +238,7 @@ def test_what_cannot_be_blended_is_named_by_its_part(make_blend: Make, indexed: 
 
 def test_a_damaged_part_is_named_and_ends_the_run(make_blend: Make, indexed: MegatronIndexed, tmp_path: Path) -> None:
     for ending in (".idx", ".bin"):
-        content = indexed.prefix.with_name(indexed.prefix.name + ending).read_bytes()
+        content = Path(indexed.prefix[0] + ending).read_bytes()
         (tmp_path / f"damaged{ending}").write_bytes(content if ending == ".idx" else content[:-2])
     with pytest.raises(RunError, match=r"In the part 'b' of the blend: .*\.bin has \d+ bytes, .*: cut off\?"):
         make_blend((1, "a", indexed), (1, "b", MegatronIndexed(str(tmp_path / "damaged"))))
