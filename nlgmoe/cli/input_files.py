@@ -35,8 +35,12 @@ def input_files(given: str | Sequence[str]) -> list[str]:
                 ) from error
             files = [source]
         elif Path(source).is_dir():
-            # Hidden files are skipped, as by patterns.
-            children = sorted(path for path in Path(source).iterdir() if not path.name.startswith("."))
+            # Hidden files are skipped, as by patterns, and so is the .json of a corpus.
+            children = sorted(
+                path
+                for path in Path(source).iterdir()
+                if not (path.name.startswith(".") or (path.suffix == ".json" and path.with_suffix(".idx").exists()))
+            )
             readable = [path for path in children if has_records(path)] or [
                 path for path in children if is_plain_text(path)
             ]

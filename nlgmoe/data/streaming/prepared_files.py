@@ -1,7 +1,7 @@
 """The files of a streamed corpus, and tokens of some of its documents, kept on disk for evaluation and statistics.
 
-FOLDER/{number of the domain}.{split}.bin, .idx, .json
-FOLDER/files.json                                the corpus's files by split; written last
+FOLDER/{tr,va,te}{number of the domain}.bin, .idx, .json
+FOLDER/files.json                                         the corpus's files by split; written last
 """
 
 import json
@@ -35,7 +35,8 @@ Tokens = dict[str, list[np.ndarray]]  # split -> of each domain [N_d]; of "train
 
 def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], config: StreamConfig, limit: int) -> None:
     """Write about `limit` tokens of each evaluation split and domain, and a sample of the training files, unless they exist."""
-    if read_files(folder) == files:
+    prefixes = (_prefix(folder, domain, split) for split in files for domain in range(len(config.domains)))
+    if read_files(folder) == files and all(Path(f"{prefix}.json").exists() for prefix in prefixes):
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "files.json").unlink(missing_ok=True)
@@ -135,7 +136,7 @@ def _write(folder: Path, split: str, documents: Iterator[tuple[np.ndarray, int]]
 
 
 def _prefix(folder: Path, domain: int, split: str) -> Path:
-    return folder / f"{domain}.{split}"
+    return folder / f"{split[:2]}{domain}"  # a file named after a split would be one of the corpus, in a folder around this one
 
 
 def find_files(
