@@ -136,7 +136,9 @@ def _write(folder: Path, split: str, documents: Iterator[tuple[np.ndarray, int]]
 
 
 def _prefix(folder: Path, domain: int, split: str) -> Path:
-    return folder / f"{split[:2]}{domain}"  # a file named after a split would be one of the corpus, in a folder around this one
+    return (
+        folder / f"{split[:2]}{domain}"
+    )  # a file named after a split would be one of the corpus, in a folder around this one
 
 
 def find_files(
