@@ -1,7 +1,7 @@
 """The files of a streamed corpus, and tokens of some of its documents, kept on disk for evaluation and statistics.
 
-FOLDER/{tr,va,te}{number of the domain}.bin, .idx, .json
-FOLDER/files.json                                         the corpus's files by split; written last
+FOLDER/{number of the split}-{number of the domain}.bin, .idx, .json
+FOLDER/files.json                                                    the corpus's files by split; written last
 """
 
 import json
@@ -30,6 +30,7 @@ from nlgmoe.validation import RunError, SettingError
 HASHED_PIECES = 1024  # of 32 KB, about, of all training files
 TRAINING_BYTES, TRAINING_FILES = 8_000_000, 64  # about, and at most, for statistics and the domains' shares
 CHECKED_DOCUMENTS = 16  # documents of ids that are compared with the tokenizer
+SPLITS = ("train", "validation", "test")
 Tokens = dict[str, list[np.ndarray]]  # split -> of each domain [N_d]; of "train" a sample
 
 
@@ -136,9 +137,8 @@ def _write(folder: Path, split: str, documents: Iterator[tuple[np.ndarray, int]]
 
 
 def _prefix(folder: Path, domain: int, split: str) -> Path:
-    return (
-        folder / f"{split[:2]}{domain}"
-    )  # a file named after a split would be one of the corpus, in a folder around this one
+    # A file named after a split would be found as one of the corpus, in a folder around this one.
+    return folder / f"{SPLITS.index(split)}-{domain}"
 
 
 def find_files(
