@@ -256,6 +256,16 @@ def test_many_prefixes_are_read_as_one_array(
         more.load_state_dict(state)
 
 
+def test_the_whole_index_is_checked_by_one_process_a_node(write: Write, open_corpus: Open) -> None:
+    prefix = write(TEXTS, held_out=5)
+    data = open_corpus(prefix, None)
+    lengths = np.memmap(prefix.with_suffix(".idx"), "<i4", mode="r+", offset=34, shape=20)
+    lengths[2:4] += np.array([1, -1], np.int32)
+    with pytest.raises(ValueError, match=r"pile\.idx is damaged: sequence 3 has"):
+        data.prepare_data()
+    data.corpus.open(data.data_dir, data._tokenizer())  # headers, sizes and a sample alone: no rank reads it all
+
+
 def test_a_slice_is_that_of_the_whole(tmp_path: Path) -> None:
     whole, pieces = [], []
     for number, (first, length) in enumerate([(0, 3), (2, 0), (1, 1), (4, 5)]):
