@@ -23,6 +23,7 @@ from nlgmoe.validation import RunError, SettingError, require
 # Evenly spaced over the corpus. Few, because each is a random read, slow on a network disk.
 SAMPLED_DOCUMENTS = 100  # for their ends and their tokenizer; of many prefixes at least two each
 VALIDATION_TOKENS = 2048  # at least, of a small corpus a tenth: a sequence of the paper's models
+PIECES_OF_MANY = 4  # hashed of each file of many, whatever their number: an added one changes no other's hash
 NAMED_PREFIXES = 100  # up to this many, a checkpoint has an entry for each
 SPLITS = ("train", "validation", "test")
 
@@ -136,7 +137,7 @@ def _open_part(prefix: Path, prefixes: int, split: Sequence[float] | None, token
         bounds = [0, dataset.documents - sidecar.held_out, dataset.documents, dataset.documents]
     else:
         raise _without_sidecar(prefix)
-    pieces = max(2, PIECES // prefixes)
+    pieces = PIECES if prefixes == 1 else PIECES_OF_MANY
     hashes = {kind: hash_of_pieces(f"{prefix}.{kind}", pieces) for kind in ("idx", "bin")}
     domain = sidecar.domain if sidecar else prefix.name if prefixes == 1 else ""
     return Part(prefix, dataset.dtype, domain, bounds, [dataset.first_token(number) for number in bounds], hashes)
@@ -202,15 +203,13 @@ def _tokens(parts: Sequence[Part], split: int, maps: dict[Path, np.ndarray]) -> 
 def _fingerprint(parts: Sequence[Part]) -> Fingerprint:
     if len(parts) == 1:
         return {**parts[0].hashes, "training documents": parts[0].bounds[1]}
-    contents = {
-        "/".join(
-            part.prefix.absolute().parts[-2:]
-        ): f"{' '.join(part.hashes.values())}, {part.bounds[1]} of {part.domain}"
-        for part in parts
-    }
     facts = [(part.domain, part.bounds[1], *part.hashes.values()) for part in parts]
-    named = contents if len(parts) <= NAMED_PREFIXES else {}
-    return {"prefixes": f"{len(parts)} of {hash_of(facts)}", **named}
+    fingerprint: Fingerprint = {"prefixes": f"{len(parts)} of {hash_of(facts)}"}
+    if len(parts) <= NAMED_PREFIXES:
+        fingerprint |= {
+            "/".join(part.prefix.absolute().parts[-2:]): hash_of(fact) for part, fact in zip(parts, facts, strict=True)
+        }
+    return fingerprint
 
 
 def _check_sample(dataset: IndexedDataset, tokenizer: Tokenizer, count: int, prefixes: int) -> None:
