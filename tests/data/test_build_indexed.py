@@ -249,7 +249,16 @@ def test_from_own_text_to_training_with_a_tokenizer_of_its_own(tmp_path: Path, c
 def test_a_single_text_is_cut_into_documents_of_bounded_size(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr("nlgmoe.commands.prepare_data.PIECE_BYTES", 100)
     (tmp_path / "text.txt").write_text("reading books\n" * 800)
-    main(["prepare-data", "--vocab-size=280", f"--input={tmp_path}/text.txt", f"--output={tmp_path}/cut"])
+    main(
+        [
+            "prepare-data",
+            "--vocab-size=280",
+            f"--input={tmp_path}/text.txt",
+            f"--output={tmp_path}/cut",
+            "--domain=prose",
+        ]
+    )
+    assert '"domain": "prose"' in (tmp_path / "cut.json").read_text()
     assert "documents  89\n" in capsys.readouterr().out  # of 9 lines each; without the bound there would be 20
 
 
