@@ -1,11 +1,12 @@
-"""Speed of reading data: tokens a second from the data module's loader, without training; of preparing it. 2.5 minutes.
+"""Speed of reading data: tokens a second from the data module's loader, without training; of preparing and opening it. 3 minutes.
 
     python -m benchmarks.data
 
 Batches of 8 sequences of 2,048 tokens by corpus and data workers, beside `encode_batch` of texts in memory. The text is the
 pocket Pile's training text in one order, the tokenizer GPT-2's. A stream holds a block of 50 documents. Files have just been
 written, and come from the page cache. `prepare-data` turns 6 MB of it, as JSON lines, into tokens on disk; what it does beside
-tokenising holds the interpreter's lock, so that threads do not divide it.
+tokenising holds the interpreter's lock, so that threads do not divide it. `opening` checks the
+index of 10 million documents (`prepare`), and opens 1,000 prefixes.
 """
 
 from __future__ import annotations
@@ -27,15 +28,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.timing import ROOT, Benchmark, Part, Table, interleaved
-from nlgmoe.data import Corpus, IndexedWriter, MegatronIndexed, PileDataModule, StreamedText, Tokenizer, load_tokenizer
+from nlgmoe.data import (
+    Corpus,
+    IndexedDataset,
+    IndexedWriter,
+    MegatronIndexed,
+    PileDataModule,
+    StreamedText,
+    Tokenizer,
+    load_tokenizer,
+)
 from nlgmoe.data.build_indexed import build_indexed
 from nlgmoe.data.documents import Fields
 from nlgmoe.data.indexed import token_dtype
 from nlgmoe.data.pocket.build import open_corpus, read_texts, text_path
+from nlgmoe.data.prefix import describe
 
 DATA = ROOT / "data/pocket_pile"
 SEQ_LEN, BATCH, BATCHES, WORKERS = 2048, 8, 64, (0, 1, 2)
 PREPARED_BYTES = 6_000_000  # of text
+DOCUMENTS, PREFIXES = 10_000_000, 1000
 STREAMS, BUFFER = 8, 50  # as many files as streams, so that each has one of its own
 
 
@@ -175,9 +187,45 @@ def preparing_table(measured: dict[str, dict[str, float]]) -> Table:
     return ["`prepare-data`", "seconds a MB", "GB an hour, at most"], rows
 
 
-BENCHMARK = Benchmark(
-    "data", "data.md", {"reading": Part(reading, reading_table, 5), "preparing": Part(preparing, preparing_table, 3)}
-)
+def opening(rounds: int) -> dict[str, float]:
+    """Return nanoseconds a document to check an index, and seconds to check and to open a corpus of many prefixes."""
+    tokenizer = load_tokenizer("pocket-4k", DATA)
+    documents = [[*tokenizer.encode(text[:1000]), tokenizer.eod_id] for text in corpus_texts()[:200]]
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        with IndexedWriter(folder / "long", token_dtype(tokenizer.vocab_size)) as writer:
+            for _ in range(DOCUMENTS):
+                writer.add_document([tokenizer.eod_id])
+        for number in range(1, PREFIXES + 1):
+            prefix = folder / f"many-{number}-of-{PREFIXES}"
+            with IndexedWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
+                for document in range(30):
+                    writer.add_document(documents[(number + document) % len(documents)])
+                writer.sidecar = describe(prefix, tokenizer, held_out=1)
+        long, corpus = IndexedDataset(folder / "long"), MegatronIndexed(str(folder / "many"))
+        candidates: dict[str, Callable[[], object]] = {
+            "check": long.check,
+            "prepare": lambda: corpus.prepare(DATA, "pocket-4k"),
+            "open": lambda: corpus.open(DATA, "pocket-4k"),
+        }
+        seconds = interleaved(candidates, rounds)
+    return {
+        "check the index, ns a document": seconds["check"] / DOCUMENTS * 1e9,
+        f"prepare {PREFIXES:,} prefixes, s": seconds["prepare"],
+        f"open {PREFIXES:,} prefixes, s": seconds["open"],
+    }
+
+
+def opening_table(measured: dict[str, float]) -> Table:
+    return ["", "measured"], [[name, f"{value:.2f}"] for name, value in measured.items()]
+
+
+PARTS = {
+    "reading": Part(reading, reading_table, 5),
+    "preparing": Part(preparing, preparing_table, 3),
+    "opening": Part(opening, opening_table, 5),
+}
+BENCHMARK = Benchmark("data", "data.md", PARTS)
 
 if __name__ == "__main__":
     BENCHMARK.run(__doc__)

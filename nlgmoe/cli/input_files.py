@@ -41,8 +41,9 @@ def input_files(given: str | Sequence[str]) -> list[str]:
             files = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
             files = sorted(map(str, Path(source).iterdir())) if is_folder else files
         if is_folder:
-            # Hidden files are skipped, as by patterns.
-            children = [file for file in files if not os.path.basename(file).startswith(".")]
+            # Hidden files are skipped, as by patterns, and so is the .json of a corpus.
+            corpora = {f"{file.removesuffix('.idx')}.json" for file in files if file.endswith(".idx")}
+            children = [file for file in files if not os.path.basename(file).startswith(".") and file not in corpora]
             files = [*filter(has_records, children)] or [*filter(is_plain_text, children)]
             if others := [os.path.basename(child) for child in children if child not in files]:
                 print(

@@ -23,6 +23,7 @@ from nlgmoe.callbacks.progress import TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.throughput import Throughput
+from nlgmoe.cli.data_settings import tokenizer_of
 from nlgmoe.cli.errors import did_you_mean, is_wrong_setting, one_line, one_line_errors
 from nlgmoe.cli.given_settings import GivenSettings
 from nlgmoe.data import PileDataModule
@@ -118,7 +119,7 @@ class TrainCLI(LightningCLI):
             if not any(setting.name.startswith("model.config") for setting in self._given.settings):
                 raise SettingError("no model is configured; give a file, such as --config configs/quickstart.yaml")
             config["model"]["config"]["vocab_size"] = vocab_size_of(
-                config["data"]["tokenizer"], Path(config["data"]["data_dir"])
+                tokenizer_of(config["data"]), Path(config["data"]["data_dir"])
             )
         if config["data"]["seq_len"] is None:
             config["data"]["seq_len"] = config["model"]["config"]["seq_len"]

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from nlgmoe.data.documents import Fields
     from nlgmoe.data.tokenizer import Tokenizer
 
-TOKENIZER = "pocket-8k"
+DATA_DIR, TOKENIZER = "data/pocket_pile", "pocket-8k"
 PIECES, PIECE_BYTES = 20, 1_000_000  # a single text file is cut into so many documents, or more of so many bytes
 TRAINING_BYTES = 1_000_000_000  # of text, about, on which a tokenizer is trained: the first of each file
 SHOWN = 10  # skipped documents that are named
 
 
 def prepare_data(
-    data_dir: str = "data/pocket_pile",
+    data_dir: str = DATA_DIR,
     tokenizer: str = TOKENIZER,
     input: str | list[str] | None = None,
     output: str | None = None,
@@ -34,6 +34,7 @@ def prepare_data(
     on_bad_data: Literal["error", "skip"] = "error",
     special_tokens: Literal["text", "read"] = "text",
     workers: int | None = None,
+    domain: str | None = None,
 ) -> None:
     """Build the pocket Pile, a tokenizer and the tokenised shards, unless they exist; or a corpus of your own text.
 
@@ -46,19 +47,20 @@ def prepare_data(
         data_dir: folder to build in; set `data.data_dir` of a training run to it.
         tokenizer: "gpt2", "pocket-1k", "pocket-4k", "pocket-8k", or a folder with tokenizer.json or vocab.json and merges.txt.
         input: files of text to tokenise: paths, folders, quoted patterns such as 'texts/*.txt' or 's3://bucket/pile/*.jsonl.zst'.
-        output: prefix of the files for the tokens of `input`: OUTPUT.bin and OUTPUT.idx.
+        output: prefix of the files for the tokens of `input`: OUTPUT.bin, OUTPUT.idx and OUTPUT.json.
         vocab_size: train a tokenizer of so many ids on `input`, and save it in the folder OUTPUT.tokenizer.
         text_field: field of a record with its text; a nested field has dots: `content.body`.
         on_bad_data: "error" stops at a document or file that cannot be used; "skip" leaves it out and counts it.
         special_tokens: "text": the name of a special token in `input`, such as <|im_end|>, is text; "read": it is that token.
         workers: threads that tokenise `input`; default: the number of CPU cores.
+        domain: domain of the documents of `input`, by which their loss is logged; default: the last part of `output`.
     """
     if input is not None or output is not None or vocab_size is not None:
         skips, reads = on_bad_data == "skip", special_tokens == "read"
-        _tokenise_input(data_dir, tokenizer, input, output, vocab_size, text_field, skips, reads, workers)
+        _tokenise_input(data_dir, tokenizer, input, output, vocab_size, text_field, skips, reads, workers, domain)
         return
     # Imported here: Lightning loads slowly, and wrong arguments are reported before it is needed.
-    from nlgmoe.data.indexed import IndexedDataset
+    from nlgmoe.data import PocketPile
     from nlgmoe.data.pocket.build import SPLITS, read_manifest
     from nlgmoe.data.pocket_pile import prepare, token_folder
     from nlgmoe.data.tokenizer_loading import load_tokenizer
@@ -71,9 +73,13 @@ def prepare_data(
 
     print(f"{'domain':<12} {'split':<10} {'documents':>9} {'MB':>7} {'tokens':>10} {'bytes/token':>11}")
     total = [0, 0, 0]
-    for domain in manifest.domains:
-        for split in SPLITS:
-            file, tokens = manifest.files[f"{domain}.{split}"], len(IndexedDataset(shards / f"{domain}.{split}").tokens)
+    corpus = PocketPile().open(root, tokenizer)
+    for number, domain in enumerate(manifest.domains):
+        for split, arrays in zip(
+            SPLITS, (corpus.training_tokens(), corpus.evaluation_tokens("validation")), strict=True
+        ):
+            assert arrays is not None
+            file, tokens = manifest.files[f"{domain}.{split}"], len(arrays[number])
             _print_row(domain, split, file.documents, file.bytes, tokens)
             total = [sum(pair) for pair in zip(total, (file.documents, file.bytes, tokens), strict=True)]
     _print_row("total", "", *total)
@@ -97,6 +103,7 @@ def _tokenise_input(
     skips: bool,
     reads: bool,
     workers: int | None,
+    domain: str | None,
 ) -> None:
     if input is None or output is None:
         missing = "input" if input is None else "output"
@@ -154,9 +161,9 @@ def _tokenise_input(
 
     with bar:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        built = build_indexed(files, prefix, loaded, fields, workers or cpus, update_bar, skip if skips else None)
-    _print_built(built, len(files), prefix, {"data.data_dir": data_dir, "data.tokenizer": tokenizer})
-    print(_describe_tokenizer(tokenizer, loaded))
+        skip_or_stop = skip if skips else None
+        built = build_indexed(files, prefix, loaded, fields, workers or cpus, update_bar, skip_or_stop, domain)
+    _print_built(built, len(files), prefix, loaded, data_dir)
 
 
 def _texts(files: list[str], fields: Fields, skips: bool) -> Iterator[str]:
@@ -174,9 +181,9 @@ def _note(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def _print_built(built: Progress, files: int, prefix: Path, options: dict[str, str]) -> None:
-    from nlgmoe.data.indexed import IndexedDataset
-    from nlgmoe.data.megatron_indexed import choose_split
+def _print_built(built: Progress, files: int, prefix: Path, tokenizer: Tokenizer, data_dir: str) -> None:
+    from nlgmoe.data.megatron_indexed import split_of
+    from nlgmoe.data.tokenizer_loading import BUILT
 
     print(f"files      {files:,}")
     print(f"documents  {built.documents:,}")
@@ -186,22 +193,19 @@ def _print_built(built: Progress, files: int, prefix: Path, options: dict[str, s
         print(f"left out   {built.skipped:,} documents, files or ends of files that cannot be used")
     if built.empty:
         print(f"empty      {built.empty:,} documents without text, which are left out")
-    print(f"corpus     {prefix}.bin, {prefix}.idx")
-    dataset = IndexedDataset(prefix)
-    if (split := choose_split(dataset, built.held_out)) is None:
+    print(f"corpus     {prefix}.bin, {prefix}.idx, {prefix}.json")
+    print(_describe_tokenizer(tokenizer.name, tokenizer))
+    if built.documents < 2:
         print("split      one document cannot be divided into training and validation: give more files")
         return
-    first = dataset.first_token(split[0])
-    print(f"training   {split[0]:,} documents, {first:,} tokens")
-    print(
-        f"validation {split[1]:,} documents, {len(dataset.tokens) - first:,} tokens: by hash, the last ones of the corpus"
-    )
-    options |= {
-        "data.corpus": "nlgmoe.data.MegatronIndexed",
-        "data.corpus.init_args.prefix": str(prefix),
-        "data.corpus.init_args.split": str(split).replace(" ", ""),
-    }
-    print(f"train on   {' '.join(quote(f'--{name}={value}') for name, value in options.items())}")
+    (_, first, count, _), (_, first_token, tokens, _) = split_of(prefix, built.held_out)
+    print(f"training   {first:,} documents, {first_token:,} tokens")
+    print(f"validation {count - first:,} documents, {tokens - first_token:,} tokens: the last ones, chosen by hash")
+    options = {"data.corpus": "nlgmoe.data.MegatronIndexed", "data.corpus.init_args.prefix": str(prefix)}
+    if tokenizer.name in BUILT and data_dir != DATA_DIR:
+        options["data.data_dir"] = data_dir
+    words = " ".join(f"--{name} {quote(value)}" for name, value in options.items())
+    print(f"python train.py fit --config configs/quickstart.yaml {words}")
 
 
 def _describe_tokenizer(name: str, tokenizer: Tokenizer) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from nlgmoe.data.corpus import Corpus, Fingerprint, OpenCorpus
+from nlgmoe.data.chained import Tokens
+from nlgmoe.data.corpus import Corpus, Fingerprint, OpenCorpus, own_tokenizer
 from nlgmoe.data.samples import CursorSource, Sample, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.seeding import derive_seed
@@ -60,6 +61,10 @@ class Blend:
             if sum(other.name == part.name for other in parts) > 1 or not part.name:
                 raise SettingError(f"name={part.name} is empty or used twice: losses are logged by it, change it.")
         self.parts = list(parts)
+
+    def own_tokenizer(self) -> str | None:
+        """Return that of the first part that has one."""
+        return next((found for part in self.parts if (found := own_tokenizer(part.corpus))), None)
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
         """Prepare every part."""
@@ -127,11 +132,11 @@ class OpenBlend:
             sources.append(source)
         return BlendedSource(sources, self.weights, [len(part.corpus.domains) for part in self._parts])
 
-    def training_tokens(self) -> Sequence[np.ndarray]:
+    def training_tokens(self) -> Sequence[Tokens]:
         """Return the training tokens of all parts, not in the blend's shares."""
         return [tokens for part in self._parts for tokens in part.corpus.training_tokens()]
 
-    def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
+    def evaluation_tokens(self, split: str) -> Sequence[Tokens] | None:
         """Return the evaluation tokens of all parts, empty for a part without this split; None if no part has it."""
         arrays_of_parts = [part.corpus.evaluation_tokens(split) for part in self._parts]
         if all(arrays is None for arrays in arrays_of_parts):

@@ -7,7 +7,7 @@ out for validation, chosen by hash, come last. The result does not depend on the
     PREFIX.building/validation           the same of the documents held out
     PREFIX.building/progress.json        progress that these files contain, and settings of the build
 
-PREFIX.bin and PREFIX.idx appear when the build is done.
+PREFIX.bin, PREFIX.json and PREFIX.idx appear when the build is done.
 """
 
 import json
@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 
 from nlgmoe.data.documents import WHOLE, Fields, Skip, read_documents
 from nlgmoe.data.indexed import IndexedWriter, token_dtype
+from nlgmoe.data.prefix import describe
 from nlgmoe.data.source_files import describe_file, is_local
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.files import write_json
@@ -74,8 +75,9 @@ def build_indexed(
     workers: int,
     report: Callable[[Progress], object],
     skip: Skip | None = None,
+    domain: str | None = None,
 ) -> Progress:
-    """Write `prefix.bin` and `prefix.idx`: a sequence for each document, closed by the end-of-document token.
+    """Write the files of a prefix: a sequence for each document, closed by the end-of-document token.
 
     Args:
         files: what `read_documents` can read, in the order of the result. The documents held out follow all others.
@@ -85,6 +87,7 @@ def build_indexed(
         workers: number of threads that tokenise.
         report: called with the progress at the start and after each chunk.
         skip: called with place and reason of unusable data; None: raise an error.
+        domain: name of the documents' domain; None: `domain_of` the prefix.
     """
     folder = building(prefix)
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +108,7 @@ def build_indexed(
             share = HELD_OUT if size >= SMALL_BYTES else HELD_OUT_OF_SMALL
             chunks = _tokenise(_chunks(files, fields, skip, done), tokenizer, share, workers, done)
             report(done)
-            return _write(chunks, prefix, token_dtype(tokenizer.vocab_size), sizes, settings, report)
+            return _write(chunks, prefix, tokenizer, domain, sizes, settings, report)
     except Timeout:
         raise RunError(f"{folder} is in use: another process builds {prefix.name}; wait for it, or stop it.") from None
     except BaseException as error:
@@ -122,13 +125,14 @@ def build_indexed(
 def _write(
     chunks: Iterator[tuple[list[np.ndarray], list[np.ndarray], Progress]],
     prefix: Path,
-    dtype: np.dtype,
+    tokenizer: Tokenizer,
+    domain: str | None,
     sizes: dict[str, dict[str, int]],
     settings: dict[str, Any],
     report: Callable[[Progress], object],
 ) -> Progress:
     """Write all documents and record the progress from time to time."""
-    folder = building(prefix)
+    folder, dtype = building(prefix), token_dtype(tokenizer.vocab_size)
     (aside := folder / "validation").mkdir(exist_ok=True)
     done, recorded = Progress(), time.monotonic()
     with (
@@ -151,6 +155,7 @@ def _write(
             raise RunError(
                 "input has no document that can be used; give other files, or the text_field of their records"
             )
+        writer.sidecar = describe(prefix, tokenizer, domain, done.held_out, done.bytes)
     return done
 
 
@@ -160,10 +165,10 @@ def building(prefix: Path) -> Path:
 
 
 def check_new(prefix: Path) -> None:
-    """Check that no corpus of this name exists, except a .bin that a killed build has moved before its .idx."""
+    """Check that no corpus of this name exists, except what a killed build has moved before its .idx."""
     parts = building(prefix)
     moved = (parts / "idx").exists() and not (parts / "bin").exists()
-    for kind in ("idx",) if moved else ("idx", "bin"):
+    for kind in ("idx",) if moved else ("idx", "bin", "json"):
         if Path(f"{prefix}.{kind}").exists():
             raise SettingError(f"output={prefix}: {prefix}.{kind} exists already; name another output, or delete it")
 

@@ -16,6 +16,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from fsspec.core import url_to_fs
 
+from nlgmoe.data.chained import Tokens
 from nlgmoe.data.samples import PackedSource, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.validation import SettingError, require
@@ -50,11 +51,11 @@ class OpenCorpus(Protocol):
         """Return endless training samples of `seq_len` tokens; `seed` determines their order."""
         ...
 
-    def training_tokens(self) -> Sequence[np.ndarray]:
+    def training_tokens(self) -> Sequence[Tokens]:
         """Return the tokens of each domain's training text, `[N_d]` each, or of a representative part, for statistics."""
         ...
 
-    def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
+    def evaluation_tokens(self, split: str) -> Sequence[Tokens] | None:
         """Return the tokens of each domain in the form of `samples.py`, `[N_d]` each; None if there is no such split.
 
         Args:
@@ -77,7 +78,7 @@ class TokenArrays:
 
     tokenizer: Tokenizer
     domains: list[str]
-    tokens: Mapping[str, Sequence[np.ndarray]]
+    tokens: Mapping[str, Sequence[Tokens]]
     fingerprint: Fingerprint
 
     def __post_init__(self) -> None:
@@ -90,7 +91,7 @@ class TokenArrays:
             integers = all(np.issubdtype(array.dtype, np.integer) for array in arrays)  # floats would be truncated
             require(
                 integers and len(arrays) == len(self.domains),
-                f"TokenArrays.tokens has {[f'{array.dtype} {array.shape}' for array in arrays]} for {split}; give an array of "
+                f"TokenArrays.tokens has {[f'{array.dtype} [{len(array)}]' for array in arrays]} for {split}; give an array of "
                 f"integers for each of the domains {self.domains}",
             )
         texts = {split: sum(map(len, arrays)) for split, arrays in self.tokens.items()}
@@ -103,11 +104,11 @@ class TokenArrays:
         """Return the windows of all domains, in a new random order every epoch."""
         return PackedSource(self.tokens["train"], seq_len, self.tokenizer.eod_id, seed)
 
-    def training_tokens(self) -> Sequence[np.ndarray]:
+    def training_tokens(self) -> Sequence[Tokens]:
         """Return all training tokens."""
         return self.tokens["train"]
 
-    def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
+    def evaluation_tokens(self, split: str) -> Sequence[Tokens] | None:
         """See `OpenCorpus`."""
         return self.tokens.get(split)
 
@@ -115,7 +116,8 @@ class TokenArrays:
 class Corpus(Protocol):
     """Tokenised text on disk. The constructor reads no files; `prepare` and `open` do.
 
-    Both get the data folder, where tokenizers are kept, and a tokenizer by name or folder (`load_tokenizer`).
+    Both get the data folder, where tokenizers are kept, and a tokenizer by name or folder (`load_tokenizer`). A corpus may have
+    a method `own_tokenizer` that returns the tokenizer to use if `data.tokenizer` is null.
     """
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
@@ -129,6 +131,13 @@ class Corpus(Protocol):
             ValueError: the corpus is missing, damaged, or not of this tokenizer.
         """
         ...
+
+
+def own_tokenizer(corpus: Corpus) -> str | None:
+    """Return the tokenizer that a corpus names by a method `own_tokenizer`; None: it names none."""
+    method = getattr(corpus, "own_tokenizer", None)
+    name: str | None = None if method is None else method()
+    return name
 
 
 @contextmanager

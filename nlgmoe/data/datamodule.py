@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
-from nlgmoe.data.corpus import Corpus, OpenCorpus
+from nlgmoe.data.corpus import Corpus, OpenCorpus, own_tokenizer
 from nlgmoe.data.permutation import ORDER
 from nlgmoe.data.pocket_pile import PocketPile
 from nlgmoe.data.samples import CursorSource, Sample, TokenSource
@@ -24,6 +24,7 @@ from nlgmoe.data.sampling import (
 )
 from nlgmoe.data.streaming.streams import Cursors
 from nlgmoe.data.text_facts import TextFacts
+from nlgmoe.data.tokenizer_loading import DEFAULT_TOKENIZER
 from nlgmoe.data.training_data import TrainingData
 from nlgmoe.device import is_accelerator
 from nlgmoe.validation import SettingError, require
@@ -39,7 +40,8 @@ class PileDataModule(TextFacts, TrainingData):
 
     Args:
         data_dir: folder of tokenizers, the pocket Pile and its tokenised shards.
-        tokenizer: "gpt2", "pocket-1k", "pocket-4k", "pocket-8k", or a folder with tokenizer.json or vocab.json and merges.txt.
+        tokenizer: "gpt2", "pocket-1k", "pocket-4k", "pocket-8k", or a folder with tokenizer.json or vocab.json and merges.txt;
+            None: the corpus's own, or pocket-8k.
         corpus: corpus to train on; None: the pocket Pile in `data_dir`.
         micro_batch_size: sequences per rank and forward pass in training.
         global_batch_size: sequences per optimizer step, over all ranks; it determines the trainer's
@@ -62,7 +64,7 @@ class PileDataModule(TextFacts, TrainingData):
     def __init__(
         self,
         data_dir: str = "data/pocket_pile",
-        tokenizer: str = "pocket-8k",
+        tokenizer: str | None = None,
         corpus: Corpus | None = None,
         micro_batch_size: int = 8,
         global_batch_size: int | None = None,
@@ -115,7 +117,7 @@ class PileDataModule(TextFacts, TrainingData):
 
     def prepare_data(self) -> None:
         """Build the corpus and the tokenizer if they are missing (one process per node)."""
-        self.corpus.prepare(self.data_dir, self._tokenizer_name)
+        self.corpus.prepare(self.data_dir, self._tokenizer())
 
     def setup(self, stage: str | None = None) -> None:
         """Open tokenizer and corpus; before a fit, set the trainer's accumulation.
@@ -128,7 +130,7 @@ class PileDataModule(TextFacts, TrainingData):
             # Set before it is read: `configure_model` makes DeepSpeed's configuration, and the loops begin later.
             self.trainer.accumulate_grad_batches = self._accumulation(self.global_batch_size)
         if self._open_corpus is None:
-            self._open_corpus = self.corpus.open(self.data_dir, self._tokenizer_name)
+            self._open_corpus = self.corpus.open(self.data_dir, self._tokenizer())
 
     # ---- batches
 
@@ -212,6 +214,9 @@ class PileDataModule(TextFacts, TrainingData):
         }
 
     # ---- internals
+
+    def _tokenizer(self) -> str:
+        return self._tokenizer_name or own_tokenizer(self.corpus) or DEFAULT_TOKENIZER
 
     def _opened(self) -> OpenCorpus:
         self.setup()

@@ -19,12 +19,15 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
+import xxhash
 
+from nlgmoe.data.prefix import Sidecar
 from nlgmoe.validation import RunError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -51,11 +54,14 @@ class IndexedDataset:
         pointers: byte offset of each sequence, int64 [S]; each starts where the one before it ends.
         document_indices: first sequence of each document, closed by S, int64 [D].
 
+    Opening checks headers, sizes and the ends of the index; `check` reads all of it.
+
     Raises:
         ValueError: a file is missing, is not of this format, or the two do not belong together.
     """
 
     def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
         index_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         for path in (index_path, bin_path):
             if not path.exists():
@@ -66,11 +72,20 @@ class IndexedDataset:
         self.lengths = np.frombuffer(index, "<i4", sequences, HEADER.size)
         self.pointers = np.frombuffer(index, "<i8", sequences, HEADER.size + 4 * sequences)
         self.document_indices = np.frombuffer(index, "<i8", boundaries, HEADER.size + 12 * sequences)
-        expected, size = self._check_index(index_path), bin_path.stat().st_size
-        if size != expected:
+        expected = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
+        if (size := bin_path.stat().st_size) != expected:
+            self.check()
             raise RunError(f"{bin_path} has {size} bytes, {index_path} says {expected}: cut off? Build it again.")
         # An empty file cannot be mapped.
         self.tokens = np.memmap(bin_path, self.dtype, mode="r") if size else np.zeros(0, self.dtype)
+        ends = self.document_indices[[0, -1]].tolist() if boundaries else []
+        if ends != [0, sequences]:
+            self._refuse_documents()
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return len(self.document_indices) - 1
 
     def first_token(self, document: int) -> int:
         """Return the index in `tokens` at which a document starts; for the number of documents, the length of `tokens`."""
@@ -84,8 +99,12 @@ class IndexedDataset:
         start = int(self.pointers[index]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.lengths[index])]
 
-    def _check_index(self, path: Path) -> int:
-        """Check lengths, offsets and documents; return the end of the last sequence, in bytes."""
+    def check(self) -> None:
+        """Check each length, offset and document of the index.
+
+        Raises:
+            RunError: the index is damaged.
+        """
         end = 0
         for first in range(0, len(self), CHUNK):
             lengths, pointers = self.lengths[first : first + CHUNK], self.pointers[first : first + CHUNK]
@@ -94,19 +113,20 @@ class IndexedDataset:
             if len(wrong := np.flatnonzero((lengths < 0) | (pointers != starts))):
                 i = wrong[0]
                 raise RunError(
-                    f"{path} is damaged: sequence {first + i} has {lengths[i]} tokens from byte {pointers[i]} on, the ones "
-                    f"before it end at byte {starts[i]}. Build it again."
+                    f"{self.prefix}.idx is damaged: sequence {first + i} has {lengths[i]} tokens from byte {pointers[i]} on, the "
+                    f"ones before it end at byte {starts[i]}. Build it again."
                 )
             end = int(starts[-1] + sizes[-1])
         documents = self.document_indices
-        rising = all(
+        if not all(
             (np.diff(documents[first : first + CHUNK + 1]) >= 0).all() for first in range(0, len(documents), CHUNK)
+        ):
+            self._refuse_documents()
+
+    def _refuse_documents(self) -> None:
+        raise RunError(
+            f"{self.prefix}.idx is damaged: its documents do not rise from sequence 0 to {len(self)}. Build it again."
         )
-        if not (len(documents) and documents[0] == 0 and documents[-1] == len(self) and rising):
-            raise RunError(
-                f"{path} is damaged: its documents do not rise from sequence 0 to {len(self)}. Build it again."
-            )
-        return end
 
 
 def _read_header(path: Path) -> tuple[int, int, int]:
@@ -128,13 +148,19 @@ def _read_header(path: Path) -> tuple[int, int, int]:
 
 
 class IndexedWriter:
-    """Write documents of one sequence each; both files appear when the `with` block ends without an error.
+    """Write documents of one sequence each; the files appear when the `with` block ends without an error.
+
+    At any time PREFIX.idx exists only if all files are complete and of one corpus.
 
     Args:
         prefix: path without `.bin` / `.idx`.
         dtype: type of the stored tokens, one of `DTYPES`.
         folder: folder of unfinished files, on the same file system; kept after an error. None: a temporary folder.
         sizes: result of `position`: resume there, with the files in `folder`.
+
+    Attributes:
+        sidecar: set before the block ends: facts of PREFIX.json, to which the writer adds the counts, and `xxh3` if the hash
+            of the text is given; None: there is no such file.
 
     Raises:
         ValueError: a file in `folder` is missing, or shorter than in `sizes`.
@@ -147,6 +173,7 @@ class IndexedWriter:
         self._dtype = np.dtype(dtype)
         self._code = {np.dtype(known): code for code, known in DTYPES.items()}[self._dtype]
         self._keep = folder is not None
+        self.sidecar: Sidecar | None = None
         self._folder = folder or Path(tempfile.mkdtemp(prefix=f"{prefix.name}.building.", dir=prefix.parent))
         # An index begins with counts that are known only at the end; until then its parts are files.
         self._files = {kind: self._open(kind, sizes) for kind in ("bin", "lengths")}
@@ -194,11 +221,11 @@ class IndexedWriter:
         try:
             if kind is None:
                 self._write_index()
-                self.position()
-                # At any time the index fits the tokens, or does not exist.
-                Path(f"{self._prefix}.idx").unlink(missing_ok=True)
-                (self._folder / "bin").replace(f"{self._prefix}.bin")
-                (self._folder / "idx").replace(f"{self._prefix}.idx")
+                self._write_sidecar()
+                for name in ("idx", "json"):
+                    Path(f"{self._prefix}.{name}").unlink(missing_ok=True)
+                for name in ("bin", "json", "idx") if self.sidecar else ("bin", "idx"):
+                    (self._folder / name).replace(f"{self._prefix}.{name}")
         finally:
             self.close()
             if kind is None or not self._keep:
@@ -216,6 +243,18 @@ class IndexedWriter:
         file.truncate(sizes[kind])
         file.seek(0, os.SEEK_END)
         return file
+
+    def _write_sidecar(self) -> None:
+        sizes = self.position()
+        if self.sidecar is not None:
+            hashed = xxhash.xxh3_64()
+            if self.sidecar.text is not None:
+                self._files["bin"].seek(0)
+                while block := self._files["bin"].read(8 * CHUNK):
+                    hashed.update(block)
+            xxh3 = None if self.sidecar.text is None else hashed.hexdigest()
+            documents, tokens = sizes["lengths"] // 4, sizes["bin"] // self._dtype.itemsize
+            replace(self.sidecar, documents=documents, tokens=tokens, xxh3=xxh3).write(self._folder / "json")
 
     def _write_index(self) -> None:
         lengths, item = self._files["lengths"], np.int64(self._dtype.itemsize)

@@ -1,123 +1,247 @@
-"""A corpus in Megatron's indexed format: one pair of files, split by document into training, validation and test.
+"""A corpus in Megatron's indexed format: one prefix or many, split by document into training, validation and test.
 
 The public-Pile runs of the tutorial read `pile_text_document.bin` and `.idx`, written by Megatron's
-`tools/preprocess_data.py`; `nlgmoe prepare-data --input` writes the same. Opening checks the whole
-index and samples of the tokens; `sampling.py` checks the ids of every window that is read.
+`tools/preprocess_data.py`; `nlgmoe prepare-data --input` writes the same, and a `.json` that describes them. `prepare` checks the
+whole index, `open` a sample of the tokens; `sampling.py` checks the ids of every window that is read.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from os.path import commonpath
 from pathlib import Path
 
 import numpy as np
 
-from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of_pieces
+from nlgmoe.data.chained import ChainedTokens, Piece, Tokens
+from nlgmoe.data.corpus import PIECES, Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of, hash_of_pieces
 from nlgmoe.data.indexed import IndexedDataset
+from nlgmoe.data.prefix import Sidecar, find_prefixes
 from nlgmoe.data.tokenizer import COMPARED_TOKENS, SAME_TOKENIZER, Tokenizer
 from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.validation import RunError, SettingError, require
 
 # Evenly spaced over the corpus. Few, because each is a random read, slow on a network disk.
-SAMPLED_DOCUMENTS = 100  # for their ends and their tokenizer
-DEFAULT_SPLIT = (98, 2, 0)
+SAMPLED_DOCUMENTS = 100  # for their ends and their tokenizer; of many prefixes at least two each
+VALIDATION_TOKENS = 2048  # at least, of a small corpus a tenth: a sequence of the paper's models
+PIECES_OF_MANY = 4  # hashed of each file of many, whatever their number: an added one changes no other's hash
+NAMED_PREFIXES = 100  # up to this many, a checkpoint has an entry for each
+SPLITS = ("train", "validation", "test")
 
 
 class MegatronIndexed:
-    """`PREFIX.bin` and `PREFIX.idx`: documents tokenised with `data.tokenizer`, each ending with its end-of-document token.
+    """Documents tokenised in advance, each ending with its end-of-document token, in the files of one prefix or of many.
 
-    The first share of the documents, in file order, is for training, the next for validation, the rest for testing
-    (`--split` of Megatron). If the test share is empty, `test` evaluates the validation documents.
+    `PREFIX.bin` has the tokens, `PREFIX.idx` the documents; `PREFIX.json`, which `nlgmoe prepare-data` writes, names tokenizer,
+    domain and the documents held out for validation, the last ones. Several prefixes are one corpus: samples are drawn from
+    the training documents of all.
 
     Args:
-        prefix: path without `.bin` / `.idx`; its last part is the name of the domain.
-        split: shares of training, validation and test documents, in any unit.
+        prefix: path without `.bin` / `.idx`, and without `-I-of-N` for all N shards of a corpus; or a pattern such as
+            `data/pile/*`; or a list of these.
+        split: shares of training, validation and test documents of each prefix, in file order, in any unit (`--split` of
+            Megatron); without test documents, `test` evaluates the validation documents. None: the documents held out are for
+            validation, and more of a small corpus.
 
     Raises:
-        ValueError: `split` is not three shares.
+        ValueError: `split` is not three shares, or `prefix` is empty.
     """
 
-    def __init__(self, prefix: str, split: Sequence[float] = DEFAULT_SPLIT) -> None:
+    def __init__(self, prefix: list[str] | str, split: Sequence[float] | None = None) -> None:
         require(
-            len(split) == 3 and min(split) >= 0 and sum(split) > 0,
-            f"split={list(split)} must be three shares of documents (training, validation, test), none negative and not all 0, "
-            "such as [98, 2, 0]",
+            split is None or (len(split) == 3 and min(split) >= 0 and sum(split) > 0),
+            f"split={split and list(split)} must be three shares of documents (training, validation, test), none negative and "
+            "not all 0, such as [98, 2, 0]",
         )
-        require(str(prefix) != "", "prefix is empty; give the path of the corpus without .bin and .idx")
-        self.prefix = Path(prefix)
-        self.split = tuple(split)
+        self.prefix = [prefix] if isinstance(prefix, str) else list(prefix)
+        require(
+            self.prefix != [] and "" not in self.prefix,
+            "prefix is empty; give the path of the corpus without .bin and .idx",
+        )
+        self.split = None if split is None else tuple(split)
+
+    def own_tokenizer(self) -> str:
+        """Return the tokenizer that `PREFIX.json` names."""
+        prefix = find_prefixes(self.prefix)[0]
+        if (sidecar := Sidecar.read(prefix)) is None:
+            raise _without_sidecar(prefix)
+        return sidecar.tokenizer_of(prefix)
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
-        """Build the tokenizer if it is missing. The files must exist."""
-        for path in (f"{self.prefix}.idx", f"{self.prefix}.bin"):
-            if not Path(path).exists():
-                raise SettingError(
-                    f"{path} is missing: set `prefix` of the corpus to files that `nlgmoe prepare-data --input` or Megatron's "
-                    "tools/preprocess_data.py --append-eod has written, without the .bin."
-                )
+        """Check the whole index of each prefix, and build the tokenizer if it is missing. The files must exist."""
+        for prefix in find_prefixes(self.prefix):
+            IndexedDataset(prefix).check()
         with build_lock(data_dir):
             load_tokenizer(tokenizer, data_dir)
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
-        """Map the files, cut them into splits, and check samples of them against the tokenizer."""
-        dataset = IndexedDataset(self.prefix)
-        bounds = split_documents(len(dataset.document_indices) - 1, self.split)
-        ends = [dataset.first_token(document) for document in bounds]
-        parts = zip(("train", "validation", "test"), pairwise(ends), strict=True)
-        tokens = {name: [dataset.tokens[first:end]] for name, (first, end) in parts if end > first}
-        if missing := {"train", "validation"} - set(tokens):
-            raise SettingError(
-                f"split {list(self.split)} leaves {' and '.join(sorted(missing))} none of the {bounds[-1]:,} documents of "
-                f"{self.prefix}: raise the share, or use a larger corpus."
-            )
+        """Cut the documents into splits, and check samples of them against the tokenizer."""
+        prefixes = find_prefixes(self.prefix)
         loaded = load_tokenizer(tokenizer, data_dir)
-        self._check(dataset, loaded)
-        fingerprint: Fingerprint = {kind: hash_of_pieces(f"{self.prefix}.{kind}") for kind in ("idx", "bin")}
-        return TokenArrays(loaded, [self.prefix.name], tokens, fingerprint | {"training documents": bounds[1]})
-
-    def _check(self, dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
-        documents = len(dataset.document_indices) - 1
-        sampled = np.unique(np.linspace(0, documents - 1, min(documents, SAMPLED_DOCUMENTS), dtype=np.int64)).tolist()
-        bounds = [(dataset.first_token(number), dataset.first_token(number + 1)) for number in sampled]
-        closed = [bool(dataset.tokens[end - 1] == tokenizer.eod_id) for first, end in bounds if end > first]
-        if not all(closed):
-            raise RunError(
-                f"{closed.count(False)} of {len(closed)} sampled documents in {self.prefix}.bin do not end with "
-                f"{tokenizer.name}'s end-of-document token ({tokenizer.eod_id}): write the corpus again with "
-                "tools/preprocess_data.py --append-eod, or set data.tokenizer to the one it was made with."
+        parts = [_open_part(prefix, len(prefixes), self.split, loaded) for prefix in prefixes]
+        if other := next((part for part in parts if part.dtype != parts[0].dtype), None):
+            raise SettingError(
+                f"prefix={other.prefix}: its tokens are of type {other.dtype}, those of {parts[0].prefix} of {parts[0].dtype}; "
+                "write one of them again, or train on one"
             )
-        # First sequences, because Megatron can tokenise each sentence by itself.
-        texts = [
-            dataset[int(dataset.document_indices[number])]
-            for number, (first, end) in zip(sampled, bounds, strict=True)
-            if end > first
-        ]
-        # A document of two such tokens may be the token's name as text, and its end.
-        if empty := sum(len(ids) > 2 and bool((ids[:COMPARED_TOKENS] == tokenizer.eod_id).all()) for ids in texts):
-            raise RunError(
-                f"{empty} of {len(texts)} sampled documents in {self.prefix}.bin hold end-of-document tokens alone: parts of the "
-                "file are missing; copy it again, or write the corpus again."
+        domains: dict[str, list[Part]] = {}
+        for part in parts:
+            domains.setdefault(part.domain or _folder_of(parts), []).append(part)
+        if self.split is None:
+            for members in domains.values():
+                hold_out_more(members)
+        sizes = [sum(part.ends[number + 1] - part.ends[number] for part in parts) for number in range(len(SPLITS))]
+        if missing := [name for name, size in zip(SPLITS[:2], sizes, strict=False) if size == 0]:
+            raise SettingError(
+                f"split {list(self.split or ())} leaves {' and '.join(missing)} none of the "
+                f"{sum(part.bounds[-1] for part in parts):,} documents of {', '.join(self.prefix)}: raise the share, or use a "
+                "larger corpus."
             )
-        if (same := tokenizer.share_reproduced(texts)) < SAME_TOKENIZER:
-            raise RunError(
-                f"{self.prefix}.bin holds another tokenizer's ids: {same:.0%} of those in {len(texts)} sampled documents come "
-                f"back when their text is tokenised with {tokenizer.name}: set data.tokenizer to the one they were made with."
-            )
+        maps: dict[Path, np.ndarray] = {}
+        tokens = {
+            name: [_tokens(members, number, maps) for members in domains.values()]
+            for number, name in enumerate(SPLITS)
+            if sizes[number]
+        }
+        return TokenArrays(loaded, list(domains), tokens, _fingerprint(parts))
 
 
-def choose_split(dataset: IndexedDataset, held_out: int) -> list[int] | None:
-    """Return numbers of training, validation and test documents, the last `held_out` documents for validation.
+@dataclass
+class Part:
+    """A prefix and its splits.
 
-    In a small corpus, validation has more documents: at least 2,048 tokens (a sequence of the paper's models) or a tenth of the
-    tokens. None: one document cannot be divided.
+    Attributes:
+        prefix: the prefix.
+        dtype: type of its tokens.
+        domain: of its sidecar; empty without one.
+        bounds: first document of each split, and the number of documents.
+        ends: the same in tokens.
+        hashes: of its two files.
     """
-    count = len(dataset.document_indices) - 1
-    if count < 2:
-        return None
-    first = max(1, count - held_out)
-    wanted = min(2048, len(dataset.tokens) // 10)
-    while first > 1 and len(dataset.tokens) - dataset.first_token(first) < max(wanted, 1):
-        first -= 1
-    return [first, count - first, 0]
+
+    prefix: Path
+    dtype: np.dtype
+    domain: str
+    bounds: list[int]
+    ends: list[int]
+    hashes: dict[str, str]
+
+
+def _open_part(prefix: Path, prefixes: int, split: Sequence[float] | None, tokenizer: Tokenizer) -> Part:
+    dataset, sidecar = IndexedDataset(prefix), Sidecar.read(prefix)
+    if sidecar is not None:
+        sidecar.check(prefix, dataset.documents, len(dataset.tokens), tokenizer)
+    _check_sample(dataset, tokenizer, max(2, SAMPLED_DOCUMENTS // prefixes), prefixes)
+    if split is not None:
+        bounds = split_documents(dataset.documents, split)
+    elif sidecar is not None:
+        bounds = [0, dataset.documents - sidecar.held_out, dataset.documents, dataset.documents]
+    else:
+        raise _without_sidecar(prefix)
+    pieces = PIECES if prefixes == 1 else PIECES_OF_MANY
+    hashes = {kind: hash_of_pieces(f"{prefix}.{kind}", pieces) for kind in ("idx", "bin")}
+    domain = sidecar.domain if sidecar else prefix.name if prefixes == 1 else ""
+    return Part(prefix, dataset.dtype, domain, bounds, [dataset.first_token(number) for number in bounds], hashes)
+
+
+def _without_sidecar(prefix: Path) -> SettingError:
+    return SettingError(
+        f"prefix={prefix}: there is no {prefix.name}.json, as beside files of Megatron; set data.tokenizer to the tokenizer that "
+        "they were made with, and split of the corpus, such as [98, 2, 0]"
+    )
+
+
+def hold_out_more(parts: Sequence[Part]) -> None:
+    """Give validation of a small domain more documents, the last ones: at least 2,048 tokens or a tenth of all.
+
+    Raises:
+        SettingError: one document cannot be divided.
+    """
+    if sum(part.bounds[-1] for part in parts) < 2:
+        raise SettingError(
+            f"prefix={parts[0].prefix}: its one document cannot be divided into training and validation; give more text"
+        )
+    if (training := sum(part.bounds[1] for part in parts)) == 0:
+        first = next(part for part in parts if part.bounds[-1])
+        first.bounds[1], training = 1, 1
+        first.ends[1] = IndexedDataset(first.prefix).first_token(1)
+    held_out = sum(part.ends[2] - part.ends[1] for part in parts)
+    wanted = max(1, min(VALIDATION_TOKENS, sum(part.ends[-1] for part in parts) // 10))
+    for part in reversed(parts):
+        if held_out >= wanted:
+            break
+        dataset = IndexedDataset(part.prefix)
+        while held_out < wanted and training > 1 and part.bounds[1] > 0:
+            part.bounds[1], training = part.bounds[1] - 1, training - 1
+            first_token = dataset.first_token(part.bounds[1])
+            part.ends[1], held_out = first_token, held_out + part.ends[1] - first_token
+
+
+def split_of(prefix: Path, held_out: int) -> tuple[list[int], list[int]]:
+    """Return the `bounds` and `ends` of a corpus of one prefix, see `Part`."""
+    dataset = IndexedDataset(prefix)
+    bounds = [0, dataset.documents - held_out, dataset.documents, dataset.documents]
+    part = Part(prefix, dataset.dtype, "", bounds, [dataset.first_token(number) for number in bounds], {})
+    hold_out_more([part])
+    return part.bounds, part.ends
+
+
+def _folder_of(parts: Sequence[Part]) -> str:
+    """Return the name of the folder of the prefixes."""
+    return Path(commonpath([part.prefix.absolute().parent for part in parts])).name
+
+
+def _tokens(parts: Sequence[Part], split: int, maps: dict[Path, np.ndarray]) -> Tokens:
+    """Return the tokens of a split of a domain."""
+    if len(parts) == 1:
+        return IndexedDataset(parts[0].prefix).tokens[parts[0].ends[split] : parts[0].ends[split + 1]]
+    pieces = [
+        Piece(Path(f"{part.prefix}.bin"), part.ends[split], part.ends[split + 1] - part.ends[split]) for part in parts
+    ]
+    return ChainedTokens(pieces, parts[0].dtype, maps)
+
+
+def _fingerprint(parts: Sequence[Part]) -> Fingerprint:
+    if len(parts) == 1:
+        return {**parts[0].hashes, "training documents": parts[0].bounds[1]}
+    facts = [(part.domain, part.bounds[1], *part.hashes.values()) for part in parts]
+    fingerprint: Fingerprint = {"prefixes": f"{len(parts)} of {hash_of(facts)}"}
+    if len(parts) <= NAMED_PREFIXES:
+        fingerprint |= {
+            "/".join(part.prefix.absolute().parts[-2:]): hash_of(fact) for part, fact in zip(parts, facts, strict=True)
+        }
+    return fingerprint
+
+
+def _check_sample(dataset: IndexedDataset, tokenizer: Tokenizer, count: int, prefixes: int) -> None:
+    """Check that sampled documents end with the end-of-document token, and have the tokenizer's ids."""
+    path, documents = f"{dataset.prefix}.bin", dataset.documents
+    sampled = np.unique(np.linspace(0, documents - 1, min(documents, count), dtype=np.int64)).tolist()
+    bounds = [(dataset.first_token(number), dataset.first_token(number + 1)) for number in sampled]
+    closed = [bool(dataset.tokens[end - 1] == tokenizer.eod_id) for first, end in bounds if end > first]
+    if not all(closed):
+        raise RunError(
+            f"{closed.count(False)} of {len(closed)} sampled documents in {path} do not end with "
+            f"{tokenizer.name}'s end-of-document token ({tokenizer.eod_id}): write the corpus again with "
+            "tools/preprocess_data.py --append-eod, or set data.tokenizer to the one it was made with."
+        )
+    # First sequences, because Megatron can tokenise each sentence by itself.
+    texts = [
+        dataset[int(dataset.document_indices[number])]
+        for number, (first, end) in zip(sampled, bounds, strict=True)
+        if end > first
+    ]
+    # A document of two such tokens may be the token's name as text, and its end.
+    if empty := sum(len(ids) > 2 and bool((ids[:COMPARED_TOKENS] == tokenizer.eod_id).all()) for ids in texts):
+        raise RunError(
+            f"{empty} of {len(texts)} sampled documents in {path} hold end-of-document tokens alone: parts of the "
+            "file are missing; copy it again, or write the corpus again."
+        )
+    compared = max(64, COMPARED_TOKENS * SAMPLED_DOCUMENTS // (count * prefixes))
+    if (same := tokenizer.share_reproduced(ids[:compared] for ids in texts)) < SAME_TOKENIZER:
+        raise RunError(
+            f"{path} holds another tokenizer's ids: {same:.0%} of those in {len(texts)} sampled documents come "
+            f"back when their text is tokenised with {tokenizer.name}: set data.tokenizer to the one they were made with."
+        )
 
 
 def split_documents(documents: int, split: Sequence[float]) -> list[int]:

@@ -1,23 +1,22 @@
 """`PocketPile`: a corpus in the data folder, text and tokens. `pocket/` builds its text and tokenizers on first use.
 
-    data_dir/tokenized/FINGERPRINT/  of a tokenizer: {domain}.{split}.bin, .idx, and
-                                     meta.json: {domain}.{split} -> text_sha256 of the jsonl file, xxh3 of the tokens
+    data_dir/tokenized/FINGERPRINT/  of a tokenizer: {domain}.bin, .idx, .json (`prefix.py`), its validation documents last
 
 A document's sequence is its tokens and the end-of-document token; the .bin is what `samples.py` calls `tokens`.
 """
 
-import json
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import xxhash
 
-from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock
+from nlgmoe.data.chained import Tokens
+from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from nlgmoe.data.pocket.build import SPLITS, Manifest, open_corpus, read_manifest, read_texts, text_path
+from nlgmoe.data.prefix import Sidecar, describe
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import BUILT, load_tokenizer
-from nlgmoe.files import write_json
 from nlgmoe.validation import RunError, SettingError
 
 BATCH_DOCUMENTS = 256  # encoded together
@@ -28,15 +27,21 @@ class PocketPile:
 
     Args:
         domains: names of the domains to read, in this order; None: all.
+        tokenizer: the tokenizer if `data.tokenizer` is null; None: that of other parts of a blend, or pocket-8k.
 
     Raises:
         ValueError: `domains` is empty, or names one twice.
     """
 
-    def __init__(self, domains: list[str] | None = None) -> None:
+    def __init__(self, domains: list[str] | None = None, tokenizer: str | None = None) -> None:
         if domains is not None and (not domains or len(set(domains)) < len(domains)):
             raise SettingError(f"domains={domains} must name one domain or several, each once; leave it out for all.")
         self._domains = domains
+        self._tokenizer = tokenizer
+
+    def own_tokenizer(self) -> str | None:
+        """Return the argument `tokenizer`."""
+        return self._tokenizer
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
         """Build missing text, tokenizer and tokens of all domains."""
@@ -54,16 +59,18 @@ class PocketPile:
             )
         loaded = load_tokenizer(tokenizer, data_dir)
         folder = token_folder(data_dir, loaded)
-        checksums = _read_checksums(folder)
-        for name, file in manifest.files.items():
-            if name not in checksums or checksums[name]["text_sha256"] != file.sha256:
+        tokens: dict[str, list[Tokens]] = {split: [] for split in SPLITS}
+        for domain in domains:
+            sidecar = Sidecar.read(folder / domain)
+            if sidecar is None or sidecar.text != _text_hash(manifest, domain):
                 raise RunError(
-                    f"{name} in {data_dir} is not tokenised with {tokenizer}: run `nlgmoe prepare-data "
+                    f"{domain} in {data_dir} is not tokenised with {tokenizer}: run `nlgmoe prepare-data "
                     f"--data-dir {data_dir} --tokenizer {tokenizer}` first."
                 )
-        tokens = {
-            split: [IndexedDataset(folder / f"{domain}.{split}").tokens for domain in domains] for split in SPLITS
-        }
+            dataset = IndexedDataset(folder / domain)
+            first = dataset.first_token(sidecar.documents - sidecar.held_out)
+            for split, part in zip(SPLITS, (dataset.tokens[:first], dataset.tokens[first:]), strict=True):
+                tokens[split].append(part)
         fingerprint: Fingerprint = {"domains": ", ".join(domains)}
         fingerprint |= {domain: manifest.files[f"{domain}.train"].sha256[:16] for domain in domains}
         return TokenArrays(loaded, list(domains), tokens, fingerprint)
@@ -74,18 +81,8 @@ def token_folder(data_dir: Path, tokenizer: Tokenizer) -> Path:
     return data_dir / "tokenized" / tokenizer.fingerprint[:12]
 
 
-def _read_checksums(folder: Path) -> dict[str, dict[str, str]]:
-    """Return the content of meta.json; empty if there is none."""
-    path = folder / "meta.json"
-    if not path.exists():
-        return {}
-    try:
-        return {
-            name: {kind: facts[kind] for kind in ("text_sha256", "xxh3")}
-            for name, facts in json.loads(path.read_text()).items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is damaged ({error!r}); delete {folder} to tokenise again") from error
+def _text_hash(manifest: Manifest, domain: str) -> str:
+    return hash_of([manifest.files[f"{domain}.{split}"].sha256 for split in SPLITS])
 
 
 def prepare(data_dir: Path, tokenizer: str) -> None:
@@ -101,25 +98,31 @@ def prepare(data_dir: Path, tokenizer: str) -> None:
 
 
 def tokenise(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
-    """Tokenise every file of the manifest whose text has changed or whose tokens are missing or damaged."""
+    """Tokenise every domain of the manifest whose text has changed or whose tokens are missing or damaged."""
     folder = token_folder(data_dir, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
-    done = _read_checksums(folder)
-    for name, file in manifest.files.items():
-        if name in done and done[name]["text_sha256"] == file.sha256 and _intact(folder / name, done[name]["xxh3"]):
+    for domain in manifest.domains:
+        prefix, text = folder / domain, _text_hash(manifest, domain)
+        if _intact(prefix, text):
             continue
-        texts = read_texts(text_path(data_dir, name), tokenizer.missing_bytes)
-        with IndexedWriter(folder / name, token_dtype(tokenizer.vocab_size)) as writer:
+        files = [manifest.files[f"{domain}.{split}"] for split in SPLITS]
+        paths = [text_path(data_dir, f"{domain}.{split}") for split in SPLITS]
+        texts = chain.from_iterable(read_texts(path, tokenizer.missing_bytes) for path in paths)
+        with IndexedWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
             while batch := list(islice(texts, BATCH_DOCUMENTS)):
                 for ids in tokenizer.encode_batch(batch):
                     writer.add_document([*ids, tokenizer.eod_id])
-        xxh3 = xxhash.xxh3_64_hexdigest(IndexedDataset(folder / name).tokens.data)
-        done[name] = {"text_sha256": file.sha256, "xxh3": xxh3}
-        write_json(folder / "meta.json", done)
+            size = sum(file.bytes for file in files)
+            writer.sidecar = describe(prefix, tokenizer, domain, files[-1].documents, size, text)
 
 
-def _intact(prefix: Path, xxh3: str) -> bool:
+def _intact(prefix: Path, text: str) -> bool:
     try:
-        return xxhash.xxh3_64_hexdigest(IndexedDataset(prefix).tokens.data) == xxh3
+        dataset, sidecar = IndexedDataset(prefix), Sidecar.read(prefix)
+        dataset.check()
     except ValueError:
         return False
+    return sidecar is not None and (sidecar.text, sidecar.xxh3) == (
+        text,
+        xxhash.xxh3_64_hexdigest(dataset.tokens.data),
+    )

@@ -22,6 +22,7 @@ from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 import numpy as np
 import torch
 
+from nlgmoe.data.chained import Tokens, first_tokens
 from nlgmoe.data.permutation import Permutation
 from nlgmoe.validation import SettingError
 
@@ -76,7 +77,7 @@ class _Windows:
         eod_id: id of the end-of-document token.
     """
 
-    def __init__(self, tokens: Sequence[np.ndarray], counts: Sequence[int], seq_len: int, eod_id: int) -> None:
+    def __init__(self, tokens: Sequence[Tokens], counts: Sequence[int], seq_len: int, eod_id: int) -> None:
         self.seq_len = seq_len
         self._tokens = list(tokens)
         self._eod_id = eod_id
@@ -111,7 +112,7 @@ class PackedSource(_Windows):
         ValueError: no domain fills a window.
     """
 
-    def __init__(self, tokens: Sequence[np.ndarray], seq_len: int, eod_id: int, seed: int) -> None:
+    def __init__(self, tokens: Sequence[Tokens], seq_len: int, eod_id: int, seed: int) -> None:
         counts = [count_windows(len(array), seq_len, keep_tail=False) for array in tokens]
         super().__init__(tokens, counts, seq_len, eod_id)
         self._seed = seed
@@ -137,7 +138,7 @@ class EvaluationSource(_Windows):
         max_windows: maximum number of windows of each domain, the first ones; None: all.
     """
 
-    def __init__(self, tokens: Sequence[np.ndarray], seq_len: int, eod_id: int, max_windows: int | None) -> None:
+    def __init__(self, tokens: Sequence[Tokens], seq_len: int, eod_id: int, max_windows: int | None) -> None:
         counts = [count_windows(len(array), seq_len, keep_tail=True) for array in tokens]
         super().__init__(tokens, [min(count, max_windows or count) for count in counts], seq_len, eod_id)
 
@@ -152,9 +153,9 @@ class EvaluationSource(_Windows):
             return Sample(tokens=padding, targets=padding.clone(), token_mask=mask, domain=torch.tensor(0))
         return self._window(index)
 
-    def evaluated_tokens(self, domain: int) -> np.ndarray:
+    def evaluated_tokens(self, domain: int) -> Tokens:
         """Return the targets that the domain's windows cover, in order."""
-        return self._tokens[domain][: self._counts[domain] * self.seq_len]
+        return first_tokens(self._tokens[domain], self._counts[domain] * self.seq_len)
 
 
 def count_windows(num_tokens: int, seq_len: int, keep_tail: bool) -> int:
@@ -163,7 +164,7 @@ def count_windows(num_tokens: int, seq_len: int, keep_tail: bool) -> int:
     return full + int(keep_tail and tail > 0)
 
 
-def cut_window(tokens: np.ndarray, index: int, seq_len: int, eod_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def cut_window(tokens: Tokens, index: int, seq_len: int, eod_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the `index`-th window of a text.
 
     Args:
@@ -183,7 +184,7 @@ def cut_window(tokens: np.ndarray, index: int, seq_len: int, eod_id: int) -> tup
     targets[:length] = tokens[start : start + length]
     inputs[1:length] = targets[: length - 1]
     if start > 0:
-        inputs[0] = tokens[start - 1]
+        inputs[:1] = tokens[start - 1 : start]
     return inputs, targets, np.arange(seq_len) < length
 
 

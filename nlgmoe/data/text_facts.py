@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nlgmoe.data.blend import OpenBlend
+from nlgmoe.data.chained import Tokens
 from nlgmoe.data.corpus import OpenCorpus
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.samples import EvaluationSource
@@ -23,7 +24,7 @@ SLICES = 64  # of a stream too long to count
 
 
 def unigram_entropy(
-    train: Sequence[np.ndarray], evaluated: Sequence[np.ndarray], vocab_size: int, max_tokens: int = MAX_TOKENS
+    train: Sequence[Tokens], evaluated: Sequence[Tokens], vocab_size: int, max_tokens: int = MAX_TOKENS
 ) -> float:
     """Compute the loss of the best context-free model, in nats per token.
 
@@ -42,7 +43,7 @@ def unigram_entropy(
 
 
 def xz_bits_per_byte(
-    evaluated: Mapping[str, np.ndarray], tokenizer: Tokenizer, max_bytes: int = MAX_BYTES
+    evaluated: Mapping[str, Tokens], tokenizer: Tokenizer, max_bytes: int = MAX_BYTES
 ) -> dict[str, float]:
     """Compress the evaluated text by `xz -9`: domain -> bits per byte, and "all" for all domains together.
 
@@ -69,7 +70,7 @@ def xz_bits_per_byte(
     return bits_per_byte
 
 
-def count_tokens(streams: Sequence[np.ndarray], vocab_size: int, max_tokens: int = MAX_TOKENS) -> np.ndarray:
+def count_tokens(streams: Sequence[Tokens], vocab_size: int, max_tokens: int = MAX_TOKENS) -> np.ndarray:
     """Count each token id, [vocab_size]; above `max_tokens`, in evenly spaced slices of each stream, by its share."""
     total = sum(len(stream) for stream in streams)
     counts = np.zeros(vocab_size, dtype=np.int64)
@@ -166,7 +167,7 @@ class TextFacts:
         assert tokens is not None, f"the corpus has no split {split}"
         return EvaluationSource(tokens, self.seq_len, self.eod_id, self.max_eval_windows)
 
-    def _evaluated_tokens(self) -> dict[str, np.ndarray]:
+    def _evaluated_tokens(self) -> dict[str, Tokens]:
         """Return the tokens that validation covers, by domain."""
         source = self._evaluation_source("validation")
         return {name: source.evaluated_tokens(domain) for domain, name in enumerate(self.domains)}

@@ -175,7 +175,7 @@ class Tokenizer:
         """
         kept = total = 0
         for document in documents:
-            ids = [int(token) for token in document[:COMPARED_TOKENS] if token != self.eod_id]
+            ids = [token for token in np.asarray(document[:COMPARED_TOKENS]).tolist() if token != self.eod_id]
             runs = Counter(zip(ids, ids[1:], ids[2:], strict=False))
             total += runs.total()
             if runs and min(ids) >= 0 and max(ids) < self.vocab_size:

@@ -19,6 +19,7 @@ from nlgmoe.validation import RunError, SettingError
 
 VOCABULARIES = {"pocket-1k": 1024, "pocket-4k": 4096, "pocket-8k": 8192}  # ids of the pocket Pile's tokenizers
 BUILT = ("gpt2", *VOCABULARIES)
+DEFAULT_TOKENIZER = "pocket-8k"  # of a corpus without one of its own
 
 
 def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:

@@ -68,7 +68,7 @@ def make_blend(make_data: Callable[..., PileDataModule]) -> Callable[..., PileDa
 def indexed(make_data: Callable[..., PileDataModule]) -> MegatronIndexed:
     """A corpus in Megatron's format, with three splits: the verse of the tiny corpus."""
     data = make_data()
-    return MegatronIndexed(str(token_folder(data.data_dir, data._opened().tokenizer) / "verse.train"), (6, 3, 1))
+    return MegatronIndexed(str(token_folder(data.data_dir, data._opened().tokenizer) / "verse"), (6, 3, 1))
 
 
 Make = Callable[..., PileDataModule]
@@ -238,7 +238,7 @@ def test_what_cannot_be_blended_is_named_by_its_part(make_blend: Make, indexed: 
 
 def test_a_damaged_part_is_named_and_ends_the_run(make_blend: Make, indexed: MegatronIndexed, tmp_path: Path) -> None:
     for ending in (".idx", ".bin"):
-        content = indexed.prefix.with_name(indexed.prefix.name + ending).read_bytes()
+        content = Path(indexed.prefix[0] + ending).read_bytes()
         (tmp_path / f"damaged{ending}").write_bytes(content if ending == ".idx" else content[:-2])
     with pytest.raises(RunError, match=r"In the part 'b' of the blend: .*\.bin has \d+ bytes, .*: cut off\?"):
         make_blend((1, "a", indexed), (1, "b", MegatronIndexed(str(tmp_path / "damaged"))))

@@ -23,11 +23,14 @@ from filelock import FileLock
 from nlgmoe.cli.input_files import input_files
 from nlgmoe.commands import prepare_data
 from nlgmoe.commands.main import main
-from nlgmoe.data import IndexedDataset, IndexedWriter, MegatronIndexed, PileDataModule, Tokenizer, build_indexed
+from nlgmoe.data import IndexedDataset, IndexedWriter, Tokenizer, build_indexed
 from nlgmoe.data.documents import Fields, Record
-from nlgmoe.data.megatron_indexed import choose_split
+from nlgmoe.data.megatron_indexed import split_of
+from nlgmoe.data.prefix import Sidecar
 from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe
+from nlgmoe.experiment import load_config
 from nlgmoe.validation import SettingError
+from tests.data.conftest import tokens_of
 from tests.data.oracles import MegatronDataset
 
 build: Any = build_indexed.build_indexed
@@ -94,7 +97,10 @@ def test_the_corpus_does_not_depend_on_the_threads(
     reported: list[Any] = []
     done = build(files, tmp_path / "new" / "pile", tokenizer, Fields(), workers, reported.append, skip)
     assert content(tmp_path / "new" / "pile") == wanted
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["pile.bin", "pile.idx"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["pile.bin", "pile.idx", "pile.json"]
+    sidecar = Sidecar.read(tmp_path / "new" / "pile")
+    assert sidecar is not None and (sidecar.documents, sidecar.held_out) == (90, done.held_out)
+    assert (sidecar.tokens, sidecar.bytes, sidecar.domain) == (done.tokens, done.bytes, "pile")
     assert (done.documents, done.bytes) == (90, sum(len(text.encode()) for text in TEXTS))
     assert (2 * done.tokens, done.skipped) == (len(wanted[0]), SKIPPED)
     assert len(reported) > 10 and reported[-1] == done
@@ -271,17 +277,19 @@ def test_the_command_says_what_is_written(tokenizer: Tokenizer, files: list[str]
     out, err = capsys.readouterr()
     table = dict(line.split(None, 1) for line in out.splitlines())
     assert (table["files"], table["documents"]) == ("3", "90")
-    assert "left out   4 documents" in out and f"init_args.prefix={prefix}" in table["train"]
+    assert "left out   4 documents" in out and f"init_args.prefix {prefix}" in out.splitlines()[-1]
     assert "left out: " in err and "a.jsonl, line 11: not JSON" in err
     assert table["validation"].startswith(f"{sum(map(is_held_out, TEXTS))} documents, ")
     assert len(IndexedDataset(Path(prefix))) == 90
-    with pytest.raises(SystemExit):
-        main([*arguments, f"--input={pattern}"])
-    assert f"error: output={prefix}: {prefix}.idx exists already; name another output" in capsys.readouterr().err
+    for kind in ("idx", "bin", "json"):  # a .json may be the user's text
+        with pytest.raises(SystemExit):
+            main([*arguments, f"--input={pattern}"])
+        assert f"error: output={prefix}: {prefix}.{kind} exists already; name another output" in capsys.readouterr().err
+        Path(f"{prefix}.{kind}").unlink()
 
 
 def test_from_own_text_to_training_with_a_tokenizer_of_its_own(tmp_path: Path, capsys: Any) -> None:
-    """The command to train that it prints fits what it has written."""
+    """The command to train that it prints is whole, and fits what it has written, also where that has been moved to."""
     (tmp_path / "text").mkdir()
     for number, repeated in enumerate([2, 20]):
         text = "".join(f"{line}: reading books\n" for line in range(20 * repeated))
@@ -289,20 +297,34 @@ def test_from_own_text_to_training_with_a_tokenizer_of_its_own(tmp_path: Path, c
     prefix = str(tmp_path / "my own")
     main(["prepare-data", "--vocab-size=280", f"--input={tmp_path}/text", f"--output={prefix}"])
     out = capsys.readouterr().out
-    advice = out.partition("train on")[2].splitlines()[0]
-    given = dict(word.removeprefix("--data.").split("=") for word in shlex.split(advice))
-    split, tokenizer = json.loads(given["corpus.init_args.split"]), given["tokenizer"]
-    assert given["corpus.init_args.prefix"] == prefix and tokenizer == f"{prefix}.tokenizer"
-    assert f"training   {split[0]} documents, " in out and f"validation {split[1]} documents, " in out
-    data = PileDataModule(str(tmp_path), tokenizer, MegatronIndexed(prefix, split), seq_len=16)
+    python, script, *words = shlex.split(out.splitlines()[-1])
+    assert (python, script, words[:3]) == ("python", "train.py", ["fit", "--config", "configs/quickstart.yaml"])
+    assert words[3:] == ["--data.corpus", "nlgmoe.data.MegatronIndexed", "--data.corpus.init_args.prefix", prefix]
+    (moved := tmp_path / "moved").mkdir()
+    for path in tmp_path.glob("my own.*"):
+        path.rename(moved / path.name)
+    corpus = {"class_path": words[4], "init_args": {"prefix": str(moved / "my own")}}
+    config = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    data = load_config(config, data__corpus=corpus, data__data_dir=str(tmp_path / "empty"), data__seq_len=16).data
     data.prepare_data()
     assert next(iter(data.train_dataloader())) and next(iter(data.val_dataloader())) and 256 < data.vocab_size <= 280
+    tokens = [len(tokens_of(data, split)[0]) for split in ("train", "validation")]
+    assert f"training   1 documents, {tokens[0]:,} tokens" in out and f" 1 documents, {tokens[1]:,} tokens" in out
 
 
 def test_a_single_text_is_cut_into_documents_of_bounded_size(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr("nlgmoe.commands.prepare_data.PIECE_BYTES", 100)
     (tmp_path / "text.txt").write_text("reading books\n" * 800)
-    main(["prepare-data", "--vocab-size=280", f"--input={tmp_path}/text.txt", f"--output={tmp_path}/cut"])
+    main(
+        [
+            "prepare-data",
+            "--vocab-size=280",
+            f"--input={tmp_path}/text.txt",
+            f"--output={tmp_path}/cut",
+            "--domain=prose",
+        ]
+    )
+    assert '"domain": "prose"' in (tmp_path / "cut.json").read_text()
     assert "documents  89\n" in capsys.readouterr().out  # of 9 lines each; without the bound there would be 20
 
 
@@ -316,4 +338,5 @@ def test_validation_has_what_is_held_out_and_enough(
     with IndexedWriter(tmp_path / "pile", np.dtype(np.uint16)) as writer:
         for length in lengths:
             writer.add_document(np.zeros(length, np.uint16))
-    assert choose_split(IndexedDataset(tmp_path / "pile"), held_out) == split
+    first, count, _ = split_of(tmp_path / "pile", held_out)[0][1:]
+    assert [first, count - first, 0] == split

@@ -117,7 +117,7 @@ def test_damage_is_named(
     path = tmp_path / name
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=message):
-        IndexedDataset(tmp_path / "data")
+        IndexedDataset(tmp_path / "data").check()
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytes
         with IndexedWriter(tmp_path / "data", np.dtype(np.uint16)) as writer:
             for _ in range(100_000):
                 writer.add_document([])
-        assert len(IndexedDataset(tmp_path / "data")) == 100_000
+        (dataset := IndexedDataset(tmp_path / "data")).check()
+        assert len(dataset) == 100_000
         assert tracemalloc.get_traced_memory()[1] < 0.2e6
     finally:
         tracemalloc.stop()

@@ -2,6 +2,7 @@
 
 import lzma
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 
 from nlgmoe import PileDataModule
 from nlgmoe.data import IndexedWriter, MegatronIndexed
+from nlgmoe.data.chained import ChainedTokens, Piece
 from nlgmoe.data.megatron_indexed import split_documents
+from nlgmoe.data.prefix import Sidecar, describe
+from nlgmoe.data.samples import EvaluationSource, PackedSource
 from nlgmoe.data.text_facts import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from tests.data.conftest import tokens_of
@@ -25,12 +29,21 @@ def write(make_data: Callable[..., PileDataModule], tmp_path: Path) -> Write:
     """Writes documents as Megatron's tool does: their ids and the end-of-document token."""
     tokenizer = make_data()._opened().tokenizer
 
-    def write(texts: list[str], extra: tuple[int, ...] = (), name: str = "pile") -> Path:
+    def write(
+        texts: list[str],
+        name: str = "pile",
+        held_out: int | None = None,
+        domain: str | None = None,
+        dtype: Any = np.int32,
+    ) -> Path:
+        """With `held_out`, as `prepare-data` does: with a sidecar."""
         prefix = tmp_path / "corpus" / name
         prefix.parent.mkdir(exist_ok=True)
-        with IndexedWriter(prefix, np.dtype(np.int32)) as writer:
+        with IndexedWriter(prefix, np.dtype(dtype)) as writer:
             for text in texts:
-                writer.add_document([*tokenizer.encode(text), *extra, tokenizer.eod_id])
+                writer.add_document([*tokenizer.encode(text), tokenizer.eod_id])
+            if held_out is not None:
+                writer.sidecar = describe(prefix, tokenizer, domain, held_out)
         return prefix
 
     return write
@@ -38,10 +51,10 @@ def write(make_data: Callable[..., PileDataModule], tmp_path: Path) -> Write:
 
 @pytest.fixture
 def open_corpus(tiny_corpus: Path, tmp_path: Path) -> Open:
-    def make(prefix: Path, split: Any = (98, 2, 0), **options: Any) -> PileDataModule:
-        defaults: dict[str, Any] = {"micro_batch_size": 2, "seq_len": 16}
-        corpus = MegatronIndexed(str(prefix), split)
-        data = PileDataModule(str(tmp_path / "built"), str(tiny_corpus / "tokenizer"), corpus, **(defaults | options))
+    def make(prefix: Any, split: Any = (98, 2, 0), **options: Any) -> PileDataModule:
+        defaults: dict[str, Any] = {"micro_batch_size": 2, "seq_len": 16, "tokenizer": str(tiny_corpus / "tokenizer")}
+        corpus = MegatronIndexed(str(prefix) if isinstance(prefix, Path) else prefix, split)
+        data = PileDataModule(str(tmp_path / "built"), corpus=corpus, **(defaults | options))
         data.prepare_data()
         data.setup()
         return data
@@ -161,3 +174,151 @@ def test_the_baselines_of_a_long_corpus_come_from_a_sample(make_data: Callable[.
     for limit in (200, len(text)):
         assert xz_bits_per_byte({"prose": evaluated[0]}, tokenizer, limit) == {"prose": expected, "all": expected}
     assert xz_bits_per_byte({"prose": np.array([tokenizer.eod_id] * 2), "code": np.array([], int)}, tokenizer) == {}
+
+
+# ---- sidecars, and many prefixes
+
+
+def test_a_prefix_is_enough(write: Write, open_corpus: Open) -> None:
+    """Tokenizer and documents for validation are the sidecar's; a given split wins, and another tokenizer is refused."""
+    prefix = write(TEXTS, held_out=5)
+    data = open_corpus(prefix, None, tokenizer=None)
+    assert len(data.decode(list(tokens_of(data, "validation")[0])).split("<|endoftext|>")[:-1]) == 5
+    assert len(tokens_of(open_corpus(prefix, (10, 6, 4)), "test")[0]) > 0
+    other = str(Path(__file__).parents[1] / "golden" / "corpus" / "tokenizer")
+    with pytest.raises(ValueError, match=r"tokenizer=.*golden.* is not .*pile's, .*; leave data\.tokenizer out"):
+        open_corpus(prefix, None, tokenizer=other)
+    with pytest.raises(ValueError, match=r"pile: its one document cannot be divided"):
+        open_corpus(write(TEXTS[:1], held_out=0), None)
+    for options in ({"tokenizer": None}, {}):
+        with pytest.raises(ValueError, match=r"no bare\.json, .*; set data\.tokenizer to .*, and split"):
+            open_corpus(write(TEXTS, "bare"), None, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:-9], r"pile\.json is damaged"),
+        (lambda text: text.replace('"domain"', '"kind"'), r"pile\.json is damaged .*kind"),
+        (lambda text: text.replace('"held_out": 5', '"held_out": 50'), r"damaged .*50 of 20 documents are held out"),
+        (lambda text: text.replace('"format": 1', '"format": 9'), r"pile\.json has format 9, this version reads 1;"),
+        (
+            lambda text: text.replace('"documents": 20', '"documents": 19'),
+            r"describes 19 documents of .*, the \.idx has 20",
+        ),
+    ],
+)
+def test_a_sidecar_that_does_not_fit_is_refused(
+    write: Write, open_corpus: Open, change: Callable[[str], str], message: str
+) -> None:
+    path = write(TEXTS, held_out=5).with_suffix(".json")
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=message):
+        open_corpus(path.with_suffix(""), None)
+
+
+def test_many_prefixes_are_read_as_one_array(
+    write: Write, open_corpus: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows, their order and evaluation are those of one file with the training documents of all, then those held out."""
+    monkeypatch.setattr("nlgmoe.data.chained.OPEN_FILES", 2)
+    parts = [("b", TEXTS[:6], 2, "prose"), ("a", TEXTS[6:9], 1, "prose"), ("c", TEXTS[9:13], 1, "verse")]
+    parts.append(("d", TEXTS[13:20], 3, "prose"))
+    for name, texts, held_out, domain in parts:
+        write(texts, name, held_out, domain)
+    words = [str(tmp_path / "corpus" / word) for word in ("b", "[a-c]", "d")]
+    with pytest.raises(ValueError, match=r"twice, as .*b and as .*b; name it once"):
+        open_corpus(words, None)
+    data = open_corpus([words[0], *(str(tmp_path / "corpus" / name) for name in "acd")], None, tokenizer=None)
+    assert data.domains == ["prose", "verse"]
+    tokenizer = data._opened().tokenizer
+
+    def joined(domain: str, held_out: bool) -> np.ndarray:
+        kept = [(texts[-n:] if held_out else texts[:-n]) for _, texts, n, name in parts if name == domain]
+        return np.array([i for texts in kept for text in texts for i in [*tokenizer.encode(text), tokenizer.eod_id]])
+
+    wanted = {held_out: [joined(domain, held_out) for domain in data.domains] for held_out in (False, True)}
+    assert isinstance(tokens_of(data, "train")[0], ChainedTokens)
+    source, reference = data._opened().training_source(16, 7), PackedSource(wanted[False], 16, tokenizer.eod_id, 7)
+    for index in range(2 * reference.num_windows):
+        assert all((source.sample(index)[key] == reference.sample(index)[key]).all() for key in reference.sample(index))  # type: ignore[literal-required]
+    evaluation = EvaluationSource(wanted[True], 16, tokenizer.eod_id, None)
+    found = [row.tolist() for batch in data.val_dataloader() for row in batch["targets"]]
+    assert found == [evaluation.sample(index)["targets"].tolist() for index in range(len(evaluation))]
+    assert data.token_counts() == np.bincount(np.concatenate(wanted[False]), minlength=data.vocab_size).tolist()
+    assert data.unigram_entropy() == unigram_entropy(wanted[False], wanted[True], data.vocab_size)
+    evaluated = dict(zip(data.domains, wanted[True], strict=True))
+    assert data.xz_bits_per_byte() == xz_bits_per_byte(evaluated, tokenizer)
+    state = data.state_dict()
+    assert {"corpus.prefixes", "corpus.corpus/a", "corpus.corpus/d"} <= state["fingerprint"].keys()
+    more = open_corpus([words[0], *(str(tmp_path / "corpus" / name) for name in "ac")], None)
+    with pytest.raises(ValueError, match=r"differ: corpus\.prefixes \(.*corpus\.corpus/d \(saved: .*, now: missing\)"):
+        more.load_state_dict(state)
+
+
+def test_the_whole_index_is_checked_by_one_process_a_node(write: Write, open_corpus: Open) -> None:
+    prefix = write(TEXTS, held_out=5)
+    data = open_corpus(prefix, None)
+    lengths = np.memmap(prefix.with_suffix(".idx"), "<i4", mode="r+", offset=34, shape=20)
+    lengths[2:4] += np.array([1, -1], np.int32)
+    with pytest.raises(ValueError, match=r"pile\.idx is damaged: sequence 3 has"):
+        data.prepare_data()
+    data.corpus.open(data.data_dir, data._tokenizer())  # headers, sizes and a sample alone: no rank reads it all
+
+
+def test_a_slice_is_that_of_the_whole(tmp_path: Path) -> None:
+    whole, pieces = [], []
+    for number, (first, length) in enumerate([(0, 3), (2, 0), (1, 1), (4, 5)]):
+        content = np.arange(10, dtype=np.int32) + 10 * number
+        content.tofile(tmp_path / str(number))
+        whole += content[first : first + length].tolist()
+        pieces.append(Piece(tmp_path / str(number), first, length))
+    chained = ChainedTokens(pieces, np.dtype(np.int32), {})
+    for start in range(-1, 11):
+        for stop in (None, *range(-2, 12)):
+            assert chained[start:stop].tolist() == whole[start:stop]
+    assert [chained.first(count)[:].tolist() for count in range(11)] == [whole[:count] for count in range(11)]
+
+
+def test_all_shards_are_read_or_the_missing_one_is_named(write: Write, open_corpus: Open, tmp_path: Path) -> None:
+    for number in range(11):
+        write(TEXTS[number : number + 2], f"text-{number + 1}-of-11", 1)
+    write(TEXTS, "text-else-1-of-1", 0)
+    for word in ("text", "text-*-of-11"):
+        data = open_corpus(str(tmp_path / "corpus" / word), None, tokenizer=None)
+        assert data.domains == ["text"]
+        texts = data.decode(tokens_of(data, "train")[0][:].tolist()).split("<|endoftext|>")[:-1]
+        assert texts == TEXTS[:11]  # the tenth follows the ninth
+    write(TEXTS, "text-3-of-4", 0)
+    with pytest.raises(ValueError, match=r"text has shards of 4 and of 11; delete"):
+        open_corpus(str(tmp_path / "corpus" / "text"), None)
+    (tmp_path / "corpus" / "text-3-of-4.idx").unlink()
+    (tmp_path / "corpus" / "text-11-of-11.idx").unlink()
+    for word in ("text", "*"):
+        with pytest.raises(ValueError, match=r"text-11-of-11\.idx is missing, 10 of 11 shards are there; wait"):
+            open_corpus(str(tmp_path / "corpus" / word), None)
+
+
+def test_a_file_is_counted_once(write: Write, open_corpus: Open, tmp_path: Path) -> None:
+    prefix = write(TEXTS, "a", 2)
+    for kind in ("bin", "idx", "json"):
+        (tmp_path / f"link.{kind}").symlink_to(f"{prefix}.{kind}")
+    for words in ([str(prefix), str(tmp_path / "link")], [str(prefix), str(tmp_path / "corpus" / "*")]):
+        with pytest.raises(ValueError, match="prefix names one file twice, as"):
+            open_corpus(words, None)
+
+
+def test_prefixes_that_are_not_one_corpus_are_refused(write: Write, open_corpus: Open, tmp_path: Path) -> None:
+    pattern = str(tmp_path / "corpus" / "*")
+    bare = [write(TEXTS[:10], "a"), write(TEXTS[10:], "b")]
+    assert open_corpus(pattern, (4, 1, 0)).domains == ["corpus"]  # of Megatron's files: the folder
+    write(TEXTS, "b", dtype=np.uint16)
+    with pytest.raises(ValueError, match=r"prefix=.*b: its tokens are of type uint16, those of .*a of int32"):
+        open_corpus(pattern, (4, 1, 0))
+    for prefix in bare:
+        write(TEXTS, prefix.name, 2)
+    sidecar = Sidecar.read(bare[1])
+    assert sidecar is not None
+    replace(sidecar, fingerprint="0" * 64, tokenizer="other").write(tmp_path / "corpus" / "b.json")
+    with pytest.raises(ValueError, match=r"tokenizer=.* is not .*corpus/b's, other \(0{12}\)"):
+        open_corpus(pattern, None, tokenizer=None)

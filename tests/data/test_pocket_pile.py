@@ -1,17 +1,37 @@
 """The real corpus, in the folder that the quickstart and `make test` use; built there if it is missing."""
 
+import hashlib
 import json
 import subprocess
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xxhash
 
 from nlgmoe.commands.prepare_data import prepare_data
 from nlgmoe.data import PileDataModule, load_tokenizer
 from nlgmoe.data.pocket import packages
 from nlgmoe.data.pocket.build import SPLITS, open_corpus, read_manifest, text_path
+from tests.data.conftest import tokens_of
 
 ROOT = Path(__file__).parents[2] / "data" / "pocket_pile"
+
+# Of pocket-4k: number of tokens, and xxh3 of them as uint16. Another token changes every batch, and voids recorded runs.
+TOKENS = {
+    ("literature", "train"): (3_746_814, "0221f826ade235a3"),
+    ("literature", "validation"): (151_052, "66d635f75426a3d5"),
+    ("wikipedia", "train"): (914_546, "6a72d509b82146ee"),
+    ("wikipedia", "validation"): (38_298, "81e0d7265cf027e3"),
+    ("manuals", "train"): (2_812_480, "0ca8df9564cd291a"),
+    ("manuals", "validation"): (116_048, "f827907e19020b1c"),
+    ("code", "train"): (2_580_741, "c295c381fd3710f8"),
+    ("code", "validation"): (117_220, "e96f446a8ef4d8da"),
+}
+BATCHES = (
+    "aa16b7badbfb1c84acc8453ea9d0469529ea11a54db6101171cf10aa52c9a95e"  # sha256 of tokens and domains of 50 batches
+)
 
 
 def test_pocket_pile(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +67,21 @@ def test_pocket_pile(capsys: pytest.CaptureFixture[str]) -> None:
     bits = data.xz_bits_per_byte()
     assert 1 < bits["all"] < 4
     assert 5 < data.unigram_entropy() < 8
+
+
+def test_tokens_and_batches_are_those_of_recorded_runs(pocket_pile: Path) -> None:
+    data = PileDataModule(str(pocket_pile), "pocket-4k")
+    data.prepare_data()
+    found = {
+        (domain, split): (len(tokens), xxhash.xxh3_64_hexdigest(np.ascontiguousarray(tokens[:]).data))
+        for split in SPLITS
+        for domain, tokens in zip(data.domains, tokens_of(data, split), strict=True)
+    }
+    assert found == TOKENS
+    digest = hashlib.sha256()
+    for batch in islice(data.train_dataloader(), 50):
+        digest.update(batch["tokens"].numpy().tobytes() + batch["domain"].numpy().tobytes())
+    assert digest.hexdigest() == BATCHES
 
 
 def test_gpt2_tokenizer() -> None:

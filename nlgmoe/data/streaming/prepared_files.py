@@ -1,7 +1,7 @@
 """The files of a streamed corpus, and tokens of some of its documents, kept on disk for evaluation and statistics.
 
-FOLDER/{number of the domain}.{split}.bin, .idx
-FOLDER/files.json                                the corpus's files by split; written last
+FOLDER/{number of the split}-{number of the domain}.bin, .idx, .json
+FOLDER/files.json                                                    the corpus's files by split; written last
 """
 
 import json
@@ -22,6 +22,7 @@ from huggingface_hub.errors import HTTPError
 from nlgmoe.data.corpus import hash_of_pieces
 from nlgmoe.data.documents import read_documents, read_shares
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from nlgmoe.data.prefix import describe
 from nlgmoe.data.source_files import DataFile, describe_file, find_addressed, has_records, is_local
 from nlgmoe.data.streaming.streams import StreamConfig
 from nlgmoe.data.tokenizer import SAME_TOKENIZER
@@ -32,12 +33,14 @@ HASHED_PIECES = 1024  # of 32 KB, about, of all training files
 TRAINING_BYTES, TRAINING_FILES = 8_000_000, 64  # about, and at most, for statistics and the domains' shares
 SEARCHED_BYTES = 100_000_000  # of text, for the next document of a domain that lacks some
 CHECKED_DOCUMENTS = 16  # documents of ids that are compared with the tokenizer
+SPLITS = ("train", "validation", "test")
 Tokens = dict[str, list[np.ndarray]]  # split -> of each domain [N_d]; of "train" a sample
 
 
 def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], config: StreamConfig, limit: int) -> None:
     """Write about `limit` tokens of each evaluation split and domain, and a sample of the training files, unless they exist."""
-    if read_files(folder) == files:
+    prefixes = (_prefix(folder, domain, split) for split in files for domain in range(len(config.domains)))
+    if read_files(folder) == files and all(Path(f"{prefix}.json").exists() for prefix in prefixes):
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "files.json").unlink(missing_ok=True)
@@ -121,14 +124,21 @@ def _write(folder: Path, split: str, documents: Iterator[tuple[np.ndarray, int]]
     with ExitStack() as stack:
         domains = range(len(config.domains))
         writers = [stack.enter_context(IndexedWriter(_prefix(folder, number, split), dtype)) for number in domains]
+        counts, sizes = [0] * len(writers), [0] * len(writers)
         for tokens, domain in documents:
             writers[domain].add_document(tokens)
+            counts[domain] += 1
+            sizes[domain] += int(config.tokenizer.token_bytes[tokens].sum())
             written += len(tokens)
+        for domain, writer in enumerate(writers):
+            held_out, prefix = 0 if split == "train" else counts[domain], _prefix(folder, domain, split)
+            writer.sidecar = describe(prefix, config.tokenizer, config.domains[domain], held_out, sizes[domain])
     return written
 
 
 def _prefix(folder: Path, domain: int, split: str) -> Path:
-    return folder / f"{domain}.{split}"
+    # A file named after a split would be found as one of the corpus, in a folder around this one.
+    return folder / f"{SPLITS.index(split)}-{domain}"
 
 
 def find_files(

@@ -10,8 +10,10 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from jsonargparse import ArgumentError
 
 from nlgmoe.callbacks.throughput import PARTS
+from nlgmoe.cli.data_settings import tokenizer_of
 from nlgmoe.data.tokenizer_loading import fingerprint_of
 from nlgmoe.run.folder import flattened
 from nlgmoe.tools.report.runs import BITS, Run
@@ -22,6 +24,7 @@ whole, decimal, decimal_4 = "{:,.0f}".format, "{:.3f}".format, "{:.4f}".format
 EVALUATED = ("data.tokenizer", "data.corpus", "data.max_eval_windows", "data.mask_eod_loss", "data.seq_len",
              "trainer.limit_val_batches")  # fmt: skip
 OF_BATCHES = ("data.micro_batch_size", "data.eval_micro_batch_size", "trainer.devices", "trainer.num_nodes")
+TOKENIZER = ("data.tokenizer", "data.corpus.init_args.tokenizer")
 PER_RUN = ("trainer.default_root_dir", "ckpt_path")  # settings that differ between all runs
 Row = tuple[str, Callable[[Any], str], list[Any]]  # name, format, and a value of each column; None is unknown
 
@@ -123,20 +126,24 @@ def other_tokens(runs: Sequence[Run]) -> str:
         name for name in dict.fromkeys(name for settings in flat for name in settings) if name.startswith(evaluated)
     ]
     names = [name for name in names if len({str(settings.get(name)) for settings in flat}) > 1]
-    if "data.tokenizer" in names and len({_tokenizer(settings) for settings in flat}) == 1:
-        names.remove("data.tokenizer")  # one tokenizer under several names
+    if any(name in TOKENIZER for name in names) and len({_tokenizer(run) for run in runs if run.config}) == 1:
+        names = [name for name in names if name not in TOKENIZER]  # one tokenizer under several names
     if not names:
         return ""
-    remedy = "; compare bits per byte" if names == ["data.tokenizer"] else ""
+    remedy = "; compare bits per byte" if set(names) <= set(TOKENIZER) else ""
     return (
         f'<p class="notes">Losses per token of these runs may not be comparable: {" and ".join(names)} '
         f"differ{'s' * (len(names) == 1)}{remedy}.</p>"
     )
 
 
-def _tokenizer(settings: dict[str, Any]) -> str:
+def _tokenizer(run: Run) -> str:
     """Return what identifies the ids of a run's tokenizer: its fingerprint, or its name if it cannot be read here."""
-    return fingerprint_of(str(settings.get("data.tokenizer")), Path(str(settings.get("data.data_dir"))))
+    data = run.config["data"]
+    try:
+        return fingerprint_of(tokenizer_of(data), Path(str(data.get("data_dir"))))
+    except (ValueError, ArgumentError):  # the corpus is not here, or of another version
+        return str(data)
 
 
 def settings(runs: Sequence[Run]) -> str:

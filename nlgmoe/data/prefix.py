@@ -1,0 +1,173 @@
+"""A prefix: the files `PREFIX.bin`, `PREFIX.idx` (`indexed.py`) and `PREFIX.json`, which says what they hold.
+
+Files that Megatron has written have no `PREFIX.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from glob import escape, glob, has_magic
+from pathlib import Path
+
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import BUILT
+from nlgmoe.files import write_json
+from nlgmoe.validation import RunError, SettingError
+
+FORMAT = 1
+SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)")  # PREFIX-I-of-N: part I of N of a corpus
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """The content of `PREFIX.json`.
+
+    Args:
+        tokenizer: a name, or a folder: relative to the prefix's folder if it is below it, so that both can be moved.
+        fingerprint: the tokenizer's.
+        eod_id: id of the end-of-document token, which ends each document.
+        domain: name of the domain of all documents.
+        documents: number of documents.
+        held_out: those for validation, the last ones.
+        tokens: number of tokens, one end-of-document token per document included.
+        bytes: UTF-8 bytes of the documents' text.
+        text: hash of the text; None: not recorded.
+        xxh3: hash of `PREFIX.bin`; None: not recorded.
+    """
+
+    tokenizer: str
+    fingerprint: str
+    eod_id: int
+    domain: str
+    documents: int
+    held_out: int
+    tokens: int
+    bytes: int
+    text: str | None = None
+    xxh3: str | None = None
+
+    def write(self, path: Path) -> None:
+        """Write the file."""
+        write_json(path, {"format": FORMAT} | asdict(self))
+
+    @classmethod
+    def read(cls, prefix: Path) -> Sidecar | None:
+        """Read `PREFIX.json`; None if there is none.
+
+        Raises:
+            RunError: it is damaged, or of another format number.
+        """
+        path = Path(f"{prefix}.json")
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            if (number := facts.pop("format")) != FORMAT:
+                raise RunError(f"{path} has format {number}, this version reads {FORMAT}; write the corpus again")
+            found = cls(**facts)
+            if not 0 <= found.held_out <= found.documents:
+                raise ValueError(f"{found.held_out} of {found.documents} documents are held out")
+            return found
+        except FileNotFoundError:
+            return None
+        except RunError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{path} is damaged ({error!r}); write the corpus again") from error
+
+    def tokenizer_of(self, prefix: Path) -> str:
+        """Return the tokenizer as `load_tokenizer` takes it."""
+        return self.tokenizer if self.tokenizer in BUILT else str(prefix.parent / self.tokenizer)
+
+    def check(self, prefix: Path, documents: int, tokens: int, tokenizer: Tokenizer) -> None:
+        """Check the counts against those of the other files, and the tokenizer.
+
+        Raises:
+            ValueError: the files are not of one corpus, or of another tokenizer.
+        """
+        if (documents, tokens) != (self.documents, self.tokens):
+            raise RunError(
+                f"{prefix}.json describes {self.documents:,} documents of {self.tokens:,} tokens, the .idx has {documents:,} of "
+                f"{tokens:,}; copy all files of the corpus, or delete the .json and set split and data.tokenizer"
+            )
+        if tokenizer.fingerprint != self.fingerprint:
+            raise SettingError(
+                f"tokenizer={tokenizer.name} (fingerprint {tokenizer.fingerprint[:12]}) is not {prefix}'s, {self.tokenizer} "
+                f"({self.fingerprint[:12]}); leave data.tokenizer out, or set it to null where a file gives it"
+            )
+
+
+def describe(
+    prefix: Path,
+    tokenizer: Tokenizer,
+    domain: str | None = None,
+    held_out: int = 0,
+    text_bytes: int = 0,
+    text: str | None = None,
+) -> Sidecar:
+    """Return a sidecar, without the counts that `IndexedWriter` adds; the domain is named after the prefix by default."""
+    name = tokenizer.name
+    if name not in BUILT:
+        folder, home = Path(name).resolve(), prefix.parent.resolve()
+        name = str(folder.relative_to(home) if folder.is_relative_to(home) else folder)
+    domain = domain or domain_of(prefix)
+    return Sidecar(name, tokenizer.fingerprint, tokenizer.eod_id, domain, 0, held_out, 0, text_bytes, text)
+
+
+def domain_of(prefix: Path) -> str:
+    """Return the last part of a prefix, without the number of a shard."""
+    shard = SHARD.fullmatch(prefix.name)
+    return shard[1] if shard else prefix.name
+
+
+def find_prefixes(given: Sequence[str]) -> list[Path]:
+    """Return the prefixes of a corpus in order.
+
+    Args:
+        given: each a prefix, a prefix whose files are shards (`PREFIX-1-of-4.idx`, ...), or a pattern such as `data/pile/*`.
+
+    Raises:
+        SettingError: there are no such files, a shard is missing, or a file is named twice.
+    """
+    found: dict[str, Path] = {}
+    for prefix in (prefix for word in given for prefix in _matching(word)):
+        if (other := found.setdefault(os.path.realpath(f"{prefix}.bin"), prefix)) is not prefix:
+            raise SettingError(f"prefix names one file twice, as {other} and as {prefix}; name it once")
+    return list(found.values())
+
+
+def _matching(word: str) -> list[Path]:
+    if os.path.exists(f"{word}.idx"):
+        return [Path(word)]
+    pattern = word if has_magic(word) else f"{escape(word)}-*-of-*"
+    found = [(*_shard(name), Path(name)) for file in glob(f"{pattern}.idx") for name in [file.removesuffix(".idx")]]
+    if not has_magic(word):
+        found = [(base, number, count, prefix) for base, number, count, prefix in found if base == word and count]
+    if not found:
+        raise SettingError(
+            f"{word}.idx is missing: set `prefix` of the corpus to files that `nlgmoe prepare-data --input` or Megatron's "
+            "tools/preprocess_data.py --append-eod has written, without the .bin."
+        )
+    shards: dict[str, dict[int, set[int]]] = {}
+    for base, number, count, _ in found:
+        if count:
+            shards.setdefault(base, {}).setdefault(count, set()).add(number)
+    for base, divisions in shards.items():
+        if len(divisions) > 1:
+            counts = " and of ".join(map(str, sorted(divisions)))
+            raise SettingError(f"prefix={word}: {base} has shards of {counts}; delete those that are not wanted")
+        ((count, numbers),) = divisions.items()
+        if missing := sorted(set(range(1, count + 1)) - numbers):
+            raise SettingError(
+                f"prefix={word}: {base}-{missing[0]}-of-{count}.idx is missing, {len(numbers)} of {count} shards are there; "
+                "wait for it, or write it again"
+            )
+    return [prefix for *_, prefix in sorted(found)]
+
+
+def _shard(name: str) -> tuple[str, int, int]:
+    """Return the prefix, I and N of `PREFIX-I-of-N`; of another name itself and zeros."""
+    shard = SHARD.fullmatch(name)
+    return (shard[1], int(shard[2]), int(shard[3])) if shard else (name, 0, 0)
