@@ -62,8 +62,8 @@ def prepare_data(
     # Imported here: Lightning loads slowly, and wrong arguments are reported before it is needed.
     from nlgmoe.data import PocketPile
     from nlgmoe.data.pocket.build import SPLITS, read_manifest
+    from nlgmoe.data.pocket.tokenizers import load_tokenizer
     from nlgmoe.data.pocket_pile import prepare, token_folder
-    from nlgmoe.data.tokenizer_loading import load_tokenizer
 
     root = Path(data_dir)
     prepare(root, tokenizer)
@@ -124,8 +124,9 @@ def _tokenise_input(
     from nlgmoe.data.build_indexed import build_indexed, check_new
     from nlgmoe.data.corpus import build_lock
     from nlgmoe.data.documents import Fields
+    from nlgmoe.data.pocket.tokenizers import load_tokenizer
     from nlgmoe.data.source_files import describe_file, is_plain_text
-    from nlgmoe.data.tokenizer_loading import load_tokenizer, train_tokenizer
+    from nlgmoe.data.tokenizer_loading import train_tokenizer
 
     files = input_files(input)
     check_new(prefix)
@@ -183,7 +184,7 @@ def _note(line: str) -> None:
 
 def _print_built(built: Progress, files: int, prefix: Path, tokenizer: Tokenizer, data_dir: str) -> None:
     from nlgmoe.data.megatron_indexed import split_of
-    from nlgmoe.data.tokenizer_loading import BUILT
+    from nlgmoe.data.pocket.tokenizers import BUILT
 
     print(f"files      {files:,}")
     print(f"documents  {built.documents:,}")

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.data.corpus import Corpus, OpenCorpus, own_tokenizer
 from nlgmoe.data.permutation import ORDER
+from nlgmoe.data.pocket.tokenizers import DEFAULT_TOKENIZER
 from nlgmoe.data.pocket_pile import PocketPile
 from nlgmoe.data.samples import CursorSource, Sample, TokenSource
 from nlgmoe.data.sampling import (
@@ -24,7 +25,6 @@ from nlgmoe.data.sampling import (
 )
 from nlgmoe.data.streaming.streams import Cursors
 from nlgmoe.data.text_facts import TextFacts
-from nlgmoe.data.tokenizer_loading import DEFAULT_TOKENIZER
 from nlgmoe.data.training_data import TrainingData
 from nlgmoe.device import is_accelerator
 from nlgmoe.validation import SettingError, require

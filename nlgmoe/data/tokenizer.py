@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers (`tokenizer_loading.py` makes them).
+"""Byte-level BPE tokenizers (`tokenizer_loading.py` reads and trains them).
 
 Every tokenizer here is lossless: text -> ids -> the same text, byte for byte. Losses can then be given in bits per
 byte, which do not depend on the tokenizer.

@@ -20,8 +20,9 @@ from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.model_files import TokenizerFiles
+from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.tokenizer import PROBE, Tokenizer
-from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.layers.attention import MultiHead
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy

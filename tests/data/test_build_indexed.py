@@ -26,8 +26,9 @@ from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, IndexedWriter, Tokenizer, build_indexed
 from nlgmoe.data.documents import Fields, Record
 from nlgmoe.data.megatron_indexed import split_of
+from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.prefix import Sidecar
-from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.experiment import load_config
 from nlgmoe.validation import SettingError
 from tests.data.conftest import tokens_of

@@ -31,6 +31,7 @@ from nlgmoe.data import PocketPile, StreamedText
 from nlgmoe.data.blend import BlendedSource
 from nlgmoe.data.documents import Fields
 from nlgmoe.data.pocket.build import write_corpus
+from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.samples import Sample
 from nlgmoe.data.sampling import TrainingSampler
 from nlgmoe.data.source_files import DataFile
@@ -45,7 +46,7 @@ from nlgmoe.data.streaming.streams import (
     Window,
 )
 from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.validation import SettingError
 from tests.data.conftest import WORDS, make_documents, tokens_of
 from tests.data.test_datamodule import make_trainer, rows
