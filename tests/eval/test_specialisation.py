@@ -9,6 +9,8 @@ import torch
 
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule
 from nlgmoe.callbacks import ExpertSpecialisation
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.eval.expert_counts import ExpertCounts, count_experts
 from nlgmoe.eval.specialisation import (
     CLASSES,
@@ -82,8 +84,7 @@ def test_preference_and_information_by_hand() -> None:
 
 
 class Spelt(SyntheticData):
-    def token_spellings(self) -> list[bytes]:
-        return [b" a", b"7", b"{"] * 20 + [b""]
+    tokenizer = Tokenizer(train_byte_level_bpe(iter(["the king"]), 257), "bytes")
 
 
 @pytest.mark.parametrize("data", [SyntheticData, Spelt])
@@ -93,7 +94,7 @@ def test_a_run_writes_the_specialisation_of_its_validation_data(data: type[Synth
     run = trainer(tmp_path, ExpertSpecialisation(), max_steps=3, **validation)
     run.fit(module, text)
     written = Specialisation.load(tmp_path)
-    spellings = text.token_spellings() if isinstance(text, Spelt) else None
+    spellings = Spelt.tokenizer.spellings if data is Spelt else None
     again = count_experts(module.gpt.eval(), text.val_dataloader(), text.domains, spellings)
     assert (written.counts == again.counts).all()
     assert written.counts.sum() == 2 * 2 * sum(int(batch["token_mask"].sum()) for batch in text.val_dataloader())
