@@ -36,10 +36,9 @@ from nlgmoe.validation import SettingError, require
 class PileDataModule(TrainingData):
     """A corpus as batches of packed sequences.
 
-    A batch is a dict: `tokens` and `targets` int64 [B, T], `token_mask` bool [B, T] (False = padding), `domain` int64 [B],
-    and `padded`, True if there is padding; with `mask_eod_loss` also `loss_mask` bool [B, T], with `document_attention` also
-    `document` int64 [B, T]. Training batches are endless; set `max_steps` or `train_tokens`. They also have `samples`, the
-    indices of their samples, and with a streamed corpus a `cursor`, which is removed before the transfer to the device.
+    A batch is a `nlgmoe.batch.Batch`, with `loss_mask` if `mask_eod_loss`, and `document` if `document_attention`. Training
+    batches are endless; set `max_steps` or `train_tokens`. They also have `samples`, and with a streamed corpus a `cursor`, which
+    is removed before the transfer to the device.
 
     Args:
         data_dir: folder of tokenizers, the pocket Pile and its tokenised shards.
