@@ -30,7 +30,7 @@ from nlgmoe.data.text_facts import count_tokens, unigram_entropy, xz_bits_per_by
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.training_data import TrainingData
 from nlgmoe.device import is_accelerator
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import SettingError, require, require_at_least
 
 
 class PileDataModule(TrainingData):
@@ -82,34 +82,24 @@ class PileDataModule(TrainingData):
         super().__init__()
         if seq_len is None:  # train.py and `load_config` have replaced it by the model's
             raise SettingError("seq_len=None: the length of sequences is unknown; give it, at most the model's")
-        sizes = {
-            "micro_batch_size": micro_batch_size,
-            "global_batch_size": global_batch_size,
-            "eval_micro_batch_size": eval_micro_batch_size,
-            "seq_len": seq_len,
-            "max_eval_windows": max_eval_windows,
-        }
-        for name, value in sizes.items():
-            if value is not None and value < 1:
-                raise SettingError(f"{name}={value} must be at least 1")
-        for name, number in {"seed": seed, "num_workers": num_workers}.items():
-            if number < 0:
-                raise SettingError(f"{name}={number} must be at least 0")
-        if batch_ramp_up is not None:
-            check_ramp_up(batch_ramp_up, global_batch_size, micro_batch_size)
         require(str(data_dir) != "", "data.data_dir is empty; give a folder")
         self.data_dir = Path(data_dir)
         self.corpus = corpus or PocketPile()
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
         self.batch_ramp_up = batch_ramp_up
-        self.eval_micro_batch_size = eval_micro_batch_size or micro_batch_size
+        self.eval_micro_batch_size = micro_batch_size if eval_micro_batch_size is None else eval_micro_batch_size
         self.seq_len: int = seq_len
         self.seed = seed
         self.num_workers = num_workers
         self.max_eval_windows = max_eval_windows
         self.document_attention = document_attention
         self.mask_eod_loss = mask_eod_loss
+        sizes = ("micro_batch_size", "global_batch_size", "eval_micro_batch_size", "seq_len", "max_eval_windows")
+        require_at_least(1, self, *sizes)
+        require_at_least(0, self, "seed", "num_workers")
+        if batch_ramp_up is not None:
+            check_ramp_up(batch_ramp_up, global_batch_size, micro_batch_size)
         self._cursors = Cursors()
         self._cursor_source: CursorSource | None = None
         self._tokenizer_name = tokenizer

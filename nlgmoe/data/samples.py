@@ -63,14 +63,7 @@ class CursorSource(Protocol):
 
 
 class _Windows:
-    """Windows of all domains, numbered consecutively; no window crosses a border between domains.
-
-    Args:
-        tokens: tokens of each domain, without the leading EOD, each [N_d].
-        counts: windows of each domain.
-        seq_len: T, in tokens.
-        eod_id: id of the end-of-document token.
-    """
+    """Windows of all domains, numbered consecutively, `counts` of each; none crosses a border between domains."""
 
     def __init__(self, tokens: Sequence[Tokens], counts: Sequence[int], seq_len: int, eod_id: int) -> None:
         self.seq_len = seq_len

@@ -22,14 +22,8 @@ def unigram_entropy(
 ) -> float:
     """Compute the loss of the best context-free model, in nats per token.
 
-    Cross-entropy of the training tokens' frequencies (add-one smoothed) on the evaluated tokens. A model that uses
-    context has a lower loss. At most `max_tokens` are counted on either side, in evenly spaced slices of each domain.
-
-    Args:
-        train: training tokens of each domain, each [N_d].
-        evaluated: evaluated tokens of each domain, each [N_d].
-        vocab_size: number of token ids.
-        max_tokens: maximum number of tokens counted on either side.
+    Cross-entropy of the training tokens' frequencies (add-one smoothed) on the evaluated tokens, both of each domain, [N_d]. A
+    model that uses context has a lower loss. At most `max_tokens` are counted of either, see `count_tokens`.
     """
     train_counts = count_tokens(train, vocab_size, max_tokens) + 1
     counts = count_tokens(evaluated, vocab_size, max_tokens)
@@ -41,12 +35,8 @@ def xz_bits_per_byte(
 ) -> dict[str, float]:
     """Compress the evaluated text by `xz -9`: domain -> bits per byte, and "all" for all domains together.
 
-    Domains without text are left out; the result is empty if no domain has text.
-
-    Args:
-        evaluated: evaluated tokens of each domain, each [N_d].
-        tokenizer: tokenizer of these tokens.
-        max_bytes: maximum number of bytes compressed; each domain is cut to an equal share of it, from its beginning.
+    Each domain's tokens, [N_d], are cut to an equal share of `max_bytes`, from their beginning. Domains without text are left
+    out; the result is empty if no domain has text.
     """
     texts = {}
     for name, tokens in evaluated.items():
