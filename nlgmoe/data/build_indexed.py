@@ -27,6 +27,7 @@ import numpy as np
 import xxhash
 from filelock import FileLock, Timeout
 
+from nlgmoe.data.corpus import hash_of
 from nlgmoe.data.documents import WHOLE, Fields, Skip, read_documents
 from nlgmoe.data.indexed import IndexedWriter, token_dtype
 from nlgmoe.data.prefix import describe
@@ -161,6 +162,9 @@ def _write(
                 "input has no document that can be used; give other files, or the text_field of their records"
             )
         writer.sidecar = describe(prefix, tokenizer, domain, done.held_out, done.bytes)
+        if settings["shard"] is not None:  # without paths: they may differ on the machines of the tasks
+            divided = [(os.path.basename(file["path"]), file["bytes"]) for file in settings["files"]]
+            writer.sidecar = replace(writer.sidecar, input=hash_of(divided))
     return done
 
 

@@ -22,7 +22,7 @@ from nlgmoe.data.prefix import Sidecar, find_prefixes
 from nlgmoe.data.shards import Shard
 from nlgmoe.data.source_files import DataFile
 from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe
-from nlgmoe.validation import RunError
+from nlgmoe.validation import RunError, SettingError
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"document {number}: naïve 日本\n" + "reading books " * (number * 7 % 40) for number in range(300)]
@@ -141,7 +141,7 @@ def test_a_killed_shard_resumes_with_the_same_input_alone(
 ) -> None:
     monkeypatch.setattr("nlgmoe.data.build_indexed.CHUNK_CHARACTERS", 3000)
     monkeypatch.setattr("nlgmoe.data.build_indexed.RECORD_SECONDS", 0.0)
-    files, begun = sorted(map(str, folder.iterdir())), []
+    files, begun = sorted(map(str, folder.iterdir())), list[Any]()
 
     def stop(done: Any) -> None:
         if done.documents > 20:
@@ -158,8 +158,18 @@ def test_a_killed_shard_resumes_with_the_same_input_alone(
         with pytest.raises(RunError, match=r"other settings \(files\)"):
             build_indexed(files[1:], prefix, tokenizer, Fields(), 1, stop, shard=shard)
         done = build_indexed(files, prefix, tokenizer, Fields(), 1, begun.append, shard=shard)
-        assert done == wanted and begun[0].documents > 0 and not begun.clear()
+        assert done == wanted and begun.pop(0).documents > 0
+        begun.clear()
         assert documents(prefix) == documents(tmp_path / f"{number}-whole")
+
+
+def test_shards_of_a_folder_that_changed_are_refused(tokenizer: Tokenizer, folder: Path, tmp_path: Path) -> None:
+    """A file more moves the borders: documents are repeated, or lost."""
+    for number in (1, 2):
+        build(folder, tmp_path / f"own-{number}-of-2", tokenizer, Shard(number, 2))
+        (folder / "aa.jsonl").write_bytes(lines(TEXTS[:50]))
+    with pytest.raises(SettingError, match=r"own-2-of-2: other files were divided than for the first shard of .*own;"):
+        MegatronIndexed(str(tmp_path / "own")).open(tmp_path, tokenizer.name)
 
 
 @pytest.mark.parametrize(
