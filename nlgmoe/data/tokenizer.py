@@ -201,6 +201,10 @@ class Tokenizer:
         """Undo `files`; `name` is for messages."""
         return cls(tokenizers.Tokenizer.from_str(files[TOKENIZER]), name, files)
 
+    def describe(self) -> str:
+        """Return name, size and the beginning of the fingerprint."""
+        return f"{self.name}, {self.vocab_size:,} tokens, fingerprint {self.fingerprint[:12]}"
+
     @cached_property
     def token_bytes(self) -> np.ndarray:
         """Number of bytes of text of each token, int64 [vocab_size]; 0 for the end-of-document token."""
