@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 from torch import distributed
 
-from nlgmoe.data.pocket_pile import prepare
+from nlgmoe.data import PocketPile
 
 # A shell that starts the suite in the background lets it ignore Ctrl+C, and so the processes that tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -115,5 +115,5 @@ def no_process_group_is_left() -> Iterator[None]:
 def pocket_pile() -> Path:
     """The real corpus, in the folder that the quickstart uses too, tokenised with `pocket-4k`; built if it is missing."""
     folder = Path(__file__).parents[1] / "data" / "pocket_pile"
-    prepare(folder, "pocket-4k")
+    PocketPile().prepare(folder, "pocket-4k")
     return folder

@@ -79,10 +79,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def make_text(folder: Path) -> None:
     """Make the pocket Pile, outside the time limits; without it only the step `training` fails."""
-    from nlgmoe.data.pocket_pile import prepare
+    from nlgmoe.data import PocketPile
 
     try:
-        prepare(folder, "pocket-4k")
+        PocketPile().prepare(folder, "pocket-4k")
     except ValueError as error:
         print(error, file=sys.stderr)
 

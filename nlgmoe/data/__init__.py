@@ -1,10 +1,10 @@
 """Text, tokenizers and batches.
 
 Reading order: `documents.py` (text of files), `tokenizer.py`, `prefix.py`, `indexed.py`, `chained.py` (tokens on disk),
-`build_indexed.py` (from text to tokens); `samples.py`, `permutation.py` (windows and their order); `corpus.py` (the interface)
-and the corpora: `pocket_pile.py` (its text is built by `pocket/`), `megatron_indexed.py`, `streaming/`, `blend.py`;
-`sampling.py` (the samples of a rank), `accumulation.py` (sizes of steps), `text_facts.py`, `training_data.py` (the interface to
-training), `datamodule.py` (all of it, for Lightning).
+`build_indexed.py`, `shards.py` (from text to tokens); `samples.py`, `permutation.py` (windows and their order); `corpus.py` (the
+interface) and the corpora: `pocket_pile.py` (`pocket/` builds its text and tokenizers), `megatron_indexed.py`, `streaming/`,
+`blend.py`; `sampling.py` (the samples of a rank), `accumulation.py` (sizes of steps), `text_facts.py` (baselines),
+`training_data.py` (the interface to training), `datamodule.py` (all of it, for Lightning).
 """
 
 from nlgmoe.data.accumulation import BatchRampUp

@@ -246,15 +246,12 @@ class IndexedWriter:
 
     def _write_sidecar(self) -> None:
         sizes = self.position()
-        if self.sidecar is not None:
-            hashed = xxhash.xxh3_64()
-            if self.sidecar.text is not None:
-                self._files["bin"].seek(0)
-                while block := self._files["bin"].read(8 * CHUNK):
-                    hashed.update(block)
-            xxh3 = None if self.sidecar.text is None else hashed.hexdigest()
-            documents, tokens = sizes["lengths"] // 4, sizes["bin"] // self._dtype.itemsize
-            replace(self.sidecar, documents=documents, tokens=tokens, xxh3=xxh3).write(self._folder / "json")
+        if self.sidecar is None:
+            return
+        documents, tokens, xxh3 = sizes["lengths"] // 4, sizes["bin"] // self._dtype.itemsize, None
+        if self.sidecar.text is not None:
+            xxh3 = xxhash.xxh3_64_hexdigest(np.memmap(self._folder / "bin", np.uint8, mode="r").data)
+        replace(self.sidecar, documents=documents, tokens=tokens, xxh3=xxh3).write(self._folder / "json")
 
     def _write_index(self) -> None:
         lengths, item = self._files["lengths"], np.int64(self._dtype.itemsize)

@@ -44,8 +44,15 @@ class PocketPile:
         return self._tokenizer
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
-        """Build missing text, tokenizer and tokens of all domains."""
-        prepare(data_dir, tokenizer)
+        """Build missing text, tokenizer and tokens of all domains.
+
+        One process at a time: on a shared file system every node calls this, and later calls have nothing to build.
+        """
+        if tokenizer not in BUILT:
+            load_tokenizer(tokenizer, data_dir)  # an unknown one is refused before the corpus is built
+        with build_lock(data_dir):
+            manifest = open_corpus(data_dir)
+            _tokenise(data_dir, manifest, load_tokenizer(tokenizer, data_dir))
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
         """Map the tokens of a tokenizer."""
@@ -85,19 +92,7 @@ def _text_hash(manifest: Manifest, domain: str) -> str:
     return hash_of([manifest.files[f"{domain}.{split}"].sha256 for split in SPLITS])
 
 
-def prepare(data_dir: Path, tokenizer: str) -> None:
-    """Build missing corpus, tokenizer and tokens.
-
-    One process at a time: on a shared file system every node calls this, and later calls have nothing to build.
-    """
-    if tokenizer not in BUILT:
-        load_tokenizer(tokenizer, data_dir)  # an unknown one is refused before the corpus is built
-    with build_lock(data_dir):
-        manifest = open_corpus(data_dir)
-        tokenise(data_dir, manifest, load_tokenizer(tokenizer, data_dir))
-
-
-def tokenise(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
+def _tokenise(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
     """Tokenise every domain of the manifest whose text has changed or whose tokens are missing or damaged."""
     folder = token_folder(data_dir, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)

