@@ -134,8 +134,7 @@ class Corpus(Protocol):
 
 def own_tokenizer(corpus: Corpus) -> str | None:
     """Return the tokenizer that a corpus names by a method `own_tokenizer`; None: it names none."""
-    method = getattr(corpus, "own_tokenizer", None)
-    name: str | None = None if method is None else method()
+    name: str | None = getattr(corpus, "own_tokenizer", lambda: None)()
     return name
 
 

@@ -40,27 +40,25 @@ def literature(archive: Path) -> Iterator[Document]:
     ):
         title = re.sub(r"_gut(_f)?\.txt$", "", name.rsplit("/", 1)[-1])
         group = "milton" if "miltondata" in name else FOLIO_TITLES.get(title, title)
-        yield Document(normalise(_decode(content)), "literature", _source(archive, name), group)
+        yield Document(normalise(content.decode()), "literature", _source(archive, name), group)
 
 
 def wikipedia(archive: Path) -> Iterator[Document]:
-    """Yield the articles of a Wikipedia dump, without markup."""
+    """Yield the pages of a Wikipedia dump, without markup."""
     for name, content in read_members(archive, lambda name: "enwiki-latest-pages-articles1" in name):
         root = ElementTree.fromstring(bz2.decompress(content))
         namespace = root.tag.removesuffix("mediawiki")
         for page in root.iter(f"{namespace}page"):
             title = page.findtext(f"{namespace}title", "")
             markup = page.findtext(f"{namespace}revision/{namespace}text", "")
-            if page.findtext(f"{namespace}ns") == "0" and page.find(f"{namespace}redirect") is None:
-                text = f"{title}\n\n{clean_wiki_markup(markup)}"
-                yield Document(normalise(text), "wikipedia", f"{_source(archive, name)}:{title}")
+            text = f"{title}\n\n{clean_wiki_markup(markup)}"
+            yield Document(normalise(text), "wikipedia", f"{_source(archive, name)}:{title}")
 
 
 def django_manual(archive: Path) -> Iterator[Document]:
     """Yield Django's documentation, unchanged reStructuredText."""
     for name, content in read_members(archive, lambda name: re.search(r"^[^/]+/docs/.*\.txt$", name) is not None):
-        if not name.endswith("requirements.txt"):
-            yield Document(normalise(_decode(content)), "manuals", _source(archive, name))
+        yield Document(normalise(content.decode()), "manuals", _source(archive, name))
 
 
 def aws_manual(archive: Path) -> Iterator[Document]:
@@ -81,14 +79,12 @@ def aws_manual(archive: Path) -> Iterator[Document]:
 
 def python_sources(archive: Path, folder: str) -> Iterator[Document]:
     """Yield hand-written Python modules below `folder`: no tests, no migrations or locale tables, nothing generated."""
-    skip = re.compile(r"/(tests?|testing|migrations|locale|vendored|_antlr|benchmarks)/")
+    skip = re.compile(r"/(tests?|testing|migrations|locale|benchmarks)/")
     pattern = re.compile(rf"(^|/){folder}/.*\.py$")
     for name, content in read_members(archive, lambda name: bool(pattern.search(name)) and not skip.search(name)):
-        text = normalise(_decode(content))
+        text = normalise(content.decode())
         generated = re.search(r"generated (by|from|automatically)|do not edit", text[:1000].lower()) is not None
-        # Prose and code have short lines and mostly letters; lookup tables do not.
-        letters = len(re.findall(r"[A-Za-z_\s]", text))
-        if not generated and letters > 0.6 * len(text) and max(map(len, text.split("\n"))) < 500:
+        if not generated and max(map(len, text.split("\n"))) < 500:  # lookup tables have long lines
             yield Document(text, "code", _source(archive, name))
 
 
@@ -149,13 +145,6 @@ def _prose(markup: str, seen: set[str]) -> list[str]:
             seen.add(text)
             paragraphs.append(text)
     return paragraphs
-
-
-def _decode(content: bytes) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return content.decode("latin-1")
 
 
 def _source(archive: Path, name: str) -> str:
