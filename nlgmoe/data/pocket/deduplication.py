@@ -43,7 +43,7 @@ class Document:
 
 def normalise(text: str) -> str:
     """Normalise to Unix newlines, no trailing blanks, at most two blank lines in a row, no blanks around the whole."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\x00", "").replace("\ufeff", "").replace("\f", "\n")
+    text = text.replace("\r\n", "\n").replace("\ufeff", "")
     text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
     return re.sub(r"\n{4,}", "\n\n\n", text).strip(" \t\n")
 
@@ -64,11 +64,7 @@ def cut(document: Document) -> list[Document]:
             sections.append("\n\n".join(current))
             current, size = [], 0
     if current:
-        tail = "\n\n".join(current)
-        if sections and size < target / 4:
-            sections[-1] += "\n\n" + tail  # a very short section would be a poor document
-        else:
-            sections.append(tail)
+        sections.append("\n\n".join(current))
     return [
         replace(document, text=text.strip("\n"), source=f"{document.source}#{i}") for i, text in enumerate(sections)
     ]
