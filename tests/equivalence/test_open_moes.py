@@ -257,6 +257,7 @@ DEEPSEEK = {"mlp_type": "residual", "residual_mix": "sum", "groups": [2, 1], "ro
         ({"moe": {"gate_scale": 2.0}}, None, "gate_scale=2.0 (the nearest family is mixtral)"),
         ({"qkv_bias": True, "moe": {"mlp_type": "residual", "residual_mix": "sigmoid"}}, "qwen2_moe", ""),
         ({"qk_norm": "head", "moe": DEEPSEEK}, "dots1", ""),
+        ({"qk_norm": "projection", "rotary_dim": 4, "moe": {"router": SigmoidRouterConfig()}}, "minimax_m2", ""),
         ({"qk_norm": "head", "qkv_bias": False, "rotary_dim": 4, "moe": DEEPSEEK}, "glm4_moe", ""),
         (
             {"qk_norm": "head", "rotary_dim": 4, "moe": {**DEEPSEEK, "num_experts": [0, 4, 0, 4]}},
@@ -401,6 +402,13 @@ REFUSED = {
     "rotation in halves": ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False of"),
     "every second block": ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq=2 of"),
     "no shared expert beside latents": ("deepseek_v3", {"n_shared_experts": 0}, "n_shared_experts=0 of"),
+    "scores of another router": ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func=softmax of"),
+    "norms of heads": ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type=per_head of"),
+    "a shared expert of another family": (
+        "minimax_m2",
+        {"shared_intermediate_size": 40},
+        "shared_intermediate_size=40 of",
+    ),
     "FP8": ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config=fp8 of .* bf16"),
     "GPT-2's activation": ("gpt2", {"activation_function": "relu"}, "activation_function=relu of"),
     "scale by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True of"),

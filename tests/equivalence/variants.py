@@ -91,6 +91,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"use_qk_norm": True, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 1, "norm_topk_prob": False}
         | {"first_k_dense_replace": 2, "partial_rotary_factor": 1.0, "tie_word_embeddings": True},
     ),
+    "minimax_m2, half of a head turns": (
+        "minimax_m2",
+        MOE
+        | {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 16, "num_key_value_heads": 2}
+        | {"rotary_dim": 8, "rms_norm_eps": 1e-3},
+    ),
+    "minimax_m2, all of a head turns, top-2, yarn, tied": (
+        "minimax_m2",
+        MOE | {"num_local_experts": 4, "head_dim": 12, "tie_word_embeddings": True, "rope_parameters": YARN},
+    ),
     "granitemoe": (
         "granitemoe",
         {**MOE, **GRANITE, "num_local_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 2},
@@ -173,7 +183,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 # family -> part of a tensor's name in its files, and the same part in the model that `transformers` builds
 BUILT: dict[str, tuple[str, str]] = {
-    "mixtral": ("block_sparse_moe", "mlp"),
+    **dict.fromkeys(("mixtral", "minimax_m2"), ("block_sparse_moe", "mlp")),
     **dict.fromkeys(("granitemoe", "granitemoeshared"), ("router.layer", "router")),
 }
 
@@ -245,6 +255,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
         14.02,
     ),
     "glm4_moe": ({"attention_bias": True, "head_dim": 128}, 106.85, 13.42),  # GLM-4.5-Air
+    "minimax_m2": ({"rotary_dim": 64}, 228.69, 11.03),  # MiniMax-M2; the published 10 does not count the embeddings
     "granitemoe": (  # granite-3.0-1b-a400m; the published 0.4 does not count the embeddings
         {"vocab_size": 49_155, "hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 24}
         | {"num_attention_heads": 16, "num_key_value_heads": 8, "num_local_experts": 32, "num_experts_per_tok": 8}
@@ -366,6 +377,19 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "glm4_moe: gate and expand of the shared experts are swapped": (
         "glm4_moe, half of a head turns",
         swapped("moe.mlp.gate.weight", "moe.mlp.expand.weight"),
+    ),
+    "minimax_m2: no bias on the choice": (
+        "minimax_m2, half of a head turns",
+        changed("moe.router.bias", torch.zeros_like),
+    ),
+    "minimax_m2: all of a head turns": ("minimax_m2, half of a head turns", setting("rotary_dim", None)),
+    "minimax_m2: gate and expand are swapped": (
+        "minimax_m2, half of a head turns",
+        swapped("experts.gate_weight", "experts.expand_weight"),
+    ),
+    "minimax_m2: scales of keys, heads reversed": (
+        "minimax_m2, half of a head turns",
+        changed("attention.key_norm.weight", lambda scales: scales.roll(16, 0)),
     ),
     "granitemoe: no embedding_multiplier": ("granitemoe", setting("embedding_scale", 1.0)),
     "granitemoe: attention scaled by the width of a head": ("granitemoe", setting("attention_scale", None)),
