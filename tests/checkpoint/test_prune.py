@@ -166,7 +166,8 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     # The run's text is what the loss is measured on.
     data = yaml.safe_load(small.with_suffix(".yaml").read_text())["data"]
     assert data["document_attention"] and data["tokenizer"] == str(small) and data["data_dir"] == str(pocket_pile)
-    assert data["corpus"] == {"class_path": "nlgmoe.data.PocketPile", "init_args": {"domains": ["code"]}}
+    corpus = data["corpus"]
+    assert corpus["class_path"] == "nlgmoe.data.PocketPile" and corpus["init_args"]["domains"] == ["code"]
     arguments = shlex.split(said.rstrip().splitlines()[-1].partition("python train.py ")[2])
     train([*arguments, f"--trainer.default_root_dir={healed}", "--trainer.max_steps=2"])
     assert load_pretrained(healed).model.config.moe.num_experts == [2]

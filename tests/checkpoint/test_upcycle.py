@@ -174,7 +174,7 @@ def test_noise_is_as_large_as_it_was_said(dense: Path, tmp_path: Path) -> None:
             LLAMA,
             "--mlp-type residual",
             (None, 2, 1),
-            "has qk_norm=null, mlp_type=residual (the nearest family is qwen3_moe): nlgmoe export",
+            "has residual_mix=learned (the nearest family is qwen2_moe): nlgmoe export",
         ),
         (LLAMA_3, "", ("mixtral", 1, 2), "writes it as MixtralForCausalLM of transformers"),
         (GRANITE, "", ("granitemoe", 1, 2), "writes it as GraniteMoeForCausalLM of transformers"),
