@@ -61,7 +61,7 @@ check: develop  ## format, lint, spelling, types, shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/codespell
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run .ci/browser docs/examples/slurm.sbatch
+	$(BIN)/shellcheck .ci/run .ci/browser docs/examples/slurm.sbatch docs/examples/prepare_pile.sbatch
 	$(BIN)/hadolint docs/examples/Dockerfile
 
 docs: develop  ## renew the table of flags (docs/megatron_flags.md), and build the site: site/index.html

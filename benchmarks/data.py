@@ -5,13 +5,14 @@
 Batches of 8 sequences of 2,048 tokens by corpus and data workers, beside `encode_batch` of texts in memory. The text is the
 pocket Pile's training text in one order, the tokenizer GPT-2's. A stream holds a block of 50 documents. Files have just been
 written, and come from the page cache. `prepare-data` turns 6 MB of it, as JSON lines, into tokens on disk; what it does beside
-tokenising holds the interpreter's lock, so that threads do not divide it. `opening` checks the
+tokenising holds the interpreter's lock, so that threads do not divide it; shards, each of a process, do. `opening` checks the
 index of 10 million documents (`prepare`), and opens 1,000 prefixes.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import statistics
@@ -43,6 +44,7 @@ from nlgmoe.data.documents import Fields
 from nlgmoe.data.indexed import token_dtype
 from nlgmoe.data.pocket.build import open_corpus, read_texts, text_path
 from nlgmoe.data.prefix import describe
+from nlgmoe.data.shards import Shard
 
 DATA = ROOT / "data/pocket_pile"
 SEQ_LEN, BATCH, BATCHES, WORKERS = 2048, 8, 64, (0, 1, 2)
@@ -160,12 +162,27 @@ def preparing(rounds: int) -> dict[str, dict[str, float]]:
         size = sum(len(text.encode()) for text in texts) / 1e6
         numbers = count()
 
-        def build(used: Tokenizer, threads: int) -> None:
-            build_indexed([str(path)], Path(name) / str(next(numbers)), used, Fields(), threads, lambda done: None)
+        def build(used: Tokenizer, threads: int, shard: Shard | None = None) -> None:
+            prefix = Path(name) / f"{next(numbers)}-{shard and shard.number}"
+            build_indexed([str(path)], prefix, used, Fields(), threads, lambda done: None, shard=shard)
+
+        def build_shards(processes: int) -> None:
+            shards = [Shard(number + 1, processes) for number in range(processes)]
+            started = [
+                multiprocessing.get_context("fork").Process(target=build, args=(tokenizer, 1, s)) for s in shards
+            ]
+            next(numbers)  # each process has a copy of the count
+            for process in started:
+                process.start()
+            for process in started:
+                process.join()
+                assert process.exitcode == 0
 
         for threads in (1, 2):
             seconds = interleaved({"": partial(build, tokenizer, threads)}, rounds, 1)[""] / size
             measured[str(threads)] = {"seconds": seconds}
+        seconds = interleaved({"": partial(build_shards, 2)}, rounds, 1)[""] / size
+        measured["shards"] = {"seconds": seconds}
         replayed = copy(tokenizer)
         replayed._backend = Replayed(tokenizer._backend)
         build(replayed, 1)
@@ -179,7 +196,12 @@ def preparing(rounds: int) -> dict[str, dict[str, float]]:
 
 
 def preparing_table(measured: dict[str, dict[str, float]]) -> Table:
-    labels = {"1": "1 thread", "2": "2 threads", "GIL": "the part that holds the GIL, CPU seconds"}
+    labels = {
+        "1": "1 thread",
+        "2": "2 threads",
+        "shards": "2 shards, processes of 1 thread",
+        "GIL": "the part that holds the GIL, CPU seconds",
+    }
     rows = [
         [labels[name], f"{values['seconds']:.4f}", f"{3.6 / values['seconds']:,.1f}"]
         for name, values in measured.items()

@@ -35,6 +35,7 @@ def prepare_data(
     special_tokens: Literal["text", "read"] = "text",
     workers: int | None = None,
     domain: str | None = None,
+    shard: str | None = None,
 ) -> None:
     """Build the pocket Pile, a tokenizer and the tokenised shards, unless they exist; or a corpus of your own text.
 
@@ -48,16 +49,20 @@ def prepare_data(
         tokenizer: "gpt2", "pocket-1k", "pocket-4k", "pocket-8k", or a folder with tokenizer.json or vocab.json and merges.txt.
         input: files of text to tokenise: paths, folders, quoted patterns such as 'texts/*.txt' or 's3://bucket/pile/*.jsonl.zst'.
         output: prefix of the files for the tokens of `input`: OUTPUT.bin, OUTPUT.idx and OUTPUT.json.
-        vocab_size: train a tokenizer of so many ids on `input`, and save it in the folder OUTPUT.tokenizer.
+        vocab_size: train a tokenizer of so many ids on `input`, and save it in the folder OUTPUT.tokenizer; without `output`, in
+            the folder `tokenizer`, and do nothing else.
         text_field: field of a record with its text; a nested field has dots: `content.body`.
         on_bad_data: "error" stops at a document or file that cannot be used; "skip" leaves it out and counts it.
         special_tokens: "text": the name of a special token in `input`, such as <|im_end|>, is text; "read": it is that token.
         workers: threads that tokenise `input`; default: the number of CPU cores.
         domain: domain of the documents of `input`, by which their loss is logged; default: the last part of `output`.
+        shard: I/N, such as 1/4: prepare part I of N of `input`, as OUTPUT-I-of-N; N tasks prepare the whole.
     """
-    if input is not None or output is not None or vocab_size is not None:
+    if any(given is not None for given in (input, output, vocab_size, shard)):
         skips, reads = on_bad_data == "skip", special_tokens == "read"
-        _tokenise_input(data_dir, tokenizer, input, output, vocab_size, text_field, skips, reads, workers, domain)
+        _tokenise_input(
+            data_dir, tokenizer, input, output, vocab_size, text_field, skips, reads, workers, domain, shard
+        )
         return
     # Imported here: Lightning loads slowly, and wrong arguments are reported before it is needed.
     from nlgmoe.data import PocketPile
@@ -104,10 +109,19 @@ def _tokenise_input(
     reads: bool,
     workers: int | None,
     domain: str | None,
+    shard: str | None,
 ) -> None:
+    if input is not None and output is None and vocab_size is not None and shard is None and tokenizer != TOKENIZER:
+        _train_alone(input, vocab_size, Path(tokenizer), text_field, skips)
+        return
     if input is None or output is None:
         missing = "input" if input is None else "output"
         raise SettingError(f"missing setting {missing}; --input and --output go together")
+    if shard is not None and vocab_size is not None:
+        raise SettingError(
+            f"shard={shard} takes a tokenizer that all shards share; train it first: prepare-data --input INPUT --vocab-size "
+            f"{vocab_size} --tokenizer FOLDER, then give --tokenizer FOLDER instead of --vocab-size"
+        )
     if workers is not None and workers < 1:
         raise SettingError(f"workers={workers} must be at least 1")
     prefix = Path(output)
@@ -120,28 +134,22 @@ def _tokenise_input(
             f"vocab_size={vocab_size} trains a tokenizer; give at least 257, for the 256 bytes and the end of a document, and no "
             "tokenizer"
         )
-    from nlgmoe.cli.input_files import input_files
     from nlgmoe.data.build_indexed import build_indexed, check_new
     from nlgmoe.data.corpus import build_lock
-    from nlgmoe.data.documents import Fields
-    from nlgmoe.data.source_files import describe_file, is_plain_text
-    from nlgmoe.data.tokenizer_loading import load_tokenizer, train_tokenizer
+    from nlgmoe.data.shards import Shard
+    from nlgmoe.data.tokenizer_loading import load_tokenizer
 
-    files = input_files(input)
+    part = None if shard is None else Shard.parse(shard)
+    files, fields = _files_and_fields(input, text_field)
     check_new(prefix)
-    text_bytes = None
-    if len(files) == 1 and is_plain_text(files[0]):
-        _note(f"note: {files[0]} is the only file: it is cut at ends of lines into documents")
-        text_bytes = min(describe_file(files[0]).bytes // PIECES + 1, PIECE_BYTES)
-    fields = Fields(text=text_field, text_bytes=text_bytes)
+    if part is not None:
+        check_new(prefix := part.prefix(prefix))
     if vocab_size is None:
         with build_lock(Path(data_dir)):
             loaded = load_tokenizer(tokenizer, Path(data_dir))
     else:
         # Repeated when a build is resumed: the same text gives the same tokenizer.
-        tokenizer = f"{prefix}.tokenizer"
-        _note(f"training a tokenizer of {vocab_size:,} ids")
-        loaded = train_tokenizer(_texts(files, fields, skips), vocab_size, Path(tokenizer))
+        loaded = _train(files, fields, skips, vocab_size, Path(f"{prefix}.tokenizer"))
     if reads:
         loaded = loaded.reading_special_tokens()
     seconds = 0.1 if sys.stderr.isatty() else 10.0  # in a file, each update is a line
@@ -162,8 +170,38 @@ def _tokenise_input(
     with bar:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         skip_or_stop = skip if skips else None
-        built = build_indexed(files, prefix, loaded, fields, workers or cpus, update_bar, skip_or_stop, domain)
-    _print_built(built, len(files), prefix, loaded, data_dir)
+        built = build_indexed(files, prefix, loaded, fields, workers or cpus, update_bar, skip_or_stop, domain, part)
+    _print_built(built, len(files), prefix, loaded, data_dir, Path(output) if part else None)
+
+
+def _files_and_fields(input: str | list[str], text_field: str) -> tuple[list[str], Fields]:
+    from nlgmoe.cli.input_files import input_files
+    from nlgmoe.data.documents import Fields
+    from nlgmoe.data.source_files import describe_file, is_plain_text
+
+    files, text_bytes = input_files(input), None
+    if len(files) == 1 and is_plain_text(files[0]):
+        _note(f"note: {files[0]} is the only file: it is cut at ends of lines into documents")
+        text_bytes = min(describe_file(files[0]).bytes // PIECES + 1, PIECE_BYTES)
+    return files, Fields(text=text_field, text_bytes=text_bytes)
+
+
+def _train_alone(input: str | list[str], vocab_size: int, folder: Path, text_field: str, skips: bool) -> None:
+    from nlgmoe.data.tokenizer_loading import BUILT
+
+    if vocab_size < 257 or str(folder) in BUILT or (folder.exists() and any(folder.iterdir())):
+        raise SettingError(
+            f"tokenizer={folder} is to be trained, with vocab_size={vocab_size}; give a new folder for it, and at least 257 ids"
+        )
+    loaded = _train(*_files_and_fields(input, text_field), skips, vocab_size, folder)
+    print(_describe_tokenizer(loaded.name, loaded))
+
+
+def _train(files: list[str], fields: Fields, skips: bool, vocab_size: int, folder: Path) -> Tokenizer:
+    from nlgmoe.data.tokenizer_loading import train_tokenizer
+
+    _note(f"training a tokenizer of {vocab_size:,} ids")
+    return train_tokenizer(_texts(files, fields, skips), vocab_size, folder)
 
 
 def _texts(files: list[str], fields: Fields, skips: bool) -> Iterator[str]:
@@ -181,20 +219,26 @@ def _note(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def _print_built(built: Progress, files: int, prefix: Path, tokenizer: Tokenizer, data_dir: str) -> None:
+def _print_built(
+    built: Progress, files: int, prefix: Path, tokenizer: Tokenizer, data_dir: str, whole: Path | None = None
+) -> None:
     from nlgmoe.data.megatron_indexed import split_of
     from nlgmoe.data.tokenizer_loading import BUILT
 
     print(f"files      {files:,}")
     print(f"documents  {built.documents:,}")
     print(f"text       {built.bytes / 1e6:,.2f} MB")
-    print(f"tokens     {built.tokens:,}, {built.bytes / built.tokens:.2f} bytes each")
+    print(f"tokens     {built.tokens:,}, {built.bytes / max(1, built.tokens):.2f} bytes each")
     if built.skipped:
         print(f"left out   {built.skipped:,} documents, files or ends of files that cannot be used")
     if built.empty:
         print(f"empty      {built.empty:,} documents without text, which are left out")
     print(f"corpus     {prefix}.bin, {prefix}.idx, {prefix}.json")
     print(_describe_tokenizer(tokenizer.name, tokenizer))
+    if whole is not None:
+        print(f"validation {built.held_out:,} documents, chosen by hash")
+        print(f"When all shards are written, the corpus has the prefix {whole}.")
+        return
     if built.documents < 2:
         print("split      one document cannot be divided into training and validation: give more files")
         return

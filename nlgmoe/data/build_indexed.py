@@ -27,9 +27,11 @@ import numpy as np
 import xxhash
 from filelock import FileLock, Timeout
 
+from nlgmoe.data.corpus import hash_of
 from nlgmoe.data.documents import WHOLE, Fields, Skip, read_documents
 from nlgmoe.data.indexed import IndexedWriter, token_dtype
 from nlgmoe.data.prefix import describe
+from nlgmoe.data.shards import Shard
 from nlgmoe.data.source_files import describe_file, is_local
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.files import write_json
@@ -76,6 +78,7 @@ def build_indexed(
     report: Callable[[Progress], object],
     skip: Skip | None = None,
     domain: str | None = None,
+    shard: Shard | None = None,
 ) -> Progress:
     """Write the files of a prefix: a sequence for each document, closed by the end-of-document token.
 
@@ -88,6 +91,7 @@ def build_indexed(
         report: called with the progress at the start and after each chunk.
         skip: called with place and reason of unusable data; None: raise an error.
         domain: name of the documents' domain; None: `domain_of` the prefix.
+        shard: the part of the files that is built; it may be empty. None: all of them.
     """
     folder = building(prefix)
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +100,7 @@ def build_indexed(
     size = sum(file.bytes or (0 if is_local(file.path) else SMALL_BYTES) for file in described)
     settings = {
         "files": [asdict(file) for file in described],
+        "shard": None if shard is None else str(shard),
         "tokenizer": tokenizer.fingerprint,
         "special_tokens": tokenizer.reads_special_tokens,
         "fields": {name: value for name, value in asdict(fields).items() if name != "missing_bytes"},
@@ -106,7 +111,8 @@ def build_indexed(
             check_new(prefix)
             done, sizes = _read_progress(folder, settings)
             share = HELD_OUT if size >= SMALL_BYTES else HELD_OUT_OF_SMALL
-            chunks = _tokenise(_chunks(files, fields, skip, done), tokenizer, share, workers, done)
+            spans = [WHOLE] * len(files) if shard is None else shard.spans(described)
+            chunks = _tokenise(_chunks(files, spans, fields, skip, done), tokenizer, share, workers, done)
             report(done)
             return _write(chunks, prefix, tokenizer, domain, sizes, settings, report)
     except Timeout:
@@ -151,11 +157,14 @@ def _write(
                 recorded = time.monotonic()
         for tokens in held_out.read_back():
             writer.add_document(tokens)
-        if done.documents == 0:
+        if done.documents == 0 and settings["shard"] is None:
             raise RunError(
                 "input has no document that can be used; give other files, or the text_field of their records"
             )
         writer.sidecar = describe(prefix, tokenizer, domain, done.held_out, done.bytes)
+        if settings["shard"] is not None:  # without paths: they may differ on the machines of the tasks
+            divided = [(os.path.basename(file["path"]), file["bytes"]) for file in settings["files"]]
+            writer.sidecar = replace(writer.sidecar, input=hash_of(divided))
     return done
 
 
@@ -191,7 +200,7 @@ def _read_progress(folder: Path, settings: dict[str, Any]) -> tuple[Progress, di
 
 
 def _chunks(
-    files: Sequence[str], fields: Fields, skip: Skip | None, done: Progress
+    files: Sequence[str], spans: Sequence[range], fields: Fields, skip: Skip | None, done: Progress
 ) -> Iterator[tuple[list[str], Progress]]:
     """Yield chunks of texts from `done` on, with the position behind each; `_tokenise` adds the counts of documents."""
     texts: list[str] = []
@@ -208,8 +217,11 @@ def _chunks(
         empty += 1
 
     for number in range(done.file, len(files)):
+        if not spans[number]:
+            continue
         start = done.number if number == done.file else 0
-        for record in read_documents(files[number], fields, WHOLE, start, skip and count, count_empty):
+        counting = (skip and count, count_empty)
+        for record in read_documents(files[number], fields, WHOLE, start, *counting, spans[number]):
             assert isinstance(record.content, str)
             texts.append(record.content)
             size += len(record.content)

@@ -15,7 +15,7 @@ import numpy as np
 from nlgmoe.data.chained import ChainedTokens, Piece, Tokens
 from nlgmoe.data.corpus import PIECES, Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of, hash_of_pieces
 from nlgmoe.data.indexed import IndexedDataset
-from nlgmoe.data.prefix import Sidecar, find_prefixes
+from nlgmoe.data.prefix import Sidecar, check_inputs, find_prefixes
 from nlgmoe.data.tokenizer import COMPARED_TOKENS, SAME_TOKENIZER, Tokenizer
 from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.validation import RunError, SettingError, require
@@ -78,6 +78,7 @@ class MegatronIndexed:
         prefixes = find_prefixes(self.prefix)
         loaded = load_tokenizer(tokenizer, data_dir)
         parts = [_open_part(prefix, len(prefixes), self.split, loaded) for prefix in prefixes]
+        check_inputs((part.prefix, part.input) for part in parts)
         if other := next((part for part in parts if part.dtype != parts[0].dtype), None):
             raise SettingError(
                 f"prefix={other.prefix}: its tokens are of type {other.dtype}, those of {parts[0].prefix} of {parts[0].dtype}; "
@@ -116,6 +117,7 @@ class Part:
         bounds: first document of each split, and the number of documents.
         ends: the same in tokens.
         hashes: of its two files.
+        input: of its sidecar.
     """
 
     prefix: Path
@@ -124,6 +126,7 @@ class Part:
     bounds: list[int]
     ends: list[int]
     hashes: dict[str, str]
+    input: str | None = None
 
 
 def _open_part(prefix: Path, prefixes: int, split: Sequence[float] | None, tokenizer: Tokenizer) -> Part:
@@ -140,7 +143,8 @@ def _open_part(prefix: Path, prefixes: int, split: Sequence[float] | None, token
     pieces = PIECES if prefixes == 1 else PIECES_OF_MANY
     hashes = {kind: hash_of_pieces(f"{prefix}.{kind}", pieces) for kind in ("idx", "bin")}
     domain = sidecar.domain if sidecar else prefix.name if prefixes == 1 else ""
-    return Part(prefix, dataset.dtype, domain, bounds, [dataset.first_token(number) for number in bounds], hashes)
+    ends, input = [dataset.first_token(number) for number in bounds], sidecar.input if sidecar else None
+    return Part(prefix, dataset.dtype, domain, bounds, ends, hashes, input)
 
 
 def _without_sidecar(prefix: Path) -> SettingError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from glob import escape, glob, has_magic
 from pathlib import Path
@@ -37,6 +37,7 @@ class Sidecar:
         bytes: UTF-8 bytes of the documents' text.
         text: hash of the text; None: not recorded.
         xxh3: hash of `PREFIX.bin`; None: not recorded.
+        input: of a shard, the hash of the names and sizes of the files that were divided.
     """
 
     tokenizer: str
@@ -49,6 +50,7 @@ class Sidecar:
     bytes: int
     text: str | None = None
     xxh3: str | None = None
+    input: str | None = None
 
     def write(self, path: Path) -> None:
         """Write the file."""
@@ -164,7 +166,21 @@ def _matching(word: str) -> list[Path]:
                 f"prefix={word}: {base}-{missing[0]}-of-{count}.idx is missing, {len(numbers)} of {count} shards are there; "
                 "wait for it, or write it again"
             )
+    for file in glob(f"{pattern}.bin"):
+        if not os.path.exists(index := f"{file.removesuffix('.bin')}.idx"):
+            raise SettingError(f"prefix={word}: {index} is missing; wait for it, or write it again, or move {file}")
     return [prefix for *_, prefix in sorted(found)]
+
+
+def check_inputs(inputs: Iterable[tuple[Path, str | None]]) -> None:
+    """Check that the shards of each corpus are of the same input, see `Sidecar.input`: others repeat or lack documents."""
+    known: dict[str, str | None] = {}
+    for prefix, input in inputs:
+        base, number, _ = _shard(str(prefix))
+        if number and known.setdefault(base, input) != input:
+            raise SettingError(
+                f"prefix={prefix}: other files were divided than for the first shard of {base}; write all shards again"
+            )
 
 
 def _shard(name: str) -> tuple[str, int, int]:

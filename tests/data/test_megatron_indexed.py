@@ -266,6 +266,14 @@ def test_the_whole_index_is_checked_by_one_process_a_node(write: Write, open_cor
     data.corpus.open(data.data_dir, data._tokenizer())  # headers, sizes and a sample alone: no rank reads it all
 
 
+def test_unfinished_files_of_a_pattern_are_named(write: Write, open_corpus: Open, tmp_path: Path) -> None:
+    for name in ("00000_tokens", "00001_tokens"):  # names of datatrove, whose index comes last
+        write(TEXTS, name)
+    (tmp_path / "corpus" / "00001_tokens.idx").unlink()
+    with pytest.raises(ValueError, match=r"00001_tokens\.idx is missing; wait for it, or write it again"):
+        open_corpus(str(tmp_path / "corpus" / "*"), [1, 1, 0])
+
+
 def test_a_slice_is_that_of_the_whole(tmp_path: Path) -> None:
     whole, pieces = [], []
     for number, (first, length) in enumerate([(0, 3), (2, 0), (1, 1), (4, 5)]):
@@ -293,7 +301,8 @@ def test_all_shards_are_read_or_the_missing_one_is_named(write: Write, open_corp
     with pytest.raises(ValueError, match=r"text has shards of 4 and of 11; delete"):
         open_corpus(str(tmp_path / "corpus" / "text"), None)
     (tmp_path / "corpus" / "text-3-of-4.idx").unlink()
-    (tmp_path / "corpus" / "text-11-of-11.idx").unlink()
+    for kind in ("idx", "bin"):
+        (tmp_path / "corpus" / f"text-11-of-11.{kind}").unlink()
     for word in ("text", "*"):
         with pytest.raises(ValueError, match=r"text-11-of-11\.idx is missing, 10 of 11 shards are there; wait"):
             open_corpus(str(tmp_path / "corpus" / word), None)

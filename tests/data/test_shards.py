@@ -1,0 +1,225 @@
+"""A corpus that N processes prepare, each without knowledge of the others, has what one process prepares."""
+
+import json
+import multiprocessing
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from nlgmoe.commands.main import main
+from nlgmoe.data import IndexedDataset, MegatronIndexed, Tokenizer
+from nlgmoe.data.build_indexed import build_indexed, building
+from nlgmoe.data.documents import Fields, read_documents
+from nlgmoe.data.prefix import Sidecar, find_prefixes
+from nlgmoe.data.shards import Shard
+from nlgmoe.data.source_files import DataFile
+from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe
+from nlgmoe.validation import RunError, SettingError
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [f"document {number}: naïve 日本\n" + "reading books " * (number * 7 % 40) for number in range(300)]
+
+
+def lines(texts: Sequence[str]) -> bytes:
+    return b"".join(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in texts)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_byte_level_bpe(iter(TEXTS), 400).save(str(folder / "tokenizer.json"))
+    return load_tokenizer(str(folder), folder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Files of every kind, of unlike sizes."""
+    (folder := tmp_path / "text").mkdir()
+    (folder / "a.jsonl").write_bytes(lines(TEXTS[:150]).rstrip(b"\n"))
+    (folder / "b.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines(TEXTS[150:200])))
+    pq.write_table(pa.table({"text": TEXTS[200:290]}), folder / "c.parquet", row_group_size=7)
+    (folder / "d.jsonl").write_bytes(b"\n" + lines(TEXTS[290:]))
+    return folder
+
+
+def build(folder: Path, prefix: Path, tokenizer: Tokenizer, shard: Shard | None = None) -> Any:
+    files = sorted(map(str, folder.iterdir()))
+    return build_indexed(files, prefix, tokenizer, Fields(), 1, lambda done: None, shard=shard)
+
+
+def documents(prefix: Path) -> tuple[list[bytes], list[bytes]]:
+    """Tokens of each document, for training and held out, sorted."""
+    dataset, sidecar = IndexedDataset(prefix), Sidecar.read(prefix)
+    assert sidecar is not None and sidecar.documents == len(dataset)
+    found = [dataset[number].tobytes() for number in range(len(dataset))]
+    first = len(found) - sidecar.held_out
+    return found[:first], found[first:]
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 40])
+def test_shards_have_the_documents_of_one_build(tokenizer: Tokenizer, folder: Path, tmp_path: Path, count: int) -> None:
+    whole = build(folder, tmp_path / "whole", tokenizer)
+    shards = [Shard(number + 1, count) for number in range(count)]
+    built = [build(folder, shard.prefix(tmp_path / "own"), tokenizer, shard) for shard in shards]
+    for fact in ("documents", "bytes", "tokens", "held_out", "empty", "skipped"):
+        assert sum(getattr(part, fact) for part in built) == getattr(whole, fact)
+    assert whole.documents == 300 and whole.empty == 1 and whole.held_out > 10
+    found = [documents(prefix) for prefix in find_prefixes([str(tmp_path / "own")])]
+    # In this order: shard by shard it is that of the text.
+    assert [[text for part in found for text in part[split]] for split in (0, 1)] == list(documents(tmp_path / "whole"))
+    corpora = [MegatronIndexed(str(tmp_path / name)).open(tmp_path, tokenizer.name) for name in ("whole", "own")]
+    (one,), (many,) = [corpus.training_tokens() for corpus in corpora]
+    assert np.array_equal(one[:], many[:]) and corpora[1].domains == ["own"]
+    if count in (3, 4):
+        assert max(part.documents for part in built) < 2.2 * 300 / count
+
+
+def test_the_share_held_out_is_that_of_all_files(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("nlgmoe.data.build_indexed.SMALL_BYTES", 30_000)
+    (tmp_path / "text").mkdir()
+    (path := tmp_path / "text" / "large.jsonl").write_bytes(lines(TEXTS * 3))
+    assert path.stat().st_size > 30_000 * 4
+    whole = build(tmp_path / "text", tmp_path / "whole", tokenizer)
+    built = [
+        build(tmp_path / "text", tmp_path / str(number), tokenizer, Shard(number, 9)).held_out
+        for number in range(1, 10)
+    ]
+    assert sum(built) == whole.held_out < 0.04 * 900
+
+
+def test_each_line_is_read_once_wherever_a_file_is_cut(tmp_path: Path) -> None:
+    """Also at a line's first byte, its last, and behind an end without a line break."""
+    (path := tmp_path / "text.jsonl").write_bytes(lines(["a", "b" * 40, "", "c"]).rstrip(b"\n"))
+    size = path.stat().st_size
+    for cut in range(1, size):
+        spans = [range(cut), range(cut, size)]
+        texts = [[record.content for record in read_documents(path, Fields(), span=span)] for span in spans]
+        assert texts[0] + texts[1] == ["a", "b" * 40, "c"]
+        begins = [len(lines(["a", "b" * 40, "", "c"][:count])) for count in range(1, 4)]
+        assert len(texts[0]) == 1 + (cut > begins[0]) + (cut > begins[2])
+    path.write_bytes(lines(["a" * 100, "b"]) + b"no JSON\n")
+    with pytest.raises(RunError, match=r"text\.jsonl, line 2 of those from byte 50 on: not JSON"):
+        list(read_documents(path, Fields(), span=range(50, 1000)))
+
+
+def test_bytes_are_divided_without_gaps(tmp_path: Path) -> None:
+    files = [
+        DataFile(name, size) for name, size in (("a.json", 100), ("b.gz", 30), ("s3://c.jsonl", 30), ("d.parquet", 7))
+    ]
+    for count in (1, 2, 3, 7, 200):
+        columns = zip(*(Shard(number + 1, count).spans(files) for number in range(count)), strict=True)
+        for file, spans in zip(files, columns, strict=True):
+            assert [byte for span in spans for byte in span[: file.bytes]] == list(range(file.bytes))
+    empty = [DataFile("memory://a.jsonl", 0), DataFile("b.jsonl", 0)]  # or of unknown sizes
+    assert [[bool(span) for span in Shard(number, 2).spans(empty)] for number in (1, 2)] == [
+        [True, False],
+        [False, True],
+    ]
+
+
+def test_an_empty_file_is_refused_by_one_shard(tokenizer: Tokenizer, folder: Path, tmp_path: Path) -> None:
+    (folder / "bb.jsonl").touch()
+    refused = []
+    for number in (1, 2, 3):
+        try:
+            build(folder, tmp_path / str(number), tokenizer, Shard(number, 3))
+        except RunError as error:
+            refused.append(str(error))
+    assert len(refused) == 1 and "bb.jsonl: empty file" in refused[0]
+
+
+def test_a_killed_shard_resumes_with_the_same_input_alone(
+    tokenizer: Tokenizer, folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("nlgmoe.data.build_indexed.CHUNK_CHARACTERS", 3000)
+    monkeypatch.setattr("nlgmoe.data.build_indexed.RECORD_SECONDS", 0.0)
+    files, begun = sorted(map(str, folder.iterdir())), list[Any]()
+
+    def stop(done: Any) -> None:
+        if done.documents > 20:
+            raise KeyboardInterrupt
+
+    for number in (2, 3):
+        prefix, shard = tmp_path / str(number), Shard(number, 4)
+        wanted = build(folder, tmp_path / f"{number}-whole", tokenizer, shard)
+        with pytest.raises(KeyboardInterrupt):
+            build_indexed(files, prefix, tokenizer, Fields(), 1, stop, shard=shard)
+        assert building(prefix).exists()
+        with pytest.raises(RunError, match=r"other settings \(shard\)"):
+            build(folder, prefix, tokenizer, Shard(number, 5))
+        with pytest.raises(RunError, match=r"other settings \(files\)"):
+            build_indexed(files[1:], prefix, tokenizer, Fields(), 1, stop, shard=shard)
+        done = build_indexed(files, prefix, tokenizer, Fields(), 1, begun.append, shard=shard)
+        assert done == wanted and begun.pop(0).documents > 0
+        begun.clear()
+        assert documents(prefix) == documents(tmp_path / f"{number}-whole")
+
+
+def test_shards_of_a_folder_that_changed_are_refused(tokenizer: Tokenizer, folder: Path, tmp_path: Path) -> None:
+    """A file more moves the borders: documents are repeated, or lost."""
+    for number in (1, 2):
+        build(folder, tmp_path / f"own-{number}-of-2", tokenizer, Shard(number, 2))
+        (folder / "aa.jsonl").write_bytes(lines(TEXTS[:50]))
+    with pytest.raises(SettingError, match=r"own-2-of-2: other files were divided than for the first shard of .*own;"):
+        MegatronIndexed(str(tmp_path / "own")).open(tmp_path, tokenizer.name)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--shard=5/4", r"shard=5/4 is not I/N with I from 1 to N; give 1/4 to 4/4"),
+        ("--shard=0/4", r"shard=0/4 is not I/N"),
+        ("--shard=one", r"shard=one is not I/N"),
+        ("--shard=1/4 --vocab-size=300", r"shard=1/4 takes a tokenizer that all shards share; train it first"),
+        ("--shard=1/4 --existing", r"output=.*/own: .*own\.idx exists already; name another output"),
+    ],
+)
+def test_what_makes_no_shard_is_refused(options: str, reason: str, folder: Path, tmp_path: Path, capsys: Any) -> None:
+    if "--existing" in options:
+        (tmp_path / "own.idx").touch()
+    words = [word for word in options.split() if word != "--existing"]
+    with pytest.raises(SystemExit):
+        main(["prepare-data", f"--input={folder}", f"--output={tmp_path}/own", *words])
+    assert re.search(f"error: {reason}", error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_a_tokenizer_is_trained_once_and_the_array_job_prepares_the_shards(
+    folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """By two processes, with the words of the script for Slurm; the second task is submitted by itself, after it failed."""
+    tokenizer = tmp_path / "tokenizer"
+    train = ["prepare-data", f"--input={folder}", "--vocab-size=300", f"--tokenizer={tokenizer}"]
+    main(train)
+    assert "300 tokens" in capsys.readouterr().out and sorted(tmp_path.iterdir()) == [folder, tokenizer]
+    with pytest.raises(SystemExit):
+        main(train)
+    assert "is to be trained, with vocab_size=300; give a new folder" in capsys.readouterr().err
+    (command := tmp_path / ".venv" / "bin" / "nlgmoe").parent.mkdir(parents=True)
+    command.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    command.chmod(0o755)
+    settings = {
+        "INPUT": f"{folder}/*",
+        "OUTPUT": f"{tmp_path}/own",
+        "TOKENIZER": str(tokenizer),
+        "PATH": "/usr/bin:/bin",
+    }
+    processes = []
+    for number, shards in (1, {"SLURM_ARRAY_TASK_COUNT": "2"}), (2, {"SLURM_ARRAY_TASK_COUNT": "1", "SHARDS": "2"}):
+        task = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_CPUS_PER_TASK": "1"} | shards
+        script = ["bash", str(ROOT / "docs/examples/prepare_pile.sbatch")]
+        words = subprocess.run(script, env=settings | task, cwd=tmp_path, check=True, capture_output=True, text=True)
+        processes.append(multiprocessing.get_context("fork").Process(target=main, args=(words.stdout.splitlines(),)))
+        processes[-1].start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    found = [documents(prefix) for prefix in find_prefixes([str(tmp_path / "own")])]
+    assert len(found) == 2 and sum(len(part) for parts in found for part in parts) == 300
