@@ -24,7 +24,7 @@ from nlgmoe.tools.lm_eval.prepare_eval import write_task
 from nlgmoe.tools.lm_eval.results import Results, merge_results, metrics, results_table
 from nlgmoe.tools.lm_eval.tasks import Tasks
 from nlgmoe.validation import SettingError
-from tests.eval.tiny_tasks import CONFIG, TASKS, TOKENIZER, TokenizedData, text, write_tasks
+from tests.support.tasks import CONFIG, TASKS, TOKENIZER, TokenizedData, text, write_tasks
 
 PIQA = [{"goal": text(n, 3), "sol1": text(n, 4), "sol2": text(n + 1, 5), "label": int(n > 1)} for n in range(6)]
 
