@@ -21,8 +21,9 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.eval.expert_use import measure_use
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.surgery.prune import most_used, prune, pruned_config
-from tests.checkpoint.test_hugging_face import TOKENIZER, error_of, write
-from tests.end_to_end.test_train_cli import ROOT, TINY
+from tests.support.checkpoints import TOKENIZER, write
+from tests.support.commands import TINY, error_of
+from tests.support.processes import ROOT
 
 TOKENS = torch.randint(61, (1, 16), generator=torch.Generator().manual_seed(0))
 PAIR = TOKENS[:, :2]  # uses four experts of a layer at most

@@ -6,25 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from nlgmoe import (
-    HashRouterConfig,
-    Llama3,
-    MLAConfig,
-    MoEGPTModule,
-    SigmoidRouterConfig,
-    WarmStart,
-    Yarn,
-    load_model,
-)
+from nlgmoe import HashRouterConfig, Llama3, MLAConfig, MoEGPTModule, SigmoidRouterConfig, WarmStart, Yarn, load_model
 from nlgmoe.checkpoint.reading import read_tokenizer
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.surgery.upcycle import upcycle
 from nlgmoe.tools.hugging_face.families import family_of
-from tests.checkpoint.test_hugging_face import TOKENIZER, error_of, write
-from tests.synthetic import SyntheticData
-from tests.test_module import trainer
+from tests.support.checkpoints import TOKENIZER, write
+from tests.support.commands import error_of
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import trainer
 
 DENSE = GPTConfig(61, 16, 4, 32, 2, ffn_hidden_size=48)
 TOKENS = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(0))

@@ -18,7 +18,7 @@ from nlgmoe.data.prefix import Sidecar, describe
 from nlgmoe.data.samples import EvaluationSource, PackedSource
 from nlgmoe.data.text_facts import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
-from tests.data.conftest import tokens_of
+from tests.support.corpora import tokens_of
 
 Write = Callable[..., Path]
 Open = Callable[..., PileDataModule]

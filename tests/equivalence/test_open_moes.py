@@ -26,23 +26,10 @@ from nlgmoe.tools.hugging_face.clients import client_limits
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 from nlgmoe.tools.hugging_face.importing import import_model
-from tests.checkpoint.runs import SaveAt
-from tests.equivalence.variants import FAULTS, LATENT_YARN, PUBLISHED, SHAPE, SIGMOID, VARIANTS, Fault, built_name
-from tests.golden.recording import Losses
-from tests.synthetic import SyntheticData
-from tests.test_module import trainer
-
-
-def their_model(variant: str) -> Any:
-    family, values = VARIANTS[variant]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{FAMILIES[family].classes}Config")(**{**SHAPE, **values})
-    model = getattr(transformers, f"{FAMILIES[family].classes}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for tensor in model.state_dict().values():  # scales and biases
-            if tensor.dim() == 1:
-                tensor.add_(0.2 * torch.randn_like(tensor))
-    return model
+from tests.equivalence.variants import FAULTS, PUBLISHED, Fault, built_name
+from tests.support.open_models import LATENT_YARN, SHAPE, SIGMOID, VARIANTS, their_model, tokens
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import Losses, SaveAt, trainer
 
 
 class Pair:
@@ -60,10 +47,6 @@ class Pair:
 @pytest.fixture(scope="module", params=VARIANTS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(request.param, tmp_path_factory.mktemp("pair"))
-
-
-def tokens(rows: int = 3, length: int = 17) -> Tensor:
-    return torch.randint(89, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()

@@ -21,8 +21,8 @@ from nlgmoe.eval.specialisation import (
     token_class,
 )
 from nlgmoe.layers.router import Routing
-from tests.synthetic import SyntheticData
-from tests.test_module import trainer
+from tests.support.synthetic import Spelt, SyntheticData
+from tests.support.trainers import trainer
 
 
 def test_token_classes() -> None:
@@ -79,11 +79,6 @@ def test_preference_and_information_by_hand() -> None:
     assert mutual_information(counts) == pytest.approx(by_hand)
     assert np.isnan(preference(np.array([[3, 0], [1, 0]]))[:, 1]).all()
     assert mutual_information(np.zeros((2, 2))) == 0
-
-
-class Spelt(SyntheticData):
-    def token_spellings(self) -> list[bytes]:
-        return [b" a", b"7", b"{"] * 20 + [b""]
 
 
 @pytest.mark.parametrize("data", [SyntheticData, Spelt])
