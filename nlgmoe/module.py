@@ -134,8 +134,9 @@ class MoEGPTModule(TrainingStep):
     def _start_from(self, model: GPT, start: WarmStart) -> None:
         """Load the initial weights, and report what differs in the configuration, such as another `top_k`."""
         data = training_data(self._trainer)
-        tokenizer = None if data is None else data.tokenizer_files()
-        loaded = load_initial_weights(model, start, tokenizer=tokenizer)
+        tokenizer = None if data is None else data.tokenizer
+        files = None if tokenizer is None else tokenizer.files
+        loaded = load_initial_weights(model, start, tokenizer=files)
         self.started_from, self.family = str(loaded.path), loaded.family
         changed = list_differences(loaded.model_config, self.config.to_dict(), IGNORED_IN_EVALUATION)
         rank_zero_info(loaded.report + (f"\n  model.config differed: {', '.join(changed)}" if changed else ""))
@@ -269,8 +270,8 @@ class MoEGPTModule(TrainingStep):
         origin = {"started_from": self.started_from, "family": self.family}
         checkpoint |= {name: value for name, value in origin.items() if value is not None}
         data = training_data(self.trainer)
-        if data is not None and (tokenizer := data.tokenizer_files()) is not None:
-            checkpoint["tokenizer"] = tokenizer
+        if data is not None and data.tokenizer is not None:
+            checkpoint["tokenizer"] = data.tokenizer.files
         if self.distiller is not None:
             checkpoint["distiller"] = self.distiller.state_dict()
         self.resuming.save(checkpoint, self.trainer)

@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.training_data import training_data
 from nlgmoe.eval.generation import Sampling, generate
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.validation import SettingError
@@ -56,11 +58,11 @@ class SampleText(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before training that the prompts fit."""
         assert isinstance(pl_module, MoEGPTModule)
-        if not hasattr(getattr(trainer, "datamodule", None), "encode"):
+        if (tokenizer := _tokenizer(trainer)) is None:
             raise SettingError(
                 "SampleText needs the tokenizer of nlgmoe.PileDataModule; remove it from trainer.callbacks"
             )
-        longest = max(len(trainer.datamodule.encode(prompt)) for prompt in self.prompts)  # type: ignore[attr-defined]
+        longest = max(len(tokenizer.encode(prompt)) for prompt in self.prompts)
         if longest + self.max_new_tokens > pl_module.config.seq_len:
             raise SettingError(
                 f"SampleText: a prompt of {longest} tokens and max_new_tokens={self.max_new_tokens} do not fit "
@@ -87,16 +89,17 @@ class SampleText(Callback):
     def _sample(self, trainer: Trainer, module: LightningModule) -> str:
         """Continue each prompt on every rank, since each may hold a part of the experts; return the first text."""
         assert isinstance(module, MoEGPTModule)
-        data, sampling = trainer.datamodule, self.sampling  # type: ignore[attr-defined]
+        tokenizer, sampling = _tokenizer(trainer), self.sampling
+        assert tokenizer is not None
         was_training = module.training
         module.eval()
         texts = []
         for prompt in self.prompts:
-            tokens = [data.encode(prompt)]
+            tokens = [tokenizer.encode(prompt)]
             (ids,) = generate(
                 module.gpt, tokens, self.max_new_tokens, sampling.temperature, sampling.top_k, module.seed
             )
-            texts.append(data.decode(ids))
+            texts.append(tokenizer.decode(ids))
         module.train(was_training)
         parts = (f"--- {prompt!r}\n{text}\n" for prompt, text in zip(self.prompts, texts, strict=True))
         step = trainer.global_step
@@ -111,3 +114,8 @@ class SampleText(Callback):
         file.parent.mkdir(parents=True, exist_ok=True)
         sections = (f"=== step {step:,}\n\n{text}" for step, text in self._samples)
         file.write_text("\n".join(sections), encoding="utf-8")
+
+
+def _tokenizer(trainer: Trainer) -> Tokenizer | None:
+    data = training_data(trainer)
+    return None if data is None else data.tokenizer

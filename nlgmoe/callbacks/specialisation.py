@@ -37,7 +37,11 @@ class ExpertSpecialisation(Callback):
         if not experts or not writes or trainer.sanity_checking:
             return
         data = training_data(trainer)
-        domains, spellings = (["all"], None) if data is None else (data.domains, data.token_spellings())
+        tokenizer = None if data is None else data.tokenizer
+        domains, spellings = (
+            ["all"] if data is None else data.domains,
+            None if tokenizer is None else tokenizer.spellings,
+        )
         self._counts = ExpertCounts(experts, domains, spellings).to(pl_module.device)
 
     @override

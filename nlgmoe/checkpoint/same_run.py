@@ -62,8 +62,7 @@ def check_tokenizer(checkpoint: dict[str, Any], data: TrainingData | None) -> No
     """
     if data is None or type(data).__qualname__ in checkpoint:
         return
-    tokenizer = data.tokenizer_files()
-    if tokenizer is not None and not tokenizer_matches(tokenizer, checkpoint["path"]):
+    if data.tokenizer is not None and not tokenizer_matches(data.tokenizer.files, checkpoint["path"]):
         raise RunError(
             f"{checkpoint['path']} has another tokenizer than data.tokenizer; set it to that of the checkpoint"
         )

@@ -13,11 +13,11 @@ from nlgmoe.data.corpus import Corpus, OpenCorpus, TokenArrays
 from nlgmoe.data.datamodule import PileDataModule
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter
 from nlgmoe.data.megatron_indexed import MegatronIndexed
+from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.pocket_pile import PocketPile
 from nlgmoe.data.samples import EvaluationSource, PackedSource, Sample, TokenSource
 from nlgmoe.data.streaming.streamed_text import StreamedText
 from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.data.training_data import TrainingData
 
 __all__ = [

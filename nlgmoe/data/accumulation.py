@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require_at_least
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,11 @@ class BatchRampUp:
     tokens: int
 
     def __post_init__(self) -> None:
-        for name in ("start", "increment", "tokens"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+        require_at_least(1, self, "start", "increment", "tokens")
 
 
 def batch_size_after(samples: int, seq_len: int, global_batch_size: int, ramp_up: BatchRampUp | None) -> int:
-    """Return the sequences of the optimizer step that follows the first `samples`, over all ranks.
-
-    Args:
-        samples: sequences trained on so far.
-        seq_len: length of whole sequences, in tokens.
-        global_batch_size: after the ramp-up.
-        ramp_up: growth of the batch up to it; None: a constant size.
-    """
+    """Return the sequences of the optimizer step that follows the first `samples` sequences, over all ranks."""
     if ramp_up is None or samples * seq_len >= ramp_up.tokens:
         return global_batch_size
     increments = (global_batch_size - ramp_up.start) // ramp_up.increment
@@ -67,13 +58,7 @@ def check_ramp_up(ramp_up: BatchRampUp, global_batch_size: int | None, micro_bat
 
 
 def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Return the micro-batches of each rank in an optimizer step (`--global-batch-size` of Megatron-DeepSpeed).
-
-    Args:
-        global_batch_size: sequences per optimizer step, over all ranks.
-        micro_batch_size: sequences per rank and forward pass.
-        world_size: number of data-parallel ranks.
-    """
+    """Return the micro-batches of each of the data-parallel ranks in an optimizer step (`--global-batch-size` of Megatron)."""
     per_round = micro_batch_size * world_size
     count, rest = divmod(global_batch_size, per_round)
     if rest == 0:

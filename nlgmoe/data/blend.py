@@ -156,7 +156,7 @@ class BlendedSource:
 
     Args:
         sources: endless sources of the parts, all of one sequence length.
-        weights: weights of the parts, whole numbers above 0.
+        weights: whole numbers above 0.
         domains: number of domains of each part; a blended sample's domain counts through them.
     """
 
@@ -174,8 +174,10 @@ class BlendedSource:
 
     def seek(self, cursors: Sequence[Sequence[int]]) -> None:
         """See `CursorSource`."""
+        parts = len(self._sources)
         for part, source in self._streamed.items():
-            source.seek(self._of_part(part, cursors))
+            own, length = [cursor for cursor in cursors if cursor[0] % parts == part], source.cursor_length
+            source.seek([[stream // parts, *rest[: length - 1]] for stream, *rest in own])
 
     def sample(self, index: int) -> Sample:
         """Return the next sample of the part that `Interleaving` names."""
@@ -189,11 +191,6 @@ class BlendedSource:
                 cursor[0] = cursor[0] * len(self._sources) + part if cursor[0] >= 0 else -1
             sample["cursor"] = cursor
         return sample
-
-    def _of_part(self, part: int, cursors: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return the cursors of a part's streams, in the part's own numbering."""
-        parts, length = len(self._sources), self._streamed[part].cursor_length
-        return [[stream // parts, *rest[: length - 1]] for stream, *rest in cursors if stream % parts == part]
 
 
 @dataclass(frozen=True)

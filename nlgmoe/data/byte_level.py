@@ -17,15 +17,11 @@ CUTTING = ("Split", "Digits", "Punctuation")
 
 
 def foreign_model(backend: tokenizers.Tokenizer) -> str | None:
-    """Describe a model other than a byte-level BPE; None if it may be one."""
-    model = backend.model
-    kind = type(model).__name__
-    if kind == "Unigram" or (kind == "BPE" and model.byte_fallback):
-        return f"it is SentencePiece's ({kind}{' with byte_fallback' if kind == 'BPE' else ''})"
-    if kind != "BPE":
-        return f"it is a {kind} model"
-    marks = [mark for mark in (model.continuing_subword_prefix, model.end_of_word_suffix) if mark]
-    return f"its tokens mark parts of words with {marks[0]!r}" if marks else None
+    """Describe a model other than a byte-level BPE; None if it may be one, which the round trip of a sample shows."""
+    kind = type(backend.model).__name__
+    if kind == "BPE":
+        return "it is a BPE model with byte_fallback, as SentencePiece's" if backend.model.byte_fallback else None
+    return f"it is a {kind} model"
 
 
 def changing_parts(backend: tokenizers.Tokenizer) -> str | None:
@@ -51,11 +47,6 @@ def parts_of(component: Any, name: str) -> list[dict[str, Any]]:
     settings = json.loads(component.__getstate__())
     parts: list[dict[str, Any]] = settings.get(name, [settings])
     return parts
-
-
-def missing_bytes(vocabulary: dict[str, int]) -> bytes:
-    """Return the bytes that have no token."""
-    return bytes(sorted(byte for character, byte in BYTE_OF.items() if character not in vocabulary))
 
 
 def byte_without_token(text: str, missing: bytes) -> str | None:

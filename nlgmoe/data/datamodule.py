@@ -9,10 +9,13 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
+from nlgmoe.data.blend import OpenBlend
+from nlgmoe.data.chained import Tokens
 from nlgmoe.data.corpus import Corpus, OpenCorpus, own_tokenizer
 from nlgmoe.data.permutation import ORDER
+from nlgmoe.data.pocket.tokenizers import DEFAULT_TOKENIZER
 from nlgmoe.data.pocket_pile import PocketPile
-from nlgmoe.data.samples import CursorSource, Sample, TokenSource
+from nlgmoe.data.samples import CursorSource, EvaluationSource, Sample, TokenSource
 from nlgmoe.data.sampling import (
     EvaluationSampler,
     MicroBatches,
@@ -23,20 +26,19 @@ from nlgmoe.data.sampling import (
     mark_documents,
 )
 from nlgmoe.data.streaming.streams import Cursors
-from nlgmoe.data.text_facts import TextFacts
-from nlgmoe.data.tokenizer_loading import DEFAULT_TOKENIZER
+from nlgmoe.data.text_facts import count_tokens, unigram_entropy, xz_bits_per_byte
+from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.training_data import TrainingData
 from nlgmoe.device import is_accelerator
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import SettingError, require, require_at_least
 
 
-class PileDataModule(TextFacts, TrainingData):
+class PileDataModule(TrainingData):
     """A corpus as batches of packed sequences.
 
-    A batch is a dict: `tokens` and `targets` int64 [B, T], `token_mask` bool [B, T] (False = padding), `domain` int64 [B],
-    and `padded`, True if there is padding; with `mask_eod_loss` also `loss_mask` bool [B, T], with `document_attention` also
-    `document` int64 [B, T]. Training batches are endless; set `max_steps` or `train_tokens`. They also have `samples`, the
-    indices of their samples, and with a streamed corpus a `cursor`, which is removed before the transfer to the device.
+    A batch is a `nlgmoe.batch.Batch`, with `loss_mask` if `mask_eod_loss`, and `document` if `document_attention`. Training
+    batches are endless; set `max_steps` or `train_tokens`. They also have `samples`, and with a streamed corpus a `cursor`, which
+    is removed before the transfer to the device.
 
     Args:
         data_dir: folder of tokenizers, the pocket Pile and its tokenised shards.
@@ -80,34 +82,24 @@ class PileDataModule(TextFacts, TrainingData):
         super().__init__()
         if seq_len is None:  # train.py and `load_config` have replaced it by the model's
             raise SettingError("seq_len=None: the length of sequences is unknown; give it, at most the model's")
-        sizes = {
-            "micro_batch_size": micro_batch_size,
-            "global_batch_size": global_batch_size,
-            "eval_micro_batch_size": eval_micro_batch_size,
-            "seq_len": seq_len,
-            "max_eval_windows": max_eval_windows,
-        }
-        for name, value in sizes.items():
-            if value is not None and value < 1:
-                raise SettingError(f"{name}={value} must be at least 1")
-        for name, number in {"seed": seed, "num_workers": num_workers}.items():
-            if number < 0:
-                raise SettingError(f"{name}={number} must be at least 0")
-        if batch_ramp_up is not None:
-            check_ramp_up(batch_ramp_up, global_batch_size, micro_batch_size)
         require(str(data_dir) != "", "data.data_dir is empty; give a folder")
         self.data_dir = Path(data_dir)
         self.corpus = corpus or PocketPile()
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
         self.batch_ramp_up = batch_ramp_up
-        self.eval_micro_batch_size = eval_micro_batch_size or micro_batch_size
+        self.eval_micro_batch_size = micro_batch_size if eval_micro_batch_size is None else eval_micro_batch_size
         self.seq_len: int = seq_len
         self.seed = seed
         self.num_workers = num_workers
         self.max_eval_windows = max_eval_windows
         self.document_attention = document_attention
         self.mask_eod_loss = mask_eod_loss
+        sizes = ("micro_batch_size", "global_batch_size", "eval_micro_batch_size", "seq_len", "max_eval_windows")
+        require_at_least(1, self, *sizes)
+        require_at_least(0, self, "seed", "num_workers")
+        if batch_ramp_up is not None:
+            check_ramp_up(batch_ramp_up, global_batch_size, micro_batch_size)
         self._cursors = Cursors()
         self._cursor_source: CursorSource | None = None
         self._tokenizer_name = tokenizer
@@ -117,7 +109,7 @@ class PileDataModule(TextFacts, TrainingData):
 
     def prepare_data(self) -> None:
         """Build the corpus and the tokenizer if they are missing (one process per node)."""
-        self.corpus.prepare(self.data_dir, self._tokenizer())
+        self.corpus.prepare(self.data_dir, self._named_tokenizer())
 
     def setup(self, stage: str | None = None) -> None:
         """Open tokenizer and corpus; before a fit, set the trainer's accumulation.
@@ -130,7 +122,46 @@ class PileDataModule(TextFacts, TrainingData):
             # Set before it is read: `configure_model` makes DeepSpeed's configuration, and the loops begin later.
             self.trainer.accumulate_grad_batches = self._accumulation(self.global_batch_size)
         if self._open_corpus is None:
-            self._open_corpus = self.corpus.open(self.data_dir, self._tokenizer())
+            self._open_corpus = self.corpus.open(self.data_dir, self._named_tokenizer())
+
+    # ---- the text
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The corpus's tokenizer."""
+        return self._opened().tokenizer
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains; a batch's `domain` indexes them."""
+        return self._opened().domains
+
+    @property
+    def domain_shares(self) -> list[float] | None:
+        """Share of each domain in the training samples of a blend, `[D]`; None for other corpora."""
+        corpus = self._opened()
+        return corpus.shares if isinstance(corpus, OpenBlend) else None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.tokenizer.vocab_size
+
+    def token_counts(self) -> list[int]:
+        """Return the number of training tokens of each id, `[V]`; of a long corpus, in evenly spaced slices."""
+        return count_tokens(self._opened().training_tokens(), self.vocab_size).tolist()
+
+    def unigram_entropy(self) -> float:
+        """Compute the loss of the best context-free model on the tokens that have a loss in evaluation, in nats per token."""
+        evaluated = list(self._evaluated_tokens().values())
+        if self.mask_eod_loss:
+            eod = self.tokenizer.eod_id
+            evaluated = [tokens[1:][tokens[:-1] != eod] for tokens in evaluated]  # the first one has no loss either
+        return unigram_entropy(self._opened().training_tokens(), evaluated, self.vocab_size)
+
+    def xz_bits_per_byte(self) -> dict[str, float]:
+        """Compress the evaluated text by a general-purpose compressor: domain -> bits per byte, and "all"."""
+        return xz_bits_per_byte(self._evaluated_tokens(), self.tokenizer)
 
     # ---- batches
 
@@ -204,10 +235,9 @@ class PileDataModule(TextFacts, TrainingData):
 
     def fingerprint(self) -> dict[str, str | int]:
         """Return options and hashes that, with `samples_consumed`, determine the training batches."""
-        corpus = self._opened()
         return {
-            **{f"corpus.{name}": value for name, value in corpus.fingerprint.items()},
-            "tokenizer": corpus.tokenizer.fingerprint[:16],
+            **{f"corpus.{name}": value for name, value in self._opened().fingerprint.items()},
+            "tokenizer": self.tokenizer.fingerprint[:16],
             "seq_len": self.seq_len,
             "seed": self.seed,
             "order": ORDER,
@@ -215,13 +245,23 @@ class PileDataModule(TextFacts, TrainingData):
 
     # ---- internals
 
-    def _tokenizer(self) -> str:
+    def _named_tokenizer(self) -> str:
         return self._tokenizer_name or own_tokenizer(self.corpus) or DEFAULT_TOKENIZER
 
     def _opened(self) -> OpenCorpus:
         self.setup()
         assert self._open_corpus is not None
         return self._open_corpus
+
+    def _evaluation_source(self, split: str) -> EvaluationSource:
+        tokens = self._opened().evaluation_tokens(split)
+        assert tokens is not None, f"the corpus has no split {split}"
+        return EvaluationSource(tokens, self.seq_len, self.tokenizer.eod_id, self.max_eval_windows)
+
+    def _evaluated_tokens(self) -> dict[str, Tokens]:
+        """Return the tokens that validation covers, by domain."""
+        source = self._evaluation_source("validation")
+        return {name: source.evaluated_tokens(domain) for domain, name in enumerate(self.domains)}
 
     def _evaluation_loader(self, split: str) -> DataLoader[Sample]:
         rank, world_size = self._rank_and_world_size()
@@ -249,9 +289,8 @@ class PileDataModule(TextFacts, TrainingData):
         return self.samples_consumed
 
     def _dataset(self, source: TokenSource) -> SourceDataset:
-        mark = partial(
-            mark_documents, eod_id=self.eod_id, attention=self.document_attention, mask_loss=self.mask_eod_loss
-        )
+        eod, attention, mask_loss = self.tokenizer.eod_id, self.document_attention, self.mask_eod_loss
+        mark = partial(mark_documents, eod_id=eod, attention=attention, mask_loss=mask_loss)
         return SourceDataset(source, self.vocab_size, self.domains, mark)
 
     def _loader(self, dataset: Dataset[Any], sampler: Any, **batching: Any) -> DataLoader[Sample]:

@@ -14,9 +14,9 @@ from nlgmoe.data.chained import Tokens
 from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from nlgmoe.data.pocket.build import SPLITS, Manifest, open_corpus, read_manifest, read_texts, text_path
+from nlgmoe.data.pocket.tokenizers import BUILT, load_tokenizer
 from nlgmoe.data.prefix import Sidecar, describe
 from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.data.tokenizer_loading import BUILT, load_tokenizer
 from nlgmoe.validation import RunError, SettingError
 
 BATCH_DOCUMENTS = 256  # encoded together

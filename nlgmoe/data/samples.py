@@ -17,25 +17,20 @@ Windows hold T + 1 tokens and start every T, so each token is a target exactly o
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import NotRequired, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
+from nlgmoe.batch import Batch
 from nlgmoe.data.chained import Tokens, first_tokens
 from nlgmoe.data.permutation import Permutation
 from nlgmoe.validation import SettingError
 
 
-class Sample(TypedDict):
-    """One sequence; a batch has the same keys with a leading batch dimension."""
+class Sample(Batch):
+    """One sequence: the tensors of a `Batch` without the dimension B."""
 
-    tokens: torch.Tensor  # int64 [T], inputs
-    targets: torch.Tensor  # int64 [T], the token that follows each input
-    token_mask: torch.Tensor  # bool [T], False = padding
-    domain: torch.Tensor  # int64 [], index into the domains
-    loss_mask: NotRequired[torch.Tensor]  # bool [T], False = no loss, padding included
-    document: NotRequired[torch.Tensor]  # int64 [T], which document a position belongs to, counted from 0 or 1
     cursor: NotRequired[torch.Tensor]  # int64 [K], of a `CursorSource`; the data module removes it from the batch
 
 
@@ -68,14 +63,7 @@ class CursorSource(Protocol):
 
 
 class _Windows:
-    """Windows of all domains, numbered consecutively; no window crosses a border between domains.
-
-    Args:
-        tokens: tokens of each domain, without the leading EOD, each [N_d].
-        counts: windows of each domain.
-        seq_len: T, in tokens.
-        eod_id: id of the end-of-document token.
-    """
+    """Windows of all domains, numbered consecutively, `counts` of each; none crosses a border between domains."""
 
     def __init__(self, tokens: Sequence[Tokens], counts: Sequence[int], seq_len: int, eod_id: int) -> None:
         self.seq_len = seq_len

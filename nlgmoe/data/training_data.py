@@ -10,7 +10,7 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from nlgmoe.data.model_files import TokenizerFiles
+from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.differences import list_differences
 from nlgmoe.validation import SettingError
 
@@ -59,17 +59,14 @@ class TrainingData(LightningDataModule, ABC):
         """
         return False
 
-    def tokenizer_files(self) -> TokenizerFiles | None:
-        """Return `tokenizer.json` and the model's files beside it, name -> content, for checkpoints; None if there is none."""
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, which checkpoints keep; None: none of this package."""
         return None
 
     def token_byte_lengths(self) -> Tensor:
         """Return the number of bytes of text of each token id, `[V]`; zeros: the loss per byte is not logged."""
-        return torch.zeros(self.vocab_size)
-
-    def token_spellings(self) -> list[bytes] | None:
-        """Return the bytes of text of each token id, `[V]`; None if not known."""
-        return None
+        return torch.zeros(self.vocab_size) if self.tokenizer is None else torch.as_tensor(self.tokenizer.token_bytes)
 
     @property
     def domain_shares(self) -> list[float] | None:

@@ -194,8 +194,8 @@ def _check(teacher: GPTConfig, student: GPTConfig, seq_len: int, path: Path) -> 
 
 
 def _check_tokenizer(data: TrainingData | None, path: Path) -> None:
-    tokenizer = None if data is None else data.tokenizer_files()
-    if tokenizer is not None and not tokenizer_matches(tokenizer, path):
+    tokenizer = None if data is None else data.tokenizer
+    if tokenizer is not None and not tokenizer_matches(tokenizer.files, path):
         raise SettingError(
             f"model.distiller.teacher={path} has another tokenizer than data.tokenizer; use a teacher with the student's"
         )

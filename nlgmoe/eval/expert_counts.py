@@ -79,7 +79,7 @@ def count_experts(
 
         loaded = load_pretrained("runs/quickstart")
         data.setup()  # a PileDataModule
-        specialisation = count_experts(loaded.model, data.val_dataloader(), data.domains, data.token_spellings())
+        specialisation = count_experts(loaded.model, data.val_dataloader(), data.domains, data.tokenizer.spellings)
 
     Args:
         model: with MoE layers, in evaluation mode.

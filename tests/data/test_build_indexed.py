@@ -21,13 +21,14 @@ import zstandard
 from filelock import FileLock
 
 from nlgmoe.cli.input_files import input_files
-from nlgmoe.commands import prepare_data
+from nlgmoe.commands import prepare_text
 from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, IndexedWriter, Tokenizer, build_indexed
 from nlgmoe.data.documents import Fields, Record
 from nlgmoe.data.megatron_indexed import split_of
+from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.prefix import Sidecar
-from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.experiment import load_config
 from nlgmoe.validation import SettingError
 from tests.data.oracles import MegatronDataset
@@ -219,15 +220,15 @@ def test_addresses_are_prepared_like_files_and_changes_are_noticed(
 def test_a_tokenizer_is_trained_on_the_first_of_each_file_whatever_the_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_data, "TRAINING_BYTES", 9_000)
+    monkeypatch.setattr(prepare_text, "TRAINING_BYTES", 9_000)
     texts = [[f"{name} {'x' * 90}"] * 300 for name in "abc"]
     for name, part in zip("abc", texts, strict=True):
         compressed = zstandard.ZstdCompressor().compress(lines(part))
         fsspec.filesystem("memory").pipe(f"/training/{name}.jsonl.zst", compressed)
-    found = list(prepare_data._texts(input_files("memory://training/*.zst"), Fields(), False))
+    found = list(prepare_text._texts(input_files("memory://training/*.zst"), Fields(), False))
     assert 80 < len(found) < 92 and [text[0] for text in found[::30]] == ["a", "b", "c"]
     (path := tmp_path / "all.jsonl").write_bytes(lines(TEXTS[:40]))
-    assert list(prepare_data._texts([str(path)], Fields(), False)) == TEXTS[:40]
+    assert list(prepare_text._texts([str(path)], Fields(), False)) == TEXTS[:40]
 
 
 def test_what_was_begun_is_not_mixed_with_something_else(
@@ -313,7 +314,7 @@ def test_from_own_text_to_training_with_a_tokenizer_of_its_own(tmp_path: Path, c
 
 
 def test_a_single_text_is_cut_into_documents_of_bounded_size(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr("nlgmoe.commands.prepare_data.PIECE_BYTES", 100)
+    monkeypatch.setattr("nlgmoe.commands.prepare_text.PIECE_BYTES", 100)
     (tmp_path / "text.txt").write_text("reading books\n" * 800)
     main(
         [

@@ -32,7 +32,7 @@ def test_batch_layout(make_data: Make) -> None:
         "domain": (torch.int64, (4,)),
     }
     assert torch.equal(batch["tokens"][:, 1:], batch["targets"][:, :-1]) and batch["token_mask"].all()
-    text = data.decode(rows(batch)[0])
+    text = data.tokenizer.decode(rows(batch)[0])
     domain = data.domains[int(batch["domain"][0])]
     assert text in "<|endoftext|>".join([*read_texts(text_path(data.data_dir, f"{domain}.train")), ""])
 
@@ -138,7 +138,9 @@ def test_evaluation_covers_each_byte_once(make_data: Make, world_size: int, max_
     lengths = data.token_byte_lengths()
     for domain, name in enumerate(data.domains):
         num_bytes = sum(int(lengths[row].sum()) for d, row in in_order if d == domain)
-        text = data.decode([token for d, row in in_order if d == domain for token in row if token != data.eod_id])
+        text = data.tokenizer.decode(
+            [token for d, row in in_order if d == domain for token in row if token != data.tokenizer.eod_id]
+        )
         whole = "".join(read_texts(text_path(data.data_dir, f"{name}.validation")))
         if max_eval_windows is None:
             assert text == whole and num_bytes == len(whole.encode())

@@ -35,7 +35,7 @@ def test_training_and_evaluation_batches_carry_what_is_asked_for(
 ) -> None:
     data = make_data(**{option: True})
     for batch in (*batches(data, 3), *data.val_dataloader()):
-        opens = batch["tokens"] == data.eod_id
+        opens = batch["tokens"] == data.tokenizer.eod_id
         if option == "document_attention":
             assert torch.equal(batch["document"], opens.cumsum(1)) and "loss_mask" not in batch
         else:

@@ -83,7 +83,7 @@ def test_each_split_holds_its_documents(write: Write, open_corpus: Open) -> None
     data = open_corpus(write(TEXTS), (14, 4, 2))
     assert data.domains == ["pile"]
     found = {
-        split: data.decode(list(tokens_of(data, split)[0])).split("<|endoftext|>")[:-1]
+        split: data.tokenizer.decode(list(tokens_of(data, split)[0])).split("<|endoftext|>")[:-1]
         for split in ("train", "validation", "test")
     }
     assert found == {"train": TEXTS[:14], "validation": TEXTS[14:18], "test": TEXTS[18:]}
@@ -183,7 +183,7 @@ def test_a_prefix_is_enough(write: Write, open_corpus: Open) -> None:
     """Tokenizer and documents for validation are the sidecar's; a given split wins, and another tokenizer is refused."""
     prefix = write(TEXTS, held_out=5)
     data = open_corpus(prefix, None, tokenizer=None)
-    assert len(data.decode(list(tokens_of(data, "validation")[0])).split("<|endoftext|>")[:-1]) == 5
+    assert len(data.tokenizer.decode(list(tokens_of(data, "validation")[0])).split("<|endoftext|>")[:-1]) == 5
     assert len(tokens_of(open_corpus(prefix, (10, 6, 4)), "test")[0]) > 0
     other = str(Path(__file__).parents[1] / "golden" / "corpus" / "tokenizer")
     with pytest.raises(ValueError, match=r"tokenizer=.*golden.* is not .*pile's, .*; leave data\.tokenizer out"):
@@ -263,7 +263,7 @@ def test_the_whole_index_is_checked_by_one_process_a_node(write: Write, open_cor
     lengths[2:4] += np.array([1, -1], np.int32)
     with pytest.raises(ValueError, match=r"pile\.idx is damaged: sequence 3 has"):
         data.prepare_data()
-    data.corpus.open(data.data_dir, data._tokenizer())  # headers, sizes and a sample alone: no rank reads it all
+    data.corpus.open(data.data_dir, data._named_tokenizer())  # headers, sizes and a sample alone: no rank reads it all
 
 
 def test_unfinished_files_of_a_pattern_are_named(write: Write, open_corpus: Open, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_all_shards_are_read_or_the_missing_one_is_named(write: Write, open_corp
     for word in ("text", "text-*-of-11"):
         data = open_corpus(str(tmp_path / "corpus" / word), None, tokenizer=None)
         assert data.domains == ["text"]
-        texts = data.decode(tokens_of(data, "train")[0][:].tolist()).split("<|endoftext|>")[:-1]
+        texts = data.tokenizer.decode(tokens_of(data, "train")[0][:].tolist()).split("<|endoftext|>")[:-1]
         assert texts == TEXTS[:11]  # the tenth follows the ninth
     write(TEXTS, "text-3-of-4", 0)
     with pytest.raises(ValueError, match=r"text has shards of 4 and of 11; delete"):

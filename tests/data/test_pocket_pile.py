@@ -11,9 +11,8 @@ import pytest
 import xxhash
 
 from nlgmoe.commands.prepare_data import prepare_data
-from nlgmoe.data import PileDataModule, load_tokenizer
-from nlgmoe.data.pocket import packages
-from nlgmoe.data.pocket.build import SPLITS, open_corpus, read_manifest, text_path
+from nlgmoe.data import PileDataModule, load_tokenizer, packages
+from nlgmoe.data.pocket.build import GENSIM, SPLITS, open_corpus, read_manifest, text_path
 from tests.support.corpora import tokens_of
 
 ROOT = Path(__file__).parents[2] / "data" / "pocket_pile"
@@ -93,10 +92,10 @@ def test_gpt2_tokenizer() -> None:
 
 def test_a_package_that_is_not_the_pinned_one_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        (Path(command[command.index("--dest") + 1]) / packages.GENSIM.archive).write_bytes(b"another")
+        (Path(command[command.index("--dest") + 1]) / GENSIM.archive).write_bytes(b"another")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(packages.subprocess, "run", download)
-    with pytest.raises(ValueError, match=packages.GENSIM.archive):
-        packages.fetch(packages.GENSIM, tmp_path)
+    with pytest.raises(ValueError, match=GENSIM.archive):
+        packages.fetch(GENSIM, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -18,10 +18,11 @@ from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, MegatronIndexed, Tokenizer
 from nlgmoe.data.build_indexed import build_indexed, building
 from nlgmoe.data.documents import Fields, read_documents
+from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.prefix import Sidecar, find_prefixes
 from nlgmoe.data.shards import Shard
 from nlgmoe.data.source_files import DataFile
-from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.validation import RunError, SettingError
 
 ROOT = Path(__file__).parents[2]

@@ -31,6 +31,7 @@ from nlgmoe.data import PocketPile, StreamedText
 from nlgmoe.data.blend import BlendedSource
 from nlgmoe.data.documents import Fields
 from nlgmoe.data.pocket.build import write_corpus
+from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.samples import Sample
 from nlgmoe.data.sampling import TrainingSampler
 from nlgmoe.data.source_files import DataFile
@@ -38,7 +39,7 @@ from nlgmoe.data.streaming import prepared_files
 from nlgmoe.data.streaming import streams as streams_module
 from nlgmoe.data.streaming.streams import Cursor, Cursors, Stream, StreamConfig, StreamedSource, Window
 from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.validation import SettingError
 from tests.support.corpora import WORDS, make_documents, make_trainer, rows, tokens_of
 
@@ -366,7 +367,7 @@ def test_edited_files_of_equal_size_are_evaluated_anew_and_not_resumed_on(open_c
         write(train, make_texts(60, name))
         write(validation, make_texts(30, name))
         data = open_corpus(data_files=files)
-        assert name in data.decode(np.concatenate(tokens_of(data, "validation"))[:30].tolist())
+        assert name in data.tokenizer.decode(np.concatenate(tokens_of(data, "validation"))[:30].tolist())
         states.append((data.state_dict(), train.stat().st_size))
     assert states[0][1] == states[1][1]
     with pytest.raises(
@@ -400,11 +401,11 @@ def test_evaluation_has_the_first_documents_of_each_domain(open_corpus: Open) ->
     assert data.domains == ["domain 0", "domain 1", "other"]
     for split, count in (("validation", 30), ("test", 20)):
         for domain, tokens in enumerate(tokens_of(data, split)):
-            ends = np.flatnonzero(tokens == data.eod_id)
-            texts = [data.decode(document[:-1].tolist()) for document in np.split(tokens, ends + 1)[:-1]]
+            ends = np.flatnonzero(tokens == data.tokenizer.eod_id)
+            texts = [data.tokenizer.decode(document[:-1].tolist()) for document in np.split(tokens, ends + 1)[:-1]]
             assert texts == make_texts(count, split)[domain::3][: len(texts)] and ends[-1] == len(tokens) - 1
             assert ends[-2] + 1 < 60 <= len(tokens)
-    documents = [int((tokens == data.eod_id).sum()) for tokens in tokens_of(data, "train")]
+    documents = [int((tokens == data.tokenizer.eod_id).sum()) for tokens in tokens_of(data, "train")]
     assert documents == [80, 80, 80], "all: evaluation_tokens is of what is evaluated"
     data = open_corpus(domains=["domain 1", "absent"])
     assert [len(tokens) > 0 for tokens in tokens_of(data, "validation")] == [True, False, True]
@@ -448,7 +449,7 @@ def test_the_search_for_a_domain_that_is_absent_ends(
     monkeypatch.setattr(prepared_files, "SEARCHED_BYTES", 60 * len(lines[0]))
     files = {"train": "train/*.jsonl.zst", "validation": f"file://{tmp_path}/val.jsonl"}
     data = open_corpus(data_files=files, domains=["domain 0", "rare"], evaluation_tokens=20)
-    documents = [int((tokens == data.eod_id).sum()) for tokens in tokens_of(data, "validation")]
+    documents = [int((tokens == data.tokenizer.eod_id).sum()) for tokens in tokens_of(data, "validation")]
     assert documents[1:] == [1, 0] and 0 < documents[0] < 30
 
 

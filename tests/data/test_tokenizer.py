@@ -16,8 +16,9 @@ from nlgmoe.data.byte_level import BYTE_OF
 from nlgmoe.data.corpus import build_lock
 from nlgmoe.data.pocket import build
 from nlgmoe.data.pocket.build import write_corpus
+from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.tokenizer import EOD, Tokenizer
-from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe, train_tokenizer
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe, train_tokenizer
 from nlgmoe.experiment import parse_config
 from nlgmoe.files import sha256_of
 from nlgmoe.validation import SettingError
@@ -105,10 +106,10 @@ def without(pattern: object, invert: bool = False) -> pre_tokenizers.PreTokenize
         ("pre_tokenizer", without("<br>"), "it has Split"),
         ("pre_tokenizer", without(Regex("[^q]+"), invert=True), "'ghijklmnopqrst.*' came back as 'ghijklmnoprst"),
         ("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True), "it has ByteLevel with a prefix space"),
-        ("model", models.Unigram([("a", 0.0)], byte_fallback=True), r"it is SentencePiece's \(Unigram\)"),
-        ("model", models.BPE(CHARACTERS, [], byte_fallback=True), "it is SentencePiece's .BPE with byte_fallback"),
+        ("model", models.Unigram([("a", 0.0)], byte_fallback=True), "it is a Unigram model"),
+        ("model", models.BPE(CHARACTERS, [], byte_fallback=True), "it is a BPE model with byte_fallback"),
         ("model", models.WordPiece(CHARACTERS), "it is a WordPiece model"),
-        ("model", models.BPE(CHARACTERS, [], end_of_word_suffix="</w>"), "its tokens mark parts of words with '</w>'"),
+        ("model", models.BPE(CHARACTERS, [], end_of_word_suffix="</w>"), "came back as"),
         ("model", models.BPE({EOD: 0, "ab": 1}, []), "its tokens are not those of the byte-level alphabet"),
     ],
     ids=str,

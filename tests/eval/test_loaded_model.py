@@ -13,7 +13,6 @@ from nlgmoe import GPTConfig, MixtureOfStudents, MoEConfig, MoEGPTModule, WarmSt
 from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
-from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.tokenizer import PROBE, Tokenizer
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.model.gpt import GPT
@@ -27,8 +26,7 @@ CONFIG = GPTConfig(TOKENIZER.vocab_size, 16, 2, 16, 2, moe=MoEConfig(4))
 
 
 class WithTokenizer(SyntheticData):
-    def tokenizer_files(self) -> TokenizerFiles:
-        return TOKENIZER.files
+    tokenizer = TOKENIZER
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +85,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(
     weights = tmp_path / "weights.ckpt"
     write_weights(weights, TensorFiles(checkpoint, "model").read, CONFIG, TOKENIZER.files)
     own, other = WithTokenizer(), WithTokenizer()
-    other.tokenizer_files = lambda: OTHER.files  # type: ignore[method-assign]
+    other.tokenizer = OTHER
 
     def validate(data: SyntheticData, module: MoEGPTModule, **options: Any) -> None:
         trainer = Trainer(accelerator="cpu", logger=False, limit_val_batches=1)

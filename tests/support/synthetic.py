@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader, Dataset
 from nlgmoe.batch import truncate
 from nlgmoe.data import TrainingData
 from nlgmoe.data.sampling import collate
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.seeding import derive_seed
 
 
@@ -154,5 +156,4 @@ def _with_numbers(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Spelt(SyntheticData):
-    def token_spellings(self) -> list[bytes]:
-        return [b" a", b"7", b"{"] * 20 + [b""]
+    tokenizer = Tokenizer(train_byte_level_bpe(iter(["the king"]), 257), "bytes")

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from tests.support.synthetic import SyntheticData
@@ -81,5 +80,4 @@ def write_tasks(folder: Path) -> Path:
 class TokenizedData(SyntheticData):
     """Synthetic batches; its tokenizer is `TOKENIZER`."""
 
-    def tokenizer_files(self) -> TokenizerFiles:
-        return TOKENIZER.files
+    tokenizer = TOKENIZER

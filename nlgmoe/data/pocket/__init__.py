@@ -1,4 +1,4 @@
-"""Builder of the pocket Pile's text.
+"""Builder of the pocket Pile's text, and of the tokenizers that go by a name.
 
-Reading order: `packages.py` (downloads), `extraction.py` (text), `deduplication.py`, `build.py`.
+Reading order: `extraction.py` (text), `deduplication.py`, `build.py`, `tokenizers.py`.
 """

