@@ -19,12 +19,12 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from benchmarks.runs import QUIET
 from benchmarks.timing import Benchmark, Part, Table
 from nlgmoe import ExpertParallelStrategy, GPTConfig, MoEConfig, MoEGPTModule
 from nlgmoe.model.counting import count_parameters
-from tests.distributed.cells import spawn
-from tests.synthetic import SyntheticData
+from tests.support.spawn import spawn
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import QUIET
 
 CONFIG = GPTConfig(8192, 128, 6, 512, 8, moe=MoEConfig(10, token_dropping=False))
 BYTES = 3 * 4 * count_parameters(CONFIG).total  # weights and two moments, fp32

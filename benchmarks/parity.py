@@ -1,4 +1,4 @@
-"""Errors of ranks against one process: the cells of `tests/distributed/test_ranks.py` with their errors. 1 minute.
+"""Errors of ranks against one process, in the runs of `tests/support/cells.py`. 1 minute.
 
     python -m benchmarks.parity
 
@@ -22,8 +22,9 @@ from benchmarks.timing import ROOT, Benchmark, Part, Table
 
 sys.path.append(str(ROOT / "docs/examples"))  # as for pytest: a cell has the router of an example
 
-from tests.distributed.cells import Cell, Outcome, alone, on_ranks, run_all, spawn
-from tests.distributed.test_ranks import CELLS, HALF
+from tests.support.cells import CELLS, HALF
+from tests.support.ranks import Cell, Outcome, alone, train_all
+from tests.support.spawn import spawn
 
 KINDS = ("losses", "clip_norms", "gradients")
 
@@ -56,8 +57,7 @@ def measure(_: int) -> dict[str, dict[str, Any]]:
         for ranks, cells in CELLS.items():
             cells = [replace(cell, steps=20) if cell.steps == Cell.steps else cell for cell in cells]
             cells += HALF if ranks == 2 else []
-            jobs = [(on_ranks, cell) for cell in cells]
-            found = spawn(ranks, run_all, jobs, ranks, folder, folder=folder / str(ranks))
+            found = spawn(ranks, train_all, cells, ranks, folder, folder=folder / str(ranks))
             for index, cell in enumerate(cells):
                 expected = alone(replace(cell, precision="32-true"), ranks, folder)
                 row = {"ranks": ranks, "steps": cell.steps, "precision": cell.precision}

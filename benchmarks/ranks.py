@@ -28,8 +28,6 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, distributed
 
-from benchmarks.gpu.run import draw, error, seconds, synchronize
-from benchmarks.runs import QUIET
 from benchmarks.timing import ROOT, Benchmark, Part, Table
 from nlgmoe import ExpertParallelStrategy
 from nlgmoe.config import GPTConfig, MoEConfig
@@ -37,7 +35,10 @@ from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.tools.planner.inspect_config import read_settings
-from tests.synthetic import SyntheticData
+from tests.support.devices import draw, error, seconds, synchronize
+from tests.support.spawn import spawn
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import QUIET
 
 LAYOUTS = {"alone": None, "degree 1": 1, "degree 2": 2}
 WARM_UP, STEPS = 5, 20  # of a layout in a round
@@ -76,8 +77,6 @@ def train(config: GPTConfig, micro_batch: int, steps: int, device: torch.device,
 
 def layouts(rounds: int) -> dict[str, float]:
     """Return the median seconds of a step by layout, of the slower rank."""
-    from tests.distributed.cells import spawn  # imports this module
-
     medians: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
     for _ in range(rounds):
         for layout in LAYOUTS:

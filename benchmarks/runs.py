@@ -1,20 +1,9 @@
-"""Helpers of benchmarks that train: the trainer's options, and git."""
+"""The repository: its root, and git."""
 
 import subprocess
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
-# Options of a Trainer that is timed: endless data, no files, no output.
-QUIET: dict[str, Any] = {
-    "max_epochs": -1,
-    "num_sanity_val_steps": 0,
-    "use_distributed_sampler": False,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 def git(*words: str) -> str:

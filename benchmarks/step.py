@@ -24,7 +24,7 @@ from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
-from tests.memory import peak_bytes
+from tests.support.memory import peak_bytes
 
 TOKENS = 2048
 TYPES = {

@@ -85,6 +85,7 @@ class TrainingStep(LightningModule):
         self.train_tokens, self.loss_chunk_size, self.seed = train_tokens, loss_chunk_size, seed
         self.distiller = copy(distiller)  # a fit changes it
         self.tokens_seen = 0
+        self._flops: dict[int, int] = {}  # of a token, by length: counting builds a model's own routers and attentions
         self.clock = RunClock()
         self.resuming = Resuming()
         self.guard = StepGuard(non_finite)
@@ -201,7 +202,9 @@ class TrainingStep(LightningModule):
         """
         window, self.window = self.window, Window()
         self.tokens_seen += window.tokens
-        self.clock.flops += window.tokens * flops_per_token(self.config, window.length)
+        if window.length not in self._flops:
+            self._flops[window.length] = flops_per_token(self.config, window.length)
+        self.clock.flops += window.tokens * self._flops[window.length]
         if (data := training_data(self.trainer)) is not None:
             data.advance(window.samples)
         if window.allowed:

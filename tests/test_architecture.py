@@ -150,3 +150,27 @@ def test_class_paths_of_yaml_files_and_docs_resolve() -> None:
     assert len(found) > 5
     for path in found:
         assert isinstance(pkgutil.resolve_name(path), type)
+
+
+def imported_from_tests_and_benchmarks(file: Path) -> set[str]:
+    """Modules of the two that a file imports, and names that it imports from them."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.partition(".")[0] in {"tests", "benchmarks"}}
+
+
+def test_tests_and_benchmarks_share_the_support_package_alone() -> None:
+    """Other modules beside tests are for the tests of their folder; `tests/benchmarks` imports what it tests."""
+    for file in (file for part in ("tests", "benchmarks") for file in (ROOT.parent / part).rglob("*.py")):
+        here = file.relative_to(ROOT.parent).parts[:-1]
+        known = [("tests", "support"), here[:2] if here[0] == "tests" else ("benchmarks",)]
+        if here == ("tests", "benchmarks"):
+            known.append(("benchmarks",))
+        for name in imported_from_tests_and_benchmarks(file):
+            parts = tuple(name.split("."))
+            assert any(parts[: len(place)] == place for place in known if place != ("tests",)), f"{file} imports {name}"
+            assert not any(part.startswith("test_") for part in parts), f"{file} imports {name}, a test"

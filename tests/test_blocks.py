@@ -14,10 +14,8 @@ from nlgmoe import MoEGPTModule, load_config
 from nlgmoe.callbacks import StagedDistillation
 from nlgmoe.config import ROUTER_FIELDS, MoEConfig
 from nlgmoe.layers import routers
-from tests.checkpoint.runs import SaveAt
-from tests.golden.recording import Losses
-from tests.synthetic import SyntheticData
-from tests.test_module import trainer
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import Losses, SaveAt, trainer
 
 BLOCKS = {file.stem: file for file in sorted((Path(__file__).parents[1] / "configs/block").glob("*.yaml"))}
 TINY = {

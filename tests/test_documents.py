@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from nlgmoe.batch import Batch
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
-from tests.synthetic import SyntheticData
-from tests.test_module import Recorder, trainer
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import Recorder, trainer
 
 CONFIG = GPTConfig(61, 16, 2, 32, 2, init_std=0.2, moe=MoEConfig(4, token_dropping=False, loss_coeff=0.0))
 

@@ -19,14 +19,7 @@ from swiglu_expert import SwiGLUExpert
 from torch.nn import functional as F
 from window_attention import WindowAttentionConfig
 
-from nlgmoe import (
-    GPT,
-    GPTConfig,
-    MoEConfig,
-    Router,
-    Routing,
-    RoutingContext,
-)
+from nlgmoe import GPT, GPTConfig, MoEConfig, Router, Routing, RoutingContext
 from nlgmoe.checkpoint.reading import TensorFiles, read_document
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main
@@ -35,8 +28,8 @@ from nlgmoe.data import TokenArrays, load_tokenizer
 from nlgmoe.layers.attention import AttentionContext
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.model.counting import count_parameters, parameters_of
-from tests.end_to_end.test_train_cli import ROOT, TINY
-from tests.processes import python
+from tests.support.commands import TINY
+from tests.support.processes import ROOT, python
 
 HASH = {"class_path": "hash_router.HashRouterConfig", "init_args": {"seed": 1}}
 SWIGLU = {"class_path": "swiglu_expert.SwiGLUExpert", "init_args": {"multiple": 8}}

@@ -17,10 +17,10 @@ from nlgmoe.model.counting import flops_per_token
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from nlgmoe.tools.planner.activation_memory import activation_bytes
 from nlgmoe.tools.planner.inspect_config import layout
-from tests.checkpoint.test_hugging_face import write
-from tests.synthetic import SyntheticData
-from tests.test_curriculum import CURRICULUM, LENGTHS, Fed
-from tests.test_module import trainer
+from tests.support.checkpoints import write
+from tests.support.curriculum import CURRICULUM, LENGTHS, Fed
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import trainer
 
 LONG = GPTConfig(
     4096, 4096, 2, 16, 2, norm="rmsnorm", rope_theta=1e4, bias=False, ffn_network="swiglu", init_std=0.2

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, LambdaCallback
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 
@@ -24,45 +24,8 @@ from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.step import Window
 from nlgmoe.validation import RunError
-from tests.checkpoint.runs import SaveAt
-from tests.synthetic import SyntheticData
-
-CONFIG = GPTConfig(61, 16, 4, 32, 2, moe=MoEConfig([2, 4], mlp_type="residual", z_loss_coeff=0.001))
-
-
-class Recorder(Callback):
-    """Losses and logged step numbers by micro-batch, learning rates by step."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.rates: list[float] = []
-        self.steps: list[tuple[int, int]] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.losses.append(float(outputs["loss"]))
-        self.steps.append((trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped))
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        self.rates.append(optimizer.param_groups[0]["lr"])
-
-
-def trainer(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
-    defaults = {
-        "max_epochs": -1,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "limit_val_batches": 0,
-    }
-    return Trainer(default_root_dir=root, callbacks=list(callbacks), **{**defaults, **settings})
-
-
-def run_validation(module: MoEGPTModule, root: Path, **settings: Any) -> float:
-    run = trainer(root, limit_val_batches=1.0, **settings)
-    return run.validate(module, SyntheticData(), verbose=False)[0]["val/loss"]
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import CONFIG, Recorder, SaveAt, run_validation, trainer
 
 
 def test_the_loss_is_cross_entropy_plus_weighted_router_losses(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.end_to_end.test_train_cli import quickstart
-from tests.processes import python
+from tests.support.commands import quickstart
+from tests.support.processes import python
 
 LOGGERS = """
 trainer:

@@ -9,8 +9,8 @@ import pytest
 from nlgmoe import MoEGPTModule
 from nlgmoe.callbacks import SaveCheckpoints
 from nlgmoe.data.sampling import collate
-from tests.synthetic import _Samples
-from tests.test_module import CONFIG, trainer
+from tests.support.synthetic import Samples
+from tests.support.trainers import CONFIG, trainer
 
 BATCHES = 12
 
@@ -19,7 +19,7 @@ class Stateful:
     """As `StatefulDataLoader`, goes on in the next pass where its state is, and then begins anew."""
 
     def __init__(self) -> None:
-        self._samples, self._first, self._taken = _Samples(61, 16, 0, 100), 0, 0
+        self._samples, self._first, self._taken = Samples(61, 16, 0, 100), 0, 0
 
     def __len__(self) -> int:
         return BATCHES

@@ -11,9 +11,9 @@ import torch
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.process import prepare_allocator
 from nlgmoe.run.folder import RunTrainer
-from tests.processes import python
-from tests.synthetic import SyntheticData
-from tests.test_module import CONFIG
+from tests.support.processes import python
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import CONFIG
 
 # Faults of a page while 64 MB are asked for and given back eight times, the first time apart.
 COUNT = """

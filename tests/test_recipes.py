@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from nlgmoe.commands.main import main
-from tests.end_to_end.test_train_cli import TINY
+from tests.support.commands import TINY
 
 ROOT = Path(__file__).parents[1]
 SHELL, OPTUNA, SENTENCE, CALLBACK, OWN = re.findall(

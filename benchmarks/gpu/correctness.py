@@ -13,14 +13,15 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from benchmarks.gpu.run import Run
-from benchmarks.runs import QUIET, ROOT
+from benchmarks.runs import ROOT
 from nlgmoe import load_config, load_model
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
-from tests.synthetic import SyntheticData
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import QUIET
 
 COMPARED = 20  # losses of the last steps, averaged: the batches are the same ones
 ZERO: dict[str, tuple[str, dict[str, Any]]] = {

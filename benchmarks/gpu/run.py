@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from benchmarks.documents import markdown_table
 from nlgmoe.files import write_json
@@ -123,27 +121,6 @@ def within(value: float | None, at_least: float = -math.inf, at_most: float = ma
     return value is not None and math.isfinite(value) and at_least <= value <= at_most
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference, relative to the norm of `expected`, or to 1 if that is 0."""
-    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
-    return float((found - expected).norm() / (expected.norm() or 1.0))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device to finish its queue."""
-    if device.type != "cpu":
-        torch.cuda.synchronize(device)
-
-
-def seconds(device: torch.device, run: Callable[[], object]) -> float:
-    """Return the seconds of `run` on the device."""
-    synchronize(device)
-    started = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - started
-
-
 @contextmanager
 def sync_debug(device: torch.device, mode: str) -> Iterator[None]:
     """Let operations that wait for the GPU fail (`error`) or warn (`warn`); on a CPU nothing waits."""
@@ -169,15 +146,3 @@ def waits(device: torch.device, work: Callable[[], object]) -> int | None:
         traceback.print_exc()
         return 1
     return None if device.type == "cpu" else 0
-
-
-def draw(module: nn.Module, std: float = 0.02, seed: int = 0) -> None:
-    """Draw random weights on the module's device: quick for billions of values, but different on each device."""
-    generator = torch.Generator(next(module.parameters()).device).manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        if "norm" not in name:
-            nn.init.normal_(parameter, std=std, generator=generator)
-        elif name.endswith("weight"):
-            nn.init.ones_(parameter)
-        else:
-            nn.init.zeros_(parameter)

@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import Callback
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu.run import Run, sync_debug, synchronize, waits
-from benchmarks.runs import QUIET, ROOT
+from benchmarks.gpu.run import Run, sync_debug, waits
+from benchmarks.runs import ROOT
 from nlgmoe.callbacks import ExpertLoad, StopOnSignal, Throughput
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.hardware import hardware, peak_of
@@ -32,7 +32,9 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from nlgmoe.tools.planner.cost import estimate
 from nlgmoe.tools.planner.topology import Topology
-from tests.synthetic import SyntheticData
+from tests.support.devices import synchronize
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import QUIET
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "capacity": {},

@@ -28,16 +28,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
 
-from nlgmoe import (
-    GPTConfig,
-    MoEConfig,
-    MoEGPTModule,
-    SigmoidRouterConfig,
-    generate,
-    load_config,
-    ranks,
-    step,
-)
+from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, SigmoidRouterConfig, generate, load_config, ranks, step
 from nlgmoe.callbacks import StagedDistillation
 from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.reading import hash_of_weights
@@ -52,9 +43,9 @@ from nlgmoe.optim.token_schedule import SequenceCurriculum
 from nlgmoe.surgery.warm_start import WarmStart
 from nlgmoe.surgery.write_weights import write_weights
 from tests.accelerator import fake
-from tests.checkpoint.test_hugging_face import TOKENIZER
-from tests.data.conftest import write_tiny_corpus
-from tests.synthetic import NumberedData
+from tests.support.checkpoints import TOKENIZER
+from tests.support.corpora import write_tiny_corpus
+from tests.support.synthetic import NumberedData
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "docs/examples"))

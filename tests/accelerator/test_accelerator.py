@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.accelerator.cells import CELLS, HALF
-from tests.processes import python
-from tests.tools import needs
+from tests.support.processes import python
+from tests.support.programs import needs
 
 READS = 2  # of the device by the host in an optimizer step, at most
 Found = dict[str, dict[str, Any]]

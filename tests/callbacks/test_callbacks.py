@@ -17,9 +17,8 @@ from nlgmoe.callbacks import ExpertLoad, RunSummary, SampleText, Throughput, Tok
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import SequenceCurriculum
-from tests.checkpoint.test_portable import SaveAt
-from tests.synthetic import SyntheticData
-from tests.test_module import CONFIG, trainer
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import CONFIG, SaveAt, trainer
 
 
 def test_a_run_logs_experts_speed_and_learning_rate_and_ends_with_a_summary(tmp_path: Path) -> None:

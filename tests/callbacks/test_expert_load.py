@@ -17,10 +17,9 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.router import Routing, TopKRouter
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
-from tests.checkpoint.runs import SaveAt
-from tests.synthetic import SyntheticData
-from tests.test_module import CONFIG, trainer
-from tests.test_non_finite import Spoils, output_of
+from tests.support.non_finite import Spoils, output_of
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import CONFIG, SaveAt, trainer
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

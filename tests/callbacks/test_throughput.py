@@ -16,10 +16,9 @@ from nlgmoe.hardware import peak_of
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import SequenceCurriculum
-from tests.checkpoint.runs import SaveAt
-from tests.synthetic import SyntheticData
-from tests.test_curriculum import CLOCKS, LENGTHS
-from tests.test_module import CONFIG, trainer
+from tests.support.curriculum import CLOCKS, LENGTHS
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import CONFIG, SaveAt, trainer
 
 
 class Logged(Callback):

@@ -9,9 +9,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from nlgmoe import MoEGPTModule, ZeroShotEval
 from nlgmoe.config import GPTConfig
-from tests.eval.tiny_tasks import CONFIG, TASKS, TokenizedData, write_tasks
-from tests.synthetic import SyntheticData
-from tests.test_module import trainer
+from tests.support.synthetic import SyntheticData
+from tests.support.tasks import CONFIG, TASKS, TokenizedData, write_tasks
+from tests.support.trainers import trainer
 
 DROPOUT = GPTConfig.from_dict(CONFIG.to_dict() | {"hidden_dropout": 0.1, "attention_dropout": 0.1})
 VALIDATES = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}

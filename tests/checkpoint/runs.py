@@ -10,22 +10,12 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
-from tests.synthetic import SyntheticData
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import QUIET
 
 CONFIG = GPTConfig(61, 16, 4, 32, 2, hidden_dropout=0.1, moe=MoEConfig([2, 4], mlp_type="residual", noise="jitter"))
 ACCUMULATE = 3
 NEEDED = {"model_config": CONFIG.to_dict(), "global_step": 0, "tokens_seen": 0, "seed": 0}  # in every checkpoint.json
-
-
-class SaveAt(Callback):
-    """Saves after the given micro-batch, wherever in an accumulation window that is."""
-
-    def __init__(self, micro_batch: int, path: Path) -> None:
-        self.micro_batch, self.path = micro_batch, path
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx + 1 == self.micro_batch:
-            trainer.save_checkpoint(self.path)
 
 
 def fit(root: Path, *callbacks: Callback, steps: int = 8, resume: Path | str | None = None, **settings: Any) -> Trainer:
@@ -40,15 +30,10 @@ def fit(root: Path, *callbacks: Callback, steps: int = 8, resume: Path | str | N
         default_root_dir=root,
         callbacks=list(callbacks),
         max_steps=steps,
-        max_epochs=-1,
         gradient_clip_val=1.0,
         accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
         check_val_every_n_epoch=None,
-        **settings,
+        **{**QUIET, **settings},
     )
     trainer.fit(module, SyntheticData(), ckpt_path=resume)
     return trainer

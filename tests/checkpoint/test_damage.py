@@ -21,7 +21,8 @@ from torch import Tensor
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
-from tests.checkpoint.runs import SaveAt, fit
+from tests.checkpoint.runs import fit
+from tests.support.trainers import SaveAt
 
 EXPERT = "blocks.3.moe.experts.2.expand_weight"
 

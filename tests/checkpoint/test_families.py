@@ -23,9 +23,8 @@ from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 from nlgmoe.tools.hugging_face.families.llama import BLOCK
 from nlgmoe.tools.hugging_face.families.tensors import Layout, Slot, Slots, key_rows, places, query_rows
 from nlgmoe.tools.hugging_face.importing import import_model
-from tests.checkpoint.runs import SaveAt
-from tests.synthetic import SyntheticData
-from tests.test_module import trainer
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import SaveAt, trainer
 
 CONFIG = GPTConfig(
     61, 16, 2, 32, 4, ffn_hidden_size=24, num_kv_heads=2, norm="rmsnorm", rope_theta=100.0, bias=False, ffn_network="swiglu",

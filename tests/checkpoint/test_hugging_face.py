@@ -14,29 +14,22 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from nlgmoe import MLAConfig, Yarn, generate, load_model
-from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.pocket.tokenizers import load_tokenizer
-from nlgmoe.data.tokenizer import PROBE, Tokenizer
-from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
+from nlgmoe.data.tokenizer import PROBE
 from nlgmoe.layers.attention import MultiHead
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.layers.router import Router
 from nlgmoe.model.counting import count_parameters
-from nlgmoe.model.gpt import GPT
-from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import NlgmoeConfig
 from nlgmoe.tools.hugging_face.modeling_nlgmoe import NlgmoeForCausalLM
+from tests.support.checkpoints import PR_MOE, TOKENIZER, write
+from tests.support.commands import error_of
 
-TOKENIZER = Tokenizer(train_byte_level_bpe(iter(["the king and the queen"] * 3), 300), "tiny")
-PR_MOE = GPTConfig(
-    TOKENIZER.vocab_size, 24, 4, 32, 2, moe=MoEConfig([2, 4], mlp_type="residual", loss_coeff=0.1, z_loss_coeff=0.2)
-)
 CONFIGS = {
     "moe": GPTConfig(
         TOKENIZER.vocab_size, 24, 2, 32, 2, hidden_dropout=0.1,
@@ -56,18 +49,6 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def write(
-    path: Path, config: GPTConfig, dtype: torch.dtype = torch.float32, tokenizer: TokenizerFiles | None = None
-) -> Path:
-    """A checkpoint whose every value matters: far from the initial ones."""
-    model = GPT(config)
-    for index, parameter in enumerate(model.parameters()):
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
-    entries = split_experts({name: value.to(dtype) for name, value in model.state_dict().items()})
-    write_weights(path, entries.__getitem__, config, tokenizer)
-    return path
-
-
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
@@ -80,16 +61,6 @@ def folders(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     for name, checkpoint in checkpoints.items():
         main(["export", str(checkpoint), str(folder / name)])
     return {name: folder / name for name in checkpoints}
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main([str(word) for word in words])
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code in (1, 2) and len(lines) == 1, lines
-    assert "unexpected" not in lines[0]
-    return lines[0]
 
 
 def test_bf16_is_written_on_request_and_kept(

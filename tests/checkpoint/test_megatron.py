@@ -24,7 +24,7 @@ from nlgmoe.tools.megatron.checkpoint.importing import import_checkpoint
 from nlgmoe.tools.megatron.checkpoint.source import load
 from tests.checkpoint.megatron_engine import write_from_engine
 from tests.checkpoint.megatron_model import HEADS, HIDDEN, INNER, LAYERS, POSITIONS, ROWS, GPTModel, arguments, write
-from tests.distributed.cells import spawn
+from tests.support.spawn import spawn
 
 TOKENS = torch.randint(ROWS, (3, POSITIONS), generator=torch.Generator().manual_seed(1))
 PR_MOE = {"num_experts": [2, 4], "mlp_type": "residual"}

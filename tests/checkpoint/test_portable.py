@@ -20,10 +20,10 @@ from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
-from tests.checkpoint.runs import ACCUMULATE, CONFIG, NEEDED, SaveAt, fit
-from tests.memory import peak_bytes
-from tests.synthetic import SyntheticData
-from tests.test_module import Recorder, trainer
+from tests.checkpoint.runs import ACCUMULATE, CONFIG, NEEDED, fit
+from tests.support.memory import peak_bytes
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import Recorder, SaveAt, trainer
 
 
 def weights(run: Trainer) -> dict[str, torch.Tensor]:

@@ -21,8 +21,9 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.eval.expert_use import measure_use
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.surgery.prune import most_used, prune, pruned_config
-from tests.checkpoint.test_hugging_face import TOKENIZER, error_of, write
-from tests.end_to_end.test_train_cli import ROOT, TINY
+from tests.support.checkpoints import TOKENIZER, write
+from tests.support.commands import TINY, error_of
+from tests.support.processes import ROOT
 
 TOKENS = torch.randint(61, (1, 16), generator=torch.Generator().manual_seed(0))
 PAIR = TOKENS[:, :2]  # uses four experts of a layer at most
@@ -166,7 +167,8 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     # The run's text is what the loss is measured on.
     data = yaml.safe_load(small.with_suffix(".yaml").read_text())["data"]
     assert data["document_attention"] and data["tokenizer"] == str(small) and data["data_dir"] == str(pocket_pile)
-    assert data["corpus"] == {"class_path": "nlgmoe.data.PocketPile", "init_args": {"domains": ["code"]}}
+    corpus = data["corpus"]
+    assert corpus["class_path"] == "nlgmoe.data.PocketPile" and corpus["init_args"]["domains"] == ["code"]
     arguments = shlex.split(said.rstrip().splitlines()[-1].partition("python train.py ")[2])
     train([*arguments, f"--trainer.default_root_dir={healed}", "--trainer.max_steps=2"])
     assert load_pretrained(healed).model.config.moe.num_experts == [2]

@@ -13,7 +13,7 @@ from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, choose_checkpoint, find_checkpoint, saved_steps, set_link
 from nlgmoe.checkpoint.verify import find_problems
 from tests.checkpoint.runs import NEEDED, fit
-from tests.run.runs import in_process
+from tests.support.run_folders import in_process
 
 
 def save(path: Path, value: float = 0.0) -> None:

@@ -6,25 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from nlgmoe import (
-    HashRouterConfig,
-    Llama3,
-    MLAConfig,
-    MoEGPTModule,
-    SigmoidRouterConfig,
-    WarmStart,
-    Yarn,
-    load_model,
-)
+from nlgmoe import HashRouterConfig, Llama3, MLAConfig, MoEGPTModule, SigmoidRouterConfig, WarmStart, Yarn, load_model
 from nlgmoe.checkpoint.reading import read_tokenizer
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.surgery.upcycle import upcycle
 from nlgmoe.tools.hugging_face.families import family_of
-from tests.checkpoint.test_hugging_face import TOKENIZER, error_of, write
-from tests.synthetic import SyntheticData
-from tests.test_module import trainer
+from tests.support.checkpoints import TOKENIZER, write
+from tests.support.commands import error_of
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import trainer
 
 DENSE = GPTConfig(61, 16, 4, 32, 2, ffn_hidden_size=48)
 TOKENS = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -174,7 +166,7 @@ def test_noise_is_as_large_as_it_was_said(dense: Path, tmp_path: Path) -> None:
             LLAMA,
             "--mlp-type residual",
             (None, 2, 1),
-            "has qk_norm=null, mlp_type=residual (the nearest family is qwen3_moe): nlgmoe export",
+            "has residual_mix=learned (the nearest family is qwen2_moe): nlgmoe export",
         ),
         (LLAMA_3, "", ("mixtral", 1, 2), "writes it as MixtralForCausalLM of transformers"),
         (GRANITE, "", ("granitemoe", 1, 2), "writes it as GraniteMoeForCausalLM of transformers"),

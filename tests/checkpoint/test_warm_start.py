@@ -23,8 +23,8 @@ from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from nlgmoe.surgery.warm_start import WarmStart, load_initial_weights
 from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.export import export
-from tests.synthetic import SyntheticData
-from tests.test_module import Recorder, run_validation, trainer
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import Recorder, run_validation, trainer
 
 CONFIG = GPTConfig(61, 16, 4, 32, 2, moe=MoEConfig([2, 4], mlp_type="residual"))
 

@@ -19,7 +19,7 @@ from nlgmoe.experiment import parse_config
 from nlgmoe.run.folder import starts_of
 from nlgmoe.run.save_checkpoints import SaveCheckpoints
 from nlgmoe.validation import SettingError
-from tests.end_to_end.test_train_cli import TINY
+from tests.support.commands import TINY
 
 ROOT = Path(__file__).parents[2]
 

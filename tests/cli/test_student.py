@@ -14,7 +14,8 @@ from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.experiment import parse_config
 from nlgmoe.surgery.write_weights import write_weights
-from tests.checkpoint.test_hugging_face import TOKENIZER, error_of
+from tests.support.checkpoints import TOKENIZER
+from tests.support.commands import error_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

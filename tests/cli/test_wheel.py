@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.end_to_end.test_train_cli import TINY
+from tests.support.commands import TINY
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,7 +18,7 @@ from nlgmoe import generate, load_model
 from nlgmoe.config import MoEConfig
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.importing import import_model
-from tests.checkpoint.test_hugging_face import PR_MOE, TOKENIZER, write
+from tests.support.checkpoints import PR_MOE, TOKENIZER, write
 
 MODELS = {
     "pr_moe": replace(PR_MOE, seq_len=64),

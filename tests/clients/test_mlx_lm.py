@@ -11,7 +11,7 @@ from mlx_lm.utils import load_model
 
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.importing import import_model
-from tests.equivalence.test_open_moes import VARIANTS, their_model, tokens
+from tests.support.open_models import VARIANTS, their_model, tokens
 
 
 @torch.no_grad()

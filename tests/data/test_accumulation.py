@@ -11,7 +11,7 @@ import pytest
 from nlgmoe import GPTConfig, MoEGPTModule, PileDataModule
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, micro_batches_per_step
 from nlgmoe.validation import SettingError
-from tests.data.test_datamodule import batches, make_trainer, rows
+from tests.support.corpora import batches, make_trainer, rows
 
 Make = Callable[..., PileDataModule]
 # 12 sequences in the end, 4 at first, 4 more every 16 sequences of 32 tokens.

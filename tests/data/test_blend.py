@@ -21,9 +21,7 @@ from nlgmoe.data.pocket_pile import token_folder
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import RunError, SettingError
-from tests.data.conftest import tokens_of
-from tests.data.test_datamodule import Ranks, make_trainer
-from tests.data.test_tokenizer import small
+from tests.support.corpora import Ranks, make_trainer, small, tokens_of
 
 # ---- whose turn it is
 

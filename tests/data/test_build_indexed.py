@@ -31,8 +31,8 @@ from nlgmoe.data.prefix import Sidecar
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.experiment import load_config
 from nlgmoe.validation import SettingError
-from tests.data.conftest import tokens_of
 from tests.data.oracles import MegatronDataset
+from tests.support.corpora import tokens_of
 
 build: Any = build_indexed.build_indexed
 TEXTS = [f"document {number}: naïve 日本 <|endoftext|>\n" + "reading books " * (number % 9) for number in range(90)]

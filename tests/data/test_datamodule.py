@@ -7,10 +7,8 @@ import tempfile
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import lightning
 import numpy as np
 import pytest
 import torch
@@ -18,26 +16,9 @@ import torch
 from nlgmoe.data import MegatronIndexed, PileDataModule, PocketPile
 from nlgmoe.data.pocket.build import read_texts, text_path, write_corpus
 from nlgmoe.validation import SettingError
-from tests.data.conftest import make_documents, tokens_of
+from tests.support.corpora import Ranks, batches, make_documents, rows, tokens_of
 
 Make = Callable[..., PileDataModule]
-
-
-class Ranks:
-    """Stands for a trainer: all that the data module asks of it."""
-
-    def __init__(self, rank: int = 0, world_size: int = 1, device: str = "cpu") -> None:
-        self.global_rank, self.world_size = rank, world_size
-        self.strategy = SimpleNamespace(root_device=torch.device(device))
-
-
-def batches(data: PileDataModule, count: int, rank: int = 0, world_size: int = 1) -> list[dict[str, torch.Tensor]]:
-    data.trainer = Ranks(rank, world_size)  # type: ignore[assignment]
-    return list(islice(data.train_dataloader(), count))
-
-
-def rows(batch: dict[str, torch.Tensor]) -> list[list[int]]:
-    return batch["targets"].tolist()
 
 
 def test_batch_layout(make_data: Make) -> None:
@@ -215,8 +196,3 @@ def test_what_is_prepared_needs_no_write_access(make_data: Make) -> None:
         finally:
             os.seteuid(0 if root else os.geteuid())
             subprocess.run(["chmod", "-R", "u+w", name], check=True)
-
-
-def make_trainer(folder: Path, **options: Any) -> lightning.Trainer:
-    options |= {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return lightning.Trainer(accelerator="cpu", default_root_dir=folder, **options)

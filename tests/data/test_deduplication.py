@@ -7,7 +7,7 @@ import pytest
 from nlgmoe.data.pocket import deduplication
 from nlgmoe.data.pocket.build import open_corpus, text_path, write_corpus
 from nlgmoe.data.pocket.deduplication import Document, drop_duplicates, split
-from tests.data.conftest import make_documents
+from tests.support.corpora import make_documents
 
 
 def paragraphs(*names: str) -> str:

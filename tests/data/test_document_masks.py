@@ -7,7 +7,7 @@ import torch
 
 from nlgmoe import PileDataModule
 from nlgmoe.data.sampling import mark_documents
-from tests.data.test_datamodule import batches
+from tests.support.corpora import batches
 
 EOD = 0
 

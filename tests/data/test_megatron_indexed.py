@@ -18,7 +18,7 @@ from nlgmoe.data.prefix import Sidecar, describe
 from nlgmoe.data.samples import EvaluationSource, PackedSource
 from nlgmoe.data.text_facts import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
-from tests.data.conftest import tokens_of
+from tests.support.corpora import tokens_of
 
 Write = Callable[..., Path]
 Open = Callable[..., PileDataModule]
@@ -300,9 +300,9 @@ def test_all_shards_are_read_or_the_missing_one_is_named(write: Write, open_corp
     write(TEXTS, "text-3-of-4", 0)
     with pytest.raises(ValueError, match=r"text has shards of 4 and of 11; delete"):
         open_corpus(str(tmp_path / "corpus" / "text"), None)
-    (tmp_path / "corpus" / "text-3-of-4.idx").unlink()
-    for kind in ("idx", "bin"):
-        (tmp_path / "corpus" / f"text-11-of-11.{kind}").unlink()
+    for name in ("text-3-of-4", "text-11-of-11"):
+        for kind in ("idx", "bin"):
+            (tmp_path / "corpus" / f"{name}.{kind}").unlink()
     for word in ("text", "*"):
         with pytest.raises(ValueError, match=r"text-11-of-11\.idx is missing, 10 of 11 shards are there; wait"):
             open_corpus(str(tmp_path / "corpus" / word), None)

@@ -81,6 +81,7 @@ def test_shards_have_the_documents_of_one_build(tokenizer: Tokenizer, folder: Pa
     assert np.array_equal(one[:], many[:]) and corpora[1].domains == ["own"]
     if count in (3, 4):
         assert max(part.documents for part in built) < 2.2 * 300 / count
+    assert (min(part.documents for part in built) == 0) == (count == 40)
 
 
 def test_the_share_held_out_is_that_of_all_files(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: Any) -> None:

@@ -37,19 +37,11 @@ from nlgmoe.data.sampling import TrainingSampler
 from nlgmoe.data.source_files import DataFile
 from nlgmoe.data.streaming import prepared_files
 from nlgmoe.data.streaming import streams as streams_module
-from nlgmoe.data.streaming.streams import (
-    Cursor,
-    Cursors,
-    Stream,
-    StreamConfig,
-    StreamedSource,
-    Window,
-)
+from nlgmoe.data.streaming.streams import Cursor, Cursors, Stream, StreamConfig, StreamedSource, Window
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.validation import SettingError
-from tests.data.conftest import WORDS, make_documents, tokens_of
-from tests.data.test_datamodule import make_trainer, rows
+from tests.support.corpora import WORDS, make_documents, make_trainer, rows, tokens_of
 
 SEQ_LEN = 16
 Config = Callable[..., StreamConfig]

@@ -22,12 +22,7 @@ from nlgmoe.data.tokenizer_loading import train_byte_level_bpe, train_tokenizer
 from nlgmoe.experiment import parse_config
 from nlgmoe.files import sha256_of
 from nlgmoe.validation import SettingError
-from tests.data.conftest import make_documents, write_tiny_corpus
-
-
-def small() -> Tokenizer:
-    return Tokenizer(train_byte_level_bpe(iter(["low lower lowest", "new newer newest"] * 9), 300), "small")
-
+from tests.support.corpora import make_documents, small, write_tiny_corpus
 
 SMALL = small()
 

@@ -24,33 +24,16 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum, distillation_weight
 from nlgmoe.pyramid import experts_per_layer, student_config, student_layers
-from tests.checkpoint.runs import SaveAt
-from tests.synthetic import SyntheticData
-from tests.test_module import trainer
+from tests.support.distillation import STUDENT, TEACHER, trained
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import SaveAt, trainer
 
-TEACHER = GPTConfig(
-    61,
-    16,
-    4,
-    48,
-    3,
-    hidden_dropout=0.2,
-    moe=MoEConfig([2, 4], mlp_type="residual", noise="jitter", eval_token_dropping=True),
-)
-STUDENT = GPTConfig(61, 16, 2, 32, 2, hidden_dropout=0.1, moe=MoEConfig(4, noise="jitter"))
 TOKENS = 4 * 16 * 2  # of a step: two micro-batches
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(TEACHER, tmp_path_factory.mktemp("teacher"))
-
-
-def trained(config: GPTConfig, root: Path) -> Path:
-    run = trainer(root, max_steps=2)
-    run.fit(MoEGPTModule(config, AdamWConfig(lr=1e-2)), SyntheticData(config.vocab_size, config.seq_len))
-    run.save_checkpoint(root / "teacher.ckpt")
-    return root / "teacher.ckpt"
 
 
 class Watch(Callback):

@@ -16,31 +16,20 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from nlgmoe.callbacks import StagedDistillation
-from nlgmoe.checkpoint.reading import hash_of_weights
 from nlgmoe.config import MoEConfig
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after
 from nlgmoe.distill import record_logits as recording
 from nlgmoe.distill.distiller import Distiller, End, RunPosition, samples_before_end
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import OfflineTeacher
-from nlgmoe.distill.record_logits import record_logits
-from nlgmoe.distill.teacher_logits import (
-    HEADER,
-    POSITION,
-    RECORDS,
-    TeacherLogits,
-    record_type,
-)
+from nlgmoe.distill.teacher_logits import HEADER, POSITION, RECORDS, TeacherLogits, record_type
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from nlgmoe.validation import RunError
-from tests.checkpoint.runs import SaveAt
-from tests.distill.test_mixture_of_students import STUDENT, TEACHER, trained
-from tests.synthetic import NumberedData, SyntheticData
-from tests.test_module import trainer
-
-SAMPLES = 32  # of four steps
+from tests.support.distillation import SAMPLES, STUDENT, TEACHER, record, trained
+from tests.support.synthetic import NumberedData, SyntheticData
+from tests.support.trainers import SaveAt, trainer
 
 
 @pytest.fixture(scope="module")
@@ -67,31 +56,6 @@ class Unnumbered(SyntheticData):
 
     def fingerprint(self) -> dict[str, str | int]:
         return NumberedData().fingerprint()
-
-
-def record(
-    teacher: Path,
-    folder: Path,
-    data: NumberedData | None = None,
-    report: Callable[[Any], None] = lambda progress: None,
-    **changes: Any,
-) -> recording.Progress:
-    data = data or NumberedData()
-    spoken = MixtureOfStudents(str(teacher))
-    spoken.load(STUDENT, torch.empty(0), data)
-    settings = {
-        "teacher": {"checkpoint": str(teacher), "weights": hash_of_weights(teacher)},
-        "data": data.fingerprint(),
-        "document_attention": data.document_attention,
-        "vocab_size": 61,
-        "seq_len": 16,
-        "top_k": 61,
-        "temperature": 2.0,
-        "samples": SAMPLES,
-        "micro_batch_size": 4,
-        "loss_chunk_size": 24,
-    }
-    return record_logits(spoken, data, settings | changes, folder, report)
 
 
 class Losses(Callback):
@@ -150,7 +114,7 @@ def test_the_stage_scales_the_weight_and_padding_is_no_part_of_the_tail(teacher:
     run.fit(MoEGPTModule(STUDENT, AdamWConfig(), distiller=distiller), NumberedData(padded=True))
     recorded, tails = TeacherLogits(str(folder)), []
     for sample in range(SAMPLES):
-        mask = torch.arange(16) < sample * 5 % 16 + 1  # as `tests/synthetic.py` pads
+        mask = torch.arange(16) < sample * 5 % 16 + 1  # as `tests/support/synthetic.py` pads
         tails.append(torch.from_numpy(recorded.read([sample], 16)[1])[0, mask, -1].double().exp())
     assert done.tail_mass / done.positions == pytest.approx(float(torch.cat(tails).mean()), rel=1e-3)
 

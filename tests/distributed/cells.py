@@ -1,40 +1,28 @@
-"""Runs training on several gloo ranks and hands back what they computed."""
+"""Jobs of `test_ranks.py`: each trains one `Cell` on this rank, and returns what it computed."""
 
 from __future__ import annotations
 
-import math
 import os
-import pickle
 import shutil
 import signal
-import socket
 import sys
 import time
-import traceback
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from safetensors.torch import load_file
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 
-from benchmarks.ranks import measure
 from nlgmoe.batch import Batch
-from nlgmoe.callbacks import (
-    ExpertLoad,
-    ExpertSpecialisation,
-    SaveCheckpoints,
-    StagedDistillation,
-    Throughput,
-)
+from nlgmoe.callbacks import ExpertSpecialisation, SaveCheckpoints, StagedDistillation
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.checkpoint.reading import read_document
@@ -48,135 +36,13 @@ from nlgmoe.layers.experts import Experts
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
-from nlgmoe.optim.param_groups import AdamWConfig, Component
+from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.surgery.warm_start import WarmStart
-from tests.checkpoint.runs import SaveAt
-from tests.memory import peak_bytes
-from tests.synthetic import NumberedData, SyntheticData, ToLongest
-
-SAMPLES = 12  # per optimizer step and accumulated micro-batch, over all ranks: divisible by 1, 2, 3 and 4
-
-LOGGED = 5  # steps between what callbacks log
-
-TINY_ON_RANKS = [  # for train.py
-    *("--config", "configs/quickstart.yaml"),
-    "--model.config.num_layers=4",
-    "--model.config.moe.num_experts=[2, 4]",
-    "--model.config.hidden_size=32",
-    "--model.config.seq_len=32",
-    "--model.config.num_heads=2",
-]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training run, on ranks or on the one process it is compared with."""
-
-    name: str
-    degree: int = 1
-    stage: int = 2
-    experts: int | list[int] = 4
-    moe: dict[str, Any] = field(default_factory=lambda: {"token_dropping": False, "aux_scope": "global"})
-    layers: int = 4
-    accumulate: int = 1
-    clip: float = 0.5  # bites: the gradient's norm is about 1
-    padded: bool = False
-    documents: bool = False
-    precision: str | None = "32-true"
-    checkpointing: bool = False
-    steps: int = 6  # after the fifth, metrics are compared
-    hidden: int = 32
-    network: Literal["gelu", "swiglu"] = "gelu"
-    block: dict[str, Any] = field(default_factory=dict)  # other settings of GPTConfig
-    frozen: tuple[Component, ...] = ()
-    strategy: str = "expert_parallel"
-    non_finite: NonFinite = field(default_factory=NonFinite)
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def rank_local(self) -> bool:
-        """Whether each rank routes for itself: capacity, or statistics of its own."""
-        router = self.moe.get("router")
-        drops = self.moe.get("token_dropping", router is None or "token_dropping" in router.reads_fields)
-        balances = router is None or "aux_scope" in router.reads_fields
-        return drops or (balances and self.moe.get("aux_scope", "rank") == "rank")
-
-    def module(self) -> MoEGPTModule:
-        """A small model; every cell of the same architecture starts from the same weights."""
-        moe = MoEConfig(self.experts, **self.moe)
-        config = GPTConfig(
-            61, 16, self.layers, self.hidden, 2, init_std=0.05, ffn_network=self.network, moe=moe, **self.block
-        )
-        optimizer = AdamWConfig(lr=3e-3, frozen=self.frozen)
-        return MoEGPTModule(config, optimizer, activation_checkpointing=self.checkpointing, non_finite=self.non_finite)
-
-
-@dataclass
-class Outcome:
-    """What a run computed.
-
-    Attributes:
-        losses: of each optimizer step, of the whole batch.
-        squares: of each step's gradients before clipping, by name, one entry per expert; of a rank: those it holds.
-        gradients: of the first step.
-        clip_norms: the norm by which DeepSpeed clipped each step.
-        validation: the loss at the end.
-        metrics: what `ExpertLoad` and `Throughput` log after the fifth step.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    squares: list[dict[str, float]] = field(default_factory=list)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    clip_norms: list[float] = field(default_factory=list)
-    validation: float = math.nan
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-class Recorder(Callback):
-    """Collects an `Outcome` on every rank."""
-
-    def __init__(self) -> None:
-        self.outcome = Outcome()
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == LOGGED and not self.outcome.metrics:
-            self.outcome.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        loss = trainer.callback_metrics["train/loss"] + 0.01 * trainer.callback_metrics["train/balance_loss"]
-        self.outcome.losses.append(float(loss))
-        engine = trainer.strategy.model
-        if hasattr(engine, "get_global_grad_norm"):
-            self.outcome.clip_norms.append(float(engine.get_global_grad_norm()))
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        gradients = full_gradients(pl_module)
-        if not self.outcome.squares:
-            self.outcome.gradients = gradients
-        squares = {name: float(value.double().square().sum()) for name, value in gradients.items()}
-        self.outcome.squares.append(squares)
-
-
-def full_gradients(module: MoEGPTModule) -> dict[str, Tensor]:
-    """Gradients this rank can see, averaged over ranks, by name; experts by their number in the layer."""
-    first = {name: part.first for name, part in module.gpt.named_modules() if isinstance(part, Experts)}
-    found: dict[str, Tensor] = {}
-    for name, parameter in module.gpt.named_parameters():
-        gradient = parameter.grad
-        if not parameter.requires_grad:
-            assert gradient is None
-            continue
-        if hasattr(parameter, "_hp_mapping") or gradient is None:
-            from deepspeed.utils import safe_get_full_grad
-
-            gradient = safe_get_full_grad(parameter)
-        owner, _, leaf = name.rpartition(".")
-        if owner in first:
-            found |= {f"{owner}.{first[owner] + index}.{leaf}": part for index, part in enumerate(gradient.float())}
-        else:
-            found[name] = gradient.float()
-    return {name: value.detach().clone() for name, value in found.items()}
+from tests.support.memory import peak_bytes
+from tests.support.ranks import SAMPLES, Cell, Outcome, Recorder, make_trainer, on_ranks, strategy_of, train
+from tests.support.synthetic import NumberedData, SyntheticData, ToLongest
+from tests.support.trainers import SaveAt
 
 
 class Spoils(Callback):
@@ -344,74 +210,6 @@ class Types(Callback):
 def saves_at_start(path: Path) -> Callback:
     """A callback that saves what has just been loaded."""
     return LambdaCallback(on_train_start=lambda trainer, module: trainer.save_checkpoint(path))
-
-
-def train(
-    cell: Cell,
-    world: int,
-    folder: Path,
-    micro_batch: int,
-    accumulate: int,
-    *callbacks: Callback,
-    checkpoint: Path | None = None,
-    **settings: Any,
-) -> Outcome:
-    """Train on this process's share; validate after the last step, and save `CELL at the end.ckpt`."""
-    recorder, module = Recorder(), cell.module()
-    data = SyntheticData(micro_batch_size=micro_batch, padded=cell.padded, documents=cell.documents)
-    settings |= {"accumulate_grad_batches": accumulate, "log_every_n_steps": LOGGED}
-    trainer = make_trainer(cell, world, folder, Throughput(), ExpertLoad(), recorder, *callbacks, **settings)
-    trainer.fit(module, data, ckpt_path=checkpoint)
-    trainer.save_checkpoint(folder / f"{cell.name} at the end.ckpt")
-    recorder.outcome.validation = float(trainer.callback_metrics["val/loss"])
-    return recorder.outcome
-
-
-def make_trainer(cell: Cell, world: int, folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
-    """A quiet trainer on the CPU; validates after the last step."""
-    steps = cell.steps * settings.get("accumulate_grad_batches", 1)
-    return Trainer(
-        default_root_dir=folder,
-        max_steps=cell.steps,
-        max_epochs=-1,
-        accelerator="cpu",
-        devices=world,
-        callbacks=list(callbacks),
-        gradient_clip_val=cell.clip,
-        precision=cell.precision,
-        logger=False,
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        val_check_interval=steps,
-        use_distributed_sampler=False,
-        check_val_every_n_epoch=None,
-        **settings,
-    )
-
-
-def alone(cell: Cell, ranks: int, folder: Path) -> Outcome:
-    """The same training on one process: the whole batch at once, or rank by rank where ranks route for themselves."""
-    if cell.rank_local:
-        return train(cell, 1, folder, SAMPLES // ranks, cell.accumulate * ranks)
-    return train(cell, 1, folder, SAMPLES, cell.accumulate)
-
-
-def strategy_of(cell: Cell) -> Any:
-    """The cell's strategy."""
-    from nlgmoe.parallel.strategy import ExpertParallelStrategy
-
-    if cell.strategy != "expert_parallel":
-        return cell.strategy
-    return ExpertParallelStrategy(cell.stage, cell.degree, timeout_seconds=60, **cell.options)
-
-
-def on_ranks(cell: Cell, ranks: int, folder: Path, *callbacks: Callback, checkpoint: Path | None = None) -> Outcome:
-    """Train on this rank as one of `ranks`."""
-    share = SAMPLES // ranks
-    strategy = strategy_of(cell)
-    return train(cell, ranks, folder, share, cell.accumulate, *callbacks, checkpoint=checkpoint, strategy=strategy)
 
 
 def with_state(folder: Path) -> list[Callback]:
@@ -602,11 +400,6 @@ def traffic(cell: Cell, ranks: int, folder: Path) -> dict[str, int]:
     return {name: getattr(callback, name) for name in ("rows", "elsewhere", "assignments", "reduced", "waits")}
 
 
-def gpu_ranks(cell: Cell, ranks: int, folder: Path) -> dict[str, float]:
-    """What `benchmarks/ranks.py` measures on GPUs, at its tiny shapes."""
-    return measure(torch.device("cpu"), tiny=True)
-
-
 TEXT = Path(__file__).parents[2] / "data" / "pocket_pile"  # where the fixture `pocket_pile` builds it
 
 
@@ -734,57 +527,6 @@ def uneven(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, int, float]:
     trainer.fit(module, ToLongest(micro_batch_size=2, padded=True))
     distributed.all_reduce(fed)
     return trainer.global_step, module.tokens_seen, int(fed), trainer.optimizers[0].param_groups[0]["lr"]
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-def spawn(ranks: int, job: Callable[..., Any], *args: Any, folder: Path) -> list[Any]:
-    """Run `job(*args)` on every rank; what each returned.
-
-    Raises:
-        AssertionError: a rank raised; the message has its traceback.
-    """
-    port = free_port()
-    folder.mkdir(parents=True, exist_ok=True)
-    processes = multiprocessing.start_processes(
-        _rank, (ranks, port, job, args, folder), nprocs=ranks, start_method="forkserver", join=False
-    )
-    assert processes is not None
-    try:
-        while not processes.join():
-            pass
-    except Exception as error:
-        errors = [path.read_text() for path in sorted(folder.glob("*.error"))]
-        raise AssertionError("\n".join(errors) or str(error)) from None
-    return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(ranks)]
-
-
-def _rank(rank: int, ranks: int, port: int, job: Callable[..., Any], args: tuple[Any, ...], folder: Path) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "tests",  # Lightning then takes the processes as they are
-        "OMP_NUM_THREADS": "1",
-    }
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    try:
-        result = job(*args)
-    except BaseException:
-        (folder / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
-        raise
-    (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
 
 
 def run_all(jobs: list[tuple[Callable[..., Any], Cell]], ranks: int, folder: Path, *args: Any) -> list[Any]:

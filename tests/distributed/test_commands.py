@@ -2,38 +2,20 @@
 
 import base64
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.cells import TINY_ON_RANKS, free_port
-from tests.processes import ROOT, Started, python
+from tests.support.commands import ENVIRONMENT, SETTINGS_ON_RANKS, train_py
+from tests.support.processes import Started
+from tests.support.spawn import free_port
 
-# DeepSpeed finds a GPU, as on a machine with one that the trainer leaves alone.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cuda"}
-SETTINGS = [
-    *TINY_ON_RANKS,
-    "--data.micro_batch_size=2",
-    "--data.global_batch_size=8",
-    "--data.max_eval_windows=5",
-    "--model.schedule.warmup_tokens=64",
-    "--trainer.val_check_interval=2",
-    "--trainer.log_every_n_steps=1",
-    "--trainer.strategy=nlgmoe.ExpertParallelStrategy",
-    "--trainer.strategy.init_args.expert_parallel_size=2",
-]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-
-
-def train_py(*args: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return python(*launcher, "train.py", *args, env=ENVIRONMENT, timeout=300)
 
 
 def test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved(pocket_pile: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    settings = [*SETTINGS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={run}"]
+    settings = [*SETTINGS_ON_RANKS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={run}"]
     samples = "--trainer.callbacks.init_args.max_new_tokens=4"
     done = train_py("fit", *settings, samples, "--trainer.devices=2", "--model.train_tokens=1024")
     assert done.returncode == 0, done.stderr
@@ -57,7 +39,7 @@ def test_deepspeeds_launcher_on_two_nodes(pocket_pile: Path, tmp_path: Path) -> 
     for node in (0, 1):  # what `deepspeed --hostfile ... --no_local_rank train.py` starts on each node
         launcher = ["-m", "deepspeed.launcher.launch", f"--world_info={hosts}", f"--node_rank={node}"]
         launcher += ["--master_addr=127.0.0.1", f"--master_port={port}", "--no_local_rank"]
-        settings = [*SETTINGS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={run}"]
+        settings = [*SETTINGS_ON_RANKS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={run}"]
         settings += [
             "--trainer.devices=1",
             "--trainer.num_nodes=2",
@@ -76,7 +58,7 @@ def test_an_error_of_all_ranks_is_one_line_of_each(pocket_pile: Path, tmp_path: 
     spoilt = ["--model.optimizer.lr=1e39", "--model.non_finite.action=skip", "--trainer.val_check_interval=100"]
     spoilt += ["--trainer.callbacks.init_args.max_new_tokens=4"]  # for sequences of 32 tokens
     place = [f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={tmp_path / 'run'}"]
-    settings = [*SETTINGS, *place, *spoilt, "--trainer.devices=2", "--model.train_tokens=4096"]
+    settings = [*SETTINGS_ON_RANKS, *place, *spoilt, "--trainer.devices=2", "--model.train_tokens=4096"]
     done = train_py("fit", *settings, launcher=TORCHRUN)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert lines and done.returncode == 1
@@ -87,7 +69,7 @@ def test_an_error_of_all_ranks_is_one_line_of_each(pocket_pile: Path, tmp_path: 
 def test_a_rank_brings_the_others_down_and_its_error_is_shown(pocket_pile: Path, tmp_path: Path, hangs: bool) -> None:
     done = train_py(
         "fit",
-        *(*SETTINGS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={tmp_path / 'run'}"),
+        *(*SETTINGS_ON_RANKS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={tmp_path / 'run'}"),
         *("--trainer.devices=2", "--model.train_tokens=4096", "--trainer.callbacks=tests.distributed.cells.Raises"),
         *(f"--trainer.callbacks.init_args.hangs={str(hangs).lower()}",),
         f"--trainer.strategy.init_args.timeout_seconds={25 if hangs else 120}",  # bounds how far apart they start, too

@@ -17,10 +17,8 @@ from typing import Any
 import pytest
 import torch
 from hash_router import HashRouterConfig
-from swiglu_expert import SwiGLUExpert
 
 import nlgmoe
-from benchmarks.ranks import wrong
 from nlgmoe.callbacks import ExpertLoad
 from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.portable import load_model
@@ -32,98 +30,37 @@ from nlgmoe.optim.param_groups import is_frozen
 from nlgmoe.parallel.sharded_checkpoint import LOSS_SCALE_KEYS
 from nlgmoe.tools.planner.cost import estimate
 from nlgmoe.tools.planner.topology import Topology
-from tests.checkpoint.runs import SaveAt
-from tests.distill.test_offline_teacher import record
 from tests.distributed.cells import (
-    LOGGED,
-    SAMPLES,
-    Cell,
-    Outcome,
     Spoils,
     Taught,
-    alone,
     engine_facts,
     evaluate_text,
-    gpu_ranks,
     growing,
     interrupted,
     learn,
-    make_trainer,
-    on_ranks,
     overflow,
     refused,
     resume,
     run_all,
     save_large,
-    spawn,
     specialised,
     spoilt,
     taught,
     taught_offline,
     taught_on,
     traffic,
-    train,
     typed,
     uneven,
     warm_start,
     with_state,
 )
-from tests.synthetic import SyntheticData
+from tests.support.cells import CAPACITY, CELLS, DROPLESS, FROZEN, HALF, LEARNS, LEARNS_DDP, PLAIN
+from tests.support.distillation import record
+from tests.support.ranks import LOGGED, SAMPLES, Cell, Outcome, alone, assert_close, make_trainer, on_ranks, train
+from tests.support.spawn import spawn
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import SaveAt
 
-DROPLESS = {"token_dropping": False, "aux_scope": "global"}
-LEARNING = {
-    "token_dropping": False,
-    "top_k": 2,
-    "router": nlgmoe.SigmoidRouterConfig(0.01, sequence_loss_coeff=0.1),
-    "expert": SwiGLUExpert(8),
-}
-CAPACITY = {"aux_scope": "rank", "train_capacity_factor": 1.0, "min_capacity": 1}
-ARGMAX = DROPLESS | {"top_k": 2, "second_expert": "argmax"}
-QWEN3 = {"norm": "rmsnorm", "rope_theta": 100.0, "bias": False, "tied_embeddings": False} | {
-    "qk_norm": "head", "head_dim": 8, "num_kv_heads": 1
-}  # fmt: skip
-# DeepSeek-V3's block: latent attention, and experts in groups.
-LATENT = {"norm": "rmsnorm", "rope_theta": 100.0, "bias": False, "tied_embeddings": False} | {
-    "attention": nlgmoe.MLAConfig(10, 6, 4, 8, q_lora_rank=12)
-}  # fmt: skip
-GROUPED: dict[str, Any] = {"token_dropping": False, "top_k": 2, "groups": [4, 2], "mlp_type": "residual"}
-GROUPED |= {"residual_mix": "sum", "router": nlgmoe.SigmoidRouterConfig(0.01)}
-
-PLAIN = Cell("degree 2, ZeRO 2", 2, 2, steps=20)
-LEARNS = Cell("router that learns from steps", 2, 2, moe=LEARNING, accumulate=2)
-LEARNS_DDP = Cell(
-    "ddp, router that learns from steps", strategy="ddp", moe=LEARNING, padded=True, documents=True, steps=5
-)
-MIXED = ARGMAX | {"mlp_type": "residual", "z_loss_coeff": 0.01}
-FROZEN = [
-    Cell("frozen experts, recomputed", 2, 2, frozen=("experts",), checkpointing=True, moe=DROPLESS, accumulate=2),
-    Cell("frozen dense parts, ZeRO 1", 2, 1, frozen=("router", "attention", "embeddings"), moe=MIXED, clip=0.2),
-    Cell("ddp, frozen experts and norms", strategy="ddp", frozen=("experts", "norms"), moe=CAPACITY, steps=5),
-]
-LAYER_MAP = {"expert_interval": 1, "mlp_type": "residual", "expert_ffn_size": 48, "shared_ffn_size": 64}
-CELLS: dict[int, list[Cell]] = {  # one for each choice that ranks could get wrong
-    2: [
-        PLAIN,
-        # Few steps: a sampled second expert is decided by less than rounding once in some 100,000 choices.
-        Cell("capacity, sampled top-2, accumulation", 2, 0, moe=CAPACITY | {"top_k": 2}, accumulate=2, steps=5),
-        Cell("masks, recomputed, residual", 2, 1, moe=MIXED, checkpointing=True, padded=True, documents=True, accumulate=2),
-        Cell("auto, capacity", strategy="auto", moe=CAPACITY, checkpointing=True, steps=5),
-        Cell("layer map", 2, experts=[0, 4, 2, 0], moe=DROPLESS | LAYER_MAP, network="swiglu", steps=5),
-        Cell("the block of Qwen3-MoE", 2, 2, moe=ARGMAX, block=QWEN3, network="swiglu", padded=True, documents=True, steps=5),
-        Cell("the block of DeepSeek-V3", 2, 2, experts=8, moe=GROUPED, block=LATENT, network="swiglu", accumulate=2, steps=5),
-        Cell("router that looks up", 2, 1, moe={"router": HashRouterConfig(1), "mlp_type": "residual"}, steps=5),
-        LEARNS,
-        LEARNS_DDP,
-        *FROZEN,
-    ],
-    3: [Cell("six experts", 3, experts=6)],
-    4: [Cell("pyramid, ZeRO 1, capacity", 4, 1, experts=[2, 4, 8], layers=6, moe=CAPACITY, accumulate=2)],
-}  # fmt: skip
-HALF = [
-    Cell("bf16-mixed, ZeRO 2, accumulation", 2, 2, precision="bf16-mixed", moe=DROPLESS, accumulate=2),
-    Cell("bf16-true, ZeRO 1", 2, 1, precision="bf16-true", moe=DROPLESS),
-    Cell("bf16-mixed, capacity", 2, 2, precision="bf16-mixed", moe=CAPACITY | {"train_capacity_factor": 1.25}),
-]
 ONE_STEP: dict[str, Any] = {"moe": DROPLESS | {"mlp_type": "residual"}, "steps": 1, "accumulate": 2}
 TYPED = [
     Cell("types, offloaded", 2, 2, precision="bf16-mixed", options={"offload_optimizer": True}, **ONE_STEP),
@@ -165,7 +102,6 @@ WARM = Cell("warm start, bf16-mixed", 2, 1, steps=1, precision="bf16-mixed", **R
 LARGE = Cell("large", 2, 1, steps=1, hidden=128, moe=DROPLESS)
 TAUGHT = Cell("taught", 2, 2, moe=DROPLESS, steps=6)  # 4 blocks; the teacher is ALONE, of 6 with 2, 4 and 6 experts
 TAUGHT_DDP = replace(TAUGHT, name="taught, ddp", strategy="ddp")
-GPU_RANKS = Cell("ranks.py")
 Found = dict[tuple[Callable[..., Any], str], list[Any]]
 
 
@@ -205,7 +141,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, taught_alo
     jobs[2] += [(resume, cell) for cell in THROUGH_HALF] + [(taught, cell) for cell in (TAUGHT, TAUGHT_DDP)]
     jobs[2] += [(overflow, OVERFLOW), (uneven, UNEQUAL), (growing, GROWING), (refused, PLAIN), (engine_facts, PLAIN)]
     jobs[2] += [(specialised, SPECIALISED), (warm_start, WARM), (taught_on, TAUGHT), (taught_offline, TAUGHT)]
-    jobs[2] += [(gpu_ranks, GPU_RANKS), (save_large, LARGE)]  # the last one: from then on allocations are traced
+    jobs[2] += [(save_large, LARGE)]  # the last one: from then on allocations are traced
     jobs[3] += [(evaluate_text, UNEVEN)]
     results: Found = {}
     for ranks, here in jobs.items():
@@ -379,12 +315,6 @@ def test_bytes_sent_are_those_of_the_cost_model(cell: Cell, found: Found) -> Non
     assert [rank["reduced"] for rank in counted] == [predicted.dense_gradients] * 2
 
 
-def test_what_users_run_on_their_gpus_first(found: Found) -> None:
-    for figures in found[gpu_ranks, GPU_RANKS.name]:
-        assert len(figures) == 4 and all(value > 0 for value in figures.values())
-        assert wrong(figures) == []
-
-
 @pytest.mark.parametrize(("cell", "step"), INTERRUPTED, ids=[cell.name for cell, _ in INTERRUPTED])
 def test_all_ranks_end_after_the_same_step_where_one_is_told_to(cell: Cell, step: int, found: Found) -> None:
     for rank, (code, saved, resumed) in enumerate(found[interrupted, cell.name]):
@@ -427,15 +357,6 @@ def test_recorded_logits_teach_two_ranks_as_one(found: Found, checkpoint: Path, 
 def optimizer_of(path: Path) -> TensorFiles:
     """AdamW's state in a checkpoint."""
     return TensorFiles(path, "optimizer")
-
-
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    """Each tensor's error is at most `tolerance` of its norm, or of a thousandth of all tensors' norm."""
-    assert found.keys() == expected.keys()
-    total = torch.stack([value.norm() for value in expected.values()]).norm()
-    for name, value in expected.items():
-        error = (found[name] - value).norm()
-        assert error <= tolerance * max(value.norm(), 1e-3 * total), f"{name}: {error / value.norm():.1e} of its norm"
 
 
 @cases(TOPOLOGIES)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.cells import Cell, Outcome, alone, on_ranks, run_all, spawn
-from tests.distributed.test_ranks import CAPACITY, DROPLESS, assert_close
+from tests.support.cells import CAPACITY, DROPLESS
+from tests.support.ranks import Cell, Outcome, alone, assert_close, train_all
+from tests.support.spawn import spawn
 
 GROUPS = {"top_k": 2, "second_expert": "argmax", "groups": [2, 1], "mlp_type": "residual", "residual_mix": "sigmoid"}
 CELLS = [
@@ -22,7 +23,7 @@ CELLS = [
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
     """The outcome of each rank by the name of the cell."""
     folder = tmp_path_factory.mktemp("ranks")
-    by_rank = spawn(2, run_all, [(on_ranks, cell) for cell in CELLS], 2, folder, folder=folder)
+    by_rank = spawn(2, train_all, CELLS, 2, folder, folder=folder)
     return {cell.name: [rank[index] for rank in by_rank] for index, cell in enumerate(CELLS)}
 
 

@@ -10,7 +10,8 @@ import yaml
 
 from nlgmoe.cli.train import main
 from nlgmoe.commands.main import main as nlgmoe
-from tests.end_to_end.test_train_cli import ROOT, TINY
+from tests.support.commands import TINY
+from tests.support.processes import ROOT
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
 

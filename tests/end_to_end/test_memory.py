@@ -4,7 +4,7 @@ import csv
 import os
 from pathlib import Path
 
-from tests.processes import ROOT, python
+from tests.support.processes import ROOT, python
 
 # A block of SmolLM2-135M upcycled to 8 experts, and its micro-batches, on the pocket Pile.
 SETTINGS = {

@@ -14,26 +14,9 @@ from safetensors import safe_open
 
 from nlgmoe import load_config, load_model
 from nlgmoe.cli.train import main
+from tests.support.commands import quickstart
 
 ROOT = Path(__file__).parents[2]
-TINY = [
-    "--model.config.num_layers=2",
-    "--model.config.moe.num_experts=[4]",
-    "--model.config.hidden_size=32",
-    "--model.config.seq_len=32",
-    "--model.config.num_heads=2",
-    "--data.max_eval_windows=4",
-    "--data.micro_batch_size=2",
-    "--model.schedule.warmup_tokens=64",
-    "--trainer.val_check_interval=4",
-    "--trainer.log_every_n_steps=2",
-]
-
-
-def quickstart(run: Path, *extra: str) -> list[str]:
-    samples = "--trainer.callbacks.init_args.max_new_tokens=8"  # of the last callback in the file
-    config = str(ROOT / "configs/quickstart.yaml")
-    return ["--config", config, *TINY, f"--trainer.default_root_dir={run}", samples, *extra]
 
 
 @pytest.fixture(scope="module")

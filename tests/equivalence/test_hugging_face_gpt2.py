@@ -2,27 +2,13 @@
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
-
-PARTS = {
-    "ln_1": "attention_norm",
-    "attn.c_attn": "attention.qkv",
-    "attn.c_proj": "attention.project",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn.expand",
-    "mlp.c_proj": "ffn.project",
-    "wte": "token_embedding",
-    "wpe": "position_embedding",
-    "ln_f": "final_norm",
-}  # module of GPT-2 -> ours
-
-VOCAB, SEQ_LEN, LAYERS, WIDTH, HEADS, INNER = 67, 24, 3, 32, 4, 80
+from tests.support.gpt2 import HEADS, INNER, LAYERS, SEQ_LEN, VOCAB, WIDTH, as_theirs, our_name
 
 
 def our_gpt(moe: MoEConfig | None = None) -> GPT:
@@ -49,21 +35,6 @@ def their_gpt(ours: GPT) -> GPT2LMHeadModel:
         for name, parameter in theirs.named_parameters():
             parameter.copy_(as_theirs(name, values[our_name(name)]))
     return theirs
-
-
-def our_name(theirs: str) -> str:
-    part, _, leaf = theirs.removeprefix("transformer.").rpartition(".")
-    if part in PARTS:
-        return f"{PARTS[part]}.{leaf}"
-    _, layer, part = part.split(".", 2)
-    return f"blocks.{layer}.{PARTS[part]}.{leaf}"
-
-
-def as_theirs(name: str, value: Tensor) -> Tensor:
-    """Cut the vocabulary's padding off; `Conv1D` stores `[in, out]`."""
-    if name.endswith("wte.weight"):
-        return value[:VOCAB]
-    return value.t() if name.rpartition(".")[0].rpartition(".")[2] in ("c_attn", "c_proj", "c_fc") else value
 
 
 def test_logits_loss_and_every_gradient_equal_hugging_faces() -> None:

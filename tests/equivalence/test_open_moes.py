@@ -26,23 +26,10 @@ from nlgmoe.tools.hugging_face.clients import client_limits
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 from nlgmoe.tools.hugging_face.importing import import_model
-from tests.checkpoint.runs import SaveAt
-from tests.equivalence.variants import FAULTS, LATENT_YARN, PUBLISHED, SHAPE, SIGMOID, VARIANTS, Fault, built_name
-from tests.golden.recording import Losses
-from tests.synthetic import SyntheticData
-from tests.test_module import trainer
-
-
-def their_model(variant: str) -> Any:
-    family, values = VARIANTS[variant]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{FAMILIES[family].classes}Config")(**{**SHAPE, **values})
-    model = getattr(transformers, f"{FAMILIES[family].classes}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for tensor in model.state_dict().values():  # scales and biases
-            if tensor.dim() == 1:
-                tensor.add_(0.2 * torch.randn_like(tensor))
-    return model
+from tests.equivalence.variants import FAULTS, PUBLISHED, Fault, built_name
+from tests.support.open_models import LATENT_YARN, SHAPE, SIGMOID, VARIANTS, their_model, tokens
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import Losses, SaveAt, trainer
 
 
 class Pair:
@@ -60,10 +47,6 @@ class Pair:
 @pytest.fixture(scope="module", params=VARIANTS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(request.param, tmp_path_factory.mktemp("pair"))
-
-
-def tokens(rows: int = 3, length: int = 17) -> Tensor:
-    return torch.randint(89, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
@@ -257,6 +240,7 @@ DEEPSEEK = {"mlp_type": "residual", "residual_mix": "sum", "groups": [2, 1], "ro
         ({"moe": {"gate_scale": 2.0}}, None, "gate_scale=2.0 (the nearest family is mixtral)"),
         ({"qkv_bias": True, "moe": {"mlp_type": "residual", "residual_mix": "sigmoid"}}, "qwen2_moe", ""),
         ({"qk_norm": "head", "moe": DEEPSEEK}, "dots1", ""),
+        ({"qk_norm": "projection", "rotary_dim": 4, "moe": {"router": SigmoidRouterConfig()}}, "minimax_m2", ""),
         ({"qk_norm": "head", "qkv_bias": False, "rotary_dim": 4, "moe": DEEPSEEK}, "glm4_moe", ""),
         (
             {"qk_norm": "head", "rotary_dim": 4, "moe": {**DEEPSEEK, "num_experts": [0, 4, 0, 4]}},
@@ -401,6 +385,13 @@ REFUSED = {
     "rotation in halves": ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False of"),
     "every second block": ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq=2 of"),
     "no shared expert beside latents": ("deepseek_v3", {"n_shared_experts": 0}, "n_shared_experts=0 of"),
+    "scores of another router": ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func=softmax of"),
+    "norms of heads": ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type=per_head of"),
+    "a shared expert of another family": (
+        "minimax_m2",
+        {"shared_intermediate_size": 40},
+        "shared_intermediate_size=40 of",
+    ),
     "FP8": ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config=fp8 of .* bf16"),
     "GPT-2's activation": ("gpt2", {"activation_function": "relu"}, "activation_function=relu of"),
     "scale by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True of"),

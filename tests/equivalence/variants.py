@@ -1,4 +1,4 @@
-"""Models of other families that the tests compare with `transformers`, and faults that the comparison must find."""
+"""Published models of other families, and faults that the comparison with `transformers` must find."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,172 +8,11 @@ import torch
 from torch import Tensor
 
 from nlgmoe.config import GPTConfig
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 89,
-    "hidden_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-MOE = {"num_experts_per_tok": 2, "intermediate_size": 40}
-SIGMOID = MOE | {"n_routed_experts": 8, "moe_intermediate_size": 24, "n_shared_experts": 1, "num_experts_per_tok": 3}
-SIGMOID |= {"first_k_dense_replace": 1, "norm_topk_prob": True}
-GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.7, "logits_scaling": 0.5}
-
-
-def scaled(kind: str, theta: float, length: int = 8, **values: Any) -> dict[str, Any]:
-    """Return `rope_parameters` of a model whose first training had texts of `length` tokens, fewer than those of the tests."""
-    return {"rope_type": kind, "rope_theta": theta, "original_max_position_embeddings": length, **values}
-
-
-YARN = scaled("yarn", 1e4, factor=4.0)
-BETAS = {"beta_fast": 0.5, "beta_slow": 0.1}  # turns in 8 tokens
-LATENT = MOE | {"kv_lora_rank": 20, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10, "q_lora_rank": 24}
-LATENT |= {"n_routed_experts": 8, "moe_intermediate_size": 24, "routed_scaling_factor": 2.5, "first_k_dense_replace": 1}
-LATENT_YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
-LATENT_YARN |= {"original_max_position_embeddings": 16, "mscale": 0.707, "mscale_all_dim": 0.707}
-# variant -> family, settings
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "olmoe": ("olmoe", MOE | {"num_experts": 8}),
-    "olmoe, grouped queries, normalised, tied": (
-        "olmoe",
-        MOE | {"num_experts": 8, "num_key_value_heads": 2, "norm_topk_prob": True, "tie_word_embeddings": True},
-    ),
-    "olmoe, top-1": ("olmoe", MOE | {"num_experts": 8, "num_experts_per_tok": 1}),
-    "qwen3_moe, wide heads, a dense block": (
-        "qwen3_moe",
-        MOE
-        | {"num_experts": 8, "moe_intermediate_size": 24, "head_dim": 16, "mlp_only_layers": [1]}
-        | {"num_key_value_heads": 2, "norm_topk_prob": True, "num_experts_per_tok": 3},
-    ),
-    "qwen3_moe, every second block": (
-        "qwen3_moe",
-        MOE | {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8, "decoder_sparse_step": 2},
-    ),
-    "mixtral, top-3, theta": (
-        "mixtral",
-        {**MOE, "num_local_experts": 4, "num_experts_per_tok": 3, "num_key_value_heads": 2}
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-    ),
-    "qwen2_moe, grouped queries": (
-        "qwen2_moe",
-        MOE
-        | {"num_experts": 8, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 36}
-        | {"num_key_value_heads": 2, "num_experts_per_tok": 3},
-    ),
-    "qwen2_moe, a dense block, no biases, normalised, tied": (
-        "qwen2_moe",
-        MOE
-        | {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 48, "qkv_bias": False}
-        | {"mlp_only_layers": [2], "norm_topk_prob": True, "tie_word_embeddings": True},
-    ),
-    "dots1, groups": (
-        "dots1",
-        SIGMOID | {"n_group": 4, "topk_group": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.5, "head_dim": 16},
-    ),
-    "dots1, all blocks sparse, top-2, not normalised": (
-        "dots1",
-        SIGMOID | {"first_k_dense_replace": 0, "num_experts_per_tok": 2, "norm_topk_prob": False},
-    ),
-    "glm4_moe, half of a head turns": (
-        "glm4_moe",
-        SIGMOID | {"attention_bias": True, "head_dim": 16, "num_key_value_heads": 2, "routed_scaling_factor": 1.5},
-    ),
-    "glm4_moe, norms of heads, groups, all of a head turns, top-1": (
-        "glm4_moe",
-        SIGMOID
-        | {"use_qk_norm": True, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 1, "norm_topk_prob": False}
-        | {"first_k_dense_replace": 2, "partial_rotary_factor": 1.0, "tie_word_embeddings": True},
-    ),
-    "granitemoe": (
-        "granitemoe",
-        {**MOE, **GRANITE, "num_local_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 2},
-    ),
-    "granitemoe, wide heads, yarn, tied": (
-        "granitemoe",
-        {**MOE, **GRANITE, "num_local_experts": 4, "head_dim": 16, "tie_word_embeddings": True}
-        | {"rope_parameters": YARN},
-    ),
-    "granitemoeshared": (
-        "granitemoeshared",
-        {**MOE, **GRANITE, "num_local_experts": 4, "shared_intermediate_size": 56, "rms_norm_eps": 1e-5},
-    ),
-    "deepseek_v3, groups, yarn": (
-        "deepseek_v3",
-        LATENT | {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "rope_parameters": LATENT_YARN},
-    ),
-    "deepseek_v3, whole queries, two shared experts, tied": (
-        "deepseek_v3",
-        {**LATENT, "n_group": 1, "topk_group": 1, "q_lora_rank": None, "v_head_dim": 12, "n_shared_experts": 2}
-        | {"first_k_dense_replace": 0, "rms_norm_eps": 1e-3, "tie_word_embeddings": True},
-    ),
-    "deepseek_v3, top-1": (
-        "deepseek_v3",
-        LATENT | {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 1, "norm_topk_prob": False, "v_head_dim": 16},
-    ),
-    "deepseek_v2, yarn": (
-        "deepseek_v2",
-        {**LATENT, "q_lora_rank": None, "n_shared_experts": 2, "num_experts_per_tok": 3, "norm_topk_prob": True}
-        | {"rope_parameters": LATENT_YARN | {"beta_fast": 4.0, "mscale": 1.2, "mscale_all_dim": 1.2}},
-    ),
-    "deepseek_v2, groups": (
-        "deepseek_v2",
-        LATENT
-        | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
-        | {"first_k_dense_replace": 2},
-    ),
-    "glm4_moe_lite, dense blocks between": (
-        "glm4_moe_lite",
-        LATENT | {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"], "num_experts_per_tok": 4},
-    ),
-    "glm4_moe_lite, whole queries, groups, yarn": (
-        "glm4_moe_lite",
-        {**LATENT, "q_lora_rank": None, "n_group": 2, "topk_group": 1}
-        | {"rope_parameters": LATENT_YARN | {"attention_factor": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}},
-    ),
-    "granite, yarn": (
-        "granite",
-        GRANITE | {"intermediate_size": 56, "num_key_value_heads": 2, "rope_parameters": YARN, "head_dim": 12},
-    ),
-    "llama, wide heads, tied": ("llama", {"intermediate_size": 56, "head_dim": 20, "tie_word_embeddings": True}),
-    "llama": ("llama", {"intermediate_size": 56, "num_key_value_heads": 1, "head_dim": 12}),
-    "qwen3": ("qwen3", {"intermediate_size": 56, "head_dim": 16, "num_key_value_heads": 2}),
-    "llama 3": (
-        "llama",
-        {"intermediate_size": 56, "head_dim": 12, "num_key_value_heads": 2}
-        | {
-            "rope_parameters": scaled("llama3", 100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=2.0, length=16)
-        },
-    ),
-    "llama, yarn, beta": (
-        "llama",
-        {"intermediate_size": 56, "rope_parameters": scaled("yarn", 10.0, factor=4.0) | BETAS},
-    ),
-    "qwen3, yarn": (
-        "qwen3",
-        {"intermediate_size": 56, "head_dim": 16, "num_key_value_heads": 2, "rope_parameters": YARN},
-    ),
-    "qwen3_moe, yarn, attention_factor, not truncated": (
-        "qwen3_moe",
-        MOE
-        | {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": True}
-        | {"rope_parameters": scaled("yarn", 10.0, factor=4.0, attention_factor=1.5, truncate=False) | BETAS},
-    ),
-    "mixtral, yarn of lengths": (
-        "mixtral",
-        MOE | {"num_local_experts": 4, "head_dim": 12, "rope_parameters": scaled("yarn", 100.0, factor=None)},
-    ),
-}
+from tests.support.open_models import scaled
 
 # family -> part of a tensor's name in its files, and the same part in the model that `transformers` builds
 BUILT: dict[str, tuple[str, str]] = {
-    "mixtral": ("block_sparse_moe", "mlp"),
+    **dict.fromkeys(("mixtral", "minimax_m2"), ("block_sparse_moe", "mlp")),
     **dict.fromkeys(("granitemoe", "granitemoeshared"), ("router.layer", "router")),
 }
 
@@ -245,6 +84,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
         14.02,
     ),
     "glm4_moe": ({"attention_bias": True, "head_dim": 128}, 106.85, 13.42),  # GLM-4.5-Air
+    "minimax_m2": ({"rotary_dim": 64}, 228.69, 11.03),  # MiniMax-M2; the published 10 does not count the embeddings
     "granitemoe": (  # granite-3.0-1b-a400m; the published 0.4 does not count the embeddings
         {"vocab_size": 49_155, "hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 24}
         | {"num_attention_heads": 16, "num_key_value_heads": 8, "num_local_experts": 32, "num_experts_per_tok": 8}
@@ -366,6 +206,19 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "glm4_moe: gate and expand of the shared experts are swapped": (
         "glm4_moe, half of a head turns",
         swapped("moe.mlp.gate.weight", "moe.mlp.expand.weight"),
+    ),
+    "minimax_m2: no bias on the choice": (
+        "minimax_m2, half of a head turns",
+        changed("moe.router.bias", torch.zeros_like),
+    ),
+    "minimax_m2: all of a head turns": ("minimax_m2, half of a head turns", setting("rotary_dim", None)),
+    "minimax_m2: gate and expand are swapped": (
+        "minimax_m2, half of a head turns",
+        swapped("experts.gate_weight", "experts.expand_weight"),
+    ),
+    "minimax_m2: scales of keys, heads reversed": (
+        "minimax_m2, half of a head turns",
+        changed("attention.key_norm.weight", lambda scales: scales.roll(16, 0)),
     ),
     "granitemoe: no embedding_multiplier": ("granitemoe", setting("embedding_scale", 1.0)),
     "granitemoe: attention scaled by the width of a head": ("granitemoe", setting("attention_scale", None)),

@@ -20,8 +20,8 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
-from tests.equivalence.test_hugging_face_gpt2 import as_theirs, our_name
-from tests.eval.tiny_tasks import TOKENIZER, WORDS, text
+from tests.support.gpt2 import as_theirs, our_name
+from tests.support.tasks import TOKENIZER, WORDS, text
 
 SEQ_LEN = 24
 DENSE = GPTConfig(TOKENIZER.vocab_size, SEQ_LEN, 2, 32, 2, vocab_size_multiple=1)

@@ -13,8 +13,9 @@ from nlgmoe import MoEGPTModule, ZeroShotEval
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
-from tests.distributed.cells import SAMPLES, Cell, make_trainer, spawn, strategy_of
-from tests.eval.tiny_tasks import CONFIG, TASKS, TOKENIZER, TokenizedData, text, write_tasks
+from tests.support.ranks import SAMPLES, Cell, make_trainer, strategy_of
+from tests.support.spawn import spawn
+from tests.support.tasks import CONFIG, TASKS, TOKENIZER, TokenizedData, text, write_tasks
 
 RANKS = 2
 DROPLESS = {"token_dropping": False, "aux_scope": "global"}  # with drops, ranks would train another model

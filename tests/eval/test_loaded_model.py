@@ -18,7 +18,7 @@ from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.model.gpt import GPT
 from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.export import export
-from tests.synthetic import SyntheticData
+from tests.support.synthetic import SyntheticData
 
 TOKENIZER = Tokenizer(train_byte_level_bpe(iter(["the king and the queen"] * 3), 300), "tiny")
 OTHER = Tokenizer(train_byte_level_bpe(iter(["THE KING AND THE QUEEN"] * 3), 300), "other")

@@ -9,8 +9,6 @@ import torch
 
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule
 from nlgmoe.callbacks import ExpertSpecialisation
-from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.eval.expert_counts import ExpertCounts, count_experts
 from nlgmoe.eval.specialisation import (
     CLASSES,
@@ -23,8 +21,8 @@ from nlgmoe.eval.specialisation import (
     token_class,
 )
 from nlgmoe.layers.router import Routing
-from tests.synthetic import SyntheticData
-from tests.test_module import trainer
+from tests.support.synthetic import Spelt, SyntheticData
+from tests.support.trainers import trainer
 
 
 def test_token_classes() -> None:
@@ -81,10 +79,6 @@ def test_preference_and_information_by_hand() -> None:
     assert mutual_information(counts) == pytest.approx(by_hand)
     assert np.isnan(preference(np.array([[3, 0], [1, 0]]))[:, 1]).all()
     assert mutual_information(np.zeros((2, 2))) == 0
-
-
-class Spelt(SyntheticData):
-    tokenizer = Tokenizer(train_byte_level_bpe(iter(["the king"]), 257), "bytes")
 
 
 @pytest.mark.parametrize("data", [SyntheticData, Spelt])

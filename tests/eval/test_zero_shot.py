@@ -18,13 +18,13 @@ from lm_eval.tasks import TaskManager
 from nlgmoe import MoEGPTModule
 from nlgmoe.commands.main import main
 from nlgmoe.model.gpt import GPT
-from nlgmoe.tools.lm_eval import prepare_eval
+from nlgmoe.tools.lm_eval import prepare_eval, tasks
 from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
 from nlgmoe.tools.lm_eval.prepare_eval import write_task
 from nlgmoe.tools.lm_eval.results import Results, merge_results, metrics, results_table
 from nlgmoe.tools.lm_eval.tasks import Tasks
 from nlgmoe.validation import SettingError
-from tests.eval.tiny_tasks import CONFIG, TASKS, TOKENIZER, TokenizedData, text, write_tasks
+from tests.support.tasks import CONFIG, TASKS, TOKENIZER, TokenizedData, text, write_tasks
 
 PIQA = [{"goal": text(n, 3), "sol1": text(n, 4), "sol2": text(n + 1, 5), "label": int(n > 1)} for n in range(6)]
 
@@ -146,6 +146,15 @@ def test_a_prepared_task_of_another_installation_is_refused(tmp_path: Path) -> N
         Tasks(["piqa"], str(tmp_path))
 
 
+def test_a_misspelt_task_gets_its_name_suggested(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among the tasks of a folder; `misspelt task` below reads those of lm-eval, which takes 20 seconds."""
+    monkeypatch.setattr(
+        tasks, "TaskManager", lambda include_path, **_: TaskManager(include_path=include_path, include_defaults=False)
+    )
+    with pytest.raises(SettingError, match=r"tasks=piqua: lm-eval has no such task; did you mean piqa\?"):
+        Tasks(["piqua"], str(prepared))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
@@ -179,6 +188,7 @@ def test_the_command_writes_results_and_a_table(
         (["--limit", "0.5"], 2, "argument --limit: invalid int value: '0.5'"),
         (["--output", "nowhere/out.json"], 2, "output=nowhere/out.json: there is no folder"),
     ],
+    ids=["misspelt task", "limit", "output"],
 )
 def test_a_wrong_command_is_one_line(
     arguments: list[str], code: int, message: str, run: Path, capsys: pytest.CaptureFixture[str]

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
-from tests.distributed.cells import TINY_ON_RANKS
 from tests.faults.train_with_fault import Fault
-from tests.processes import ROOT, Started, processes_of_group
+from tests.support.commands import TINY_ON_RANKS
+from tests.support.processes import ROOT, Started, processes_of_group
 
 STEPS, SAVE_EVERY = 48, 3
 TIMEOUT_SECONDS = 60  # of the ranks' strategy: also bounds how far apart they may start

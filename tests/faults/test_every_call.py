@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from nlgmoe.checkpoint.run_checkpoints import saved_steps
-from tests.run.runs import assert_equal, in_process, outcome
-from tests.run.test_resume import SETTINGS, run
+from tests.support.run_folders import SETTINGS, assert_equal, in_process, outcome, run
 
 
 @pytest.mark.parametrize("name", ["saves before validations", "saves by steps alone", "milestones"])

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 
-from tests.faults.harness import ENVIRONMENT, ROOT, Ended, Launched, Run
+from tests.faults.harness import ENVIRONMENT, Ended, Launched, Run
+from tests.support.processes import ROOT
 
 PORT = 29511  # the namespaces have all ports to themselves
 _PATH = {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}

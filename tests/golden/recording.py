@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from nlgmoe.layers.router import RoutingContext, TopKRouter
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
+from tests.support.trainers import Losses, trainer
 
 GOLDEN = Path("tests/golden")  # from the repository's root: the run's configuration names its corpus so
 CONFIG, CORPUS, TEACHER_LOGITS = (GOLDEN / name for name in ("config.yaml", "corpus", "logits"))
@@ -43,16 +43,6 @@ FAMILIES = {
     "top_2": GPTConfig(**_SHAPE, num_layers=2, moe=MoEConfig(4, top_k=2, z_loss_coeff=0.001)),
     "mos": GPTConfig(**_SHAPE, num_layers=3, moe=MoEConfig(4, mlp_type="residual")),
 }
-
-
-class Losses(Callback):
-    """The loss of every micro-batch."""
-
-    def __init__(self) -> None:
-        self.found: list[float] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.found.append(float(outputs["loss"]))
 
 
 def family_losses(name: str, config: GPTConfig, folder: Path) -> list[float]:
@@ -74,21 +64,8 @@ def train(
 ) -> list[float]:
     """Losses of the micro-batches of a run, one a step."""
     losses = Losses()
-    trainer = Trainer(
-        default_root_dir=folder,
-        callbacks=[losses, *callbacks],
-        max_steps=steps,
-        max_epochs=-1,
-        accelerator="cpu",
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-    )
-    trainer.fit(MoEGPTModule(config, AdamWConfig(lr=3e-3), distiller=distiller), blend(folder))
+    run = trainer(folder, losses, *callbacks, max_steps=steps, gradient_clip_val=1.0)
+    run.fit(MoEGPTModule(config, AdamWConfig(lr=3e-3), distiller=distiller), blend(folder))
     return losses.found
 
 

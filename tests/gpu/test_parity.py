@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from benchmarks.gpu.run import draw, error
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers import router as router_module
 from nlgmoe.layers.attention import AttentionContext, CausalSelfAttention, KVCache
@@ -25,6 +24,7 @@ from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import RoutingContext, TopKRouter
 from nlgmoe.model.gpt import GPT
 from tests.gpu.conftest import DRY
+from tests.support.devices import draw, error
 
 Near = Callable[[str, float, float], None]
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

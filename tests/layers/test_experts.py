@@ -18,7 +18,7 @@ from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.compiling import compile_dense_parts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.seeding import derive_seed
-from tests.tools import needs
+from tests.support.programs import needs
 
 
 @pytest.fixture

@@ -32,8 +32,8 @@ from nlgmoe.loss import training_loss
 from nlgmoe.model.counting import count_parameters, flops_per_token, parameters_of
 from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.hugging_face.export import export
-from tests.synthetic import SyntheticData
-from tests.test_module import trainer
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import trainer
 
 DROPLESS: dict[str, Any] = {"token_dropping": False}
 MOES = {

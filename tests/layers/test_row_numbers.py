@@ -11,7 +11,7 @@ from nlgmoe.layers import dispatch
 from nlgmoe.layers.dispatch import round_up_rows
 from nlgmoe.layers.experts import FEW_ROWS
 from nlgmoe.layers.moe import MoELayer
-from tests.processes import python
+from tests.support.processes import python
 
 EXPERTS, WIDTH = 6, 16
 HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-true": torch.float16}

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from lightning import Trainer
 
-from benchmarks.flag_table import PAGE, with_table
 from nlgmoe import MoEGPTModule, PileDataModule
 from nlgmoe.tools.megatron.flags import FLAGS, IGNORED, REFUSED, ROWS
 from nlgmoe.tools.megatron.from_megatron import translated
@@ -269,8 +268,3 @@ def test_any_flags_together_parse_or_are_refused_by_name(chosen: Sequence[str], 
         assert all(re.match(r"(--|the launch)", line) for line in str(error).splitlines())
         return
     parser.parse_object(yaml.safe_load(text))
-
-
-def test_the_documents_table_is_the_translators() -> None:
-    page = PAGE.read_text()
-    assert with_table(page) == page, "run `make docs`"

@@ -14,9 +14,8 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig, Component
-from tests.checkpoint.runs import SaveAt
-from tests.synthetic import SyntheticData
-from tests.test_module import trainer
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import SaveAt, trainer
 
 CONFIG = GPTConfig(61, 16, 4, 32, 2, hidden_dropout=0.1, moe=MoEConfig(4, mlp_type="residual", noise="jitter"))
 CASES: dict[str, tuple[tuple[Component, ...], dict[str, Any]]] = {

@@ -5,12 +5,12 @@ file's quantisation (32 values of a row) are copied byte for byte; the token emb
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
 
-CUT = Path(__file__).with_name("smollm2_cut.gguf")
+from tests.real import CUT
+
 BLOCKS, TOKENS, HEADS, INNER = 4, 2000, 3, 96
 HEAD, HIDDEN = 64, 576
 ROWS = {"attn_q": HEADS * HEAD, "attn_k": HEAD, "attn_v": HEAD, "ffn_gate": INNER, "ffn_up": INNER}

@@ -19,8 +19,8 @@ from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.checkpoint.reading import read_tokenizer
 from nlgmoe.tools.hugging_face import gguf_file
 from nlgmoe.tools.hugging_face.importing import import_model
+from tests.real import CUT
 
-CUT = Path(__file__).with_name("smollm2_cut.gguf")
 TEXT = "In 1984, it's 12345 metres;\n\n  def f(x):\treturn x\u00b2  # na\u00efve \u65e5\u672c"
 
 

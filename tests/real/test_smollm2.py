@@ -1,4 +1,4 @@
-"""The path of docs/real_model.md: the whole of it nightly, with the real model; its commands on the cut in every run."""
+"""Commands of docs/real_model.md on the cut; tests/benchmarks/test_real_model.py takes the whole path."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,10 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import real_model
 from nlgmoe import load_model, load_pretrained
 from nlgmoe.commands.main import main
 from nlgmoe.data.tokenizer import detokenize
-from tests.real.test_gguf import CUT
+from tests.real import CUT
 
 QUESTION = "What is 12?"
 TEXT = "The king said that in 1984 it's 12 metres, and he went to the house.\n" * 80
@@ -63,7 +62,3 @@ def test_a_student_of_it_keeps_the_blocks_that_matter(folder: Path, capsys: pyte
     options = [f"--text={folder / 'text.txt'}", "--windows=1", f"--output={student}"]
     main(["student", str(folder / "cut.ckpt"), "--num-layers=3", *options])
     assert "influence" in capsys.readouterr().out and "num_layers: 3" in student.read_text()
-
-
-def test_the_whole_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert real_model.main(["--folder", str(tmp_path / "real_model")]) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.tools import find
+from tests.support.programs import find
 
 PATIENCE = 120  # seconds for an answer; the suite's processes share the cores
 

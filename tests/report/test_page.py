@@ -18,10 +18,10 @@ from nlgmoe.run.loggers import RunCSVLogger
 from nlgmoe.tools.report.figures import experts, training
 from nlgmoe.tools.report.runs import read_runs
 from nlgmoe.tools.report.specialisation_figures import specialisation
-from tests.eval.test_specialisation import Spelt
 from tests.report.browser import Browser
-from tests.test_module import trainer
-from tests.tools import needs
+from tests.support.programs import needs
+from tests.support.synthetic import Spelt
+from tests.support.trainers import trainer
 
 # What is drawn in each chart: shapes that plotly made of data, titles of axes, and the legend.
 DRAWN = """Object.fromEntries([...document.querySelectorAll("article")].map(chart => [chart.id, {

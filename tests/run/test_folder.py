@@ -16,9 +16,8 @@ from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, saved_steps
 from nlgmoe.run import folder as folder_module
 from nlgmoe.run.folder import starts_of
-from tests.run.runs import assert_equal, fit, in_process, make_trainer, module, outcome
-from tests.run.test_resume import Send
-from tests.synthetic import SyntheticData
+from tests.support.run_folders import Send, assert_equal, fit, in_process, make_trainer, module, outcome
+from tests.support.synthetic import SyntheticData
 
 
 @pytest.fixture(scope="module")

@@ -4,43 +4,24 @@ import os
 import re
 import shutil
 import signal
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
-from nlgmoe import SigmoidRouterConfig
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, saved_steps
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import MoEConfig
-from nlgmoe.optim.token_schedule import SequenceCurriculum
 from nlgmoe.run.checks import warn_of_another_size
 from nlgmoe.run.loggers import RunCSVLogger
-from tests.run.runs import CONFIG, TOKENS, assert_equal, fit, in_process, make_trainer, module, outcome
-from tests.synthetic import SyntheticData
+from tests.support.run_folders import SETTINGS, Send, assert_equal, fit, in_process, make_trainer, module, outcome, run
+from tests.support.synthetic import SyntheticData
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "saves before validations": {},
-    "saves by steps alone": {"save": {"save_before_validation": False, "keep": 1}},
-    "milestones": {"save": {"every_n_steps": None, "milestones": 4, "keep": 1, "monitor": None}},
-    "curriculum": {"of": {"curriculum": SequenceCurriculum(8 * TOKENS, 8, 4)}},
-    "a router that learns from steps": {
-        "of": {"config": replace(CONFIG, moe=MoEConfig(4, token_dropping=False, router=SigmoidRouterConfig(0.1)))}
-    },
-    "early stopping": {"stops": True, "max_steps": 100},
-}
 KILLS = {"saves before validations": 4, "saves by steps alone": 2}  # of each of the others: 1
-
-
-def run(folder: Path, *callbacks: Callback, stops: bool = False, **settings: Any) -> Trainer:
-    """Train; with `stops`, `EarlyStopping` ends the run at step 12."""
-    stopping = [EarlyStopping("val/loss", min_delta=100, patience=2)] if stops else []
-    return fit(folder, *stopping, *callbacks, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -69,20 +50,6 @@ def test_a_run_killed_at_any_call_and_resumed_is_the_undisturbed_one(
     assert in_process(lambda: run(tmp_path, **SETTINGS[name]), kill_at, tmp_path) == -9
     assert in_process(lambda: run(tmp_path, **SETTINGS[name])) == 0
     assert_equal(outcome(tmp_path, step), expected)
-
-
-class Send(Callback):
-    """Sends a signal to this process in a hook at a step."""
-
-    def __init__(self, hook: str, step: int, *numbers: int) -> None:
-        self.step, self.numbers = step, numbers
-        setattr(self, hook, self._send)
-
-    def _send(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step and self.numbers:
-            for number in self.numbers:
-                os.kill(os.getpid(), number)
-            self.numbers = ()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from nlgmoe.callbacks import SaveCheckpoints
 from nlgmoe.checkpoint.run_checkpoints import saved_steps
-from tests.run.runs import fit
+from tests.support.run_folders import fit
 
 
 class Score(Callback):

@@ -10,8 +10,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from nlgmoe.run import signals
 from nlgmoe.run.signals import StopOnSignal
-from tests.run.runs import fit
-from tests.run.test_resume import Send
+from tests.support.run_folders import Send, fit
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

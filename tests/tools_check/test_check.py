@@ -25,7 +25,7 @@ from nlgmoe.tools.check.layer import Layer
 from nlgmoe.tools.check.own import own_layer
 from nlgmoe.tools.check.properties import PROPERTIES, check_layer
 from nlgmoe.tools.check.targets import find_layers
-from tests.synthetic import SyntheticData
+from tests.support.synthetic import SyntheticData
 from tests.tools_check.broken import (
     CAPACITY,
     DEFECTS,

@@ -10,6 +10,7 @@
     deepseek_v3        DeepSeek-V3, Moonlight: latent attention         yes      yes
     glm4_moe_lite      GLM-4.7-Flash: the same                          yes      yes
     deepseek_v2        DeepSeek-V2: the same, with a softmax router     yes      yes
+    minimax_m2         MiniMax-M2: sigmoid scores, half a head turns    yes      yes
     granitemoe         Granite 3: four scales, normalised weights       yes      yes
     granitemoeshared   the same, plus a shared MLP                      yes      yes
     llama              Llama, dense                                     yes      yes
@@ -33,6 +34,7 @@ from nlgmoe.tools.hugging_face.families.glm4_moe import GLM4_MOE
 from nlgmoe.tools.hugging_face.families.gpt2 import GPT2
 from nlgmoe.tools.hugging_face.families.granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
 from nlgmoe.tools.hugging_face.families.llama import LLAMA, QWEN3
+from nlgmoe.tools.hugging_face.families.minimax_m2 import MINIMAX_M2
 from nlgmoe.tools.hugging_face.families.mixtral import MIXTRAL
 from nlgmoe.tools.hugging_face.families.olmoe import OLMOE
 from nlgmoe.tools.hugging_face.families.qwen2_moe import QWEN2_MOE
@@ -42,7 +44,7 @@ from nlgmoe.validation import SettingError
 OWN = "nlgmoe"  # `model_type` of a folder with our code
 _ALL = (
     *(OLMOE, QWEN3_MOE, MIXTRAL, QWEN2_MOE, DOTS1, GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, DEEPSEEK_V2),
-    *(GRANITE_MOE, GRANITE_MOE_SHARED, LLAMA, QWEN3, GRANITE, GPT2),
+    *(MINIMAX_M2, GRANITE_MOE, GRANITE_MOE_SHARED, LLAMA, QWEN3, GRANITE, GPT2),
 )
 FAMILIES = {family.name: family for family in _ALL}
 """In the order in which an export chooses."""

@@ -9,7 +9,7 @@ from nlgmoe.tools.hugging_face.families.family import Family
 from nlgmoe.tools.hugging_face.families.llama import BLOCK, LAYER
 from nlgmoe.tools.hugging_face.families.settings import decoder_config, decoder_settings, moe_config, moe_settings
 
-_TABLE = BLOCK | {
+TABLE = BLOCK | {
     "blocks.#.moe.router.weight": LAYER + "block_sparse_moe.gate.weight",
     "blocks.#.moe.experts.#.gate_weight": LAYER + "block_sparse_moe.experts.{}.w1.weight",
     "blocks.#.moe.experts.#.expand_weight": LAYER + "block_sparse_moe.experts.{}.w3.weight",
@@ -26,4 +26,4 @@ def _write(config: GPTConfig) -> dict[str, Any]:
     return decoder_settings(config, **sizes, **moe_settings(config))
 
 
-MIXTRAL = Family("mixtral", "Mixtral", _TABLE, _read, _write)
+MIXTRAL = Family("mixtral", "Mixtral", TABLE, _read, _write)

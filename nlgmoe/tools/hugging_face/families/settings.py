@@ -91,14 +91,15 @@ def moe_config(theirs: Any, num_experts: int | list[int], normalizes: bool, **mo
         theirs: the family's configuration.
         num_experts: experts of each MoE block, or of every block, 0 for a dense one.
         normalizes: the weights of a token's experts sum to 1.
-        more: further fields.
+        more: further fields, such as `router`.
     """
     top_k = theirs.num_experts_per_tok
     if top_k == 1 and normalizes:
         raise UnsupportedError("num_experts_per_tok=1 with normalised weights")
     if isinstance(num_experts, list) and all(num_experts):
         num_experts = num_experts[0]
-    second: Any = "argmax" if top_k == 2 else MoEConfig.second_expert
+    own_router = "router" in more  # which reads no second_expert
+    second: Any = "argmax" if top_k == 2 and not own_router else MoEConfig.second_expert
     values = {"expert_interval": 1, "top_k": top_k, "token_dropping": False, "second_expert": second}
     return MoEConfig(num_experts=num_experts, **values | {"normalize_weights": None if normalizes else False} | more)
 

@@ -49,11 +49,8 @@ def sigmoid_moe(theirs: Any, num_experts: list[int]) -> MoEConfig:
         theirs: the family's configuration.
         num_experts: experts of each block, 0 for a dense one.
     """
-    own = {
-        "router": SigmoidRouterConfig(),
-        "second_expert": MoEConfig.second_expert,
-    }  # the router reads no second_expert
-    return moe_config(theirs, num_experts, theirs.norm_topk_prob, **shared_fields(theirs), **own)
+    own = shared_fields(theirs)
+    return moe_config(theirs, num_experts, theirs.norm_topk_prob, router=SigmoidRouterConfig(), **own)
 
 
 def shared_settings(config: GPTConfig) -> dict[str, Any]:

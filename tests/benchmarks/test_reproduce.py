@@ -24,7 +24,7 @@ from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.tools.statistics import PairedDifference
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Here:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,18 +15,19 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 
+from nlgmoe import SigmoidRouterConfig
 from nlgmoe.callbacks import ExpertLoad, RunSummary, SaveCheckpoints
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
-from nlgmoe.optim.token_schedule import LearningRateSchedule
+from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.run.folder import RunFolder, RunTrainer
 from nlgmoe.run.loggers import RunCSVLogger
-from tests.synthetic import SyntheticData
+from tests.support.synthetic import SyntheticData
 
 CONFIG = GPTConfig(61, 16, 2, 16, 2, hidden_dropout=0.1, moe=MoEConfig(2, mlp_type="residual", noise="jitter"))
 TOKENS = 4 * 16 * 2  # of a step
@@ -140,3 +142,35 @@ def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["tensors"].keys() == expected["tensors"].keys()
     for name, value in expected["tensors"].items():
         assert torch.equal(found["tensors"][name], value), name
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "saves before validations": {},
+    "saves by steps alone": {"save": {"save_before_validation": False, "keep": 1}},
+    "milestones": {"save": {"every_n_steps": None, "milestones": 4, "keep": 1, "monitor": None}},
+    "curriculum": {"of": {"curriculum": SequenceCurriculum(8 * TOKENS, 8, 4)}},
+    "a router that learns from steps": {
+        "of": {"config": replace(CONFIG, moe=MoEConfig(4, token_dropping=False, router=SigmoidRouterConfig(0.1)))}
+    },
+    "early stopping": {"stops": True, "max_steps": 100},
+}
+
+
+def run(folder: Path, *callbacks: Callback, stops: bool = False, **settings: Any) -> Trainer:
+    """Train; with `stops`, `EarlyStopping` ends the run at step 12."""
+    stopping = [EarlyStopping("val/loss", min_delta=100, patience=2)] if stops else []
+    return fit(folder, *stopping, *callbacks, **settings)
+
+
+class Send(Callback):
+    """Sends a signal to this process in a hook at a step."""
+
+    def __init__(self, hook: str, step: int, *numbers: int) -> None:
+        self.step, self.numbers = step, numbers
+        setattr(self, hook, self._send)
+
+    def _send(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step and self.numbers:
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
+            self.numbers = ()

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.gpu.__main__ import STEPS, conclude, limited, parse, run_step
 from benchmarks.gpu.run import Results, Run
-from tests.processes import python
+from tests.support.processes import python
 
 NEEDS_A_GPU = ("waits", "losses off fp32 without the strategy, ZeRO 1, fp16")
 

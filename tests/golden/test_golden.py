@@ -12,7 +12,7 @@ from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import GPTConfig
 from tests.golden import recording as golden
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECORD = json.loads((ROOT / golden.GOLDEN / "record.json").read_text())
 
 

@@ -13,8 +13,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).parents[1]
-FORKED = multiprocessing.get_context("forkserver")  # `tests/conftest.py` has it import `tests/preloaded.py`
+ROOT = Path(__file__).parents[2]
+FORKED = multiprocessing.get_context("forkserver")  # `tests/conftest.py` has it import `tests/support/preloaded.py`
 
 
 class Started:

@@ -1,11 +1,10 @@
-"""What the server has imported that `tests/processes.py` and tests on ranks fork processes from."""
+"""What the server has imported that `tests/support/processes.py` and tests on ranks fork processes from."""
 
 import gc
 
 import nlgmoe.cli.command_parser
 import nlgmoe.cli.train
 import nlgmoe.parallel.strategy  # noqa: F401
-import tests.distributed.cells  # noqa: F401
 from nlgmoe.commands.main import COMMANDS, function_of
 
 for name in COMMANDS:

@@ -6,7 +6,7 @@ from pathlib import Path
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
-from tests.synthetic import SyntheticData
+from tests.support.synthetic import SyntheticData
 
 SENTENCE = "the king and the queen saw a red fox and a blue bird near the old stone house by the river"
 WORDS = SENTENCE.split()

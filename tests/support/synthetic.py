@@ -8,10 +8,12 @@ from torch.utils.data import DataLoader, Dataset
 from nlgmoe.batch import truncate
 from nlgmoe.data import TrainingData
 from nlgmoe.data.sampling import collate
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.seeding import derive_seed
 
 
-class _Samples(Dataset):
+class Samples(Dataset):
     def __init__(
         self, vocab_size: int, seq_len: int, first: int, count: int, padded: bool = False, documents: bool = False
     ) -> None:
@@ -81,14 +83,14 @@ class SyntheticData(TrainingData):
         return True
 
     def train_dataloader(self) -> DataLoader:
-        samples = _Samples(self.vocab_size, self.seq_len, self.samples_consumed, 10**9, self.padded, self.documents)
+        samples = Samples(self.vocab_size, self.seq_len, self.samples_consumed, 10**9, self.padded, self.documents)
         rank, world = self._rank_and_world()
         batches = _Endless(self.micro_batch_size, rank, world)
         return DataLoader(samples, batch_sampler=batches, collate_fn=collate, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
-        windows = _Samples(self.vocab_size, self.seq_len, 10**9, 12, self.padded, self.documents)
+        windows = Samples(self.vocab_size, self.seq_len, 10**9, 12, self.padded, self.documents)
         sampler = range(rank, 12, world)
         return DataLoader(windows, batch_size=4, sampler=sampler, collate_fn=collate, generator=torch.Generator())
 
@@ -143,7 +145,7 @@ class NumberedData(SyntheticData):
         return DataLoader(samples, batch_sampler=batches, collate_fn=_with_numbers, generator=torch.Generator())
 
 
-class _Numbered(_Samples):
+class _Numbered(Samples):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return super().__getitem__(index) | {"samples": self.first + index}
 
@@ -151,3 +153,7 @@ class _Numbered(_Samples):
 def _with_numbers(samples: list[dict[str, Any]]) -> dict[str, Any]:
     numbers = [sample.pop("samples") for sample in samples]
     return collate(samples) | {"samples": numbers}
+
+
+class Spelt(SyntheticData):
+    tokenizer = Tokenizer(train_byte_level_bpe(iter(["the king"]), 257), "bytes")

@@ -1,0 +1,42 @@
+"""Time, errors and weights on any device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference, relative to the norm of `expected`, or to 1 if that is 0."""
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    return float((found - expected).norm() / (expected.norm() or 1.0))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device to finish its queue."""
+    if device.type != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def seconds(device: torch.device, run: Callable[[], object]) -> float:
+    """Return the seconds of `run` on the device."""
+    synchronize(device)
+    started = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def draw(module: nn.Module, std: float = 0.02, seed: int = 0) -> None:
+    """Draw random weights on the module's device: quick for billions of values, but different on each device."""
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if "norm" not in name:
+            nn.init.normal_(parameter, std=std, generator=generator)
+        elif name.endswith("weight"):
+            nn.init.ones_(parameter)
+        else:
+            nn.init.zeros_(parameter)
