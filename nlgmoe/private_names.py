@@ -55,6 +55,11 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, str, str]]] = {
             "a temporary folder for `fast_dev_run`",
             "a setter of `default_root_dir`",
         ),
+        "_run": (
+            "run/folder.py",
+            "overridden: agree on what to resume",
+            "a hook between ranks' start and prepare_data",
+        ),
     },
     "lightning.pytorch.trainer.setup:trainer": {
         "_val_check_time_interval": (

@@ -17,8 +17,11 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -103,21 +106,24 @@ class TensorFiles:
         folder: the checkpoint.
         kind: one of `KINDS`.
         required: raise if there is no file.
+        verified: the files' headers need no check here: ranks have verified them together, each a share.
     """
 
-    def __init__(self, folder: str | Path, kind: str, required: bool = True) -> None:
+    def __init__(self, folder: str | Path, kind: str, required: bool = True, verified: bool = False) -> None:
         self.folder, self._kind = Path(folder), kind
         # `read` keeps files open, because opening one parses its whole header; a process may have 1,024 open.
         self._open = functools.lru_cache(maxsize=512)(functools.partial(open_tensors, backend="pread"))
         files: dict[str, Contents] = read_manifest(folder)["files"]
-        for problem in file_problems(self.folder, files, [kind]):
-            raise RunError(f"{problem}; {REMEDY}")
+        own = {name: contents for name, contents in files.items() if kind_of(name) == kind}
+        if not verified:
+            headers = (file_problems(self.folder / name, contents, read=False) for name, contents in own.items())
+            for problem in chain(unknown_files(self.folder, files), *headers):
+                raise RunError(f"{problem}; {REMEDY}")
         self._contents: Contents = {}
         self._file_of: dict[str, Path] = {}
-        for name, contents in files.items():
-            if kind_of(name) == kind:
-                self._contents |= contents
-                self._file_of |= dict.fromkeys(contents, self.folder / name)
+        for name, contents in own.items():
+            self._contents |= contents
+            self._file_of |= dict.fromkeys(contents, self.folder / name)
         if required and not self._contents:
             raise RunError(f"{folder} has no {kind}.safetensors; {REMEDY}")
 
@@ -131,6 +137,21 @@ class TensorFiles:
         if name not in self._contents:
             raise RunError(f"the checkpoint {self.folder} lacks {name} ({self._kind}); {REMEDY}")
         return self._checked(name, self._open(self._file_of[name]).get_tensor(name))
+
+    def empty(self, name: str, device: torch.device) -> Tensor:
+        """Return zeros of an entry's type and shape."""
+        dtype, shape, _ = self._contents[name]
+        return torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
+
+    def divide(self, names: Container[str], readers: int) -> list[list[str]]:
+        """Divide entries among readers: each gets consecutive ones of the files, about as many values as the others."""
+        sizes = {name: math.prod(shape) for name, (_, shape, _) in self._contents.items() if name in names}
+        shares: list[list[str]] = [[] for _ in range(readers)]
+        before, total = 0, sum(sizes.values())
+        for name, size in sizes.items():
+            shares[before * readers // total].append(name)
+            before += size
+        return shares
 
     def read_all(self) -> dict[str, Tensor]:
         """Read every entry to the CPU."""
@@ -146,32 +167,36 @@ class TensorFiles:
         return tensor
 
 
-def file_problems(folder: Path, files: dict[str, Contents], kinds: Iterable[str] = KINDS) -> Iterator[str]:
-    """Yield missing, unknown, truncated and unreadable files, and entries missing from file headers. Reads no tensor.
-
-    Args:
-        folder: the checkpoint.
-        files: the manifest's, file -> `Contents`.
-        kinds: those of `KINDS` to open; unknown files are of any kind.
-    """
+def unknown_files(folder: Path, files: dict[str, Contents]) -> Iterator[str]:
+    """Yield a line for each tensor file of a checkpoint that is not in its manifest's `files`."""
     for name in sorted({file.name for file in folder.glob("*.safetensors")} - files.keys()):
         yield f"{folder / name} is unknown to manifest.json"
-    for name, contents in files.items():
-        file = folder / name
-        if kind_of(name) not in kinds:
-            continue
-        if not file.exists():
-            yield f"{folder} has no {name}, with {_abbreviate(contents)}"
-            continue
-        try:
-            with open_tensors(file) as tensors:
-                stored = set(tensors.keys())
-        except ValueError as error:
-            yield str(error).removesuffix(f"; {REMEDY}")
-            continue
+
+
+def file_problems(file: Path, contents: Contents, read: bool = True) -> Iterator[str]:
+    """Yield each defect of a tensor file, opened once: it is missing or unreadable, entries are missing, unknown or damaged.
+
+    Args:
+        file: its path.
+        contents: its entries in the manifest.
+        read: read the entries; if false, their names alone.
+    """
+    if not file.exists():
+        yield f"{file.parent} has no {file.name}, with {_abbreviate(contents)}"
+        return
+    try:
+        tensors = open_tensors(file)
+    except ValueError as error:
+        yield str(error)
+        return
+    with tensors:
+        stored = set(tensors.keys())
         for problem, names in {"lacks": contents.keys() - stored, "has unknown": stored - contents.keys()}.items():
             if names:
                 yield f"{file} {problem} {_abbreviate(names)}"
+        for name in sorted(contents.keys() & stored) if read else ():
+            if problem := entry_problem(kind_of(file.name), tensors.get_tensor(name), contents[name]):
+                yield f"{file}: {name} {problem}"
 
 
 def entry_problem(kind: str, tensor: Tensor, recorded: list[Any]) -> str:
@@ -204,9 +229,12 @@ def open_tensors(file: Path, backend: str = "mmap") -> Any:
             each is a copy.
     """
     try:
-        file.open("rb").close()  # safetensors reports a file without read permission as missing
         return safe_open(file, framework="pt", backend=backend)
     except (SafetensorError, FileNotFoundError) as error:  # safetensors' own, without the file's name
+        with suppress(FileNotFoundError):
+            file.open(
+                "rb"
+            ).close()  # raises the reason if the file cannot be read, which safetensors reports as missing
         raise RunError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 

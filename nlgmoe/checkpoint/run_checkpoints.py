@@ -58,17 +58,19 @@ def is_checkpoint(path: str | Path) -> bool:
 def choose_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint `path`, or the newest valid checkpoint of a run folder. A collective.
 
-    A link is resolved once, by rank 0, since a running `fit` may move it. Ranks verify a checkpoint together before they use
-    it, so that all raise the same error; a single process verifies a given checkpoint while reading it.
+    What is listed in the folder, and where a link points, is rank 0's view alone: a running `fit` may change both. Ranks verify
+    a checkpoint together before they use it, so that all raise the same error; a single process verifies a given checkpoint
+    while reading it.
     """
     path = Path(path)
-    if is_checkpoint(path):
-        path = of_rank_zero(resolve_link(path))
+    found = of_rank_zero(resolve_link(path) if is_checkpoint(path) else saved_steps(path))
+    if isinstance(found, Path):
+        path = found
         if distributed.is_initialized() and (problems := gather_problems(path)):
             raise AllRanksError(f"{_summary(problems)}; use another checkpoint")
         return path
     skipped = []
-    for step in reversed(of_rank_zero(saved_steps(path))):
+    for step in reversed(found):
         problems = gather_problems(checkpoint_path(path, step))
         if not problems:
             rank_zero_info(f"newest checkpoint: {checkpoint_path(path, step)}")

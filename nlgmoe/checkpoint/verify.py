@@ -1,10 +1,9 @@
-"""Verify a checkpoint: on one process, or on all ranks together, each of which reads a share of the tensors. Describe it."""
+"""Verify a checkpoint: on one process, or on all ranks together, each of which reads a share of the files. Describe it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ from nlgmoe.checkpoint.layout import Shapes, entry_shapes, optimizer_shapes
 from nlgmoe.checkpoint.reading import (
     REMEDY,
     Contents,
-    entry_problem,
     file_problems,
     kind_of,
-    open_tensors,
     read_document,
     read_manifest,
     read_tokenizer,
     resolve_link,
+    unknown_files,
 )
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TOKENIZER
@@ -39,15 +37,16 @@ def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[s
 
     Args:
         path: the folder.
-        rank: number of the share of the tensors to read; rank 0 also compares names and shapes with the model's.
+        rank: number of the share of the files to read; rank 0 also compares names and shapes with the model's.
         ranks: number of shares.
     """
     try:
         path = resolve_link(Path(path))
         document, files = read_document(path), read_manifest(path)["files"]
         read_tokenizer(path)
-        yield from file_problems(path, files)
-        yield from _damaged_tensors(path, files, rank, ranks)
+        yield from unknown_files(path, files)
+        for name in sorted(files)[rank::ranks]:
+            yield from file_problems(path / name, files[name])
         if rank == 0:
             yield from _model_differences(path, document, files)
     except (ValueError, FileNotFoundError) as error:
@@ -68,19 +67,6 @@ def gather_problems(path: str | Path) -> list[str]:
         own = list(find_problems(path, distributed.get_rank(), len(problems_by_rank)))
     distributed.all_gather_object(problems_by_rank, own)
     return list(dict.fromkeys(problem for problems in problems_by_rank for problem in problems))
-
-
-def _damaged_tensors(folder: Path, files: dict[str, Contents], rank: int, ranks: int) -> Iterator[str]:
-    names = [(file, name) for file in sorted(files) for name in sorted(files[file])]
-    own_names: dict[str, list[str]] = {}
-    for file, name in names[rank::ranks]:
-        own_names.setdefault(file, []).append(name)
-    for file, wanted in own_names.items():
-        # `file_problems` has reported a file that cannot be read.
-        with suppress(ValueError), open_tensors(folder / file) as tensors:
-            for name in sorted(set(wanted) & set(tensors.keys())):
-                if problem := entry_problem(kind_of(file), tensors.get_tensor(name), files[file][name]):
-                    yield f"{folder / file}: {name} {problem}"
 
 
 def _model_differences(path: str | Path, document: dict[str, Any], files: dict[str, Contents]) -> Iterator[str]:

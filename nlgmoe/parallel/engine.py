@@ -8,7 +8,6 @@ parameter's flat values into fragments, one for each rank that shares it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 from importlib import import_module
 from typing import Any
 
@@ -69,11 +68,9 @@ def register_groups(groups: ExpertGroups) -> None:
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = ranks_of(groups.data_parallel)
 
 
-def register_world(timeout: timedelta) -> None:
-    """Set DeepSpeed's copy of the world group to one with a timeout."""
-    if deepspeed_groups._WORLD_GROUP is None:
-        ranks = list(range(distributed.get_world_size()))
-        deepspeed_groups._WORLD_GROUP = distributed.new_group(ranks, timeout=timeout)
+def register_world() -> None:
+    """Make DeepSpeed use the default group, which has the strategy's timeout, not a copy of it without one."""
+    deepspeed_groups._WORLD_GROUP = distributed.group.WORLD
 
 
 def disable_deepspeed_extensions() -> None:
@@ -113,7 +110,8 @@ class EngineState:
         if self.has_moments:
             self._link_moments()
 
-    def ranks_of(self, parameter: Tensor) -> Any:
+    @staticmethod
+    def ranks_of(parameter: Tensor) -> Any:
         """Return the group of ranks that share a parameter."""
         name = getattr(parameter, "group_name", None)
         if name is None:

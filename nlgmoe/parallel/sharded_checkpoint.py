@@ -1,12 +1,15 @@
-"""Save and load the portable checkpoint under DeepSpeed: every rank writes and reads its own entries.
+"""Save and load the portable checkpoint under DeepSpeed: every entry is written and read by one rank.
 
-To save, each entry is gathered on one of the ranks that share it, which writes it; to load, each rank reads entries one by one
-and keeps its shard. No rank ever holds the whole model or optimizer.
+To save, an entry is gathered on one of the ranks that share it, which writes it; to load, one of them reads it and sends it to
+the others, which keep their shards. No rank ever holds the whole model or optimizer.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch import Tensor, distributed, nn
 
 from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.entries import MOMENTS
-from nlgmoe.checkpoint.layout import entry_shapes, local_entries, optimizer_shapes, require_entries
+from nlgmoe.checkpoint.layout import Entry, Shapes, entry_shapes, local_entries, optimizer_shapes, require_entries
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.checkpoint.reading import Contents, TensorFiles
 from nlgmoe.parallel.engine import EngineState, loss_scaler
@@ -24,6 +27,7 @@ from nlgmoe.roles import DECAYED, role_of
 from nlgmoe.validation import RunError
 
 LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+Wanted = dict[Any, dict[str, Callable[[Tensor], object]]]  # group of ranks that share entries -> entry -> its receiver
 
 
 @torch.no_grad()
@@ -141,37 +145,87 @@ def restore_loss_scale(engine: Any, state: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, engine: Any | None, files: TensorFiles) -> None:
-    """Read this rank's weights, and its shard of the engine's fp32 copies.
+def load_weights(model: nn.Module, engine: Any | None, path: Path, device: torch.device) -> None:
+    """Load this rank's weights, and its shard of the engine's fp32 copies. A collective.
 
     Args:
-        model: the GPT.
+        model: the GPT, with this rank's experts.
         engine: None in evaluation.
-        files: the checkpoint's `model` entries.
+        path: the checkpoint, which ranks have verified.
+        device: this rank's, of collectives.
     """
-    require_entries(files, entry_shapes(model))
+    files = _open(path, "model", entry_shapes(model))
     state = EngineState(engine) if engine is not None else None
-    for entry in local_entries(model):
-        value = files.read(entry.name)
+
+    def receive(entry: Entry, value: Tensor) -> None:
         entry.copy_(value)
         if state is not None:
             state.load(entry, None, value.float())
 
+    wanted: Wanted = {}
+    for entry in local_entries(model):
+        wanted.setdefault(EngineState.ranks_of(entry.parameter), {})[entry.name] = partial(receive, entry)
+    read_shared(files, wanted, device)
+
 
 @torch.no_grad()
-def load_moments(model: nn.Module, engine: Any, files: TensorFiles) -> None:
-    """Read this rank's shard of AdamW's state.
+def load_moments(model: nn.Module, engine: Any, path: Path, device: torch.device) -> None:
+    """Load this rank's shard of AdamW's state. A collective.
 
     Args:
         model: the GPT, with this rank's experts.
         engine: DeepSpeed's engine, before or after its first step.
-        files: the checkpoint's `optimizer` entries.
+        path: the checkpoint, which ranks have verified.
+        device: this rank's, of collectives.
     """
-    require_entries(files, optimizer_shapes(model))
+    files = _open(path, "optimizer", optimizer_shapes(model))
     state = EngineState(engine)
     state.init_moments()
+    wanted: Wanted = {distributed.group.WORLD: {}}
     for entry in local_entries(model):
         if entry.trained:
+            wanted[distributed.group.WORLD][f"step/{entry.stack}"] = state.step_of(entry.parameter).copy_
+            receivers = wanted.setdefault(state.ranks_of(entry.parameter), {})
             for key in MOMENTS:
-                state.load(entry, key, files.read(f"{key}/{entry.name}"))
-            state.step_of(entry.parameter).copy_(files.read(f"step/{entry.stack}"))
+                receivers[f"{key}/{entry.name}"] = partial(state.load, entry, key)
+    read_shared(files, wanted, device)
+
+
+def _open(path: Path, kind: str, shapes: Shapes) -> TensorFiles:
+    with raise_on_all_ranks():
+        files = TensorFiles(path, kind, verified=True)
+        require_entries(files, shapes)
+    return files
+
+
+def read_shared(files: TensorFiles, wanted: Wanted, device: torch.device) -> None:
+    """Read each entry on one of the ranks that share it, which sends it to the others. A collective.
+
+    The ranks of a group read at the same time, each an entry of its share, and send these in turn: a rank holds two entries. One
+    that cannot read sends zeros, so that none waits for it; in the end all ranks raise its error.
+
+    Args:
+        files: the checkpoint's entries of a kind.
+        wanted: the entries of this rank, by group; all ranks have the same kinds of groups in the same order.
+        device: this rank's, of collectives.
+    """
+    failure: Exception | None = None
+    for ranks, receivers in wanted.items():
+        rank = distributed.get_rank(ranks)
+        for names in zip_longest(*files.divide(receivers, distributed.get_world_size(ranks))):
+            own: Tensor | None = None
+            if names[rank] is not None:
+                try:
+                    own = files.read(names[rank]).to(device)
+                except Exception as error:
+                    failure, own = failure or error, files.empty(names[rank], device)
+            for reader, name in enumerate(names):
+                if name is None:
+                    continue
+                value = own if own is not None and reader == rank else files.empty(name, device)
+                if len(names) > 1:
+                    distributed.broadcast(value, distributed.get_global_rank(ranks, reader), group=ranks)
+                receivers[name](value)
+    with raise_on_all_ranks():
+        if failure is not None:
+            raise failure

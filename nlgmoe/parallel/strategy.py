@@ -23,7 +23,6 @@ from torch import distributed, nn
 from typing_extensions import override
 
 from nlgmoe.checkpoint.portable import read_checkpoint
-from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import name_deepspeeds_device
@@ -147,7 +146,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         else:
             self.set_world_ranks()
             self._init_deepspeed_distributed()
-        register_world(self._collective_timeout)
+        register_world()
 
     def expert_placements(self, config: GPTConfig, model_name: str = "model") -> Mapping[int, ExpertPlacement]:
         """Make the process groups and return this rank's experts in every MoE block, by block number. A collective.
@@ -187,7 +186,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     @override
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
         """Mark the sharded experts for the engine, then start it: it groups the optimizer's parameters by these marks."""
-        from nlgmoe.parallel.engine import EngineGradients, mark_as_deepspeed_moe
+        from nlgmoe.parallel.engine import EngineGradients
 
         assert isinstance(self.precision_plugin, DeepSpeedPrecision) and isinstance(self.config, dict)
         zero = self.config["zero_optimization"]
@@ -197,14 +196,19 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         # the gradient of a parameter that exceeds the bucket before the reduction's stream has read it.
         fits = all(parameter.numel() <= zero["reduce_bucket_size"] for parameter in model.parameters())
         zero["overlap_comm"] = self.world_size > 1 and fits
-        for layer in moe_layers(model):
-            degree = layer.router.num_experts // layer.placement.count
-            if degree > 1:
-                mark_as_deepspeed_moe(layer, self._groups[degree])
+        self._mark_experts(model)
         super()._initialize_deepspeed_train(model)
         self._engine = self.model
         self._gradients = EngineGradients(self._engine)
         self._restore_fp32_warm_start()
+
+    def _mark_experts(self, model: nn.Module) -> None:
+        from nlgmoe.parallel.engine import mark_as_deepspeed_moe
+
+        for layer in moe_layers(model):
+            degree = layer.router.num_experts // layer.placement.count
+            if degree > 1:
+                mark_as_deepspeed_moe(layer, self._groups[degree])
 
     def _restore_fp32_warm_start(self) -> None:
         """Load a warm start's fp32 weights into the engine, which in half precision has copied rounded ones."""
@@ -284,6 +288,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         """Move the model to the device in its training dtype; evaluation needs no engine."""
         assert isinstance(self.precision_plugin, DeepSpeedPrecision)
+        self._mark_experts(model)  # `load_weights` reads by these marks which ranks share an expert
         self.model = model.to(self.root_device, dtype=self.precision_plugin._desired_dtype)
 
     # ---- checkpoints: the portable folder, written and read by all ranks
@@ -322,7 +327,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
         assert self._loading is not None
         engine = None if isinstance(self.model, LightningModule) else self.deepspeed_engine
-        load_weights(self._gpt, engine, TensorFiles(self._loading, "model"))
+        load_weights(self._gpt, engine, self._loading, self.root_device)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -330,7 +335,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
         assert self._loading is not None
         if checkpoint["global_step"] > 0:  # before its first step AdamW has no state
-            load_moments(self._gpt, self.deepspeed_engine, TensorFiles(self._loading, "optimizer"))
+            load_moments(self._gpt, self.deepspeed_engine, self._loading, self.root_device)
         restore_loss_scale(self.deepspeed_engine, checkpoint.get("loss_scale", {}))
 
     @override

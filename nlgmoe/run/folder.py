@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,6 +35,8 @@ from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.checkpoint.run_checkpoints import FOLDER, checkpoint_path, is_checkpoint, saved_steps
 from nlgmoe.files import atomic_write, write_json
 from nlgmoe.process import prepare_allocator
+from nlgmoe.ranks import of_rank_zero, raise_on_all_ranks
+from nlgmoe.run.shared_folder import require_shared_folder
 from nlgmoe.validation import SettingError, require
 from nlgmoe.versions import versions
 
@@ -47,6 +49,8 @@ class RunTrainer(Trainer):
 
     `weights_only` has no effect: checkpoints here hold no pickled objects.
     """
+
+    _refusal: Exception | None = None  # of rank 0 to train in the folder, before the ranks are connected
 
     @override
     def fit(
@@ -69,19 +73,50 @@ class RunTrainer(Trainer):
         if self.fast_dev_run:  # type: ignore[attr-defined]
             with TemporaryDirectory(prefix="fast_dev_run-") as temporary:
                 checkpoint = None if ckpt_path is None else checkpoint_to_resume(folder, ckpt_path)
-                _ignore_or_check_warm_start(model, checkpoint)
+                _check_warm_start(model, checkpoint)
                 self._default_root_dir = temporary
                 try:
                     super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint)
                 finally:
                     self._default_root_dir = str(folder)
             return
-        with run_lock(folder) if self.is_global_zero else nullcontext():
-            checkpoint = checkpoint_to_resume(folder, ckpt_path)
-            _ignore_or_check_warm_start(model, checkpoint)
-            if self.is_global_zero:
-                _sweep(folder)
+        self._refusal, checkpoint = None, None
+        with ExitStack() as held:
+            if self.is_global_zero:  # `_run` tells the others
+                try:
+                    held.enter_context(run_lock(folder))
+                    checkpoint = checkpoint_to_resume(folder, ckpt_path)
+                    _check_warm_start(model, checkpoint)
+                    _sweep(folder)
+                except (ValueError, OSError) as error:
+                    if self._is_alone():
+                        raise
+                    self._refusal = error
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint)
+
+    @override
+    def _run(
+        self, model: LightningModule, ckpt_path: str | Path | None = None, weights_only: bool | None = None
+    ) -> Any:
+        """Connect the ranks before Lightning does, and begin what rank 0 has decided to, or raise its error on all ranks."""
+        if self.state.fn == TrainerFn.FITTING and self.world_size > 1:
+            self.strategy.setup_environment()
+            refusal, ckpt_path = of_rank_zero((self._refusal, ckpt_path))
+            with raise_on_all_ranks():
+                if refusal is not None:
+                    raise refusal
+            if not self.fast_dev_run:  # type: ignore[attr-defined]
+                require_shared_folder(Path(self.default_root_dir))
+        if ckpt_path is not None:
+            model.warm_start = None  # type: ignore[assignment]
+        return super()._run(model, ckpt_path, weights_only)
+
+    def _is_alone(self) -> bool:
+        """Return True on rank 0 if no other process runs: there is none, or Lightning starts them all from this one."""
+        if self.world_size == 1:
+            return True
+        environment: Any = self.strategy.cluster_environment  # type: ignore[attr-defined]
+        return self.num_nodes == 1 and not environment.creates_processes_externally
 
     @override
     def validate(
@@ -140,7 +175,7 @@ class RunTrainer(Trainer):
 
     def _to_evaluate(self, model: LightningModule | None, name: str | Path | None) -> str | Path | None:
         prepare_allocator(self.strategy.root_device)
-        _ignore_or_check_warm_start(model, name)
+        _check_warm_start(model, name)
         folder = Path(self.default_root_dir)
         if name in ("last", "auto"):
             require(
@@ -187,11 +222,9 @@ def checkpoint_to_resume(folder: Path, name: str | Path | None) -> str | None:
     return str(name)
 
 
-def _ignore_or_check_warm_start(model: Any, checkpoint: str | Path | None) -> None:
-    """Ignore `warm_start` if a checkpoint is resumed or evaluated; else check its checkpoint before a corpus is tokenised."""
-    if checkpoint is not None and model is not None:
-        model.warm_start = None
-    elif (start := getattr(model, "warm_start", None)) is not None:
+def _check_warm_start(model: Any, checkpoint: str | Path | None) -> None:
+    """Check the checkpoint of `warm_start` before a corpus is tokenised, unless another is resumed or evaluated."""
+    if checkpoint is None and (start := getattr(model, "warm_start", None)) is not None:
         require_checkpoint(start.checkpoint)
 
 
