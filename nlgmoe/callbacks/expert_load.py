@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
+from nlgmoe.callbacks.load_table import LoadTable, has_row
 from nlgmoe.callbacks.routing_statistics import (
     WITH_TOTAL,
     requests_of,
@@ -29,7 +29,7 @@ from nlgmoe.layers.router import Routing
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.ranks import sum_over_ranks
-from nlgmoe.run.folder import count_rows, cut_rows, is_of_folder
+from nlgmoe.run.folder import is_of_folder
 from nlgmoe.run.loggers import is_logged
 from nlgmoe.run.resume import ends_step
 from nlgmoe.validation import SettingError
@@ -41,9 +41,9 @@ class ExpertLoad(Callback):
     """Logs load, drops, router statistics and gradient norms per MoE layer, as `experts/MOE_LAYER/...` (docs/metrics.md).
 
     A value covers a logging interval, over restarts too, and all ranks and micro-batches; skipped steps are excluded.
-    `expert_load.csv` in the run folder has the load of every expert over time; on resume it is cut to the rows that the
-    checkpoint counts. Sums stay on the device until the step is logged, or saved in a checkpoint; one collective then adds them
-    over ranks.
+    `expert_load.csv` in the run folder has the load of every expert over time; a row covers all intervals since the last row, and
+    on resume the file is cut to the rows that the checkpoint counts. Sums stay on the device until the step is logged, or saved
+    in a checkpoint; one collective then adds them over ranks.
 
     Args:
         dead_window: an expert without tokens in the last `dead_window` steps, rounded up to logging intervals, is dead.
@@ -67,7 +67,8 @@ class ExpertLoad(Callback):
         self._step = self._interval = torch.zeros(0)  # sums of all layers, fp64, on the device
         self._resumed: list[float] = []  # sums over all ranks of the interval at the checkpoint
         self._last_used: list[list[int]] = []  # by MoE layer and expert: last logged step in which it got a token
-        self._table: Path | None = None  # `expert_load.csv`, on the process that writes it
+        self._since_row: list[float] = []  # sums over all ranks of the logged intervals since the last row of the table
+        self._table: LoadTable | None = None  # on the process that writes it
         self._rows: int | None = 0  # of the table at the checkpoint; None: all, the checkpoint does not count them
         self._is_fork = False
 
@@ -79,10 +80,10 @@ class ExpertLoad(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the last logged step in which each expert got a token, and the sums since. A collective once a fit has begun."""
+        """Return the last step in which each expert got a token, sums, and the rows. A collective once a fit has begun."""
         sums = sum_over_ranks(self._interval.clone()).tolist() if len(self._interval) else self._resumed
-        rows = self._rows if self._table is None else count_rows(self._table)
-        return {"last_used": self._last_used, "interval": sums, "rows": rows}
+        rows = self._rows if self._table is None else self._table.rows
+        return {"last_used": self._last_used, "interval": sums, "since_row": self._since_row, "rows": rows}
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -93,6 +94,7 @@ class ExpertLoad(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last_used = [[int(step) for step in layer] for layer in state_dict["last_used"]]
         self._resumed = state_dict.get("interval", [])
+        self._since_row = state_dict.get("since_row", [])
         self._rows = 0 if self._is_fork else state_dict.get("rows")
 
     @override
@@ -112,9 +114,7 @@ class ExpertLoad(Callback):
         if trainer.is_global_zero:
             if self._resumed:
                 self._interval += torch.tensor(self._resumed, dtype=torch.float64, device=pl_module.device)
-            self._table = Path(trainer.default_root_dir, "expert_load.csv")
-            if self._rows is not None:
-                cut_rows(self._table, self._rows)
+            self._table = LoadTable(Path(trainer.default_root_dir, "expert_load.csv"), self._rows)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -188,12 +188,16 @@ class ExpertLoad(Callback):
     def _log(self, trainer: Trainer, module: MoEGPTModule, sums: list[float]) -> None:
         layers = split_totals(sums, self._experts)
         norms = [math.sqrt(square) for square in sums[-len(self._components) :]]
-        metrics = self._metrics(layers, norms, trainer.global_step, module.routings)
-        module.log_dict(metrics)
-        step, loads = trainer.fit_loop.epoch_loop._batches_that_stepped, [requests_of(totals) for totals in layers]
-        if self._table is not None:
-            dropped = [metrics[f"experts/{moe_layer}/dropped"] for moe_layer in range(len(layers))]
-            _append_rows(self._table, step, module.tokens_seen, loads, dropped)
+        module.log_dict(self._metrics(layers, norms, trainer.global_step, module.routings))
+        totals = sums[: len(self._interval)]
+        self._since_row = np.add(self._since_row, totals).tolist() if self._since_row else totals
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        interval = -(-(step + 1) // trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if has_row(interval):
+            layers, self._since_row = split_totals(self._since_row, self._experts), []
+            if self._table is not None:
+                dropped = [routing_statistics(*layer)["dropped"] for layer in zip(layers, module.routings, strict=True)]
+                self._table.append(step, module.tokens_seen, [requests_of(layer) for layer in layers], dropped)
 
     def _metrics(
         self, layers: Sequence[Sequence[float]], norms: list[float], steps: int, routings: Sequence[Routing]
@@ -205,30 +209,6 @@ class ExpertLoad(Callback):
             values["grad_norm_router"], values["grad_norm_experts"] = norms[2 * moe_layer : 2 * moe_layer + 2]
             metrics |= {f"experts/{moe_layer}/{name}": value for name, value in values.items()}
         return metrics
-
-
-def _append_rows(table: Path, step: int, tokens: int, loads: Sequence[np.ndarray], dropped: Sequence[float]) -> None:
-    """Append a row for each MoE layer; cells are empty where a layer has fewer experts.
-
-        step,tokens,moe_layer,dropped,expert_0,expert_1,...
-
-    Args:
-        table: the file; a new one begins with the header.
-        step: the step of `metrics.csv`.
-        tokens: tokens seen after the step.
-        loads: `[E]` for each layer, `experts/MOE_LAYER/...`: assignments since the last row, before dropping, over all ranks.
-        dropped: fraction of each layer's assignments.
-    """
-    width = max(map(len, loads))
-    rows: list[list[object]] = []
-    if not table.exists():
-        table.parent.mkdir(parents=True, exist_ok=True)
-        rows.append(["step", "tokens", "moe_layer", "dropped", *(f"expert_{index}" for index in range(width))])
-    for moe_layer, (load, share) in enumerate(zip(loads, dropped, strict=True)):
-        cells = [*(int(count) for count in load), *[""] * (width - len(load))]
-        rows.append([step, tokens, moe_layer, f"{share:.6g}", *cells])
-    with table.open("a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def _components(gpt: nn.Module) -> list[list[nn.Parameter]]:

@@ -356,15 +356,22 @@ def count_rows(table: Path) -> int:
     return max(0, table.read_bytes().count(b"\n") - 1) if table.is_file() else 0
 
 
-def cut_rows(table: Path, rows: int) -> None:
-    """Keep the header and the first `rows` rows of a CSV file; without a row, remove it."""
+def cut_rows(table: Path, rows: int | None) -> int:
+    """Keep the header and the first `rows` rows of a CSV file, None: all that are complete; without a row, remove it.
+
+    Returns:
+        The number of rows that the file has.
+    """
+    complete = count_rows(table)
+    rows = complete if rows is None else min(rows, complete)
     if rows == 0:
         table.unlink(missing_ok=True)
-    elif table.is_file():
+    else:
         with table.open("rb+") as file:
             for _ in range(1 + rows):
                 file.readline()
             file.truncate(file.tell())
+    return rows
 
 
 def _sweep(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Routing statistics, compared with numbers worked out by hand or from the routings, and the steps at which they are read."""
 
 import csv
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import Tensor
 
 from nlgmoe.callbacks import ExpertLoad
+from nlgmoe.callbacks.load_table import has_row
 from nlgmoe.callbacks.routing_statistics import WITH_TOTAL, routing_statistics, routing_totals
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.router import Routing, TopKRouter
@@ -165,6 +168,53 @@ def test_a_resumed_run_goes_on_with_the_interval(tmp_path: Path) -> None:
     elsewhere = saved.rename(tmp_path / "elsewhere.ckpt")  # as of another run's folder
     (header, *rows), later = whole[1].splitlines(), fit(ckpt_path=elsewhere)[1].splitlines()
     assert later == [header, *(row for row in rows if row.startswith("7,"))]
+
+
+def test_rows_thin_out_by_the_step_alone() -> None:
+    """At most 20 MB for the paper's models, 300B tokens in all; the short runs of `configs/` have a row in every interval."""
+    assert [interval for interval in range(1, 1100) if has_row(interval)] == [
+        *range(1, 257), *range(258, 513, 2), *range(516, 1025, 4), *range(1032, 1100, 8)
+    ]  # fmt: skip
+    for path in (path for folder in ("moe", "pr_moe", "mos") for path in Path("configs", folder).glob("*.yaml")):
+        settings = yaml.safe_load(path.read_text())
+        tokens, experts = settings["model"]["train_tokens"], settings["model"]["config"]["moe"]["num_experts"]
+        layers = experts if isinstance(experts, list) else [experts] * (settings["model"]["config"]["num_layers"] // 2)
+        sequences = settings["data"].get("global_batch_size", settings["data"]["micro_batch_size"])
+        interval = sequences * settings["model"]["config"]["seq_len"] * settings["trainer"]["log_every_n_steps"]
+        rows = [index for index in range(1, -(-tokens // interval) + 1) if has_row(index)]
+        size = 0
+        for before, row in zip([0, *rows], rows, strict=False):  # a row of a layer: its counts, commas, 50 bytes beside
+            counts = [len(str((row - before) * interval // count)) * count for count in layers]
+            size += sum(counts) + (max(layers) + 50) * len(layers)
+        assert size < (16e6 if tokens > 1e10 else 1e5), (path, size)
+        assert tokens > 1e10 or len(rows) == rows[-1]
+
+
+def test_a_row_covers_all_since_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a run is killed and resumed between rows, and in a fork; rows are counted without reading the file."""
+
+    def fit(folder: str, *callbacks: Callback, **settings: Any) -> list[dict[str, str]]:
+        run = trainer(tmp_path / folder, ExpertLoad(), *callbacks, max_steps=12, log_every_n_steps=1)
+        run.fit(MoEGPTModule(CONFIG), SyntheticData(), **settings)
+        return rows_of(tmp_path / folder / "expert_load.csv")
+
+    every = fit("every")
+    monkeypatch.setattr("nlgmoe.callbacks.load_table.ROWS_PER_DOUBLING", 2)
+    saved = tmp_path / "thin/checkpoints/step-7.ckpt"
+    thin = fit("thin", SaveAt(7, saved))
+    assert [int(row["step"]) for row in thin[::2]] == [0, 1, 2, 3, 5, 7, 11]
+    for before, row in zip([None, None, *thin], thin, strict=False):
+        begin, end = int(before["step"]) if before is not None else -1, int(row["step"])
+        covered = [one for one in every if one["moe_layer"] == row["moe_layer"] and begin < int(one["step"]) <= end]
+        for name in ("expert_0", "expert_1"):
+            assert int(row[name]) == sum(int(one[name]) for one in covered)
+        assert float(row["dropped"]) == pytest.approx(
+            sum(float(one["dropped"]) for one in covered) / len(covered), abs=1e-5
+        )
+    states = json.loads((saved / "checkpoint.json").read_text())["callbacks"]
+    assert [state["rows"] for name, state in states.items() if name.startswith("ExpertLoad")] == [10]
+    assert fit("thin", ckpt_path=saved) == thin
+    assert fit("fork", ckpt_path=saved) == thin[-4:]
 
 
 def test_validate_logs_the_routing_of_a_checkpoint(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from nlgmoe.callbacks.load_table import has_row
 from nlgmoe.commands.main import main
 from nlgmoe.tools.report.drawing import thinned
+from nlgmoe.tools.report.figures import experts
 from nlgmoe.tools.report.page import clock_values, page
 from nlgmoe.tools.report.runs import loads_of, metrics_of, read_runs
 from nlgmoe.tools.report.tables import differences
@@ -56,6 +58,21 @@ def test_loads() -> None:
     assert first.index.tolist() == [10, 20] and first.to_numpy().tolist() == [[9, 2], [19, 2]]
     assert second.to_numpy().tolist() == [[1, 9, 3], [1, 19, 3]]
     assert loads_of(rows[0] + "\n") == []
+
+
+def test_columns_of_a_heat_map_are_of_equal_steps_also_where_rows_thin_out(tmp_path: Path) -> None:
+    steps = [10 * interval - 1 for interval in range(1, 5000) if has_row(interval)]
+    rows = "\n".join(f"{step},{step},0,0,{step},{step + 1}" for step in steps)
+    folder(
+        tmp_path / "a",
+        summary__json="{}",
+        expert_load__csv=f"step,tokens,moe_layer,dropped,expert_0,expert_1\n{rows}\n",
+    )
+    (chart,) = experts(read_runs([tmp_path / "a"]))
+    ends = chart.panels[0].traces[0]["x"]
+    assert (
+        len(ends) == 156 and ends[0] == 320 and set(np.diff(ends)) == {320}
+    )  # 32 intervals of 10 steps; rows come every 32 at most
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

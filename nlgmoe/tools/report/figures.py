@@ -167,8 +167,13 @@ def _load_maps(run: Run) -> Chart:
     intervals = max(8, min(160, MAX_CELLS // sum(load.shape[1] for load in run.loads)))
     panels = []
     for layer, load in enumerate(run.loads):
-        bucket = -(-len(load) // intervals)
-        rows = load.reset_index(names="step").groupby(lambda row, bucket=bucket: row // bucket)
+        ends = load.index.to_numpy()
+        interval = ends[1] - ends[0] if len(ends) > 1 else ends[0]
+        begin = ends[0] - interval
+        bucket = interval * -(
+            -(ends[-1] - begin) // (interval * intervals)
+        )  # of equal steps: a long run's rows thin out
+        rows = load.reset_index(names="step").groupby((ends - 1 - begin) // bucket)
         steps, sums = rows["step"].last(), rows[list(load)].sum()  # [N], [N, E]
         fair = sums.mean(axis=1)
         heat_map = ratio_heat_map(sums.div(fair.where(fair > 0), axis=0).to_numpy().T) | {
@@ -180,7 +185,7 @@ def _load_maps(run: Run) -> Chart:
         title = f"{run.layer(layer)}, {load.shape[1]} experts"
         panels.append(Panel(title, [heat_map], {"yaxis": {"title": {"text": "expert"}}}, height))
     text = (
-        "Assignments to each expert per logging interval, before dropping: white is the fair share, red more "
+        "Assignments to each expert since the column before, before dropping: white is the fair share, red more "
         f"(dark red {RATIO_MAX:g} times and above), blue less, black none."
     )
     return Chart(

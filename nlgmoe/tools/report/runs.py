@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import StringIO
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -179,7 +179,7 @@ def _parsed(path: Path, parse: Callable[[str], T], default: T) -> T:
 
 def metrics_of(text: str) -> dict[str, pd.Series]:
     """Return the columns of `metrics.csv` over steps taken; of rows of the same step, the last one with a value counts."""
-    table = _cells(text)
+    table = _cells(text, dtype=str)
     metrics = {}
     for name in table.columns.difference(["step", "epoch"], sort=False):
         rows = table.loc[table[name] != "", ["step", name]].to_numpy(object).astype(float)  # `nan` is a value
@@ -190,18 +190,19 @@ def metrics_of(text: str) -> dict[str, pd.Series]:
 
 
 def loads_of(text: str) -> list[pd.DataFrame]:
-    """Return `expert_load.csv` as assignments `[intervals, experts]` of each layer, over the steps at the ends of intervals."""
-    table, loads = _cells(text), []
-    for _, rows in table.groupby(table["moe_layer"].astype(int)):
-        experts = [name for name in rows if name.startswith("expert_") and (rows[name] != "").all()]
-        steps = rows["step"].to_numpy(object).astype(float) + 1
-        loads.append(pd.DataFrame(rows[experts].to_numpy(object).astype(float), steps))
+    """Return `expert_load.csv` as assignments `[rows, experts]` of each layer, over the steps up to which each row counts."""
+    table = _cells(text, dtype="float64", na_values="", usecols=lambda name: name not in ("tokens", "dropped"))
+    loads = []
+    for _, rows in table.groupby("moe_layer"):
+        of_layer = rows.filter(like="expert_").dropna(axis=1)
+        loads.append(pd.DataFrame(of_layer.to_numpy(), rows["step"].to_numpy() + 1))
     return loads
 
 
-def _cells(text: str) -> pd.DataFrame:
-    """Read CSV as text; a last line without its end is still being written."""
-    return pd.read_csv(StringIO(text[: text.rfind("\n") + 1]), dtype=str, keep_default_na=False, index_col=False)
+def _cells(text: str, **options: Any) -> pd.DataFrame:
+    """Read CSV; a last line without its end is still being written."""
+    complete = BytesIO(text[: text.rfind("\n") + 1].encode())
+    return pd.read_csv(complete, **options, keep_default_na=False, index_col=False)
 
 
 def _json(text: str) -> dict[str, Any]:
