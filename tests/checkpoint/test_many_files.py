@@ -78,10 +78,12 @@ def test_a_rank_opens_a_small_part_of_the_files(checkpoint: Path, rank: int, mon
             wanted = wanted_by(files.shapes, rank % DEGREE, group, found)
             read_shared(files, wanted, torch.device("cpu"))
             assert sorted(found) == sorted(name for names in wanted.values() for name in names)
-            # Over the ranks of a group, each entry once.
             for names in wanted.values():
                 shares = files.divide(names, RANKS)
                 assert sorted(name for share in shares for name in share) == sorted(names)
+                sizes = [[files.shapes[name].numel() for name in share] for share in shares]
+                even = sum(map(sum, sizes)) / RANKS
+                assert all(sum(of_rank[:-1]) < even for of_rank in sizes)  # by less than an entry above
     finally:
         distributed.destroy_process_group()
     tensors = [name for name in opened if name.endswith(".safetensors")]

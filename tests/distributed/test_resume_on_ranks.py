@@ -1,4 +1,4 @@
-"""What two ranks resume, and how they read it: rank 0 decides, each entry is read once, and what fails is an error of both."""
+"""What ranks resume, and how they read it: rank 0 decides, each entry is read once, and what fails is an error of all."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tests.synthetic import SyntheticData
 READ = TensorFiles.read
 
 
-def fit(folder: Path, ckpt_path: str | None = "auto", steps: int = 4) -> int:
+def fit(folder: Path, ranks: int, steps: int = 4) -> int:
     """Train, saving every second step; the step at which this rank has begun."""
     strategy = ExpertParallelStrategy(expert_parallel_size=2, timeout_seconds=60)
-    trainer = make_trainer(folder, save={"every_n_steps": 2}, strategy=strategy, devices=2, max_steps=steps)
+    trainer = make_trainer(folder, save={"every_n_steps": 2}, strategy=strategy, devices=ranks, max_steps=steps)
     begun: list[int] = []
     trainer.callbacks[-1].on_train_start = lambda trainer, module: begun.append(trainer.global_step)  # type: ignore[attr-defined]
-    trainer.fit(module(), datamodule=SyntheticData(micro_batch_size=2), ckpt_path=ckpt_path)
+    trainer.fit(module(), datamodule=SyntheticData(micro_batch_size=2), ckpt_path="auto")
     return begun[0]
 
 
@@ -48,9 +48,9 @@ def reads(read: Callable[[TensorFiles, str], torch.Tensor]) -> Any:
     return patch.object(TensorFiles, "read", read)
 
 
-def job(folder: Path) -> dict[str, Any]:
+def job(folder: Path, ranks: int) -> dict[str, Any]:
     """All runs of this rank, since a process's start takes seconds."""
-    found: dict[str, Any] = {"new": fit(folder)}
+    found: dict[str, Any] = {"new": fit(folder, ranks)}
     rank, group = distributed.get_rank(), distributed.group.WORLD
     found["timeout"] = group._get_backend(torch.device("cpu")).options._timeout  # type: ignore[union-attr]
     with stale(2):
@@ -61,13 +61,17 @@ def job(folder: Path) -> dict[str, Any]:
         read.append(name)
         return READ(files, name)
 
-    with stale(), reads(note), patch("nlgmoe.run.folder.saved_steps", saved_steps if rank == 0 else lambda folder: []):
-        found["resumed"] = fit(folder, steps=5)
+    with (
+        stale(),
+        reads(note),
+        patch("nlgmoe.run.folder.saved_steps", (lambda folder: []) if rank == 1 else saved_steps),
+    ):
+        found["resumed"] = fit(folder, ranks, steps=5)
     found["read"] = read
     with run_lock(folder) if rank == 0 else nullcontext(), patch("nlgmoe.run.folder.LOCK_SECONDS", 0.1):
-        found["locked"] = error_of(lambda: fit(folder))
+        found["locked"] = error_of(lambda: fit(folder, ranks))
     with patch("nlgmoe.run.shared_folder.PATIENCE", 0.1):
-        found["local"] = error_of(lambda: fit(folder if rank == 0 else folder / "local"))
+        found["local"] = error_of(lambda: fit(folder / "local" if rank == 1 else folder, ranks))
 
     def fail(files: TensorFiles, name: str) -> torch.Tensor:
         if rank == 1:
@@ -75,26 +79,30 @@ def job(folder: Path) -> dict[str, Any]:
         return READ(files, name)
 
     with reads(fail):
-        found["damaged"] = error_of(lambda: fit(folder, steps=6))
+        found["damaged"] = error_of(lambda: fit(folder, ranks, steps=6))
 
     def hang(files: TensorFiles, name: str) -> torch.Tensor:
         if rank == 1:
-            time.sleep(6)
+            time.sleep(4)
         return READ(files, name)
 
     distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
-    started = time.monotonic()
-    with reads(hang), pytest.raises(Exception, match=r"Timed out|[Cc]onnection|timeout") as ended:
-        fit(folder, steps=6)
-    found["hung"] = time.monotonic() - started, str(ended.value)
+    with reads(hang), pytest.raises(RuntimeError) as ended:
+        fit(folder, ranks, steps=6)
+    found["hung"] = str(ended.value)
     return found
+
+
+def results(ranks: int, folder: Path) -> list[dict[str, Any]]:
+    """What each rank has found in the folder `run`."""
+    run = folder / "run"
+    return [result | {"folder": run} for result in spawn(ranks, job, run, ranks, folder=folder)]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank has found in the folder `run`."""
-    folder = tmp_path_factory.mktemp("resumed")
-    return [result | {"folder": folder / "run"} for result in spawn(2, job, folder / "run", folder=folder)]
+    """What two ranks have found."""
+    return results(2, tmp_path_factory.mktemp("resumed"))
 
 
 def test_rank_0_decides_what_all_ranks_resume(found: list[dict[str, Any]]) -> None:
@@ -106,11 +114,11 @@ def test_rank_0_decides_what_all_ranks_resume(found: list[dict[str, Any]]) -> No
 def test_every_entry_is_read_by_one_rank(found: list[dict[str, Any]]) -> None:
     path = checkpoint_path(found[0]["folder"], 4)
     entries = [name for kind in ("model", "optimizer") for name in TensorFiles(path, kind).shapes]
-    assert Counter(found[0]["read"] + found[1]["read"]) == Counter(entries)
-    assert all(len(rank["read"]) > len(entries) / 4 for rank in found)
+    assert Counter(name for rank in found for name in rank["read"]) == Counter(entries)
+    assert all(rank["read"] for rank in found)
 
 
-def test_what_one_rank_cannot_do_is_one_line_of_both(found: list[dict[str, Any]]) -> None:
+def test_what_one_rank_cannot_do_is_one_line_of_all(found: list[dict[str, Any]]) -> None:
     for rank in found:
         folder = rank["folder"]
         assert rank["locked"].startswith(f"another process trains in trainer.default_root_dir={folder}:")
@@ -122,4 +130,13 @@ def test_what_one_rank_cannot_do_is_one_line_of_both(found: list[dict[str, Any]]
 
 def test_a_rank_that_hangs_while_it_reads_ends_the_others_within_the_timeout(found: list[dict[str, Any]]) -> None:
     assert all(rank["timeout"] == timedelta(seconds=60) for rank in found)
-    assert found[0]["hung"][0] < 20, found[0]["hung"]
+    assert "Timed out waiting 2000ms" in found[0]["hung"]
+
+
+def test_more_ranks(tmp_path: Path) -> None:
+    """Four, of which two share an expert. Nightly."""
+    found = results(4, tmp_path)
+    test_rank_0_decides_what_all_ranks_resume(found)
+    test_every_entry_is_read_by_one_rank(found)
+    test_what_one_rank_cannot_do_is_one_line_of_all(found)
+    test_a_rank_that_hangs_while_it_reads_ends_the_others_within_the_timeout(found)
