@@ -107,11 +107,16 @@ def _working(config: GPTConfig, experts: int, size: BytesPer) -> int:
 
 
 def activation_bytes(config: GPTConfig, topology: Topology) -> int:
-    """Return the peak bytes of one rank's activations.
+    """Return the peak bytes of one rank's activations."""
+    return max(activations_by_pass(config, topology))
 
-    The peak is at the end of the forward pass, or in the backward pass of a block: its temporary gradients, two inner and two
-    outer values per network that a token passes, are added to what this and earlier blocks saved (with checkpointing: to what
-    this one saves when it is recomputed).
+
+def activations_by_pass(config: GPTConfig, topology: Topology) -> tuple[int, int]:
+    """Return the peak bytes of one rank's activations in the forward pass, and in the backward pass, where gradients are reduced.
+
+    The first is at the end, in the head. The second is in a block: its temporary gradients, two inner and two outer values per
+    network that a token passes, are added to what this and earlier blocks saved (with checkpointing: to what this one saves
+    when it is recomputed), and to the head's gradients, since a tied table's last part is that of the embedding.
     """
     size, length = topology.bytes_per, topology.length(config)
     tokens = topology.micro_batch_size * length
@@ -121,6 +126,6 @@ def activation_bytes(config: GPTConfig, topology: Topology) -> int:
     blocks = [saved_by_block(config, layer, tokens, length, size) for layer in range(config.num_layers)]
     working = [tokens * _working(config, experts, size) for experts in experts_per_layer(config)]
     if not topology.activation_checkpointing:
-        return ends + max(sum(blocks) + kept + transient, *map(add, accumulate(blocks), working))
+        return ends + sum(blocks) + kept + transient, ends + kept + max(map(add, accumulate(blocks), working))
     inputs = sum(saved_by_checkpointed_block(config, layer, tokens, size) for layer in range(config.num_layers))
-    return ends + inputs + max(kept + transient, *map(add, blocks, working))
+    return ends + inputs + kept + transient, ends + inputs + kept + max(map(add, blocks, working))

@@ -17,7 +17,7 @@ from nlgmoe.hardware import RESERVED, Hardware
 from nlgmoe.model.counting import count_parameters, expert_parameters, flops_per_token
 from nlgmoe.parts import require_paper_parts
 from nlgmoe.pyramid import experts_per_layer
-from nlgmoe.tools.planner.activation_memory import activation_bytes
+from nlgmoe.tools.planner.activation_memory import activations_by_pass
 from nlgmoe.tools.planner.topology import Topology
 from nlgmoe.validation import SettingError
 
@@ -34,10 +34,11 @@ class Memory:
 
     Attributes:
         weights: weights used in computation, and autocast's copies.
-        gradients: gradients of the weights.
+        gradients: gradients of the weights that are there in every micro-batch: ZeRO 1 keeps, without accumulation, its shard.
         optimizer: Adam's moments and fp32 master weights.
-        activations: see `activation_memory.py`.
-        buckets: ZeRO's reduction buffers.
+        forward: activations in the forward pass, see `activation_memory.py`.
+        backward: activations in the backward pass.
+        buckets: ZeRO's reduction buffers, in the backward pass.
         step: flat copies of gradients in ZeRO's optimizer step, after activations and buckets are freed.
         host: offloaded optimizer state in host memory; not part of `total`.
     """
@@ -45,7 +46,8 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
-    activations: int
+    forward: int
+    backward: int
     buckets: int
     step: int
     host: int
@@ -53,7 +55,17 @@ class Memory:
     @property
     def total(self) -> int:
         """Bytes of GPU memory."""
-        return self.weights + self.gradients + self.optimizer + max(self.activations + self.buckets, self.step)
+        return self.weights + self.gradients + self.optimizer + max(self.activations + self.buckets_at_peak, self.step)
+
+    @property
+    def activations(self) -> int:
+        """Bytes of activations at the peak."""
+        return self.backward if self.buckets_at_peak else max(self.forward, self.backward)
+
+    @property
+    def buckets_at_peak(self) -> int:
+        """Bytes of buckets at the peak, which is in the backward pass if they are larger than what the head needs."""
+        return self.buckets if self.backward + self.buckets > self.forward else 0
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,7 @@ def fits_on(memory: Memory, gpu: Hardware) -> bool:
 def memory_options(config: GPTConfig, topology: Topology) -> list[dict[str, Any]]:
     """Return changes of `topology` that lower a rank's memory: every setting alone at its lowest memory, then all together."""
     changes: dict[str, Any] = {}
-    if topology.deepspeed and topology.gpus > 1 and topology.zero_stage < 2:
+    if topology.deepspeed and topology.gpus > 1 and topology.zero_stage < 2 and topology.accumulation > 1:
         changes["zero_stage"] = 2
     widest = max(topology.expert_parallel_size, min(topology.gpus, max(experts_per_layer(config))))
     if topology.deepspeed and replace(topology, expert_parallel_size=widest).degrees(config) != topology.degrees(
@@ -188,11 +200,14 @@ def memory_of(config: GPTConfig, topology: Topology) -> Memory:
     in_fp32 = size.accumulated > size.gradient  # the step needs no copy
     copies = 4 + (size.gradient if size.gradient < 4 else 0)  # bytes of the flat gradient, in fp32 and before
     buckets = 2 if topology.gpus > 1 else 1
+    forward, backward = activations_by_pass(config, topology)
+    reduced_at_once = topology.zero_stage == 1 and topology.accumulation == 1
     return Memory(
         weights=full * size.weight + (full - uncast) * size.cast,
-        gradients=(sharded if topology.zero_stage == 2 else full) * size.accumulated,
+        gradients=(sharded if topology.zero_stage == 2 or reduced_at_once else full) * size.accumulated,
         optimizer=0 if topology.offload_optimizer else optimizer,
-        activations=activation_bytes(config, topology),
+        forward=forward,
+        backward=backward,
         buckets=buckets * BUCKET * size.gradient if topology.zero_stage else 0,
         step=copies * sharded if topology.zero_stage and not topology.offload_optimizer and not in_fp32 else 0,
         host=optimizer if topology.offload_optimizer else 0,

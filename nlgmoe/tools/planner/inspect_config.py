@@ -16,7 +16,7 @@ from nlgmoe.tools.planner.cost import UTILISATION, memory_options
 from nlgmoe.tools.planner.machine import Machine, Prediction, named_machine, predict, this_machine
 from nlgmoe.tools.planner.table import Options, as_text, gpus_that_fit
 from nlgmoe.tools.planner.topology import Precision, Topology
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 
 def inspect_config(
@@ -30,6 +30,9 @@ def inspect_config(
     activation_checkpointing: bool = False,
     hardware: str | None = None,
     utilisation: float = UTILISATION,
+    simulate: bool = False,
+    rank: int = 0,
+    disk: float = 5.0,
     json: bool = False,
 ) -> None:
     """Predict a run's parameters, memory, communication and speed, and whether it fits, without building the model.
@@ -47,6 +50,9 @@ def inspect_config(
         hardware: v100-32, a100-40, a100-80, h100 or h200; default: this machine. Its accelerator's speed is predicted if it
             is one of these; a CPU's never.
         utilisation: achieved fraction of peak FLOP/s in matrix products; docs/planning.md documents the default.
+        simulate: also run one rank's optimizer step without values, and compare; 30 to 60 seconds.
+        rank: of --simulate: number of the rank.
+        disk: of --simulate: GB/s of the file system of checkpoints, of all ranks together.
         json: print one JSON object instead of a table.
     """
     machine = None if hardware is None else named_machine(hardware)
@@ -70,12 +76,21 @@ def inspect_config(
     changes = memory_options(model, topology) if prediction.fits is False else []
     options = [(change, predict(model, replace(topology, **change), machine, utilisation)) for change in changes]
     inputs = {"files": files, "hardware": machine.name, "utilisation": utilisation}
+    report: dict[str, Any] = {}
+    if simulate:
+        from nlgmoe.tools.planner import rehearsal  # imports DeepSpeed, which takes seconds
+
+        require(disk > 0, f"--disk={disk} must be above 0 GB/s")
+        simulated = rehearsal.simulate(files, settings, topology, rank)
+        report = rehearsal.as_json(model, topology, prediction, simulated, disk)
     if json:
-        print(json_format.dumps(as_json(model, topology, machine, prediction, options, inputs), indent=2))
+        print(json_format.dumps(as_json(model, topology, machine, prediction, options, inputs) | report, indent=2))
         return
     if accelerator == "cpu" and hardware is not None:
         print(f"note                   the files set a CPU; speed and memory below are those of {hardware}")
     print(as_text(model, topology, machine, prediction, options, utilisation))
+    if simulate:
+        print(rehearsal.as_text(report, topology))
 
 
 def read_settings(paths: Sequence[str]) -> tuple[GPTConfig, dict[str, Any]]:
@@ -180,7 +195,7 @@ def as_json(
         "flops_per_token": flops_per_token(config, topology.length(config)),
         "experts_per_layer": experts_per_layer(config),
         "expert_parallel_degrees": topology.degrees(config),
-        "memory": asdict(memory) | {"total": memory.total, "available": machine.memory},
+        "memory": asdict(memory) | {"activations": memory.activations, "total": memory.total, "available": machine.memory},
         "communication": asdict(communication) | {"total": communication.total},
         "step_seconds": cost and cost.time.total,
         "step_seconds_by_part": cost and asdict(cost.time),

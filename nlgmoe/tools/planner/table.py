@@ -37,10 +37,10 @@ def as_text(
     parts = {"embedding": count.embedding, "attention": count.attention, "norms": count.norms}
     parts |= {"dense FFN": count.dense_ffn, "router": count.router, "experts": count.experts}
     memory_parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
-    if memory.step > memory.activations + memory.buckets:  # the peak is in the optimizer's step
+    if memory.step > memory.activations + memory.buckets_at_peak:  # the peak is in the optimizer's step
         memory_parts |= {"fp32 gradients in the step": memory.step}
     else:
-        memory_parts |= {"activations": memory.activations, "ZeRO buckets": memory.buckets}
+        memory_parts |= {"activations": memory.activations, "ZeRO buckets": memory.buckets_at_peak}
     lines = [
         ("model", _model(config, topology.length(config))),
         ("run", _run(topology, machine.name)),

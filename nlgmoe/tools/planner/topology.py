@@ -79,10 +79,9 @@ class Topology:
         if self.expert_parallel_size > self.gpus:
             raise SettingError(f"expert_parallel_size={self.expert_parallel_size} is above gpus={self.gpus}; lower it")
         if self.global_batch_size % (self.micro_batch_size * self.gpus):
-            raise SettingError(
-                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size={self.micro_batch_size} "
-                f"times {self.gpus} GPUs; change one of them"
-            )
+            from nlgmoe.data.accumulation import micro_batches_per_step  # its package takes seconds to import
+
+            micro_batches_per_step(self.global_batch_size, self.micro_batch_size, self.gpus)  # raises what training does
         if not self.deepspeed and (self.zero_stage or self.expert_parallel_size > 1 or self.offload_optimizer):
             raise SettingError("ZeRO, expert parallelism and offloading need nlgmoe.ExpertParallelStrategy")
 
@@ -103,6 +102,12 @@ class Topology:
         if self.precision.endswith("-mixed"):
             return BytesPer(4, 4, 4, 0, 8, 2, 4, 2)
         return BytesPer(2, 2, 2, 0, 4, 0, 2, 2)
+
+    def communicators(self, config: GPTConfig) -> list[int]:
+        """Return the ranks of each process group with a communicator: of all ranks, and of the experts of each degree."""
+        degrees = sorted(set(self.degrees(config)) - {0, 1})
+        sizes = [self.gpus, *degrees, *(self.gpus // degree for degree in degrees)]
+        return sorted((size for size in sizes if size > 1), reverse=True)
 
     def length(self, config: GPTConfig) -> int:
         """Return the tokens of a sequence."""

@@ -1,0 +1,379 @@
+"""`nlgmoe inspect --simulate`: one rank of a run, in one process without values: its first optimizer step as `fit` takes it.
+
+Tensors are `FakeTensor`s, which have a shape and no memory, and process groups are PyTorch's fake ones, whose collectives do
+nothing. Module, strategy, DeepSpeed's engine and Lightning's loop are real. Every operator is seen by `Recorder`, which counts
+bytes of tensors and of collectives. The state is that of a resumed run: AdamW has its moments before the step.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import logging
+import math
+import os
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, repeat
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from lightning import Trainer
+from lightning.pytorch.trainer.connectors import data_connector
+from torch import Tensor, distributed, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from nlgmoe import loss
+from nlgmoe.checkpoint.layout import local_entries
+from nlgmoe.config import GPTConfig
+from nlgmoe.data import PileDataModule, TrainingData
+from nlgmoe.experiment import Experiment, load_config
+from nlgmoe.layers import all_to_all, dispatch, router
+from nlgmoe.layers.experts import Experts
+from nlgmoe.model import gpt
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.parallel.engine import EngineState
+from nlgmoe.run.checks import check_trainer
+from nlgmoe.tools.planner.topology import Topology
+from nlgmoe.validation import require
+
+SMALL = 1024  # values: smaller all-reduces are norms, losses and counts
+MANY = 1 << 40  # what the host reads from any integer tensor: more rows than there are
+C10D, FUNCTIONAL = torch.ops.c10d, torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What one rank did.
+
+    Attributes:
+        rank: its number.
+        groups: ranks of each process group that had a collective, those of one rank aside.
+        calls: collectives of the step by kind.
+        sent: bytes that the rank sends in them by kind, as rings send them.
+        peak_bytes: of tensors, in the step.
+        checkpoint_bytes: of weights and moments, of all ranks.
+        resume_opens: files of the checkpoint that the rank opens in a resume, computed from their layout.
+        resume_bytes: bytes that it reads from them, likewise.
+    """
+
+    rank: int
+    groups: list[int]
+    calls: dict[str, int]
+    sent: dict[str, int]
+    peak_bytes: int
+    checkpoint_bytes: int
+    resume_opens: int
+    resume_bytes: int
+
+
+class Recorder(TorchDispatchMode):
+    """Counts the bytes of living tensors and of collectives.
+
+    Attributes:
+        live: bytes now.
+        peak: their maximum since it was set to 0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.calls: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
+        self.groups: dict[str, int] = {}  # name -> ranks
+        self._known: set[int] = set()  # storages
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:  # the host reads a value
+            dtype = args[0].dtype
+            return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else MANY
+        result = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional") and func is not FUNCTIONAL.wait_tensor.default:
+            self._count(func, args, result)
+        for tensor in tree_iter(result):
+            if isinstance(tensor, FakeTensor) and tensor.fake_device.type != "meta":
+                self._hold(tensor.untyped_storage())
+        return result
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += size
+        weakref.finalize(storage, self._release, key, size).atexit = False
+        if self.live > 1.01 * self.peak:
+            gc.collect()  # FakeTensors are parts of cycles
+            self.peak = max(self.peak, self.live)
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+    def _count(self, func: Any, args: Any, result: Any) -> None:
+        if func is FUNCTIONAL.all_to_all_single.default:
+            group, tensor = torch._C._distributed_c10d._resolve_process_group(args[3]), args[0]
+        else:
+            boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
+            group, tensor = distributed.ProcessGroup.unbox(boxed), next(x for x in tree_iter(args) if isinstance(x, Tensor))
+        ranks, size = group.size(), tensor.numel() * tensor.element_size()
+        if ranks < 2:
+            return
+        self.groups[group.group_name] = ranks
+        kind, share = "other", 1
+        if func is FUNCTIONAL.all_to_all_single.default:
+            kind = "all_to_all"
+        elif func is C10D.allreduce_.default and tensor.is_floating_point() and tensor.numel() >= SMALL:
+            whole = ranks == distributed.get_world_size()
+            kind, share = "dense_gradients" if whole else "expert_gradients", 2
+        elif func is C10D._allgather_base_.default:
+            kind = "gathered_weights"
+        elif func in (C10D.allreduce_.default, C10D.barrier.default):
+            share = 2
+        self.calls[kind] += 1
+        self.sent[kind] += share * size * (ranks - 1) // ranks
+
+
+def simulate(files: list[str], settings: dict[str, Any], topology: Topology, rank: int) -> Simulated:
+    """Simulate a rank of a run of train.py.
+
+    Args:
+        files: its YAML files.
+        settings: what they contain.
+        topology: the layout, which overrides theirs.
+        rank: number of the rank.
+
+    Raises:
+        SettingError: the run would not start, or cannot be simulated.
+    """
+    require(
+        topology.deepspeed and not topology.offload_optimizer and bool(settings),
+        "--simulate is for YAML files with trainer.strategy=nlgmoe.ExpertParallelStrategy, without offload_optimizer (whose host "
+        "memory it could not tell from a GPU's); change the files, or leave --simulate out",
+    )
+    require(0 <= rank < topology.gpus, f"--rank={rank} must be at least 0 and below the {topology.gpus} ranks")
+    with simulated_rank(rank, topology.gpus), _quiet():
+        run = _load(files, settings, topology)
+        data, recorder = _NoText(run.data, run.module.config), Recorder()
+        gc.collect()
+        gc.freeze()  # what exists is not searched for cycles
+        with ExitStack() as stack:
+            for patch in _patches(topology, run.module):
+                stack.enter_context(patch)
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(recorder)
+            run.module.on_train_batch_start = partial(_begin, run, recorder)  # type: ignore[method-assign]
+            Trainer.fit(run.trainer, run.module, datamodule=data)  # not `RunTrainer`'s, which makes a folder
+            engine = run.trainer.strategy._engine  # type: ignore[attr-defined]
+            resumed = _resume(run.module.gpt, engine, topology.gpus)
+        gc.unfreeze()
+    groups = sorted(recorder.groups.values(), reverse=True)
+    return Simulated(rank, groups, dict(recorder.calls), dict(recorder.sent), recorder.peak, *resumed)
+
+
+@contextmanager
+def simulated_rank(rank: int, ranks: int) -> Iterator[None]:
+    """Make this process a rank whose collectives do nothing, of a run on nodes of one rank each."""
+    from deepspeed import comm
+    from deepspeed.utils import groups
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    tables = [table for name, table in vars(groups).items() if name.startswith("_EXPERT_") and isinstance(table, dict)]
+    address = {"NODE_RANK": str(rank), "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, address))
+        for table in tables:
+            stack.enter_context(mock.patch.dict(table, clear=True))
+        stack.enter_context(mock.patch.object(groups, "_WORLD_GROUP", None))
+        stack.enter_context(mock.patch.object(comm.comm, "cdb", None))
+        stack.enter_context(mock.patch.object(distributed, "all_gather_object", _say_the_same))
+        stack.enter_context(mock.patch.object(distributed, "broadcast_object_list", lambda *args, **kwargs: None))
+        distributed.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+        try:
+            yield
+        finally:
+            distributed.destroy_process_group()
+
+
+def _say_the_same(said: list[Any], own: Any, group: Any = None) -> None:
+    said[:] = [own] * len(said)
+
+
+def _load(files: list[str], settings: dict[str, Any], topology: Topology) -> Experiment:
+    """Build the objects of the files for a process without GPU, text, teacher, callbacks and checkpoint."""
+    strategy = settings["trainer"]["strategy"]
+    init = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
+    init |= {"stage": topology.zero_stage, "expert_parallel_size": topology.expert_parallel_size}
+    name = strategy["class_path"] if isinstance(strategy, dict) else "nlgmoe.ExpertParallelStrategy"
+    run = load_config(
+        files,
+        trainer__accelerator="cpu",
+        trainer__devices=1,
+        trainer__num_nodes=topology.gpus,
+        trainer__precision=topology.precision,
+        trainer__strategy={"class_path": name, "init_args": init},
+        trainer__plugins=[{"class_path": "lightning.pytorch.plugins.environments.LightningEnvironment"}],
+        trainer__logger=False,
+        trainer__max_steps=1,
+        trainer__limit_val_batches=0,
+        data__micro_batch_size=topology.micro_batch_size,
+        data__global_batch_size=topology.global_batch_size,
+        model__activation_checkpointing=topology.activation_checkpointing,
+        model__compile=False,
+    )
+    check_trainer(run.trainer, "fit")
+    run.trainer.callbacks = []  # type: ignore[attr-defined]
+    run.module.distiller = run.module.warm_start = None
+    return run
+
+
+class _NoText(TrainingData):
+    """The sizes of a data module's batches.
+
+    Args:
+        data: the run's.
+        config: the model's.
+    """
+
+    def __init__(self, data: PileDataModule, config: GPTConfig) -> None:
+        super().__init__()
+        self.data, self.seq_len, self.ids = data, data.seq_len, config.vocab_size
+        self.has_equal_batches = data.has_equal_batches  # type: ignore[method-assign]
+
+    def setup(self, stage: str) -> None:
+        """Divide the batch among ranks, or refuse it, as the data module does."""
+        self.data.trainer = self.trainer
+        if self.data.global_batch_size is not None:
+            self.trainer.accumulate_grad_batches = self.data._accumulation(self.data.global_batch_size)  # type: ignore[union-attr]
+
+    def train_dataloader(self) -> Any:
+        """Return endless micro-batches."""
+        return repeat(None)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Make the micro-batch."""
+        tokens = torch.zeros(self.data.micro_batch_size, self.data.seq_len, dtype=torch.int64)
+        whole = torch.ones_like(tokens, dtype=torch.bool)
+        made: dict[str, Any] = {"tokens": tokens, "targets": torch.zeros_like(tokens), "token_mask": whole, "padded": False}
+        made["domain"] = tokens.new_zeros(len(tokens))
+        if self.data.document_attention:
+            made["document"] = torch.zeros_like(tokens)
+        return made | ({"loss_mask": torch.ones_like(whole)} if self.data.mask_eod_loss else {})
+
+    @property
+    def domains(self) -> list[str]:
+        """Return one name."""
+        return ["text"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the model's number of ids."""
+        return self.ids
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """Return nothing."""
+        return {}
+
+    def batch_size_after(self, samples: int) -> int:
+        """Return the batch of every step."""
+        return self.data.batch_size_after(samples)
+
+
+def _begin(run: Experiment, recorder: Recorder, batch: Any, batch_idx: int) -> None:
+    """Give the optimizer the moments that it has after its first step, and forget what happened before this one."""
+    if batch_idx == 0:
+        EngineState(run.trainer.strategy._engine).init_moments()  # type: ignore[attr-defined]
+        gc.collect()
+        recorder.peak = 0
+        recorder.calls.clear()
+        recorder.sent.clear()
+
+
+def _patches(topology: Topology, module: MoEGPTModule) -> Iterator[Any]:
+    """Yield what replaces code that reads values, or that computes otherwise on a CPU than on an accelerator."""
+    config, length = module.config, topology.length(module.config)
+    rows = topology.micro_batch_size * length * (config.moe.top_k if config.moe else 1)
+    attention = F.scaled_dot_product_attention
+
+    def read(tensor: Tensor) -> Any:  # floats; and `[2, ranks]`, the rows of each rank: balanced
+        if tensor.dim() == 2:
+            return [[rows // tensor.shape[1]] * tensor.shape[1]] * len(tensor)
+        return [1.0] * tensor.numel()
+
+    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(x, p, True)[0] if training and p else x  # its mask has a byte per value
+
+    def keep_rows(index: Tensor, tokens_per_expert: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        return index, torch.arange(len(index)), tokens_per_expert
+
+    def in_place(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:  # the original one swaps FakeTensors
+        for part in module.modules():
+            for tensor in [*part._parameters.values(), *part._buffers.values()]:
+                if tensor is not None:
+                    tensor.data = convert(tensor)
+        return module
+
+    def capacity(tokens: int, experts: int, top_k: int, factor: float, minimum: int) -> int:
+        return max(minimum, math.ceil(np.float32(tokens / experts) * np.float32(factor * top_k)))
+
+    yield mock.patch.object(nn.Module, "_apply", in_place)
+    yield mock.patch.object(FakeTensor, "tolist", read)
+    yield mock.patch.object(F, "dropout", dropout)
+    yield mock.patch.object(F, "scaled_dot_product_attention", lambda *args, dropout_p=0.0, **more: attention(*args, **more))
+    yield mock.patch.object(Experts, "_gather_bias", Experts._multiply_bias)
+    yield mock.patch.object(router, "capacity", capacity)
+    yield mock.patch.object(dispatch, "round_up_rows", keep_rows)
+    yield mock.patch.object(all_to_all, "round_up_rows", keep_rows)
+    yield mock.patch.object(loss, "fork_rng", nullcontext)
+    yield mock.patch.object(gpt, "initialise", lambda *args: None)
+    yield mock.patch.object(module, "log", lambda *args, **kwargs: None)  # Lightning copies what is logged
+    yield mock.patch.object(module, "on_train_epoch_end", lambda: None)  # checks the weights
+    yield mock.patch.object(data_connector, "_InfiniteBarrier", nullcontext)  # a group of gloo
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what Lightning and DeepSpeed say at the start of a run."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _resume(model: nn.Module, engine: Any, ranks: int) -> tuple[int, int, int]:
+    """Return bytes of a checkpoint, files that this rank opens in a resume, and bytes that it reads, by the layout.
+
+    Every rank writes a file of weights and one of moments. In a resume it verifies two whole files, then reads of the entries
+    that its groups share consecutive ones, and sends them to the others.
+    """
+    state = EngineState(engine)
+    sharing: dict[Any, list[int]] = {}  # group -> values of each writer
+    total = 0
+    for entry in local_entries(model):
+        group = state.ranks_of(entry.parameter)
+        load = sharing.setdefault(group, [0] * group.size())
+        load[load.index(min(load))] += entry.shape.numel()
+    opens, read, written = 2, 0, 0
+    for group, load in sharing.items():
+        own, values = group.rank(), sum(load)
+        first, last = own * values // group.size(), (own + 1) * values // group.size()
+        ends = list(accumulate(load))
+        files = [end for size, end in zip(load, ends, strict=True) if end > first and end - size < last]
+        opens += 2 * len(files)
+        read += 12 * (last - first)
+        written += 12 * load[own]
+        total += 12 * values * ranks // group.size()
+    return total, opens, read + written
