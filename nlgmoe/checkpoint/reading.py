@@ -231,10 +231,8 @@ def open_tensors(file: Path, backend: str = "mmap") -> Any:
     try:
         return safe_open(file, framework="pt", backend=backend)
     except (SafetensorError, FileNotFoundError) as error:  # safetensors' own, without the file's name
-        with suppress(FileNotFoundError):
-            file.open(
-                "rb"
-            ).close()  # raises the reason if the file cannot be read, which safetensors reports as missing
+        with suppress(FileNotFoundError):  # also what safetensors says of a file without read permission
+            file.open("rb").close()
         raise RunError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 

@@ -22,10 +22,8 @@ def require_shared_folder(folder: Path) -> None:
     with raise_on_all_ranks():
         if distributed.get_rank() == 0:
             with tempfile.NamedTemporaryFile(prefix=".shared.writing-", dir=folder, delete=False) as file:
-                wanted = [
-                    Path(Path(file.name).name),
-                    *(checkpoint_path(Path(), step) for step in saved_steps(folder)[-1:]),
-                ]
+                newest = (checkpoint_path(Path(), step) for step in saved_steps(folder)[-1:])
+                wanted = [Path(Path(file.name).name), *newest]
     wanted = of_rank_zero(wanted)
     try:
         with raise_on_all_ranks():
