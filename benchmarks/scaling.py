@@ -1,14 +1,20 @@
-"""The paper's models on the paper's GPUs, predicted: no GPU is needed. 5 seconds.
+"""The paper's models on the paper's GPUs, predicted and simulated: no GPU is needed. 5 seconds, and 6 minutes of simulation.
 
     python -m benchmarks.scaling
 
 Every model runs under ZeRO 1 with expert parallelism over all GPUs, and with fp16 and recomputed activations, as the paper's
-scripts have it; the micro-batch is the file's, or the largest divisor of it that the global batch allows.
+scripts have it; the micro-batch is the file's, or the largest divisor of it that the global batch allows. The simulation takes
+the files as they are, with the overlay that each names in its head.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import ROOT, Benchmark, Part, Table
@@ -30,11 +36,16 @@ def spread(settings: dict[str, Any], gpus: int) -> Topology:
     return layout(settings | {"trainer": trainer}, given | {"activation_checkpointing": True})
 
 
+def paper_files() -> list[Path]:
+    """Return the models of the paper."""
+    folders = [ROOT / "configs" / family for family in ("dense", "moe", "pr_moe", "mos")]
+    return [file for folder in folders for file in sorted(folder.glob("*.yaml")) if file.stem != "laptop"]
+
+
 def predict(_: int) -> list[dict[str, Any]]:
     """Return size, memory of a rank and speed of every model."""
-    folders, rows = [ROOT / "configs" / family for family in ("dense", "moe", "pr_moe", "mos")], []
-    files = [file for folder in folders for file in folder.glob("*.yaml") if file.stem != "laptop"]
-    models = [(file.stem, *read_settings([str(file)])) for file in files]
+    rows = []
+    models = [(file.stem, *read_settings([str(file)])) for file in paper_files()]
     for name, config, settings in sorted(
         models, key=lambda model: (model[1].hidden_size, count_parameters(model[1]).total)
     ):
@@ -62,7 +73,42 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return ["64; 128 GPUs", "parameters", "active", "memory of a rank, GiB", "all-to-all, GiB/step", "tokens/s"], cells
 
 
-BENCHMARK = Benchmark("scaling", "scaling.md", {"models": Part(predict, table)})
+def simulate(_: int) -> list[dict[str, Any]]:
+    """Return `nlgmoe inspect --simulate --json` of every model, each in a process of its own."""
+    rows = []
+    for file in paper_files():
+        overlay = re.search(r"configs/hardware/gpus_\d+\.yaml", file.read_text())
+        assert overlay is not None
+        options = ["--micro-batch=4"] if "--data.micro_batch_size 4" in file.read_text() else []
+        words = ["inspect", str(file), str(ROOT / overlay[0]), *options, "--simulate", "--json"]
+        done = subprocess.run(
+            [sys.executable, "-m", "nlgmoe", *words], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        report = json.loads(done.stdout)
+        row = {name: report[name] for name in ("predicted", "simulated")}
+        rows.append({"model": file.stem, "gpus": report["inputs"]["topology"]["gpus"]} | row)
+    return rows
+
+
+def simulated_table(rows: list[dict[str, Any]]) -> Table:
+    cells: list[Any] = []
+    for row in rows:
+        predicted, found = row["predicted"], row["simulated"]
+        sent = [values["bytes"] for values in (predicted, found)]
+        apart = max(abs(sent[1][kind] / size - 1) if size else sent[1][kind] for kind, size in sent[0].items())
+        peaks = [values["peak_bytes"] for values in (predicted, found)]
+        cells.append(
+            [row["model"], row["gpus"], *(f"{peak / 2**30:.2f}" for peak in peaks), f"{peaks[0] / peaks[1] - 1:+.1%}"]
+        )
+        cells[-1] += ["; ".join(f"{size / 1e9:.2f}" for size in sent[0].values()), f"{apart:.0e}"]
+        cells[-1] += [len(found["communicators"]), f"{found['checkpoint_bytes'] / 1e9:,.0f}", found["resume_opens"]]
+    head = ["model", "GPUs", "predicted peak, GiB", "simulated", "", "sent in a step, GB", "largest difference"]
+    return [*head, "communicators", "checkpoint, GB", "files opened"], cells
+
+
+BENCHMARK = Benchmark(
+    "scaling", "scaling.md", {"models": Part(predict, table), "simulated": Part(simulate, simulated_table)}
+)
 
 if __name__ == "__main__":
     BENCHMARK.run(__doc__)

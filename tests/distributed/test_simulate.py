@@ -55,7 +55,8 @@ def reduced(**data: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "rank", "options"), [(64, 5, ["--zero=2", "--global-batch=256", "--activation-checkpointing"]), (512, 300, [])]
+    ("ranks", "rank", "options"),
+    [(64, 5, ["--zero=2", "--global-batch=256", "--activation-checkpointing"]), (512, 300, [])],
 )
 def test_a_step_sends_what_is_predicted(
     ranks: int, rank: int, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

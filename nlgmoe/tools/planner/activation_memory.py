@@ -21,6 +21,10 @@ from nlgmoe.tools.planner.topology import BytesPer, Topology
 from nlgmoe.validation import SettingError
 
 
+INDICES = 13 * 8
+"""Bytes of the indices of an assignment that is sent to another rank."""
+
+
 def saved_by_block(config: GPTConfig, block: int, tokens: int, seq_len: int, size: BytesPer) -> int:
     """Return the bytes that one block saves for `tokens` in sequences of `seq_len`, its input included."""
     width, r, c = config.hidden_size, size.residual, size.compute
@@ -124,6 +128,8 @@ def activations_by_pass(config: GPTConfig, topology: Topology) -> tuple[int, int
     ends = 16 * tokens + tokens * config.hidden_size * size.residual  # ids and positions; input of the final norm
     ends += tokens * config.hidden_size if config.hidden_dropout else 0
     blocks = [saved_by_block(config, layer, tokens, length, size) for layer in range(config.num_layers)]
+    if config.moe is not None:  # orders, slots and rows of the all-to-all
+        ends += sum(degree > 1 for degree in topology.degrees(config)) * tokens * config.moe.top_k * INDICES
     working = [tokens * _working(config, experts, size) for experts in experts_per_layer(config)]
     if not topology.activation_checkpointing:
         return ends + sum(blocks) + kept + transient, ends + kept + max(map(add, accumulate(blocks), working))

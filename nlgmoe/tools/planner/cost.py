@@ -37,8 +37,8 @@ class Memory:
         gradients: gradients of the weights that are there in every micro-batch: ZeRO 1 keeps, without accumulation, its shard.
         optimizer: Adam's moments and fp32 master weights.
         forward: activations in the forward pass, see `activation_memory.py`.
-        backward: activations in the backward pass.
-        buckets: ZeRO's reduction buffers, in the backward pass.
+        backward: activations while there are buckets: in the backward pass; with accumulation also in the next forward pass.
+        buckets: ZeRO's reduction buffers.
         step: flat copies of gradients in ZeRO's optimizer step, after activations and buckets are freed.
         host: offloaded optimizer state in host memory; not part of `total`.
     """
@@ -64,7 +64,7 @@ class Memory:
 
     @property
     def buckets_at_peak(self) -> int:
-        """Bytes of buckets at the peak, which is in the backward pass if they are larger than what the head needs."""
+        """Bytes of buckets at the peak, which is in a forward pass without them if the head needs more."""
         return self.buckets if self.backward + self.buckets > self.forward else 0
 
 
@@ -201,6 +201,8 @@ def memory_of(config: GPTConfig, topology: Topology) -> Memory:
     copies = 4 + (size.gradient if size.gradient < 4 else 0)  # bytes of the flat gradient, in fp32 and before
     buckets = 2 if topology.gpus > 1 else 1
     forward, backward = activations_by_pass(config, topology)
+    if topology.accumulation > 1:  # ZeRO keeps its buckets from the first micro-batch to the step
+        backward = max(forward, backward)
     reduced_at_once = topology.zero_stage == 1 and topology.accumulation == 1
     return Memory(
         weights=full * size.weight + (full - uncast) * size.cast,

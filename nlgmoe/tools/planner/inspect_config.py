@@ -195,7 +195,8 @@ def as_json(
         "flops_per_token": flops_per_token(config, topology.length(config)),
         "experts_per_layer": experts_per_layer(config),
         "expert_parallel_degrees": topology.degrees(config),
-        "memory": asdict(memory) | {"activations": memory.activations, "total": memory.total, "available": machine.memory},
+        "memory": asdict(memory)
+        | {"activations": memory.activations, "total": memory.total, "available": machine.memory},
         "communication": asdict(communication) | {"total": communication.total},
         "step_seconds": cost and cost.time.total,
         "step_seconds_by_part": cost and asdict(cost.time),

@@ -14,7 +14,9 @@ __all__ = ["as_json", "as_text", "simulate"]
 COMMUNICATOR = 688e6
 """Bytes of a NCCL communicator, on A100s (github.com/NVIDIA/nccl/issues/964); an estimate, as `hardware.RESERVED` is."""
 
-NOT_SHOWN = "not simulated: kernels and their speed, stragglers, NCCL's own memory, bandwidth, a teacher, text, callbacks"
+NOT_SHOWN = (
+    "not simulated: kernels and their speed, stragglers, NCCL's own memory, bandwidth, a teacher, text, callbacks"
+)
 
 
 def as_json(
@@ -53,7 +55,9 @@ def as_text(report: dict[str, Any], topology: Topology) -> str:
         calls = f"{found['calls'].get(kind, 0):>6} calls  {kind.replace('_', ' ')}"
         lines.append((title, f"{expected:>14}{sent / 1e6:>14,.3f}{calls}"))
     peaks = [values["peak_bytes"] for values in (predicted, found)]
-    lines.append(("peak memory, GiB", "".join(f"{peak / 2**30:>14.2f}" for peak in peaks) + f"  {peaks[0] / peaks[1] - 1:+.1%}"))
+    lines.append(
+        ("peak memory, GiB", "".join(f"{peak / 2**30:>14.2f}" for peak in peaks) + f"  {peaks[0] / peaks[1] - 1:+.1%}")
+    )
     sizes = ["".join(f"{len(values['communicators']):>14}") for values in (predicted, found)]
     ranks = ", ".join(map(str, found["communicators"]))
     gib = predicted["communicator_bytes"] / 2**30

@@ -124,8 +124,13 @@ class Recorder(TorchDispatchMode):
         if func is FUNCTIONAL.all_to_all_single.default:
             group, tensor = torch._C._distributed_c10d._resolve_process_group(args[3]), args[0]
         else:
-            boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
-            group, tensor = distributed.ProcessGroup.unbox(boxed), next(x for x in tree_iter(args) if isinstance(x, Tensor))
+            boxed = next(
+                arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())
+            )
+            group, tensor = (
+                distributed.ProcessGroup.unbox(boxed),
+                next(x for x in tree_iter(args) if isinstance(x, Tensor)),
+            )
         ranks, size = group.size(), tensor.numel() * tensor.element_size()
         if ranks < 2:
             return
@@ -264,7 +269,12 @@ class _NoText(TrainingData):
         """Make the micro-batch."""
         tokens = torch.zeros(self.data.micro_batch_size, self.data.seq_len, dtype=torch.int64)
         whole = torch.ones_like(tokens, dtype=torch.bool)
-        made: dict[str, Any] = {"tokens": tokens, "targets": torch.zeros_like(tokens), "token_mask": whole, "padded": False}
+        made: dict[str, Any] = {
+            "tokens": tokens,
+            "targets": torch.zeros_like(tokens),
+            "token_mask": whole,
+            "padded": False,
+        }
         made["domain"] = tokens.new_zeros(len(tokens))
         if self.data.document_attention:
             made["document"] = torch.zeros_like(tokens)
@@ -316,7 +326,9 @@ def _patches(topology: Topology, module: MoEGPTModule) -> Iterator[Any]:
     def keep_rows(index: Tensor, tokens_per_expert: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         return index, torch.arange(len(index)), tokens_per_expert
 
-    def in_place(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:  # the original one swaps FakeTensors
+    def in_place(
+        module: nn.Module, convert: Any, recurse: bool = True
+    ) -> nn.Module:  # the original one swaps FakeTensors
         for part in module.modules():
             for tensor in [*part._parameters.values(), *part._buffers.values()]:
                 if tensor is not None:
@@ -329,7 +341,9 @@ def _patches(topology: Topology, module: MoEGPTModule) -> Iterator[Any]:
     yield mock.patch.object(nn.Module, "_apply", in_place)
     yield mock.patch.object(FakeTensor, "tolist", read)
     yield mock.patch.object(F, "dropout", dropout)
-    yield mock.patch.object(F, "scaled_dot_product_attention", lambda *args, dropout_p=0.0, **more: attention(*args, **more))
+    yield mock.patch.object(
+        F, "scaled_dot_product_attention", lambda *args, dropout_p=0.0, **more: attention(*args, **more)
+    )
     yield mock.patch.object(Experts, "_gather_bias", Experts._multiply_bias)
     yield mock.patch.object(router, "capacity", capacity)
     yield mock.patch.object(dispatch, "round_up_rows", keep_rows)

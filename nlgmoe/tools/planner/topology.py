@@ -81,7 +81,9 @@ class Topology:
         if self.global_batch_size % (self.micro_batch_size * self.gpus):
             from nlgmoe.data.accumulation import micro_batches_per_step  # its package takes seconds to import
 
-            micro_batches_per_step(self.global_batch_size, self.micro_batch_size, self.gpus)  # raises what training does
+            micro_batches_per_step(
+                self.global_batch_size, self.micro_batch_size, self.gpus
+            )  # raises what training does
         if not self.deepspeed and (self.zero_stage or self.expert_parallel_size > 1 or self.offload_optimizer):
             raise SettingError("ZeRO, expert parallelism and offloading need nlgmoe.ExpertParallelStrategy")
 
