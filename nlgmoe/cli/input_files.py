@@ -45,10 +45,22 @@ def input_files(given: str | Sequence[str]) -> list[str]:
             corpora = {f"{file.removesuffix('.idx')}.json" for file in files if file.endswith(".idx")}
             children = [file for file in files if not os.path.basename(file).startswith(".") and file not in corpora]
             files = [*filter(has_records, children)] or [*filter(is_plain_text, children)]
-            if others := [os.path.basename(child) for child in children if child not in files]:
+            if not files:
+                raise SettingError(
+                    f"input={source} is a folder without text files of its own; known endings are {ENDINGS}; for folders "
+                    f"inside give patterns, such as '{source}/**/*.jsonl' or '{source}/**/*.txt'"
+                )
+            others = [os.path.basename(child) for child in children if child not in files]
+            plain = [name for name in others if is_plain_text(name)]
+            if plain:
+                reason = (
+                    f"plain text beside JSON lines or Parquet; to read it too, add '{source}/*{Path(plain[0]).suffix}'"
+                )
+            else:
+                reason = f"known endings are {ENDINGS}; for folders inside give '{source}/**/*{Path(files[0]).suffix}'"
+            if others:
                 print(
-                    f"note: {len(others)} entries of {source} are left out, such as {others[0]}: known endings are {ENDINGS}; "
-                    f"for folders inside give '{source}/**/*{Path(files[0]).suffix if files else JSON_LINES[0]}'",
+                    f"note: {len(others)} entries of {source} are left out, such as {(plain or others)[0]}: {reason}",
                     file=sys.stderr,
                 )
         if not files:

@@ -18,7 +18,12 @@ def test_a_folders_records_are_read_else_its_plain_text_and_other_files_are_name
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.bz2"):
         (tmp_path / name).touch()
     assert input_files(str(tmp_path)) == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz")]
-    assert "note: 3 entries of" in capsys.readouterr().err
+    note = capsys.readouterr().err
+    assert "note: 3 entries of" in note and "such as README.md: plain text beside JSON lines" in note
+    (tmp_path / "inside" / "deep").mkdir(parents=True)
+    (tmp_path / "inside" / "deep" / "d.txt").touch()
+    with pytest.raises(ValueError, match=r"inside is a folder without text files of its own.*inside/\*\*/\*\.txt'"):
+        input_files(str(tmp_path / "inside"))
     assert input_files(f"{tmp_path}/*.md") == [str(tmp_path / "README.md")]
 
 
