@@ -128,6 +128,7 @@ def _print_built(
     options = {"data.corpus": "nlgmoe.data.MegatronIndexed", "data.corpus.init_args.prefix": str(prefix)}
     if tokenizer.name in BUILT and data_dir != DATA_DIR:
         options["data.data_dir"] = data_dir
+    options["trainer.default_root_dir"] = f"runs/{prefix.name}"  # not the quickstart's, which may hold a run
     words = " ".join(f"--{name} {quote(value)}" for name, value in options.items())
     print(f"python train.py fit --config configs/quickstart.yaml {words}")
 
