@@ -56,6 +56,7 @@ NIGHTLY = (
     "tests/clients/",
     "tests/distributed/test_commands.py",
     "tests/distributed/test_resume_on_ranks.py::test_more_ranks",
+    "tests/distributed/test_many_ranks.py",
     "tests/end_to_end/test_memory.py",
     "tests/end_to_end/test_open_moes.py",
     "tests/end_to_end/test_told_to_stop.py",

@@ -112,7 +112,7 @@ def test_the_options_of_a_run_that_does_not_fit_say_where_they_fit(capsys: pytes
     assert "52.4" in text and "does not fit: needs" in text
     rows = [line.split("tokens/s  ")[1].split("  ") for line in text.partition("\noptions ")[2].splitlines()]
     smallest = {row[-1]: row[0].strip() for row in rows}
-    everything = "--zero 2 --expert-parallel 64 --activation-checkpointing --micro-batch 1"
+    everything = "--expert-parallel 64 --activation-checkpointing --micro-batch 1"
     assert [*smallest][:1] == ["as given"] and [*smallest][-1:] == [everything]
     assert smallest["as given"] == smallest["--micro-batch 1"] == "fits none"
     assert (smallest["--expert-parallel 64"], smallest[everything]) == ("a100-80", "v100-32")

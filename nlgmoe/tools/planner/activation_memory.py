@@ -20,7 +20,6 @@ from nlgmoe.pyramid import experts_at, experts_per_layer
 from nlgmoe.tools.planner.topology import BytesPer, Topology
 from nlgmoe.validation import SettingError
 
-
 INDICES = 13 * 8
 """Bytes of the indices of an assignment that is sent to another rank."""
 

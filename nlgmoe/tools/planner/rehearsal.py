@@ -24,7 +24,7 @@ def as_json(
 ) -> dict[str, Any]:
     """Return prediction and simulation under the same keys; bytes, seconds and counts."""
     groups = topology.communicators(config)
-    predicted = {
+    predicted: dict[str, Any] = {
         "peak_bytes": prediction.memory.total,
         "bytes": asdict(prediction.communication),
         "communicators": groups,

@@ -1,0 +1,59 @@
+"""Nightly: 8 and 16 ranks against one process, and what they save, resumed on 1, 4 and 6."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import Callback
+
+from tests.checkpoint.runs import SaveAt
+from tests.distributed.cells import Cell, Outcome, saves_at_start, spawn, strategy_of, train
+from tests.distributed.test_ranks import CAPACITY, DROPLESS, assert_equal
+
+SAMPLES, SAVED = 48, 3  # divisible by all numbers of ranks; the step that is saved
+EIGHT = {"experts": [8, 16]}
+CELLS = [
+    Cell("degree 8, ZeRO 1, dropless", 8, 1, moe=DROPLESS, accumulate=2, **EIGHT),
+    Cell("degree 4, ZeRO 2, top-2", 4, 2, moe=DROPLESS | {"top_k": 2, "second_expert": "argmax"}, **EIGHT),
+    Cell("degree 8, ZeRO 2, capacity, recomputed", 8, 2, moe=CAPACITY, checkpointing=True, **EIGHT),
+    Cell("degree 1, ZeRO 1, residual", 1, 1, moe=DROPLESS | {"mlp_type": "residual"}, **EIGHT),
+]
+
+
+def on_many(ranks: int, folder: Path, checkpoints: Path | None = None) -> list[Outcome]:
+    """Every cell on this rank; from its checkpoint, which is saved again, or else saved after `SAVED` steps."""
+    outcomes = []
+    for cell in CELLS if checkpoints is None else CELLS[:2]:
+        path = None if checkpoints is None else checkpoints / f"{cell.name}.ckpt"
+        at = SaveAt(SAVED * cell.accumulate, folder / f"{cell.name}.ckpt")
+        saves: Callback = at if path is None else saves_at_start(folder / f"{cell.name}.ckpt")
+        few = replace(cell, degree=min(cell.degree, ranks))
+        settings: dict[str, Any] = {"strategy": strategy_of(few)} if ranks > 1 else {}
+        share = SAMPLES // ranks
+        outcomes.append(train(cell, ranks, folder, share, cell.accumulate, saves, checkpoint=path, **settings))
+    return outcomes
+
+
+@pytest.mark.parametrize("ranks", [8, 16])
+def test_many_ranks_compute_what_one_process_does_and_others_resume_it(ranks: int, tmp_path: Path) -> None:
+    by_rank = spawn(ranks, on_many, ranks, tmp_path / "many", folder=tmp_path / "many")
+    for index, cell in enumerate(CELLS):
+        times = ranks if cell.rank_local else 1
+        folder = tmp_path / "alone"
+        expected = train(cell, 1, folder, SAMPLES // times, cell.accumulate * times)
+        norms = [sum(squares.values()) ** 0.5 for squares in expected.squares]
+        for outcomes in by_rank:
+            assert outcomes[index].losses == pytest.approx(expected.losses, rel=1e-5), cell.name
+            assert outcomes[index].clip_norms == pytest.approx(norms, rel=1e-3), cell.name
+            assert outcomes[index].validation == pytest.approx(expected.validation, rel=1e-5), cell.name
+    for fewer in (1, 4, 6):
+        folder = tmp_path / str(fewer)
+        resumed = spawn(fewer, on_many, fewer, folder, tmp_path / "many", folder=folder)
+        for index, cell in enumerate(CELLS[:2]):
+            assert_equal(folder / f"{cell.name}.ckpt", tmp_path / "many" / f"{cell.name}.ckpt")
+            for outcomes in resumed:
+                losses = by_rank[0][index].losses[SAVED:]
+                assert outcomes[index].losses == pytest.approx(losses, rel=1e-5), (cell.name, fewer)
