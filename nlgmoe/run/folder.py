@@ -51,6 +51,7 @@ class RunTrainer(Trainer):
     """
 
     _refusal: Exception | None = None  # of rank 0 to train in the folder, before the ranks are connected
+    _shared: Path | None = None  # the run folder, which all ranks must see; None: `fit` has none
 
     @override
     def fit(
@@ -80,7 +81,7 @@ class RunTrainer(Trainer):
                 finally:
                     self._default_root_dir = str(folder)
             return
-        self._refusal, checkpoint = None, None
+        self._refusal, self._shared, checkpoint = None, folder, None
         with ExitStack() as held:
             if self.is_global_zero:  # `_run` tells the others
                 try:
@@ -105,8 +106,8 @@ class RunTrainer(Trainer):
             with raise_on_all_ranks():
                 if refusal is not None:
                     raise refusal
-            if not self.fast_dev_run:  # type: ignore[attr-defined]
-                require_shared_folder(Path(self.default_root_dir))
+            if self._shared is not None:
+                require_shared_folder(self._shared)
         if ckpt_path is not None:
             model.warm_start = None  # type: ignore[assignment]
         return super()._run(model, ckpt_path, weights_only)
