@@ -9,6 +9,37 @@ documentation either, are listed too.
 from __future__ import annotations
 
 PRIVATE_NAMES: dict[str, dict[str, tuple[str, str, str]]] = {
+    "torch._C._distributed_c10d": {
+        "_resolve_process_group": (
+            "tools/planner/simulate.py",
+            "the group of a collective by its name",
+            "a public getter",
+        ),
+    },
+    "torch.testing._internal.distributed.fake_pg": {
+        "FakeStore": ("tools/planner/simulate.py", "a group whose collectives do nothing", "a public fake group"),
+    },
+    "torch.utils._python_dispatch": {
+        "TorchDispatchMode": ("tools/planner/simulate.py", "see every operator", "a public mode"),
+    },
+    "torch.utils._pytree": {
+        "tree_iter": ("tools/planner/simulate.py", "tensors of arguments and results", "a public walk"),
+    },
+    "torch.ops:aten": {
+        "_local_scalar_dense": ("tools/planner/simulate.py", "a read by the host", "an event"),
+    },
+    "torch.ops:_c10d_functional": {
+        "all_to_all_single": ("tools/planner/simulate.py", "an all-to-all", "a public name of the operator"),
+    },
+    "torch.ops:c10d": {
+        "_allgather_base_": ("tools/planner/simulate.py", "a gather", "a public name of the operator"),
+    },
+    "torch:UntypedStorage": {
+        "_cdata": ("tools/planner/simulate.py", "a storage's identity", "a property"),
+    },
+    "torch:ScriptObject": {
+        "_type": ("tools/planner/simulate.py", "whether an argument is a process group", "a public type"),
+    },
     "lightning.pytorch.loops.fit_loop:_FitLoop": {
         "_should_accumulate": ("run/resume.py", "whether a micro-batch ends a step", "a property"),
         "_data_source": ("module.py", "the data module of this fit", "`datamodule` is kept from an earlier call"),
@@ -152,6 +183,7 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
     },
     "torch": {
+        "_C": ("tools/planner/simulate.py", "the group of a collective by its name", "a public getter"),
         "_foreach_norm": ("non_finite.py", "norms in fp32 without copies", "a type of `get_total_norm`"),
         "_foreach_mul_": ("non_finite.py", "scale many gradients in one kernel", "`clip_grads_with_norm_` rounds"),
     },

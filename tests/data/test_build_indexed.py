@@ -300,7 +300,10 @@ def test_from_own_text_to_training_with_a_tokenizer_of_its_own(tmp_path: Path, c
     out = capsys.readouterr().out
     python, script, *words = shlex.split(out.splitlines()[-1])
     assert (python, script, words[:3]) == ("python", "train.py", ["fit", "--config", "configs/quickstart.yaml"])
-    assert words[3:] == ["--data.corpus", "nlgmoe.data.MegatronIndexed", "--data.corpus.init_args.prefix", prefix]
+    assert words[3:] == [
+        *("--data.corpus", "nlgmoe.data.MegatronIndexed", "--data.corpus.init_args.prefix", prefix),
+        *("--trainer.default_root_dir", "runs/my own"),
+    ]
     (moved := tmp_path / "moved").mkdir()
     for path in tmp_path.glob("my own.*"):
         path.rename(moved / path.name)

@@ -25,7 +25,7 @@ from nlgmoe.batch import Batch
 from nlgmoe.callbacks import ExpertSpecialisation, SaveCheckpoints, StagedDistillation
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.run_summary import RunSummary
-from nlgmoe.checkpoint.reading import read_document
+from nlgmoe.checkpoint.reading import TensorFiles, read_document
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data import BatchRampUp, PileDataModule
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
@@ -554,3 +554,12 @@ class TellsMain(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         if trainer.global_rank == 1 and trainer.global_step == 2:
             os.kill(os.getppid(), signal.SIGTERM)
+
+
+def assert_equal(found: Path, expected: Path) -> None:
+    """Both hold the same entries, of the same values, in fp32 at least."""
+    for kind in ("model", "optimizer"):
+        copy, original = TensorFiles(found, kind), TensorFiles(expected, kind)
+        assert copy.shapes == original.shapes
+        for name in original.shapes:
+            assert torch.equal(copy.read(name).float(), original.read(name).float()), name

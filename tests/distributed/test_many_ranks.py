@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from tests.checkpoint.runs import SaveAt
-from tests.distributed.cells import Cell, Outcome, saves_at_start, spawn, strategy_of, train
-from tests.distributed.test_ranks import CAPACITY, DROPLESS, assert_equal
+from tests.distributed.cells import assert_equal, saves_at_start
+from tests.support.cells import CAPACITY, DROPLESS
+from tests.support.ranks import Cell, Outcome, strategy_of, train
+from tests.support.spawn import spawn
+from tests.support.trainers import SaveAt
 
 SAMPLES, SAVED = 48, 3  # divisible by all numbers of ranks; the step that is saved
 EIGHT = {"experts": [8, 16]}

@@ -33,6 +33,7 @@ from nlgmoe.tools.planner.topology import Topology
 from tests.distributed.cells import (
     Spoils,
     Taught,
+    assert_equal,
     engine_facts,
     evaluate_text,
     growing,
@@ -452,15 +453,6 @@ def test_a_parameter_that_the_engine_cannot_train_is_refused_by_name() -> None:
 def test_fp32_weights_survive_half_precision(cell: Cell, found: Found, checkpoint: Path) -> None:
     assert found[resume, cell.name]
     assert_equal(checkpoint.parent / "2" / f"{cell.name}.ckpt", checkpoint)
-
-
-def assert_equal(found: Path, expected: Path) -> None:
-    """Both hold the same entries, of the same values, in fp32 at least."""
-    for kind in ("model", "optimizer"):
-        copy, original = TensorFiles(found, kind), TensorFiles(expected, kind)
-        assert copy.shapes == original.shapes
-        for name in original.shapes:
-            assert torch.equal(copy.read(name).float(), original.read(name).float()), name
 
 
 def without_noise(name: str, value: torch.Tensor) -> torch.Tensor:

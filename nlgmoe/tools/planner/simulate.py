@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from lightning import Trainer
 from lightning.pytorch.trainer.connectors import data_connector
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
@@ -197,6 +198,7 @@ def simulated_rank(rank: int, ranks: int) -> Iterator[None]:
     address = {"NODE_RANK": str(rank), "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, address))
+        stack.enter_context(mock.patch.object(rank_zero_only, "rank", rank))  # Lightning sets it, for the whole process
         for table in tables:
             stack.enter_context(mock.patch.dict(table, clear=True))
         stack.enter_context(mock.patch.object(groups, "_WORLD_GROUP", None))
@@ -330,9 +332,8 @@ def _patches(topology: Topology, module: MoEGPTModule) -> Iterator[Any]:
         module: nn.Module, convert: Any, recurse: bool = True
     ) -> nn.Module:  # the original one swaps FakeTensors
         for part in module.modules():
-            for tensor in [*part._parameters.values(), *part._buffers.values()]:
-                if tensor is not None:
-                    tensor.data = convert(tensor)
+            for tensor in [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
+                tensor.data = convert(tensor)
         return module
 
     def capacity(tokens: int, experts: int, top_k: int, factor: float, minimum: int) -> int:
