@@ -107,7 +107,9 @@ def pytest_collection_finish() -> None:
 def no_process_group_is_left() -> Iterator[None]:
     """A test that trains on one rank in this process leaves no process group, and no launcher's variables, to others."""
     variables = dict(os.environ)
-    torch.set_num_threads(1)  # an earlier test may have run a benchmark, which takes all cores: sums then round otherwise
+    torch.set_num_threads(
+        1
+    )  # an earlier test may have run a benchmark, which takes all cores: sums then round otherwise
     yield
     if distributed.is_initialized():
         distributed.destroy_process_group()
