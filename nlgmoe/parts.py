@@ -256,9 +256,8 @@ def part_from_dict(values: dict[str, Any], base: type) -> Any:
     path = str(values.get("class_path"))
     module_name, _, name = path.rpartition(".")
     if module_name.split(".")[0] == "nlgmoe":
-        if (
-            __name__ != "nlgmoe.parts"
-        ):  # in an exported folder, whose modules are flat files (`tools/hugging_face/bundle.py`)
+        # In an exported folder, whose modules are flat files (`tools/hugging_face/bundle.py`).
+        if __name__ != "nlgmoe.parts":
             module_name = f"{__name__.rpartition('.')[0]}.{module_name.replace('.', '_')}"
         with suppress(ModuleNotFoundError):
             importlib.import_module(module_name)

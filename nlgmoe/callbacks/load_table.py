@@ -21,9 +21,8 @@ def has_row(interval: int) -> bool:
     Args:
         interval: logging intervals that the run has had with this one.
     """
-    spacing = 1 << max(
-        0, (interval // ROWS_PER_DOUBLING).bit_length() - 1
-    )  # the largest power of 2 up to interval / 128
+    # The largest power of 2 up to interval / 128.
+    spacing = 1 << max(0, (interval // ROWS_PER_DOUBLING).bit_length() - 1)
     return interval % spacing == 0
 
 

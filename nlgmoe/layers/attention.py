@@ -123,9 +123,8 @@ class MultiHead(AttentionConfig):
         heads, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
         size = (config.hidden_size + heads + 2 * keys + heads) * itemsize  # input; q, k, v; output
         if config.rope_theta is not None or config.qk_norm is not None:
-            size += (
-                heads + keys
-            ) * itemsize  # other queries and keys; those before stay, because v is a view of one tensor
+            # Other queries and keys; those before stay, because v is a view of one tensor.
+            size += (heads + keys) * itemsize
         if config.qk_norm is not None:
             size += 4 * (2 if config.qk_norm == "projection" else config.num_heads + config.kv_heads)  # 1/rms
         return size + 4 * config.num_heads  # logsumexp
@@ -168,7 +167,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, block: int) -> None:
         super().__init__()
         heads, key_heads, size = config.num_heads, config.kv_heads, config.head_size
-        self.head_size, self.shares_keys = size, key_heads != heads
+        self.head_size = size
         self.dropout, self.scale = config.attention_dropout, config.attention_scale
         self.block = block
         self.widths = [heads * size, key_heads * size, key_heads * size]
@@ -194,21 +193,30 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
         if context.cache is not None:
             k, v = context.cache.extend(self.block, k, v)  # [B, K, S, D]
-        if self.shares_keys and context.visible is not None:  # CUDA's fused kernels take no mask with shared keys
-            k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
-        # A compiled `T > 1` is symbolic once lengths differ; `is_causal` has to be a bool.
-        causal = True if context.visible is None and x.shape[1] > 1 else False  # noqa: SIM210
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=context.visible,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
-            scale=self.scale,
-            enable_gqa=self.shares_keys and context.visible is None,
-        )
+        y = attend(q, k, v, context, self.scale, self.dropout if self.training else 0.0)
         return self.project(y.transpose(1, 2).flatten(2))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, scale: float | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Return the weighted sums of values, `[B, N, T, D]`.
+
+    Args:
+        q: `[B, N, T, D]`.
+        k: `[B, K, S, D]`; each of the K heads is for N / K query heads.
+        v: `[B, K, S, D]`.
+        context: which keys a query sees.
+        scale: multiple of the products; None: 1 / sqrt(D).
+        dropout: dropout probability on the weights.
+    """
+    visible, shares_keys = context.visible, k.shape[1] != q.shape[1]
+    if shares_keys and visible is not None:  # CUDA's fused kernels take no mask with shared keys
+        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+    # A compiled `T > 1` is symbolic once lengths differ; `is_causal` has to be a bool.
+    causal = True if visible is None and q.shape[2] > 1 else False  # noqa: SIM210
+    shared = shares_keys and visible is None
+    return F.scaled_dot_product_attention(q, k, v, visible, dropout, causal, scale=scale, enable_gqa=shared)
 
 
 def build_norm(config: GPTConfig) -> nn.Module:

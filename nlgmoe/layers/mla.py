@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.attention import AttentionContext
+from nlgmoe.layers.attention import AttentionContext, attend
 from nlgmoe.layers.feed_forward import cast_by_autocast
 from nlgmoe.layers.rotary import rotate
 from nlgmoe.parts import AttentionConfig
-from nlgmoe.validation import require, require_valid
+from nlgmoe.validation import require, require_above, require_at_least, require_valid
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,9 @@ class MLAConfig(AttentionConfig):
 
     def __post_init__(self) -> None:
         require_valid(self)
-        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name}={value} must be at least 1")
-        require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be above 0")
+        widths = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank")
+        require_at_least(1, self, *widths)
+        require_above(0, self, "norm_eps")
 
     def check(self, config: GPTConfig) -> None:
         """See `AttentionConfig`."""
@@ -74,9 +73,8 @@ class MLAConfig(AttentionConfig):
         """See `AttentionConfig`."""
         key, value = self.score_widths(config)
         width = max(key, value)
-        size = (
-            config.hidden_size + 2 * self.kv_lora_rank + self.qk_rope_head_dim
-        )  # input; latent before and after its norm
+        # Input; latent before and after its norm.
+        size = config.hidden_size + 2 * self.kv_lora_rank + self.qk_rope_head_dim
         size += 2 * (self.q_lora_rank or 0)
         per_head = 3 * width  # query, key, output
         # Values are a view of one tensor with the plain keys, or else padded; their output is then a copy.
@@ -124,9 +122,8 @@ class LatentAttention(nn.Module):
         x = cast_by_autocast(x)  # two products read it
         cos, sin = context.rotation  # [1 or B, 1, T, R]
         q = self.query_up(self.query_norm(self.query_down(x))) if self.has_query_latent else self.query(x)
-        q_plain, q_rotary = q.unflatten(-1, (self.heads, -1)).split(
-            [self.plain, self.rotary], dim=-1
-        )  # [B, T, N, P or R]
+        q = q.unflatten(-1, (self.heads, -1))  # [B, T, N, P + R]
+        q_plain, q_rotary = q.split([self.plain, self.rotary], dim=-1)
         latent, k_rotary = self.key_value_down(x).split([self.rank, self.rotary], dim=-1)  # [B, T, C], [B, T, R]
         latent, k_rotary = (
             self.key_value_norm(latent)[:, None],
@@ -134,9 +131,8 @@ class LatentAttention(nn.Module):
         )  # [B, 1, T, C or R]
         if context.cache is not None:
             latent, k_rotary = context.cache.extend(self.block, latent, k_rotary)  # [B, 1, S, C or R]
-        k_plain, v = (
-            self.key_value(latent[:, 0]).unflatten(-1, (self.heads, -1)).split([self.plain, self.values], dim=-1)
-        )
+        expanded = self.key_value(latent[:, 0]).unflatten(-1, (self.heads, -1))  # [B, S, N, P + V]
+        k_plain, v = expanded.split([self.plain, self.values], dim=-1)
         k_rotary = k_rotary.transpose(1, 2).expand(-1, -1, self.heads, -1)  # [B, S, N, R]
 
         # Parts are joined as [B, T, N, D], the layout of products: the fused kernel needs no other copy of them.
@@ -144,16 +140,7 @@ class LatentAttention(nn.Module):
         k = torch.cat([k_plain, k_rotary], dim=-1)
         width = max(self.plain + self.rotary, self.values)  # fused kernels need queries, keys and values of one width
         q, k, v = (_padded(part, width).transpose(1, 2) for part in (q, k, v))  # [B, N, T or S, D]
-        causal = True if context.visible is None and x.shape[1] > 1 else False  # noqa: SIM210 (as in attention.py)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=context.visible,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
-            scale=self.scale,
-        )
+        y = attend(q, k, v, context, self.scale, self.dropout if self.training else 0.0)
         return self.project(y.transpose(1, 2)[..., : self.values].flatten(2))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nlgmoe.device import to_device
 from nlgmoe.parts import RotaryScaling
-from nlgmoe.validation import require, require_valid
+from nlgmoe.validation import require, require_at_least, require_valid
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ class Llama3(RotaryScaling):
 
 def _check(scaling: Yarn | Llama3) -> None:
     require_valid(scaling)
-    require(scaling.factor >= 1, f"factor={scaling.factor} must be at least 1")
-    require(scaling.original_length >= 1, f"original_length={scaling.original_length} must be at least 1")
+    require_at_least(1, scaling, "factor", "original_length")
 
 
 def rotations(

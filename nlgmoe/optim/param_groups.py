@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nlgmoe.roles import DECAYED, role_of
-from nlgmoe.validation import require, require_valid
+from nlgmoe.validation import require, require_above, require_at_least, require_valid
 
 Component = Literal["router", "experts", "attention", "ffn", "norms", "embeddings"]
 _COMPONENTS: dict[Component, str] = {
@@ -47,14 +47,14 @@ class AdamWConfig:
 
     def __post_init__(self) -> None:
         require_valid(self)
-        require(self.lr > 0, f"lr={self.lr} must be above 0")
+        require_above(0, self, "lr")
         require(all(0 <= beta < 1 for beta in self.betas), f"betas={self.betas} must both be in [0, 1)")
         tiny = torch.finfo(torch.float32).tiny  # below it, a weight without a gradient becomes 0/0
         require(
             self.eps >= tiny,
             f"eps={self.eps} must be at least {tiny:.1e}, float32's smallest normal number; 1e-8 is usual",
         )
-        require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must be at least 0; 0 turns it off")
+        require_at_least(0, self, "weight_decay", remedy="; 0 turns it off")
 
 
 def is_frozen(name: str, components: Sequence[Component]) -> bool:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from nlgmoe.validation import SettingError, require, require_valid
+from nlgmoe.validation import SettingError, require, require_at_least, require_valid
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class LearningRateSchedule:
 
     def __post_init__(self) -> None:
         require_valid(self)
-        for name in ("warmup_tokens", "min_lr"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0")
+        require_at_least(0, self, "warmup_tokens", "min_lr")
         shape, warmup, decay, cooldown = self.shape, self.warmup_tokens, self.decay_tokens, self.cooldown_tokens
         require(
             (cooldown is not None) == (shape == "wsd"),
@@ -96,8 +95,7 @@ class SequenceCurriculum:
 
     def __post_init__(self) -> None:
         require_valid(self)
-        for name in ("tokens", "start", "increment"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require_at_least(1, self, "tokens", "start", "increment")
         if self.start % self.increment:
             below = self.start // self.increment * self.increment
             nearest = " or ".join(str(value) for value in (below, below + self.increment) if value)

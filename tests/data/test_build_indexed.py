@@ -26,13 +26,11 @@ from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, IndexedWriter, Tokenizer, build_indexed
 from nlgmoe.data.documents import Fields, Record
 from nlgmoe.data.megatron_indexed import split_of
-from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.prefix import Sidecar
-from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.experiment import load_config
 from nlgmoe.validation import SettingError
 from tests.data.oracles import MegatronDataset
-from tests.support.corpora import tokens_of
+from tests.support.corpora import saved_tokenizer, tokens_of
 
 build: Any = build_indexed.build_indexed
 TEXTS = [f"document {number}: naïve 日本 <|endoftext|>\n" + "reading books " * (number % 9) for number in range(90)]
@@ -50,9 +48,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_byte_level_bpe(iter(TEXTS), 400).save(str(folder / "tokenizer.json"))
-    return load_tokenizer(str(folder), folder)
+    return saved_tokenizer(TEXTS, 400, tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

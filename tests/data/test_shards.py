@@ -18,12 +18,11 @@ from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, MegatronIndexed, Tokenizer
 from nlgmoe.data.build_indexed import build_indexed, building
 from nlgmoe.data.documents import Fields, read_documents
-from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.prefix import Sidecar, find_prefixes
 from nlgmoe.data.shards import Shard
 from nlgmoe.data.source_files import DataFile
-from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.validation import RunError, SettingError
+from tests.support.corpora import saved_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"document {number}: naïve 日本\n" + "reading books " * (number * 7 % 40) for number in range(300)]
@@ -35,9 +34,7 @@ def lines(texts: Sequence[str]) -> bytes:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_byte_level_bpe(iter(TEXTS), 400).save(str(folder / "tokenizer.json"))
-    return load_tokenizer(str(folder), folder)
+    return saved_tokenizer(TEXTS, 400, tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from nlgmoe.layers.noise import RoutingNoise
 from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter
 from nlgmoe.parts import RouterConfig
 from nlgmoe.pyramid import experts_at
-from nlgmoe.validation import require, require_valid
+from nlgmoe.validation import require, require_at_least, require_valid
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class SigmoidRouterConfig(RouterConfig):
 
     def __post_init__(self) -> None:
         require_valid(self)
-        for name in ("update_rate", "sequence_loss_coeff"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0; 0 turns it off")
+        require_at_least(0, self, "update_rate", "sequence_loss_coeff", remedy="; 0 turns it off")
 
     def check(self, moe: MoEConfig) -> None:
         """See `RouterConfig`."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require_at_least
 
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
 
@@ -69,9 +69,8 @@ class Topology:
     seq_len: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "expert_parallel_size", "micro_batch_size", "global_batch_size", "loss_chunk_size"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+        sizes = ("gpus", "expert_parallel_size", "micro_batch_size", "global_batch_size", "loss_chunk_size")
+        require_at_least(1, self, *sizes)
         if self.zero_stage not in (0, 1, 2):
             raise SettingError(
                 f"zero_stage={self.zero_stage}: choose 0, 1 or 2 (DeepSpeed's stage 3 has no expert parallelism)"
@@ -81,9 +80,8 @@ class Topology:
         if self.global_batch_size % (self.micro_batch_size * self.gpus):
             from nlgmoe.data.accumulation import micro_batches_per_step  # its package takes seconds to import
 
-            micro_batches_per_step(
-                self.global_batch_size, self.micro_batch_size, self.gpus
-            )  # raises what training does
+            # Raises what training does.
+            micro_batches_per_step(self.global_batch_size, self.micro_batch_size, self.gpus)
         if not self.deepspeed and (self.zero_stage or self.expert_parallel_size > 1 or self.offload_optimizer):
             raise SettingError("ZeRO, expert parallelism and offloading need nlgmoe.ExpertParallelStrategy")
 

@@ -170,9 +170,8 @@ def _load_maps(run: Run) -> Chart:
         ends = load.index.to_numpy()
         interval = ends[1] - ends[0] if len(ends) > 1 else ends[0]
         begin = ends[0] - interval
-        bucket = interval * -(
-            -(ends[-1] - begin) // (interval * intervals)
-        )  # of equal steps: a long run's rows thin out
+        # Of equal steps: a long run's rows thin out.
+        bucket = interval * -(-(ends[-1] - begin) // (interval * intervals))
         rows = load.reset_index(names="step").groupby((ends - 1 - begin) // bucket)
         steps, sums = rows["step"].last(), rows[list(load)].sum()  # [N], [N, E]
         fair = sums.mean(axis=1)

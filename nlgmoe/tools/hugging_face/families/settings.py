@@ -169,9 +169,8 @@ def computation(config: GPTConfig) -> dict[str, Any]:
     moe, counts = config.moe, experts_per_layer(config)
     found: dict[str, Any] = config.to_dict()
     found |= found.pop("moe") or {}
-    null = dict.fromkeys(
-        (*(field.name for field in fields(config)), *MOE_PARTS)
-    )  # parts that are null are not in `found`
+    # Parts that are null are not in `found`.
+    null = dict.fromkeys((*(field.name for field in fields(config)), *MOE_PARTS))
     values = {name: value for name, value in {**null, **found}.items() if name not in _REPLACED}
     attention = attention_config(config)
     width, _ = attention.score_widths(config)
