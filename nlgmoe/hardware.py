@@ -24,6 +24,7 @@ class Hardware:
         memory_bandwidth: bytes/s of the GPU's memory.
         nvlink: bytes/s that one GPU sends within its node.
         network: bytes/s that one GPU sends to other nodes while all GPUs of the node send.
+        compute_capability: of CUDA; it decides which kernels there are.
         gpus_per_node: GPUs joined by NVLink.
     """
 
@@ -33,16 +34,17 @@ class Hardware:
     memory_bandwidth: float
     nvlink: float
     network: float
+    compute_capability: tuple[int, int]
     gpus_per_node: int = 8
 
 
 # A marketing "40 GB" of a GPU is 40 GiB of memory.
 HARDWARE = {
-    "v100-32": Hardware(125e12, 15.7e12, 32 * 2**30, 0.9e12, 150e9, 6.25e9),
-    "a100-40": Hardware(312e12, 19.5e12, 40 * 2**30, 1.555e12, 300e9, 25e9),
-    "a100-80": Hardware(312e12, 19.5e12, 80 * 2**30, 2.039e12, 300e9, 25e9),
-    "h100": Hardware(989e12, 67e12, 80 * 2**30, 3.35e12, 450e9, 50e9),
-    "h200": Hardware(989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
+    "v100-32": Hardware(125e12, 15.7e12, 32 * 2**30, 0.9e12, 150e9, 6.25e9, (7, 0)),
+    "a100-40": Hardware(312e12, 19.5e12, 40 * 2**30, 1.555e12, 300e9, 25e9, (8, 0)),
+    "a100-80": Hardware(312e12, 19.5e12, 80 * 2**30, 2.039e12, 300e9, 25e9, (8, 0)),
+    "h100": Hardware(989e12, 67e12, 80 * 2**30, 3.35e12, 450e9, 50e9, (9, 0)),
+    "h200": Hardware(989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9, (9, 0)),
 }
 
 RESERVED = 2 * 2**30

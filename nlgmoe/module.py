@@ -29,6 +29,7 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, freeze
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
+from nlgmoe.parallel.triton_product import hand_in_triton_product
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.ranks import AllRanksError
 from nlgmoe.run.checks import (
@@ -124,6 +125,8 @@ class MoEGPTModule(TrainingStep):
                 self._start_from(model, self.warm_start)
             if self.compiles:
                 compile_dense_parts(model)
+            if strategy is not None:
+                hand_in_triton_product(model, strategy.root_device)
             self.model = model
         elif not _has_placements(self.model, placed):
             raise AllRanksError(

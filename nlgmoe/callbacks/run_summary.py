@@ -15,8 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
+from nlgmoe.data.training_data import training_data
 from nlgmoe.device import peak_memory_bytes
 from nlgmoe.files import write_json
+from nlgmoe.layers.expert_products import compute_capability, describe_products
+from nlgmoe.layers.moe import moe_layers
 from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.run.resume import ends_step
@@ -66,7 +69,7 @@ class RunSummary(Callback):
         """Print the parameter count, and start the wall clock."""
         assert isinstance(pl_module, MoEGPTModule)
         (total, active), formula = parameters_of(pl_module.gpt), count_parameters(pl_module.config).total
-        rank_zero_info(f"{total:,} parameters, {active:,} of them active for a token")
+        rank_zero_info(f"{total:,} parameters, {active:,} of them active for a token{_products(trainer, pl_module)}")
         if total != formula:
             rank_zero_warn(
                 f"the model has {total:,} parameters, model.config describes {formula:,}: code has changed the model; FLOPs "
@@ -141,6 +144,22 @@ class RunSummary(Callback):
             "validation_seconds": module.clock.seconds("validation"),
             "versions": versions(),
         }
+
+
+def _products(trainer: Trainer, module: MoEGPTModule) -> str:
+    """Return the computation of the experts, for the log; empty for a dense model."""
+    moes = moe_layers(module.gpt)
+    if not moes:
+        return ""
+    data, device = training_data(trainer), trainer.strategy.root_device
+    tokens = module.seq_len * getattr(data, "micro_batch_size", 1)
+    sends_slots = moes[0].dispatcher.equal_batches and any(moe.placement.group is not None for moe in moes)
+    has_triton = moes[0].experts.triton_product is not None
+    capability = compute_capability(device)
+    text = describe_products(
+        module.config, tokens, trainer.precision, device.type == "cpu", capability, sends_slots, has_triton
+    )
+    return f"; experts: {text}"
 
 
 def _leaves_out_domains(trainer: Trainer) -> bool:

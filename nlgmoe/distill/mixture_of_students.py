@@ -30,6 +30,7 @@ from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import SoftTargets, TeacherTargets
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.model.gpt import GPT
+from nlgmoe.parallel.triton_product import hand_in_triton_product
 from nlgmoe.pyramid import experts_per_layer, experts_per_position
 from nlgmoe.ranks import raise_on_all_ranks
 from nlgmoe.validation import SettingError
@@ -108,6 +109,7 @@ class MixtureOfStudents(Distiller):
         )
         with raise_on_all_ranks():
             self.model = _load(path, config, placements, like.device, PRECISIONS.get(self.precision or "", like.dtype))
+            hand_in_triton_product(self.model, like.device)
         rank_zero_info(f"the teacher is {path}: {_describe(self.model)}")
         return path, document
 

@@ -16,6 +16,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.model.gpt import GPT
+from nlgmoe.parallel.triton_product import hand_in_triton_product
 from nlgmoe.validation import SettingError
 
 
@@ -65,6 +66,7 @@ def load_pretrained(
             f"tokenizer=null: {path} holds none; set it to the tokenizer that the model was trained with"
         )
     model = load_model(path).to(device, PRECISIONS.get(precision or ""))
+    hand_in_triton_product(model, torch.device(device))
     return LoadedModel(path, model, chosen, document)
 
 

@@ -18,13 +18,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.nn import functional as F
 
 from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher, Rows, round_up_rows
+from nlgmoe.layers.expert_products import fixed_slots
 from nlgmoe.layers.feed_forward import computing_dtype
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Routing
-
-MAX_SLOTS = 1.25  # per assignment; with more, sending the padding costs more than waiting
 
 
 class AllToAllDispatcher(LocalDispatcher):
@@ -41,18 +41,9 @@ class AllToAllDispatcher(LocalDispatcher):
     def forward(self, tokens: Tensor, routing: Routing) -> AllToAllDispatch:
         """Start sending `tokens`, `[N, H]`, to the ranks of their experts."""
         # In evaluation the ranks' last micro-batches may differ in size.
-        capacity = fixed_capacity(routing) if self.training and self.equal_batches else None
-        return AllToAllDispatch(tokens, routing, self.placement, capacity)
-
-
-def fixed_capacity(routing: Routing) -> int | None:
-    """Return C if experts have a capacity and few slots can stay empty; None: rows must be counted.
-
-    Ranks whose micro-batches have equally many tokens get equal results.
-    """
-    if routing.capacity is None or routing.capacity * routing.num_experts > MAX_SLOTS * routing.expert.numel():
-        return None
-    return routing.capacity
+        capacity = routing.capacity if self.training and self.equal_batches else None
+        slots = fixed_slots(capacity, routing.num_experts, routing.expert.numel())
+        return AllToAllDispatch(tokens, routing, self.placement, slots)
 
 
 class AllToAllDispatch(LocalDispatch):
@@ -68,67 +59,53 @@ class AllToAllDispatch(LocalDispatch):
     def __init__(
         self, tokens: Tensor, routing: Routing, placement: ExpertPlacement, capacity: int | None = None
     ) -> None:
-        super().__init__(tokens, routing)
-        self._row = torch.arange(len(self.order), device=tokens.device)
-        tokens_per_expert = self._tokens_per_expert  # [E]; rows past their sum are not sent
-        self._slot_of_row: Tensor | None = None  # [R]; None: rows were sent without padding
-        ranks = distributed.get_world_size(placement.group)
-        sent_counts = tokens_per_expert.view(ranks, placement.count)  # [W, e] rows for each rank
-        received_counts = torch.empty_like(sent_counts)  # [W, e] rows from each rank
-        distributed.all_to_all_single(received_counts, sent_counts, group=placement.group)
-        self._tokens_here = received_counts.sum(dim=0)  # [e]
-        expert = torch.arange(placement.count, device=tokens.device)
+        super().__init__(tokens, routing, capacity)
+        self._placement, self._ranks = placement, distributed.get_world_size(placement.group)
         if capacity is not None:
-            sent = received = [placement.count * capacity] * ranks
-            used = torch.arange(capacity, device=tokens.device) < received_counts.unsqueeze(-1)  # [W, e, C]
-            expert_of_row = torch.where(used, expert.unsqueeze(-1), placement.count).flatten()
-            row_of_slot, self._slot_of_row = _pad_to_slots(tokens_per_expert, capacity, len(self.order))
-            token_of_row = self._token_of_row[row_of_slot]  # [E * C]
+            sent = received = [placement.count * capacity] * self._ranks
         else:
+            self._row = torch.arange(len(self.order), device=tokens.device)
+            # [W, e] rows for each rank and from each rank
+            sent_counts = self.tokens_per_expert.view(self._ranks, placement.count)
+            received_counts = torch.empty_like(sent_counts)
+            distributed.all_to_all_single(received_counts, sent_counts, group=placement.group)
             sent, received = torch.stack(
                 [sent_counts.sum(dim=1), received_counts.sum(dim=1)]
             ).tolist()  # the host waits
-            expert_of_row = torch.repeat_interleave(
-                expert.repeat(ranks), received_counts.flatten(), output_size=sum(received)
-            )
-            token_of_row = self._token_of_row[: sum(sent)]
-        self._order_here = expert_of_row.argsort(stable=True)  # rows arrive sorted by rank
-        self._group, self._sent, self._received = placement.group, sent, received
-        rows = tokens.index_select(0, token_of_row)
+            expert = torch.arange(placement.count, device=tokens.device).repeat(self._ranks)  # [W * e]
+            expert = torch.repeat_interleave(expert, received_counts.flatten(), output_size=sum(received))
+            self._order_here = expert.argsort(stable=True)  # rows arrive sorted by rank
+            self._tokens_here = received_counts.sum(dim=0)  # [e]
+        self._sent, self._received = sent, received
+        rows = tokens.index_select(0, self._token_of_row[: sum(sent)])  # without dropped ones
         self._rows_here = all_to_all_single_autograd(rows, received, sent, placement.group)  # its first use waits
 
     def receive(self) -> Rows:
-        """Wait for the rows of all ranks, and sort them by the experts held here; rows past the sum are padding."""
+        """Wait for the rows of all ranks, and sort them by the experts held here."""
+        if self._capacity is not None:
+            rows = self._swap(self._rows_here, self._ranks, self._placement.count)
+            del self._rows_here  # not needed while the experts run
+            return Rows(rows.unflatten(0, (self._placement.count, -1)), None)
         order, self._row_here, rows_per_expert = round_up_rows(
             self._order_here, self._tokens_here, computing_dtype(self._tokens)
         )
         rows = self._rows_here.index_select(0, order)
-        del self._rows_here  # not needed while the experts run
-        return Rows(rows, rows_per_expert, self._slot_of_row is None)
+        del self._rows_here
+        return Rows(rows, rows_per_expert)
 
     def combine(self, y: Tensor) -> Tensor:
         """Send the experts' outputs back to the ranks of their rows, and sum them by token."""
-        inverse = torch.empty_like(self._order_here)
-        inverse[self._order_here] = self._row_here
-        outputs = all_to_all_single_autograd(y.index_select(0, inverse), self._sent, self._received, self._group)
-        place = self.row_of_assignment()
-        if self._slot_of_row is not None:
-            place = self._slot_of_row[place]
-        elif unsent := len(self.order) - len(outputs):
-            outputs = torch.cat([outputs, outputs.new_zeros(unsent, outputs.shape[1])])
-        return self._sum(outputs.index_select(0, place))
+        if self._capacity is not None:
+            y = self._swap(y.flatten(0, 1), self._placement.count, self._ranks)
+        else:
+            inverse = torch.empty_like(self._order_here)
+            inverse[self._order_here] = self._row_here
+            y = y.index_select(0, inverse)
+        outputs = all_to_all_single_autograd(y, self._sent, self._received, self._placement.group)
+        if self._capacity is None and (dropped := len(self.order) - len(outputs)):
+            outputs = F.pad(outputs, (0, 0, 0, dropped))
+        return super().combine(outputs)
 
-
-def _pad_to_slots(tokens_per_expert: Tensor, capacity: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Return the row of each slot, `[E * C]`, and the slot of each row, `[R]`.
-
-    Empty slots get arbitrary rows, evenly spread: adding many gradients to one row would be slow.
-    """
-    ends = tokens_per_expert.cumsum(0)
-    first = ends - tokens_per_expert  # [E]
-    slot = torch.arange(capacity, device=ends.device)
-    row_of_slot = (first.unsqueeze(-1) + slot).clamp_max(rows - 1).flatten()
-    row = torch.arange(rows, device=ends.device)
-    expert = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
-    slot_of_row = (expert * capacity + row - first[expert]) % len(row_of_slot)
-    return row_of_slot, slot_of_row
+    def _swap(self, rows: Tensor, outer: int, inner: int) -> Tensor:
+        """Turn rows by `[outer, inner, C]` into rows by `[inner, outer, C]`; all are `[outer * inner * C, H]`."""
+        return rows.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)

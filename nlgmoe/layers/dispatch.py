@@ -1,15 +1,16 @@
 """DISPATCH and COMBINE: sort tokens by their experts, and sum the experts' outputs by token. No parameters.
 
     dispatch = dispatcher(tokens, routing)         chosen in `MoELayer.__init__`: `LocalDispatcher`, or `AllToAllDispatcher`
-    rows     = dispatch.receive()                  [M, H], sorted by expert; under expert parallelism those of all ranks
+    rows     = dispatch.receive()                  [M, H], sorted by expert; under expert parallelism of all ranks
     y        = dispatch.combine(experts(rows))     [N, H]; sum over a token's choices of weight * output
 
 Under expert parallelism each rank holds an equal slice of the experts: `AllToAllDispatcher` sends every row to the rank of its
 expert, and the output back, by one all-to-all each (`all_to_all.py`).
 
-Letters: N tokens, k experts per token, H hidden size, E experts. An assignment is one (token, choice) pair; there are N * k.
-M rows, sorted by expert: on CPUs of the kept assignments, in half precision a round number for each expert (`round_up_rows`);
-on accelerators, without expert parallelism, the dropped ones follow.
+Letters: N tokens, k experts per token, H hidden size, E experts, C capacity. An assignment is one (token, choice) pair; there are
+N * k. M rows, sorted by expert: on CPUs of the kept assignments, in half precision a round number for each expert
+(`round_up_rows`); on accelerators C slots for each expert if it has a capacity, else the dropped assignments follow, as rows of
+the last expert that nobody reads.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nlgmoe.layers.counts import count
+from nlgmoe.layers.expert_products import fixed_slots
 from nlgmoe.layers.feed_forward import computing_dtype
 from nlgmoe.layers.router import Routing
 
@@ -27,17 +29,16 @@ ROW_MULTIPLE = 32  # of an expert, on CPUs in half precision (docs/performance.m
 
 
 class Rows(NamedTuple):
-    """The input of `Experts`.
+    """The input of `Experts`, held here e of them.
 
     Attributes:
-        x: `[M, H]`: the first `tokens_per_expert[0]` rows are for the first expert held here, and so on.
-        tokens_per_expert: `[e]` int64, with the repeated rows of `round_up_rows`.
-        all_used: no row is past their sum. If False, rows past it belong to no expert.
+        x: `[M, H]`: the first `tokens_per_expert[0]` rows are for the first expert held here, and so on; or `[e, S, H]`, S slots
+            for each.
+        tokens_per_expert: `[e]` int64, M in all, with rows that nobody reads; None: `x` is in slots.
     """
 
     x: Tensor
-    tokens_per_expert: Tensor
-    all_used: bool
+    tokens_per_expert: Tensor | None
 
 
 class LocalDispatch:
@@ -46,44 +47,52 @@ class LocalDispatch:
     Args:
         tokens: `[N, H]`.
         routing: their experts and weights.
+        capacity: C slots for each expert, an upper bound of its rows; None: its rows are counted.
 
     Attributes:
         order: assignment indices sorted by expert, each expert's in token order. On accelerators all N * k, and dropped ones
             come last: leaving them out would make the host wait for their number.
+        tokens_per_expert: `[E]` int64 of kept assignments.
         weight: `[N, k]` of each assignment.
     """
 
-    def __init__(self, tokens: Tensor, routing: Routing) -> None:
+    def __init__(self, tokens: Tensor, routing: Routing, capacity: int | None = None) -> None:
         self.weight, self._top_k = routing.weight, routing.expert.shape[1]
         num_experts = routing.num_experts
         # [N * k], dropped -> one past the last
         expert = torch.where(routing.kept, routing.expert, num_experts).flatten()
         self.order = torch.sort(expert, stable=True).indices
-        tokens_per_expert = count(expert, num_experts + 1)[:num_experts]
-        all_used = routing.all_kept
-        if expert.device.type == "cpu" and not all_used:
-            used = int(tokens_per_expert.sum())
-            self.order, all_used = self.order[: max(used, 1)], used > 0  # `combine` needs a row to read
-        self._tokens, self._token_of_row = tokens, self.order // self._top_k
-        self._tokens_per_expert, self._all_used = tokens_per_expert, all_used
+        self.tokens_per_expert = count(expert, num_experts + 1)[:num_experts]
+        if expert.device.type == "cpu" and not routing.all_kept:
+            self.order = self.order[: max(int(self.tokens_per_expert.sum()), 1)]  # `combine` needs a row to read
+        self._tokens, self._capacity = tokens, capacity
+        self._token_of_row = self.order // self._top_k
+        if capacity is not None:
+            row_of_slot, self._row = assign_slots(self.tokens_per_expert, capacity, len(self.order))
+            self._token_of_row = self._token_of_row[row_of_slot]  # [E * C]
 
     def receive(self) -> Rows:
         """Return the rows for the experts held here. May be called once."""
+        if self._capacity is not None:
+            rows = self._tokens.index_select(0, self._token_of_row)
+            return Rows(rows.unflatten(0, (-1, self._capacity)), None)
+        rows_per_expert = self.tokens_per_expert.clone()
+        rows_per_expert[-1] += len(self.order) - rows_per_expert.sum()
         token_of_row, self._row, rows_per_expert = round_up_rows(
-            self._token_of_row, self._tokens_per_expert, computing_dtype(self._tokens)
+            self._token_of_row, rows_per_expert, computing_dtype(self._tokens)
         )
-        return Rows(self._tokens.index_select(0, token_of_row), rows_per_expert, self._all_used)
+        return Rows(self._tokens.index_select(0, token_of_row), rows_per_expert)
 
     def combine(self, y: Tensor) -> Tensor:
         """Sum each token's weighted expert outputs.
 
         Args:
-            y: `[M, H]`, in the order of `receive`.
+            y: `[M, H]` or `[e, S, H]`, in the order of `receive`.
 
         Returns:
             `[N, H]` in the dtype of the weights; 0 for a token that no expert kept.
         """
-        return self._sum(y.index_select(0, self.row_of_assignment()))
+        return self._sum(y.flatten(0, -2).index_select(0, self.row_of_assignment()))
 
     def row_of_assignment(self) -> Tensor:
         """Return the row of each assignment, `[N * k]`, after `receive`; any row where dropped, with weight 0."""
@@ -105,8 +114,8 @@ def round_up_rows(index: Tensor, tokens_per_expert: Tensor, dtype: torch.dtype) 
     gradients are zero.
 
     Args:
-        index: `[R]` of the rows to gather, sorted by expert; those past the sum belong to none.
-        tokens_per_expert: `[e]` int64.
+        index: `[R]` of the rows to gather, sorted by expert.
+        tokens_per_expert: `[e]` int64, R in all.
         dtype: of the computation.
 
     Returns:
@@ -122,6 +131,26 @@ def round_up_rows(index: Tensor, tokens_per_expert: Tensor, dtype: torch.dtype) 
     return index.repeat_interleave(times), times.cumsum(0) - times, tokens_per_expert + repeated
 
 
+def assign_slots(tokens_per_expert: Tensor, capacity: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Return the row of each slot, `[E * C]`, and the slot of each row, `[R]`, any slot for dropped ones.
+
+    Empty slots get arbitrary rows, evenly spread: adding many gradients to one row would be slow.
+
+    Args:
+        tokens_per_expert: `[E]` int64, at most C each.
+        capacity: C.
+        rows: R, sorted by expert; dropped ones come last.
+    """
+    ends = tokens_per_expert.cumsum(0)
+    first = ends - tokens_per_expert  # [E]
+    slot = torch.arange(capacity, device=ends.device)
+    row_of_slot = (first.unsqueeze(-1) + slot).clamp_max(rows - 1).flatten()
+    row = torch.arange(rows, device=ends.device)
+    expert = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
+    slot_of_row = (expert * capacity + row - first[expert]) % len(row_of_slot)
+    return row_of_slot, slot_of_row
+
+
 class LocalDispatcher(nn.Module):
     """Dispatches the tokens of a micro-batch to the experts of one layer, which are all held here.
 
@@ -133,4 +162,5 @@ class LocalDispatcher(nn.Module):
 
     def forward(self, tokens: Tensor, routing: Routing) -> LocalDispatch:
         """Start the dispatch of `tokens`, `[N, H]`; the caller may compute something else before `receive`."""
-        return LocalDispatch(tokens, routing)
+        slots = fixed_slots(routing.capacity, routing.num_experts, routing.expert.numel())
+        return LocalDispatch(tokens, routing, None if tokens.device.type == "cpu" else slots)

@@ -13,7 +13,8 @@ from nlgmoe.layers import dispatch
 from nlgmoe.layers import experts as experts_module
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.balance import router_losses
-from nlgmoe.layers.experts import Experts, select_backend
+from nlgmoe.layers.expert_products import choose_product
+from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.compiling import compile_dense_parts
 from nlgmoe.model.gpt import GPT
@@ -28,12 +29,17 @@ def memory_full_of_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def backward(layer: Experts, x: torch.Tensor, rows: list[int], all_used: bool, autocast: bool) -> list[torch.Tensor]:
-    """The output and all gradients."""
+def backward(layer: Experts, x: torch.Tensor, rows: list[int], slots: int | None, autocast: bool) -> list[torch.Tensor]:
+    """The output and all gradients; with `slots`, each expert's rows are in its first ones, and the others hold noise."""
     leaf, seed = x.clone().requires_grad_(), torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     layer.zero_grad()
+    inputs, tokens_per_expert, place = leaf, torch.tensor(rows), torch.arange(len(x))
+    if slots is not None:
+        place = torch.cat([torch.arange(n) + e * slots for e, n in enumerate(rows)])
+        wide = torch.randn(len(rows) * slots, x.shape[1]).to(x.dtype).index_copy(0, place, leaf)
+        inputs, tokens_per_expert = wide.unflatten(0, (len(rows), slots)), None
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = layer(leaf, torch.tensor(rows), all_used)
+        y = layer(inputs, tokens_per_expert).flatten(0, -2)[place]
     y.backward(seed.to(y.dtype))
     return [y, leaf.grad, *(parameter.grad for parameter in layer.parameters())]
 
@@ -42,54 +48,62 @@ def backward(layer: Experts, x: torch.Tensor, rows: list[int], all_used: bool, a
 @pytest.mark.parametrize("rows", [[5, 0, 16, 3], [0, 0, 0, 24], [24, 0, 0, 0], [8, 8, 0, 0], [0, 0, 0, 0]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_grouped_product_equals_the_loop(
+def test_products_of_all_experts_equal_the_loop(
     rows: list[int], dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    layer, x = Experts(4, 16, 32), torch.randn(24, 16)
+    layer, x = Experts(4, 16, 32), torch.randn(sum(rows), 16)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     layer, x = layer.to(dtype), x.to(dtype)
-    used = sum(rows)
-    results = []
-    for backend in ("grouped", "loop"):
-        monkeypatch.setattr(experts_module, "select_backend", lambda *_, backend=backend: backend)
-        results.append(backward(layer, x, rows, False, autocast))
-        exact = backward(layer, x[:used], rows, True, autocast)  # without the rows of no expert
-        for whole, part in zip(results[-1], exact, strict=True):
-            assert torch.equal(whole[:used] if whole.shape == x.shape else whole, part)
+    results = {"bmm": backward(layer, x, rows, 24, autocast)}
+    for product in ("grouped_mm", "loop"):
+        monkeypatch.setattr(experts_module, "choose_product", lambda *_, product=product: product)
+        results[product] = backward(layer, x, rows, None, autocast)
     half = autocast or dtype != torch.float32
-    for grouped, loop in zip(*results, strict=True):
-        assert grouped.dtype == loop.dtype
-        torch.testing.assert_close(
-            grouped, loop, **({"rtol": 3e-2, "atol": 1e-1} if half else {"rtol": 1e-5, "atol": 1e-5})
-        )
-        if grouped.shape == x.shape:
-            assert not grouped[used:].any(), "a row of no expert is not zero"
-        else:
-            idle = [expert for expert, number in enumerate(rows) if not number]
-            assert not grouped[idle].any() and not loop[idle].any(), "an expert without rows has a gradient"
+    idle = [expert for expert, number in enumerate(rows) if not number]
+    for product in ("bmm", "grouped_mm"):
+        for found, loop in zip(results[product], results["loop"], strict=True):
+            assert found.dtype == loop.dtype
+            torch.testing.assert_close(
+                found, loop, **({"rtol": 3e-2, "atol": 1e-1} if half else {"rtol": 1e-5, "atol": 1e-5})
+            )
+            if found.shape != x.shape:
+                assert not found[idle].any() and not loop[idle].any(), "an expert without rows has a gradient"
+
+
+HALF, WIDTHS = torch.bfloat16, (256, 1024)
 
 
 @pytest.mark.parametrize(
-    "expected, device, dtype, widths, capability",
+    "expected, dtype, widths, capability, in_slots, has_triton",
     [
-        ("grouped", "cpu", torch.float32, (256, 1024), None),
-        ("grouped", "cpu", torch.float16, (8, 16), None),
-        ("loop", "cpu", torch.float64, (256, 1024), None),  # grouped_mm refuses it
-        ("loop", "cpu", torch.bfloat16, (16, 20), None),  # rows of 40 bytes
-        ("grouped", "privateuseone", torch.float32, (256, 1024), None),
-        ("grouped", "cuda", torch.bfloat16, (256, 1024), (9, 0)),
-        ("loop", "cuda", torch.bfloat16, (256, 1020), (9, 0)),
-        ("loop", "cuda", torch.float32, (256, 1024), (9, 0)),
-        ("loop", "cuda", torch.bfloat16, (256, 1024), (8, 0)),
+        ("grouped_mm", torch.float32, WIDTHS, None, False, False),
+        ("grouped_mm", torch.float16, (8, 16), None, False, False),
+        ("loop", torch.float64, WIDTHS, None, False, False),  # grouped_mm refuses it
+        ("loop", HALF, (16, 20), None, False, False),  # rows of 40 bytes
+        ("bmm", torch.float64, (16, 20), None, True, False),
+        ("grouped_mm", HALF, WIDTHS, (9, 0), False, True),
+        ("bmm", HALF, WIDTHS, (9, 0), True, True),
+        ("triton", HALF, (256, 1020), (9, 0), False, True),
+        ("triton", HALF, WIDTHS, (8, 0), False, True),
+        ("triton", torch.float16, WIDTHS, (9, 0), False, True),
+        ("triton", HALF, WIDTHS, (10, 0), False, True),
+        ("loop", torch.float16, WIDTHS, (7, 0), False, True),
+        ("loop", HALF, WIDTHS, (8, 0), False, False),
+        ("loop", torch.float32, WIDTHS, (8, 0), False, True),  # it would compute in TF32
     ],
 )
-def test_the_backend_follows_from_device_type_and_widths(
-    expected: str, device: str, dtype: torch.dtype, widths: tuple[int, int], capability: tuple[int, int] | None
+def test_the_product_follows_from_device_type_widths_and_slots(
+    expected: str,
+    dtype: torch.dtype,
+    widths: tuple[int, int],
+    capability: tuple[int, int] | None,
+    in_slots: bool,
+    has_triton: bool,
 ) -> None:
-    assert select_backend(device, dtype, widths, capability) == expected
-    if device == "cpu" and expected == "grouped":  # grouped_mm takes what is sent to it
+    assert choose_product(dtype, widths, capability, in_slots, has_triton) == expected
+    if capability is None and expected == "grouped_mm":  # it takes what is sent to it
         assert Experts(2, *widths).to(dtype)(torch.zeros(3, widths[0], dtype=dtype), torch.tensor([1, 2])).shape[0] == 3
 
 

@@ -11,10 +11,10 @@ from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import NETWORKS, FeedForward
 
 
-@pytest.mark.parametrize("backend", ["grouped", "loop"])
+@pytest.mark.parametrize("product", ["grouped_mm", "loop"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_an_expert_is_the_dense_layer(network: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts_module, "select_backend", lambda *_: backend)
+def test_an_expert_is_the_dense_layer(network: str, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts_module, "choose_product", lambda *_: product)
     torch.manual_seed(0)
     layer, rows = Experts(3, 16, 24, network=NETWORKS[network]), [2, 0, 5]
     for parameter in layer.parameters():
@@ -25,7 +25,7 @@ def test_an_expert_is_the_dense_layer(network: str, backend: str, monkeypatch: p
             module.weight.data = getattr(layer, f"{name}_weight").detach()[index].t().contiguous()
             module.bias.data = getattr(layer, f"{name}_bias").detach()[index].clone()
     x = torch.randn(7, 16, requires_grad=True)
-    y = layer(x, torch.tensor(rows), True)
+    y = layer(x, torch.tensor(rows))
     expected = torch.cat([one(part) for one, part in zip(dense, x.split(rows), strict=True)])
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     expected.square().sum().backward()

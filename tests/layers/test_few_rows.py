@@ -33,7 +33,7 @@ def test_few_rows_get_what_they_get_among_many(moe: MoEConfig, half: bool, monke
         results = []
         for few in (8, 0):
             monkeypatch.setattr(experts, "FEW_ROWS", few)
-            assert layer(moe).experts._backend(x[0], all_used=True) == ("loop" if few else "grouped")
+            assert layer(moe).experts._choose_product(x[0]) == ("loop" if few else "grouped_mm")
             results += [layer(moe)(x)[0], layer(moe)(x, RoutingContext(mask=mask))[0]]
     for few_rows, many in zip(results[:2], results[2:], strict=True):
         assert few_rows.dtype == many.dtype

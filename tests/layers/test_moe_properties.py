@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
-from nlgmoe.layers.dispatch import LocalDispatch
+from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher
 from nlgmoe.layers.losses import cross_entropy, token_losses
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.router import RoutingContext, capacity
+from nlgmoe.layers.router import Routing, RoutingContext, capacity
 
 WIDTH, INNER = 6, 10
 properties = settings(max_examples=50)
@@ -76,10 +76,10 @@ def test_no_assignment_is_lost_or_duplicated_and_capacity_is_respected(case: Cas
     assert all(len({e * number // experts for e in row}) <= chosen for row in routing.expert.tolist()), "other groups"
 
     dispatch = LocalDispatch(case.x.flatten(0, 1), routing)
-    _, tokens_per_expert, all_used = dispatch.receive()
+    tokens_per_expert = dispatch.tokens_per_expert
     served = dispatch.order[: int(tokens_per_expert.sum())]
+    assert dispatch.receive().tokens_per_expert.sum() == len(dispatch.order)
     assert len(dispatch.order) == max(len(served), 1), "dropped rows are computed on a CPU"
-    assert all_used == (len(dispatch.order) == len(served))
     assert sorted(served.tolist()) == routing.kept.flatten().nonzero().flatten().tolist()
     owner = torch.arange(experts).repeat_interleave(tokens_per_expert)
     assert torch.equal(routing.expert.flatten()[served], owner), "a row is in another expert's block"
@@ -128,6 +128,28 @@ def test_output_and_gradients_equal_a_loop_over_tokens(case: Case) -> None:
     expected = torch.autograd.grad((expected * probe).sum(), leaves, allow_unused=True, materialize_grads=True)
     for ours, reference in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, reference, **EXACT)
+
+
+class SlotDispatcher(LocalDispatcher):
+    """That of accelerators, with slots at any capacity."""
+
+    def forward(self, tokens: Tensor, routing: Routing) -> LocalDispatch:
+        return LocalDispatch(tokens, routing, routing.capacity)
+
+
+@properties
+@given(cases(token_dropping=True))
+def test_slots_compute_what_counted_rows_do(case: Case) -> None:
+    results, context = [], RoutingContext(mask=case.mask, noise_key=(0, 1, 2))
+    leaves = [case.x.requires_grad_(), *case.layer.parameters()]
+    probe = torch.randn(case.x.shape, generator=case.generator, dtype=case.x.dtype)
+    for dispatcher in (SlotDispatcher(), LocalDispatcher()):
+        case.layer.dispatcher = dispatcher
+        y, _ = case.layer(case.x, context)
+        gradients = torch.autograd.grad((y * probe).sum(), leaves, allow_unused=True, materialize_grads=True)
+        results.append([y, *gradients])
+    for slots, rows in zip(*results, strict=True):
+        torch.testing.assert_close(slots, rows, **EXACT)
 
 
 @properties

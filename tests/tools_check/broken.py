@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from nlgmoe import GPTConfig, MoEConfig, MoELayer, Router, Routing, RoutingContext
-from nlgmoe.layers import all_to_all
+from nlgmoe.layers import dispatch
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.noise import RoutingNoise
 from nlgmoe.layers.router import TopKRouter
@@ -91,14 +91,14 @@ def experts(forward: Callable[..., Tensor]) -> Callable[[MoELayer], None]:
 
 def outputs_of_other_slots(module: MoELayer) -> None:
     """Let each row of a rank take the output of another one's slot."""
-    pad = all_to_all._pad_to_slots
+    assign = dispatch.assign_slots
 
     def rolled(*args: Any) -> tuple[Tensor, Tensor]:
-        row_of_slot, slot_of_row = pad(*args)
+        row_of_slot, slot_of_row = assign(*args)
         return row_of_slot, slot_of_row.roll(1)
 
     if distributed.is_initialized():
-        all_to_all._pad_to_slots = rolled
+        dispatch.assign_slots = rolled
 
 
 # ---- routers
@@ -232,20 +232,18 @@ def own_loss(loss: Callable[[Tensor], Tensor]) -> Callable[[MoELayer], None]:
 # ---- experts and the layer
 
 
-def without_gradients_of_expert_0(
-    self: Experts, x: Tensor, tokens_per_expert: Tensor, all_used: bool = False
-) -> Tensor:
-    y = Experts.forward(self, x, tokens_per_expert, all_used)
+def without_gradients_of_expert_0(self: Experts, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    y = Experts.forward(self, x, tokens_per_expert)
     first = (torch.arange(len(y)) < tokens_per_expert[0]).unsqueeze(-1)
     return torch.where(first, y.detach(), y)
 
 
-def lost_expert(self: Experts, x: Tensor, tokens_per_expert: Tensor, all_used: bool = False) -> Tensor:
+def lost_expert(self: Experts, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """The last expert's tokens go to the one before it."""
     merged = tokens_per_expert.clone()
     merged[-2] += merged[-1]
     merged[-1] = 0
-    return Experts.forward(self, x, merged, all_used)
+    return Experts.forward(self, x, merged)
 
 
 def copy_dropped(self: MoELayer, x: Tensor, y: Tensor, routing: Routing) -> Tensor:

@@ -22,11 +22,13 @@ class Machine:
         name: in words.
         memory: bytes for tensors; None: unknown.
         rates: published rates; None: unknown, so that no time is predicted.
+        is_cpu: it is a CPU.
     """
 
     name: str
     memory: int | None
     rates: Hardware | None
+    is_cpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def this_machine(accelerator: str, ranks_per_node: int) -> Machine:
     device = torch.device(default_device())
     if accelerator == "cpu" or (device.type == "cpu" and accelerator == "auto" and ranks_per_node == 1):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Machine("this machine's CPU", memory // ranks_per_node - RESERVED, None)
+        return Machine("this machine's CPU", memory // ranks_per_node - RESERVED, None, is_cpu=True)
     if device.type == "cpu":
         return Machine("GPU", None, None)
     name = product_name(device) or device.type

@@ -7,8 +7,9 @@ from typing import Any
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.hardware import HARDWARE
+from nlgmoe.layers.expert_products import describe_products
 from nlgmoe.model.counting import count_parameters, flops_per_token
-from nlgmoe.pyramid import moe_blocks
+from nlgmoe.pyramid import expert_parallel_degree, moe_blocks
 from nlgmoe.tools.planner.cost import Cost, Memory, Parts, fits_on
 from nlgmoe.tools.planner.machine import Machine, Prediction
 from nlgmoe.tools.planner.topology import Topology
@@ -46,6 +47,7 @@ def as_text(
         ("run", _run(topology, machine.name)),
         *_table("parameters", count.total, parts, _count, f"{_count(count.active)} active"),
         ("FLOPs per token", f"{_si(flops_per_token(config, topology.length(config)))}FLOP, forward and backward"),
+        *_products(config, topology, machine),
         *_table("memory per rank", memory.total, memory_parts, _bytes),
         *([("", f"and {_bytes(memory.host)} of optimizer in the host's memory")] if memory.host else []),
         *_table("sent per rank and step", sent.total, _named(sent), _bytes),
@@ -54,6 +56,20 @@ def as_text(
         *(_option_rows(prediction, options) if options else []),
     ]
     return "\n".join(f"{title:<23}{text}" for title, text in lines)
+
+
+def _products(config: GPTConfig, topology: Topology, machine: Machine) -> list[tuple[str, str]]:
+    """Return the row of the experts' products, for a MoE on a machine that is known."""
+    if config.moe is None or (machine.rates is None and not machine.is_cpu):
+        return []
+    capability = None if machine.rates is None else machine.rates.compute_capability
+    tokens = topology.micro_batch_size * topology.length(config)
+    degrees = [
+        expert_parallel_degree(count, topology.gpus, topology.expert_parallel_size)
+        for count in moe_blocks(config).values()
+    ]
+    text = describe_products(config, tokens, topology.precision, machine.is_cpu, capability, max(degrees) > 1)
+    return [("experts", f"{text} (docs/performance.md)")]
 
 
 def _speed(cost: Cost | None, utilisation: float) -> list[tuple[str, str]]:

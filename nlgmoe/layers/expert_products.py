@@ -1,0 +1,111 @@
+"""The product of rows with the matrices of their experts: which computation, by device and type.
+
+with a capacity, on accelerators and     `bmm`         slots, equally many for each expert: `torch.bmm`; any type
+    under expert parallelism
+dropless: CPUs in fp32, bf16, fp16       `grouped_mm`  `F.grouped_mm`
+          Hopper in bf16                 `grouped_mm`
+          other GPUs in bf16, fp16       `triton`      the product that was handed in (`parallel/triton_product.py`)
+          else                           `loop`        one product for each expert; the host reads the numbers of rows
+
+On other GPUs and in other types `F.grouped_mm` is a loop too, in which the host waits at each call.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from nlgmoe.config import GPTConfig
+from nlgmoe.layers.router import capacity
+from nlgmoe.pyramid import moe_blocks
+
+Product = Literal["bmm", "grouped_mm", "triton", "loop"]
+
+MAX_SLOTS = 1.25  # per assignment; with more, padding costs more than what slots save
+HALF = (torch.bfloat16, torch.float16)
+TYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
+
+
+def choose_product(
+    dtype: torch.dtype,
+    widths: tuple[int, ...],
+    compute_capability: tuple[int, int] | None,
+    in_slots: bool,
+    has_triton: bool,
+) -> Product:
+    """Choose the product of the experts.
+
+    Args:
+        dtype: dtype of the computation.
+        widths: input and output widths of the weights, in values.
+        compute_capability: of the rows' CUDA device; None elsewhere.
+        in_slots: the rows are in slots.
+        has_triton: a product in Triton was handed in.
+    """
+    if in_slots:
+        return "bmm"
+    # grouped_mm takes no fp64, and needs rows of a multiple of 16 bytes.
+    fits = dtype in (torch.float32, *HALF) and not any(width * dtype.itemsize % 16 for width in widths)
+    if compute_capability is None:
+        return "grouped_mm" if fits else "loop"
+    # On sm_100 grouped_mm leaves the weight gradients of empty experts uninitialised (pytorch#172439).
+    if fits and dtype == torch.bfloat16 and compute_capability[0] == 9:
+        return "grouped_mm"
+    # In fp32 DeepSpeed's Triton product rounds its inputs to TF32. Triton needs compute capability 8.0.
+    return "triton" if has_triton and dtype in HALF and compute_capability >= (8, 0) else "loop"
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of a CUDA device; None for others."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def fixed_slots(capacity: int | None, num_experts: int, assignments: int) -> int | None:
+    """Return the slots of each expert if its capacity leaves few of them empty; None: rows must be counted.
+
+    Ranks whose micro-batches have equally many tokens get equal results.
+
+    Args:
+        capacity: C of an expert; None: none is known.
+        num_experts: E.
+        assignments: N * k.
+    """
+    return None if capacity is None or capacity * num_experts > MAX_SLOTS * assignments else capacity
+
+
+def describe_products(
+    config: GPTConfig,
+    tokens: int,
+    precision: str,
+    is_cpu: bool,
+    compute_capability: tuple[int, int] | None,
+    is_sharded: bool,
+    has_triton: bool = True,
+) -> str:
+    """Name the products of training and evaluation, by `choose_product`.
+
+    Args:
+        config: of the model, which has MoE layers.
+        tokens: N of a micro-batch.
+        precision: Lightning's name, such as `bf16-mixed`.
+        is_cpu: the run's device is a CPU.
+        compute_capability: of its CUDA device; None elsewhere.
+        is_sharded: experts are sharded over ranks.
+        has_triton: a product in Triton is handed in.
+    """
+    moe = config.moe
+    assert moe is not None
+    drops = moe.token_dropping and (moe.router is None or "token_dropping" in moe.router.reads_fields)
+    settings = moe.top_k, moe.train_capacity_factor, moe.min_capacity
+    capacities = {e: capacity(tokens, e, *settings) if drops else None for e in moe_blocks(config).values()}
+    in_slots = [
+        (is_sharded or not is_cpu) and fixed_slots(c, e, tokens * moe.top_k) is not None for e, c in capacities.items()
+    ]
+    widths = (config.hidden_size, config.expert_ffn_size)
+    dtype = TYPES[precision.split("-")[0]]
+    training, evaluation = (
+        [choose_product(dtype, widths, compute_capability, slots, has_triton) for slots in layers]
+        for layers in (in_slots, [False])
+    )
+    return f"{' and '.join(sorted(set(training)))} in training, {evaluation[0]} in evaluation"
