@@ -23,13 +23,14 @@ from nlgmoe.callbacks import ExpertLoad, StopOnSignal, Throughput
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.hardware import hardware, peak_of
 from nlgmoe.layers.balance import router_losses
-from nlgmoe.layers.experts import select_backend
+from nlgmoe.layers.expert_products import choose_product, compute_capability
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.compiling import compile_dense_parts
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
+from nlgmoe.parallel.triton_product import hand_in_triton_product, triton_product
 from nlgmoe.tools.planner.cost import estimate
 from nlgmoe.tools.planner.topology import Topology
 from tests.support.devices import synchronize
@@ -50,11 +51,12 @@ SEQUENCES, ACCUMULATED, EXPERTS, SHOWN = 4, 8, 16, 15
 
 def waiting(run: Run, folder: Path) -> None:
     """Count waits for the GPU: none in model, loss and backward; at most two a step in the trainer."""
-    capability = None if run.dry else torch.cuda.get_device_capability(run.device)
-    if select_backend(run.device.type, torch.bfloat16, (512, 2048), capability) == "loop":
-        run.note("not counted", "on this card experts are computed one by one, and each MoE layer waits once")
-        return
+    has_triton = triton_product(run.device) is not None
+    dropless = choose_product(torch.bfloat16, (512, 2048), compute_capability(run.device), False, has_triton)
+    run.note("product of dropless experts", dropless)
     for name, variant in VARIANTS.items():
+        if dropless == "loop" and not variant.get("token_dropping", True):
+            continue  # each MoE layer waits once
         run.correct(f"waits in model, loss and backward, {name}", waits(run.device, model_step(run, variant)))
     width, length = (32, 16) if run.dry else (512, 512)
     module = MoEGPTModule(GPTConfig(4096, length, 4, width, 4, moe=MoEConfig(8, mlp_type="residual")))
@@ -76,6 +78,7 @@ def model_step(run: Run, variant: dict[str, Any]) -> Callable[[], None]:
     model = GPT(GPTConfig(vocabulary, length, 4, width, 4, hidden_dropout=0.1, moe=MoEConfig(8, **variant))).to(
         run.device
     )
+    hand_in_triton_product(model, run.device)
     batch = torch.randint(vocabulary, (4, length + 1)).to(run.device)
     documents = (torch.arange(length, device=run.device) // 7).expand(4, length)
 

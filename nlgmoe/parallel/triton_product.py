@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nlgmoe.device import is_accelerator
 from nlgmoe.layers.moe import moe_layers
 
 
-def hand_in_triton_product(model: nn.Module, device: torch.device) -> None:
-    """Give DeepSpeed's product to the experts of `model` if Triton can run on `device`; `expert_products.py` chooses."""
+def triton_product(device: torch.device) -> Callable[..., Tensor] | None:
+    """Return `(rows [M, in], weight [E, in, out], ends [E]) -> [M, out]` if Triton can run on `device`, else None."""
     if not is_accelerator(device):
-        return
+        return None
     from deepspeed.ops.triton_ops import group_gemm_triton, is_triton_available
 
-    if is_triton_available():
-        for moe in moe_layers(model):
-            moe.experts.triton_product = group_gemm_triton
+    product: Callable[..., Tensor] = group_gemm_triton
+    return product if is_triton_available() else None
+
+
+def hand_in_triton_product(model: nn.Module, device: torch.device) -> None:
+    """Give the product to all experts of `model`; `layers/expert_products.py` chooses where they use it."""
+    product = triton_product(device)
+    for moe in moe_layers(model):
+        moe.experts.triton_product = product
