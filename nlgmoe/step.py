@@ -38,7 +38,7 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite, StepGradients, StepGuard
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
-from nlgmoe.ranks import mean_over_ranks, sum_over_ranks
+from nlgmoe.ranks import sum_over_ranks
 from nlgmoe.run.checks import validate_by_steps
 from nlgmoe.run.clock import RunClock
 from nlgmoe.run.resume import Resuming, ends_step
@@ -53,6 +53,8 @@ class TrainingStep(LightningModule):
         clock: seconds and FLOPs of the run.
         window: the micro-batches since the last optimizer step.
         losses: of the latest step, means over its micro-batches and ranks, by logged name.
+        signal: a number of this rank that travels with the losses; callbacks set it in `on_before_optimizer_step`.
+        largest_signal: the largest of all ranks at the latest step.
         routings: of the latest micro-batch, by MoE layer, for callbacks to read.
         guard: decides about steps that are not finite.
     """
@@ -91,6 +93,7 @@ class TrainingStep(LightningModule):
         self.guard = StepGuard(non_finite)
         self.window = Window()
         self.losses: dict[str, float] = {}
+        self.signal = self.largest_signal = 0
         self.routings: list[Routing] = []
         self._learning_routers: dict[int, Router] = {}  # those that change after a step, by MoE layer
         self._stops_after_step = False
@@ -167,10 +170,10 @@ class TrainingStep(LightningModule):
     ) -> None:
         """Log the step, and clip its gradients, or discard them if they or the loss are not finite.
 
-        The host reads losses and gradient norm from the device in one copy.
+        The host reads losses, gradient norm and the ranks' largest signal from the device in one copy.
         """
         gradients, window = self.step_gradients(), self.window
-        self.losses, norm = window.read(gradients.norm())
+        self.losses, norm, self.largest_signal = window.read(gradients.norm(), self.signal)
         for name, value in self.losses.items():
             self.log(name, value, prog_bar=name == "train/loss")
         self.log("train/grad_norm", norm)
@@ -279,17 +282,19 @@ class Window:
         self.samples += samples * self._ranks
         self.tokens += samples * self.length * self._ranks
 
-    def read(self, norm: Tensor) -> tuple[dict[str, float], float]:
-        """Read the mean losses and a norm from the device in one copy, and the sizes of all ranks. A collective."""
+    def read(self, norm: Tensor, signal: int) -> tuple[dict[str, float], float, int]:
+        """Read the mean losses, a norm and the ranks' largest signal in one copy, and the sizes of all ranks. A collective."""
         values = torch.stack(self.losses).mean(0)  # [names]
         if self._ranks > 1:  # ranks may have batches of other sizes; float64 holds their numbers
-            sizes = (self.samples, self.tokens)  # the mean over ranks is the number of all
-            values = torch.cat([values.double(), *(values.new_full((1,), size, dtype=torch.float64) for size in sizes)])
-            mean_over_ranks(values)
+            numbers = (self.samples, self.tokens, signal)
+            own = torch.cat([values.double(), *(values.new_full((1,), n, dtype=torch.float64) for n in numbers)])
+            every = own.repeat(self._ranks, 1)  # [ranks, names + 3]
+            distributed.all_gather_into_tensor(every, own[None])
+            values = torch.cat([every[:, :-1].mean(0), every[:, -1:].amax(0)])  # sizes: the mean is the number of all
         *read, norm_read = torch.cat([values, norm.to(values)[None]]).tolist()
         if self._ranks > 1:
-            self.samples, self.tokens = map(round, read[len(self.names) :])
-        return dict(zip(self.names, read, strict=False)), norm_read
+            self.samples, self.tokens, signal = map(round, read[len(self.names) :])
+        return dict(zip(self.names, read, strict=False)), norm_read, signal
 
 
 def update_routers(routers: Sequence[Router], requests: Sequence[Tensor]) -> None:

@@ -134,7 +134,7 @@ def test_micro_batches_of_a_step_have_the_same_losses_and_are_averaged() -> None
     window, batch = Window(), {"tokens": torch.zeros(2, 4, dtype=torch.int64)}
     for loss in (5.0, 1.0):
         window.add(batch, {"loss": torch.tensor(loss), "own": torch.tensor(2.0)})
-    assert window.read(torch.tensor(0.5)) == ({"loss": 3.0, "own": 2.0}, 0.5)
+    assert window.read(torch.tensor(0.5), 7) == ({"loss": 3.0, "own": 2.0}, 0.5, 7)
     assert (window.samples, window.tokens) == (4, 16)
     with pytest.raises(RunError, match=r"different losses: \['loss', 'own'\] and \['loss', 'other'\]"):
         window.add(batch, {"loss": torch.tensor(1.0), "other": torch.tensor(2.0)})

@@ -98,7 +98,7 @@ class StopOnSignal(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")
 
-    # ---- agreement of ranks, shortly before a step waits for all of them and for the device
+    # ---- agreement of ranks
 
     def _request(self) -> int:
         """Return this rank's request: 0 none, 1 save, else the signal that ends the run; the largest of all ranks applies."""
@@ -110,18 +110,15 @@ class StopOnSignal(Callback):
         self._finish_step(trainer)
 
     @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Agree with the other ranks about the end of this step."""
-        if trainer.world_size > 1:
-            self._agreed = self._agree(trainer)
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
+        """Give this rank's request to the module, a `TrainingStep`, whose losses carry it to the other ranks."""
+        pl_module.signal = self._request()
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Read the request of a single process."""
-        if trainer.world_size == 1 and ends_step(trainer):
-            self._agreed = self._request()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Take the largest request of all ranks; a single process's is the latest."""
+        if ends_step(trainer):
+            self._agreed = pl_module.largest_signal if trainer.world_size > 1 else self._request()
 
     def _finish_step(self, trainer: Trainer) -> None:
         """End the run if ranks have agreed to; a step is finished and logged, and the next one has not begun."""
@@ -129,7 +126,7 @@ class StopOnSignal(Callback):
             self._end(trainer, self._agreed, None)
 
     def _agree(self, trainer: Trainer) -> int:
-        """Return the largest request of all ranks. A collective."""
+        """Return the largest request of all ranks where no losses carry it: in a validation. A collective."""
         if trainer.world_size == 1:
             return self._request()
         largest = torch.tensor(self._request(), dtype=torch.int32, device=trainer.strategy.root_device)

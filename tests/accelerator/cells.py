@@ -315,6 +315,7 @@ def checkpoints(root: Path) -> dict[str, Any]:
 def one_of_two_ranks(root: Path) -> dict[str, Any]:
     """What a rank exchanges with one that has the same: losses and sizes, on the device."""
     two = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 2, all_reduce=lambda value: value.mul_(2))
+    two.all_gather_into_tensor = lambda every, own: every.copy_(own.expand_as(every))
     accumulated = {"accumulate_grad_batches": 2}
     with mock.patch.object(ranks, "distributed", two), mock.patch.object(step, "distributed", two):
         found, _, made = train(FAKE, "32-true", root / "fake", config({}), None, accumulated)

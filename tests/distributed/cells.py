@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed
 
 from nlgmoe.batch import Batch
-from nlgmoe.callbacks import ExpertSpecialisation, SaveCheckpoints, StagedDistillation
+from nlgmoe.callbacks import ExpertSpecialisation, SaveCheckpoints, StagedDistillation, StopOnSignal
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.checkpoint.reading import TensorFiles, read_document
@@ -90,6 +91,7 @@ class Spoils(Callback):
 
 
 READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
+READERS = {"nlgmoe.layers.all_to_all", "nlgmoe.run.signals", "nlgmoe.step"}
 
 
 class Traffic(Callback):
@@ -100,12 +102,13 @@ class Traffic(Callback):
         elsewhere: assignments to experts of other ranks.
         assignments: all of them.
         reduced: bytes of the largest all-reduce over all ranks, times the ring's 2 (W - 1) / W.
-        waits: times that the exchange has read a tensor's values.
+        waits: times that a module of `READERS` has read a tensor's values, by its name.
     """
 
     def __init__(self, last_step: int) -> None:
         self.last_step = last_step
-        self.rows = self.elsewhere = self.assignments = self.reduced = self.waits = 0
+        self.rows = self.elsewhere = self.assignments = self.reduced = 0
+        self.waits: Counter[str] = Counter()
         self._originals = all_to_all.all_to_all_single_autograd, distributed.all_reduce
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -138,7 +141,7 @@ class Traffic(Callback):
 
     def _counted(self, read: Callable[..., Any]) -> Callable[..., Any]:
         def counted(tensor: Tensor, *args: Any) -> Any:
-            self.waits += sys._getframe(1).f_code.co_filename == all_to_all.__file__
+            self.waits.update(READERS & {sys._getframe(1).f_globals["__name__"]})
             return read(tensor, *args)
 
         return counted
@@ -393,10 +396,10 @@ def engine_facts(cell: Cell, ranks: int, folder: Path) -> tuple[bool, dict[str, 
     return strategy.deepspeed_engine.tput_timer.config.enabled, ops.__compatible_ops__, backends
 
 
-def traffic(cell: Cell, ranks: int, folder: Path) -> dict[str, int]:
+def traffic(cell: Cell, ranks: int, folder: Path) -> dict[str, Any]:
     """What `Traffic` counted."""
     callback = Traffic(cell.steps - 1)
-    on_ranks(cell, ranks, folder, callback)
+    on_ranks(cell, ranks, folder, callback, StopOnSignal())
     return {name: getattr(callback, name) for name in ("rows", "elsewhere", "assignments", "reduced", "waits")}
 
 

@@ -288,7 +288,7 @@ def test_the_engine_neither_waits_nor_compiles_and_a_group_of_one_rank_has_no_co
 
 
 @pytest.mark.parametrize("cell", TRAFFIC, ids=lambda cell: cell.name)
-def test_bytes_sent_are_those_of_the_cost_model(cell: Cell, found: Found) -> None:
+def test_bytes_sent_are_those_of_the_cost_model_and_the_host_waits_once_for_a_step(cell: Cell, found: Found) -> None:
     topology = Topology(
         gpus=2,
         expert_parallel_size=2,
@@ -309,10 +309,11 @@ def test_bytes_sent_are_those_of_the_cost_model(cell: Cell, found: Found) -> Non
     if not cell.rank_local:
         assert rows / elsewhere == 2 * predicted.all_to_all / (assignments / 2)
         forward_passes = 1 + cell.checkpointing
-        assert [rank["waits"] for rank in counted] == [2 * forward_passes] * 2  # of two MoE layers
+        exchanges = {"nlgmoe.layers.all_to_all": 2 * forward_passes}  # of two MoE layers
+        assert [rank["waits"] for rank in counted] == [exchanges | {"nlgmoe.step": 1}] * 2
     else:  # slots are sent, whatever is in them
         assert [rank["rows"] for rank in counted] == [predicted.all_to_all] * 2
-        assert [rank["waits"] for rank in counted] == [0] * 2
+        assert [rank["waits"] for rank in counted] == [{"nlgmoe.step": 1}] * 2
     assert [rank["reduced"] for rank in counted] == [predicted.dense_gradients] * 2
 
 

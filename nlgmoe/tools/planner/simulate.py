@@ -48,7 +48,7 @@ from nlgmoe.run.checks import check_trainer
 from nlgmoe.tools.planner.topology import Topology
 from nlgmoe.validation import require
 
-SMALL = 1024  # values: smaller all-reduces are norms, losses and counts
+SMALL = 1024  # values: smaller all-reduces are norms and counts
 MANY = 1 << 40  # what the host reads from any integer tensor: more rows than there are
 C10D, FUNCTIONAL = torch.ops.c10d, torch.ops._c10d_functional
 
@@ -142,7 +142,7 @@ class Recorder(TorchDispatchMode):
         elif func is C10D.allreduce_.default and tensor.is_floating_point() and tensor.numel() >= SMALL:
             whole = ranks == distributed.get_world_size()
             kind, share = "dense_gradients" if whole else "expert_gradients", 2
-        elif func is C10D._allgather_base_.default:
+        elif func is C10D._allgather_base_.default and tensor.dtype != torch.float64:  # that of losses
             kind = "gathered_weights"
         elif func in (C10D.allreduce_.default, C10D.barrier.default):
             share = 2
