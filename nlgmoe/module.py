@@ -27,7 +27,7 @@ from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
 from nlgmoe.model.compiling import compile_dense_parts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite
-from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, freeze
+from nlgmoe.optim.param_groups import AdamWConfig, build_optimizer, freeze
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.ranks import AllRanksError
@@ -153,7 +153,7 @@ class MoEGPTModule(TrainingStep):
     @override
     def configure_optimizers(self) -> Any:
         """Build AdamW with named groups; each step sets their rate by the token clock, without a scheduler of Lightning."""
-        return build_adamw(self.gpt, self.optimizer_config)
+        return build_optimizer(self.gpt, self.optimizer_config)
 
     @override
     def on_fit_start(self) -> None:

@@ -1,11 +1,12 @@
-"""AdamW and its two named parameter groups."""
+"""AdamW and its named parameter groups."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,8 @@ class AdamWConfig:
         frozen: components of the model that keep their weights: `router`, `experts`, `attention`, `ffn` (dense layers and shared
             MLPs), `norms`, `embeddings` (and the head). They have no gradients and no moments; a frozen
             router's buffers, such as a bias of the choice, stay too.
+        lr_scale: factors of the learning rate by component, of those that `frozen` names, such as `{router: 0.25}`; 1 for the
+            others. `train/lr` is the rate without them.
     """
 
     lr: float = 3e-4
@@ -44,6 +47,7 @@ class AdamWConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     frozen: tuple[Component, ...] = ()
+    lr_scale: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_valid(self)
@@ -55,6 +59,13 @@ class AdamWConfig:
             f"eps={self.eps} must be at least {tiny:.1e}, float32's smallest normal number; 1e-8 is usual",
         )
         require_at_least(0, self, "weight_decay", remedy="; 0 turns it off")
+        for component, factor in self.lr_scale.items():
+            scale = f"{component}={factor} in lr_scale"
+            require(component in _COMPONENTS, f"{scale} names no component; use {', '.join(_COMPONENTS)}")
+            require(0 < factor < math.inf, f"{scale} must be above 0 and finite")
+            require(
+                component not in self.frozen, f"{scale} has no effect on what is frozen; remove it here or from frozen"
+            )
 
 
 def is_frozen(name: str, components: Sequence[Component]) -> bool:
@@ -77,39 +88,51 @@ def freeze(model: nn.Module, components: Sequence[Component]) -> None:
     )
 
 
-def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
     """Build AdamW with the groups `decay` and `no_decay`, which contain the parameters' names for checkpoints.
 
-    Parameters of `config.frozen` are in no group.
+    Parameters of `config.frozen` are in no group. Parameters with a factor of `config.lr_scale` have groups of their own.
 
     Sharded experts have the attribute `group_name` (DeepSpeed's convention) and form their own groups, because their
     gradients and states are not shared by the same ranks as those of dense parameters.
     """
-    groups = defaultdict[tuple[str, bool], list[tuple[str, nn.Parameter]]](list)
+    groups = defaultdict[tuple[str, bool, float], list[tuple[str, nn.Parameter]]](list)
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
             if not is_frozen(name, config.frozen):
-                key = getattr(parameter, "group_name", ""), role_of(name, module) in DECAYED
-                groups[key].append((name, parameter))
-    optimizer = torch.optim.AdamW(
+                ranks, decays = getattr(parameter, "group_name", ""), role_of(name, module) in DECAYED
+                groups[ranks, decays, _rate_factor(name, config)].append((name, parameter))
+    adamw = torch.optim.AdamW(
         [
             # DeepSpeed looks up the ranks of a group of experts by its name.
-            {"params": parameters, "decays": decay, "moe": bool(ranks)}
-            | {"name": ranks or ("decay" if decay else "no_decay")}
-            for (ranks, decay), parameters in groups.items()
+            {"params": parameters, "decays": decays, "moe": bool(ranks)}
+            | {"name": ranks or _group_name(decays, factor)}
+            | ({"lr": config.lr * factor, "lr_scale": factor} if factor != 1 else {})
+            for (ranks, decays, factor), parameters in groups.items()
         ],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
         fused=True,
     )
-    for group in optimizer.param_groups:
+    for group in adamw.param_groups:
         group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
-    optimizer.register_load_state_dict_pre_hook(_keep_settings)
     # A fused step can unscale fp16 gradients itself, so Lightning refuses to clip them under mixed precision. Disable this:
     # the gradient scaler unscales them, as for any other optimizer.
-    optimizer._step_supports_amp_scaling = False
-    return optimizer
+    adamw._step_supports_amp_scaling = False
+    adamw.register_load_state_dict_pre_hook(_keep_settings)
+    return adamw
+
+
+def _rate_factor(name: str, config: AdamWConfig) -> float:
+    """Return the factor of a parameter's rate: that of the first component with a factor, in their order above."""
+    scaled = (component for component in _COMPONENTS if component in config.lr_scale)
+    return next((config.lr_scale[component] for component in scaled if is_frozen(name, (component,))), 1.0)
+
+
+def _group_name(decays: bool, factor: float) -> str:
+    name = "decay" if decays else "no_decay"
+    return name if factor == 1 else f"{name}, lr x {factor:g}"
 
 
 def _keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

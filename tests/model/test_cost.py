@@ -9,7 +9,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.hardware import HARDWARE, Hardware
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
-from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
+from nlgmoe.optim.param_groups import AdamWConfig, build_optimizer
 from nlgmoe.tools.planner.cost import BUCKET, UTILISATION, estimate, memory_options
 from nlgmoe.tools.planner.topology import Topology
 
@@ -21,7 +21,7 @@ SMALL = {"dense": GPTConfig(61, 16, 3, 16, 2), "pyramid": PYRAMID, "top-2": repl
 @pytest.mark.parametrize(("name", "precision"), [("dense", "32-true"), ("pyramid", "bf16-true"), ("top-2", "32-true")])
 def test_one_process_keeps_exactly_these_bytes(name: str, precision: str) -> None:
     model = GPT(SMALL[name]).to(torch.float32 if precision == "32-true" else torch.bfloat16)
-    optimizer = build_adamw(model, AdamWConfig())
+    optimizer = build_optimizer(model, AdamWConfig())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
