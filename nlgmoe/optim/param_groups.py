@@ -1,4 +1,4 @@
-"""AdamW and its named parameter groups."""
+"""AdamW, or Muon with it, and their named parameter groups."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from nlgmoe.optim.muon import Muon, MuonConfig
 from nlgmoe.roles import DECAYED, role_of
 from nlgmoe.validation import require, require_above, require_at_least, require_valid
 
@@ -24,6 +25,11 @@ _COMPONENTS: dict[Component, str] = {
     "norms": r"norm\.",
     "embeddings": r"embedding\.|^head\.",
 }  # component -> pattern of the names of its parameters
+# Muon's are the matrices of these modules, which map hidden states to hidden states. AdamW steps embeddings and head (a row for
+# each token id, as Jordan and 2502.16982 have it), routers (a row for each expert, likewise a table), norms, biases, and the one
+# or two rows of a mixing coefficient.
+_MUON = re.compile(r"\.attention\.|\.ffn\.|\.moe\.(mlp|experts)\.")
+_STACKS = re.compile(_COMPONENTS["experts"])  # `[E, in, out]`; all other weights are `[out, in]`
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class AdamWConfig:
             router's buffers, such as a bias of the choice, stay too.
         lr_scale: factors of the learning rate by component, of those that `frozen` names, such as `{router: 0.25}`; 1 for the
             others. `train/lr` is the rate without them.
+        muon: Muon for the matrices of attention, feed-forward layers and experts; null: AdamW for all parameters.
     """
 
     lr: float = 3e-4
@@ -48,6 +55,7 @@ class AdamWConfig:
     weight_decay: float = 0.1
     frozen: tuple[Component, ...] = ()
     lr_scale: dict[str, float] = field(default_factory=dict)
+    muon: MuonConfig | None = None
 
     def __post_init__(self) -> None:
         require_valid(self)
@@ -91,24 +99,27 @@ def freeze(model: nn.Module, components: Sequence[Component]) -> None:
 def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
     """Build AdamW with the groups `decay` and `no_decay`, which contain the parameters' names for checkpoints.
 
-    Parameters of `config.frozen` are in no group. Parameters with a factor of `config.lr_scale` have groups of their own.
+    Parameters of `config.frozen` are in no group. Parameters with a factor of `config.lr_scale` have groups of their own, and so
+    have those that Muon steps.
 
     Sharded experts have the attribute `group_name` (DeepSpeed's convention) and form their own groups, because their
     gradients and states are not shared by the same ranks as those of dense parameters.
     """
-    groups = defaultdict[tuple[str, bool, float], list[tuple[str, nn.Parameter]]](list)
+    groups = defaultdict[tuple[str, bool, bool, float], list[tuple[str, nn.Parameter]]](list)
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
             if not is_frozen(name, config.frozen):
                 ranks, decays = getattr(parameter, "group_name", ""), role_of(name, module) in DECAYED
-                groups[ranks, decays, _rate_factor(name, config)].append((name, parameter))
+                muon = config.muon is not None and decays and _is_for_muon(name, parameter, module)
+                groups[ranks, decays, muon, _rate_factor(name, config)].append((name, parameter))
     adamw = torch.optim.AdamW(
         [
             # DeepSpeed looks up the ranks of a group of experts by its name.
             {"params": parameters, "decays": decays, "moe": bool(ranks)}
-            | {"name": ranks or _group_name(decays, factor)}
+            | {"name": ranks or _group_name(decays, muon, factor)}
+            | ({"muon": True} if muon else {})
             | ({"lr": config.lr * factor, "lr_scale": factor} if factor != 1 else {})
-            for (ranks, decays, factor), parameters in groups.items()
+            for (ranks, decays, muon, factor), parameters in groups.items()
         ],
         lr=config.lr,
         betas=config.betas,
@@ -120,8 +131,15 @@ def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.Optimi
     # A fused step can unscale fp16 gradients itself, so Lightning refuses to clip them under mixed precision. Disable this:
     # the gradient scaler unscales them, as for any other optimizer.
     adamw._step_supports_amp_scaling = False
-    adamw.register_load_state_dict_pre_hook(_keep_settings)
-    return adamw
+    optimizer = adamw if config.muon is None else Muon(adamw, config.muon)
+    optimizer.register_load_state_dict_pre_hook(_keep_settings)
+    return optimizer
+
+
+def _is_for_muon(name: str, weight: nn.Parameter, module: nn.Module) -> bool:
+    """Return whether Muon steps a weight with decay; one of another form, in an attention of the user's, is AdamW's."""
+    dimensions = 3 if _STACKS.search(name) else 2
+    return bool(_MUON.search(name)) and weight.dim() == dimensions and not isinstance(module, nn.Embedding)
 
 
 def _rate_factor(name: str, config: AdamWConfig) -> float:
@@ -130,8 +148,8 @@ def _rate_factor(name: str, config: AdamWConfig) -> float:
     return next((config.lr_scale[component] for component in scaled if is_frozen(name, (component,))), 1.0)
 
 
-def _group_name(decays: bool, factor: float) -> str:
-    name = "decay" if decays else "no_decay"
+def _group_name(decays: bool, muon: bool, factor: float) -> str:
+    name = "muon" if muon else "decay" if decays else "no_decay"
     return name if factor == 1 else f"{name}, lr x {factor:g}"
 
 

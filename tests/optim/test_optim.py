@@ -13,6 +13,7 @@ from nlgmoe.checkpoint.entries import optimizer_from_entries, optimizer_to_entri
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.model.gpt import GPT
+from nlgmoe.optim.muon import MuonConfig
 from nlgmoe.optim.param_groups import AdamWConfig, Component, build_optimizer, freeze
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 
@@ -164,6 +165,9 @@ def test_sequences_grow_from_the_start_to_the_whole(
             lambda: AdamWConfig(lr_scale={"norms": 2.0}, frozen=("norms",)),
             "norms=2.0 in lr_scale has no effect on what is frozen",
         ),
+        (lambda: MuonConfig(momentum=1.0), "momentum=1.0 must be in"),
+        (lambda: MuonConfig(ns_steps=0), "ns_steps=0 must be between 1 and 99"),
+        (lambda: MuonConfig(adjust_lr="spectral"), "adjust_lr='spectral' must be of the type"),  # type: ignore[arg-type]
     ],
 )
 def test_impossible_curricula_and_optimizers_are_refused(build: Callable[[], Any], message: str) -> None:
