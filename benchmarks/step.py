@@ -23,7 +23,7 @@ from nlgmoe import generate, load_model
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
-from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
+from nlgmoe.optim.param_groups import AdamWConfig, build_optimizer
 from tests.support.memory import peak_bytes
 
 TOKENS = 2048
@@ -51,7 +51,7 @@ def gpt_step(model: GPT, half: bool) -> Callable[[], None]:
         value = cross_entropy(output.hidden.flatten(0, 1), model.unembedding, vocab_size, targets.flatten(), None, 1024)
         return value + 0.01 * router_losses(output.routings)[0]
 
-    optimizer = build_adamw(model, AdamWConfig(lr=1e-4))
+    optimizer = build_optimizer(model, AdamWConfig(lr=1e-4))
     return training_step(model, optimizer, loss, batches_of(model.config.seq_len, vocab_size), half)
 
 

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from nlgmoe.batch import Batch, loss_mask
 from nlgmoe.checkpoint.portable import use_portable_checkpoints
-from nlgmoe.checkpoint.same_run import check_frozen, check_same_run, check_tokenizer
+from nlgmoe.checkpoint.same_run import check_moments, check_same_run, check_tokenizer
 from nlgmoe.config import IGNORED_IN_EVALUATION, GPTConfig
 from nlgmoe.data.training_data import training_data
 from nlgmoe.differences import list_differences
@@ -27,7 +27,7 @@ from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
 from nlgmoe.model.compiling import compile_dense_parts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite
-from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, freeze
+from nlgmoe.optim.param_groups import AdamWConfig, build_optimizer, freeze
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.parallel.triton_product import hand_in_triton_product
 from nlgmoe.pyramid import experts_per_layer
@@ -55,7 +55,7 @@ class MoEGPTModule(TrainingStep):
 
     Args:
         config: shape of the model.
-        optimizer: AdamW's settings.
+        optimizer: settings of AdamW, and of Muon.
         schedule: the learning rate over tokens.
         train_tokens: training ends with the step that reaches this many tokens; null: the trainer determines the end
             (`max_steps`, `max_time`).
@@ -155,8 +155,8 @@ class MoEGPTModule(TrainingStep):
 
     @override
     def configure_optimizers(self) -> Any:
-        """Build AdamW with named groups; each step sets their rate by the token clock, without a scheduler of Lightning."""
-        return build_adamw(self.gpt, self.optimizer_config)
+        """Build the optimizer with named groups; each step sets their rates by the token clock, without Lightning's scheduler."""
+        return build_optimizer(self.gpt, self.optimizer_config)
 
     @override
     def on_fit_start(self) -> None:
@@ -270,6 +270,8 @@ class MoEGPTModule(TrainingStep):
             "seed": self.seed,
             "frozen": sorted(self.optimizer_config.frozen),
         }
+        if self.optimizer_config.muon is not None:
+            checkpoint["muon"] = True
         origin = {"started_from": self.started_from, "family": self.family}
         checkpoint |= {name: value for name, value in origin.items() if value is not None}
         data = training_data(self.trainer)
@@ -288,7 +290,7 @@ class MoEGPTModule(TrainingStep):
         self.started_from, self.family = checkpoint.get("started_from"), checkpoint.get("family")
         self.guard.load_state_dict(checkpoint["non_finite"])
         if fits:
-            check_frozen(checkpoint, self.optimizer_config.frozen)
+            check_moments(checkpoint, self.optimizer_config.frozen, self.optimizer_config.muon is not None)
             self.clock.load_state_dict(checkpoint["clock"])
             self.resuming.load(checkpoint, self.trainer)
             if self.distiller is not None:

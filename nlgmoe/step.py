@@ -50,6 +50,7 @@ class TrainingStep(LightningModule):
 
     Attributes:
         tokens_seen: the token clock: positions of all ranks, padding included, up to the last optimizer step.
+        rate: learning rate of the next step, before `optimizer.lr_scale`.
         clock: seconds and FLOPs of the run.
         window: the micro-batches since the last optimizer step.
         losses: of the latest step, means over its micro-batches and ranks, by logged name.
@@ -86,7 +87,7 @@ class TrainingStep(LightningModule):
         self.optimizer_config, self.schedule, self.curriculum = optimizer, schedule, curriculum
         self.train_tokens, self.loss_chunk_size, self.seed = train_tokens, loss_chunk_size, seed
         self.distiller = copy(distiller)  # a fit changes it
-        self.tokens_seen = 0
+        self.tokens_seen, self.rate = 0, optimizer.lr
         self._flops: dict[int, int] = {}  # of a token, by length: counting builds a model's own routers and attentions
         self.clock = RunClock()
         self.resuming = Resuming()
@@ -177,7 +178,7 @@ class TrainingStep(LightningModule):
         for name, value in self.losses.items():
             self.log(name, value, prog_bar=name == "train/loss")
         self.log("train/grad_norm", norm)
-        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("train/lr", self.rate)
         step, total = self.trainer.global_step, sum(self.losses.values())
         window.allowed = self.guard.allows(step, total, norm, self.gpt, window.losses, gradients)
         if not window.allowed:
@@ -246,8 +247,9 @@ class TrainingStep(LightningModule):
         """Set the learning rate of the next step."""
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
         factor = learning_rate(self.tokens_seen, peak, self.schedule) / peak
+        self.rate = peak * factor
         for group in optimizer.param_groups:
-            group["lr"] = peak * factor
+            group["lr"] = self.rate * group.get("lr_scale", 1.0)
 
 
 class Window:

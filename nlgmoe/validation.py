@@ -73,6 +73,9 @@ def _has_type(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple | list) and len(value) == len(kinds) and all(map(_has_type, value, kinds))
     if get_origin(hint) is list:
         return isinstance(value, list) and all(_has_type(item, get_args(hint)[0]) for item in value)
+    if get_origin(hint) is dict:
+        keys, values = get_args(hint)
+        return isinstance(value, dict) and all(_has_type(k, keys) and _has_type(v, values) for k, v in value.items())
     if get_args(hint):
         return any(_has_type(value, kind) for kind in get_args(hint))
     if hint in (int, float):  # of Python: a checkpoint's JSON takes no integer of NumPy

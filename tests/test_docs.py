@@ -77,9 +77,9 @@ def test_a_recipe_of_the_laboratory_is_a_model_that_computes(part: str, tmp_path
     text = "".join(takewhile(lambda line: line.startswith("     "), part.splitlines(keepends=True)[1:]))
     (tmp_path / "recipe.yaml").write_text("    model:\n" + text)
     files, quiet = [ROOT / "configs/moe/laptop.yaml", tmp_path / "recipe.yaml"], {"trainer__logger": False}
-    before, config = (load_config(some, **quiet).module.config for some in (files[0], files))
-    assert config != before
-    model = GPT(config)
+    before, module = (load_config(some, **quiet).module for some in (files[0], files))
+    assert (before.config, before.optimizer_config) != (module.config, module.optimizer_config)
+    config, model = module.config, GPT(module.config)
     tokens = torch.zeros(1, 8, dtype=torch.long)
     assert model.logits(model(tokens).hidden).isfinite().all()
     assert sum(p.numel() for p in model.parameters()) == count_parameters(config).total

@@ -20,7 +20,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
-from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
+from nlgmoe.optim.param_groups import AdamWConfig, build_optimizer
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.step import Window
 from nlgmoe.validation import RunError
@@ -62,7 +62,7 @@ class OptimizerAlone(MoEGPTModule):
     """A subclass with an optimizer of its own groups and, as Lightning allows, no scheduler."""
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(build_adamw(self.gpt, self.optimizer_config).param_groups, lr=1e-3)
+        return torch.optim.AdamW(build_optimizer(self.gpt, self.optimizer_config).param_groups, lr=1e-3)
 
 
 def test_a_step_ends_without_a_scheduler_of_lightning(tmp_path: Path) -> None:

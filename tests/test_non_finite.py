@@ -20,6 +20,7 @@ from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite, NonFiniteError
+from nlgmoe.optim.muon import MuonConfig
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from tests.support.non_finite import Spoils, Undo, output_of
@@ -110,11 +111,12 @@ class TakesBack(Spoils):
 
 
 @pytest.mark.filterwarnings("ignore:step 3")
-def test_a_skipped_step_is_one_whose_update_never_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("muon", [None, MuonConfig()])
+def test_a_skipped_step_is_one_whose_update_never_was(muon: MuonConfig | None, tmp_path: Path) -> None:
     schedule = LearningRateSchedule("cosine", warmup_tokens=128, decay_tokens=2000)
     runs = []
     for spoils in (Spoils({3}, gradient_of("blocks.1.moe.experts.expand_weight", torch.nan)), TakesBack(3)):
-        module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2), schedule, non_finite=NonFinite("skip"))
+        module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2, muon=muon), schedule, non_finite=NonFinite("skip"))
         run = trainer(tmp_path, spoils, max_steps=8, gradient_clip_val=0.5)
         run.fit(module, SyntheticData())
         runs.append((module, spoils, run))
@@ -128,7 +130,9 @@ def test_a_skipped_step_is_one_whose_update_never_was(tmp_path: Path) -> None:
     for parameter, same in zip(module.parameters(), other.parameters(), strict=True):
         assert torch.equal(parameter, same)
         state, expected_state = run.optimizers[0].state[parameter], other_run.optimizers[0].state[same]
-        assert all(torch.equal(state[name], expected_state[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+        names = {"step", "exp_avg", "exp_avg_sq"} if "step" in state else {"momentum_buffer"}
+        assert state.keys() == expected_state.keys() == names
+        assert all(torch.equal(state[name], expected_state[name]) for name in names)
 
 
 @pytest.mark.parametrize(("value", "algorithm"), [(0.5, "norm"), (0.01, "value")])

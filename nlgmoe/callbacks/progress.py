@@ -81,7 +81,7 @@ class TokenProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the loss of the latest step, the latest validation loss and the learning rate."""
         loss = _module(trainer).losses.get("train/loss")
-        lr = f"{trainer.optimizers[0].param_groups[0]['lr']:.2e}" if trainer.optimizers else ""
+        lr = f"{_module(trainer).rate:.2e}" if trainer.optimizers else ""
         return ({} if loss is None else {"loss": f"{loss:.3f}"}) | self._validation | {"lr": lr}
 
 

@@ -1,4 +1,4 @@
-"""Convert the tensors of a model and of AdamW to checkpoint entries, which have a name and hold one expert each, and back."""
+"""Convert the tensors of a model and an optimizer to checkpoint entries, which have a name and hold one expert each, and back."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from nlgmoe.validation import RunError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per value; `step` is one number per parameter
+MOMENTUM = "momentum_buffer"  # Muon's, whose groups have `muon`
 _STACK = re.compile(r"(?P<experts>.*\.moe\.experts)\.(?P<parameter>\w+)")  # a stacked parameter of `layers/experts.py`
 EXPERT = re.compile(r"(?P<experts>.*\.moe\.experts)\.(?P<expert>\d+)\.(?P<parameter>\w+)")  # its entry for one expert
 
@@ -44,8 +45,10 @@ def join_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
-def initial_state(parameter: Tensor) -> dict[str, Tensor]:
-    """Return AdamW's state of a parameter before its first step."""
+def initial_state(parameter: Tensor, muon: bool = False) -> dict[str, Tensor]:
+    """Return the state of a parameter before its first step: AdamW's, or Muon's."""
+    if muon:
+        return {MOMENTUM: torch.zeros_like(parameter)}
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
     return {"step": step} | {moment: torch.zeros_like(parameter) for moment in MOMENTS}
 
@@ -56,19 +59,18 @@ def optimizer_to_entries(
     """Split an optimizer's state into named tensors and groups, which refer to parameters by name.
 
     Args:
-        state: AdamW's state dictionary. A parameter that never had a gradient has no entry: a callback has frozen it, or all
-            steps were skipped.
+        state: the optimizer's. A parameter that never had a gradient has no entry: a callback has frozen it, or all steps were
+            skipped.
         weights: every parameter by name.
     """
-    names = {
-        index: name
+    states: dict[str, dict[str, Tensor]] = {
+        name: state["state"].get(index) or initial_state(weights[name], group.get("muon", False))
         for group in state["param_groups"]
         for index, name in zip(group["params"], group["param_names"], strict=True)
     }
-    states = {name: state["state"].get(index) or initial_state(weights[name]) for index, name in names.items()}
     entries: dict[str, Tensor] = {}
-    for moment in ("step", *MOMENTS):
-        values = {name: values[moment] for name, values in states.items()}
+    for moment in ("step", *MOMENTS, MOMENTUM):
+        values = {name: values[moment] for name, values in states.items() if moment in values}
         entries |= {f"{moment}/{name}": value for name, value in split_experts(values).items()}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
     return entries, groups
@@ -85,9 +87,11 @@ def optimizer_from_entries(entries: dict[str, Tensor], groups: list[dict[str, An
     numbered, index = [], 0
     for group in groups:
         numbered.append({**group, "params": list(range(index, index + len(group["param_names"])))})
+        kinds = {MOMENTUM} if group.get("muon") else {"step", *MOMENTS}
         for name in group["param_names"]:
             moments = {moment: values[name] for moment, values in by_moment.items() if name in values}
-            if lacking := sorted(by_moment.keys() - moments.keys()):  # AdamW would restart this parameter at step 0
+            # The optimizer would restart this parameter at step 0.
+            if by_moment and (lacking := sorted(kinds - moments.keys())):
                 raise RunError(f"the optimizer's state lacks {lacking[0]} of {name}; use another checkpoint")
             if moments:
                 state[index] = moments

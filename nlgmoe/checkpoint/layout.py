@@ -6,13 +6,13 @@ persistent buffer is one entry, equal on all ranks. Buffers and frozen parameter
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from nlgmoe.checkpoint.entries import MOMENTS
+from nlgmoe.checkpoint.entries import MOMENTS, MOMENTUM
 from nlgmoe.checkpoint.reading import REMEDY, TensorFiles
 from nlgmoe.differences import list_differences
 from nlgmoe.layers.experts import Experts
@@ -83,11 +83,21 @@ def entry_shapes(model: nn.Module) -> Shapes:
     return {name: shape for name, _, shape in _whole_entries(model)}
 
 
-def optimizer_shapes(model: nn.Module) -> Shapes:
-    """Return the shapes of AdamW's entries for the whole model: the moments of each trained entry, a step of each parameter."""
-    trained = {name: shape for name, tensor, shape in _whole_entries(model) if tensor.requires_grad}
-    steps = {f"step/{name}": torch.Size() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {f"{moment}/{name}": shape for moment in MOMENTS for name, shape in trained.items()} | steps
+def optimizer_shapes(model: nn.Module, muon: Collection[str] = ()) -> Shapes:
+    """Return the shapes of the optimizer's entries for the whole model.
+
+    Of AdamW: both moments of each trained entry, and a step of each parameter. Of Muon: the momentum of each entry.
+
+    Args:
+        model: the GPT, or this rank's shard of it.
+        muon: names of the parameters that Muon steps.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    matrices = {id(trained[name]) for name in muon if name in trained}
+    entries = [(name, shape, id(tensor)) for name, tensor, shape in _whole_entries(model) if tensor.requires_grad]
+    shapes = {f"{moment}/{name}": shape for moment in MOMENTS for name, shape, of in entries if of not in matrices}
+    shapes |= {f"{MOMENTUM}/{name}": shape for name, shape, of in entries if of in matrices}
+    return shapes | {f"step/{name}": torch.Size() for name in trained if name not in muon}
 
 
 def _whole_entries(model: nn.Module) -> Iterator[tuple[str, Tensor, torch.Size]]:

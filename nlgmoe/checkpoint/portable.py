@@ -2,7 +2,7 @@
 
     checkpoint.json   format, model configuration, step and token clock, loops, callbacks, data position, versions
     model             GPT's parameters by name, one entry per expert
-    optimizer         `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`, likewise
+    optimizer         `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`, likewise; of Muon's matrices `momentum_buffer/NAME`
     state             tensors that `checkpoint.json` refers to, such as a callback's
     tokenizer.json    the run's tokenizer, and the model's files beside it
 

@@ -43,13 +43,19 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
         raise SettingError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to resume")
 
 
-def check_frozen(checkpoint: dict[str, Any], frozen: Sequence[str]) -> None:
-    """Check that a run is resumed with the components frozen that its checkpoint has no moments of."""
+def check_moments(checkpoint: dict[str, Any], frozen: Sequence[str], muon: bool) -> None:
+    """Check that a checkpoint has the moments that this run needs: of the components that it trains, of its optimizer."""
     now, before = sorted(frozen), checkpoint.get("frozen", [])
     require(
         now == before,
         f"model.optimizer.frozen={now} was {before} in the checkpoint's run, which has moments of the other components only; set "
         "it as it was, or start a new run with model.warm_start",
+    )
+    setting, used = ("{}", "AdamW alone") if muon else ("null", "Muon")
+    require(
+        muon == checkpoint.get("muon", False),
+        f"model.optimizer.muon={setting}: the checkpoint's run had {used}, which has other moments; set it as it was, or start a "
+        "new run with model.warm_start",
     )
 
 

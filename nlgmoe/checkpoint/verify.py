@@ -79,7 +79,9 @@ def _model_differences(path: str | Path, document: dict[str, Any], files: dict[s
     expected = {"model": entry_shapes(model)}
     if "optimizer_groups" in document and document["global_step"] > 0:
         freeze(model, document.get("frozen", ()))
-        expected["optimizer"] = optimizer_shapes(model)
+        groups = document["optimizer_groups"]
+        muon = {name for group in groups if group.get("muon") for name in group["param_names"]}
+        expected["optimizer"] = optimizer_shapes(model, muon)
     for kind, shapes in expected.items():
         stored: Shapes = {
             name: torch.Size(shape)

@@ -1,16 +1,18 @@
-"""AdamW and its two named parameter groups."""
+"""AdamW, or Muon with it, and their named parameter groups."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from nlgmoe.optim.muon import Muon, MuonConfig
 from nlgmoe.roles import DECAYED, role_of
 from nlgmoe.validation import require, require_above, require_at_least, require_valid
 
@@ -23,6 +25,11 @@ _COMPONENTS: dict[Component, str] = {
     "norms": r"norm\.",
     "embeddings": r"embedding\.|^head\.",
 }  # component -> pattern of the names of its parameters
+# Muon's are the matrices of these modules, which map hidden states to hidden states. AdamW steps embeddings and head (a row for
+# each token id, as Jordan and 2502.16982 have it), routers (a row for each expert, likewise a table), norms, biases, and the one
+# or two rows of a mixing coefficient.
+_MUON = re.compile(r"\.attention\.|\.ffn\.|\.moe\.(mlp|experts)\.")
+_STACKS = re.compile(_COMPONENTS["experts"])  # `[E, in, out]`; all other weights are `[out, in]`
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,9 @@ class AdamWConfig:
         frozen: components of the model that keep their weights: `router`, `experts`, `attention`, `ffn` (dense layers and shared
             MLPs), `norms`, `embeddings` (and the head). They have no gradients and no moments; a frozen
             router's buffers, such as a bias of the choice, stay too.
+        lr_scale: factors of the learning rate by component, of those that `frozen` names, such as `{router: 0.25}`; 1 for the
+            others. `train/lr` is the rate without them.
+        muon: Muon for the matrices of attention, feed-forward layers and experts; null: AdamW for all parameters.
     """
 
     lr: float = 3e-4
@@ -44,6 +54,8 @@ class AdamWConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     frozen: tuple[Component, ...] = ()
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    muon: MuonConfig | None = None
 
     def __post_init__(self) -> None:
         require_valid(self)
@@ -55,6 +67,13 @@ class AdamWConfig:
             f"eps={self.eps} must be at least {tiny:.1e}, float32's smallest normal number; 1e-8 is usual",
         )
         require_at_least(0, self, "weight_decay", remedy="; 0 turns it off")
+        for component, factor in self.lr_scale.items():
+            scale = f"{component}={factor} in lr_scale"
+            require(component in _COMPONENTS, f"{scale} names no component; use {', '.join(_COMPONENTS)}")
+            require(0 < factor < math.inf, f"{scale} must be above 0 and finite")
+            require(
+                component not in self.frozen, f"{scale} has no effect on what is frozen; remove it here or from frozen"
+            )
 
 
 def is_frozen(name: str, components: Sequence[Component]) -> bool:
@@ -77,39 +96,61 @@ def freeze(model: nn.Module, components: Sequence[Component]) -> None:
     )
 
 
-def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
     """Build AdamW with the groups `decay` and `no_decay`, which contain the parameters' names for checkpoints.
 
-    Parameters of `config.frozen` are in no group.
+    Parameters of `config.frozen` are in no group. Parameters with a factor of `config.lr_scale` have groups of their own, and so
+    have those that Muon steps.
 
     Sharded experts have the attribute `group_name` (DeepSpeed's convention) and form their own groups, because their
     gradients and states are not shared by the same ranks as those of dense parameters.
     """
-    groups = defaultdict[tuple[str, bool], list[tuple[str, nn.Parameter]]](list)
+    groups = defaultdict[tuple[str, bool, bool, float], list[tuple[str, nn.Parameter]]](list)
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
             if not is_frozen(name, config.frozen):
-                key = getattr(parameter, "group_name", ""), role_of(name, module) in DECAYED
-                groups[key].append((name, parameter))
-    optimizer = torch.optim.AdamW(
+                ranks, decays = getattr(parameter, "group_name", ""), role_of(name, module) in DECAYED
+                muon = config.muon is not None and decays and _is_for_muon(name, parameter, module)
+                groups[ranks, decays, muon, _rate_factor(name, config)].append((name, parameter))
+    adamw = torch.optim.AdamW(
         [
             # DeepSpeed looks up the ranks of a group of experts by its name.
-            {"params": parameters, "decays": decay, "moe": bool(ranks)}
-            | {"name": ranks or ("decay" if decay else "no_decay")}
-            for (ranks, decay), parameters in groups.items()
+            {"params": parameters, "decays": decays, "moe": bool(ranks)}
+            | {"name": ranks or _group_name(decays, muon, factor)}
+            | ({"muon": True} if muon else {})
+            | ({"lr": config.lr * factor, "lr_scale": factor} if factor != 1 else {})
+            for (ranks, decays, muon, factor), parameters in groups.items()
         ],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
         fused=True,
     )
-    for group in optimizer.param_groups:
+    for group in adamw.param_groups:
         group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
-    optimizer.register_load_state_dict_pre_hook(_keep_settings)
     # A fused step can unscale fp16 gradients itself, so Lightning refuses to clip them under mixed precision. Disable this:
     # the gradient scaler unscales them, as for any other optimizer.
-    optimizer._step_supports_amp_scaling = False
+    adamw._step_supports_amp_scaling = False
+    optimizer = adamw if config.muon is None else Muon(adamw, config.muon)
+    optimizer.register_load_state_dict_pre_hook(_keep_settings)
     return optimizer
+
+
+def _is_for_muon(name: str, weight: nn.Parameter, module: nn.Module) -> bool:
+    """Return whether Muon steps a weight with decay; one of another form, in an attention of the user's, is AdamW's."""
+    dimensions = 3 if _STACKS.search(name) else 2
+    return bool(_MUON.search(name)) and weight.dim() == dimensions and not isinstance(module, nn.Embedding)
+
+
+def _rate_factor(name: str, config: AdamWConfig) -> float:
+    """Return the factor of a parameter's rate: that of the first component with a factor, in their order above."""
+    scaled = (component for component in _COMPONENTS if component in config.lr_scale)
+    return next((config.lr_scale[component] for component in scaled if is_frozen(name, (component,))), 1.0)
+
+
+def _group_name(decays: bool, muon: bool, factor: float) -> str:
+    name = "muon" if muon else "decay" if decays else "no_decay"
+    return name if factor == 1 else f"{name}, lr x {factor:g}"
 
 
 def _keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

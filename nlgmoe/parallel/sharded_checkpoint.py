@@ -127,7 +127,7 @@ def optimizer_groups(model: nn.Module, engine: Any) -> list[dict[str, Any]]:
             for name, parameter in module.named_parameters(prefix=prefix, recurse=False)
             if parameter.requires_grad and (role_of(name, module) in DECAYED) == decay
         ]
-        kept = {key: value for key, value in settings.items() if key not in ("params", "param_names")}
+        kept = {key: value for key, value in settings.items() if key not in ("params", "param_names", "lr_scale")}
         groups.append(kept | {"name": "decay" if decay else "no_decay", "moe": False, "param_names": names})
     return groups
 

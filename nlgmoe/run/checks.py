@@ -31,6 +31,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.training_data import TrainingData, training_data
 from nlgmoe.distill.distiller import End
 from nlgmoe.layers.placement import PlacesExperts
+from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.ranks import AllRanksError
 from nlgmoe.validation import SettingError, require
@@ -77,6 +78,12 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     if trainer.gradient_clip_algorithm == "value" and isinstance(strategy, PlacesExperts):
         raise SettingError(
             "trainer.gradient_clip_algorithm=value: DeepSpeed does not clip by value; leave it out, or use ddp"
+        )
+    config: AdamWConfig | None = getattr(trainer.lightning_module, "optimizer_config", None)
+    if config is not None and config.muon is not None and isinstance(strategy, PlacesExperts):
+        raise SettingError(
+            "model.optimizer.muon: Muon needs whole matrices, and ExpertParallelStrategy divides them over ranks (ZeRO); use "
+            "trainer.strategy=ddp or auto"
         )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
@@ -233,7 +240,7 @@ def check_optimizer(trainer: Trainer) -> None:
     (optimizer,) = trainer.optimizers
     require(
         all("decays" in group for group in optimizer.param_groups),
-        f"configure_optimizers returns {type(optimizer).__name__}, but schedule and checkpoints need nlgmoe's AdamW: return "
+        f"configure_optimizers returns {type(optimizer).__name__}, but schedule and checkpoints need nlgmoe's optimizer: return "
         "super().configure_optimizers(), and set model.optimizer",
     )
     require(

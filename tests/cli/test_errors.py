@@ -200,6 +200,14 @@ WRONG = {
         "fit --ckpt_path=LAST --model.optimizer.frozen=[norms] --model.train_tokens=128",
         "model.optimizer.frozen=['norms'] was [] in the checkpoint's run, which has moments of the other components only; set it",
     ),
+    "another optimizer": (
+        "fit --ckpt_path=LAST --model.optimizer.muon={} --model.train_tokens=128",
+        "model.optimizer.muon={}: the checkpoint's run had AdamW alone, which has other moments; set it as it was, or start a",
+    ),
+    "a rate of an unknown component": (
+        "yaml: model:\n  optimizer:\n    lr_scale: {gate: 0.5}",
+        "model.optimizer.lr_scale.gate=0.5 (FOLDER/bad.yaml, line 3) in lr_scale names no component; use router, experts, ",
+    ),
     "ids over the vocabulary": (
         "fit --model.config.vocab_size=100",
         "has 4096 ids but model.config.vocab_size is 100; set it to 4096",

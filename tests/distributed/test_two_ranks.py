@@ -15,6 +15,7 @@ CELLS = [
     Cell("two ranks, dropless, ZeRO 1", 2, 1, moe=DROPLESS | {"mlp_type": "residual"}, accumulate=2, padded=True),
     Cell("two ranks, capacity, ZeRO 2", 2, 2, moe=CAPACITY),
     Cell("two ranks, groups, gated shared expert", 2, 2, moe=DROPLESS | GROUPS),
+    Cell("two ranks, rates by component", 2, 2, moe=DROPLESS, optimizer={"lr_scale": {"router": 0.25, "experts": 4.0}}),
     Cell("two ranks, nothing but defaults", 2, 2, moe={}),
 ]
 

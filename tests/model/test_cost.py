@@ -9,7 +9,8 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.hardware import HARDWARE, Hardware
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
-from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
+from nlgmoe.optim.muon import MuonConfig
+from nlgmoe.optim.param_groups import AdamWConfig, build_optimizer
 from nlgmoe.tools.planner.cost import BUCKET, UTILISATION, estimate, memory_options
 from nlgmoe.tools.planner.topology import Topology
 
@@ -21,13 +22,25 @@ SMALL = {"dense": GPTConfig(61, 16, 3, 16, 2), "pyramid": PYRAMID, "top-2": repl
 @pytest.mark.parametrize(("name", "precision"), [("dense", "32-true"), ("pyramid", "bf16-true"), ("top-2", "32-true")])
 def test_one_process_keeps_exactly_these_bytes(name: str, precision: str) -> None:
     model = GPT(SMALL[name]).to(torch.float32 if precision == "32-true" else torch.bfloat16)
-    optimizer = build_adamw(model, AdamWConfig())
+    optimizer = build_optimizer(model, AdamWConfig())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     memory = estimate(SMALL[name], Topology(precision=precision, deepspeed=False), A100).memory
     assert memory.weights == memory.gradients == sum(p.nbytes for p in model.parameters())
     moments = (state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+    assert memory.optimizer == sum(moment.nbytes for moment in moments)
+
+
+def test_muon_keeps_one_moment_of_a_matrix() -> None:
+    config = replace(PYRAMID, bias=False)
+    model = GPT(config)
+    optimizer = build_optimizer(model, AdamWConfig(muon=MuonConfig()))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    memory = estimate(config, Topology(precision="32-true", deepspeed=False, muon=True), A100).memory
+    moments = (value for state in optimizer.state.values() for key, value in state.items() if key != "step")
     assert memory.optimizer == sum(moment.nbytes for moment in moments)
 
 

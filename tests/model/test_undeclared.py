@@ -11,7 +11,7 @@ from nlgmoe.checkpoint.layout import entry_shapes, local_entries
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.model.initialisation import initialise
-from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
+from nlgmoe.optim.param_groups import AdamWConfig, build_optimizer
 
 CONFIG = GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(4))
 
@@ -36,7 +36,7 @@ def with_norm(norm: nn.Module) -> GPT:
 
 
 @pytest.mark.parametrize(
-    "use", [lambda model: initialise(model, CONFIG, 0), lambda model: build_adamw(model, AdamWConfig())]
+    "use", [lambda model: initialise(model, CONFIG, 0), lambda model: build_optimizer(model, AdamWConfig())]
 )
 def test_a_parameter_that_no_module_declares(use: Callable[[GPT], Any]) -> None:
     with pytest.raises(
@@ -49,7 +49,7 @@ def test_a_declared_parameter() -> None:
     model = with_norm(DeclaredScale())
     initialise(model, CONFIG, 0)
     assert model.get_parameter("blocks.0.ffn_norm.gain").tolist() == [1.0] * 16
-    decayed, other = build_adamw(model, AdamWConfig()).param_groups
+    decayed, other = build_optimizer(model, AdamWConfig()).param_groups
     assert "blocks.0.ffn_norm.gain" in other["param_names"]
     assert "blocks.0.ffn_norm.gain" not in decayed["param_names"]
 

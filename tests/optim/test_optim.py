@@ -13,7 +13,8 @@ from nlgmoe.checkpoint.entries import optimizer_from_entries, optimizer_to_entri
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.model.gpt import GPT
-from nlgmoe.optim.param_groups import AdamWConfig, Component, build_adamw, freeze
+from nlgmoe.optim.muon import MuonConfig
+from nlgmoe.optim.param_groups import AdamWConfig, Component, build_optimizer, freeze
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 
 COSINE = LearningRateSchedule("cosine", min_lr=1e-6, warmup_tokens=375_000_000, decay_tokens=300_000_000_000)
@@ -40,7 +41,7 @@ def test_frozen_parts_keep_their_weights_and_all_others_learn(part: Component) -
     model = GPT(GPTConfig(61, 16, 2, 16, 2, tied_embeddings=False, moe=MoEConfig(2, mlp_type="residual")))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     freeze(model, (part,))
-    optimizer = build_adamw(model, AdamWConfig(lr=1e-2, frozen=(part,)))
+    optimizer = build_optimizer(model, AdamWConfig(lr=1e-2, frozen=(part,)))
     for _ in range(2):
         output = model(torch.arange(32).view(2, 16), noise_key=(0, 0, 0))
         (model.logits(output.hidden).square().mean() + router_losses(output.routings)[0]).backward()
@@ -72,7 +73,7 @@ def test_moments_are_restored_by_name_whatever_the_groups() -> None:
     """Without the embeddings the first group is the one without decay; a checkpoint of several ranks has it last."""
     model = GPT(GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(2)))
     freeze(model, ("embeddings",))
-    saved, loaded = (build_adamw(model, AdamWConfig(frozen=("embeddings",))) for _ in range(2))
+    saved, loaded = (build_optimizer(model, AdamWConfig(frozen=("embeddings",))) for _ in range(2))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.randn_like(parameter)
@@ -152,6 +153,21 @@ def test_sequences_grow_from_the_start_to_the_whole(
         (lambda: AdamWConfig(lr=0.0), "lr=0.0"),
         (lambda: AdamWConfig(betas=(0.9, 1.0)), "betas="),
         (lambda: AdamWConfig(weight_decay=-0.1), "weight_decay=-0.1"),
+        (lambda: AdamWConfig(lr_scale={"gate": 2.0}), "gate=2.0 in lr_scale names no component; use router, experts, "),
+        (lambda: AdamWConfig(lr_scale={"router": 0.0}), "router=0.0 in lr_scale must be above 0 and finite"),
+        (lambda: AdamWConfig(lr_scale={"router": math.inf}), "router=inf in lr_scale must be above 0 and finite"),
+        (lambda: AdamWConfig(lr_scale={"router": math.nan}), "router=nan in lr_scale must be above 0 and finite"),
+        (
+            lambda: AdamWConfig(lr_scale={"router": "x"}),
+            r"lr_scale=\{'router': 'x'\} must be of the type dict\[str, float\]",
+        ),  # type: ignore[dict-item]
+        (
+            lambda: AdamWConfig(lr_scale={"norms": 2.0}, frozen=("norms",)),
+            "norms=2.0 in lr_scale has no effect on what is frozen",
+        ),
+        (lambda: MuonConfig(momentum=1.0), "momentum=1.0 must be in"),
+        (lambda: MuonConfig(ns_steps=0), "ns_steps=0 must be between 1 and 99"),
+        (lambda: MuonConfig(adjust_lr="spectral"), "adjust_lr='spectral' must be of the type"),  # type: ignore[arg-type]
     ],
 )
 def test_impossible_curricula_and_optimizers_are_refused(build: Callable[[], Any], message: str) -> None:
@@ -162,7 +178,9 @@ def test_impossible_curricula_and_optimizers_are_refused(build: Callable[[], Any
 def test_biases_and_norms_do_not_decay_and_everything_else_does() -> None:
     config = GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 4], mlp_type="residual"))
     model = GPT(config)
-    groups = {g["name"]: set(g["param_names"]) for g in build_adamw(model, AdamWConfig(weight_decay=0.1)).param_groups}
+    groups = {
+        g["name"]: set(g["param_names"]) for g in build_optimizer(model, AdamWConfig(weight_decay=0.1)).param_groups
+    }
     assert groups["decay"] | groups["no_decay"] == {name for name, _ in model.named_parameters()}
     assert not groups["decay"] & groups["no_decay"]
     assert "blocks.1.moe.experts.expand_bias" in groups["no_decay"]  # stacked: 2-D, and still a bias
@@ -174,7 +192,7 @@ def test_biases_and_norms_do_not_decay_and_everything_else_does() -> None:
 
 
 def test_optimizer_settings_reach_adamw() -> None:
-    optimizer = build_adamw(torch.nn.Linear(2, 2), AdamWConfig(lr=0.5, betas=(0.1, 0.2), eps=0.3, weight_decay=0.4))
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), AdamWConfig(lr=0.5, betas=(0.1, 0.2), eps=0.3, weight_decay=0.4))
     decay, no_decay = optimizer.param_groups
     assert (decay["lr"], decay["betas"], decay["eps"], decay["weight_decay"]) == (0.5, (0.1, 0.2), 0.3, 0.4)
     assert no_decay["weight_decay"] == 0.0
@@ -182,14 +200,14 @@ def test_optimizer_settings_reach_adamw() -> None:
 
 def test_a_checkpoint_restores_moments_and_no_settings() -> None:
     model = GPT(GPTConfig(11, 8, 1, 8, 1))
-    saved = build_adamw(model, AdamWConfig(lr=1e-3))
+    saved = build_optimizer(model, AdamWConfig(lr=1e-3))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     saved.step()
     state = saved.state_dict()
     for group in state["param_groups"]:
         group |= {"betas": (0.5, 0.5), "amsgrad": True, "maximize": {}, "lr": "x"}
-    restored = build_adamw(model, AdamWConfig(lr=2e-3, weight_decay=0.3))
+    restored = build_optimizer(model, AdamWConfig(lr=2e-3, weight_decay=0.3))
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in restored.param_groups]
     restored.load_state_dict(state)
     assert [{k: v for k, v in group.items() if k != "params"} for group in restored.param_groups] == fresh

@@ -11,8 +11,12 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from nlgmoe.checkpoint.portable import use_portable_checkpoints
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.optim.muon import MuonConfig
+from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from nlgmoe.run.checks import check_trainer
+from tests.support.trainers import CONFIG
 
 
 def trainer(folder: Path, **settings: Any) -> Trainer:
@@ -39,6 +43,19 @@ def test_what_would_be_wrong_is_refused_with_the_reason(settings: dict[str, Any]
     with pytest.raises(ValueError, match=words):
         use_portable_checkpoints(run.strategy, to_train=True)
         check_trainer(run, "fit")
+
+
+def test_muon_is_refused_where_zero_divides_the_matrices(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.strategy._lightning_module = MoEGPTModule(CONFIG, AdamWConfig(muon=MuonConfig()))
+    check_trainer(run, "fit")
+    run._accelerator_connector.strategy = ExpertParallelStrategy()
+    run.strategy._lightning_module = MoEGPTModule(CONFIG, AdamWConfig(muon=MuonConfig()))
+    with pytest.raises(
+        ValueError, match=r"^model.optimizer.muon: Muon needs whole matrices, .*; use trainer.strategy=ddp or auto$"
+    ):
+        check_trainer(run, "fit")
+    check_trainer(run, "validate")
 
 
 def test_strategies_that_cannot_train_it_are_refused(tmp_path: Path) -> None:

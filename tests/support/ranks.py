@@ -47,6 +47,7 @@ class Cell:
     network: Literal["gelu", "swiglu"] = "gelu"
     block: dict[str, Any] = field(default_factory=dict)  # other settings of GPTConfig
     frozen: tuple[Component, ...] = ()
+    optimizer: dict[str, Any] = field(default_factory=dict)  # other settings of AdamWConfig
     strategy: str = "expert_parallel"
     non_finite: NonFinite = field(default_factory=NonFinite)
     options: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +66,7 @@ class Cell:
         config = GPTConfig(
             61, 16, self.layers, self.hidden, 2, init_std=0.05, ffn_network=self.network, moe=moe, **self.block
         )
-        optimizer = AdamWConfig(lr=3e-3, frozen=self.frozen)
+        optimizer = AdamWConfig(lr=3e-3, frozen=self.frozen, **self.optimizer)
         return MoEGPTModule(config, optimizer, activation_checkpointing=self.checkpointing, non_finite=self.non_finite)
 
 

@@ -197,6 +197,8 @@ def memory_of(config: GPTConfig, topology: Topology) -> Memory:
     positions = config.seq_len * config.hidden_size if config.rope_theta is None else 0
     uncast = count.norms + count.router + positions  # parameters that autocast leaves in fp32
     optimizer = (sharded if topology.zero_stage else full) * (size.master + size.moments)
+    if topology.muon:  # biases are counted with the matrices
+        optimizer -= (count.attention + count.dense_ffn + count.experts) * size.moments // 2
     in_fp32 = size.accumulated > size.gradient  # the step needs no copy
     copies = 4 + (size.gradient if size.gradient < 4 else 0)  # bytes of the flat gradient, in fp32 and before
     buckets = 2 if topology.gpus > 1 else 1

@@ -129,6 +129,7 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
         "micro_batch_size": data.get("micro_batch_size", 1),
         "activation_checkpointing": module.get("activation_checkpointing", False),
         "loss_chunk_size": module.get("loss_chunk_size", 1024),
+        "muon": bool((module.get("optimizer") or {}).get("muon")),
         "precision": _precision(trainer.get("precision") or ("bf16-mixed" if no_hardware else "32-true")),
     } | given
     if "gpus" in given and "expert_parallel_size" not in given:

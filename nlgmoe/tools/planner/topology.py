@@ -54,6 +54,7 @@ class Topology:
         offload_optimizer: master weights and moments are in host memory (ZeRO-Offload).
         loss_chunk_size: tokens whose logits are computed at a time.
         seq_len: tokens of a sequence; None: as many as the model reads.
+        muon: Muon steps the matrices of hidden layers, with one moment instead of two.
     """
 
     gpus: int = 1
@@ -67,6 +68,7 @@ class Topology:
     offload_optimizer: bool = False
     loss_chunk_size: int = 1024
     seq_len: int | None = None
+    muon: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("gpus", "expert_parallel_size", "micro_batch_size", "global_batch_size", "loss_chunk_size")
@@ -84,6 +86,10 @@ class Topology:
             micro_batches_per_step(self.global_batch_size, self.micro_batch_size, self.gpus)
         if not self.deepspeed and (self.zero_stage or self.expert_parallel_size > 1 or self.offload_optimizer):
             raise SettingError("ZeRO, expert parallelism and offloading need nlgmoe.ExpertParallelStrategy")
+        if self.muon and self.deepspeed:
+            raise SettingError(
+                "model.optimizer.muon: ExpertParallelStrategy (ZeRO) has no Muon; use trainer.strategy=ddp or auto"
+            )
 
     @property
     def accumulation(self) -> int:

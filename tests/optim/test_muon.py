@@ -1,0 +1,171 @@
+"""Muon against `torch.optim.Muon`, the weights that are its own, and its runs: exact resume, ranks, a switch that is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from swiglu_expert import SwiGLUExpert
+from torch import Tensor, nn
+
+from nlgmoe.checkpoint.reading import TensorFiles
+from nlgmoe.checkpoint.verify import find_problems
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.mla import MLAConfig
+from nlgmoe.model.gpt import GPT
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.optim.muon import Muon, MuonConfig
+from nlgmoe.optim.param_groups import AdamWConfig, build_optimizer
+from tests.optim.muon_ranks import CELL, resumed
+from tests.support.ranks import SAMPLES, train
+from tests.support.spawn import spawn
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import SaveAt, trainer
+
+WIDE, TALL, SQUARE = (8, 24), (24, 8), (16, 16)
+Rule = Literal["match_rms_adamw", "original"]
+CONFIG = GPTConfig(61, 16, 4, 32, 2, hidden_dropout=0.1, moe=MoEConfig(4, mlp_type="residual", noise="jitter"))
+LATENT = replace(
+    CONFIG,
+    norm="rmsnorm",
+    rope_theta=100.0,
+    attention=MLAConfig(10, 6, 4, 8, q_lora_rank=12),
+    moe=MoEConfig(4, top_k=2, mlp_type="residual", expert=SwiGLUExpert(8)),
+)
+
+
+def steps(weight: Tensor, gradients: list[Tensor], config: MuonConfig, lr: float = 0.1) -> Tensor:
+    """Return the weight after Muon's steps with weight decay."""
+    parameter = nn.Parameter(weight.clone())
+    group = {"params": [("weight", parameter)], "muon": True}
+    optimizer = Muon(torch.optim.AdamW([group], lr=lr, weight_decay=0.3), config)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return parameter.detach()
+
+
+def torch_steps(weight: Tensor, gradients: list[Tensor], config: MuonConfig, lr: float = 0.1) -> Tensor:
+    """Return the weight `[out, in]` after as many steps of torch's optimizer."""
+    parameter = nn.Parameter(weight.clone())
+    settings = {"momentum": config.momentum, "nesterov": config.nesterov, "ns_steps": config.ns_steps}
+    optimizer = torch.optim.Muon([parameter], lr, 0.3, adjust_lr_fn=config.adjust_lr, **settings)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return parameter.detach()
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL, SQUARE])
+@pytest.mark.parametrize("rule", ["match_rms_adamw", "original"])
+@pytest.mark.parametrize(("nesterov", "ns_steps"), [(True, 5), (False, 3)])
+def test_a_matrix_is_stepped_as_by_torchs_muon(
+    shape: tuple[int, int], rule: Rule, nesterov: bool, ns_steps: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, *gradients = torch.randn(5, *shape, generator=generator)
+    config = MuonConfig(0.9, nesterov, ns_steps, rule)
+    assert torch.allclose(steps(weight, gradients, config), torch_steps(weight, gradients, config), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL, SQUARE])
+@pytest.mark.parametrize("rule", ["match_rms_adamw", "original"])
+def test_each_expert_is_stepped_as_a_linear_layer_with_its_matrix_transposed(
+    shape: tuple[int, int], rule: Rule
+) -> None:
+    """Experts of other sizes: a norm of the whole stack would be that of the largest one. The last one has no gradient."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([1.0, 1e-3, 30.0, 0.0]).view(4, 1, 1)
+    weight, *gradients = torch.randn(5, 4, *shape, generator=generator)  # [E, in, out]
+    gradients = [gradient * sizes for gradient in gradients]
+    config = MuonConfig(adjust_lr=rule)
+    found = steps(weight, gradients, config)
+    for expert in range(4):
+        mine = [gradient[expert].T.contiguous() for gradient in gradients]
+        expected = torch_steps(weight[expert].T.contiguous(), mine, config).T
+        moved = (expected - weight[expert] * (1 - 0.1 * 0.3) ** 4).norm()  # by more than decay
+        assert (
+            found[expert] - expected
+        ).norm() <= 0.02 * moved + 1e-6  # bf16; a transposed product is rounded otherwise
+    assert torch.allclose(found[3], weight[3] * (1 - 0.1 * 0.3) ** 4)
+
+
+@pytest.mark.parametrize("config", [CONFIG, LATENT, replace(CONFIG, tied_embeddings=False, ffn_network="swiglu")])
+def test_the_matrices_of_hidden_layers_are_muons_and_all_else_is_adamws(config: GPTConfig) -> None:
+    model = GPT(config)
+    optimizer = build_optimizer(model, AdamWConfig(muon=MuonConfig(), lr_scale={"experts": 0.5, "router": 2.0}))
+    groups: dict[str, set[str]] = {group["name"]: set(group["param_names"]) for group in optimizer.param_groups}
+    matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    matrices -= {"head.weight", *(f"blocks.{block}.moe.coefficient.weight" for block in (1, 3))}
+    stacks = {name for name, weight in model.named_parameters() if weight.dim() == 3}
+    assert len(stacks) == 2 * (3 if config.moe.expert or config.ffn_network == "swiglu" else 2)  # type: ignore[union-attr]
+    assert (groups.pop("muon"), groups.pop("muon, lr x 0.5")) == (matrices, stacks)
+    assert groups.pop("decay, lr x 2") == {"blocks.1.moe.router.weight", "blocks.3.moe.router.weight"}
+    embeddings = {name for name, _ in model.named_parameters() if "embedding" in name or name == "head.weight"}
+    assert groups.pop("decay") == embeddings | {f"blocks.{block}.moe.coefficient.weight" for block in (1, 3)}
+    assert set().union(*groups.values()) == {
+        name for name, _ in model.named_parameters() if name.endswith("bias") or "norm" in name
+    }
+
+
+RUNS: dict[str, tuple[GPTConfig, dict[str, Any], dict[str, Any]]] = {
+    "residual": (CONFIG, {}, {"accumulate_grad_batches": 2}),
+    "latent attention, an expert of one's own": (LATENT, {}, {"gradient_clip_val": 0.5}),
+    "frozen, bf16": (CONFIG, {"frozen": ("attention", "router")}, {"precision": "bf16-mixed"}),
+    "only matrices": (CONFIG, {"frozen": ("router", "norms", "embeddings")}, {"precision": "bf16-true"}),
+    "fp16": (CONFIG, {"lr_scale": {"experts": 0.5}}, {"gradient_clip_val": 0.5, "plugins": "16-mixed"}),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_is_resumed_exactly_from_one_entry_an_expert(run: str, tmp_path: Path) -> None:
+    config, settings, options = RUNS[run]
+
+    def fit(path: Path | None = None) -> MoEGPTModule:
+        module = MoEGPTModule(config, AdamWConfig(lr=1e-2, muon=MuonConfig(), **settings))
+        plugins = {"plugins": [MixedPrecision("16-mixed", "cpu")]} if "plugins" in options else {}
+        callback = SaveAt(
+            2 * options.get("accumulate_grad_batches", 1), tmp_path / ("two.ckpt" if path is None else "x.ckpt")
+        )
+        trainer(tmp_path, callback, max_steps=4, **{**options, **plugins}).fit(module, SyntheticData(), ckpt_path=path)
+        return module
+
+    whole, resumed = fit(), fit(tmp_path / "two.ckpt")
+    assert all(torch.equal(value, whole.gpt.state_dict()[name]) for name, value in resumed.gpt.state_dict().items())
+    assert list(find_problems(tmp_path / "two.ckpt")) == []
+    stored = TensorFiles(tmp_path / "two.ckpt", "optimizer").shapes
+    weights = TensorFiles(tmp_path / "two.ckpt", "model").shapes
+    for kind in ("momentum_buffer", "exp_avg"):
+        assert all(
+            shape == weights[name] for key, shape in stored.items() if (name := key.removeprefix(f"{kind}/")) != key
+        )
+    expert = "blocks.3.moe.experts.2.project_weight"
+    assert f"momentum_buffer/{expert}" in stored and not {f"exp_avg/{expert}", f"step/{expert}"} & stored.keys()
+    assert ("exp_avg/token_embedding.weight" in stored) == ("embeddings" not in settings.get("frozen", ()))
+
+
+@pytest.mark.parametrize("muon", [None, MuonConfig()])
+def test_a_checkpoint_of_the_other_optimizer_is_refused(muon: MuonConfig | None, tmp_path: Path) -> None:
+    other = MuonConfig() if muon is None else None
+    run = trainer(tmp_path, SaveAt(1, tmp_path / "one.ckpt"), max_steps=1)
+    run.fit(MoEGPTModule(CONFIG, AdamWConfig(muon=other)), SyntheticData())
+    module, name = MoEGPTModule(CONFIG, AdamWConfig(muon=muon)), "null" if muon is None else r"\{\}"
+    with pytest.raises(
+        ValueError, match=rf"^model.optimizer.muon={name}: the checkpoint's run had .*; set it as it was, or"
+    ) as e:
+        trainer(tmp_path, max_steps=2).fit(module, SyntheticData(), ckpt_path=tmp_path / "one.ckpt")
+    assert "\n" not in str(e.value)
+
+
+def test_ranks_resume_a_run_of_one_process_and_their_own_exactly(tmp_path: Path) -> None:
+    whole = train(CELL, 1, tmp_path, SAMPLES, 1, SaveAt(3, tmp_path / "alone.ckpt"))
+    by_rank = spawn(2, resumed, tmp_path / "alone.ckpt", tmp_path, folder=tmp_path)
+    for of_one_process, undisturbed, again in by_rank:
+        assert of_one_process.losses[0] == pytest.approx(whole.losses[3], rel=1e-6)
+        assert of_one_process.losses == pytest.approx(whole.losses[3:], rel=5e-5)  # orthogonalised in bf16
+        assert undisturbed.losses == pytest.approx(whole.losses, rel=5e-5)
+        assert again.losses == undisturbed.losses[3:] and again.validation == undisturbed.validation
+    ends = [TensorFiles(tmp_path / run / f"{CELL.name} at the end.ckpt", "model") for run in ("whole", "resumed")]
+    assert all(torch.equal(ends[0].read(name), ends[1].read(name)) for name in ends[0].shapes)
