@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-__version__ = "0.9.0"  # pyproject.toml reads it, without importing this file
+__version__ = "0.10.0"  # pyproject.toml reads it, without importing this file
 PACKAGES = (
     "torch",
     "lightning",

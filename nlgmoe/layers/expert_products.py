@@ -74,6 +74,17 @@ def fixed_slots(capacity: int | None, num_experts: int, assignments: int) -> int
     return None if capacity is None or capacity * num_experts > MAX_SLOTS * assignments else capacity
 
 
+def training_slots(config: GPTConfig, num_experts: int, tokens: int) -> int | None:
+    """Return `fixed_slots` in training of a layer of `num_experts` for N `tokens`; None for routers without a capacity."""
+    moe = config.moe
+    if moe is None or not moe.token_dropping:
+        return None
+    if moe.router is not None and "token_dropping" not in moe.router.reads_fields:
+        return None
+    limit = capacity(tokens, num_experts, moe.top_k, moe.train_capacity_factor, moe.min_capacity)
+    return fixed_slots(limit, num_experts, tokens * moe.top_k)
+
+
 def describe_products(
     config: GPTConfig,
     tokens: int,
@@ -94,13 +105,9 @@ def describe_products(
         is_sharded: experts are sharded over ranks.
         has_triton: a product in Triton is handed in.
     """
-    moe = config.moe
-    assert moe is not None
-    drops = moe.token_dropping and (moe.router is None or "token_dropping" in moe.router.reads_fields)
-    settings = moe.top_k, moe.train_capacity_factor, moe.min_capacity
-    capacities = {e: capacity(tokens, e, *settings) if drops else None for e in moe_blocks(config).values()}
+    has_slots = is_sharded or not is_cpu
     in_slots = [
-        (is_sharded or not is_cpu) and fixed_slots(c, e, tokens * moe.top_k) is not None for e, c in capacities.items()
+        has_slots and training_slots(config, experts, tokens) is not None for experts in moe_blocks(config).values()
     ]
     widths = (config.hidden_size, config.expert_ffn_size)
     dtype = TYPES[precision.split("-")[0]]

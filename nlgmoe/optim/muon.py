@@ -38,7 +38,7 @@ class MuonConfig:
     Attributes:
         momentum: decay of the average gradient, per optimizer step; in [0, 1).
         nesterov: the update is the average with the current gradient counted once more.
-        ns_steps: Newton-Schulz iterations, 1 to 99. More of them make the update more orthogonal and take longer.
+        ns_steps: number of Newton-Schulz steps, 1 to 99. More of them make the update more orthogonal and take longer.
         adjust_lr: factor of the rate by a matrix's shape. `match_rms_adamw`, 0.2 sqrt(max(in, out)), gives the update of a
             matrix of any shape a root mean square of about 0.2, as AdamW's usually has: one `lr` and `weight_decay`, tuned for
             AdamW, fit both (arXiv 2502.16982, section 2.2). `original`, sqrt(max(1, out / in)), needs another rate, such as 0.02.

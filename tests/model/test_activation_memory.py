@@ -7,14 +7,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers import dispatch
 from nlgmoe.layers.balance import router_losses
+from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher
+from nlgmoe.layers.expert_products import fixed_slots
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.layers.mla import MLAConfig
+from nlgmoe.layers.router import Routing
 from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.planner.activation_memory import (
     activation_bytes,
@@ -36,6 +40,8 @@ MODERN: dict[str, Any] = {
 CONFIGS = {
     "dense, odd shape": GPTConfig(61, 48, 3, 60, 3, ffn_hidden_size=100),
     "top-1, jitter": replace(DENSE, moe=MoEConfig(8, noise="jitter")),
+    "top-1, capacity": replace(DENSE, moe=MoEConfig(8, train_capacity_factor=1.2)),
+    "top-2, capacity": replace(DENSE, moe=MoEConfig(4, top_k=2, mlp_type="residual", train_capacity_factor=0.8)),
     "many experts": replace(DENSE, hidden_size=32, moe=MoEConfig(64)),
     "residual, pyramid": replace(DENSE, num_layers=4, moe=MoEConfig([2, 8], mlp_type="residual")),
     "residual, sum": replace(DENSE, moe=MoEConfig(4, mlp_type="residual", residual_mix="sum")),
@@ -83,9 +89,18 @@ class FusedRMSNorm(torch.autograd.Function):
 
 @pytest.fixture(autouse=True)
 def kernels_of_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fused RMSNorm, and the experts' biases added as a product: a CPU gathers them, in fp32."""
+    """A fused RMSNorm, slots, and the experts' biases added as a product: a CPU gathers them, in fp32."""
     monkeypatch.setattr(nn.RMSNorm, "forward", lambda self, x: FusedRMSNorm.apply(x, self.weight, self.eps))
-    monkeypatch.setattr(Experts, "_gather_bias", Experts._multiply_bias)
+
+    def multiply_bias(self: Experts, ends: Tensor, x: Tensor) -> Any:
+        return self._multiply_bias(lambda rows, weight: F.grouped_mm(rows, weight, offs=ends), x)
+
+    def in_slots(self: LocalDispatcher, tokens: Tensor, routing: Routing) -> LocalDispatch:
+        slots = fixed_slots(routing.capacity, routing.num_experts, routing.expert.numel())
+        return LocalDispatch(tokens, routing, slots)
+
+    monkeypatch.setattr(Experts, "_gather_bias", multiply_bias)
+    monkeypatch.setattr(LocalDispatcher, "forward", in_slots)
 
 
 def saved_bytes(config: GPTConfig, precision: str, checkpointing: bool) -> int:
@@ -140,7 +155,7 @@ def test_the_formula_is_within_1_percent_of_what_is_saved(
     )
     monkeypatch.setattr(dispatch, "ROW_MULTIPLE", 1)  # only CPUs round up the rows of an expert
     config = CONFIGS[name]
-    if config.moe is not None:  # a dropped token keeps less
+    if config.moe is not None and "capacity" not in name:
         config = replace(config, moe=replace(config.moe, token_dropping=False))
     measured = saved_bytes(config, precision, checkpointing)
     assert predicted_bytes(config, PRECISIONS[precision], checkpointing) == pytest.approx(measured, rel=0.01)

@@ -106,7 +106,7 @@ def test_checkpointing_sends_and_computes_the_forward_pass_again() -> None:
 
 def test_times_by_hand() -> None:
     """A GPU of round numbers, 4 to a node; 8 ranks; one expert per rank."""
-    gpu = Hardware(1e12, 1e11, 1e9, 1e10, nvlink=1e9, network=1e8, gpus_per_node=4)
+    gpu = Hardware(1e12, 1e11, 1e9, 1e10, nvlink=1e9, network=1e8, compute_capability=(9, 0), gpus_per_node=4)
     config = replace(PYRAMID, moe=MoEConfig(8))
     topology = Topology(8, 8, 0, micro_batch_size=4, global_batch_size=32)
     cost = estimate(config, topology, gpu, utilisation=0.5)

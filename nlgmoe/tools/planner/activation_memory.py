@@ -4,8 +4,9 @@ Counted tensor by tensor; `tests/model/test_activation_memory.py` compares with 
 Letters: N tokens of a rank's micro-batch, H hidden size, F inner size, E experts, k experts per token, A heads, P rows of the
 padded table; r and c are the bytes of a value in the residual stream and inside a layer (`topology.BytesPer`).
 
-Assumptions: fused kernels of attention (no T x T matrix is saved) and of RMSNorm (on CPUs it keeps one more tensor), balanced
-routing (a rank receives as many rows as it sends), CUDA's dropout (one byte per mask entry).
+Assumptions: slots where experts have a capacity, as on GPUs; fused kernels of attention (no T x T matrix is saved) and of RMSNorm
+(on CPUs it keeps one more tensor); balanced routing (a rank receives as many rows as it sends); CUDA's dropout (one byte per mask
+entry).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from operator import add
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.attention import attention_config
+from nlgmoe.layers.expert_products import training_slots
 from nlgmoe.layers.experts import BIAS_WIDTH
 from nlgmoe.pyramid import experts_at, experts_per_layer
 from nlgmoe.tools.planner.topology import BytesPer, Topology
@@ -54,8 +56,10 @@ def saved_by_block(config: GPTConfig, block: int, tokens: int, seq_len: int, siz
     separate = copies or c != r or jitter  # experts and MLP read another tensor than the one saved by the gate
     gate = 4 * width * (2 if jitter else 1)  # input in fp32, and the noise
     gate += 2 * 4 * experts + 4  # logits, probabilities and logsumexp
-    # The experts' input, inner values, output (for the gradient of the gate's weight), and a row of ones.
-    rows = moe.top_k * (width + inner * config.expert_ffn_size + width + BIAS_WIDTH * config.bias) * c
+    # The experts' input, inner values, output (for the gradient of the gate's weight); of rows that are counted a row of ones.
+    slots = training_slots(config, experts, tokens)
+    row = (2 * width + inner * config.expert_ffn_size + (BIAS_WIDTH * config.bias if slots is None else 0)) * c
+    rows = row * (moe.top_k if slots is None else slots * experts / tokens)
     # Chosen expert, token and assignment of a row; weight and scale; a mask.
     indices = moe.top_k * (3 * 8 + 4 + 4 + 1)
     per_token += gate + rows + indices
@@ -67,7 +71,9 @@ def saved_by_block(config: GPTConfig, block: int, tokens: int, seq_len: int, siz
             # The shared MLP, and of the learned mix the experts; their weights, or the gate and `expert_share`.
             per_token += (c + (4 if moe.residual_mix == "learned" else 0)) * width + 8
             per_token += 4 * width if copies or (jitter and c != r) else 0  # input
-    return tokens * per_token + turns + (4 * experts * width if size.weight == 2 else 0)  # the gate's weights, in fp32
+    return (
+        round(tokens * per_token) + turns + (4 * experts * width if size.weight == 2 else 0)
+    )  # the gate's weights, in fp32
 
 
 def saved_by_checkpointed_block(config: GPTConfig, block: int, tokens: int, size: BytesPer) -> int:
