@@ -111,8 +111,8 @@ def describe_products(
     ]
     widths = (config.hidden_size, config.expert_ffn_size)
     dtype = TYPES[precision.split("-")[0]]
-    training, evaluation = (
-        [choose_product(dtype, widths, compute_capability, slots, has_triton) for slots in layers]
-        for layers in (in_slots, [False])
-    )
-    return f"{' and '.join(sorted(set(training)))} in training, {evaluation[0]} in evaluation"
+    chosen = {choose_product(dtype, widths, compute_capability, slots, has_triton) for slots in in_slots}
+    evaluation = choose_product(dtype, widths, compute_capability, False, has_triton)
+    if chosen == {evaluation}:
+        return f"{evaluation} in training and evaluation"
+    return f"{' and '.join(sorted(chosen))} in training, {evaluation} in evaluation"

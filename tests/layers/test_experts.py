@@ -1,6 +1,7 @@
 """The two computations of experts agree with each other and with a loop over rows; which is chosen; what is never read."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from nlgmoe.layers import dispatch
 from nlgmoe.layers import experts as experts_module
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.balance import router_losses
-from nlgmoe.layers.expert_products import choose_product
+from nlgmoe.layers.expert_products import choose_product, describe_products
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.compiling import compile_dense_parts
@@ -105,6 +106,22 @@ def test_the_product_follows_from_device_type_widths_and_slots(
     assert choose_product(dtype, widths, capability, in_slots, has_triton) == expected
     if capability is None and expected == "grouped_mm":  # it takes what is sent to it
         assert Experts(2, *widths).to(dtype)(torch.zeros(3, widths[0], dtype=dtype), torch.tensor([1, 2])).shape[0] == 3
+
+
+def test_products_are_named_for_training_and_evaluation() -> None:
+    model = GPTConfig(64, 128, 4, 64, 2, moe=MoEConfig([4, 8], train_capacity_factor=1.24, min_capacity=100))
+    dropless = replace(model, moe=MoEConfig(8, token_dropping=False))
+    hopper = {"precision": "bf16-mixed", "is_cpu": False, "compute_capability": (9, 0), "is_sharded": False}
+    cpu = hopper | {"is_cpu": True, "compute_capability": None}
+    # of 512 tokens, the layer of 8 experts has 800 slots: more than 1.25 a token
+    assert describe_products(model, 512, **hopper) == "bmm and grouped_mm in training, grouped_mm in evaluation"
+    assert describe_products(model, 2048, **hopper) == "bmm in training, grouped_mm in evaluation"
+    assert describe_products(dropless, 2048, **hopper) == "grouped_mm in training and evaluation"
+    assert (
+        describe_products(dropless, 2048, **hopper | {"precision": "16-mixed"}) == "triton in training and evaluation"
+    )
+    assert describe_products(model, 2048, **cpu) == "grouped_mm in training and evaluation"
+    assert describe_products(model, 2048, **cpu | {"is_sharded": True}).startswith("bmm in training")
 
 
 def test_no_number_is_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,10 +59,10 @@ def saved_by_block(config: GPTConfig, block: int, tokens: int, seq_len: int, siz
     # The experts' input, inner values, output (for the gradient of the gate's weight); of rows that are counted a row of ones.
     slots = training_slots(config, experts, tokens)
     row = (2 * width + inner * config.expert_ffn_size + (BIAS_WIDTH * config.bias if slots is None else 0)) * c
-    rows = row * (moe.top_k if slots is None else slots * experts / tokens)
+    rows = row * (tokens * moe.top_k if slots is None else slots * experts)
     # Chosen expert, token and assignment of a row; weight and scale; a mask.
     indices = moe.top_k * (3 * 8 + 4 + 4 + 1)
-    per_token += gate + rows + indices
+    per_token += gate + indices
     if residual:
         per_token += inner * config.shared_ffn_size * c
         if separate:  # else it shares the gate's input
@@ -71,9 +71,8 @@ def saved_by_block(config: GPTConfig, block: int, tokens: int, seq_len: int, siz
             # The shared MLP, and of the learned mix the experts; their weights, or the gate and `expert_share`.
             per_token += (c + (4 if moe.residual_mix == "learned" else 0)) * width + 8
             per_token += 4 * width if copies or (jitter and c != r) else 0  # input
-    return (
-        round(tokens * per_token) + turns + (4 * experts * width if size.weight == 2 else 0)
-    )  # the gate's weights, in fp32
+    gate_weights = 4 * experts * width if size.weight == 2 else 0  # in fp32
+    return tokens * per_token + rows + turns + gate_weights
 
 
 def saved_by_checkpointed_block(config: GPTConfig, block: int, tokens: int, size: BytesPer) -> int:
