@@ -216,7 +216,9 @@ def attend(
     # A compiled `T > 1` is symbolic once lengths differ; `is_causal` has to be a bool.
     causal = True if visible is None and q.shape[2] > 1 else False  # noqa: SIM210
     shared = shares_keys and visible is None
-    return F.scaled_dot_product_attention(q, k, v, visible, dropout, causal, scale=scale, enable_gqa=shared)
+    return F.scaled_dot_product_attention(
+        q, k, v, visible, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=shared
+    )
 
 
 def build_norm(config: GPTConfig) -> nn.Module:

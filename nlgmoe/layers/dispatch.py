@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nlgmoe.layers.counts import count
-from nlgmoe.layers.expert_products import fixed_slots
+from nlgmoe.layers.expert_products import fixed_slots, has_slots
 from nlgmoe.layers.feed_forward import computing_dtype
 from nlgmoe.layers.router import Routing
 
@@ -162,5 +162,5 @@ class LocalDispatcher(nn.Module):
 
     def forward(self, tokens: Tensor, routing: Routing) -> LocalDispatch:
         """Start the dispatch of `tokens`, `[N, H]`; the caller may compute something else before `receive`."""
-        slots = fixed_slots(routing.capacity, routing.num_experts, routing.expert.numel())
-        return LocalDispatch(tokens, routing, None if tokens.device.type == "cpu" else slots)
+        capacity = routing.capacity if has_slots(tokens.device) else None
+        return LocalDispatch(tokens, routing, fixed_slots(capacity, routing.num_experts, routing.expert.numel()))

@@ -29,7 +29,7 @@ for parameter in layer.parameters():
     torch.nn.init.normal_(parameter, std=0.3)
 probe, results = torch.randn(x.shape), []
 layer.triton_product = group_gemm_triton
-experts.Experts._gather_bias = lambda self, ends, x: self._multiply_bias(lambda *args: group_gemm_triton(*args, ends), x)
+Experts._gather_bias = Experts._multiply_bias
 for product in ("triton", "loop"):
     experts.choose_product = lambda *_, product=product: product
     y = layer(x, torch.tensor(rows))

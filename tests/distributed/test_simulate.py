@@ -49,6 +49,7 @@ def reduced(**data: Any) -> dict[str, Any]:
     """The layout of 1.3B+PR-MoE-64/128 with two of its MoE layers, at a sixteenth of its width."""
     moe = {"num_experts": [64, 128], "mlp_type": "residual"}
     model = {"vocab_size": 8000, "seq_len": 256, "num_layers": 4, "hidden_size": 128, "num_heads": 2, "moe": moe}
+    model |= {"hidden_dropout": 0.1, "attention_dropout": 0.1}
     strategy = {"class_path": "nlgmoe.ExpertParallelStrategy", "init_args": {"stage": 1, "expert_parallel_size": 128}}
     trainer = {"accelerator": "gpu", "num_nodes": 64, "devices": 8, "precision": "bf16-mixed", "strategy": strategy}
     return {"model": {"config": model}, "trainer": trainer, "data": {"micro_batch_size": 2, "seq_len": 256} | data}

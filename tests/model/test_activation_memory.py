@@ -7,18 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers import dispatch
 from nlgmoe.layers.balance import router_losses
-from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher
-from nlgmoe.layers.expert_products import fixed_slots
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.layers.mla import MLAConfig
-from nlgmoe.layers.router import Routing
 from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.planner.activation_memory import (
     activation_bytes,
@@ -91,16 +87,8 @@ class FusedRMSNorm(torch.autograd.Function):
 def kernels_of_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fused RMSNorm, slots, and the experts' biases added as a product: a CPU gathers them, in fp32."""
     monkeypatch.setattr(nn.RMSNorm, "forward", lambda self, x: FusedRMSNorm.apply(x, self.weight, self.eps))
-
-    def multiply_bias(self: Experts, ends: Tensor, x: Tensor) -> Any:
-        return self._multiply_bias(lambda rows, weight: F.grouped_mm(rows, weight, offs=ends), x)
-
-    def in_slots(self: LocalDispatcher, tokens: Tensor, routing: Routing) -> LocalDispatch:
-        slots = fixed_slots(routing.capacity, routing.num_experts, routing.expert.numel())
-        return LocalDispatch(tokens, routing, slots)
-
-    monkeypatch.setattr(Experts, "_gather_bias", multiply_bias)
-    monkeypatch.setattr(LocalDispatcher, "forward", in_slots)
+    monkeypatch.setattr(Experts, "_gather_bias", Experts._multiply_bias)
+    monkeypatch.setattr(dispatch, "has_slots", lambda device: True)
 
 
 def saved_bytes(config: GPTConfig, precision: str, checkpointing: bool) -> int:

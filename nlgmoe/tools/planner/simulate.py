@@ -346,6 +346,7 @@ def _patches(topology: Topology, module: MoEGPTModule) -> Iterator[Any]:
         F, "scaled_dot_product_attention", lambda *args, dropout_p=0.0, **more: attention(*args, **more)
     )
     yield mock.patch.object(Experts, "_gather_bias", Experts._multiply_bias)
+    yield mock.patch.object(dispatch, "has_slots", lambda device: True)
     yield mock.patch.object(router, "capacity", capacity)
     yield mock.patch.object(dispatch, "round_up_rows", keep_rows)
     yield mock.patch.object(all_to_all, "round_up_rows", keep_rows)
