@@ -161,10 +161,22 @@ def test_idioms_of_routers_raise_no_alarm() -> None:
     collapse = "the balance loss sees a collapse"  # which a z-loss of the router's own does not
     found = verdicts(broken(TWO, own_loss(lambda log_z: log_z.square().mean())), {collapse})
     assert found[collapse].startswith("pass"), found
-    for layer in find_layers(["cosine_router.CosineRouterConfig"]):  # it normalises its input
+    named = (
+        "cosine_router.CosineRouterConfig",
+        "dense_mixer.DenseMixerConfig",
+    )  # it normalises its input; straight-through
+    for layer in [layer for name in named for layer in find_layers([name])]:
         found = verdicts(layer, QUICK)
         assert not [text for text in found.values() if text.startswith("fail")], found
         assert found[HOST].startswith("pass")
+
+
+def test_a_gradient_that_is_an_estimate_is_declared_and_excuses_the_gate_alone() -> None:
+    name, (layer,) = "gradients equal finite differences", find_layers(["dense_mixer.DenseMixerConfig"])
+    assert verdicts(replace(layer, estimated_gradient=False), {name})[name].startswith("fail: gradient of")
+    wrong = broken(*DEFECTS["no gradient of an expert"][1])
+    found = verdicts(replace(wrong, estimated_gradient=True), {name})[name]
+    assert found.startswith("fail: gradient of experts."), found
 
 
 @pytest.mark.parametrize(
