@@ -1,18 +1,21 @@
 """The YAML files against the paper: sizes, hyper-parameters, and every model on every machine."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 
-from nlgmoe import Experiment, load_config
+from nlgmoe import GPT, Experiment, load_config
 from nlgmoe.config import GPTConfig
 from nlgmoe.data import StreamedText
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.experiment import parse_config
-from nlgmoe.model.counting import count_parameters
+from nlgmoe.model.counting import count_parameters, flops_per_token
+from nlgmoe.model.initialisation import initialise
 from nlgmoe.tools.hugging_face.families import FAMILIES as OPEN_FAMILIES
 
 ROOT = Path(__file__).parents[1] / "configs"
@@ -240,3 +243,33 @@ def test_every_model_has_a_run_folder_of_its_own_and_data_of_its_length(name: st
     folder = f"laptop_{family}" if model == "laptop" else model
     assert experiment.trainer.default_root_dir == read(name)["trainer"]["default_root_dir"] == f"runs/{folder}"
     assert experiment.data.seq_len == experiment.module.config.seq_len
+
+
+GATE = sorted((ROOT.parent / "docs/examples/gate").glob("*.*"))
+
+
+@pytest.mark.parametrize("file", [file for file in GATE if file.suffix == ".yaml"], ids=lambda file: file.stem)
+def test_an_entry_of_the_gate_changes_model_and_optimizer_alone(file: Path) -> None:
+    """It is laid over the claims' setting, states its FLOPs, and computes."""
+    entry = yaml.safe_load(file.read_text())
+    assert set(entry) == {"model"} and set(entry["model"]) <= {"config", "optimizer"}
+    changed = entry["model"].get("config", {})
+    assert set(changed) <= {"moe"} and not [name for name in changed.get("moe", {}) if name.startswith("eval_")]
+    base = [ROOT / f"reproduce/{name}.yaml" for name in ("base", "moe_16")]
+    baseline, config = (GPTConfig.from_dict(parse_config(files)["model"]["config"]) for files in (base, [*base, file]))
+    assert (config != baseline) == bool(changed)
+    ratio = flops_per_token(config) / flops_per_token(baseline)
+    text = file.read_text().partition("# FLOPs a token: ")[2]
+    assert (f"{ratio:.3f} times" in text or f"{ratio:.2f} times" in text) if ratio != 1 else text.startswith("the bas")
+    model = GPT(replace(config, num_layers=2))
+    initialise(model, config, 0)
+    tokens = torch.arange(64).view(2, 32)
+    assert bool(model(tokens).hidden.isfinite().all())
+
+
+def test_entries_of_the_gate_say_how_they_are_judged() -> None:
+    assert len(GATE) == 11
+    parts = ("Source: ", "Rule: judged by `make gate`, 8 pairs, margin 0.02, rule of docs/gate.md; expected: ")
+    for file in GATE:
+        text = file.read_text()
+        assert text.count("\n") <= 90 and all(part in text for part in parts), file

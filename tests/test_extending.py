@@ -13,13 +13,15 @@ import pytest
 import torch
 import yaml
 from cosine_router import CosineRouterConfig
+from dense_mixer import DenseMixerConfig
 from hash_router import HashRouterConfig
 from line_corpus import LineCorpus
 from swiglu_expert import SwiGLUExpert
+from torch import nn
 from torch.nn import functional as F
 from window_attention import WindowAttentionConfig
 
-from nlgmoe import GPT, GPTConfig, MoEConfig, Router, Routing, RoutingContext
+from nlgmoe import GPT, GPTConfig, MoEConfig, MoELayer, Router, Routing, RoutingContext
 from nlgmoe.checkpoint.reading import TensorFiles, read_document
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main
@@ -173,6 +175,32 @@ def test_a_cosine_router_learns_by_the_balance_loss() -> None:
     assert not routing.kept[7].any() and not routing.weight[7].any()
     router_losses(model(tokens).routings)[0].backward()
     assert router.weight.grad.any()
+
+
+def test_a_dense_mixer_has_the_value_of_top_1_and_the_gate_s_gradient_of_all_experts() -> None:
+    """The gradient is that of `sum_i <dL/dy, expert_i(x)> p_i` over all experts, dL/dy that of the sparse output."""
+    moe = MoEConfig(4, 2, top_k=4, router=DenseMixerConfig())
+    torch.manual_seed(0)
+    layer = MoELayer(GPTConfig(61, 8, 2, 16, 2, moe=moe), 1).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    plain = MoELayer(GPTConfig(61, 8, 2, 16, 2, moe=MoEConfig(4, 2, token_dropping=False)), 1).double()
+    plain.load_state_dict(layer.state_dict())
+    x, upstream = torch.randn(2, 2, 8, 16, dtype=torch.float64)
+    for training in (True, False):
+        y, routing = layer.train(training)(x)
+        torch.testing.assert_close(y, plain.train(training)(x)[0])
+        assert bool(routing.kept.all()) == training  # evaluation computes the chosen expert alone
+    (layer.train()(x)[0] * upstream).sum().backward()
+    (plain.train()(x)[0] * upstream).sum().backward()
+    for name, parameter in layer.experts.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain.experts.get_parameter(name).grad)
+    weight, rows = layer.router.weight.detach().requires_grad_(), x.flatten(0, 1)
+    each = torch.stack([layer.experts(rows, len(rows) * F.one_hot(torch.tensor(e), 4)) for e in range(4)], dim=1)
+    score = (each.detach() * upstream.reshape(-1, 1, 16)).sum(-1)  # [N, E]
+    (gradient,) = torch.autograd.grad(((rows @ weight.t()).softmax(-1) * score).sum(), weight)
+    torch.testing.assert_close(layer.router.weight.grad, gradient)
+    assert not torch.allclose(plain.router.weight.grad, gradient)
 
 
 def test_the_configuration_comes_back_from_plain_values() -> None:

@@ -140,9 +140,12 @@ class Router(nn.Module):
 
     Attributes:
         weight_sum: sum of the weights of a token's kept experts, for `nlgmoe check`; None: not declared.
+        estimated_gradient: the gradient of the weights is an estimate, such as straight-through, and not that of their values;
+            `nlgmoe check` then compares the gradients of experts and shared MLP alone with finite differences.
     """
 
     weight_sum: float | None = None
+    estimated_gradient: bool = False
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()

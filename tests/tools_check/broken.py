@@ -179,6 +179,22 @@ def add_lost_state(module: MoELayer) -> None:
     router(after_step=after_step, _logits=lambda self, x: TopKRouter._logits(self, x) + self.bias.to(x))(module)
 
 
+def of_a_pool(always: bool) -> Callable[[MoELayer], None]:
+    """Let a sequence choose among the four experts that it likes best as a whole (EMO), or do so in training."""
+
+    def forward(self: TopKRouter, x: Tensor, context: RoutingContext) -> Routing:
+        self.sequences = len(context.tokens)
+        return TopKRouter.forward(self, x, context)
+
+    def logits(self: TopKRouter, x: Tensor) -> Tensor:
+        each = TopKRouter._logits(self, x).unflatten(0, (self.sequences, -1))  # [B, T, E]
+        liked = each.softmax(-1).mean(dim=1, keepdim=True).topk(4).indices
+        pooled = torch.full_like(each[:, :1], -1e4).scatter(2, liked, 0) + each
+        return (pooled if always or self.training else each).flatten(0, 1)
+
+    return router(forward=forward, _logits=logits)
+
+
 def half_gate(self: TopKRouter, x: Tensor) -> Tensor:
     return nn.functional.linear(x.bfloat16(), self.weight.bfloat16()).to(x.dtype)
 
@@ -315,6 +331,8 @@ DEFECTS: dict[str, tuple[str, Defect]] = {
     ),
     "evaluation drops tokens": ("evaluation does not see neighbours", (CAPACITY, router(_capacity=capacity_of_training))),
     "tokens mixed up": ("evaluation does not see neighbours", (DROPLESS, layer(shifted))),
+    "a pool of experts for a sequence": ("a token sees no later one", (TWO, of_a_pool(always=True))),
+    "a pool of experts in training": ("a token sees no later one", (DROPLESS, of_a_pool(always=False))),
     "statistics of the micro-batch": ("micro-batches add up", (DROPLESS, layer(batch_normalised))),
     "dropped tokens copied": ("output = sum of weight * expert(x)", (CAPACITY, layer(copy_dropped))),
     "no gradient of an expert": (

@@ -109,20 +109,6 @@ def layers_of_attention(name: str, part: AttentionConfig) -> list[AttentionLayer
 
 
 @torch.no_grad()
-def sees_no_later_token(layer: AttentionLayer) -> str:
-    """Change the tokens from some position on, and compare the outputs before it, in training and in evaluation."""
-    for training in (True, False):
-        module, batch, other = layer.make(training=training), _batch(layer), _batch(layer, seed=5)
-        y = layer.run(module, batch).y
-        for place in (1, TOKENS // 2, TOKENS - 1):
-            x = torch.cat([batch.x[:, :place], other.x[:, place:]], dim=1)
-            changed = layer.run(module, replace(batch, x=x)).y
-            mode = "training" if training else "evaluation"
-            require_close(f"outputs before changed tokens, in {mode}", changed[:, :place], y[:, :place], 1e-9)
-    return f"{TOKENS} tokens, in training and in evaluation"
-
-
-@torch.no_grad()
 def cache_changes_nothing(layer: AttentionLayer) -> str:
     """Compare sequences in pieces with whole ones; the cache reorders them behind the first piece (`KVCache.select`)."""
     module, mask = layer.make(training=False), torch.ones(2, TOKENS, dtype=torch.bool)

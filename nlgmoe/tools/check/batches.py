@@ -1,4 +1,4 @@
-"""Batches: neighbours, order, odd sizes, and micro-batches."""
+"""Batches: neighbours, later tokens, order, odd sizes, and micro-batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from dataclasses import replace
 
 import torch
 
-from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, collapsed, gradients, require_close
+from nlgmoe.tools.check.layer import (
+    Batch,
+    Failed,
+    Layer,
+    NotApplicable,
+    Output,
+    Target,
+    collapsed,
+    gradients,
+    require_close,
+)  # fmt: skip
 from nlgmoe.tools.check.state import Training
 
 
@@ -23,6 +33,43 @@ def evaluation_does_not_see_neighbours(layer: Layer) -> str:
             for place in (place for place, sequence in enumerate(order) if sequence == 0):
                 require_close(f"a sequence among {name}, against alone", y[place : place + 1], alone, 1e-5)
     return "alone, among 3 others and 3 copies"
+
+
+@torch.no_grad()
+def sees_no_later_token(layer: Target) -> str:
+    """Change the tokens from some position on, and compare the outputs before it.
+
+    In evaluation and, with the same random numbers, in training; a mode that may drop tokens is left out.
+    """
+    length, tested, dropping = 48, [], []  # longer than the window of an attention under test
+    batch, other = (replace(Batch.random(layer, 2, length, seed), noise_key=(0, 0, 0)) for seed in (0, 5))
+    for training in (False, True):
+        module, mode = layer.make(training=training), "training" if training else "evaluation"
+        output = layer.run(module, batch)
+        if _may_drop(layer, output, training):
+            dropping.append(f"not in {mode}: with a capacity, which tokens are dropped depends on later ones")
+            continue
+        for place in (1, length // 2, length - 1):
+            x, tokens = batch.x.clone(), batch.tokens.clone()
+            x[:, place:], tokens[:, place:] = other.x[:, place:], other.tokens[:, place:]
+            changed = layer.run(module, replace(batch, x=x, tokens=tokens)).y
+            require_close(f"outputs before changed tokens, in {mode}", changed[:, :place], output.y[:, :place], 1e-9)
+        tested.append(f"in {mode}")
+    if not tested:
+        raise NotApplicable("with a capacity, which tokens are dropped depends on later ones")
+    return "; ".join([f"{length} tokens, {' and '.join(tested)}", *dropping])
+
+
+def _may_drop(layer: Target, output: Output, training: bool) -> bool:
+    """Return True if experts have a capacity, or may have one that the layer does not declare."""
+    if not isinstance(layer, Layer):
+        return False
+    if not training:
+        return layer.drops_in_evaluation
+    if layer.drops is not None:
+        return layer.drops
+    routing = output.routing
+    return routing is None or routing.capacity is not None or not bool(routing.kept.all())
 
 
 def permuted_tokens_give_permuted_outputs(layer: Layer) -> str:

@@ -175,6 +175,7 @@ class Layer(Target):
         takes_mask: `forward` reads `Batch.mask`.
         drops: training has a capacity, `capacity`, or drops nothing; None: not declared.
         drops_in_evaluation: evaluation is declared to drop tokens.
+        estimated_gradient: the gradients of the gate and through it are declared an estimate, not those of the values.
     """
 
     num_experts: int = 8
@@ -184,6 +185,7 @@ class Layer(Target):
     takes_mask: bool = False
     drops: bool | None = None
     drops_in_evaluation: bool = False
+    estimated_gradient: bool = False
 
     @property
     def sizes(self) -> str:

@@ -224,5 +224,6 @@ def own_layer(config: GPTConfig, name: str, width: int = 16, most: int = MOST_EX
         takes_key=True,
         drops=drops,
         drops_in_evaluation=moe.eval_token_dropping,
+        estimated_gradient=router.estimated_gradient,
         config=small,
     )

@@ -29,6 +29,7 @@ PROPERTIES: dict[str, tuple[Test, ...]] = {
         batches.evaluation_does_not_see_neighbours,
         batches.permuted_tokens_give_permuted_outputs,
     ),
+    "a token sees no later one": (batches.sees_no_later_token,),
     "evaluation chooses as training does": (batches.evaluation_chooses_as_training_does,),
     "unusual sizes work": (batches.unusual_sizes_work,),
     "micro-batches add up": (batches.micro_batches_add_up,),
@@ -43,7 +44,7 @@ PROPERTIES: dict[str, tuple[Test, ...]] = {
 }
 OF_ATTENTION: dict[str, tuple[Test, ...]] = {
     "gradients equal finite differences": (gradients.gradients_are_finite_differences,),
-    "a token sees no later one": (attention.sees_no_later_token,),
+    "a token sees no later one": (batches.sees_no_later_token,),
     "a cache changes no output": (attention.cache_changes_nothing,),
     "padding changes no output": (attention.padding_is_not_seen,),
     "documents do not see each other": (attention.documents_are_apart,),
