@@ -23,6 +23,7 @@ from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.tools.statistics import PairedDifference
+from nlgmoe.validation import RunError
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +65,7 @@ def test_runs_go_on_from_trunks_and_logits_and_are_not_repeated(pocket_pile: Pat
         Cell("student", 0.25, "full"),
     ]
     runs = [(cell, 1) for cell in [*cells, Cell("student", 0.5, "staged")]]
-    with pytest.raises(RuntimeError, match="pr_moe@1-seed1 ended with exit code 137: killed"):
+    with pytest.raises(RunError, match="pr_moe@1-seed1 ended with exit code 137: killed"):
         campaign().train(runs, 1)
     campaign().train(runs, 1)
     found = json.loads(results.read_text())["runs"]
