@@ -117,13 +117,11 @@ def main(argv: list[str] | None = None, run: Launch = launch) -> None:
     parser.add_argument("--tables", action="store_true", help="train nothing; renew the table of docs/gate.md")
     parser.add_argument("--scale", choices=["cpu", "tiny"], default="cpu", help="tiny: twenty steps a run, for a test")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs are stopped, and saved
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     scale = {"cpu": CPU, "tiny": TINY}[args.scale]
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which devices there are
     with one_line_errors():
         if args.tables:
-            write_table(fingerprint(Side("baseline", scale), run))
+            write_table(fingerprint(Side("baseline", scale), args.out.resolve(), run))
             return
         require(bool(args.candidate), "no candidate: give a class_path or a YAML file")
         require(args.pairs > 0 and args.jobs > 0, "--pairs and --jobs must be at least 1")
@@ -145,4 +143,6 @@ def enter(args: argparse.Namespace, scale: Scale, run: Launch) -> Row:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs are stopped, and saved
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     main()

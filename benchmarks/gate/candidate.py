@@ -93,7 +93,8 @@ def read_candidate(text: str, name: str | None, scale: Scale) -> Side:
     Raises:
         SettingError: it is none, or sets what the gate holds fixed.
     """
-    if text.endswith((".yaml", ".yml")):
+    is_file = text.endswith((".yaml", ".yml"))
+    if is_file:
         own = Path(text).stem
         _check_fixed(flattened(parse_config([*BASE, text])))
         overlay = json.dumps(yaml.load(Path(text).read_text(), Loader=ConfigLoader))  # later edits change no run
@@ -113,7 +114,7 @@ def read_candidate(text: str, name: str | None, scale: Scale) -> Side:
         side = replace(
             side, overlays=(_at(("moe", "token_dropping"), True), overlay)
         )  # its default: moe_16.yaml sets it
-    _ = side.config  # raises what does not fit together
+    load_config([*BASE, *side.overlays[:-1], text if is_file else overlay])  # checks all
     return side
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from threading import Event
 
 from tqdm import tqdm
 
@@ -79,23 +79,23 @@ class Run:
             raise RunError(f"{self.side.name}: {error}") from error
 
 
-def fingerprint(side: Side, run: Launch) -> str:
+def fingerprint(side: Side, out: Path, run: Launch) -> str:
     """Return a hash of the weights after three training steps: of code, torch, machine and text; and of the overlays."""
     few = json.dumps({"trainer": {"max_steps": 3, "logger": False}, "data": {"max_eval_windows": 1}})
-    with TemporaryDirectory() as temporary:
-        folder = Path(temporary, side.name)
-        folder.mkdir()
-        fit(run, [*side.files(side.scale.steps, 1), few], folder, ROOT)
-        weights = load_model(folder / "checkpoints/last.ckpt").state_dict()
+    folder = out / f"{side.name}-first-steps"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    fit(run, [*side.files(side.scale.steps, 1), few], folder, ROOT)
     digest = hashlib.sha256("".join(side.overlays).encode())
-    for name, value in sorted(weights.items()):
+    for name, value in sorted(load_model(folder / "checkpoints/last.ckpt").state_dict().items()):
         digest.update(name.encode() + value.numpy().tobytes())
+    shutil.rmtree(folder)
     return digest.hexdigest()[:12]
 
 
 def placed(side: Side, out: Path, run: Launch) -> Side:
     """Return the side with the folder of its runs below `out`: another one if its code or settings have changed."""
-    return replace(side, home=out / f"{side.name}-{fingerprint(side, run)}")
+    return replace(side, home=out / f"{side.name}-{fingerprint(side, out, run)}")
 
 
 def series(side: Side, seed: int, lengths: Sequence[int]) -> list[Run]:
@@ -115,6 +115,7 @@ def train(lines: Sequence[Sequence[Run]], jobs: int, run: Launch) -> None:
     """
     runs = [one for line in lines for one in line]
     total, before, begun = sum(one.steps - one.start for one in runs), sum(one.done for one in runs), time.monotonic()
+    stopped = Event()
     bar = tqdm(total=total, initial=before, unit="step", smoothing=0, disable=None)
 
     def seconds_left() -> float:
@@ -123,16 +124,23 @@ def train(lines: Sequence[Sequence[Run]], jobs: int, run: Launch) -> None:
 
     def in_order(line: Sequence[Run]) -> None:
         for one in line:
-            if not one.has_ended:
+            if not one.has_ended and not stopped.is_set():
                 one.train(run)
-                name, left = f"{one.side.name} {one.folder.name}", f"{seconds_left() / 60:.0f} min left"
-                tqdm.write(f"{time.strftime('%H:%M')} {name}: validation loss {one.loss:.4f}; about {left}")
-        for one in line:  # shorter runs of later gates begin from the baseline's
-            if one.side.overlays or one.start:
+                words = f"{one.side.name} {one.folder.name}: validation loss {one.loss:.4f}"
+                tqdm.write(f"{time.strftime('%H:%M')} {words}; about {seconds_left() / 60:.0f} min left")
+        for one in line:  # shorter runs of later gates begin from the baseline's whole ones
+            if not stopped.is_set() and (one.side.overlays or one.start):
                 shutil.rmtree(one.folder / "checkpoints", ignore_errors=True)
 
+    def or_stop(line: Sequence[Run]) -> None:
+        try:
+            in_order(line)
+        except BaseException:
+            stopped.set()  # here: a pool begins its next line before `wait` returns
+            raise
+
     with bar, ThreadPoolExecutor(jobs) as pool:
-        waiting: set[Future[None]] = {pool.submit(in_order, line) for line in lines}
+        waiting: set[Future[None]] = {pool.submit(or_stop, line) for line in lines}
         try:
             while waiting:
                 ended, waiting = wait(waiting, POLL, FIRST_COMPLETED)
@@ -141,6 +149,6 @@ def train(lines: Sequence[Sequence[Run]], jobs: int, run: Launch) -> None:
                 for one in ended:
                     one.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stopped.set()
             end_running()
             raise

@@ -29,14 +29,15 @@ ROOT = Path(__file__).parents[2]
 
 
 class Here:
-    """Runs commands in this process; the first training run ends before its first step."""
+    """Runs commands in this process; the training run of that number ends before its first step."""
 
-    def __init__(self) -> None:
+    def __init__(self, killed: int = 1) -> None:
         self.commands: list[list[str]] = []
+        self.killed = killed
 
     def __call__(self, command: list[str], log: Path, tree: Path) -> int:
         self.commands.append(command)
-        if len(self.commands) == 1:
+        if len(self.commands) == self.killed:
             log.write_text("killed")
             return 137
         before = os.getcwd()
