@@ -64,7 +64,7 @@ def judge(candidate: Side, out: Path, pairs: int, jobs: int, tune: bool, run: La
     steps = {"tokens": (whole, whole)} | {kind: steps_at_equal_cost(measured[kind], whole) for kind in COSTS}
     lines = [
         series(side, seed, [lengths[place] for lengths in steps.values()])
-        for seed in range(1, pairs + 1)
+        for seed in seeds_of(pairs)
         for place, side in enumerate(both)
     ]
     train(lines, jobs, run)
@@ -84,6 +84,11 @@ def judge(candidate: Side, out: Path, pairs: int, jobs: int, tune: bool, run: La
         "losses": {"candidate": ours, "baseline": theirs},
         "verdicts": judged,
     }
+
+
+def seeds_of(pairs: int) -> list[int]:
+    """Return the seeds of the pairs, without that of the search for a learning rate."""
+    return [seed for seed in range(1, pairs + 2) if seed != TUNING_SEED][:pairs]
 
 
 def costs_of(candidate: Side, baseline: Side) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def main(argv: list[str] | None = None, run: Launch = launch) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--tune", action="store_true", help="search the learning rate: three runs of half the tokens")
     parser.add_argument("--author", help="default: git's user.name")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file of the rows")
+    parser.add_argument("--results", type=Path, help="JSON file of the rows; default: docs/results/gate.json")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gate", help="folder of the runs")
     parser.add_argument("--tables", action="store_true", help="train nothing; renew the table of docs/gate.md")
     parser.add_argument("--scale", choices=["cpu", "tiny"], default="cpu", help="tiny: twenty steps a run, for a test")
@@ -136,7 +141,7 @@ def enter(args: argparse.Namespace, scale: Scale, run: Launch) -> Row:
     try:
         with FileLock(out / ".lock", timeout=0):
             row = make_row(candidate, args.author, **judge(candidate, out, args.pairs, args.jobs, args.tune, run))
-            add_row(args.results, row)
+            add_row(args.results or (out / "gate.json" if scale is TINY else RESULTS), row)
             return row
     except Timeout:
         raise SettingError(f"--out={out}: another process works in it; wait for it, or name another one") from None

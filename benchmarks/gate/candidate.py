@@ -111,9 +111,8 @@ def read_candidate(text: str, name: str | None, scale: Scale) -> Side:
     side = Side(name, scale, (overlay,))
     router = (side.settings["model"]["config"]["moe"] or {}).get("router")
     if router and "token_dropping" not in class_named(router["class_path"], [RouterConfig]).reads_fields:
-        side = replace(
-            side, overlays=(_at(("moe", "token_dropping"), True), overlay)
-        )  # its default: moe_16.yaml sets it
+        default = _at(("moe", "token_dropping"), True)  # moe_16.yaml sets another value
+        side = replace(side, overlays=(default, overlay))
     load_config([*BASE, *side.overlays[:-1], text if is_file else overlay])  # checks all
     return side
 
@@ -126,12 +125,15 @@ def _at(place: tuple[str, ...], value: Any) -> str:
 
 def _check_fixed(settings: dict[str, Any]) -> None:
     """Check that settings differ from the baseline's only where they may; those of the model first, since others follow them."""
-    baseline = flattened(parse_config(list(BASE)))
-    for name in sorted(settings, key=lambda name: (not name.startswith("model."), name)):
-        free = name.startswith(FREE) and name.removeprefix("model.config.") not in HELD
+    baseline = flattened(parse_config(list(BASE))) | {"config": settings["config"]}  # its list of files
+    for name in sorted(
+        {*settings, *baseline}, key=lambda name: (name not in settings, not name.startswith("model."), name)
+    ):
+        # without experts there are no settings of their evaluation
+        free = name.startswith(FREE) and (name.removeprefix("model.config.") not in HELD or name not in settings)
         require(
-            free or name == "config" or settings[name] in (baseline.get(name), None),
-            f"{name}={settings[name]}: the gate holds it fixed; an overlay sets model.config, but for {', '.join(HELD)}, and "
+            free or (name in settings and name in baseline and settings[name] == baseline[name]),
+            f"{name}={settings.get(name)}: the gate holds it fixed; an overlay sets model.config, but for {', '.join(HELD)}, and "
             "model.optimizer",
         )
 

@@ -15,6 +15,7 @@ from benchmarks.gate import __main__ as command
 from benchmarks.gate import candidate as candidates
 from benchmarks.gate import page
 from benchmarks.gate.__main__ import main as gate
+from benchmarks.gate.__main__ import seeds_of
 from benchmarks.gate.candidate import Side, check, costs, memory, read_candidate
 from benchmarks.gate.runs import Run, series, train
 from benchmarks.gate.verdict import AS_GOOD, BETTER, UNRESOLVED, WORSE, steps_at_equal_cost, verdict
@@ -78,9 +79,10 @@ def test_a_verdict_is_wrong_as_often_as_its_rule_says(mean: float, reading: str,
 def test_the_costlier_side_has_fewer_tokens_and_starts_where_its_schedule_is_constant() -> None:
     assert [steps_at_equal_cost(ratio, 2400) for ratio in (1.0, 1.019, 0.981)] == [(2400, 2400)] * 3
     assert [steps_at_equal_cost(ratio, 2400) for ratio in (1.2, 0.5)] == [(2000, 2400), (2400, 1200)]
+    assert seeds_of(8) == [1, 2, 3, 4, 5, 6, 7, 8] and seeds_of(10)[-2:] == [10, 11]  # 9 is for the learning rate
     side = Side("s", CPU, ("{}",))
     assert [(run.steps, run.start) for run in series(side, 1, [2400, 2000, 590])] == [(2400, 0), (2000, 1440), (590, 0)]
-    (own,) = (json.loads(side.files(2000, 3)[-1])["model"] for _ in (0,))
+    own = json.loads(side.files(2000, 3)[-1])["model"]
     assert own["schedule"] == {"warmup_tokens": 60 * 2048, "decay_tokens": 2000 * 2048, "cooldown_tokens": 400 * 2048}
     assert own["seed"] == 3 and own["train_tokens"] == 2000 * 2048
 
@@ -95,6 +97,9 @@ def test_the_costlier_side_has_fewer_tokens_and_starts_where_its_schedule_is_con
         ("model.train_tokens: 99", "model.train_tokens=99: the gate holds"),
         ("model: {schedule: {min_lr: 1.0e-4}}", "model.schedule.min_lr=0.0001: the gate holds"),
         ("trainer: {gradient_clip_val: 0.5}", "trainer.gradient_clip_val=0.5: the gate holds"),
+        ("trainer: {gradient_clip_val: null}", "trainer.gradient_clip_val=None: the gate holds"),
+        ("model: {curriculum: {tokens: 9, start: 8}}", "model.curriculum.increment=8: the gate holds"),
+        ("trainer: {max_steps: 9}", "trainer.max_steps=9: the gate holds"),
         ("model: {optimizer: {lr_scale: {gate: 2.0}}}", "model.optimizer.lr_scale.gate=2.0 ("),
     ],
 )  # fmt: skip
@@ -116,6 +121,8 @@ def test_candidates_are_classes_of_the_three_kinds_and_overlays(tmp_path: Path) 
     )
     assert read_candidate("nlgmoe.layers.attention.MultiHead", "y", CPU).config.attention is not None
     (tmp_path / "slow.yaml").write_text("model: {optimizer: {lr: 1.0e-3}}")
+    (tmp_path / "dense.yaml").write_text("model: {config: {moe: null}}")
+    assert read_candidate(str(tmp_path / "dense.yaml"), None, CPU).config.moe is None
     slow = read_candidate(str(tmp_path / "slow.yaml"), None, CPU)
     assert (slow.name, slow.learning_rate, found.learning_rate) == ("slow", 1e-3, pytest.approx(0.00599, abs=1e-5))
     for text, name in (("nlgmoe.GPTConfig", None), ("hash", None), (str(tmp_path / "slow.yaml"), "baseline")):
