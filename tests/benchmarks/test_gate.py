@@ -25,7 +25,7 @@ from nlgmoe import Router, Routing, RoutingContext
 from nlgmoe.tools.check.properties import check_layer
 from nlgmoe.tools.report.runs import read_runs
 from nlgmoe.validation import RunError, SettingError
-from tests.benchmarks.test_reproduce import Here
+from tests.support.in_process import Here
 
 HERE = "tests.benchmarks.test_gate"
 BASELINE = Side("baseline", TINY)

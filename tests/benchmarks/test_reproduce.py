@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,34 +18,12 @@ from benchmarks.reproduce.cells import GROWTH, WIDER, Cell
 from benchmarks.reproduce.questions import AGREES, DIFFERS, LARGER, QUESTIONS, UNRESOLVED, readings, runs_of
 from benchmarks.reproduce.readings import MISSING, answers, cost_at_equal_loss
 from benchmarks.reproduce.tables import BEGIN, END, write
-from nlgmoe.cli.train import main as train
-from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.tools.statistics import PairedDifference
 from nlgmoe.validation import RunError
+from tests.support.in_process import Here
 
 ROOT = Path(__file__).parents[2]
-
-
-class Here:
-    """Runs commands in this process; the training run of that number ends before its first step."""
-
-    def __init__(self, killed: int = 1) -> None:
-        self.commands: list[list[str]] = []
-        self.killed = killed
-
-    def __call__(self, command: list[str], log: Path, tree: Path) -> int:
-        self.commands.append(command)
-        if len(self.commands) == self.killed:
-            log.write_text("killed")
-            return 137
-        before = os.getcwd()
-        os.chdir(tree)
-        try:
-            train(command[1:]) if command[0] == "train.py" else nlgmoe(command[2:])
-        finally:
-            os.chdir(before)
-        return 0
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
