@@ -9,7 +9,7 @@ RUN := runs/quickstart
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
-.PHONY: help help-developers install develop quickstart real-model test check docs notebooks reproduce bench gpu clean \
+.PHONY: help help-developers install develop quickstart real-model test check docs notebooks reproduce gate bench gpu clean \
 	browser test-nightly planted test-oldest test-faults constraints format reproduce-tables
 
 help:  ## show this list
@@ -75,6 +75,10 @@ notebooks: develop  ## run the notebooks and keep what they show; trains ten sma
 
 reproduce: develop  ## the paper's claims with small models, QUESTION=capacity for one; resumable (20 to 40 hours on 2 cores; docs/claims.md)
 	$(BIN)/python -m benchmarks.reproduce $(if $(QUESTION),--question $(QUESTION)) $(if $(SCALE),--scale $(SCALE))
+
+gate: develop  ## judge an idea about mixtures of experts: CANDIDATE=my_router.MyRouterConfig, or a YAML file (an hour on 2 cores; docs/gate.md)
+	@$(BIN)/python -m benchmarks.gate $(if $(CANDIDATE),"$(CANDIDATE)") $(if $(NAME),--name "$(NAME)") $(if $(PAIRS),--pairs $(PAIRS)) \
+		$(if $(TUNE),--tune) $(if $(RESULTS),--results "$(RESULTS)")
 
 bench: develop  ## measure ranks, checkpoints, layers, steps, data, generation, and renew the tables of docs/results (15 minutes on 2 quiet cores; ROUNDS=1: a trial)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k

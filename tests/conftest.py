@@ -67,6 +67,8 @@ NIGHTLY = (
     "tests/test_blocks.py::test_every_block_trains_with_every_mixture",
     "tests/benchmarks/test_gpu_command.py::test_a_dry_run_takes_every_step",
     "tests/test_other_loggers.py",
+    "tests/benchmarks/test_gate.py::test_a_loss_that_is_not_finite_is_one_line",
+    "tests/benchmarks/test_gate.py::test_a_gate_from_the_candidate_to_its_row",
     "tests/benchmarks/test_reproduce.py::test_runs_go_on_from_trunks_and_logits_and_are_not_repeated",
 )
 IN_BOTH = ("tests/distributed/test_commands.py::test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved",)

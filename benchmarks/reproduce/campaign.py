@@ -44,6 +44,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.experiment import parse_config
 from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters, flops_per_token
+from nlgmoe.validation import RunError
 
 CONFIGS = Path("configs/reproduce")
 Launch = Callable[[list[str], Path, Path], int]  # command of nlgmoe or train.py, log file, tree -> exit code
@@ -54,7 +55,7 @@ class Scale:
     """The size of the runs.
 
     Attributes:
-        name: `cpu`, `short` for a comparison of commits, or `tiny` for a test.
+        name: `cpu`, or `tiny` for a test.
         steps: optimizer steps of the whole budget.
         step_tokens: tokens of a step.
         settings: override those of the files, nested as in YAML.
@@ -64,6 +65,11 @@ class Scale:
     steps: int
     step_tokens: int
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def milestones(self) -> int:
+        """Steps between the checkpoints that shorter runs start from."""
+        return round(min(BUDGETS) * (1 - COOLDOWN) * self.steps)
 
 
 CPU = Scale("cpu", STEPS, STEP_TOKENS)
@@ -78,13 +84,91 @@ TINY = Scale(
 )
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+
+
 def launch(command: list[str], log: Path, tree: Path) -> int:
     """Run a command with one thread in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
-    with log.open("a") as file:
-        return subprocess.run(
+    path = os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    with (
+        log.open("a") as file,
+        subprocess.Popen(
             [sys.executable, *command], cwd=tree, stdout=file, stderr=subprocess.STDOUT, env=environment
-        ).returncode
+        ) as process,
+    ):
+        _running.add(process)
+        code = process.wait()
+        _running.discard(process)
+        return code
+
+
+def end_running() -> None:
+    """Let the commands of `launch` save a checkpoint and end."""
+    for process in list(_running):
+        process.terminate()
+
+
+def call(run: Launch, command: list[str], log: Path, tree: Path) -> None:
+    """Run a command.
+
+    Raises:
+        RunError: it failed; the message has the last line of its log.
+    """
+    if code := run(command, log, tree):
+        lines = log.read_text().rstrip().splitlines() if log.exists() else []
+        raise RunError(f"{log.parent.name} ended with exit code {code}: {lines[-1] if lines else ''} ({log})")
+
+
+def fit(run: Launch, files: Iterable[Path | str], folder: Path, tree: Path, start: str = "auto") -> dict[str, Any]:
+    """Train a run, or resume it, and return its summary.
+
+    Args:
+        run: starts a command.
+        files: of settings, or their text as JSON.
+        folder: of the run.
+        tree: folder of the code.
+        start: the checkpoint that it begins from, unless `folder` has some; `auto`: random weights.
+    """
+    start = "auto" if (folder / "checkpoints").exists() else start
+    command = ["train.py", "fit", *(part for file in files for part in ("--config", str(file)))]
+    command += [f"--trainer.default_root_dir={folder}", f"--ckpt_path={start}"]
+    call(run, command, folder / "log.txt", tree)
+    if not (folder / "summary.json").exists():
+        raise RunError(f"{folder.name} was stopped; start the command again, and it goes on")
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+def run_settings(scale: Scale, tree: Path, steps: int, seed: int, rate: float) -> dict[str, Any]:
+    """Return the settings of a run besides the files of configs/reproduce.
+
+    Args:
+        scale: size of the runs.
+        tree: folder of the code, with its data.
+        steps: optimizer steps; the last of them are the cooldown.
+        seed: of weights and order.
+        rate: learning rate.
+    """
+    (checkpoint,) = yaml.safe_load((tree / CONFIGS / "base.yaml").read_text())["trainer"]["callbacks"]
+    interval = "milestones" if "milestones" in checkpoint["init_args"] else "every_n_train_steps"  # before 0.4
+    checkpoint["init_args"][interval] = scale.milestones
+    tokens = steps * scale.step_tokens
+    return {
+        "model": {
+            **scale.settings.get("model", {}),
+            "seed": seed,
+            "optimizer": {"lr": rate},
+            "train_tokens": tokens,
+            "schedule": {
+                "warmup_tokens": scale.steps // 40 * scale.step_tokens,
+                "decay_tokens": tokens,
+                "cooldown_tokens": round(COOLDOWN * steps) * scale.step_tokens,
+            },
+        },
+        "data": {**scale.settings.get("data", {}), "seed": seed, "data_dir": str(tree / "data/pocket_pile")},
+        "trainer": {**scale.settings.get("trainer", {}), "callbacks": [checkpoint]},
+    }
 
 
 class Campaign:
@@ -107,7 +191,7 @@ class Campaign:
         self, folder: Path, results: Path, commit: str, tree: Path, scale: Scale = CPU, run: Launch = launch
     ) -> None:
         self.folder, self.file, self.tree, self.scale, self._run = folder, results, tree, scale, run
-        head = {"commit": commit, "scale": scale.name, "machine": _machine()}
+        head = {"commit": commit, "scale": scale.name, "machine": machine()}
         self.results: dict[str, Any] = {**head, "learning_rates": {}, "runs": {}}
         if results.exists():
             self.results = json.loads(results.read_text())
@@ -188,16 +272,11 @@ class Campaign:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
         files = [*self._configs(cell.config), folder / "settings.yaml"]
-        command = ["train.py", "fit", *(part for file in files for part in ("--config", str(file)))]
-        command.append(f"--trainer.default_root_dir={folder}")
         start = "auto"
-        if rate is None and cell.trunk is not None and not (folder / "checkpoints").exists():
+        if rate is None and cell.trunk is not None:
             steps = round(cell.budget * (1 - COOLDOWN) * self.scale.steps)
             start = str(self.folder / self.key(cell.trunk, seed) / f"checkpoints/step-{steps}.ckpt")
-        self._call([*command, f"--ckpt_path={start}"], folder / "log.txt")
-        if not (folder / "summary.json").exists():
-            raise RuntimeError(f"{key} was stopped; start the command again, and it goes on")
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = fit(self._run, files, folder, self.tree, start)
         shape = self.shape(cell.config)
         count = count_parameters(shape)
         record = {
@@ -227,11 +306,6 @@ class Campaign:
         if rate is not None or not self._is_needed(cell):
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
-    def _call(self, command: list[str], log: Path) -> None:
-        if code := self._run(command, log, self.tree):
-            lines = log.read_text().rstrip().splitlines() if log.exists() else []
-            raise RuntimeError(f"{log.parent.name} ended with exit code {code}: {lines[-1] if lines else ''} ({log})")
-
     def _logits(self, seed: int) -> Path:
         """Return the teacher's recorded logits for the samples of a seed; record them if they are missing."""
         with self._lock:  # one recording at a time
@@ -242,35 +316,15 @@ class Campaign:
                 files = [*self._configs("student"), settings]
                 teacher = self.folder / self.key(TEACHER, seed)
                 samples = self.scale.steps * self.scale.step_tokens // self.shape("student").seq_len
-                self._call(
-                    ["-m", "nlgmoe", "distill-logits", *map(str, files), "--teacher", str(teacher), "--output", str(folder),
-                     "--samples", str(samples), "--top-k", "32"],
-                    self.folder / f"logits-seed{seed}.log",
-                )  # fmt: skip
+                options = {"--teacher": teacher, "--output": folder, "--samples": samples, "--top-k": 32}
+                words = [str(word) for pair in options.items() for word in pair]
+                command = ["-m", "nlgmoe", "distill-logits", *map(str, files), *words]
+                call(self._run, command, self.folder / f"logits-seed{seed}.log", self.tree)
             return folder
 
     def settings(self, cell: Cell, seed: int, rate: float) -> dict[str, Any]:
         """Return the settings of a run besides the files of configs/reproduce."""
-        tokens = round(cell.budget * self.scale.steps) * self.scale.step_tokens
-        (checkpoint,) = yaml.safe_load((self.tree / CONFIGS / "base.yaml").read_text())["trainer"]["callbacks"]
-        interval = "milestones" if "milestones" in checkpoint["init_args"] else "every_n_train_steps"  # before 0.4
-        checkpoint["init_args"][interval] = round(min(BUDGETS) * (1 - COOLDOWN) * self.scale.steps)
-        scale = self.scale.settings
-        return {
-            "model": {
-                **scale.get("model", {}),
-                "seed": seed,
-                "optimizer": {"lr": rate},
-                "train_tokens": tokens,
-                "schedule": {
-                    "warmup_tokens": self.scale.steps // 40 * self.scale.step_tokens,
-                    "decay_tokens": tokens,
-                    "cooldown_tokens": round(COOLDOWN * cell.budget * self.scale.steps) * self.scale.step_tokens,
-                },
-            },
-            "data": {**scale.get("data", {}), "seed": seed, "data_dir": str(self.tree / "data/pocket_pile")},
-            "trainer": {**scale.get("trainer", {}), "callbacks": [checkpoint]},
-        }
+        return run_settings(self.scale, self.tree, round(cell.budget * self.scale.steps), seed, rate)
 
     def shape(self, config: str) -> GPTConfig:
         """Return the model of a file of the code that trains."""
@@ -337,7 +391,8 @@ def _between(first: float, second: float, share: float) -> float:
     return math.exp((1 - share) * math.log(first) + share * math.log(second))
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Return the processor, and what a run has of it."""
     names = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,32 +18,12 @@ from benchmarks.reproduce.cells import GROWTH, WIDER, Cell
 from benchmarks.reproduce.questions import AGREES, DIFFERS, LARGER, QUESTIONS, UNRESOLVED, readings, runs_of
 from benchmarks.reproduce.readings import MISSING, answers, cost_at_equal_loss
 from benchmarks.reproduce.tables import BEGIN, END, write
-from nlgmoe.cli.train import main as train
-from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.tools.statistics import PairedDifference
+from nlgmoe.validation import RunError
+from tests.support.in_process import Here
 
 ROOT = Path(__file__).parents[2]
-
-
-class Here:
-    """Runs commands in this process; the first training run ends before its first step."""
-
-    def __init__(self) -> None:
-        self.commands: list[list[str]] = []
-
-    def __call__(self, command: list[str], log: Path, tree: Path) -> int:
-        self.commands.append(command)
-        if len(self.commands) == 1:
-            log.write_text("killed")
-            return 137
-        before = os.getcwd()
-        os.chdir(tree)
-        try:
-            train(command[1:]) if command[0] == "train.py" else nlgmoe(command[2:])
-        finally:
-            os.chdir(before)
-        return 0
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
@@ -64,7 +43,7 @@ def test_runs_go_on_from_trunks_and_logits_and_are_not_repeated(pocket_pile: Pat
         Cell("student", 0.25, "full"),
     ]
     runs = [(cell, 1) for cell in [*cells, Cell("student", 0.5, "staged")]]
-    with pytest.raises(RuntimeError, match="pr_moe@1-seed1 ended with exit code 137: killed"):
+    with pytest.raises(RunError, match="pr_moe@1-seed1 ended with exit code 137: killed"):
         campaign().train(runs, 1)
     campaign().train(runs, 1)
     found = json.loads(results.read_text())["runs"]

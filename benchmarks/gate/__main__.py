@@ -1,0 +1,153 @@
+"""Judge an idea against the standard MoE of the claims: better, as good as, worse, or unresolved; docs/gate.md.
+
+    python -m benchmarks.gate my_router.MyRouterConfig               a router, an expert or an attention, by class_path
+    python -m benchmarks.gate mine.yaml --pairs 2                    an overlay of settings; a first look
+    python -m benchmarks.gate --tables                               renew the table of docs/gate.md from docs/results/gate.json
+
+It can be stopped at any time, and resumes when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from benchmarks.gate.candidate import RATE, Side, check, costs, memory, read_candidate
+from benchmarks.gate.page import RESULTS, Row, add_row, in_lines, make_row, write_table
+from benchmarks.gate.runs import Run, fingerprint, placed, series, train
+from benchmarks.gate.verdict import PLANNED_PAIRS, steps_at_equal_cost, verdict
+from benchmarks.reproduce.campaign import CPU, TINY, Launch, Scale, best_rate, launch
+from benchmarks.runs import ROOT
+from nlgmoe.cli.errors import one_line_errors
+from nlgmoe.files import write_json
+from nlgmoe.tools.report.page import write_report
+from nlgmoe.tools.report.runs import read_runs
+from nlgmoe.validation import SettingError, require
+
+TUNING_SEED, FACTORS = 9, (0.5, 1.0, 2.0)  # of the search for a learning rate, at half the tokens, as for the claims
+COSTS, MOST = ("flops", "seconds"), 20  # a shorter run has a warm-up too
+
+
+def judge(candidate: Side, out: Path, pairs: int, jobs: int, tune: bool, run: Launch) -> dict[str, Any]:
+    """Check, measure, train and compare; return what a row has of it.
+
+    Args:
+        candidate: the idea.
+        out: folder of the runs.
+        pairs: seeds.
+        jobs: runs at a time, one thread each.
+        tune: search the candidate's learning rate first.
+        run: starts a command.
+    """
+    baseline = Side("baseline", candidate.scale)
+    print(check(candidate, baseline), memory(candidate, jobs), sep="\n", flush=True)
+    searched: dict[float, float] = {}
+    if tune:
+        sides = [placed(replace(candidate, rate=factor * RATE), out, run) for factor in FACTORS]
+        tuning = [Run(side, TUNING_SEED, side.scale.steps // 2) for side in sides]
+        train([[one] for one in tuning], jobs, run)
+        searched = {one.side.learning_rate: one.loss for one in tuning}
+        candidate = replace(candidate, rate=best_rate(searched, searched.values()))
+        print(f"learning rate: {candidate.learning_rate:.2g}, from the losses {searched}")
+    both = candidate, baseline = placed(candidate, out, run), placed(baseline, out, run)
+    measured, whole = costs_of(candidate, baseline), candidate.scale.steps
+    steps = {"tokens": (whole, whole)} | {kind: steps_at_equal_cost(measured[kind], whole) for kind in COSTS}
+    lines = [
+        series(side, seed, [lengths[place] for lengths in steps.values()])
+        for seed in seeds_of(pairs)
+        for place, side in enumerate(both)
+    ]
+    train(lines, jobs, run)
+    losses: Any = {side.home: defaultdict(dict) for side in both}
+    for one in (one for line in lines for one in line):
+        losses[one.side.home][one.steps][one.seed] = one.loss
+    ours, theirs = losses.values()
+    judged = {kind: verdict([*ours[n].values()], [*theirs[m].values()]) for kind, (n, m) in steps.items()}
+    page = write_report(read_runs([line[0].folder for line in lines]), out / f"{candidate.name}.html", "seed")
+    print(f"curves: {page}")
+    return {
+        "numerics": baseline.home.name.removeprefix("baseline-"),
+        "learning_rate": candidate.learning_rate,
+        "searched": searched,
+        "costs": measured,
+        "steps": steps,
+        "losses": {"candidate": ours, "baseline": theirs},
+        "verdicts": judged,
+    }
+
+
+def seeds_of(pairs: int) -> list[int]:
+    """Return the seeds of the pairs, without that of the search for a learning rate."""
+    return [seed for seed in range(1, pairs + 2) if seed != TUNING_SEED][:pairs]
+
+
+def costs_of(candidate: Side, baseline: Side) -> dict[str, Any]:
+    """Return the costs, which are measured once: a resumed gate has the same shorter runs."""
+    file = candidate.home / "costs.json"
+    if not file.exists():
+        candidate.home.mkdir(parents=True, exist_ok=True)
+        write_json(file, costs(candidate, baseline))
+    found: dict[str, Any] = json.loads(file.read_text())
+    print(f"costs: {found['flops']:.3f} times the FLOPs a token, {found['seconds']:.3f} times the seconds", flush=True)
+    dear = max(found[kind] for kind in COSTS)
+    require(
+        dear < MOST, f"{candidate.name}: a token costs {dear:.0f} times the baseline's; the gate takes less than {MOST}"
+    )
+    return found
+
+
+def main(argv: list[str] | None = None, run: Launch = launch) -> None:
+    """Judge a candidate, and add its row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "candidate", nargs="?", help="class_path of a RouterConfig, ExpertConfig or AttentionConfig, or YAML"
+    )
+    parser.add_argument("--name", help="of the row; default: that of the class or file")
+    parser.add_argument("--pairs", type=int, default=PLANNED_PAIRS, help="seeds; fewer than 8 are a first look")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--tune", action="store_true", help="search the learning rate: three runs of half the tokens")
+    parser.add_argument("--author", help="default: git's user.name")
+    parser.add_argument("--results", type=Path, help="JSON file of the rows; default: docs/results/gate.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/gate", help="folder of the runs")
+    parser.add_argument("--tables", action="store_true", help="train nothing; renew the table of docs/gate.md")
+    parser.add_argument("--scale", choices=["cpu", "tiny"], default="cpu", help="tiny: twenty steps a run, for a test")
+    args = parser.parse_args(argv)
+    scale = {"cpu": CPU, "tiny": TINY}[args.scale]
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which devices there are
+    with one_line_errors():
+        if args.tables:
+            write_table(fingerprint(Side("baseline", scale), args.out.resolve(), run))
+            return
+        require(bool(args.candidate), "no candidate: give a class_path or a YAML file")
+        require(args.pairs > 0 and args.jobs > 0, "--pairs and --jobs must be at least 1")
+        print(in_lines(enter(args, scale, run)))
+
+
+def enter(args: argparse.Namespace, scale: Scale, run: Launch) -> Row:
+    """Judge the candidate of a command line, and add its row to the file."""
+    out = args.out.resolve()
+    candidate = read_candidate(args.candidate, args.name, scale)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            row = make_row(candidate, args.author, **judge(candidate, out, args.pairs, args.jobs, args.tune, run))
+            add_row(args.results or (out / "gate.json" if scale is TINY else RESULTS), row)
+            return row
+    except Timeout:
+        raise SettingError(f"--out={out}: another process works in it; wait for it, or name another one") from None
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs are stopped, and saved
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    main()

@@ -1,0 +1,208 @@
+"""What is compared: the baseline, and a candidate that changes it; and what is known of them before a run."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from benchmarks.reproduce.campaign import CONFIGS, Scale, run_settings
+from benchmarks.runs import ROOT
+from benchmarks.timing import interleaved
+from nlgmoe.cli.type_hints import class_named, find_class
+from nlgmoe.cli.yaml_places import ConfigLoader
+from nlgmoe.config import GPTConfig
+from nlgmoe.device import available_memory
+from nlgmoe.experiment import load_config, parse_config
+from nlgmoe.layers.moe import moe_layers
+from nlgmoe.loss import training_loss
+from nlgmoe.model.counting import count_parameters, flops_per_token
+from nlgmoe.parts import AttentionConfig, ExpertConfig, RouterConfig
+from nlgmoe.process import keep_freed_memory
+from nlgmoe.run.folder import flattened
+from nlgmoe.tools.check.attention import attention_layer
+from nlgmoe.tools.check.own import own_layer
+from nlgmoe.tools.check.properties import check_layer
+from nlgmoe.tools.planner.cost import memory_of
+from nlgmoe.tools.planner.inspect_config import layout
+from nlgmoe.validation import RunError, SettingError, require
+
+# The learning rate of the claims' MoE-16, which was interpolated between searched ones.
+RATE = json.loads((ROOT / "docs/results/reproduce.json").read_text())["runs"]["moe_16@1-seed1"]["learning_rate"]
+FILES = [str(ROOT / CONFIGS / f"{name}.yaml") for name in ("base", "moe_16")]
+BASE = (*FILES, json.dumps({"model": {"optimizer": {"lr": RATE}}}))
+PLACES = {RouterConfig: ("moe", "router"), ExpertConfig: ("moe", "expert"), AttentionConfig: ("attention",)}
+FREE = ("model.config.", "model.optimizer.")  # settings of an overlay
+HELD = ("vocab_size", "seq_len", "moe.eval_capacity_factor", "moe.eval_token_dropping")
+PROCESS = 600_000_000  # bytes of a run's process beside the model: 0.68 GB at most with the baseline's
+ROUNDS, WARM_UP = 30, 15  # timed steps; oneDNN compiles a kernel for each number of rows, in the first ones
+
+
+@dataclass(frozen=True)
+class Side:
+    """The candidate or the baseline.
+
+    Attributes:
+        name: of rows and folders.
+        scale: size of the runs.
+        overlays: files of settings, or their text as JSON, over those of `BASE`; none for the baseline.
+        rate: learning rate; None: that of the overlays, or `RATE`.
+        home: folder of its runs.
+    """
+
+    name: str
+    scale: Scale
+    overlays: tuple[str, ...] = ()
+    rate: float | None = None
+    home: Path = Path()
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """All settings but those of the single run."""
+        return parse_config([*BASE, *self.overlays])
+
+    @cached_property
+    def config(self) -> GPTConfig:
+        """The model."""
+        return GPTConfig.from_dict(self.settings["model"]["config"])
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak."""
+        return self.rate or float(self.settings["model"]["optimizer"]["lr"])
+
+    def files(self, steps: int, seed: int) -> list[str]:
+        """Return the files of settings of a run, or their text."""
+        own = run_settings(self.scale, ROOT, steps, seed, self.learning_rate)
+        own["trainer"]["logger"] = True  # curves for the report; the baseline's file turns them off
+        return [*BASE, *self.overlays, json.dumps(own)]
+
+
+def read_candidate(text: str, name: str | None, scale: Scale) -> Side:
+    """Return the candidate that a class_path or a YAML file names.
+
+    Raises:
+        SettingError: it is none, or sets what the gate holds fixed.
+    """
+    is_file = text.endswith((".yaml", ".yml"))
+    if is_file:
+        own = Path(text).stem
+        _check_fixed(flattened(parse_config([*BASE, text])))
+        overlay = json.dumps(yaml.load(Path(text).read_text(), Loader=ConfigLoader))  # later edits change no run
+    else:
+        kind, own = find_class(text) if "." in text else None, text.rpartition(".")[2]
+        bases = [base for base in PLACES if inspect.isclass(kind) and issubclass(kind, base)]
+        require(bool(bases), f"{text} is no RouterConfig, ExpertConfig or AttentionConfig, and no YAML file")
+        overlay = _at(PLACES[bases[0]], {"class_path": text})
+    name = name or own
+    require(
+        name != "baseline" and name.replace("-", "_").replace(".", "_").isidentifier(),
+        f"--name={name}: give another one, of letters, digits, -, . and _",
+    )
+    side = Side(name, scale, (overlay,))
+    router = (side.settings["model"]["config"]["moe"] or {}).get("router")
+    if router and "token_dropping" not in class_named(router["class_path"], [RouterConfig]).reads_fields:
+        default = _at(("moe", "token_dropping"), True)  # moe_16.yaml sets another value
+        side = replace(side, overlays=(default, overlay))
+    load_config([*BASE, *side.overlays[:-1], text if is_file else overlay])  # checks all
+    return side
+
+
+def _at(place: tuple[str, ...], value: Any) -> str:
+    for name in reversed(("model", "config", *place)):
+        value = {name: value}
+    return json.dumps(value)
+
+
+def _check_fixed(settings: dict[str, Any]) -> None:
+    """Check that settings differ from the baseline's only where they may; those of the model first, since others follow them."""
+    baseline = flattened(parse_config(list(BASE))) | {"config": settings["config"]}  # its list of files
+    for name in sorted(
+        {*settings, *baseline}, key=lambda name: (name not in settings, not name.startswith("model."), name)
+    ):
+        # without experts there are no settings of their evaluation
+        free = name.startswith(FREE) and (name.removeprefix("model.config.") not in HELD or name not in settings)
+        require(
+            free or (name in settings and name in baseline and settings[name] == baseline[name]),
+            f"{name}={settings.get(name)}: the gate holds it fixed; an overlay sets model.config, but for {', '.join(HELD)}, and "
+            "model.optimizer",
+        )
+
+
+def check(candidate: Side, baseline: Side) -> str:
+    """Test the properties of `nlgmoe check` on the candidate's layers, and return a line about them.
+
+    Raises:
+        RunError: one fails.
+    """
+    config, verdicts = candidate.config, []
+    if config == baseline.config:
+        return "properties: left out, since the model is the baseline's"
+    layers: list[Any] = [own_layer(config, candidate.name)] if config.moe is not None else []
+    layers += [attention_layer(config, candidate.name)] if config.attention is not None else []
+    for layer in layers:
+        for result in check_layer(layer):
+            if result.verdict == "fail":
+                raise RunError(
+                    f"{candidate.name} fails `nlgmoe check`: {result.property}: {result.reason} (docs/check.md)"
+                )
+            verdicts.append(result.verdict)
+    return f"properties: {verdicts.count('pass')} pass, {verdicts.count('not applicable')} are not applicable"
+
+
+def memory(side: Side, jobs: int) -> str:
+    """Predict the memory of the runs at a time, and return a line about it.
+
+    Raises:
+        SettingError: the machine has less.
+    """
+    try:
+        model = memory_of(side.config, layout(side.settings, {})).total
+    except SettingError:  # activations of the user's own part are not known
+        model = 16 * count_parameters(side.config).total  # weights, gradients, moments
+    needed, available = jobs * (model + PROCESS), available_memory()
+    text = f"{needed / 1e9:.1f} GB predicted for {jobs} runs of {side.name}, {(available or 0) / 1e9:.1f} GB available"
+    require(available is None or needed <= available, f"--jobs={jobs}: {text}; use fewer, or a smaller model")
+    return f"memory: {text}"
+
+
+def costs(candidate: Side, baseline: Side, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Measure what a token of the candidate costs, as multiples of the baseline's: `flops`, `seconds`; and both in units."""
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as train.py does
+    sides = {"candidate": candidate, "baseline": baseline}
+    flops = {name: flops_per_token(side.config) for name, side in sides.items()}
+    seconds = interleaved({name: whole_step(side) for name, side in sides.items()}, rounds, WARM_UP)
+    ratios = {kind: value["candidate"] / value["baseline"] for kind, value in (("flops", flops), ("seconds", seconds))}
+    return {**ratios, "flops_per_token": flops, "step_seconds": seconds, "rounds": rounds}
+
+
+def whole_step(side: Side) -> Callable[[], None]:
+    """Return a function that takes a training step on the gate's text: forward, loss, backward, clipping, optimizer, routers."""
+    experiment = load_config(side.files(side.scale.steps, 1))
+    module, data, steps = experiment.module, experiment.data, count()
+    data.prepare_data()
+    data.setup()
+    batches, gpt, optimizer = iter(data.train_dataloader()), module.gpt.train(), module.configure_optimizers()
+    routers: list[Any] = [moe.router for moe in moe_layers(gpt)]
+
+    def step() -> None:
+        loss, _, routings = training_loss(gpt, next(batches), (1, next(steps), 0), module.loss_chunk_size)
+        loss.backward()
+        nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for router, routing in zip(routers, routings, strict=True):
+            if router.learns_from_steps:
+                router.after_step(routing.tokens_per_expert)
+
+    return step

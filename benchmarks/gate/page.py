@@ -1,0 +1,96 @@
+"""Rows: what one candidate's gate found, in a JSON file; and the table of docs/gate.md."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.documents import markdown_table, with_text
+from benchmarks.gate.candidate import Side
+from benchmarks.gate.verdict import CHANCE, PLANNED_PAIRS, in_words
+from benchmarks.reproduce.campaign import machine
+from benchmarks.runs import ROOT, git
+from nlgmoe.files import write_json
+from nlgmoe.model.counting import count_parameters
+from nlgmoe.versions import versions
+
+RESULTS, PAGE = ROOT / "docs/results/gate.json", ROOT / "docs/gate.md"
+BEGIN, END = "<!-- rows: python -m benchmarks.gate --tables -->", "<!-- end of rows -->"
+KINDS = {"tokens": "equal tokens", "flops": "equal FLOPs", "seconds": "equal seconds"}
+Row = dict[str, Any]
+
+
+def make_row(candidate: Side, author: str | None, **measured: Any) -> Row:
+    """Return a row: who, what and where; and what was measured."""
+    name = subprocess.run(["git", "config", "user.name"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    count = count_parameters(candidate.config)
+    return {
+        "name": candidate.name,
+        "author": author or name or "unknown",
+        "commit": git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else ""),
+        "versions": versions(),
+        "machine": machine(),
+        "command": f"python -m benchmarks.gate {shlex.join(sys.argv[1:])}",
+        "scale": candidate.scale.name,
+        "overlay": json.loads(candidate.overlays[-1]),
+        "parameters": {"total": count.total, "active": count.active},
+        **measured,
+    }
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Return the rows of a file, none if there is no file."""
+    rows: list[Row] = json.loads(file.read_text()) if file.exists() else []
+    return rows
+
+
+def add_row(file: Path, row: Row) -> None:
+    """Add a row to a file, in place of one of the same name and author."""
+    key = ("name", "author")
+    others = [other for other in read_rows(file) if any(other[part] != row[part] for part in key)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, [*others, row])
+
+
+def in_lines(row: Row) -> str:
+    """Return what the gate found, a verdict a line."""
+    costs = row["costs"]
+    lines = [f"{row['name']}: {costs['flops']:.2f} times the FLOPs a token, {costs['seconds']:.2f} times the seconds"]
+    lines += [f"  {title + ':':<15}{in_words(row['verdicts'][kind])}" for kind, title in KINDS.items()]
+    if row["verdicts"]["tokens"]["pairs"] < PLANNED_PAIRS:
+        lines.append(f"  a first look: fewer than {PLANNED_PAIRS} pairs can say worse, or nothing")
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[Row], numerics: str) -> str:
+    """Return the table of all rows; those of other numerics than today's are marked."""
+    head = ["idea", "by", "commit", "parameters (active)", "FLOPs", "seconds", *KINDS.values(), "pairs"]
+    lines = []
+    for row in rows:
+        mark = "" if row["numerics"] == numerics else " *"
+        size, costs, verdicts = row["parameters"], row["costs"], row["verdicts"]
+        cells = [row["name"], row["author"], row["commit"][:7] + row["commit"][40:] + mark]
+        cells += [f"{size['total'] / 1e6:.2f}M ({size['active'] / 1e6:.2f}M)"]
+        cells += [f"{costs[kind]:.2f}" for kind in ("flops", "seconds")]
+        lines.append([*cells, *(_cell(verdicts[kind]) for kind in KINDS), verdicts["tokens"]["pairs"]])
+    text = f"{len(rows)} rows: if no idea changed the loss, {CHANCE * len(rows):.1f} of them would be better by chance."
+    marked = " * has other numerics than the code and machine that wrote this table: its verdicts are of its commit."
+    return (
+        f"{markdown_table(head, lines)}\n\n{text}{marked if any(row['numerics'] != numerics for row in rows) else ''}"
+    )
+
+
+def _cell(judged: dict[str, Any]) -> str:
+    interval = "" if judged["low"] is None else f" ({judged['low']:+.3f} to {judged['high']:+.3f})"
+    return f"**{judged['reading']}** {judged['mean']:+.3f}{interval}"
+
+
+def write_table(numerics: str, page: Path = PAGE, results: Path = RESULTS) -> None:
+    """Renew the table of a page from the rows of a file."""
+    text = table(read_rows(results), numerics)
+    page.write_text(with_text(page.read_text(), BEGIN, END, text, name=str(page)))

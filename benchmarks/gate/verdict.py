@@ -1,0 +1,80 @@
+"""The rule of the verdicts. It was committed before any candidate was trained.
+
+d = loss of the candidate - loss of the baseline, final validation losses in nats per token, one pair for each seed. Its intervals
+are Student's (`nlgmoe.tools.statistics`, as for the claims). The first line that holds is the verdict:
+
+    better       the 95% interval lies below 0
+    as good as   the upper end of the 90% interval lies below 0.02 nats: a one-sided test at 5% of being worse by the margin
+    worse        the 95% interval lies above 0
+    unresolved   otherwise
+
+With fewer than `PLANNED_PAIRS` pairs only `worse` and `unresolved` are said. No verdict is corrected for the number of rows.
+
+The losses are compared at equal cost: at equal tokens, FLOPs and seconds. Of two models with different costs a token the costlier
+one is judged after fewer tokens, `whole / ratio`; costs that differ by at most `SAME_COST` count as equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.reproduce.cells import MARGIN
+from nlgmoe.tools.statistics import PairedDifference, paired_difference
+
+PLANNED_PAIRS = 8
+SAME_COST = 0.02
+BETTER, AS_GOOD, WORSE, UNRESOLVED = "better", "as good as", "worse", "unresolved"
+CHANCE = 0.025  # of each row to be called better although it is equal
+
+
+def reading(found: PairedDifference) -> str:
+    """Return the verdict on a difference."""
+    low, high = found.interval()
+    complete = found.pairs >= PLANNED_PAIRS
+    if complete and high < 0:
+        return BETTER
+    if complete and found.interval(0.90)[1] < MARGIN:
+        return AS_GOOD
+    return WORSE if low > 0 else UNRESOLVED
+
+
+def verdict(candidate: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
+    """Judge final losses of the same seeds in the same order.
+
+    Returns:
+        `reading`; `mean`, `low` and `high` of the difference with its 95% interval, in nats; `pairs`; and `resolution`, half of
+        the interval: a mean difference below it could not have been told from 0.
+    """
+    found = paired_difference(candidate, baseline)
+    low, high = found.interval() if found.pairs > 1 else (None, None)
+    half = None if high is None else high - found.mean
+    return {
+        "reading": reading(found),
+        "mean": found.mean,
+        "low": low,
+        "high": high,
+        "pairs": found.pairs,
+        "resolution": half,
+    }
+
+
+def in_words(judged: dict[str, Any]) -> str:
+    """Return a verdict with its numbers in a line."""
+    found = f"{judged['reading']}: {judged['mean']:+.4f} nats"
+    if judged["low"] is None:
+        return f"{found}, 1 pair, no interval"
+    interval = f"({judged['low']:+.4f} to {judged['high']:+.4f}), {judged['pairs']} pairs"
+    return f"{found} {interval}; a difference below {judged['resolution']:.4f} would not have shown"
+
+
+def steps_at_equal_cost(ratio: float, whole: int) -> tuple[int, int]:
+    """Return the steps of candidate and baseline at equal cost.
+
+    Args:
+        ratio: cost of a step of the candidate, as a multiple of the baseline's.
+        whole: steps of a whole run.
+    """
+    if abs(ratio - 1) <= SAME_COST:
+        return whole, whole
+    return (round(whole / ratio), whole) if ratio > 1 else (whole, round(whole * ratio))

@@ -1,0 +1,231 @@
+"""`make gate` at its smallest, its rule on differences computed by hand and drawn, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.gate import __main__ as command
+from benchmarks.gate import candidate as candidates
+from benchmarks.gate import page
+from benchmarks.gate.__main__ import main as gate
+from benchmarks.gate.__main__ import seeds_of
+from benchmarks.gate.candidate import Side, check, costs, memory, read_candidate
+from benchmarks.gate.runs import Run, series, train
+from benchmarks.gate.verdict import AS_GOOD, BETTER, UNRESOLVED, WORSE, steps_at_equal_cost, verdict
+from benchmarks.reproduce.campaign import CPU, TINY
+from docs.examples.cosine_router import CosineRouter, CosineRouterConfig
+from nlgmoe import Router, Routing, RoutingContext
+from nlgmoe.tools.check.properties import check_layer
+from nlgmoe.tools.report.runs import read_runs
+from nlgmoe.validation import RunError, SettingError
+from tests.support.in_process import Here
+
+HERE = "tests.benchmarks.test_gate"
+BASELINE = Side("baseline", TINY)
+
+
+@dataclass(frozen=True)
+class DeafRouterConfig(CosineRouterConfig):
+    """A candidate whose gate no loss reaches."""
+
+    def build(self, config: Any, block: int) -> Router:
+        router = super().build(config, block)
+        router.__class__ = DeafRouter
+        return router
+
+
+class DeafRouter(CosineRouter):
+    def forward(self, x: Any, context: RoutingContext) -> Routing:
+        routing = super().forward(x, context)
+        return replace(routing, weight=routing.weight.detach())
+
+
+def test_the_verdict_is_the_rule_on_differences_computed_by_hand() -> None:
+    # Eight differences m + s, m - s, ...: the standard error is s / sqrt(7). With s = 0.01 half of the 95% interval is
+    # 2.3646 * 0.01 / sqrt(7) = 0.00894, of the 90% interval 1.8946 * 0.01 / sqrt(7) = 0.00716.
+    def judged(mean: float, spread: float = 0.01, pairs: int = 8) -> dict[str, Any]:
+        shared = np.linspace(3, 4, pairs)
+        return verdict(shared + mean + spread * (-1) ** np.arange(pairs), shared)
+
+    for mean, expected in ((-0.0090, BETTER), (-0.0089, AS_GOOD), (0.0128, AS_GOOD), (0.0129, WORSE)):
+        assert judged(mean)["reading"] == expected, mean
+    assert judged(0.0, 0.05)["reading"] == UNRESOLVED  # 0.0358 is above the margin
+    found = judged(0.0)
+    assert found["resolution"] == pytest.approx(0.00894, abs=1e-5) and found["high"] == pytest.approx(0.00894, abs=1e-5)
+    assert [judged(mean, pairs=6)["reading"] for mean in (-0.5, 0.0, 0.5)] == [UNRESOLVED, UNRESOLVED, WORSE]
+    alone = judged(1.0, 0.0, pairs=1)
+    assert alone["reading"] == UNRESOLVED and alone["low"] is alone["resolution"] is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "reading", "share"), [(0.0, BETTER, 0.025), (0.0, WORSE, 0.025), (0.02, AS_GOOD, 0.05), (-0.05, BETTER, 1)]
+)
+def test_a_verdict_is_wrong_as_often_as_its_rule_says(mean: float, reading: str, share: float) -> None:
+    random, tries = np.random.default_rng(0), 2000
+    drawn = random.normal(mean, 0.02 if reading != AS_GOOD else 0.005, size=(tries, 8))
+    found = [verdict(row, np.zeros(8))["reading"] for row in drawn]
+    if reading == WORSE:  # of equal models some are worse, but within the margin
+        found = [WORSE if row.mean() - 2.3646 * row.std(ddof=1) / 8**0.5 > 0 else "" for row in drawn]
+    assert found.count(reading) / tries == pytest.approx(share, abs=0.012)
+
+
+def test_the_costlier_side_has_fewer_tokens_and_starts_where_its_schedule_is_constant() -> None:
+    assert [steps_at_equal_cost(ratio, 2400) for ratio in (1.0, 1.019, 0.981)] == [(2400, 2400)] * 3
+    assert [steps_at_equal_cost(ratio, 2400) for ratio in (1.2, 0.5)] == [(2000, 2400), (2400, 1200)]
+    assert seeds_of(8) == [1, 2, 3, 4, 5, 6, 7, 8] and seeds_of(10)[-2:] == [10, 11]  # 9 is for the learning rate
+    side = Side("s", CPU, ("{}",))
+    assert [(run.steps, run.start) for run in series(side, 1, [2400, 2000, 590])] == [(2400, 0), (2000, 1440), (590, 0)]
+    own = json.loads(side.files(2000, 3)[-1])["model"]
+    assert own["schedule"] == {"warmup_tokens": 60 * 2048, "decay_tokens": 2000 * 2048, "cooldown_tokens": 400 * 2048}
+    assert own["seed"] == 3 and own["train_tokens"] == 2000 * 2048
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("data: {seed: 5}", "data.seed=5: the gate holds it fixed; an overlay sets model.config, but for vocab_size, seq_len, "),
+        ("model: {config: {moe: {eval_capacity_factor: 2.0}}}", "model.config.moe.eval_capacity_factor=2.0: the gate holds"),
+        ("model: {config: {seq_len: 64}}", "model.config.seq_len=64: the gate holds"),
+        ("model: {config: '{\"seq_len\": 64}'}", "model.config.seq_len=64: the gate holds"),
+        ("model.train_tokens: 99", "model.train_tokens=99: the gate holds"),
+        ("model: {schedule: {min_lr: 1.0e-4}}", "model.schedule.min_lr=0.0001: the gate holds"),
+        ("trainer: {gradient_clip_val: 0.5}", "trainer.gradient_clip_val=0.5: the gate holds"),
+        ("trainer: {gradient_clip_val: null}", "trainer.gradient_clip_val=None: the gate holds"),
+        ("model: {curriculum: {tokens: 9, start: 8}}", "model.curriculum.increment=8: the gate holds"),
+        ("trainer: {max_steps: 9}", "trainer.max_steps=9: the gate holds"),
+        ("model: {optimizer: {lr_scale: {gate: 2.0}}}", "model.optimizer.lr_scale.gate=2.0 ("),
+    ],
+)  # fmt: skip
+def test_an_overlay_of_what_is_held_fixed_is_refused_by_name(text: str, line: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(SettingError) as refusal:
+        read_candidate(str(tmp_path / "mine.yaml"), None, TINY)
+    assert line in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_candidates_are_classes_of_the_three_kinds_and_overlays(tmp_path: Path) -> None:
+    found = read_candidate("docs.examples.hash_router.HashRouterConfig", None, CPU)
+    assert (
+        found.name == "HashRouterConfig" and found.config.moe.token_dropping
+    )  # its default, which the router does not read
+    assert (
+        type(read_candidate("nlgmoe.layers.feed_forward.SwiGLUNetwork", "x", CPU).config.moe.expert).__name__
+        == "SwiGLUNetwork"
+    )
+    assert read_candidate("nlgmoe.layers.attention.MultiHead", "y", CPU).config.attention is not None
+    (tmp_path / "slow.yaml").write_text("model: {optimizer: {lr: 1.0e-3}}")
+    (tmp_path / "dense.yaml").write_text("model: {config: {moe: null}}")
+    assert read_candidate(str(tmp_path / "dense.yaml"), None, CPU).config.moe is None
+    slow = read_candidate(str(tmp_path / "slow.yaml"), None, CPU)
+    assert (slow.name, slow.learning_rate, found.learning_rate) == ("slow", 1e-3, pytest.approx(0.00599, abs=1e-5))
+    for text, name in (("nlgmoe.GPTConfig", None), ("hash", None), (str(tmp_path / "slow.yaml"), "baseline")):
+        with pytest.raises(SettingError):
+            read_candidate(text, name, CPU)
+
+
+def test_a_candidate_that_fails_a_property_or_needs_too_much_memory_costs_no_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    deaf = read_candidate(f"{HERE}.DeafRouterConfig", None, TINY)
+    monkeypatch.setattr(candidates, "check_layer", partial(check_layer, only={"the losses reach the gate"}))
+    with pytest.raises(RunError, match=r"DeafRouterConfig fails `nlgmoe check`: the losses reach the gate: "):
+        check(deaf, BASELINE)
+    assert "left out" in check(BASELINE, BASELINE)
+    monkeypatch.setattr(candidates, "available_memory", lambda: 10**9)
+    with pytest.raises(SettingError, match=r"--jobs=2: 1.\d GB predicted for 2 runs of baseline, 1.0 GB available"):
+        memory(BASELINE, 2)
+
+
+def test_a_failed_run_ends_the_gate(tmp_path: Path) -> None:
+    commands: list[list[str]] = []
+
+    def run(words: list[str], log: Path, tree: Path) -> int:
+        commands.append(words)
+        log.write_text("...\nerror: step 12: the loss is nan")
+        return 1
+
+    lines = [[Run(replace(BASELINE, home=tmp_path), seed, 20)] for seed in range(1, 9)]
+    with pytest.raises(RunError, match=r"baseline: seed. ended with exit code 1: error: step 12: the loss is nan"):
+        train(lines, 1, run)
+    assert len(commands) == 1
+
+
+def test_a_loss_that_is_not_finite_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], pocket_pile: Path
+) -> None:
+    (tmp_path / "wild.yaml").write_text("model: {optimizer: {lr: 1.0e+30}}")
+    with pytest.raises(SystemExit) as end:
+        gate([str(tmp_path / "wild.yaml"), f"--out={tmp_path}/runs", f"--results={tmp_path}/rows.json", "--scale=tiny"])
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert end.value.code == 1 and line.startswith(
+        "error: wild-first-steps ended with exit code 1: error: step 1: the loss is nan"
+    )
+    assert not (tmp_path / "rows.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_a_gate_from_the_candidate_to_its_row(
+    pocket_pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "top-2.yaml").write_text("model: {config: {moe: {top_k: 2, second_expert: argmax}}}")
+    rows, out = tmp_path / "rows.json", tmp_path / "runs"
+    monkeypatch.setattr(candidates, "check_layer", partial(check_layer, only={"capacity is the formula"}))
+    monkeypatch.setattr(command, "costs", lambda *sides: {**costs(*sides, rounds=1), "seconds": 1.01})
+    words = [
+        str(tmp_path / "top-2.yaml"),
+        f"--out={out}",
+        f"--results={rows}",
+        "--scale=tiny",
+        "--jobs=1",
+        "--author=me",
+    ]
+
+    first = Here(killed=5)  # two fingerprints, then the runs
+    with pytest.raises(SystemExit):
+        gate([*words, "--pairs=2"], first)
+    again = Here(killed=0)
+    gate([*words, "--pairs=2"], again)
+    trained = [Path(word.partition("=")[2]) for run in again.commands for word in run if "default_root_dir" in word]
+    assert [f"{folder.parent.name[:5]} {folder.name}" for folder in trained[2:]] == [
+        *("basel seed1", "top-2 seed2", "top-2 seed2-16", "basel seed2"),
+    ]  # seed 1 of the candidate, and its shorter run, had ended
+    (row,) = page.read_rows(rows)
+    assert row["steps"] == {"tokens": [20, 20], "flops": [16, 20], "seconds": [20, 20]}  # 1.22 times the FLOPs
+    losses = {side: {n: list(of.values()) for n, of in found.items()} for side, found in row["losses"].items()}
+    assert row["verdicts"]["flops"] == verdict(losses["candidate"]["16"], losses["baseline"]["20"])
+    assert (
+        row["verdicts"]["tokens"]
+        == row["verdicts"]["seconds"]
+        == verdict(losses["candidate"]["20"], losses["baseline"]["20"])
+    )
+    assert row["verdicts"]["tokens"]["mean"] != row["verdicts"]["flops"]["mean"]
+    assert {
+        "name",
+        "author",
+        "commit",
+        "versions",
+        "machine",
+        "command",
+        "numerics",
+        "parameters",
+        "costs",
+    } < row.keys()
+    # The shorter run goes on from step 12 of the whole one, and decays.
+    shorter = next(out.glob("top-2-*/seed1-16"))
+    assert json.loads((shorter / "summary.json").read_text())["tokens"] == 16 * TINY.step_tokens
+    (run,) = read_runs([shorter])
+    assert run.metrics["train/tokens"].min() >= 12 * TINY.step_tokens
+    assert (out / "top-2.html").stat().st_size > 1e6
+    # A second look costs no run; the row of the same name and author is replaced.
+    last = Here(killed=0)
+    gate([*words, "--pairs=2", "--name=top-2"], last)
+    assert len(last.commands) == 2 and page.read_rows(rows) == [row | {"command": page.read_rows(rows)[0]["command"]}]
+    text = page.table([row, row | {"numerics": "older", "name": "other"}], row["numerics"])
+    assert "| other | me |" in text and text.count(" * ") == 1 + 1 and "2 rows" in text
