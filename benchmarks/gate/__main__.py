@@ -149,5 +149,8 @@ def enter(args: argparse.Namespace, scale: Scale, run: Launch) -> Row:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs are stopped, and saved
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    # Classes are found in the working directory and beside a YAML file, here and in the runs.
+    folders = [os.getcwd(), *(str(Path(word).resolve().parent) for word in sys.argv[1:] if word.endswith(".yaml"))]
+    sys.path += folders
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*folders, os.environ.get("PYTHONPATH")]))
     main()
