@@ -20,6 +20,7 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
 from nlgmoe.versions import versions
+from tests.support.sentences import one_sentence_a_line
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
@@ -93,6 +94,12 @@ def test_settings_in_the_table_of_flags_exist() -> None:
     for row in rows:
         for setting in re.findall(r"`model\.(?:config|optimizer|schedule)\.(?:moe\.)?(\w+)", row):
             assert setting in known
+
+
+@pytest.mark.parametrize("page", [page for page in DOCUMENTS if "flags" not in page])  # that one is generated
+def test_a_page_has_one_sentence_a_line(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert one_sentence_a_line(text).splitlines() == text.splitlines()
 
 
 def test_the_version_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
