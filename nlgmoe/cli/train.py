@@ -38,6 +38,8 @@ from nlgmoe.run.save_checkpoints import SaveCheckpoints
 from nlgmoe.run.signals import StopOnSignal
 from nlgmoe.validation import SettingError
 
+PACKAGE = Path(__file__).parents[1]
+
 
 class TrainCLI(LightningCLI):
     """fit, validate, test and predict from YAML files and flags."""
@@ -202,6 +204,7 @@ def main(args: list[str] | None = None) -> None:
         os.environ.setdefault("NODE_RANK", os.environ["CROSS_RANK"])
     with one_line_errors():
         hide_tips_of_packages()
+        warnings.formatwarning = format_warning  # Python's documented hook
         TrainCLI(args)
 
 
@@ -222,6 +225,12 @@ def hide_tips_of_packages() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*")  # DeepSpeed's
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+def format_warning(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+    """Format a warning without its line of code, and this package's without their place."""
+    is_ours = Path(filename).is_relative_to(PACKAGE)
+    return f"warning: {message}\n" if is_ours else f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

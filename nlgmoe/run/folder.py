@@ -323,6 +323,7 @@ class RunFolder(SaveConfigCallback):
             with atomic_write(folder / "starts" / f"step-{step}.yaml") as file:
                 file.write_text(start, encoding="utf-8")
         flat = flattened(config.as_dict())  # so that runs can be filtered by a learning rate
+        flat["config"] = ", ".join(map(str, config.get("config") or ()))  # paths of the files
         plain = {name: v if isinstance(v, bool | int | float | str | None) else str(v) for name, v in flat.items()}
         for logger in trainer.loggers:
             logger.log_hyperparams(plain)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nlgmoe import load_config, load_model
 from nlgmoe.cli.errors import describe
-from nlgmoe.cli.train import TrainCLI, main
+from nlgmoe.cli.train import TrainCLI, format_warning, main
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.validation import RunError
@@ -410,3 +410,8 @@ def test_load_config_raises_the_same_line(place: Place) -> None:
     with pytest.raises(ValueError, match=r"^model.train_tokens=-2 must be at least 1[^\n]*$") as error:
         load_config(place.trained / "base.yaml", model__train_tokens=-2)
     assert error.value.__cause__ is None and error.value.__suppress_context__  # a notebook shows what is chained
+
+
+def test_a_warning_is_one_line_without_code() -> None:
+    assert format_warning("words", UserWarning, str(ROOT / "nlgmoe/module.py"), 3, "code()") == "warning: words\n"
+    assert format_warning("words", UserWarning, "/lib/x.py", 3, "code()") == "/lib/x.py:3: UserWarning: words\n"
