@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 from tests.support.commands import TINY
@@ -13,10 +14,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_wheel_copies_its_configurations_and_trains(pocket_pile: Path, tmp_path: Path) -> None:
-    for name in ("nlgmoe", "configs"):  # a copy: setuptools builds in the folder itself
-        shutil.copytree(ROOT / name, tmp_path / "source" / name, True, shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / "source")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = set(listed.splitlines())
+    for name in tracked:  # a copy: setuptools builds in the folder itself
+        (copy := tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy, follow_symlinks=False)
     (here := tmp_path / "empty").mkdir()
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
@@ -25,10 +27,14 @@ def test_a_wheel_copies_its_configurations_and_trains(pocket_pile: Path, tmp_pat
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    pip = ("-m", "pip", "--quiet")
-    python(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, tmp_path / "source")
-    (wheel,) = tmp_path.glob("*.whl")
-    python(*pip, "install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel)
+    # The wheel is built from the source distribution.
+    python("-m", "build", "--no-isolation", "--outdir", tmp_path, tmp_path / "source")
+    (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    python("-m", "twine", "check", "--strict", wheel, sdist)
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert {name for name in tracked - packed if not name.startswith(".")} == set()
+    python("-m", "pip", "--quiet", "install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel)
     nlgmoe = ("-m", "nlgmoe")
     assert str(tmp_path / "site") in python("-c", "import nlgmoe; print(nlgmoe.__file__)")
     assert len(python(*nlgmoe, "configs", "list").splitlines()) == len(list((ROOT / "configs").rglob("*.yaml")))
