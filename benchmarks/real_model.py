@@ -240,7 +240,7 @@ def shrink(walk: Walk) -> None:
     """Prune the mixture to half of its experts, and teach a student of 25 of the 30 blocks; train both."""
     words = ["--num-experts", "2", "--windows", "5", "--overwrite"]
     said = walk.run("prune", walk.path("mixture"), walk.path("pruned.ckpt"), *words)
-    (printed,) = (line.partition("python train.py ")[2] for line in said.splitlines() if "python train.py fit" in line)
+    (printed,) = (line.rpartition("nlgmoe ")[2] for line in said.splitlines() if "nlgmoe fit" in line)
     before, after = walk.fit("pruned", shlex.split(printed)[1:])
     walk.promise("prune, heal", "no higher", f"{before:.4f} to {after:.4f} nats per token", after <= before)
     student = walk.folder / "student.yaml"

@@ -130,7 +130,7 @@ def _print_built(
         options["data.data_dir"] = data_dir
     options["trainer.default_root_dir"] = f"runs/{prefix.name}"  # not the quickstart's, which may hold a run
     words = " ".join(f"--{name} {quote(value)}" for name, value in options.items())
-    print(f"python train.py fit --config configs/quickstart.yaml {words}")
+    print(f"nlgmoe fit --config configs/quickstart.yaml {words}")
 
 
 def train_alone(input: str | list[str], text_field: str, skips: bool, vocab_size: int, folder: Path) -> None:

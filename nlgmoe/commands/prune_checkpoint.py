@@ -88,7 +88,7 @@ def prune_checkpoint(
     config, teacher = run_config(Path(run)), quote(str(path))
     files = [config or "CONFIG", settings]  # the later one overrides
     print(
-        f"to continue training, with the unpruned model as teacher: python train.py fit "
+        f"to continue training, with the unpruned model as teacher: nlgmoe fit "
         f"{' '.join(f'--config {quote(str(file))}' for file in files)} "
         f"{_healing(config, tokens_seen)} --model.distiller nlgmoe.MixtureOfStudents "
         f"--model.distiller.init_args.teacher {teacher}"

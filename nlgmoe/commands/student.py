@@ -97,7 +97,7 @@ def student(
     changes = _overlay(settings, config_of_blocks(theirs, layers), end, teacher, folder)
     changes["model"]["warm_start"] = None if from_random else {"checkpoint": teacher, "layers": layers}
 
-    command = f"python train.py fit --config {quote(str(file))} --config {quote(output or 'THIS_FILE')}"
+    command = f"nlgmoe fit --config {quote(str(file))} --config {quote(output or 'THIS_FILE')}"
     if settings["model"]["train_tokens"] is None:
         command += " --model.train_tokens N --model.optimizer.lr RATE"
     comment.append(f"train it: {command}")

@@ -169,7 +169,7 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     assert data["document_attention"] and data["tokenizer"] == str(small) and data["data_dir"] == str(pocket_pile)
     corpus = data["corpus"]
     assert corpus["class_path"] == "nlgmoe.data.PocketPile" and corpus["init_args"]["domains"] == ["code"]
-    arguments = shlex.split(said.rstrip().splitlines()[-1].partition("python train.py ")[2])
+    arguments = shlex.split(said.rstrip().splitlines()[-1].rpartition("nlgmoe ")[2])
     train([*arguments, f"--trainer.default_root_dir={healed}", "--trainer.max_steps=2"])
     assert load_pretrained(healed).model.config.moe.num_experts == [2]
     # It begins at the rate at which the run ended, lasts a tenth of it, and takes other text first.

@@ -168,7 +168,7 @@ def test_a_student_trains_from_its_blocks_by_the_printed_command(
     source, output, run = checkpoints / "mixture.ckpt", tmp_path / "student.yaml", tmp_path / "run"
     options = ["--num-layers=3", "--blocks=[1,3,4]", f"--output={output}"]
     main(["student", str(source), *options])
-    command = capsys.readouterr().out.rstrip().partition("python train.py ")[2]
+    command = capsys.readouterr().out.rstrip().rpartition("nlgmoe ")[2]
     words = command.replace(" N ", " 96 ").replace(" RATE", " 1e-9").split()
     quiet = ["--trainer.enable_progress_bar=false", f"--data.data_dir={pocket_pile}", "--data.max_eval_windows=2"]
     train([*words, f"--trainer.default_root_dir={run}", "--trainer.accelerator=cpu", *quiet])

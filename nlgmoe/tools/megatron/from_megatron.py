@@ -35,7 +35,7 @@ def from_megatron(flags: list[str] | None = None, output: str | None = None, ski
         print(text, end="")
     else:
         write_whole(output, text)
-        print(f"{output}: read its comments, then train with python train.py fit --config {quote(output)}")
+        print(f"{output}: read its comments, then train with nlgmoe fit --config {quote(output)}")
 
 
 def translated(words: Sequence[str], skip_unknown: bool = False) -> str:
