@@ -1,51 +1,15 @@
 """The model's configuration: two frozen dataclasses that check their fields.
 
-Names follow the DeepSpeed tutorial "Mixture of Experts for NLG models"; docs/megatron_flags.md maps each Megatron-DeepSpeed
-flag to a field here.
+Names follow DeepSpeed's tutorial; docs/megatron_flags.md maps each flag of Megatron-DeepSpeed to a field here.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from nlgmoe.parts import (
-    MODEL_PARTS,
-    MOE_PARTS,
-    AttentionConfig,
-    ExpertConfig,
-    RotaryScaling,
-    RouterConfig,
-    part_from_dict,
-    part_to_dict,
-)
+from nlgmoe.parts import AttentionConfig, ExpertConfig, RotaryScaling, RouterConfig, pack_parts, with_parts
 from nlgmoe.validation import SettingError, require, require_above, require_at_least, require_valid
-
-ROUTER_FIELDS = frozenset(
-    {
-        *("train_capacity_factor", "eval_capacity_factor", "min_capacity", "token_dropping", "eval_token_dropping"),
-        *("random_token_selection", "noise", "second_expert", "groups", "normalize_weights", "gate_scale"),
-        *("gate_init_std", "loss_coeff", "z_loss_coeff", "aux_scope"),
-    }
-)  # fields of MoEConfig that only routers read
-ATTENTION_FIELDS = frozenset(
-    {"num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "rotary_dim", "attention_scale", "attention_dropout"}
-)  # fields of GPTConfig that only attention layers read
-IGNORED_IN_EVALUATION = (ROUTER_FIELDS - {"groups", "normalize_weights", "gate_scale"}) | {
-    *("hidden_dropout", "attention_dropout", "init_std"),
-}  # may differ from the checkpoint's
-
-
-def _check_part(part: RouterConfig | AttentionConfig, settings: Any, known: frozenset[str]) -> None:
-    """Check a part against the settings that name it; those of the fields `known` that it does not read have their default."""
-    part.check_reads_fields(known)
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        require(
-            field.name not in known - part.reads_fields or value == field.default,
-            f"{field.name}={value} has no effect with {type(part).__name__}; leave it out",
-        )
-    part.check(settings)
 
 
 @dataclass(frozen=True)
@@ -131,25 +95,25 @@ class MoEConfig:
         )
         fewest = min(count for count in counts if count)
         require_at_least(1, self, "expert_interval")
-        require(
-            1 <= self.top_k <= fewest,
-            f"top_k={self.top_k} must be between 1 and the smallest num_experts ({fewest})",
-        )
+        top_k = f"top_k={self.top_k}"
+        require(1 <= self.top_k <= fewest, f"{top_k} must be between 1 and the smallest num_experts ({fewest})")
         if self.groups is not None:
-            self._check_groups([count for count in counts if count])
-        model_size = ", or null for the model's ffn_hidden_size"
-        require_at_least(1, self, "expert_ffn_size", "shared_ffn_size", remedy=model_size)
+            self._check_groups(self.groups, fewest, counts)
+        require_at_least(
+            1, self, "expert_ffn_size", "shared_ffn_size", remedy=", or null for the model's ffn_hidden_size"
+        )
         require(
             self.shared_ffn_size is None or self.mlp_type == "residual",
             f"shared_ffn_size={self.shared_ffn_size} has no effect with mlp_type={self.mlp_type}; use mlp_type=residual, or null",
         )
-        fair_share = "; 1.0 is an expert's fair share"
-        require_above(0, self, "train_capacity_factor", "eval_capacity_factor", remedy=fair_share)
+        require_above(
+            0, self, "train_capacity_factor", "eval_capacity_factor", remedy="; 1.0 is an expert's fair share"
+        )
         require_at_least(0, self, "min_capacity")
         require_at_least(0, self, "loss_coeff", "z_loss_coeff", remedy="; 0 turns that loss off")
         require(
             not (self.noise == "rsample" and self.top_k != 1),
-            f"noise=rsample works with top_k=1 only (top_k={self.top_k}); use noise=jitter, or null",
+            f"noise=rsample works with top_k=1 only ({top_k}); use noise=jitter, or null",
         )
         require_above(0, self, "gate_scale")
         require_above(0, self, "gate_init_std", remedy=", or null for the model's init_std")
@@ -158,24 +122,23 @@ class MoEConfig:
             "normalize_weights=True with top_k=1 makes every weight the same, and the gate learns nothing; leave it out",
         )
         if self.router is not None:
-            _check_part(self.router, self, ROUTER_FIELDS)
+            self.router.check_settings(self)
 
-    def _check_groups(self, counts: list[int]) -> None:
-        assert self.groups is not None
+    def _check_groups(self, groups: list[int], fewest: int, counts: list[int]) -> None:
         require(
-            len(self.groups) == 2 and 1 <= self.groups[1] <= self.groups[0],
-            f"groups={self.groups} must be two numbers, of groups and of those that a token chooses from, such as [8, 4]",
+            len(groups) == 2 and 1 <= groups[1] <= groups[0],
+            f"groups={groups} must be two numbers, of groups and of those that a token chooses from, such as [8, 4]",
         )
-        number, chosen = self.groups
+        number, chosen = groups
         require(
             not any(count % number for count in counts),
-            f"num_experts={self.num_experts} cannot be divided into the {number} equal groups of groups={self.groups}; "
+            f"num_experts={self.num_experts} cannot be divided into the {number} equal groups of groups={groups}; "
             f"use multiples of {number}",
         )
-        most = chosen * min(counts) // number
+        most = chosen * fewest // number
         require(
             self.top_k <= most,
-            f"top_k={self.top_k} must be at most {most}, the experts in {chosen} of the {number} groups of groups={self.groups}",
+            f"top_k={self.top_k} must be at most {most}, the experts in {chosen} of the {number} groups of groups={groups}",
         )
 
     @property
@@ -273,17 +236,16 @@ class GPTConfig:
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
         if self.moe is None:
             return
-        moe_layers = self.num_layers // self.moe.expert_interval
+        counts, interval = self.moe.num_experts, self.moe.expert_interval
+        positions = self.num_layers // interval
         require(
-            moe_layers >= 1,
-            f"expert_interval={self.moe.expert_interval} leaves no MoE layer among num_layers={self.num_layers}; "
-            "lower it, or set moe to null for a dense model",
+            positions >= 1,
+            f"expert_interval={interval} leaves no MoE layer among num_layers={self.num_layers}; lower it, or set moe to null",
         )
-        counts = self.moe.num_experts
         require(
-            not isinstance(counts, list) or len(counts) == moe_layers,
+            isinstance(counts, int) or len(counts) == positions,
             f"num_experts={counts} has {len(counts) if isinstance(counts, list) else 1} entries, but num_layers="
-            f"{self.num_layers} with expert_interval={self.moe.expert_interval} makes {moe_layers} MoE positions",
+            f"{self.num_layers} with expert_interval={interval} makes {positions} MoE positions",
         )
 
     def _check_attention(self) -> None:
@@ -297,13 +259,11 @@ class GPTConfig:
             f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
         )
         if self.attention is not None:
-            _check_part(self.attention, self, ATTENTION_FIELDS)
+            self.attention.check_settings(self)
         if self.rope_theta is None:
             for name in ("rotary_dim", "rotary_scaling"):
-                value = getattr(self, name)
-                require(
-                    value is None, f"{name}={value} has no effect without rope_theta; set rope_theta, or leave it out"
-                )
+                reason = "has no effect without rope_theta; set rope_theta, or leave it out"
+                require(getattr(self, name) is None, f"{name}={getattr(self, name)} {reason}")
             return
         require(
             self.rotary_dim is None or self.rotary_dim <= self.head_size,
@@ -357,12 +317,9 @@ class GPTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON and YAML, of which `from_dict` is the inverse. Parts that are null are left out."""
-        values = asdict(self)
-        for section, settings, parts in ((values, self, MODEL_PARTS), (values["moe"], self.moe, MOE_PARTS)):
-            for name in parts if settings is not None else ():
-                del section[name]
-                if (part := getattr(settings, name)) is not None:
-                    section[name] = part_to_dict(part)
+        values = pack_parts(asdict(self), self)
+        if self.moe is not None:
+            values["moe"] = pack_parts(values["moe"], self.moe)
         return values
 
     @staticmethod
@@ -376,11 +333,5 @@ class GPTConfig:
         if moe is not None:
             if not isinstance(moe, dict):
                 raise SettingError(f"moe={moe!r} must hold settings by name, or be null for a dense model")
-            values = {**values, "moe": MoEConfig(**_with_parts(moe, MOE_PARTS))}
-        return GPTConfig(**_with_parts(values, MODEL_PARTS))
-
-
-def _with_parts(values: dict[str, Any], parts: dict[str, type]) -> dict[str, Any]:
-    """Return the values with the objects of `part_to_dict`'s values."""
-    made = {name: part_from_dict(values[name], base) for name, base in parts.items() if values.get(name) is not None}
-    return {**values, **made}
+            values = {**values, "moe": MoEConfig(**with_parts(moe))}
+        return GPTConfig(**with_parts(values))

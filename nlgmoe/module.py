@@ -16,8 +16,8 @@ from typing_extensions import override
 
 from nlgmoe.batch import Batch, loss_mask
 from nlgmoe.checkpoint.portable import use_portable_checkpoints
-from nlgmoe.checkpoint.same_run import check_moments, check_same_run, check_tokenizer
-from nlgmoe.config import IGNORED_IN_EVALUATION, GPTConfig
+from nlgmoe.checkpoint.same_run import IGNORED_IN_EVALUATION, check_moments, check_same_run, check_tokenizer
+from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import training_data
 from nlgmoe.differences import list_differences
 from nlgmoe.distill.distiller import Distiller

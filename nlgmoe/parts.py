@@ -30,24 +30,34 @@ if TYPE_CHECKING:
 Stack = tuple[int, int, Literal["expand", "project"]]  # inputs, outputs, and role of the weight (`roles.py`)
 
 
+ROUTER_FIELDS = frozenset(
+    {
+        *("train_capacity_factor", "eval_capacity_factor", "min_capacity", "token_dropping", "eval_token_dropping"),
+        *("random_token_selection", "noise", "second_expert", "groups", "normalize_weights", "gate_scale"),
+        *("gate_init_std", "loss_coeff", "z_loss_coeff", "aux_scope"),
+    }
+)  # fields of MoEConfig that only routers read
+ATTENTION_FIELDS = frozenset(
+    {"num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "rotary_dim", "attention_scale", "attention_dropout"}
+)  # fields of GPTConfig that only attention layers read
+
+
 @dataclass(frozen=True)
 class _Part:
     """Settings of a part that reads some fields of the configuration that names it.
 
     Attributes:
-        reads_fields: fields among `config.ROUTER_FIELDS` or `config.ATTENTION_FIELDS` that the part reads; a configuration that
-            sets another one is refused.
+        known_fields: fields of the configuration that only such parts may read.
+        reads_fields: those that the part reads; a configuration that sets another one is refused.
         ignored_in_evaluation: fields of the subclass that may differ between training and evaluation.
     """
 
+    known_fields: ClassVar[frozenset[str]]
     reads_fields: ClassVar[frozenset[str]] = frozenset()
     ignored_in_evaluation: ClassVar[frozenset[str]] = frozenset()
 
-    def check_reads_fields(self, known: frozenset[str]) -> None:
+    def check_reads_fields(self) -> None:
         """Check the declaration `reads_fields`: a misspelt name would turn a setting off.
-
-        Args:
-            known: all fields that such a part may read.
 
         Raises:
             ValueError: it is no set of such names, or a field of the dataclass.
@@ -59,10 +69,21 @@ class _Part:
             raise SettingError(
                 f"{name}.reads_fields must be a frozenset, without an annotation; write reads_fields = frozenset({{...}})"
             )
-        if unknown := sorted(self.reads_fields - known):
+        if unknown := sorted(self.reads_fields - self.known_fields):
             raise SettingError(
-                f"{name}.reads_fields names {', '.join(unknown)}; it may read {', '.join(sorted(known))}"
+                f"{name}.reads_fields names {', '.join(unknown)}; it may read {', '.join(sorted(self.known_fields))}"
             )
+
+    def check_settings(self, settings: Any) -> None:
+        """Check the part against the configuration that names it; known fields that it does not read have their default."""
+        self.check_reads_fields()
+        for field in fields(settings):
+            value = getattr(settings, field.name)
+            require(
+                field.name not in self.known_fields - self.reads_fields or value == field.default,
+                f"{field.name}={value} has no effect with {type(self).__name__}; leave it out",
+            )
+        self.check(settings)
 
     def check(self, config: Any) -> None:
         """Check that the part fits the configuration that names it: a router its `MoEConfig`, an attention its `GPTConfig`.
@@ -75,6 +96,8 @@ class _Part:
 @dataclass(frozen=True)
 class AttentionConfig(_Part):
     """Settings of an attention layer; a subclass adds its fields. Only `build` must be overridden."""
+
+    known_fields = ATTENTION_FIELDS
 
     def rotary_size(self, config: Any) -> int:
         """Return how many values of a query and of a key turn with `rope_theta`, an even number."""
@@ -128,6 +151,8 @@ class RotaryScaling:
 @dataclass(frozen=True)
 class RouterConfig(_Part):
     """Settings of a router; a subclass adds its fields."""
+
+    known_fields = ROUTER_FIELDS
 
     def build(self, config: Any, block: int) -> Any:
         """Make the router of one block.
@@ -187,6 +212,7 @@ class ExpertConfig:
 Part = AttentionConfig | RotaryScaling | RouterConfig | ExpertConfig
 MODEL_PARTS: dict[str, type] = {"attention": AttentionConfig, "rotary_scaling": RotaryScaling}  # fields of `GPTConfig`
 MOE_PARTS: dict[str, type] = {"router": RouterConfig, "expert": ExpertConfig}  # fields of `MoEConfig`
+_ALL = {**MODEL_PARTS, **MOE_PARTS}
 PARTS = (*MODEL_PARTS, *(f"moe.{name}" for name in MOE_PARTS))  # fields that name a class
 
 
@@ -274,3 +300,16 @@ def part_from_dict(values: dict[str, Any], base: type) -> Any:
         raise SettingError(
             f"{path} does not take the checkpoint's settings ({error}); use the version that trained it"
         ) from error
+
+
+def pack_parts(values: Mapping[str, Any], settings: Any) -> dict[str, Any]:
+    """Return the values of a configuration with its parts as `part_to_dict` has them; parts that are null are left out."""
+    packed = {name: value for name, value in values.items() if name not in _ALL}
+    parts = {name: getattr(settings, name) for name in values.keys() & _ALL.keys()}
+    return packed | {name: part_to_dict(part) for name, part in parts.items() if part is not None}
+
+
+def with_parts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of `pack_parts` with parts as objects."""
+    made = {name: part_from_dict(values[name], base) for name, base in _ALL.items() if values.get(name) is not None}
+    return {**values, **made}

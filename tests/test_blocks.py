@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import Callback
 
 from nlgmoe import MoEGPTModule, load_config
 from nlgmoe.callbacks import StagedDistillation
-from nlgmoe.config import ROUTER_FIELDS, MoEConfig
+from nlgmoe.config import MoEConfig
 from nlgmoe.layers import routers
+from nlgmoe.parts import ROUTER_FIELDS
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import Losses, SaveAt, trainer
 

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from nlgmoe.checkpoint.reading import read_tokenizer
-from nlgmoe.config import IGNORED_IN_EVALUATION, GPTConfig
+from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.training_data import TrainingData
 from nlgmoe.differences import list_differences
+from nlgmoe.parts import ROUTER_FIELDS
 from nlgmoe.validation import RunError, SettingError, require
+
+# Fields of the model's configuration that may differ from the checkpoint's in evaluation.
+IGNORED_IN_EVALUATION = ROUTER_FIELDS - {"groups", "normalize_weights", "gate_scale"}
+IGNORED_IN_EVALUATION |= {"hidden_dropout", "attention_dropout", "init_std"}
 
 
 def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | None, path: Any) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nlgmoe.config import ATTENTION_FIELDS, GPTConfig
+from nlgmoe.config import GPTConfig
 from nlgmoe.layers.rotary import rotate, rotations
-from nlgmoe.parts import AttentionConfig
+from nlgmoe.parts import ATTENTION_FIELDS, AttentionConfig
 from nlgmoe.validation import RunError, SettingError
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlgmoe.config import ROUTER_FIELDS, GPTConfig
+from nlgmoe.config import GPTConfig
 from nlgmoe.layers.router import Router, TopKRouter
-from nlgmoe.parts import RouterConfig
+from nlgmoe.parts import ROUTER_FIELDS, RouterConfig
 from nlgmoe.pyramid import experts_at
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import require_valid

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nlgmoe.config import ATTENTION_FIELDS, GPTConfig
+from nlgmoe.config import GPTConfig
 from nlgmoe.layers.attention import AttentionContext, KVCache, MultiHead, attention_config, build_attention
 from nlgmoe.layers.mla import MLAConfig
 from nlgmoe.model.initialisation import initialise
-from nlgmoe.parts import AttentionConfig
+from nlgmoe.parts import ATTENTION_FIELDS, AttentionConfig
 from nlgmoe.tools.check.layer import Batch, Failed, Output, Target, gradients, require_close
 from nlgmoe.validation import SettingError
 
