@@ -1,4 +1,4 @@
-"""Write the tables of docs/claims.md and README.md, and draw the figures, from docs/results/reproduce.json alone."""
+"""Write the tables of README.md, docs/claims.md and docs/results/claims.md, and the figures, from docs/results/reproduce.json."""
 
 from __future__ import annotations
 
@@ -42,20 +42,33 @@ def short_table(results: dict[str, Any]) -> str:
 
 
 def long_table(results: dict[str, Any]) -> str:
-    """Return the tables of docs/claims.md."""
-    found = answers(results)
+    """Return the table of docs/claims.md, and what is beside it."""
     lines = [f"Commit {results['commit'][:10]}; {results['machine']}; {len(results['runs'])} runs."]
     if "speed" in results:
         lines[0] += f" Steps were timed at {results['speed']['commit']}."
     lines.append("")
-    rows = [[*_row(answer), answer.paper] for answer in found.values()]
+    rows = [[*_row(answer), answer.paper] for answer in answers(results).values()]
     lines += [markdown_table(["question", "difference (95% interval)", "pairs", "reading", "the paper"], rows), ""]
     lines += [f"- {line}" for line in beside(results)]
     rates = ", ".join(f"{name} {rate:.2g}" for name, rate in results["learning_rates"].items())
-    lines += [f"- Learning rates found on seed 0: {rates}; the other models' are interpolated.", ""]
+    return "\n".join([*lines, f"- Learning rates found on seed 0: {rates}; the other models' are interpolated."])
+
+
+def page_of_models(results: dict[str, Any]) -> str:
+    """Return docs/results/claims.md: a table of the models, and one of the budgets."""
     models, budgets = (markdown_table(head, rows) for head, *rows in (_models(results), _budgets(results)))
-    lines += [models, "", "Means over seeds 1 to 3 by budget (the table above has all seeds):", "", budgets]
-    return "\n".join(lines)
+    return f"""# The models of the claims
+
+`make reproduce-tables` writes this page; [claims.md](../claims.md) has the questions.
+Commit {results["commit"][:10]}; {results["machine"]}.
+Losses are means with standard errors, in nats per token.
+
+{models}
+
+By budget, over seeds 1 to 3:
+
+{budgets}
+"""
 
 
 def _row(answer: Answer) -> list[str]:
@@ -114,13 +127,14 @@ def _budgets(results: dict[str, Any]) -> list[list[str]]:
 
 
 def write(results: dict[str, Any], page: Path = PAGE, readme: Path = README, figures: Path = FIGURES) -> None:
-    """Replace the tables of the page and of README.md, and draw the figures.
+    """Replace the tables of the page and of README.md, write the page of models beside the figures, and draw these.
 
     Raises:
         ValueError: a page has no place for them.
     """
     for file, content in ((page, long_table(results)), (readme, short_table(results))):
         file.write_text(with_text(file.read_text(), BEGIN, END, content, name=str(file)))
+    (figures / "claims.md").write_text(page_of_models(results))
     runs = results["runs"]
     answered = answers(results) | answers_to(LARGER, runs)
     draw_differences(QUESTIONS, answered, runs, figures / "claims.png")
