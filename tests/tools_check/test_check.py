@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import runpy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -326,5 +326,4 @@ def test_a_wrong_command_is_one_line(target: str, message: str, capsys: pytest.C
 
 
 def test_the_failures_in_the_document_are_those_of_the_libraries() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "check.md").read_text()
-    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), {})
+    runpy.run_path(str(Path(__file__).parents[2] / "docs/examples/layers_of_others.py"))
