@@ -1,6 +1,6 @@
 """What other programs do with an exported model that this package cannot change: refuse it, or compute another one.
 
-docs/hugging_face.md has the table of programs and families, with the versions that were tried.
+docs/hugging_face.md has the versions that were tried.
 """
 
 from __future__ import annotations
