@@ -17,18 +17,21 @@ def with_table(page: str) -> str:
 
 
 def table() -> str:
-    """Return the table of all flags."""
+    """Return the table of the flags that are settings, and the lists of those that are not needed and refused."""
     lines, section = ["| Megatron-DeepSpeed | here | note |", "|---|---|---|"], ""
     for row in TABLE:
+        is_listed = row.section in (IGNORED, REFUSED)
         if row.section != section:
             section = row.section
-            lines.append(f"| **{section}** | | |")
-        here = {IGNORED: "not needed", REFUSED: "refused"}.get(section, row.here)
+            lines += ["", f"### {section}", ""] if is_listed else [f"| **{section}** |"]
         names = []
         for name, keys in row.flags.items():
             allowed = " or ".join(f"`{value}`" for value in keys.get("allowed", ())) if section == REFUSED else ""
             names.append(f"`{name}`" + (f" (but {allowed})" if allowed else ""))
-        lines.append(f"| {', '.join(names)} | {here} | {row.note} |")
+        if is_listed:
+            lines.append(f"- {', '.join(names)}: {row.note.removesuffix('; remove it')}")
+        else:
+            lines.append(f"| {' | '.join(filter(None, [', '.join(names), row.here, row.note]))} |")
     return "\n".join(lines)
 
 
