@@ -60,8 +60,7 @@ def distill_logits(
     teacher = teacher or distiller.get("teacher")
     if teacher is None:
         raise SettingError("missing setting teacher (its checkpoint); give it as --teacher=...")
-    if temperature is None:
-        temperature = distiller.get("temperature", 1.0)
+    temperature = distiller.get("temperature", 1.0) if temperature is None else temperature
     precision = precision or distiller.get("precision") or "fp32"
 
     # One process reads all samples in micro-batches, regardless of the steps and ranks of the run.
@@ -76,17 +75,10 @@ def distill_logits(
     teacher_model = MixtureOfStudents(teacher, temperature=temperature, precision=precision)
     like = torch.empty(0, device=experiment.trainer.strategy.root_device)
     checkpoint, document = teacher_model.load(module.config, like, data)
-    recipe = _recipe(teacher_model, checkpoint, document, experiment) | {
-        "precision": precision,
-        "top_k": top_k,
-        "temperature": temperature,
-        "samples": samples,
-    }
-    bar = tqdm(desc="recording", total=samples, unit=" samples", mininterval=0.1 if sys.stderr.isatty() else 10.0)
-    with bar:
-        done = record_logits(
-            teacher_model, data, recipe, Path(output), lambda progress: bar.update(progress.samples - bar.n)
-        )
+    recipe = _recipe(teacher_model, checkpoint, document, experiment)
+    recipe |= {"precision": precision, "top_k": top_k, "temperature": temperature, "samples": samples}
+    with tqdm(desc="recording", total=samples, unit=" samples", mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
+        done = record_logits(teacher_model, data, recipe, Path(output), lambda at: bar.update(at.samples - bar.n))
     _print_recorded(checkpoint, document, recipe, output, done)
 
 

@@ -59,6 +59,17 @@ def prepare_data(
     if input is None or output is None:
         missing = "input" if input is None else "output"
         raise SettingError(f"missing setting {missing}; --input and --output go together")
+    _check_own_text(tokenizer, output, vocab_size, workers, shard)
+    from nlgmoe.commands.prepare_text import prepare_text
+
+    reads = special_tokens == "read"
+    prepare_text(data_dir, tokenizer, input, Path(output), vocab_size, text_field, skips, reads, workers, domain, shard)
+
+
+def _check_own_text(
+    tokenizer: str, output: str, vocab_size: int | None, workers: int | None, shard: str | None
+) -> None:
+    """Check the settings of a corpus of one's own text."""
     require(
         shard is None or vocab_size is None,
         f"shard={shard} takes a tokenizer that all shards share; train it first: prepare-data --input INPUT --vocab-size "
@@ -74,7 +85,3 @@ def prepare_data(
         f"vocab_size={vocab_size} trains a tokenizer; give at least 257, for the 256 bytes and the end of a document, and no "
         "tokenizer",
     )
-    from nlgmoe.commands.prepare_text import prepare_text
-
-    reads = special_tokens == "read"
-    prepare_text(data_dir, tokenizer, input, Path(output), vocab_size, text_field, skips, reads, workers, domain, shard)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nlgmoe.checkpoint.reading import run_config
 from nlgmoe.cli.arguments import check_device, check_new_checkpoint, import_allowed
 from nlgmoe.files import yaml_beside
 from nlgmoe.validation import SettingError
+
+if TYPE_CHECKING:
+    from nlgmoe.batch import Batch
+    from nlgmoe.config import GPTConfig
+    from nlgmoe.eval.expert_use import ExpertUse
 
 
 def prune_checkpoint(
@@ -47,12 +53,9 @@ def prune_checkpoint(
     """
     import_allowed(allow_code)
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
-    from nlgmoe.checkpoint.portable import load_model  # these need torch
-    from nlgmoe.commands.measured_text import read_batches, with_progress
+    from nlgmoe.commands.measured_text import read_batches, with_progress  # these need torch
     from nlgmoe.eval.expert_use import measure_use
     from nlgmoe.eval.loaded_model import load_pretrained
-    from nlgmoe.model.counting import count_parameters
-    from nlgmoe.pyramid import experts_per_position, moe_blocks
     from nlgmoe.surgery.prune import most_used, prune, pruned_config
 
     check_device(device)
@@ -62,11 +65,7 @@ def prune_checkpoint(
             f"checkpoint={checkpoint} is the checkpoint to prune, the teacher of later training; name another"
         )
     before = loaded.model.config
-    if isinstance(num_experts, int):
-        largest = max(experts_per_position(before), default=0)
-        if num_experts >= largest:
-            raise SettingError(f"num_experts={num_experts} must be below {largest}, the experts that the model has")
-        num_experts = [min(num_experts, count) for count in experts_per_position(before)]
+    num_experts = _by_position(num_experts, before)
     after = pruned_config(before, num_experts)
     batches = read_batches(run_config(Path(run)), loaded, text, windows, tokenizer)
     use = measure_use(loaded.model, with_progress(batches, "measuring use"))
@@ -74,18 +73,51 @@ def prune_checkpoint(
     path, tokens_seen = loaded.path, loaded.document["tokens_seen"]
     del loaded  # the device need not hold both models
     prune(path, checkpoint, num_experts, kept, overwrite)
+    _print_kept(before, kept, use)
+    loss = _loss_of(Path(checkpoint), device, with_progress(batches, "measuring loss"))
+    print(f"loss {use.loss:.4f} -> {loss:.4f} nats per token ({use.tokens:,} tokens)")
+    print(f"{checkpoint}: {_size(before):,} parameters of {path} have become {_size(after):,}")
+    _print_command(run_config(Path(run)), Path(checkpoint), path, tokens_seen)
+
+
+def _by_position(num_experts: int | list[int], before: GPTConfig) -> list[int]:
+    """Return the number of experts to keep at each MoE position."""
+    from nlgmoe.pyramid import experts_per_position
+
+    if isinstance(num_experts, list):
+        return num_experts
+    largest = max(experts_per_position(before), default=0)
+    if num_experts >= largest:
+        raise SettingError(f"num_experts={num_experts} must be below {largest}, the experts that the model has")
+    return [min(num_experts, count) for count in experts_per_position(before)]
+
+
+def _loss_of(checkpoint: Path, device: str, batches: Iterable[Batch]) -> float:
+    from nlgmoe.checkpoint.portable import load_model
+    from nlgmoe.eval.expert_use import measure_use
+
+    return measure_use(load_model(checkpoint).to(device), batches).loss
+
+
+def _size(config: GPTConfig) -> int:
+    from nlgmoe.model.counting import count_parameters
+
+    return count_parameters(config).total
+
+
+def _print_kept(before: GPTConfig, kept: Sequence[Sequence[int]], use: ExpertUse) -> None:
+    from nlgmoe.pyramid import moe_blocks
 
     for block, experts, weights in zip(moe_blocks(before), kept, use.weights, strict=True):
         share = float(weights[experts].sum() / weights.sum())
         numbers = " ".join(map(str, experts))
         print(f"block {block}: {len(experts)} of {len(weights)} experts, with {share:.1%} of the weight: {numbers}")
-    loss = measure_use(load_model(Path(checkpoint)).to(device), with_progress(batches, "measuring loss")).loss
-    sizes = [count_parameters(config).total for config in (before, after)]
-    print(f"loss {use.loss:.4f} -> {loss:.4f} nats per token ({use.tokens:,} tokens)")
-    print(f"{checkpoint}: {sizes[0]:,} parameters of {path} have become {sizes[1]:,}")
-    settings = yaml_beside(Path(checkpoint))
+
+
+def _print_command(config: Path | None, checkpoint: Path, unpruned: Path, tokens_seen: int) -> None:
+    """Print the command that trains the pruned model on."""
+    settings, teacher = yaml_beside(checkpoint), quote(str(unpruned))
     print(f"{settings}: its settings")
-    config, teacher = run_config(Path(run)), quote(str(path))
     files = [config or "CONFIG", settings]  # the later one overrides
     print(
         f"to continue training, with the unpruned model as teacher: nlgmoe fit "

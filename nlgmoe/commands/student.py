@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -54,53 +56,76 @@ def student(
     """
     if output is not None:
         check_output(output)
-    is_yaml = Path(source).is_file()
-    file = Path(source) if is_yaml else run_config(Path(source))
-    if file is None or not Path(source).exists():
+    is_yaml, file = Path(source).is_file(), _yaml_of(Path(source))
+    from nlgmoe.experiment import parse_config  # takes seconds to import
+
+    end, settings = _end_of(fraction, step), parse_config(file)
+    theirs = GPTConfig.from_dict(settings["model"]["config"])
+    folder = (
+        str(file.parent) if file.name == "config.yaml" else settings["trainer"]["default_root_dir"]
+    )  # may have moved
+    teacher = teacher or (folder if is_yaml else source)
+    from_random, equal = is_yaml and blocks is None, len(set(moe_blocks(theirs).values())) <= 1
+    blocks = blocks or ("influence" if equal and not is_yaml else "upper")
+    comment = [f"a student of {file}, {num_layers} of its {theirs.num_layers} blocks"]
+    if blocks == "influence":
+        student_layers(theirs, num_layers)  # refuses a wrong number before text is read
+        layers, lines = _most_influential(_measure(teacher, file, text, windows, tokenizer, device), num_layers)
+        comment += lines
+        check_blocks(theirs, layers, num_layers)  # another teacher may have more
+    else:
+        layers = _named_blocks(theirs, blocks, num_layers)
+    changes = _overlay(settings, config_of_blocks(theirs, layers), end, teacher, folder)
+    changes["model"]["warm_start"] = None if from_random else {"checkpoint": teacher, "layers": layers}
+    missing = " --model.train_tokens N --model.optimizer.lr RATE" if settings["model"]["train_tokens"] is None else ""
+    command = f"nlgmoe fit --config {quote(str(file))} --config {quote(output or 'THIS_FILE')}{missing}"
+    _write([*comment, f"train it: {command}"], changes, output)
+
+
+def _yaml_of(source: Path) -> Path:
+    """Return the teacher's YAML: `source`, or that of its run."""
+    file = source if source.is_file() else run_config(source)
+    if file is None or not source.exists():
         raise SettingError(
             f"source={source} is in no run's folder: there is no config.yaml above it; give the teacher's YAML, and its "
             "checkpoint as --teacher"
         )
-    from nlgmoe.callbacks import StagedDistillation  # these take seconds to import
-    from nlgmoe.experiment import parse_config
+    return file
+
+
+def _end_of(fraction: float | None, step: int | None) -> dict[str, Any]:
+    """Return the arguments of `StagedDistillation`, which refuses wrong values."""
+    from nlgmoe.callbacks import StagedDistillation
 
     given = {"fraction": fraction, "step": step}
     end: dict[str, Any] = {name: value for name, value in given.items() if value is not None} or {"fraction": 0.7}
-    StagedDistillation(**end)  # refuses wrong values
-    settings = parse_config(file)
-    theirs = GPTConfig.from_dict(settings["model"]["config"])
-    # a run may have been moved
-    folder = str(file.parent) if file.name == "config.yaml" else settings["trainer"]["default_root_dir"]
-    teacher = teacher or (folder if is_yaml else source)
+    StagedDistillation(**end)
+    return end
 
-    from_random, equal = is_yaml and blocks is None, len(set(moe_blocks(theirs).values())) <= 1
-    blocks = blocks or ("influence" if equal and not is_yaml else "upper")
-    layers: Any
-    comment = [f"a student of {file}, {num_layers} of its {theirs.num_layers} blocks"]
+
+def _most_influential(influence: Sequence[float], num_layers: int) -> tuple[list[int], list[str]]:
+    """Return the blocks with the largest influence, in order, and lines about all."""
+    ranked = sorted(range(len(influence)), key=influence.__getitem__)
+    lines = []
+    for name, part in (("left out", ranked[:-num_layers]), ("kept", ranked[-num_layers:])):
+        numbers = ", ".join(f"{block} ({influence[block]:.4f})" for block in part)
+        lines.append(f"blocks {name}, with their influence: {numbers}")
+    return sorted(ranked[-num_layers:]), lines
+
+
+def _named_blocks(teacher: GPTConfig, blocks: str, num_layers: int) -> Any:
+    """Return the blocks that `upper`, `even` or a list names."""
     if blocks in (named := {"upper": student_layers, "even": evenly_spaced_layers}):
-        layers = named[blocks](theirs, num_layers)
-    elif blocks == "influence":
-        student_layers(theirs, num_layers)  # refuses a wrong number before text is read
-        influence = _measure(teacher, file, text, windows, tokenizer, device)
-        ranked = sorted(range(len(influence)), key=influence.__getitem__)
-        layers = sorted(ranked[-num_layers:])
-        for name, part in (("left out", ranked[:-num_layers]), ("kept", ranked[-num_layers:])):
-            numbers = ", ".join(f"{block} ({influence[block]:.4f})" for block in part)
-            comment.append(f"blocks {name}, with their influence: {numbers}")
-        check_blocks(theirs, layers, num_layers)  # another teacher may have more
-    else:
-        try:
-            layers = number_or_list(blocks)
-        except ValueError:
-            layers = blocks
-        check_blocks(theirs, layers, num_layers)
-    changes = _overlay(settings, config_of_blocks(theirs, layers), end, teacher, folder)
-    changes["model"]["warm_start"] = None if from_random else {"checkpoint": teacher, "layers": layers}
+        return named[blocks](teacher, num_layers)
+    layers: Any = blocks
+    with suppress(ValueError):
+        layers = number_or_list(blocks)
+    check_blocks(teacher, layers, num_layers)
+    return layers
 
-    command = f"nlgmoe fit --config {quote(str(file))} --config {quote(output or 'THIS_FILE')}"
-    if settings["model"]["train_tokens"] is None:
-        command += " --model.train_tokens N --model.optimizer.lr RATE"
-    comment.append(f"train it: {command}")
+
+def _write(comment: list[str], changes: dict[str, Any], output: str | None) -> None:
+    """Write the student's YAML below its comment, or print it."""
     written = "".join(f"# {line}\n" for line in comment) + yaml.safe_dump(changes, sort_keys=False, width=120)
     if output is None:
         print(written, end="")

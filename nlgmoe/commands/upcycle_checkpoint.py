@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from shlex import quote
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nlgmoe.cli.arguments import check_new_checkpoint
 from nlgmoe.files import yaml_beside
+
+if TYPE_CHECKING:
+    from nlgmoe.surgery.upcycle import Upcycled
 
 
 def upcycle_checkpoint(
@@ -47,9 +50,8 @@ def upcycle_checkpoint(
     from nlgmoe.checkpoint.reading import read_document  # these need torch
     from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
     from nlgmoe.config import GPTConfig, MoEConfig
-    from nlgmoe.model.counting import count_parameters
     from nlgmoe.surgery.upcycle import upcycle
-    from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
+    from nlgmoe.tools.hugging_face.families import family_of
 
     path = find_checkpoint(dense)
     family, _ = family_of(GPTConfig.from_dict(read_document(path)["model_config"]))
@@ -63,18 +65,26 @@ def upcycle_checkpoint(
         of_family["second_expert"] = "argmax"
     moe = MoEConfig(num_experts, expert_interval, top_k, mlp_type=mlp_type, residual_mix=residual_mix, **of_family)
     upcycled = upcycle(path, checkpoint, moe, noise, seed, overwrite)
+    _print_upcycled(upcycled, checkpoint, had_family=family is not None)
+    copies = "exact copies" if noise == 0 else f"copies with noise of {noise} times their standard deviation"
+    print(f"{yaml_beside(Path(checkpoint))}: its settings")
+    print(f"experts are {copies}; a run starts from them with model.warm_start.checkpoint={quote(checkpoint)}")
+
+
+def _print_upcycled(upcycled: Upcycled, checkpoint: str, had_family: bool) -> None:
+    """Print the sizes, and how the result is exported."""
+    from nlgmoe.model.counting import count_parameters
+    from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
+
     before, after = (count_parameters(config) for config in (upcycled.dense_config, upcycled.config))
     print(
         f"{checkpoint}: {before.total:,} parameters of {upcycled.dense} have become {after.total:,}, {after.active:,} for a token"
     )
-    copies = "exact copies" if noise == 0 else f"copies with noise of {noise} times their standard deviation"
     became, reason = family_of(upcycled.config)
     if became is not None:
         print(f"nlgmoe export writes it as {FAMILIES[became].classes}ForCausalLM of transformers")
-    elif family is not None:
+    elif had_family:
         print(
             f"no class of transformers has {reason}: nlgmoe export writes it with our code; leave out --expert-interval for a "
             "native class"
         )
-    print(f"{yaml_beside(Path(checkpoint))}: its settings")
-    print(f"experts are {copies}; a run starts from them with model.warm_start.checkpoint={quote(checkpoint)}")

@@ -115,13 +115,7 @@ def read_documents(
         RunError: a document or the file cannot be used, or the disk or the network failed.
     """
     assert has_records(path) or is_plain_text(path), path
-    read, unit = (
-        (_read_text, "")
-        if is_plain_text(path)
-        else (_read_parquet, "row")
-        if str(path).endswith(".parquet")
-        else (_read_lines, "line")
-    )
+    read, unit = _reader_of(path)
 
     def refuse(place: str, reason: object) -> None:
         if skip is None:
@@ -151,18 +145,29 @@ def read_documents(
             count_empty()
     except GeneratorExit:  # when the interpreter exits, the classes below no longer exist
         raise
-    except UnusableError as error:
-        refuse(str(path), error)
-    except FileNotFoundError:
-        refuse(str(path), "missing file")
+    except (UnusableError, FileNotFoundError) as error:
+        refuse(str(path), error if isinstance(error, UnusableError) else "missing file")
     except (OSError, pa.ArrowException, HTTPError) as failure:
-        place, details = f"{path}, after document {number:,}{cut}", " ".join(str(failure).split())
-        # Errors of decompression have no errno; failures of a disk or network are never skipped.
-        if not isinstance(failure, pa.ArrowException) and (type(failure) is not OSError or failure.errno is not None):
-            raise RunError(
-                f"{place}: cannot be read ({details}); run the command again when it can be, training with --ckpt_path last"
-            ) from failure
-        refuse(place, f"damaged or cut off ({details})")
+        place = f"{path}, after document {number:,}{cut}"
+        refuse(place, f"damaged or cut off ({_require_damage(failure, place)})")
+
+
+def _reader_of(path: str | Path) -> tuple[Any, str]:
+    """Return the reader of a file, and the unit in which its documents are numbered."""
+    if is_plain_text(path):
+        return _read_text, ""
+    return (_read_parquet, "row") if str(path).endswith(".parquet") else (_read_lines, "line")
+
+
+def _require_damage(failure: Exception, place: str) -> str:
+    """Return what is damaged; a failure of a disk or network, which is never skipped, is raised."""
+    details = " ".join(str(failure).split())
+    # Errors of decompression have no errno.
+    if isinstance(failure, pa.ArrowException) or (type(failure) is OSError and failure.errno is None):
+        return details
+    raise RunError(
+        f"{place}: cannot be read ({details}); run the command again when it can be, training with --ckpt_path last"
+    ) from failure
 
 
 # Readers yield the number of each document from `start` on, its bytes, and a function that parses it.

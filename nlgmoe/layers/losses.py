@@ -216,8 +216,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.dtypes = hidden.dtype, unembedding.dtype
         hidden, unembedding = _for_product(hidden, unembedding)
-        dtype = counted.dtype
-        needs_hidden, needs_unembedding = ctx.needs_input_grad[:2]
+        (needs_hidden, needs_unembedding), dtype = ctx.needs_input_grad[:2], counted.dtype
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_unembedding = torch.zeros_like(unembedding, dtype=dtype) if needs_unembedding else None
         loss = hidden.new_zeros((), dtype=dtype)
@@ -261,8 +260,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss *= factor
         if teacher is None:
             return (loss,)
-        distillation *= factor * teacher.temperature**2
-        terms = loss, distillation, agreement * factor
+        terms = loss, distillation.mul_(factor * teacher.temperature**2), agreement * factor
         ctx.mark_non_differentiable(*terms)
         return loss + teacher.weight * distillation, *terms
 

@@ -165,13 +165,7 @@ class NlgmoeModel(NlgmoePreTrainedModel):
         mask = _token_mask(attention_mask, batch, cached + new)
         documents = None if position_ids is None else _documents(position_ids, mask, batch, new, cached)
 
-        recomputes = self.is_gradient_checkpointing and self.training and torch.is_grad_enabled()
-        if recomputes or documents is not None:
-            if cache is not None:
-                what = "gradient checkpointing, which would extend it twice" if recomputes else "several documents"
-                raise ValueError(f"a cache does not go with {what}; set use_cache=False")
-        elif cache is None and self._or_of_config(use_cache, "use_cache"):
-            cache = DynamicCache()
+        cache = self._cache_to_use(cache, use_cache, has_documents=documents is not None)
         with _block_outputs(self.gpt, self._or_of_config(output_hidden_states, "output_hidden_states")) as states:
             view = None if cache is None else _CacheView(cache, mask)
             new_mask = None if mask is None else mask[:, -new:]
@@ -189,6 +183,16 @@ class NlgmoeModel(NlgmoePreTrainedModel):
             aux_loss=aux_loss,
             **{CACHE: cache},
         )
+
+    def _cache_to_use(self, cache: Any, use_cache: bool | None, has_documents: bool) -> Any:
+        """Return the cache, or a new one if it is wanted; documents and recomputed blocks have none."""
+        recomputes = self.is_gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if recomputes or has_documents:
+            if cache is not None:
+                what = "gradient checkpointing, which would extend it twice" if recomputes else "several documents"
+                raise ValueError(f"a cache does not go with {what}; set use_cache=False")
+            return None
+        return DynamicCache() if cache is None and self._or_of_config(use_cache, "use_cache") else cache
 
     def _refuse(self, kwargs: dict[str, Any], tokens: Tensor, cached: int, position_ids: Tensor | None) -> None:
         """Refuse arguments that would change the result.

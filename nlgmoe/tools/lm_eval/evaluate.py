@@ -51,15 +51,13 @@ def evaluate(
         check_output(output)
     import_allowed(allow_code)
     from nlgmoe.device import default_device
-
-    device = device or default_device()
-    check_device(device)
-
     from nlgmoe.eval.loaded_model import load_pretrained
     from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT, handle_non_serializable, quiet
     from nlgmoe.tools.lm_eval.results import merge_results, results_table
     from nlgmoe.tools.lm_eval.tasks import Tasks
 
+    device = device or default_device()
+    check_device(device)
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
     with quiet(progress=True):
         selected = Tasks(names, include_path, limit, num_fewshot)

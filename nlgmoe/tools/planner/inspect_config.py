@@ -55,42 +55,49 @@ def inspect_config(
         disk: of --simulate: GB/s of the file system of checkpoints, of all ranks together.
         json: print one JSON object instead of a table.
     """
-    machine = None if hardware is None else named_machine(hardware)
     model, settings = read_settings(files)
-    given = {
-        "gpus": gpus,
-        "expert_parallel_size": expert_parallel,
-        "zero_stage": zero,
-        "micro_batch_size": micro_batch,
-        "global_batch_size": global_batch,
-        "precision": None if precision is None else _precision(precision),
-        "activation_checkpointing": activation_checkpointing or None,
-    }
+    names = ("gpus", "expert_parallel_size", "zero_stage", "micro_batch_size", "global_batch_size")
+    given = dict(zip(names, (gpus, expert_parallel, zero, micro_batch, global_batch), strict=True))
+    given |= {"activation_checkpointing": activation_checkpointing or None}
+    given |= {"precision": None if precision is None else _precision(precision)}  # type: ignore[dict-item]
     topology = layout(settings, {name: value for name, value in given.items() if value is not None})
-    accelerator, nodes = _of_trainer(settings, "accelerator", "auto"), _of_trainer(settings, "num_nodes", 1)
-    machine = machine or this_machine(accelerator, max(1, topology.gpus // nodes))
-    if machine.rates is not None:
-        rates = replace(machine.rates, gpus_per_node=gpus_per_node(settings, machine.rates.gpus_per_node))
-        machine = replace(machine, rates=rates)
+    machine = _machine_of(settings, topology, hardware)
     prediction = predict(model, topology, machine, utilisation)
-    changes = memory_options(model, topology) if prediction.fits is False else []
-    options = [(change, predict(model, replace(topology, **change), machine, utilisation)) for change in changes]
-    inputs = {"files": files, "hardware": machine.name, "utilisation": utilisation}
+    options = [] if prediction.fits is not False else _options_of(model, topology, machine, utilisation)
     report: dict[str, Any] = {}
+    require(disk > 0, f"--disk={disk} must be above 0 GB/s")
     if simulate:
         from nlgmoe.tools.planner import rehearsal  # imports DeepSpeed, which takes seconds
 
-        require(disk > 0, f"--disk={disk} must be above 0 GB/s")
-        simulated = rehearsal.simulate(files, settings, topology, rank)
-        report = rehearsal.as_json(model, topology, prediction, simulated, disk)
+        report = rehearsal.as_json(
+            model, topology, prediction, rehearsal.simulate(files, settings, topology, rank), disk
+        )
     if json:
+        inputs = {"files": files, "hardware": machine.name, "utilisation": utilisation}
         print(json_format.dumps(as_json(model, topology, machine, prediction, options, inputs) | report, indent=2))
         return
-    if accelerator == "cpu" and hardware is not None:
+    if hardware is not None and _of_trainer(settings, "accelerator", "auto") == "cpu":
         print(f"note                   the files set a CPU; speed and memory below are those of {hardware}")
     print(as_text(model, topology, machine, prediction, options, utilisation))
     if simulate:
         print(rehearsal.as_text(report, topology))
+
+
+def _options_of(model: GPTConfig, topology: Topology, machine: Machine, utilisation: float) -> Options:
+    """Return the predictions with each change that saves memory."""
+    changes = memory_options(model, topology)
+    return [(change, predict(model, replace(topology, **change), machine, utilisation)) for change in changes]
+
+
+def _machine_of(settings: dict[str, Any], topology: Topology, hardware: str | None) -> Machine:
+    """Return what each rank runs on: the machine that is named, or this one, with the run's GPUs of a node."""
+    accelerator, nodes = _of_trainer(settings, "accelerator", "auto"), _of_trainer(settings, "num_nodes", 1)
+    ranks = max(1, topology.gpus // nodes)
+    machine = this_machine(accelerator, ranks) if hardware is None else named_machine(hardware)
+    if machine.rates is None:
+        return machine
+    rates = replace(machine.rates, gpus_per_node=gpus_per_node(settings, machine.rates.gpus_per_node))
+    return replace(machine, rates=rates)
 
 
 def read_settings(paths: Sequence[str]) -> tuple[GPTConfig, dict[str, Any]]:
