@@ -7,6 +7,7 @@ import signal
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 # Importing torch, Lightning and DeepSpeed takes 8 s of CPU time: processes of tests are forked from one that has.
-multiprocessing.set_forkserver_preload(["tests.distributed.cells", "tests.support.preloaded"])
+multiprocessing.set_forkserver_preload(["pytest", "tests.support.jobs", "tests.support.preloaded"])
 
 # Programs that pip has brought, such as ninja, are found without activating the environment.
 os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
@@ -36,7 +37,7 @@ settings.load_profile("suite")
 
 # What takes longest is started first, so that no process of the suite is left with one of these files at the end.
 SLOW = (
-    "test_ranks",
+    "distributed/ranks/",
     "test_commands",
     "test_gpu_command",
     "accelerator/",
@@ -83,6 +84,22 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     name = f"{collection_path.relative_to(config.rootpath).as_posix()}/"
     in_suite = not config.getoption("--nightly") and config.args_source == pytest.Config.ArgsSource.TESTPATHS
     return True if in_suite and name in NIGHTLY else None
+
+
+# Files of these folders share what takes long to compute, such as a spawn of ranks: one process of the suite runs them all.
+TOGETHER = ("tests/distributed/ranks/",)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Divide the tests by file, as `--dist loadfile` does, or by folder."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFileOrFolder(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return next((folder for folder in TOGETHER if nodeid.startswith(folder)), super()._split_scope(nodeid))
+
+    return ByFileOrFolder(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -70,7 +70,7 @@ def test_a_rank_brings_the_others_down_and_its_error_is_shown(pocket_pile: Path,
     done = train_py(
         "fit",
         *(*SETTINGS_ON_RANKS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={tmp_path / 'run'}"),
-        *("--trainer.devices=2", "--model.train_tokens=4096", "--trainer.callbacks=tests.distributed.cells.Raises"),
+        *("--trainer.devices=2", "--model.train_tokens=4096", "--trainer.callbacks=tests.support.disturbances.Raises"),
         *(f"--trainer.callbacks.init_args.hangs={str(hangs).lower()}",),
         f"--trainer.strategy.init_args.timeout_seconds={25 if hangs else 120}",  # bounds how far apart they start, too
     )

@@ -20,7 +20,7 @@ from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, choose_checkpoint
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from nlgmoe.run.folder import run_lock
 from nlgmoe.validation import RunError
-from tests.distributed.cells import error_of
+from tests.support.jobs import error_of
 from tests.support.run_folders import make_trainer, module
 from tests.support.spawn import spawn
 from tests.support.synthetic import SyntheticData

@@ -1,4 +1,4 @@
-"""Two ranks in seconds: the parts of `test_ranks.py` that a change of exchange, gradients or clocks breaks first."""
+"""Two ranks in seconds: the parts of `ranks/` that a change of exchange, gradients or clocks breaks first."""
 
 from __future__ import annotations
 
