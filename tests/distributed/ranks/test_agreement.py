@@ -1,8 +1,8 @@
 """What ranks agree about: steps that are not finite, overflows, signals and errors.
 
 A cell here is a run (`Cell` in tests/support/ranks.py) that something disturbs on one rank, and after which all ranks have
-done the same. To add one, add it to `SPOILT` (a bad expert) or to `INTERRUPTED` (a signal, with the step at which all ranks end); a
-disturbance of another kind is a job, a function that returns what each rank saw, and a line in `JOBS`.
+done the same. To add one, add it to `SPOILT` (a bad expert) or to `INTERRUPTED` (a signal, with the step at which all ranks
+end); a disturbance of another kind is a job, a function that returns what each rank saw, and a line in `JOBS`.
 """
 
 from __future__ import annotations
