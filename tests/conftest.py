@@ -50,29 +50,29 @@ SLOW = (
 # they run.
 NIGHTLY = (
     "tests/cli/test_errors.py::test_a_real_command_prints_one_line_and_nothing_else",
-    "tests/checkpoint/test_own_model.py::test_a_compiled_model_computes_the_same",
+    "tests/checkpoint/test_own_model.py::test_own_model_computes_the_same_when_compiled",
     "tests/checkpoint/test_transformers_common.py",
-    "tests/checkpoint/test_megatron.py::test_what_deepspeeds_engine_writes_on_two_ranks",
+    "tests/checkpoint/test_megatron.py::test_import_megatron_reads_what_deepspeeds_engine_writes_on_two_ranks",
     "tests/cli/test_wheel.py",
     "tests/clients/",
     "tests/distributed/test_commands.py",
-    "tests/distributed/test_resume_on_ranks.py::test_more_ranks",
+    "tests/distributed/test_resume_on_ranks.py::test_resume_on_four_ranks",
     "tests/distributed/test_many_ranks.py",
     "tests/end_to_end/test_memory.py",
     "tests/end_to_end/test_open_moes.py",
     "tests/end_to_end/test_told_to_stop.py",
     "tests/eval/test_zero_shot.py::test_a_wrong_command_is_one_line[misspelt task]",
     "tests/faults/",
-    "tests/layers/test_experts.py::test_compiled_parts_compute_the_same",
+    "tests/layers/test_experts.py::test_compiled_parts_of_experts_compute_the_same",
     "tests/benchmarks/test_real_model.py",
-    "tests/test_blocks.py::test_every_block_trains_with_every_mixture",
-    "tests/benchmarks/test_gpu_command.py::test_a_dry_run_takes_every_step",
+    "tests/test_blocks.py::test_blocks_all_train_with_all_mixtures",
+    "tests/benchmarks/test_gpu_command.py::test_gpu_command_takes_every_step_in_a_dry_run",
     "tests/test_other_loggers.py",
-    "tests/benchmarks/test_gate.py::test_a_loss_that_is_not_finite_is_one_line",
-    "tests/benchmarks/test_gate.py::test_a_gate_from_the_candidate_to_its_row",
-    "tests/benchmarks/test_reproduce.py::test_runs_go_on_from_trunks_and_logits_and_are_not_repeated",
+    "tests/benchmarks/test_gate.py::test_gate_names_a_loss_that_is_not_finite_in_one_line",
+    "tests/benchmarks/test_gate.py::test_gate_writes_the_row_of_a_candidate",
+    "tests/benchmarks/test_reproduce.py::test_campaign_resumes_trunks_and_logits_and_repeats_no_run",
 )
-IN_BOTH = ("tests/distributed/test_commands.py::test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved",)
+IN_BOTH = ("tests/distributed/test_commands.py::test_lightning_launches_ranks_and_torchrun_resumes_what_they_saved",)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -74,7 +74,7 @@ USERS = {"deepspeed": {"parallel", "tools"}, "plotly": {"tools"}, "lm_eval": {"t
 
 
 @pytest.mark.parametrize("package", USERS)
-def test_packages_that_the_core_does_not_import(package: str) -> None:
+def test_optional_packages_are_imported_by_their_users_alone(package: str) -> None:
     pattern = re.compile(rf"^\s*(import|from) {package}\b|import_module\([\"']{package}", re.MULTILINE)
     assert {part_of(file) for file in FILES if pattern.search(file.read_text())} == USERS[package]
 
@@ -92,7 +92,7 @@ def names_an_accelerator(file: Path) -> Iterator[int]:
             yield node.lineno
 
 
-def test_one_file_knows_devices() -> None:
+def test_devices_are_known_to_one_file() -> None:
     """A branch on a device's name would not run in `tests/accelerator/`. The experts ask which kernel their GPU has."""
     known = {ROOT / "layers" / "expert_products.py"}
     found = {

@@ -171,7 +171,7 @@ def test_a_router_learns_nothing_from_a_step_that_is_skipped(tmp_path: Path) -> 
     assert torch.equal(biases[0], biases[1]) and not torch.equal(biases[1], biases[2])
 
 
-def test_the_counts_survive_a_restart_and_stand_in_the_summary(tmp_path: Path) -> None:
+def test_counts_of_skipped_steps_survive_a_restart_and_stand_in_the_summary(tmp_path: Path) -> None:
     def fit(steps: int, *callbacks: Callback, checkpoint: Path | None = None) -> MoEGPTModule:
         module = MoEGPTModule(CONFIG, non_finite=NonFinite("skip", limit=2))
         spoils = Spoils({1, 2, 3}, output_of("blocks.0.ffn", lambda out: out * torch.nan))
@@ -188,7 +188,7 @@ def test_the_counts_survive_a_restart_and_stand_in_the_summary(tmp_path: Path) -
         fit(5, checkpoint=path)
 
 
-def test_a_run_is_resumed_where_no_step_was_taken_yet_and_parameters_are_frozen(tmp_path: Path) -> None:
+def test_resume_before_the_first_step_with_frozen_parameters(tmp_path: Path) -> None:
     freezes = LambdaCallback(on_fit_start=lambda run, module: module.gpt.blocks[0].requires_grad_(False))
 
     def fit(*saves: Callback, checkpoint: Path | None = None) -> list[Tensor]:
@@ -259,7 +259,7 @@ def test_a_validation_loss_that_is_not_finite_is_a_warning(tmp_path: Path) -> No
     assert run.global_step == 3
 
 
-def test_what_a_run_logs_is_documented(tmp_path: Path) -> None:
+def test_logged_metrics_are_the_documented_ones(tmp_path: Path) -> None:
     documented = set(re.findall(r"`([\w/]+)`", (Path(__file__).parents[1] / "docs/metrics.md").read_text()))
     validation = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
     for moe in (MoEConfig([2, 4]), MoEConfig([2, 4], router=SigmoidRouterConfig(sequence_loss_coeff=0.01))):

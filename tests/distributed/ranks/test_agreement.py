@@ -173,7 +173,7 @@ JOBS[2] += [(spoilt, cell) for cell in SPOILT] + [(interrupted, cell) for cell, 
 JOBS[2] += [(overflow, OVERFLOW), (refused, PLAIN)]
 
 
-def test_an_overflow_changes_the_scale_and_the_clock_only_until_the_scale_cannot_fall(found: Found) -> None:
+def test_overflow_changes_scale_and_clock_alone_and_ends_a_run_at_the_lowest_scale(found: Found) -> None:
     for rank in found[overflow, OVERFLOW.name]:
         assert rank.scales == [2.0**11, 2.0**11, 2.0**11, 2.0**10]
         tokens, weights = zip(*rank.clocks, strict=True)
@@ -186,7 +186,7 @@ def test_an_overflow_changes_the_scale_and_the_clock_only_until_the_scale_cannot
 
 
 @pytest.mark.parametrize("cell", SPOILT, ids=lambda cell: cell.name)
-def test_a_bad_expert_of_one_rank_stops_or_skips_all_ranks(cell: Cell, found: Found, tmp_path: Path) -> None:
+def test_bad_expert_of_one_rank_makes_all_ranks_stop_or_skip(cell: Cell, found: Found, tmp_path: Path) -> None:
     alone = Spoils(2)
     expected = train(cell, 1, tmp_path, SAMPLES, cell.accumulate, alone)
     for rank in found[spoilt, cell.name]:
@@ -203,13 +203,13 @@ def test_a_bad_expert_of_one_rank_stops_or_skips_all_ranks(cell: Cell, found: Fo
 
 
 @pytest.mark.parametrize(("cell", "step"), INTERRUPTED, ids=[cell.name for cell, _ in INTERRUPTED])
-def test_all_ranks_end_after_the_same_step_where_one_is_told_to(cell: Cell, step: int, found: Found) -> None:
+def test_signal_to_one_rank_ends_all_after_the_same_step(cell: Cell, step: int, found: Found) -> None:
     for rank, (code, saved, resumed) in enumerate(found[interrupted, cell.name]):
         assert (code, saved) == (0, step)
         assert resumed == pytest.approx(found[on_ranks, cell.name][rank].losses[step:], rel=1e-6)
 
 
-def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
+def test_unusable_checkpoint_or_module_is_named_by_every_rank(found: Found) -> None:
     for lacks, built in found[refused, PLAIN.name]:
         assert "broken.ckpt has no model-00001-of-00002.safetensors, with blocks." in lacks
         assert "make a new MoEGPTModule for every trainer" in built

@@ -111,7 +111,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 
 @cases(TOPOLOGIES)
-def test_a_checkpoint_goes_on_in_any_topology_which_saves_what_one_process_saves(
+def test_checkpoint_resumes_in_any_topology_which_saves_what_one_process_saves(
     ranks: int, cell: Cell, found: Found, checkpoint: Path, undisturbed: Outcome
 ) -> None:
     for outcome in found[resume, cell.name]:
@@ -186,7 +186,7 @@ def test_a_checkpoint_is_as_large_as_its_tensors(found: Found, checkpoint: Path)
         assert weights < 0.6 * expected / 2  # a third, and the same; held twice it would be two thirds
 
 
-def test_a_new_run_on_ranks_from_the_weights_of_one_process(found: Found, checkpoint: Path) -> None:
+def test_warm_start_on_ranks_has_the_weights_of_one_process(found: Found, checkpoint: Path) -> None:
     new, original = (
         TensorFiles(path, "model") for path in (checkpoint.parent / "2" / f"{WARM.name} warm.ckpt", checkpoint)
     )

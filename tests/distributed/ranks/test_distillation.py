@@ -112,7 +112,7 @@ JOBS: Jobs = {
 
 
 @pytest.mark.parametrize(("cell", "experts"), [(TAUGHT, [1, 2, 3]), (TAUGHT_DDP, [2, 4, 6])])
-def test_a_teacher_says_on_ranks_what_its_checkpoint_says_and_teaches_what_it_teaches_one_process(
+def test_teacher_on_ranks_has_the_logits_of_its_checkpoint_and_one_process_losses(
     cell: Cell, experts: list[int], found: Found, checkpoint: Path
 ) -> None:
     (expected,) = found[taught_alone, TAUGHT.name]
@@ -125,7 +125,7 @@ def test_a_teacher_says_on_ranks_what_its_checkpoint_says_and_teaches_what_it_te
             torch.testing.assert_close(logits, teacher.logits(teacher(tokens).hidden), rtol=1e-5, atol=1e-5)
 
 
-def test_the_end_of_distillation_is_passed_after_a_resume_on_other_ranks(
+def test_distillation_ends_as_planned_after_a_resume_on_other_ranks(
     found: Found, checkpoint: Path, tmp_path: Path
 ) -> None:
     """Saved by one process and resumed on two, and the other way round."""

@@ -197,7 +197,7 @@ def test_the_clock_counts_the_tokens_of_all_ranks(found: Found) -> None:
     assert rate == pytest.approx(3e-3 * (1 + math.cos(math.pi * clock / 1000)) / 2)
 
 
-def test_what_experts_are_used_for_is_added_up_over_ranks(found: Found, tmp_path: Path) -> None:
+def test_specialisation_is_added_up_over_ranks(found: Found, tmp_path: Path) -> None:
     expected = specialised(SPECIALISED, 1, tmp_path)
     assert expected.counts.sum() > 100
     for rank in found[specialised, SPECIALISED.name]:

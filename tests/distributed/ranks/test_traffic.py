@@ -116,7 +116,7 @@ JOBS: Jobs = {2: [(traffic, cell) for cell in TRAFFIC] + [(engine_facts, PLAIN)]
 
 
 @pytest.mark.parametrize("cell", TRAFFIC, ids=lambda cell: cell.name)
-def test_bytes_sent_are_those_of_the_cost_model_and_the_host_waits_once_for_a_step(cell: Cell, found: Found) -> None:
+def test_step_sends_the_bytes_of_the_cost_model_and_the_host_waits_once(cell: Cell, found: Found) -> None:
     topology = Topology(
         gpus=2,
         expert_parallel_size=2,
@@ -145,5 +145,5 @@ def test_bytes_sent_are_those_of_the_cost_model_and_the_host_waits_once_for_a_st
     assert [rank["reduced"] for rank in counted] == [predicted.dense_gradients] * 2
 
 
-def test_the_engine_neither_waits_nor_compiles_and_a_group_of_one_rank_has_no_communicator(found: Found) -> None:
+def test_engine_neither_waits_nor_compiles_nor_opens_a_communicator_of_one_rank(found: Found) -> None:
     assert found[engine_facts, PLAIN.name] == [(False, {}, ["gloo", "fake"])] * 2
