@@ -219,7 +219,7 @@ def test_tests_and_benchmarks_share_the_support_package_alone() -> None:
         ("from tests.support.ranks import Cell", ""),
     ],
 )
-def test_rule_of_what_tests_share_finds(
+def test_rule_of_what_tests_share_finds_each_breach(
     text: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path / "nlgmoe")

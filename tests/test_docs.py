@@ -55,7 +55,7 @@ def anchors(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_links_lead_somewhere(name: str) -> None:
+def test_links_in_the_documents_resolve(name: str) -> None:
     broken = []
     for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", (ROOT / name).read_text()):
         path, _, anchor = link.partition("#")

@@ -112,7 +112,7 @@ class TakesBack(Spoils):
 
 @pytest.mark.filterwarnings("ignore:step 3")
 @pytest.mark.parametrize("muon", [None, MuonConfig()])
-def test_a_skipped_step_is_one_whose_update_never_was(muon: MuonConfig | None, tmp_path: Path) -> None:
+def test_skipped_step_equals_one_without_its_update(muon: MuonConfig | None, tmp_path: Path) -> None:
     schedule = LearningRateSchedule("cosine", warmup_tokens=128, decay_tokens=2000)
     runs = []
     for spoils in (Spoils({3}, gradient_of("blocks.1.moe.experts.expand_weight", torch.nan)), TakesBack(3)):
@@ -215,7 +215,7 @@ def fit_fp16(tmp_path: Path, spoils: Spoils, steps: int, *callbacks: Callback, *
 WARM_UP = LearningRateSchedule("cosine", warmup_tokens=192, decay_tokens=2000)
 
 
-def test_an_overflow_in_fp16_is_a_step_whose_update_never_was_and_the_scale_survives_a_restart(tmp_path: Path) -> None:
+def test_fp16_overflow_skips_the_update_and_the_scale_survives_a_restart(tmp_path: Path) -> None:
     spoils = Spoils({2}, gradient_of("blocks.0.ffn.expand.weight", torch.inf))
     run, module, state = fit_fp16(tmp_path, spoils, 6)
     assert (state["scale"], state["_growth_tracker"]) == (2.0**15, 3)

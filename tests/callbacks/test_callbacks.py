@@ -108,7 +108,7 @@ def test_an_interrupted_fit_goes_on_in_the_same_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 1.0])
-def test_a_validation_of_the_first_domains_is_compared_with_nothing(limit: float, tmp_path: Path) -> None:
+def test_summary_has_no_unigram_entropy_for_a_part_of_the_validation(limit: float, tmp_path: Path) -> None:
     data = SyntheticData()
     data.unigram_entropy = lambda: 4.0
     with warnings.catch_warnings(record=True) as caught:

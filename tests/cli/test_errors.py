@@ -327,7 +327,7 @@ def validation_loss(place: Place, capsys: pytest.CaptureFixture[str], *settings:
     return next(line for line in capsys.readouterr().out.splitlines() if "val/loss " in line)
 
 
-def test_evaluation_does_not_mind_what_only_training_looks_at(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_accepts_settings_that_only_training_reads(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     whole = f"--ckpt_path={place.last}"
     moe = ["--model.config.moe.train_capacity_factor=2.0", "--model.config.moe.noise=jitter"]
     others = [

@@ -122,7 +122,7 @@ def test_accumulation_takes_a_steps_micro_batches_and_the_clocks_follow(make_dat
         fit(tmp_path, make_data(micro_batch_size=4, global_batch_size=4), 9, tmp_path / "end.ckpt")
 
 
-def test_accumulation_has_one_master(make_data: Make, tmp_path: Path) -> None:
+def test_accumulation_set_by_trainer_and_data_must_agree(make_data: Make, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"accumulate_grad_batches=2 and data.global_batch_size=12 .* makes it 3"):
         fit(tmp_path, make_data(global_batch_size=12), 1, accumulate_grad_batches=2)
     data = make_data()

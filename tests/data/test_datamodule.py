@@ -21,7 +21,7 @@ from tests.support.corpora import Ranks, batches, make_documents, rows, tokens_o
 Make = Callable[..., PileDataModule]
 
 
-def test_batch_layout(make_data: Make) -> None:
+def test_datamodule_batch_layout(make_data: Make) -> None:
     data = make_data()
     (batch,) = batches(data, 1)
     assert batch.pop("padded") is False and batch.pop("samples") == [0, 1, 2, 3]

@@ -221,7 +221,7 @@ def test_a_document_without_text_is_left_out_and_counted(tmp_path: Path) -> None
             assert len(counted) == 1
 
 
-def test_a_text_file_that_is_none_is_named_or_skipped(tmp_path: Path) -> None:
+def test_text_file_that_is_not_utf_8_is_named_or_skipped(tmp_path: Path) -> None:
     (path := tmp_path / "data.txt").write_bytes(b"na\xefve")
     with pytest.raises(RunError, match=r"data\.txt: not UTF-8 \(from byte 2 on; convert it to UTF-8\)"):
         read(path)

@@ -123,7 +123,7 @@ def test_a_tokenizer_that_changes_texts_is_refused(part: str, value: object, mes
         Tokenizer(backend, "changes texts")
 
 
-def test_a_pattern_that_keeps_every_text_is_taken() -> None:
+def test_tokenizer_pattern_that_keeps_every_text_is_taken() -> None:
     """Conversions of tiktoken's tokenizers remove what lies between the matches, which is nothing."""
     backend = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300)
     backend.pre_tokenizer = without(Regex(r"\w+|\W+"), invert=True)

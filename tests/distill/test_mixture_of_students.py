@@ -107,7 +107,7 @@ def test_distillation_loss_is_of_both_models_with_a_weight_that_falls_along_the_
 
 
 @pytest.mark.parametrize("ids", ["padding", "documents"])
-def test_the_teacher_reads_what_the_student_may(ids: str, teacher: Path) -> None:
+def test_teacher_sees_no_padding_and_no_other_document(ids: str, teacher: Path) -> None:
     """Its logits for a text are those for the text alone, whatever stands around it; its weight is that of the stage."""
     distiller, alone = MixtureOfStudents(str(teacher), beta=0.5), dropless(load_model(teacher))
     distiller.load(STUDENT, torch.empty(0), None)
@@ -136,7 +136,7 @@ def test_the_teacher_is_gone_from_the_end_on(end: dict[str, float], teacher: Pat
 
 
 @pytest.mark.parametrize("saved", [2, 3])
-def test_a_run_goes_on_before_and_after_the_end(saved: int, teacher: Path, tmp_path: Path) -> None:
+def test_distillation_resumes_before_and_after_its_end(saved: int, teacher: Path, tmp_path: Path) -> None:
     """With a ramp and sequences that grow; past the end the teacher's file may be gone."""
 
     def run(root: Path, file: Path, *callbacks: Callback, **settings: Any) -> Watch:
@@ -154,7 +154,7 @@ def test_a_run_goes_on_before_and_after_the_end(saved: int, teacher: Path, tmp_p
     assert len(resumed.said) == max(0, 6 - 2 * saved)
 
 
-def test_a_student_goes_on_with_the_teacher_it_had(teacher: Path, tmp_path: Path) -> None:
+def test_distillation_resumes_with_the_teacher_it_had(teacher: Path, tmp_path: Path) -> None:
     """Though the teacher's run has a newer checkpoint since; where the old one is gone, the run ends and says so."""
     run, saved = tmp_path / "teacher", tmp_path / "saved.ckpt"
     shutil.copytree(teacher, run / "checkpoints/step-2.ckpt")

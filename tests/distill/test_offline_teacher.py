@@ -127,7 +127,7 @@ def test_offline_teacher_scales_its_weight_by_stage_and_leaves_padding_out_of_th
 
 
 @pytest.mark.parametrize("saved", [1, 2])
-def test_a_run_goes_on_before_and_at_the_end(saved: int, logits: Path, tmp_path: Path) -> None:
+def test_offline_teacher_resumes_before_and_at_its_end(saved: int, logits: Path, tmp_path: Path) -> None:
     """Past the end the folder may be gone; 16 samples are enough for two steps, whatever the run's length."""
     copy, path = tmp_path / "logits", tmp_path / "saved.ckpt"
     shutil.copytree(logits, copy)
@@ -150,7 +150,7 @@ def test_a_run_goes_on_before_and_at_the_end(saved: int, logits: Path, tmp_path:
     assert run(tmp_path / "resumed", resume=path).losses == whole.losses[2 * saved :]
 
 
-def test_a_student_goes_on_with_the_teacher_it_had(logits: Path, tmp_path: Path) -> None:
+def test_distillation_resumes_with_the_teacher_it_had(logits: Path, tmp_path: Path) -> None:
     """A folder of the same name that another teacher was recorded in is refused; another folder is another teacher."""
     folder, saved = tmp_path / "logits", tmp_path / "saved.ckpt"
     shutil.copytree(logits, folder)

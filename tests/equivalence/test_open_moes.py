@@ -50,7 +50,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @torch.no_grad()
-def test_logits_are_equal_also_with_padding_and_a_cache(pair: Pair) -> None:
+def test_logits_are_those_of_transformers_also_with_padding_and_a_cache(pair: Pair) -> None:
     ids = tokens()
     expected = pair.theirs(ids).logits
     assert expected.abs().max() > 1
@@ -87,7 +87,7 @@ def broken_logits(model: GPT, fault: Fault) -> Tensor:
     return logits
 
 
-def test_gradients_are_equal(pair: Pair) -> None:
+def test_gradients_are_those_of_transformers(pair: Pair) -> None:
     """Of every tensor of the files: each is compared under its own name."""
     ids = tokens()
     for model in (pair.theirs, pair.ours):

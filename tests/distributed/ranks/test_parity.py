@@ -168,7 +168,7 @@ def test_frozen_weights_of_every_rank_stay_as_they_were(cell: Cell, found: Found
     assert list(find_problems(end)) == []
 
 
-def test_evaluation_with_uneven_last_batches(found: Found, tmp_path: Path) -> None:
+def test_evaluation_with_uneven_last_batches_equals_one_process(found: Found, tmp_path: Path) -> None:
     expected = evaluate_text(UNEVEN, 1, tmp_path)
     by_rank = found[evaluate_text, UNEVEN.name]
     assert sorted(name for rank in by_rank for name in rank if name.startswith("window ")) == sorted(
