@@ -7,6 +7,7 @@ import signal
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 # Importing torch, Lightning and DeepSpeed takes 8 s of CPU time: processes of tests are forked from one that has.
-multiprocessing.set_forkserver_preload(["tests.distributed.cells", "tests.support.preloaded"])
+multiprocessing.set_forkserver_preload(["pytest", "tests.support.jobs", "tests.support.preloaded"])
 
 # Programs that pip has brought, such as ninja, are found without activating the environment.
 os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
@@ -36,7 +37,7 @@ settings.load_profile("suite")
 
 # What takes longest is started first, so that no process of the suite is left with one of these files at the end.
 SLOW = (
-    "test_ranks",
+    "distributed/ranks/",
     "test_commands",
     "test_gpu_command",
     "accelerator/",
@@ -49,29 +50,29 @@ SLOW = (
 # they run.
 NIGHTLY = (
     "tests/cli/test_errors.py::test_a_real_command_prints_one_line_and_nothing_else",
-    "tests/checkpoint/test_own_model.py::test_a_compiled_model_computes_the_same",
+    "tests/checkpoint/test_own_model.py::test_own_model_computes_the_same_when_compiled",
     "tests/checkpoint/test_transformers_common.py",
-    "tests/checkpoint/test_megatron.py::test_what_deepspeeds_engine_writes_on_two_ranks",
+    "tests/checkpoint/test_megatron.py::test_import_megatron_reads_what_deepspeeds_engine_writes_on_two_ranks",
     "tests/cli/test_wheel.py",
     "tests/clients/",
     "tests/distributed/test_commands.py",
-    "tests/distributed/test_resume_on_ranks.py::test_more_ranks",
+    "tests/distributed/test_resume_on_ranks.py::test_resume_on_four_ranks",
     "tests/distributed/test_many_ranks.py",
     "tests/end_to_end/test_memory.py",
     "tests/end_to_end/test_open_moes.py",
     "tests/end_to_end/test_told_to_stop.py",
     "tests/eval/test_zero_shot.py::test_a_wrong_command_is_one_line[misspelt task]",
     "tests/faults/",
-    "tests/layers/test_experts.py::test_compiled_parts_compute_the_same",
+    "tests/layers/test_experts.py::test_compiled_parts_of_experts_compute_the_same",
     "tests/benchmarks/test_real_model.py",
-    "tests/test_blocks.py::test_every_block_trains_with_every_mixture",
-    "tests/benchmarks/test_gpu_command.py::test_a_dry_run_takes_every_step",
+    "tests/test_blocks.py::test_blocks_all_train_with_all_mixtures",
+    "tests/benchmarks/test_gpu_command.py::test_gpu_command_takes_every_step_in_a_dry_run",
     "tests/test_other_loggers.py",
-    "tests/benchmarks/test_gate.py::test_a_loss_that_is_not_finite_is_one_line",
-    "tests/benchmarks/test_gate.py::test_a_gate_from_the_candidate_to_its_row",
-    "tests/benchmarks/test_reproduce.py::test_runs_go_on_from_trunks_and_logits_and_are_not_repeated",
+    "tests/benchmarks/test_gate.py::test_gate_names_a_loss_that_is_not_finite_in_one_line",
+    "tests/benchmarks/test_gate.py::test_gate_writes_the_row_of_a_candidate",
+    "tests/benchmarks/test_reproduce.py::test_campaign_resumes_trunks_and_logits_and_repeats_no_run",
 )
-IN_BOTH = ("tests/distributed/test_commands.py::test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved",)
+IN_BOTH = ("tests/distributed/test_commands.py::test_lightning_launches_ranks_and_torchrun_resumes_what_they_saved",)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -83,6 +84,22 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     name = f"{collection_path.relative_to(config.rootpath).as_posix()}/"
     in_suite = not config.getoption("--nightly") and config.args_source == pytest.Config.ArgsSource.TESTPATHS
     return True if in_suite and name in NIGHTLY else None
+
+
+# Files of these folders share what takes long to compute, such as a spawn of ranks: one process of the suite runs them all.
+TOGETHER = ("tests/distributed/ranks/",)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Divide the tests by file, as `--dist loadfile` does, or by folder."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFileOrFolder(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return next((folder for folder in TOGETHER if nodeid.startswith(folder)), super()._split_scope(nodeid))
+
+    return ByFileOrFolder(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

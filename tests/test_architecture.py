@@ -74,7 +74,7 @@ USERS = {"deepspeed": {"parallel", "tools"}, "plotly": {"tools"}, "lm_eval": {"t
 
 
 @pytest.mark.parametrize("package", USERS)
-def test_packages_that_the_core_does_not_import(package: str) -> None:
+def test_optional_packages_are_imported_by_their_users_alone(package: str) -> None:
     pattern = re.compile(rf"^\s*(import|from) {package}\b|import_module\([\"']{package}", re.MULTILINE)
     assert {part_of(file) for file in FILES if pattern.search(file.read_text())} == USERS[package]
 
@@ -92,7 +92,7 @@ def names_an_accelerator(file: Path) -> Iterator[int]:
             yield node.lineno
 
 
-def test_one_file_knows_devices() -> None:
+def test_devices_are_known_to_one_file() -> None:
     """A branch on a device's name would not run in `tests/accelerator/`. The experts ask which kernel their GPU has."""
     known = {ROOT / "layers" / "expert_products.py"}
     found = {
@@ -152,25 +152,78 @@ def test_class_paths_of_yaml_files_and_docs_resolve() -> None:
         assert isinstance(pkgutil.resolve_name(path), type)
 
 
-def imported_from_tests_and_benchmarks(file: Path) -> set[str]:
-    """Modules of the two that a file imports, and names that it imports from them."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+MODULES = re.compile(r"\b(?:tests|benchmarks)(?:\.\w+)+")
+
+
+def used_of_tests_and_benchmarks(file: Path) -> set[str]:
+    """Modules of the two that a file imports or names in its texts, and names that it takes from them, as dotted paths."""
+    tree, folder = ast.parse(file.read_text()), file.relative_to(ROOT.parent).parts[:-1]
+    found, alias_of = set(), {}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
+            alias_of |= {alias.asname: alias.name for alias in node.names if alias.asname}
         elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            package = ".".join([*folder[: len(folder) + 1 - node.level], *filter(None, [node.module])])
+            for alias in node.names:
+                name = f"{package if node.level else node.module}.{alias.name}"
+                found.add(name)
+                alias_of[alias.asname or alias.name] = name
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= set(MODULES.findall(node.value))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and (owner := alias_of.get(ast.unparse(node.value))):
+            found.add(f"{owner}.{node.attr}")
     return {name for name in found if name.partition(".")[0] in {"tests", "benchmarks"}}
+
+
+def problems_of_use(file: Path) -> list[str]:
+    """What a test or a benchmark may not use of the others."""
+    here = file.relative_to(ROOT.parent).parts[:-1]
+    known = [("tests", "support"), here[:2] if here[0] == "tests" else ("benchmarks",)]
+    if here == ("tests", "benchmarks"):
+        known.append(("benchmarks",))
+    problems = []
+    for name in used_of_tests_and_benchmarks(file):
+        parts = tuple(name.split("."))
+        if parts[: len(here) + 1] == (*here, file.stem):  # itself
+            continue
+        if not any(parts[: len(place)] == place for place in known if place != ("tests",)):
+            problems.append(f"{file} uses {name}, of another folder")
+        if any(part.startswith("test_") for part in parts):
+            problems.append(f"{file} uses {name}, a test")
+        if any(re.match(r"_[a-z]", part) for part in parts) and parts[:-1] != (*here, file.stem):
+            problems.append(f"{file} uses {name}, a private name")
+    return problems
 
 
 def test_tests_and_benchmarks_share_the_support_package_alone() -> None:
     """Other modules beside tests are for the tests of their folder; `tests/benchmarks` imports what it tests."""
-    for file in (file for part in ("tests", "benchmarks") for file in (ROOT.parent / part).rglob("*.py")):
-        here = file.relative_to(ROOT.parent).parts[:-1]
-        known = [("tests", "support"), here[:2] if here[0] == "tests" else ("benchmarks",)]
-        if here == ("tests", "benchmarks"):
-            known.append(("benchmarks",))
-        for name in imported_from_tests_and_benchmarks(file):
-            parts = tuple(name.split("."))
-            assert any(parts[: len(place)] == place for place in known if place != ("tests",)), f"{file} imports {name}"
-            assert not any(part.startswith("test_") for part in parts), f"{file} imports {name}, a test"
+    files = [file for part in ("tests", "benchmarks") for file in (ROOT.parent / part).rglob("*.py")]
+    # A module of the tests of transformers, and the cases below.
+    others = {ROOT.parent / "tests/checkpoint/transformers_common.py", Path(__file__)}
+    assert [problem for file in files if file not in others for problem in problems_of_use(file)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("from tests.report.groups import made_up", "of another folder"),
+        ("callback = 'tests.report.cells.Raises'", "of another folder"),
+        ("from benchmarks import timing", "of another folder"),
+        ("from ..run import test_resume", "of another folder"),
+        ("from .test_muon import CELL", "a test"),
+        ("import tests.optim.test_muon as muon", "a test"),
+        ("from tests.support.ranks import _share", "a private name"),
+        ("from tests.support import ranks\nranks._share()", "a private name"),
+        ("from tests.support.ranks import Cell", ""),
+    ],
+)
+def test_rule_of_what_tests_share_finds_each_breach(
+    text: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path / "nlgmoe")
+    (file := tmp_path / "tests/optim/test_new.py").parent.mkdir(parents=True)
+    file.write_text(text)
+    found = problems_of_use(file)
+    assert any(line.endswith(problem) for line in found) if problem else not found

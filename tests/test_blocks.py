@@ -84,5 +84,5 @@ def test_a_block_trains_with_a_mixture(block: str, partner: str, tmp_path: Path)
 
 @pytest.mark.parametrize("partner", PARTNERS)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_every_block_trains_with_every_mixture(block: str, partner: str, tmp_path: Path) -> None:
+def test_blocks_all_train_with_all_mixtures(block: str, partner: str, tmp_path: Path) -> None:
     train(tmp_path, block, partner)

@@ -77,7 +77,7 @@ def parse(*names: str) -> dict[str, Any]:
     return parse_config([str(ROOT / f"{name}.yaml") for name in names])
 
 
-def test_every_row_of_the_paper_is_there_and_every_family_has_a_twin() -> None:
+def test_configs_have_every_row_of_the_paper_and_a_twin_of_every_family() -> None:
     files = {
         str(path.relative_to(ROOT).with_suffix("")) for path in ROOT.rglob("*.yaml") if path.parent.name != "reproduce"
     }
@@ -88,7 +88,7 @@ def test_every_row_of_the_paper_is_there_and_every_family_has_a_twin() -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_block_goes_with_any_model(block: str) -> None:
+def test_block_config_goes_with_any_model(block: str) -> None:
     """A block with a mixture's settings goes with any model that has experts."""
     overlay = read(f"block/{block}")["model"]["config"]
     for name in ("moe/laptop", "pr_moe/laptop") if "moe" in overlay else ("pr_moe/laptop", "dense/laptop"):
@@ -98,14 +98,14 @@ def test_a_block_goes_with_any_model(block: str) -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_block_is_its_family_s(block: str) -> None:
+def test_block_config_is_that_of_its_family(block: str) -> None:
     name, every = ("dense", {}) if block == "llama" else ("moe", {"model__config__moe__expert_interval": 1})
     files = [ROOT / f"{name}/laptop.yaml", ROOT / f"block/{block}.yaml"]
     config = GPTConfig.from_dict(parse_config(files, **every)["model"]["config"])
     assert OPEN_FAMILIES[block].differences(config) == []
 
 
-def test_a_short_training_goes_with_any_model() -> None:
+def test_short_training_config_goes_with_any_model() -> None:
     experiment = load_config([ROOT / "dense/laptop.yaml", ROOT / "finetune.yaml"])
     data, module = experiment.data, experiment.module
     assert (data.seq_len, data.micro_batch_size, module.train_tokens) == (256, 2, 40 * 512)
@@ -113,7 +113,7 @@ def test_a_short_training_goes_with_any_model() -> None:
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_models_have_the_papers_shapes_sizes_and_recipes(name: str) -> None:
+def test_model_configs_have_the_papers_shapes_sizes_and_recipes(name: str) -> None:
     row, experiment = PAPER[name], experiment_of(name)
     module, data, trainer = experiment.module, experiment.data, experiment.trainer
     config, optimizer, schedule = module.config, module.optimizer_config, module.schedule
@@ -144,7 +144,7 @@ def test_the_models_have_the_papers_shapes_sizes_and_recipes(name: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", GPUS)
-def test_every_model_runs_on_every_machine(overlay: str) -> None:
+def test_model_configs_run_on_every_machine(overlay: str) -> None:
     """Overlays hold the machine and nothing that is learned; a step has the published batch on each."""
     settings = read(f"hardware/{overlay}")
     assert set(settings) <= {"trainer", "data"} and set(settings.get("data", {})) <= {"micro_batch_size"}
@@ -189,7 +189,7 @@ BLEND = {  # file, as the scripts' internal branch names it -> weight there
 }
 
 
-def test_the_papers_blend_replaces_a_models_corpus_and_nothing_else() -> None:
+def test_blend_config_replaces_a_models_corpus_and_nothing_else() -> None:
     name = "pr_moe/350m_pr_moe_32_64"
     plain, blended = (parse(name, *more, "hardware/cpu") for more in ((), ("data/paper_blend",)))
     parts = blended["data"]["corpus"].pop("init_args")["parts"]
@@ -204,7 +204,7 @@ def test_the_papers_blend_replaces_a_models_corpus_and_nothing_else() -> None:
     assert len({part["name"] for part in parts}) == len(BLEND)
 
 
-def test_the_streamed_pile_goes_over_every_model() -> None:
+def test_streamed_pile_config_goes_over_every_model() -> None:
     """It replaces the corpus and what belongs to it; on 8 GPUs every stream is read once."""
     settings = read("data/pile_streaming")
     assert set(settings) == {"data"} and set(settings["data"]) == {"corpus", "num_workers"}
@@ -237,7 +237,7 @@ def test_the_laptop_twins_differ_in_nothing_but_the_architecture(family: str) ->
 
 
 @pytest.mark.parametrize("name", [*PAPER, "quickstart", *(f"{family}/laptop" for family in FAMILIES)])
-def test_every_model_has_a_run_folder_of_its_own_and_data_of_its_length(name: str) -> None:
+def test_model_configs_have_a_run_folder_of_their_own_and_data_of_their_length(name: str) -> None:
     experiment = experiment_of(name)
     family, _, model = name.rpartition("/")
     folder = f"laptop_{family}" if model == "laptop" else model
@@ -249,7 +249,7 @@ GATE = sorted((ROOT.parent / "docs/examples/gate").glob("*.*"))
 
 
 @pytest.mark.parametrize("file", [file for file in GATE if file.suffix == ".yaml"], ids=lambda file: file.stem)
-def test_an_entry_of_the_gate_changes_model_and_optimizer_alone(file: Path) -> None:
+def test_gate_configs_change_model_and_optimizer_alone(file: Path) -> None:
     """It is laid over the claims' setting, states its FLOPs, and computes."""
     entry = yaml.safe_load(file.read_text())
     assert set(entry) == {"model"} and set(entry["model"]) <= {"config", "optimizer"}
@@ -267,7 +267,7 @@ def test_an_entry_of_the_gate_changes_model_and_optimizer_alone(file: Path) -> N
     assert bool(model(tokens).hidden.isfinite().all())
 
 
-def test_entries_of_the_gate_say_how_they_are_judged() -> None:
+def test_gate_configs_say_how_they_are_judged() -> None:
     assert len(GATE) == 11
     parts = ("Source: ", "Rule: judged by `make gate`, 8 pairs, margin 0.02, rule of docs/gate.md; expected: ")
     for file in GATE:

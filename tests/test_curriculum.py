@@ -22,7 +22,7 @@ def module(**settings: Any) -> MoEGPTModule:
     return MoEGPTModule(config, AdamWConfig(lr=1.0e-2), schedule, **{"curriculum": CURRICULUM, **settings})
 
 
-def test_sequences_grow_with_the_clock_which_counts_what_is_fed(tmp_path: Path) -> None:
+def test_curriculum_grows_with_the_clock_which_counts_tokens_that_are_fed(tmp_path: Path) -> None:
     fed, speed, one, data = Fed(), Throughput(), module(), SyntheticData(micro_batch_size=2)
     validation = {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_n_epoch": None}
     run = trainer(tmp_path, fed, speed, max_steps=6, accumulate_grad_batches=2, **validation)
@@ -38,7 +38,7 @@ def test_sequences_grow_with_the_clock_which_counts_what_is_fed(tmp_path: Path) 
     assert run.callback_metrics["train/seq_len"] == 16
 
 
-def test_a_cut_batch_is_a_batch_of_short_sequences(tmp_path: Path) -> None:
+def test_curriculum_cuts_a_batch_into_one_of_short_sequences(tmp_path: Path) -> None:
     """Padding and loss masks are cut with it: the same steps as on data that is that short."""
 
     class Short(SyntheticData):

@@ -33,7 +33,7 @@ def test_files_named_in_the_documents_exist(name: str) -> None:
     assert not [path for path in paths if not (ROOT / path).exists()]
 
 
-def test_the_functions_from_the_command_to_the_optimizer_exist() -> None:
+def test_functions_named_from_the_command_to_the_optimizer_exist() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     rows = re.findall(r"^\| \d+ \| `(nlgmoe/[\w/]+\.py)`: (.*?) \|", text, re.MULTILINE)
     assert len(rows) == 14
@@ -55,7 +55,7 @@ def anchors(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_links_lead_somewhere(name: str) -> None:
+def test_links_in_the_documents_resolve(name: str) -> None:
     broken = []
     for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", (ROOT / name).read_text()):
         path, _, anchor = link.partition("#")
@@ -64,7 +64,7 @@ def test_links_lead_somewhere(name: str) -> None:
     assert not broken
 
 
-def test_every_guide_is_a_page_of_the_site() -> None:
+def test_guides_are_pages_of_the_site() -> None:
     pages = set(re.findall(r"([\w.]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     made = {"index.md", "settings.md", "reference.md", "commands.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"}
     assert pages == made | {path.name for path in (ROOT / "docs").glob("*.md")}
@@ -74,7 +74,7 @@ LABORATORY = re.split(r"^    (?=model:$)", (ROOT / "docs/laboratory.md").read_te
 
 
 @pytest.mark.parametrize("part", LABORATORY, ids=lambda part: " ".join(part.split()[2:4]))
-def test_a_recipe_of_the_laboratory_is_a_model_that_computes(part: str, tmp_path: Path) -> None:
+def test_laboratory_recipes_are_models_that_compute(part: str, tmp_path: Path) -> None:
     text = "".join(takewhile(lambda line: line.startswith("     "), part.splitlines(keepends=True)[1:]))
     (tmp_path / "recipe.yaml").write_text("    model:\n" + text)
     files, quiet = [ROOT / "configs/moe/laptop.yaml", tmp_path / "recipe.yaml"], {"trainer__logger": False}
@@ -102,7 +102,7 @@ def test_a_page_has_one_sentence_a_line(page: str) -> None:
     assert one_sentence_a_line(text).splitlines() == text.splitlines()
 
 
-def test_the_version_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_in_the_documents_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nlgmoe.versions.version", lambda package: "of the last pip install")
     released = re.search(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert released is not None and versions()["nlgmoe"] == released[1]

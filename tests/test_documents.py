@@ -23,7 +23,7 @@ def losses_of(module: MoEGPTModule, batch: Batch) -> torch.Tensor:
     )
 
 
-def test_what_is_masked_for_the_loss_is_routed_all_the_same(tmp_path: Path) -> None:
+def test_tokens_masked_for_the_loss_are_routed_all_the_same(tmp_path: Path) -> None:
     module, data, recorder = MoEGPTModule(CONFIG), SyntheticData(padded=True, documents=True), Recorder()
     batch: Batch = next(iter(data.train_dataloader()))
     assert 0 < batch["loss_mask"].sum() < batch["token_mask"].sum() < batch["tokens"].numel()
@@ -35,7 +35,7 @@ def test_what_is_masked_for_the_loss_is_routed_all_the_same(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("option", ["document", "loss_mask"])
-def test_each_mark_changes_the_loss(option: str, tmp_path: Path) -> None:
+def test_document_and_padding_marks_each_change_the_loss(option: str, tmp_path: Path) -> None:
     class Without(SyntheticData):
         def train_dataloader(self):  # type: ignore[no-untyped-def]
             for batch in super().train_dataloader():

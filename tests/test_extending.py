@@ -56,7 +56,7 @@ def whole(pocket_pile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_is_trained_and_resumed_and_its_checkpoint_holds_the_buffers(
+def test_own_router_is_trained_and_resumed_and_its_checkpoint_holds_the_buffers(
     whole: Path, pocket_pile: Path, tmp_path: Path
 ) -> None:
     halves = tmp_path / "halves"
@@ -77,7 +77,7 @@ def test_a_run_is_trained_and_resumed_and_its_checkpoint_holds_the_buffers(
         nlgmoe(["export", str(whole), str(tmp_path / "export")])
 
 
-def test_commands_import_what_they_are_allowed_to(
+def test_commands_import_own_files_that_they_are_allowed_to(
     whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generate = ["generate", str(whole), "--prompt", "The", "--max-new-tokens", "2"]
@@ -97,7 +97,7 @@ def test_commands_import_what_they_are_allowed_to(
     )
 
 
-def test_a_file_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_own_file_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     (tmp_path / "unwritten.py").write_text("def (\n")
     monkeypatch.syspath_prepend(tmp_path)
     message = "unwritten.X: cannot import unwritten (SyntaxError: invalid syntax (unwritten.py, line 1)); put its file"
@@ -130,7 +130,7 @@ def test_a_file_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ),
     ],
 )
-def test_what_a_router_returns_is_checked(change: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_router_is_checked_for_what_it_returns(change: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(replace(CONFIG, moe=MoEConfig(4, top_k=2, router=CosineRouterConfig())))
     forward = type(model.blocks[1].moe.router).forward
     monkeypatch.setattr(type(model.blocks[1].moe.router), "forward", lambda *args: change(forward(*args)))
@@ -157,7 +157,7 @@ def test_what_a_router_returns_is_checked(change: Any, message: str, monkeypatch
         ),
     ],
 )
-def test_what_a_router_declares_and_builds_is_checked(declared: dict[str, Any], message: str) -> None:
+def test_own_router_is_checked_for_what_it_declares_and_builds(declared: dict[str, Any], message: str) -> None:
     wrong = dataclass(frozen=True)(type("Wrong", (CosineRouterConfig,), declared))
     with pytest.raises(ValueError, match=re.escape(message)):
         GPT(replace(CONFIG, moe=MoEConfig(4, router=wrong())))
@@ -177,7 +177,7 @@ def test_a_cosine_router_learns_by_the_balance_loss() -> None:
     assert router.weight.grad.any()
 
 
-def test_a_dense_mixer_has_the_value_of_top_1_and_the_gate_s_gradient_of_all_experts() -> None:
+def test_dense_mixer_has_the_value_of_top_1_and_the_gate_gradient_of_all_experts() -> None:
     """The gradient is that of `sum_i <dL/dy, expert_i(x)> p_i` over all experts, dL/dy that of the sparse output."""
     moe = MoEConfig(4, 2, top_k=4, router=DenseMixerConfig())
     torch.manual_seed(0)
@@ -203,7 +203,7 @@ def test_a_dense_mixer_has_the_value_of_top_1_and_the_gate_s_gradient_of_all_exp
     assert not torch.allclose(plain.router.weight.grad, gradient)
 
 
-def test_the_configuration_comes_back_from_plain_values() -> None:
+def test_own_configuration_survives_its_plain_values() -> None:
     assert GPTConfig.from_dict(CONFIG.to_dict()) == CONFIG
     assert "router" not in GPTConfig(61, moe=MoEConfig()).to_dict()["moe"]
     plain = CONFIG.to_dict()
@@ -213,7 +213,7 @@ def test_the_configuration_comes_back_from_plain_values() -> None:
             GPTConfig.from_dict(plain)
 
 
-def test_a_swiglu_expert_computes_what_it_says_and_is_counted() -> None:
+def test_swiglu_expert_computes_its_formula_and_is_counted() -> None:
     model = GPT(CONFIG)
     moe = model.blocks[1].moe
     x = torch.randn(2, 16, 16)
@@ -236,13 +236,13 @@ def test_a_swiglu_expert_computes_what_it_says_and_is_counted() -> None:
         ("forward", torch.zeros(1, 16), "Wrong.forward returned [1, 16] for rows of ["),
     ],
 )
-def test_what_an_expert_declares_and_returns_is_checked(part: str, value: Any, message: str) -> None:
+def test_own_expert_is_checked_for_what_it_declares_and_returns(part: str, value: Any, message: str) -> None:
     wrong = dataclass(frozen=True)(type("Wrong", (SwiGLUExpert,), {part: lambda *arguments: value}))
     with pytest.raises(ValueError, match=re.escape(message)):
         GPT(replace(CONFIG, moe=MoEConfig(4, expert=wrong())))(torch.zeros(2, 16, dtype=torch.long))
 
 
-def test_a_window_is_what_a_token_sees() -> None:
+def test_window_attention_sees_its_window_alone() -> None:
     config = replace(CONFIG, moe=None, attention=WindowAttentionConfig(3))
     layer, mask = GPT(config).blocks[0].attention, torch.ones(1, 16, dtype=torch.bool)
     mask[0, 7:9] = False  # padding, which takes no place in a window
@@ -253,7 +253,7 @@ def test_a_window_is_what_a_token_sees() -> None:
         assert set(x.grad[0].any(dim=-1).nonzero().flatten().tolist()) == expected
 
 
-def test_an_attention_is_trained_resumed_frozen_and_distilled_and_refused_by_name(
+def test_own_attention_is_trained_resumed_frozen_and_distilled(
     pocket_pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     window = {"class_path": "window_attention.WindowAttentionConfig", "init_args": {"window": 4}}
@@ -305,7 +305,7 @@ def test_an_attention_is_trained_resumed_frozen_and_distilled_and_refused_by_nam
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_corpus_of_text_lines_is_trained_on_resumed_and_blended(
+def test_own_corpus_is_trained_on_resumed_and_blended(
     pocket_pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (train := tmp_path / "train.txt").write_text("the king and the queen\nwent to the sea\n" * 50)

@@ -24,7 +24,7 @@ def logits(model: GPT) -> Tensor:
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_an_expert_that_is_off_is_one_that_returns_zero(top_k: int) -> None:
+def test_expert_switched_off_is_one_that_returns_zero(top_k: int) -> None:
     model, before = model_of(top_k), logits(model_of(top_k))
     with intervened(model, 1, without(2)):
         off = logits(model)
@@ -37,7 +37,7 @@ def test_an_expert_that_is_off_is_one_that_returns_zero(top_k: int) -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_a_way_around_an_expert_is_the_routing_of_the_others(top_k: int) -> None:
+def test_routing_around_an_expert_is_the_routing_of_the_others(top_k: int) -> None:
     model = model_of(top_k)
     with torch.no_grad():
         before = model(TOKENS).routings[0]
@@ -52,7 +52,7 @@ def test_a_way_around_an_expert_is_the_routing_of_the_others(top_k: int) -> None
         torch.testing.assert_close(routing.weight.sum(dim=1), torch.ones(len(rest)))
 
 
-def test_a_way_around_is_refused_where_weights_are_not_the_papers() -> None:
+def test_routing_around_an_expert_is_refused_where_weights_are_not_the_papers() -> None:
     for top_k, settings in ((2, {"normalize_weights": False}), (1, {"router": SigmoidRouterConfig()})):
         model = model_of(top_k, **settings)
         with intervened(model, 1, around(2)), pytest.raises(ValueError, match="not the paper's"):

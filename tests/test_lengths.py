@@ -53,7 +53,7 @@ def test_a_rotary_model_trained_on_short_sequences_keeps_its_longest(
     assert len(load_pretrained(run).tokenizer.encode(capsys.readouterr().out)) > 64
 
 
-def test_train_pys_default_is_the_models_length_and_load_config_takes_another() -> None:
+def test_seq_len_of_the_data_is_the_models_in_train_py_and_settable_in_load_config() -> None:
     laptop = "configs/moe/laptop.yaml"
     assert parse_config(laptop)["data"]["seq_len"] == 128
     experiment = load_config(laptop, data__seq_len=64)
@@ -82,7 +82,7 @@ def test_planner_and_curriculum_follow_the_datas_length(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_lengths_that_do_not_fit_are_refused(settings: dict, message: str, tmp_path: Path) -> None:
+def test_seq_len_that_does_not_fit_is_refused(settings: dict, message: str, tmp_path: Path) -> None:
     one = MoEGPTModule(**{"config": GPTConfig(61, 8, 2, 16, 2), **settings})
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, max_steps=1).fit(one, SyntheticData())

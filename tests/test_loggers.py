@@ -16,13 +16,13 @@ def log(folder: Path, *rows: dict[str, float]) -> str:
     return (folder / "metrics.csv").read_text()
 
 
-def test_a_new_column_is_added_to_earlier_rows(tmp_path: Path) -> None:
+def test_table_logger_adds_a_new_column_to_earlier_rows(tmp_path: Path) -> None:
     log(tmp_path, {"loss": 2.0}, {"loss": 1.0})
     assert log(tmp_path, {"norm": 1.0}).split() == ["loss,norm,step", "2.0,,0", "1.0,,1", ",1.0,0"]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
-def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+def test_table_logger_drops_a_row_that_was_cut_off(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("loss,step\r\n2.0,0\r\n1.")
     assert log(tmp_path, {"loss": 0.5}).split() == ["loss,step", "2.0,0", "0.5,0"]
 

@@ -39,7 +39,7 @@ def test_the_loss_is_cross_entropy_plus_weighted_router_losses(tmp_path: Path) -
     assert recorder.losses[0] == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_compile_compiles_the_dense_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_setting_compiles_the_dense_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []  # what becomes of them, tests/layers/test_experts.py shows
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function.__name__) or function)
     assert MoEGPTModule(CONFIG).gpt and not compiled
@@ -140,7 +140,7 @@ def test_micro_batches_of_a_step_have_the_same_losses_and_are_averaged() -> None
         window.add(batch, {"loss": torch.tensor(1.0), "other": torch.tensor(2.0)})
 
 
-def test_every_setting_of_the_module_does_something(tmp_path: Path) -> None:
+def test_module_settings_all_have_an_effect(tmp_path: Path) -> None:
     def losses(**settings: Any) -> list[float]:
         recorder, module = Recorder(), MoEGPTModule(CONFIG, **settings)
         trainer(tmp_path, recorder, max_steps=3).fit(module, SyntheticData())
@@ -216,7 +216,7 @@ def test_an_evaluation_is_logged_at_the_step_of_its_checkpoint(tmp_path: Path) -
         assert [row["step"] for row in csv.DictReader(file)] == ["3"]  # as training logs it, from 0
 
 
-def test_a_new_run_begins_with_a_new_module_and_new_data(tmp_path: Path) -> None:
+def test_module_and_data_of_an_earlier_run_are_refused(tmp_path: Path) -> None:
     module, data = MoEGPTModule(CONFIG), SyntheticData()
     trainer(tmp_path, max_steps=1).fit(module, data)
     for used in ((module, SyntheticData()), (MoEGPTModule(CONFIG), data)):
@@ -240,7 +240,7 @@ def test_validations_are_steps_apart_also_after_dataloaders_are_reloaded(tmp_pat
     assert steps == [3, 6, 9, 12]
 
 
-def test_a_run_does_not_read_the_data_of_an_evaluation_before_it(tmp_path: Path) -> None:
+def test_training_does_not_read_the_data_of_an_evaluation_before_it(tmp_path: Path) -> None:
     evaluated, loader, saved = SyntheticData(padded=True), SyntheticData().train_dataloader(), tmp_path / "a.ckpt"
     module, run = MoEGPTModule(CONFIG), trainer(tmp_path, SaveAt(1, saved), max_steps=1, limit_val_batches=1)
     run.validate(module, datamodule=evaluated, verbose=False)
@@ -280,6 +280,6 @@ def test_a_dataloader_without_names_of_domains_is_one_domain(tmp_path: Path) -> 
         (partial(ZeroShotEval, ["piqa"]), {"limit": 2.5}),
     ],
 )
-def test_impossible_settings_are_refused_by_name(make: Any, settings: dict[str, Any]) -> None:
+def test_module_refuses_impossible_settings_by_name(make: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(settings))}="):
         make(**settings)

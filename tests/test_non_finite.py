@@ -112,7 +112,7 @@ class TakesBack(Spoils):
 
 @pytest.mark.filterwarnings("ignore:step 3")
 @pytest.mark.parametrize("muon", [None, MuonConfig()])
-def test_a_skipped_step_is_one_whose_update_never_was(muon: MuonConfig | None, tmp_path: Path) -> None:
+def test_skipped_step_equals_one_without_its_update(muon: MuonConfig | None, tmp_path: Path) -> None:
     schedule = LearningRateSchedule("cosine", warmup_tokens=128, decay_tokens=2000)
     runs = []
     for spoils in (Spoils({3}, gradient_of("blocks.1.moe.experts.expand_weight", torch.nan)), TakesBack(3)):
@@ -171,7 +171,7 @@ def test_a_router_learns_nothing_from_a_step_that_is_skipped(tmp_path: Path) -> 
     assert torch.equal(biases[0], biases[1]) and not torch.equal(biases[1], biases[2])
 
 
-def test_the_counts_survive_a_restart_and_stand_in_the_summary(tmp_path: Path) -> None:
+def test_counts_of_skipped_steps_survive_a_restart_and_stand_in_the_summary(tmp_path: Path) -> None:
     def fit(steps: int, *callbacks: Callback, checkpoint: Path | None = None) -> MoEGPTModule:
         module = MoEGPTModule(CONFIG, non_finite=NonFinite("skip", limit=2))
         spoils = Spoils({1, 2, 3}, output_of("blocks.0.ffn", lambda out: out * torch.nan))
@@ -188,7 +188,7 @@ def test_the_counts_survive_a_restart_and_stand_in_the_summary(tmp_path: Path) -
         fit(5, checkpoint=path)
 
 
-def test_a_run_is_resumed_where_no_step_was_taken_yet_and_parameters_are_frozen(tmp_path: Path) -> None:
+def test_resume_before_the_first_step_with_frozen_parameters(tmp_path: Path) -> None:
     freezes = LambdaCallback(on_fit_start=lambda run, module: module.gpt.blocks[0].requires_grad_(False))
 
     def fit(*saves: Callback, checkpoint: Path | None = None) -> list[Tensor]:
@@ -215,7 +215,7 @@ def fit_fp16(tmp_path: Path, spoils: Spoils, steps: int, *callbacks: Callback, *
 WARM_UP = LearningRateSchedule("cosine", warmup_tokens=192, decay_tokens=2000)
 
 
-def test_an_overflow_in_fp16_is_a_step_whose_update_never_was_and_the_scale_survives_a_restart(tmp_path: Path) -> None:
+def test_fp16_overflow_skips_the_update_and_the_scale_survives_a_restart(tmp_path: Path) -> None:
     spoils = Spoils({2}, gradient_of("blocks.0.ffn.expand.weight", torch.inf))
     run, module, state = fit_fp16(tmp_path, spoils, 6)
     assert (state["scale"], state["_growth_tracker"]) == (2.0**15, 3)
@@ -259,7 +259,7 @@ def test_a_validation_loss_that_is_not_finite_is_a_warning(tmp_path: Path) -> No
     assert run.global_step == 3
 
 
-def test_what_a_run_logs_is_documented(tmp_path: Path) -> None:
+def test_logged_metrics_are_the_documented_ones(tmp_path: Path) -> None:
     documented = set(re.findall(r"`([\w/]+)`", (Path(__file__).parents[1] / "docs/metrics.md").read_text()))
     validation = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
     for moe in (MoEConfig([2, 4]), MoEConfig([2, 4], router=SigmoidRouterConfig(sequence_loss_coeff=0.01))):

@@ -71,7 +71,7 @@ def kernel() -> Iterator[AsyncKernelManager]:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs(
+def test_notebook_runs(
     path: Path, kernel: AsyncKernelManager, pocket_pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))  # the package that is tested
@@ -91,7 +91,7 @@ def test_it_runs(
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_can_be_read_anywhere(path: Path) -> None:
+def test_notebook_has_no_paths_of_a_machine_and_no_errors(path: Path) -> None:
     """No paths of a machine, in sources or outputs; outputs that a forge shows; no error."""
     text = path.read_text()
     lines = text.replace("\\n", " ")  # as JSON writes the ends of lines

@@ -38,7 +38,7 @@ wandb.finish()
 """
 
 
-def test_metrics_and_files(pocket_pile: Path, tmp_path: Path) -> None:
+def test_other_loggers_get_the_metrics_and_files(pocket_pile: Path, tmp_path: Path) -> None:
     (tmp_path / "loggers.yaml").write_text(LOGGERS)
     run = quickstart(tmp_path / "run", f"--data.data_dir={pocket_pile}", "--model.train_tokens=512")
     (tmp_path / "trains.py").write_text(TRAINS)

@@ -44,7 +44,7 @@ def fit(folder: Path, resume: Path | None = None) -> int:
     return run.global_step
 
 
-def test_a_run_goes_on_with_what_is_left_of_the_epoch(tmp_path: Path) -> None:
+def test_own_dataloader_resumes_with_what_is_left_of_the_epoch(tmp_path: Path) -> None:
     """But for a micro-batch that the loader had handed out when it was saved, as a line says."""
     assert fit(tmp_path / "whole") == 12
     with pytest.warns(UserWarning, match="goes on at step 4 with data that may repeat, skip or begin again"):

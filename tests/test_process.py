@@ -34,12 +34,12 @@ def faults(call: str, **environment: str) -> int:
     return int(python("-c", code, env=environment).stdout)
 
 
-def test_memory_is_not_asked_for_again() -> None:
+def test_process_does_not_ask_for_freed_memory_again() -> None:
     assert faults("prepare_allocator(torch.device('cpu'))") < 1000
     assert faults("assert not keep_freed_memory()", MALLOC_ARENA_MAX="2") > 50_000  # the environment's own settings win
 
 
-def test_segments_grow_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_segments_grow_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "PYTORCH_ALLOC_CONF"
     for given, then in (({}, {name: "expandable_segments:True"}), ({name: "7"}, {name: "7"})):
         monkeypatch.setattr(os, "environ", {"MALLOC_ARENA_MAX": "2"} | given)  # keeps this process's memory as it is
@@ -73,7 +73,7 @@ assert before == (dict(os.environ), list(warnings.filters)) and "torch" not in s
     assert fresh(code) == ""
 
 
-def test_a_notebook_prepares_the_process_as_train_py_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_process_of_a_notebook_is_prepared_as_that_of_train_py(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     code = """
 import sys
 from nlgmoe import load_config

@@ -17,7 +17,7 @@ SHELL, OPTUNA, SENTENCE, CALLBACK, OWN = re.findall(
 SHORT = [*TINY, "--model.train_tokens=512", "--trainer.callbacks.init_args.max_new_tokens=8"]
 
 
-def test_recipes(
+def test_recipes_of_the_docs_run(
     pocket_pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")

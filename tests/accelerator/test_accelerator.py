@@ -26,7 +26,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_it_runs_reads_little_and_comes_to_what_the_cpu_comes_to(name: str, found: Found) -> None:
+def test_training_on_the_fake_device_reads_little_and_equals_the_cpu(name: str, found: Found) -> None:
     """That all is on the device, and that model, loss and backward read nothing, `cells.Watched` checks as it runs."""
     cell = found[name]
     assert "error" not in cell, cell["error"]
@@ -41,17 +41,17 @@ def test_it_runs_reads_little_and_comes_to_what_the_cpu_comes_to(name: str, foun
 
 
 @pytest.mark.parametrize("precision", ["32-true", *HALF])
-def test_a_block_that_is_computed_again_draws_the_same(precision: str, found: Found) -> None:
+def test_recomputed_block_on_the_fake_device_draws_the_same(precision: str, found: Found) -> None:
     again, once = (found[f"{name} in {precision}"] for name in ("activation checkpointing", "top-1, jitter"))
     assert again["losses"] == once["losses"]
     assert found["dropout"]["losses"] == found["dropout"]["expected"]["losses"] != found["dropout"]["without"]
 
 
-def test_a_step_that_is_not_finite_is_named(found: Found) -> None:
+def test_step_that_is_not_finite_on_the_fake_device_is_named(found: Found) -> None:
     message = found["steps that are not finite"]["message"]
     assert message.startswith("step 1: the gradient norm is nan; first not finite: the gradient of blocks.1.moe.router")
 
 
-def test_a_whole_run_writes_its_files(found: Found) -> None:
+def test_command_on_the_fake_device_writes_its_files(found: Found) -> None:
     quickstart = found["quickstart"]
     assert quickstart["missing"] == [] and len(quickstart["reads"]) == 7

@@ -47,7 +47,7 @@ class DeafRouter(CosineRouter):
         return replace(routing, weight=routing.weight.detach())
 
 
-def test_the_verdict_is_the_rule_on_differences_computed_by_hand() -> None:
+def test_verdict_of_the_gate_is_its_rule_on_differences_computed_by_hand() -> None:
     # Eight differences m + s, m - s, ...: the standard error is s / sqrt(7). With s = 0.01 half of the 95% interval is
     # 2.3646 * 0.01 / sqrt(7) = 0.00894, of the 90% interval 1.8946 * 0.01 / sqrt(7) = 0.00716.
     def judged(mean: float, spread: float = 0.01, pairs: int = 8) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def test_the_verdict_is_the_rule_on_differences_computed_by_hand() -> None:
 @pytest.mark.parametrize(
     ("mean", "reading", "share"), [(0.0, BETTER, 0.025), (0.0, WORSE, 0.025), (0.02, AS_GOOD, 0.05), (-0.05, BETTER, 1)]
 )
-def test_a_verdict_is_wrong_as_often_as_its_rule_says(mean: float, reading: str, share: float) -> None:
+def test_verdict_of_the_gate_is_wrong_as_often_as_its_rule_says(mean: float, reading: str, share: float) -> None:
     random, tries = np.random.default_rng(0), 2000
     drawn = random.normal(mean, 0.02 if reading != AS_GOOD else 0.005, size=(tries, 8))
     found = [verdict(row, np.zeros(8))["reading"] for row in drawn]
@@ -76,7 +76,7 @@ def test_a_verdict_is_wrong_as_often_as_its_rule_says(mean: float, reading: str,
     assert found.count(reading) / tries == pytest.approx(share, abs=0.012)
 
 
-def test_the_costlier_side_has_fewer_tokens_and_starts_where_its_schedule_is_constant() -> None:
+def test_gate_gives_the_costlier_side_fewer_tokens_and_starts_at_a_constant_rate() -> None:
     assert [steps_at_equal_cost(ratio, 2400) for ratio in (1.0, 1.019, 0.981)] == [(2400, 2400)] * 3
     assert [steps_at_equal_cost(ratio, 2400) for ratio in (1.2, 0.5)] == [(2000, 2400), (2400, 1200)]
     assert seeds_of(8) == [1, 2, 3, 4, 5, 6, 7, 8] and seeds_of(10)[-2:] == [10, 11]  # 9 is for the learning rate
@@ -103,14 +103,14 @@ def test_the_costlier_side_has_fewer_tokens_and_starts_where_its_schedule_is_con
         ("model: {optimizer: {lr_scale: {gate: 2.0}}}", "model.optimizer.lr_scale.gate=2.0 ("),
     ],
 )  # fmt: skip
-def test_an_overlay_of_what_is_held_fixed_is_refused_by_name(text: str, line: str, tmp_path: Path) -> None:
+def test_gate_refuses_an_overlay_of_what_is_held_fixed_by_name(text: str, line: str, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(SettingError) as refusal:
         read_candidate(str(tmp_path / "mine.yaml"), None, TINY)
     assert line in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_candidates_are_classes_of_the_three_kinds_and_overlays(tmp_path: Path) -> None:
+def test_gate_takes_classes_of_three_kinds_and_overlays(tmp_path: Path) -> None:
     found = read_candidate("docs.examples.hash_router.HashRouterConfig", None, CPU)
     assert (
         found.name == "HashRouterConfig" and found.config.moe.token_dropping
@@ -130,7 +130,7 @@ def test_candidates_are_classes_of_the_three_kinds_and_overlays(tmp_path: Path) 
             read_candidate(text, name, CPU)
 
 
-def test_a_candidate_that_fails_a_property_or_needs_too_much_memory_costs_no_run(
+def test_gate_runs_no_candidate_that_fails_a_property_or_needs_too_much_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     deaf = read_candidate(f"{HERE}.DeafRouterConfig", None, TINY)
@@ -143,7 +143,7 @@ def test_a_candidate_that_fails_a_property_or_needs_too_much_memory_costs_no_run
         memory(BASELINE, 2)
 
 
-def test_a_failed_run_ends_the_gate(tmp_path: Path) -> None:
+def test_gate_ends_at_a_failed_run(tmp_path: Path) -> None:
     commands: list[list[str]] = []
 
     def run(words: list[str], log: Path, tree: Path) -> int:
@@ -157,7 +157,7 @@ def test_a_failed_run_ends_the_gate(tmp_path: Path) -> None:
     assert len(commands) == 1
 
 
-def test_a_loss_that_is_not_finite_is_one_line(
+def test_gate_names_a_loss_that_is_not_finite_in_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], pocket_pile: Path
 ) -> None:
     (tmp_path / "wild.yaml").write_text("model: {optimizer: {lr: 1.0e+30}}")
@@ -171,9 +171,7 @@ def test_a_loss_that_is_not_finite_is_one_line(
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
-def test_a_gate_from_the_candidate_to_its_row(
-    pocket_pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gate_writes_the_row_of_a_candidate(pocket_pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "top-2.yaml").write_text("model: {config: {moe: {top_k: 2, second_expert: argmax}}}")
     rows, out = tmp_path / "rows.json", tmp_path / "runs"
     monkeypatch.setattr(candidates, "check_layer", partial(check_layer, only={"capacity is the formula"}))

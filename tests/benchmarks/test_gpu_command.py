@@ -15,7 +15,7 @@ from tests.support.processes import python
 NEEDS_A_GPU = ("waits", "losses off fp32 without the strategy, ZeRO 1, fp16")
 
 
-def test_a_dry_run_takes_every_step(tmp_path: Path, pocket_pile: Path) -> None:
+def test_gpu_command_takes_every_step_in_a_dry_run(tmp_path: Path, pocket_pile: Path) -> None:
     output = tmp_path / "gpu.json"
     done = python("-m", "benchmarks.gpu", "--dry-run", "--output", str(output), "--data", str(pocket_pile))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -35,14 +35,14 @@ def test_a_dry_run_takes_every_step(tmp_path: Path, pocket_pile: Path) -> None:
     assert run["commit"] in page and "| strategy | losses off fp32 without the strategy, ZeRO 2, bf16 | " in page
 
 
-def test_a_step_whose_packages_do_not_import_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_command_does_not_run_a_step_whose_packages_do_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "benchmarks.gpu.speed", None)  # its import fails, as without DeepSpeed
     results = run_step("dense", parse(["--dry-run"]), Results(None, {}))
     assert results.step("dense")["status"].startswith("not run: ModuleNotFoundError: ")
     assert conclude(results) == 0
 
 
-def test_a_step_ends_at_its_limit_with_all_that_it_started(tmp_path: Path) -> None:
+def test_gpu_command_ends_a_step_at_its_limit_with_all_that_it_started(tmp_path: Path) -> None:
     mark = tmp_path / "still here"
     child = f"import time, pathlib; time.sleep(1); pathlib.Path({str(mark)!r}).touch()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
@@ -63,7 +63,9 @@ def test_a_step_ends_at_its_limit_with_all_that_it_started(tmp_path: Path) -> No
         ("goal", 1.1, False, 0),
     ],
 )
-def test_figures_are_judged(kind: str, value: Any, met: bool, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_command_judges_figures(
+    kind: str, value: Any, met: bool, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Run, "card", "NVIDIA H100 80GB HBM3")
     results = Results(None, {})
     run = Run("step", None, False, Path(), results)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ def on_the_cpu() -> dict[str, float]:
     return measure(torch.device("cpu"), tiny=True)
 
 
-def test_what_users_run_on_their_gpus_first(tmp_path: Path) -> None:
+def test_ranks_benchmark_measures_and_finds_nothing_wrong(tmp_path: Path) -> None:
     for figures in spawn(2, on_the_cpu, folder=tmp_path):
         assert len(figures) == 4 and all(value > 0 for value in figures.values())
         assert wrong(figures) == []

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
-def test_runs_go_on_from_trunks_and_logits_and_are_not_repeated(pocket_pile: Path, tmp_path: Path) -> None:
+def test_campaign_resumes_trunks_and_logits_and_repeats_no_run(pocket_pile: Path, tmp_path: Path) -> None:
     results, here = tmp_path / "results.json", Here()
 
     def campaign(commit: str = "abc") -> Campaign:
@@ -70,7 +70,7 @@ def test_runs_go_on_from_trunks_and_logits_and_are_not_repeated(pocket_pile: Pat
     assert len(here.commands) == 10
 
 
-def test_every_file_is_a_model_of_the_intended_size(tmp_path: Path) -> None:
+def test_campaign_files_are_models_of_the_intended_size(tmp_path: Path) -> None:
     campaign = Campaign(tmp_path, tmp_path / "results.json", "abc", ROOT, CPU)
     names = {path.stem for path in (ROOT / CONFIGS).glob("*.yaml")} - {"base"}
     assert names == {cell.config for cell, _ in runs_of((*QUESTIONS, *LARGER))} | {"moe_8", "top_2"}
@@ -84,7 +84,7 @@ def test_every_file_is_a_model_of_the_intended_size(tmp_path: Path) -> None:
                for cell in {cell for question in LARGER for cell in (question.first, question.second)})  # fmt: skip
 
 
-def test_the_model_is_that_of_the_code_that_trains(tmp_path: Path) -> None:
+def test_campaign_model_is_that_of_the_code_that_trains(tmp_path: Path) -> None:
     shutil.copytree(ROOT / CONFIGS, tmp_path / CONFIGS)
     file = tmp_path / CONFIGS / "moe_16.yaml"
     file.write_text(file.read_text().replace("num_experts: 16", "num_experts: 2"))
@@ -92,7 +92,9 @@ def test_the_model_is_that_of_the_code_that_trains(tmp_path: Path) -> None:
     assert campaign.shape("moe_16").moe.num_experts == 2
 
 
-def test_a_folder_of_another_commit_or_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_campaign_refuses_a_folder_of_another_commit_or_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = tmp_path / "results.json"
     results.write_text('{"commit": "0123456789abc"}')
     (tmp_path / "code-9876543210").mkdir()
@@ -104,7 +106,7 @@ def test_a_folder_of_another_commit_or_process_is_refused(tmp_path: Path, monkey
         reproduce()
 
 
-def test_a_run_stands_after_those_that_it_goes_on_from() -> None:
+def test_campaign_puts_a_run_after_those_that_it_goes_on_from() -> None:
     runs = runs_of(QUESTIONS)
     assert len(set(runs)) == len(runs)
     for place, (cell, seed) in enumerate(runs):
@@ -134,7 +136,7 @@ def made_up(pairs: int = 16, **losses: float) -> dict[str, Any]:
     return {"commit": "abc", "machine": "m", "learning_rates": {"dense": 1e-3}, "runs": runs}
 
 
-def test_every_question_has_its_reading() -> None:
+def test_questions_all_have_a_reading() -> None:
     results = made_up(
         dense=3.8, moe_16=3.7, moe_32=3.7, pr_moe=3.702, residual=3.72, top_2_argmax=3.66, first_half=3.7, second_half=3.76,
         capacity=3.7240, student=3.7, student__staged=3.6, student__full=3.55,
@@ -161,7 +163,7 @@ def test_the_cost_at_equal_loss_is_read_off_the_dense_line() -> None:
     assert ratio == pytest.approx(2**2.5, rel=0.1) and low <= ratio <= high
 
 
-def test_the_pages_get_the_tables(tmp_path: Path) -> None:
+def test_pages_get_the_tables_of_the_campaign(tmp_path: Path) -> None:
     pages = tmp_path / "page.md", tmp_path / "readme.md"
     for page in pages:
         page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")

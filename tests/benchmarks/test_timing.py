@@ -12,14 +12,14 @@ NAMES = ("checkpoint", "data", "generation", "layer", "parity", "ranks", "scalin
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tables_of_a_page_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timing_tables_of_a_page_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark: Benchmark = importlib.import_module(f"benchmarks.{name}").BENCHMARK
     results = json.loads((RESULTS / f"{name}.json").read_text())
     page = (RESULTS / benchmark.page).read_text()
     assert list(results) == list(benchmark.parts) and benchmark.in_page(page, results) == page
 
 
-def test_a_part_is_measured_and_its_table_rewritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_timing_measures_a_part_and_rewrites_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = {
         "first": Part(lambda rounds: {"ms": 10 * rounds}, lambda found: (["ms", "note"], [[found["ms"], None]]), 5),
         "second": Part(lambda rounds: rounds, lambda found: (["rounds"], [[found]])),
@@ -43,7 +43,7 @@ def test_a_part_is_measured_and_its_table_rewritten(tmp_path: Path, capsys: pyte
         benchmark.run("a trial", ["--tables"], tmp_path)
 
 
-def test_candidates_are_timed_in_turn() -> None:
+def test_timing_takes_candidates_in_turn() -> None:
     order: list[str] = []
     seconds = interleaved({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, warm_up=1)
     assert order == ["a", "b"] * 3 and set(seconds) == {"a", "b"}

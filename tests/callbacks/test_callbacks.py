@@ -108,7 +108,7 @@ def test_an_interrupted_fit_goes_on_in_the_same_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 1.0])
-def test_a_validation_of_the_first_domains_is_compared_with_nothing(limit: float, tmp_path: Path) -> None:
+def test_summary_has_no_unigram_entropy_for_a_part_of_the_validation(limit: float, tmp_path: Path) -> None:
     data = SyntheticData()
     data.unigram_entropy = lambda: 4.0
     with warnings.catch_warnings(record=True) as caught:
@@ -119,7 +119,7 @@ def test_a_validation_of_the_first_domains_is_compared_with_nothing(limit: float
     assert summary["val_loss"] and summary["unigram_entropy"] == (None if isinstance(limit, int) else 4.0)
 
 
-def test_texts_need_a_tokenizer(tmp_path: Path) -> None:
+def test_sample_texts_need_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"SampleText needs the tokenizer of nlgmoe\.PileDataModule; remove it"):
         trainer(tmp_path, SampleText(["a"])).fit(MoEGPTModule(CONFIG), SyntheticData())
 

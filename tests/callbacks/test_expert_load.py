@@ -30,7 +30,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_statistics_by_hand() -> None:
+def test_expert_load_statistics_by_hand() -> None:
     """Two tokens and one padding token choose the first of four experts, which has capacity for one."""
     probs = torch.tensor([[0.97, 0.01, 0.01, 0.01], [0.25, 0.25, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4]])
     routing = Routing(
@@ -82,7 +82,7 @@ class Routings(Callback):
             self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-def test_an_interval_is_all_of_its_micro_batches(tmp_path: Path) -> None:
+def test_expert_load_covers_all_micro_batches_of_an_interval(tmp_path: Path) -> None:
     seen = Routings()
     run = trainer(tmp_path, ExpertLoad(), seen, max_steps=4, log_every_n_steps=2, accumulate_grad_batches=2)
     run.fit(MoEGPTModule(CONFIG), SyntheticData(padded=True))
@@ -113,7 +113,7 @@ def test_an_interval_is_all_of_its_micro_batches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("steps", "tokens"), [(2, None), (3, None), (-1, 3 * 64)], ids=["logged", "steps", "tokens"])
-def test_parts_of_the_gradient_make_the_whole(steps: int, tokens: int | None, tmp_path: Path) -> None:
+def test_gradient_norms_of_parts_make_the_whole(steps: int, tokens: int | None, tmp_path: Path) -> None:
     """In the row of a run's last step too, which may be between two logging intervals."""
     seen = Routings()
     run = trainer(tmp_path, ExpertLoad(), seen, max_steps=steps, log_every_n_steps=2, gradient_clip_val=0.1)
@@ -123,7 +123,7 @@ def test_parts_of_the_gradient_make_the_whole(steps: int, tokens: int | None, tm
     assert math.hypot(*parts) == pytest.approx(seen.logged[-1]["train/grad_norm"], rel=1e-5)
 
 
-def test_a_skipped_step_counts_nowhere(tmp_path: Path) -> None:
+def test_expert_load_does_not_count_a_skipped_step(tmp_path: Path) -> None:
     seen, module = Routings(), MoEGPTModule(CONFIG, non_finite=NonFinite("skip"))
     breaks = Spoils({1}, output_of("blocks.0.ffn_norm", lambda out: out * torch.nan))
     run = trainer(tmp_path, breaks, ExpertLoad(), seen, max_steps=4, log_every_n_steps=2)
@@ -136,7 +136,7 @@ def test_a_skipped_step_counts_nowhere(tmp_path: Path) -> None:
     assert asked == [64, 64, 128, 128]
 
 
-def test_an_expert_is_dead_after_a_window_without_tokens_also_over_a_restart(
+def test_dead_experts_had_no_token_in_a_window_also_over_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def first(self: TopKRouter, logits: Tensor, *_: Any) -> Tensor:
@@ -154,7 +154,7 @@ def test_an_expert_is_dead_after_a_window_without_tokens_also_over_a_restart(
     assert fit(4, ckpt_path=tmp_path / "two.ckpt") == [3, 3]
 
 
-def test_a_resumed_run_goes_on_with_the_interval(tmp_path: Path) -> None:
+def test_expert_load_goes_on_with_the_interval_after_a_resume(tmp_path: Path) -> None:
     def fit(*savers: Callback, **settings: Any) -> tuple[dict[str, float], str]:
         seen = Routings()
         run = trainer(tmp_path, ExpertLoad(), *savers, seen, max_steps=8, log_every_n_steps=4)
@@ -170,7 +170,7 @@ def test_a_resumed_run_goes_on_with_the_interval(tmp_path: Path) -> None:
     assert later == [header, *(row for row in rows if row.startswith("7,"))]
 
 
-def test_rows_thin_out_by_the_step_alone() -> None:
+def test_expert_load_rows_thin_out_by_the_step_alone() -> None:
     """At most 20 MB for the paper's models, 300B tokens in all; the short runs of `configs/` have a row in every interval."""
     assert [interval for interval in range(1, 1100) if has_row(interval)] == [
         *range(1, 257), *range(258, 513, 2), *range(516, 1025, 4), *range(1032, 1100, 8)
@@ -190,7 +190,7 @@ def test_rows_thin_out_by_the_step_alone() -> None:
         assert tokens > 1e10 or len(rows) == rows[-1]
 
 
-def test_a_row_covers_all_since_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expert_load_row_covers_all_steps_since_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a run is killed and resumed between rows, and in a fork; rows are counted without reading the file."""
 
     def fit(folder: str, *callbacks: Callback, **settings: Any) -> list[dict[str, str]]:
@@ -217,7 +217,7 @@ def test_a_row_covers_all_since_the_last_one(tmp_path: Path, monkeypatch: pytest
     assert fit("fork", ckpt_path=saved) == thin[-4:]
 
 
-def test_validate_logs_the_routing_of_a_checkpoint(tmp_path: Path) -> None:
+def test_expert_load_in_validate_is_the_checkpoints(tmp_path: Path) -> None:
     """Over all of its text; padding counts in nothing."""
     module = MoEGPTModule(GPTConfig(61, 16, 4, 16, 2, init_std=0.3, moe=MoEConfig([2, 4], top_k=2)))
     data = SyntheticData(padded=True)
@@ -235,7 +235,7 @@ def test_validate_logs_the_routing_of_a_checkpoint(tmp_path: Path) -> None:
     assert not any(name.startswith("experts/") for name in run.test(module, data, verbose=False)[0])
 
 
-def test_a_probe_of_a_callback_is_not_the_steps_routing(tmp_path: Path) -> None:
+def test_expert_load_ignores_a_callbacks_forward_pass(tmp_path: Path) -> None:
     batch = next(iter(SyntheticData().val_dataloader()))
     probe = LambdaCallback(on_train_batch_end=lambda run, module, *_: module.predict_step(batch, 0))
     for name, callbacks in {"plain": [], "probed": [probe]}.items():

@@ -85,7 +85,7 @@ def test_times_are_means_and_memory_is_the_maximum_over_ranks(monkeypatch: pytes
     assert times == pytest.approx([1.0, 5.0]) and memory == [21, 15]
 
 
-def test_peaks_of_known_gpus() -> None:
+def test_throughput_knows_the_peaks_of_gpus() -> None:
     assert peak_of("NVIDIA A100-SXM4-80GB", "bf16-mixed", False) == pytest.approx(312e12)
     assert peak_of("NVIDIA A100-SXM4-40GB", "32-true", True) == pytest.approx(156e12)
     assert peak_of("Tesla V100-SXM2-32GB", "32-true", True) == pytest.approx(15.7e12)

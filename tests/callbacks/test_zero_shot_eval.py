@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
-def test_training_is_the_same_bit_for_bit_and_evaluation_has_its_precision(folder: Path, tmp_path: Path) -> None:
+def test_zero_shot_eval_leaves_training_bit_for_bit_and_has_its_precision(folder: Path, tmp_path: Path) -> None:
     """`HFLM` sets autocast itself, and the exported class turns activation checkpointing off."""
     zero_shot, weights = Counting(list(TASKS), 2, include_path=str(folder)), []
     for callbacks in ([], [zero_shot]):
@@ -54,7 +54,7 @@ def test_training_is_the_same_bit_for_bit_and_evaluation_has_its_precision(folde
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
-def test_metrics_are_logged_beside_the_others(folder: Path, tmp_path: Path) -> None:
+def test_zero_shot_eval_logs_its_metrics_beside_the_others(folder: Path, tmp_path: Path) -> None:
     zero_shot = Counting(["tiny_choice", "tiny_answer"], 3, every_n_steps=4, include_path=str(folder))
     logger = CSVLogger(tmp_path, name="", version="")
     settings = {"max_steps": 4, "logger": logger, "log_every_n_steps": 1, **VALIDATES}
@@ -72,7 +72,7 @@ def test_metrics_are_logged_beside_the_others(folder: Path, tmp_path: Path) -> N
     assert {"val/loss", "val/perplexity", "val/perplexity/odd"} <= set(found)
 
 
-def test_a_failing_task_is_counted_and_training_goes_on(tmp_path: Path) -> None:
+def test_zero_shot_eval_counts_a_failing_task_and_training_goes_on(tmp_path: Path) -> None:
     folder = write_tasks(tmp_path / "tasks")
     (folder / "tiny_choice_documents.jsonl").write_text('{"question": "no choices"}\n')
     settings = {"include_path": str(folder), "limit": 2}
@@ -89,7 +89,7 @@ def test_a_failing_task_is_counted_and_training_goes_on(tmp_path: Path) -> None:
     assert logged[1]["zero_shot/failed_tasks"] == 1
 
 
-def test_mistakes_are_found_before_training(tmp_path: Path) -> None:
+def test_zero_shot_eval_finds_mistakes_before_training(tmp_path: Path) -> None:
     for zero_shot, data, words in (
         (
             ZeroShotEval(["tiny_choice"], include_path="nowhere"),

@@ -97,7 +97,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return capsys.readouterr().err
 
 
-def test_answers_are_those_of_transformers_and_end(
+def test_chat_answers_are_those_of_transformers_and_end(
     source: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
@@ -114,7 +114,7 @@ def test_answers_are_those_of_transformers_and_end(
     assert both == "".join(f"--- {message!r}\n{text}\n" for message, text in zip(MESSAGES, answers, strict=True))
 
 
-def test_without_a_template_or_a_token_chat_ends_with_one_line(
+def test_chat_without_a_template_or_a_token_ends_with_one_line(
     source: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert "the text 'Queen' has a byte without a token (0x51, at byte 0 of the text)" in error_of(
@@ -147,7 +147,7 @@ def write_corpus(folder: Path, tokenizer: Path, capsys: pytest.CaptureFixture[st
     return [f"--data.{name}={value}" for name, value in (corpus | {"corpus.init_args.split": [30, 10, 0]}).items()]
 
 
-def test_training_a_student_upcycling_and_pruning_pass_its_files_on(
+def test_chat_files_are_passed_on_by_student_upcycling_and_pruning(
     source: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     data = write_corpus(tmp_path, checkpoint, capsys)

@@ -77,7 +77,7 @@ def test_damage_is_named_by_verify_and_by_loading(name: str, good: Path, tmp_pat
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_no_flipped_bit_anywhere_goes_unnoticed(good: Path, data: st.DataObject) -> None:
+def test_flipped_bit_anywhere_is_noticed(good: Path, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from(sorted(good.iterdir())))
     original = file.read_bytes()
     # Headers are a small part of the files, and the part where a flip could mean something.
@@ -91,7 +91,7 @@ def test_no_flipped_bit_anywhere_goes_unnoticed(good: Path, data: st.DataObject)
         file.write_bytes(original)
 
 
-def test_ranks_share_the_reading_and_miss_nothing(good: Path, tmp_path: Path) -> None:
+def test_verification_is_shared_by_ranks_and_misses_nothing(good: Path, tmp_path: Path) -> None:
     ckpt = tmp_path / "b.ckpt"
     shutil.copytree(good, ckpt)
     flip(ckpt / "model.safetensors", EXPERT)
@@ -99,7 +99,7 @@ def test_ranks_share_the_reading_and_miss_nothing(good: Path, tmp_path: Path) ->
     assert sorted(map(len, problems)) == [0, 0, 1]
 
 
-def test_a_disk_that_fails_is_no_damage(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_disk_is_no_damage(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else an older checkpoint would be resumed, and the newest one put aside as damaged."""
 
     def fail(path: Path, *args: Any, **kwargs: Any) -> Any:
@@ -159,7 +159,9 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(
             read(bad)
 
 
-def test_the_verify_command(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_command_names_damage_and_ends_with_a_code(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["verify", str(good)])
     output = capsys.readouterr().out
     for part in ("step 1, 192 tokens", "experts    2 in block 1; 4 in block 3", "resumable  yes", "valid      "):

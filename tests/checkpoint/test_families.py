@@ -55,7 +55,7 @@ STACKED: dict[str, Slots] = BLOCK | {
 }
 
 
-def test_places_of_stacked_fused_and_reordered_tensors_in_both_directions() -> None:
+def test_family_places_stacked_fused_and_reordered_tensors_in_both_directions() -> None:
     moe = replace(CONFIG.moe, router=SigmoidRouterConfig())  # type: ignore[type-var]
     config = replace(CONFIG, moe=moe)
     entries = split_experts(GPT(config).state_dict())
@@ -137,7 +137,9 @@ def test_the_family_of_an_import_is_preferred(imported: Path, tmp_path: Path) ->
     assert read_document(tmp_path / "resumed.ckpt")["family"] == "twin"
 
 
-def test_an_export_chooses_a_family_by_name(imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_family_of_an_export_is_chosen_by_name(
+    imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["export", str(imported), str(tmp_path / "mixtral"), "--family", "mixtral"])
     assert "in the format of mixtral" in capsys.readouterr().out
     main(["export", str(imported), str(tmp_path / "own"), "--family", "nlgmoe"])
@@ -153,7 +155,7 @@ def test_an_export_chooses_a_family_by_name(imported: Path, tmp_path: Path, caps
     assert not (tmp_path / "refused").exists()
 
 
-def test_an_error_of_a_family_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_family_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = replace(FAMILIES["mixtral"], read=lambda theirs: theirs.no_such_setting)
     monkeypatch.setitem(FAMILIES, "mixtral", broken)
     with pytest.raises(AttributeError, match="no_such_setting"):
@@ -163,7 +165,9 @@ def test_an_error_of_a_family_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> 
 # ---- import
 
 
-def test_blocks_that_predict_further_tokens_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_import_leaves_out_blocks_that_predict_further_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "theirs"
     config = transformers.LlamaConfig(
         vocab_size=61,

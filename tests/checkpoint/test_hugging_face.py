@@ -63,7 +63,7 @@ def folders(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     return {name: folder / name for name in checkpoints}
 
 
-def test_bf16_is_written_on_request_and_kept(
+def test_export_writes_bf16_on_request_and_keeps_it(
     checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["export", str(checkpoints["moe"]), str(tmp_path / "half"), "--precision", "bf16"])
@@ -83,14 +83,14 @@ class OwnAttention(MultiHead):
     """A user's."""
 
 
-def test_parts_of_a_user_s_are_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_refuses_own_parts_of_a_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = write(tmp_path / "own.ckpt", replace(CONFIGS["latent"], attention=OwnAttention()))
     assert "holds only the paper's attention, not OwnAttention (model.config.attention)" in error_of(
         capsys, "export", checkpoint, tmp_path / "own"
     )
 
 
-def test_the_tokenizer_gives_our_ids(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_exported_tokenizer_gives_our_ids(folders: dict[str, Path], tmp_path: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(folders["moe"], trust_remote_code=True)
     assert theirs(PROBE, split_special_tokens=True).input_ids == TOKENIZER.encode(PROBE)
     assert theirs.decode(TOKENIZER.encode(PROBE)) == PROBE
@@ -101,7 +101,7 @@ def test_the_tokenizer_gives_our_ids(folders: dict[str, Path], tmp_path: Path) -
     assert load_tokenizer(str(tmp_path), tmp_path).encode(PROBE) == TOKENIZER.encode(PROBE)
 
 
-def test_folders_work_where_only_transformers_is(
+def test_export_works_where_only_transformers_is_installed(
     checkpoints: dict[str, Path], folders: dict[str, Path], tmp_path: Path
 ) -> None:
     names = ("pr_moe", "modern", "latent")
@@ -129,7 +129,7 @@ def test_folders_work_where_only_transformers_is(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_was_exported_comes_back_bit_for_bit(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_export_is_imported_bit_for_bit(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     main(["export", str(checkpoints[name]), str(tmp_path / "folder"), "--max-shard-size", "40KB"])
     index = json.loads((tmp_path / "folder/model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
@@ -152,7 +152,7 @@ def test_what_was_exported_comes_back_bit_for_bit(name: str, checkpoints: dict[s
 
 
 @pytest.mark.parametrize("name", ["pr_moe", "dense"])
-def test_losses_are_those_of_our_training(name: str, folders: dict[str, Path]) -> None:
+def test_export_has_the_losses_of_our_training(name: str, folders: dict[str, Path]) -> None:
     model = NlgmoeForCausalLM.from_pretrained(folders[name])
     tokens = torch.randint(TOKENIZER.vocab_size, (3, 16), generator=torch.Generator().manual_seed(0))
     labels = tokens.masked_fill(torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.3, -100)
@@ -181,7 +181,7 @@ def test_losses_are_those_of_our_training(name: str, folders: dict[str, Path]) -
         torch.testing.assert_close(torch.autograd.grad(loss, weights), gradients)
 
 
-def test_a_loss_without_z_loss_is_finite_where_its_logits_overflow() -> None:
+def test_export_has_a_finite_loss_without_z_loss_where_its_logits_overflow() -> None:
     moe = {"num_experts": 4, "expert_interval": 1, "z_loss_coeff": 0.0}
     model = NlgmoeForCausalLM(NlgmoeConfig(vocab_size=64, seq_len=8, num_layers=1, hidden_size=8, num_heads=2, moe=moe))
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_a_loss_without_z_loss_is_finite_where_its_logits_overflow() -> None:
     assert bool(model.train()(tokens, labels=tokens).loss.isfinite())
 
 
-def test_hidden_states_logits_and_a_larger_vocabulary(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_export_has_hidden_states_logits_and_a_larger_vocabulary(folders: dict[str, Path], tmp_path: Path) -> None:
     model = NlgmoeForCausalLM.from_pretrained(folders["pr_moe"])
     tokens = torch.arange(12).view(2, 6)
     output = model(tokens, output_hidden_states=True, output_router_logits=True)
@@ -207,7 +207,7 @@ def test_hidden_states_logits_and_a_larger_vocabulary(folders: dict[str, Path], 
     torch.testing.assert_close(larger(tokens).logits[..., : TOKENIZER.vocab_size], output.logits)
 
 
-def test_a_damaged_checkpoint_or_folder_is_refused_and_nothing_is_written(
+def test_export_and_import_refuse_damage_and_write_nothing(
     checkpoints: dict[str, Path], folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "full").mkdir()
@@ -226,7 +226,7 @@ def test_a_damaged_checkpoint_or_folder_is_refused_and_nothing_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.ckpt", "folder", "full"]
 
 
-def test_gpt2_computes_what_it_did(tmp_path: Path) -> None:
+def test_imported_gpt2_computes_what_it_did(tmp_path: Path) -> None:
     settings = {"vocab_size": 67, "n_positions": 24, "n_embd": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.2}
     settings |= {"bos_token_id": 0, "eos_token_id": 0, "layer_norm_epsilon": 1e-4, "n_inner": 80}
     theirs = GPT2LMHeadModel(GPT2Config(**settings)).eval()

@@ -56,7 +56,9 @@ def wanted_by(names: Any, expert: int, group: Any, found: list[str]) -> dict[Any
 
 
 @pytest.mark.parametrize("rank", [0, 77])
-def test_a_rank_opens_a_small_part_of_the_files(checkpoint: Path, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_opens_a_small_part_of_the_files_on_a_rank(
+    checkpoint: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened: list[str] = []
     open_tensors, open_text = reading.safe_open, Path.open
 

@@ -71,13 +71,15 @@ def test_logits_are_those_of_deepspeeds_layers(kind: str, tmp_path: Path) -> Non
     same(imported(tmp_path), theirs(TOKENS))
 
 
-def test_what_deepspeeds_engine_writes_on_two_ranks(tmp_path: Path) -> None:
+def test_import_megatron_reads_what_deepspeeds_engine_writes_on_two_ranks(tmp_path: Path) -> None:
     spawn(2, write_from_engine, tmp_path / "theirs", PR_MOE, folder=tmp_path / "ranks")
     assert len(list((tmp_path / "theirs" / "global_step0").glob("layer_*_expert_*.pt"))) == 6
     same(imported(tmp_path), GPTModel(arguments(**PR_MOE))(TOKENS))
 
 
-def test_half_precision_becomes_fp32_and_files_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_megatron_makes_half_precision_fp32_and_files_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs = write(tmp_path / "theirs", arguments(**PR_MOE), dtype=torch.float16)
     monkeypatch.setattr(write_weights, "SHARD_VALUES", 3000)
     same(imported(tmp_path), theirs(TOKENS))
@@ -85,7 +87,7 @@ def test_half_precision_becomes_fp32_and_files_are_small(tmp_path: Path, monkeyp
     assert len(files) > 4 and max(file.stat().st_size for file in files) < 3000 * 4 + 4000
 
 
-def test_version_2_is_read_as_3_and_older_ones_are_refused(tmp_path: Path) -> None:
+def test_import_megatron_reads_version_2_as_3_and_refuses_older_ones(tmp_path: Path) -> None:
     theirs = write(tmp_path / "theirs", arguments(), 2.0)
     same(imported(tmp_path), theirs(TOKENS))
     for version in (0, 1.0):
@@ -94,7 +96,7 @@ def test_version_2_is_read_as_3_and_older_ones_are_refused(tmp_path: Path) -> No
             imported(tmp_path, qkv="thirds")
 
 
-def test_since_fpdt_queries_keys_and_values_lie_one_after_the_other(tmp_path: Path) -> None:
+def test_import_megatron_reads_queries_keys_and_values_in_a_row_since_fpdt(tmp_path: Path) -> None:
     theirs = write(tmp_path / "theirs", arguments(ds_sequence_parallel_fpdt=False))
     expected = theirs(TOKENS)
     same(imported(tmp_path), expected)
@@ -107,7 +109,7 @@ def test_since_fpdt_queries_keys_and_values_lie_one_after_the_other(tmp_path: Pa
     same(imported(tmp_path, qkv="thirds"), expected)
 
 
-def test_vocabulary_and_positions_are_cut(tmp_path: Path) -> None:
+def test_import_megatron_cuts_vocabulary_and_positions(tmp_path: Path) -> None:
     theirs = write(tmp_path / "theirs", arguments(seq_length=10))
     assert import_checkpoint(tmp_path / "theirs", tmp_path / "a.ckpt").vocab_size == ROWS
     config = import_checkpoint(tmp_path / "theirs", tmp_path / "b.ckpt", vocab_size=50)
@@ -118,7 +120,7 @@ def test_vocabulary_and_positions_are_cut(tmp_path: Path) -> None:
         import_checkpoint(tmp_path / "theirs", tmp_path / "c.ckpt", vocab_size=65)
 
 
-def test_the_configuration_is_that_of_the_run(tmp_path: Path) -> None:
+def test_import_megatron_takes_the_configuration_of_the_run(tmp_path: Path) -> None:
     write(tmp_path / "theirs", arguments(**PR_MOE, moe_top2_2nd_expert_sampling=False))
     moe = MoEConfig(
         [2, 4], mlp_type="residual", train_capacity_factor=1.5, eval_capacity_factor=2.0, min_capacity=2,
@@ -133,7 +135,7 @@ def test_the_configuration_is_that_of_the_run(tmp_path: Path) -> None:
     assert (document["global_step"], document["tokens_seen"]) == (7, 336)
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_import_megatron_command_writes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = Tokenizer(train_byte_level_bpe(iter(["the king"]), 259), "tiny")
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text(tokenizer.files["tokenizer.json"])
@@ -163,14 +165,16 @@ def theirs(tmp_path: Path) -> Path:
         ("topk", 3, "top_k"),
     ],
 )
-def test_a_model_of_another_kind_is_refused(name: str, value: Any, message: str, theirs: Path, tmp_path: Path) -> None:
+def test_import_megatron_refuses_a_model_of_another_kind(
+    name: str, value: Any, message: str, theirs: Path, tmp_path: Path
+) -> None:
     edit(theirs, lambda state: setattr(state["args"], name, value))
     with pytest.raises(ValueError, match=rf"^{message}[=: ][^\n]*$"):
         imported(tmp_path)
     assert not (tmp_path / "ours.ckpt").exists()
 
 
-def test_exact_gelu_is_refused_until_it_is_accepted(theirs: Path, tmp_path: Path) -> None:
+def test_import_megatron_refuses_exact_gelu_until_it_is_accepted(theirs: Path, tmp_path: Path) -> None:
     edit(theirs, lambda state: setattr(state["args"], "bias_gelu_fusion", False))
     with pytest.raises(ValueError, match=r"^bias_gelu_fusion"):
         imported(tmp_path)
@@ -200,7 +204,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("message", DAMAGE)
-def test_files_that_do_not_fit_are_refused(message: str, theirs: Path, tmp_path: Path) -> None:
+def test_import_megatron_refuses_files_that_do_not_fit(message: str, theirs: Path, tmp_path: Path) -> None:
     DAMAGE[message](theirs)
     with pytest.raises(ValueError, match=rf"^[^\n]*{re.escape(message)}[^\n]*$"):
         imported(tmp_path)
@@ -211,7 +215,7 @@ def test_files_that_do_not_fit_are_refused(message: str, theirs: Path, tmp_path:
     "file",
     ["model.bin", "iter_0000007/mp_rank_00/model_optim_rng.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt", "latest"],
 )
-def test_other_folders_are_refused_with_the_flags_that_they_need(file: str, tmp_path: Path) -> None:
+def test_import_megatron_refuses_other_folders_with_the_flags_that_they_need(file: str, tmp_path: Path) -> None:
     (tmp_path / "theirs" / file).parent.mkdir(parents=True)
     (tmp_path / "theirs" / file).write_text("global_step9")
     needed = "saved with --deepspeed and --no-pipeline-parallel, and with a ZeRO stage below 3"
@@ -219,7 +223,7 @@ def test_other_folders_are_refused_with_the_flags_that_they_need(file: str, tmp_
         imported(tmp_path)
 
 
-def test_a_pipeline_is_refused_by_name(theirs: Path, tmp_path: Path) -> None:
+def test_import_megatron_refuses_a_pipeline_by_name(theirs: Path, tmp_path: Path) -> None:
     edit(theirs, lambda state: state.update(module=None))
     with pytest.raises(ValueError, match=r"holds no model; .*--no-pipeline-parallel"):
         imported(tmp_path)
@@ -235,7 +239,7 @@ class Runs:
         return os.system, (self.command,)
 
 
-def test_nothing_in_a_file_is_run(theirs: Path, tmp_path: Path) -> None:
+def test_import_megatron_runs_nothing_in_a_file(theirs: Path, tmp_path: Path) -> None:
     evidence = tmp_path / "evidence"
     edit(theirs, lambda state: state.update(args=Namespace(**vars(state["args"]), run=Runs(f"touch {evidence}"))))
     with pytest.raises(ValueError, match=r"mp_rank_00_model_states.pt holds posix.system, .*could run code"):

@@ -39,7 +39,7 @@ def separately(model: NlgmoeForCausalLM, row: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "settings", [{}, {"rope_theta": 1e4, "num_kv_heads": 1, "qk_norm": "head"}], ids=["learned", "rotary"]
 )
-def test_packed_documents_are_those_that_stand_alone(settings: dict[str, Any]) -> None:
+def test_own_model_computes_packed_documents_as_if_alone(settings: dict[str, Any]) -> None:
     model = build(**settings)
     expected = torch.cat([separately(model, row) for row in IDS])
     packed = model(IDS, position_ids=PACKED)
@@ -54,7 +54,7 @@ def test_packed_documents_are_those_that_stand_alone(settings: dict[str, Any]) -
     torch.testing.assert_close(model(padded, mask, positions).logits[:, 2:], expected)
 
 
-def test_other_positions_are_refused_by_value() -> None:
+def test_own_model_refuses_other_positions_by_value() -> None:
     model = build()
     own = torch.arange(10)[None]
     assert torch.equal(model(IDS, position_ids=own).logits, model(IDS).logits)
@@ -87,12 +87,12 @@ def test_other_positions_are_refused_by_value() -> None:
         ({"attention_mask": torch.ones(2, 9)}, r"attention_mask is \[2, 9\], not .* \[2, 10\]"),
     ],
 )
-def test_what_would_change_the_result_is_refused(given: dict[str, Any], message: str) -> None:
+def test_own_model_refuses_arguments_that_would_change_the_result(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()(IDS, **given)
 
 
-def test_what_changes_nothing_is_taken() -> None:
+def test_own_model_takes_arguments_that_change_nothing() -> None:
     model = build()
     same = {"inputs_embeds": None, "cache_position": torch.arange(10), "is_causal": True, "output_attentions": False}
     assert torch.equal(model(IDS, **same, max_length_q=None).logits, model(IDS).logits)
@@ -104,7 +104,7 @@ def test_what_changes_nothing_is_taken() -> None:
         model(IDS, **described)
 
 
-def test_embeddings_stand_for_tokens() -> None:
+def test_own_model_takes_embeddings_for_tokens() -> None:
     model = build()
     table = model.get_input_embeddings()
     assert torch.equal(model(inputs_embeds=table(IDS)).logits, model(IDS).logits)
@@ -116,7 +116,7 @@ def test_embeddings_stand_for_tokens() -> None:
     assert torch.equal(model.generate(inputs_embeds=table(IDS), **settings), text[:, 10:])
 
 
-def test_a_cache_is_returned_unless_the_configuration_says_otherwise() -> None:
+def test_own_model_returns_a_cache_unless_the_configuration_says_otherwise() -> None:
     model = build()
     first, whole = model(IDS[:, :6]), model(IDS)
     assert cache_of(first).get_seq_length() == 6 and cache_of(model(IDS, use_cache=False)) is None
@@ -127,7 +127,7 @@ def test_a_cache_is_returned_unless_the_configuration_says_otherwise() -> None:
     assert model(IDS, return_dict=False)[0].shape == (2, 10, 99)
 
 
-def test_the_head_is_a_module_tied_where_the_configuration_ties(tmp_path: Path) -> None:
+def test_own_model_has_a_head_that_is_tied_where_the_configuration_says_so(tmp_path: Path) -> None:
     for tied in (True, False):
         model = build(tied_embeddings=tied)
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
@@ -143,7 +143,7 @@ def test_the_head_is_a_module_tied_where_the_configuration_ties(tmp_path: Path) 
     assert [logits.shape[1] for logits in hidden.router_logits] == [2, 4] and cache_of(hidden).get_seq_length() == 10
 
 
-def test_settings_have_values() -> None:
+def test_own_model_configuration_has_values() -> None:
     config = NlgmoeConfig(vocab_size=99, hidden_size=32, num_heads=4)
     assert config.gpt_config() == GPTConfig(99, hidden_size=32, num_heads=4)
     assert (config.num_hidden_layers, config.max_position_embeddings, config.initializer_range) == (24, 2048, 0.014)
@@ -157,7 +157,7 @@ def test_settings_have_values() -> None:
     assert not hasattr(config, "router_aux_loss_coef") and not hasattr(config, "num_experts_per_tok")
 
 
-def test_trainers_that_compute_a_balance_loss_find_its_settings_or_the_reason() -> None:
+def test_own_model_gives_trainers_settings_of_the_balance_loss_or_the_reason() -> None:
     config = NlgmoeConfig(**SMALL | {"moe": {"num_experts": 4, "top_k": 2}})
     assert (config.num_experts, config.num_experts_per_tok, config.router_aux_loss_coef) == (4, 2, 0.01)
     assert config.output_router_logits is False
@@ -167,7 +167,7 @@ def test_trainers_that_compute_a_balance_loss_find_its_settings_or_the_reason() 
         NlgmoeConfig(**SMALL).num_experts  # noqa: B018
 
 
-def test_the_loss_has_the_balance_loss_in_training_and_where_router_logits_are_asked_for() -> None:
+def test_own_model_adds_the_balance_loss_in_training_and_with_router_logits() -> None:
     model, labels = build(), IDS.masked_fill(IDS < 20, -100)
     plain = model(IDS, labels=labels)
     balance, z = router_losses(model.model.gpt(IDS).routings)
@@ -184,7 +184,7 @@ def test_the_loss_has_the_balance_loss_in_training_and_where_router_logits_are_a
     assert bool(torch.autograd.grad(trained.aux_loss, weight)[0].ne(0).any())
 
 
-def test_the_losses_of_micro_batches_add_up_to_that_of_the_step() -> None:
+def test_own_model_losses_of_micro_batches_add_up_to_that_of_the_step() -> None:
     model, labels = build(output_router_logits=True), IDS.masked_fill(IDS < 30, -100)
     items = (labels[:, 1:] != -100).sum(dim=1)
     parts = [model(IDS[i : i + 1], labels=labels[i : i + 1]) for i in range(2)]
@@ -206,7 +206,7 @@ class Adapted(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
-def test_adapters_of_every_linear_layer_get_a_gradient() -> None:
+def test_own_model_gives_adapters_of_every_linear_layer_a_gradient() -> None:
     model = build().requires_grad_(False)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert "model.gpt.blocks.0.moe.coefficient" in names and "lm_head" in names
@@ -220,7 +220,7 @@ def test_adapters_of_every_linear_layer_get_a_gradient() -> None:
             assert part.weight.grad is not None and bool(part.weight.grad.ne(0).any()), name
 
 
-def test_coefficients_are_computed_in_fp32_whatever_the_weights() -> None:
+def test_own_model_computes_coefficients_in_fp32_whatever_the_weights() -> None:
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     layer = moe_layers(build().to(torch.bfloat16))[0].coefficient
     assert layer is not None and layer(x).dtype == torch.float32
@@ -228,7 +228,7 @@ def test_coefficients_are_computed_in_fp32_whatever_the_weights() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_dynamic_int8_of_every_linear_layer_runs() -> None:
+def test_own_model_runs_with_dynamic_int8_in_every_linear_layer() -> None:
     model = build(hidden_size=64)
     expected = model(IDS).logits
     eight = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
@@ -236,7 +236,7 @@ def test_dynamic_int8_of_every_linear_layer_runs() -> None:
     assert float((eight(IDS).logits - expected).norm()) < 0.2 * float(expected.norm())
 
 
-def test_recomputation_refuses_what_it_would_compute_wrongly() -> None:
+def test_own_model_recomputation_refuses_what_it_would_compute_wrongly() -> None:
     model = build().train()
     with pytest.raises(ValueError, match="use_reentrant=True is not supported"):
         model.gradient_checkpointing_enable({"use_reentrant": True})
@@ -250,7 +250,7 @@ def test_recomputation_refuses_what_it_would_compute_wrongly() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiled_model_computes_the_same(dtype: torch.dtype) -> None:
+def test_own_model_computes_the_same_when_compiled(dtype: torch.dtype) -> None:
     torch.compiler.reset()
     model = build(num_layers=1, moe=MOE | {"num_experts": 2}).to(dtype)
     compiled = torch.compile(model)
@@ -265,7 +265,7 @@ def test_a_compiled_model_computes_the_same(dtype: torch.dtype) -> None:
     assert torch.equal(compiled.generate(IDS, **settings), model.generate(IDS, **settings))
 
 
-def test_the_sizes_are_those_of_the_checkpoints_model() -> None:
+def test_own_model_configuration_has_the_sizes_of_the_checkpoints_model() -> None:
     config = NlgmoeConfig(**SMALL)
     assert config.vocab_size_multiple == 128 and config.gpt_config().moe == MoEConfig(**MOE)
     assert NlgmoeForCausalLM(config).model.gpt.token_embedding.num_embeddings == 99

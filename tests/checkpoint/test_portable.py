@@ -42,7 +42,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder, Tra
 
 
 @pytest.mark.parametrize("saved_after", SAVED_AFTER)
-def test_resuming_anywhere_gives_the_undisturbed_run_bit_for_bit(
+def test_resume_at_any_step_gives_the_undisturbed_run_bit_for_bit(
     saved_after: int, saved: tuple[Path, Recorder, Trainer], tmp_path: Path
 ) -> None:
     (folder, undisturbed, first), resumed = saved, Recorder()
@@ -59,14 +59,14 @@ def test_resuming_anywhere_gives_the_undisturbed_run_bit_for_bit(
     )
 
 
-def test_saving_copies_nothing(tmp_path: Path) -> None:
+def test_save_copies_no_tensor(tmp_path: Path) -> None:
     module, run = MoEGPTModule(GPTConfig(61, 16, 4, 128, 2, moe=MoEConfig([2, 4]))), trainer(tmp_path, max_steps=1)
     run.fit(module, SyntheticData())
     weights = sum(value.numel() * 4 for value in module.parameters())
     assert peak_bytes(lambda: run.save_checkpoint(tmp_path / "a.ckpt")) < 0.2 * weights
 
 
-def test_resuming_twice_is_resuming_once(tmp_path: Path) -> None:
+def test_resume_twice_equals_resume_once(tmp_path: Path) -> None:
     undisturbed, last = Recorder(), Recorder()
     fit(tmp_path, undisturbed, SaveAt(4, tmp_path / "a.ckpt"))
     fit(tmp_path, SaveAt(14, tmp_path / "b.ckpt"), resume=tmp_path / "a.ckpt")
@@ -86,7 +86,7 @@ def test_lightnings_model_checkpoint_keeps_the_best_and_a_run_resumes_from_it(tm
     assert len(resumed.losses) == ACCUMULATE
 
 
-def test_one_entry_per_expert_and_moment_and_no_pickle(tmp_path: Path) -> None:
+def test_checkpoint_has_one_entry_per_expert_and_moment_and_no_pickle(tmp_path: Path) -> None:
     run = fit(tmp_path, SaveAt(6, tmp_path / "a.ckpt"), steps=2)
     files = {path.name for path in (tmp_path / "a.ckpt").iterdir()}
     tensors = {"model.safetensors", "optimizer.safetensors", "state.safetensors"}
@@ -132,7 +132,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 
 
-def test_overwriting_and_removing(tmp_path: Path) -> None:
+def test_checkpoint_is_overwritten_and_removed(tmp_path: Path) -> None:
     """Of a link, the link alone."""
     io = PortableCheckpointIO()
     io.save_checkpoint(NEEDED | {"state_dict": {"model.x": torch.ones(1)}}, tmp_path / "a.ckpt")
@@ -152,7 +152,7 @@ def test_a_callbacks_state_survives_or_is_refused_by_name(tmp_path: Path) -> Non
     assert io.load_checkpoint(tmp_path / "a.ckpt")["callbacks"]["Mine"] == state
 
 
-def test_resuming_another_model_or_seed_is_refused_and_evaluating_another_seed_is_not(
+def test_checkpoint_of_another_model_or_seed_is_refused_but_evaluates_with_another_seed(
     saved: tuple[Path, Recorder, Trainer], tmp_path: Path
 ) -> None:
     path = saved[0] / "9.ckpt"
@@ -181,7 +181,7 @@ def test_a_resumed_run_obeys_its_own_optimizer_settings(saved: tuple[Path, Recor
     assert no_decay["weight_decay"] == 0.0
 
 
-def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
+def test_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"no checkpoint at {tmp_path}"):
         load_model(tmp_path)
     (tmp_path / "checkpoint.json").write_text('{"format": "nlgmoe-portable", "version": 99}')
@@ -189,7 +189,7 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def test_another_length_is_refused_with_the_setting_that_is_meant() -> None:
+def test_checkpoint_of_another_length_is_refused_with_the_setting_to_change() -> None:
     for rope_theta in (1e4, None):
         config = GPTConfig(61, 16, 2, 16, 2, rope_theta=rope_theta)
         shorter, saved = replace(config, seq_len=8), {"model_config": config.to_dict()}

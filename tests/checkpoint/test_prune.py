@@ -51,7 +51,7 @@ def logits(model: GPT, tokens: Tensor = TOKENS) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", MOES)
-def test_experts_that_no_token_uses_are_not_missed(kind: str, tmp_path: Path) -> None:
+def test_pruning_experts_that_no_token_uses_changes_no_output(kind: str, tmp_path: Path) -> None:
     """The weights of two experts are renormalised, so that those of a token do not depend on the rest."""
     source = whole(tmp_path, kind)
     model = load_model(source)
@@ -73,7 +73,7 @@ def test_experts_that_no_token_uses_are_not_missed(kind: str, tmp_path: Path) ->
 @pytest.mark.parametrize("kind", ["softmax", "gated"])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @torch.no_grad()
-def test_use_is_the_sum_of_weights_and_saliency_the_mean_of_weight_times_norm(
+def test_pruning_use_is_the_sum_of_weights_and_saliency_the_mean_weight_times_norm(
     dtype: torch.dtype, error: float, kind: str, tmp_path: Path
 ) -> None:
     """Saliency: REAP's, of each expert over its tokens. In bf16 experts compute rows of no token too."""
@@ -97,12 +97,12 @@ def test_use_is_the_sum_of_weights_and_saliency_the_mean_of_weight_times_norm(
     assert use.loss == pytest.approx(float(loss), rel=error) and use.tokens == 32
 
 
-def test_the_most_used_experts_stay_in_their_order() -> None:
+def test_pruning_keeps_the_most_used_experts_in_their_order() -> None:
     weights = [torch.tensor([1.0, 5, 5, 3]), torch.tensor([0.0, 2])]
     assert most_used(weights, GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 1]))) == [[1, 2], [1]]
 
 
-def test_equal_numbers_of_each_group_stay() -> None:
+def test_pruning_keeps_equal_numbers_of_each_group() -> None:
     weights = [torch.tensor([1.0, 5, 5, 3, 0.1, 0.2, 0.4, 0.3])]
     config = GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig([4], groups=[2, 1]))
     assert most_used(weights, config) == [[1, 2, 6, 7]]
@@ -111,9 +111,7 @@ def test_equal_numbers_of_each_group_stay() -> None:
 
 @pytest.mark.parametrize("by", ["use", "reap"])
 @pytest.mark.parametrize("router", [None, SigmoidRouterConfig()], ids=["softmax", "sigmoid"])
-def test_groups_and_a_shared_expert_survive_pruning(
-    by: str, router: SigmoidRouterConfig | None, tmp_path: Path
-) -> None:
+def test_pruning_keeps_groups_and_a_shared_expert(by: str, router: SigmoidRouterConfig | None, tmp_path: Path) -> None:
     """Experts that are not missed are removed; a token chooses in the same group as before."""
     config = GPTConfig(300, 16, 6, 16, 2, init_std=0.3, moe=replace(GROUPS, router=router))
     source = write(tmp_path / "whole.ckpt", config, tokenizer=TOKENIZER.files)
@@ -181,7 +179,7 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     assert model["schedule"] == expected
 
 
-def test_what_cannot_be_pruned_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pruning_refuses_models_and_numbers_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, small = whole(tmp_path, "softmax"), tmp_path / "small.ckpt"
     for arguments, message in (
         ((small, "--num-experts=[3,0]"), "num_experts=[3, 0] has 2 numbers, the model has [6, 0, 5]"),
@@ -208,7 +206,7 @@ def test_what_cannot_be_pruned_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 
 @torch.no_grad()
-def test_a_text_is_measured_as_prepare_data_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pruning_reads_text_as_prepare_data_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "It was the best\r\nof times.\r\n" * 20
     (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
     source = whole(tmp_path, "softmax")

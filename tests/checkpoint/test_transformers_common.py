@@ -20,7 +20,7 @@ STUBS = {
 }  # not in the sources
 
 
-def test_the_common_tests_of_transformers_pass(tmp_path: Path) -> None:
+def test_export_passes_the_common_tests_of_transformers(tmp_path: Path) -> None:
     pip, release = [sys.executable, "-m", "pip", "--quiet"], f"transformers=={transformers.__version__}"
     sources = ["download", "--no-deps", "--no-binary=:all:", "--no-build-isolation", f"--dest={tmp_path}", release]
     subprocess.run([*pip, *sources], check=True)

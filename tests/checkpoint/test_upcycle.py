@@ -87,7 +87,7 @@ def logits_of(path: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_mixture_computes_what_the_dense_model_does(kind: str, tmp_path: Path) -> None:
+def test_upcycled_mixture_computes_what_the_dense_model_does(kind: str, tmp_path: Path) -> None:
     source, out, (config, moe) = tmp_path / "dense.ckpt", tmp_path / "moe.ckpt", KINDS[kind]
     write(source, config, tokenizer=TOKENIZER.files)
     assert upcycle(source, out, moe).config == replace(config, moe=moe)
@@ -115,7 +115,7 @@ def test_the_mixture_computes_what_the_dense_model_does(kind: str, tmp_path: Pat
         MoEConfig(6, top_k=3, normalize_weights=False),
     ],
 )
-def test_experts_part_in_training(moe: MoEConfig, dense: Path, tmp_path: Path) -> None:
+def test_upcycled_experts_differ_after_training(moe: MoEConfig, dense: Path, tmp_path: Path) -> None:
     upcycle(dense, tmp_path / "moe.ckpt", moe)
     module = MoEGPTModule(replace(DENSE, moe=moe), warm_start=WarmStart(str(tmp_path / "moe.ckpt")))
     trainer(tmp_path, max_steps=2).fit(module, SyntheticData())
@@ -124,7 +124,7 @@ def test_experts_part_in_training(moe: MoEConfig, dense: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("router", [None, SIGMOID])
-def test_the_gates_of_a_dense_model_in_fp16_are_not_rounded_to_zero(
+def test_upcycled_gates_of_a_dense_model_in_fp16_are_not_rounded_to_zero(
     router: SigmoidRouterConfig | None, tmp_path: Path
 ) -> None:
     half = write(tmp_path / "half.ckpt", DENSE, dtype=torch.float16)
@@ -136,7 +136,7 @@ def test_the_gates_of_a_dense_model_in_fp16_are_not_rounded_to_zero(
         torch.testing.assert_close(routing.probs, torch.full_like(routing.probs, 1 / 4), rtol=1e-4, atol=0)
 
 
-def test_noise_is_as_large_as_it_was_said(dense: Path, tmp_path: Path) -> None:
+def test_upcycling_noise_is_as_large_as_its_setting(dense: Path, tmp_path: Path) -> None:
     for name, noise, seed in (("a", 0.1, 0), ("b", 0.1, 0), ("c", 0.1, 2)):
         upcycle(dense, tmp_path / f"{name}.ckpt", MoEConfig(4, top_k=2), noise, seed)
     a, b, c = (load_model(tmp_path / f"{name}.ckpt").blocks[1].moe.experts for name in "abc")
@@ -173,7 +173,7 @@ def test_noise_is_as_large_as_it_was_said(dense: Path, tmp_path: Path) -> None:
         (DENSE, "", (None, 2, 1), ""),
     ],
 )
-def test_a_model_stays_in_its_family_by_default(
+def test_upcycled_model_stays_in_its_family_by_default(
     config: GPTConfig, words: str, expected: tuple, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = write(tmp_path / "dense.ckpt", config), tmp_path / "moe.ckpt"
@@ -194,7 +194,9 @@ def test_a_model_stays_in_its_family_by_default(
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
-def test_the_command_and_what_it_refuses(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_upcycle_command_writes_a_checkpoint_and_refuses_wrong_settings(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "a moe.ckpt"
     main(["upcycle", str(dense), str(out), "--num-experts", "[2,4]", "--mlp-type", "residual", "--noise", "0.01"])
     output = capsys.readouterr().out

@@ -46,7 +46,7 @@ def module(start: WarmStart | None, config: GPTConfig = CONFIG, **settings: Any)
 
 
 @pytest.mark.parametrize("name", ["whole.ckpt", "run"])  # the last: its newest
-def test_a_new_run_has_the_weights_and_nothing_else(name: str, trained: Path, tmp_path: Path) -> None:
+def test_warm_start_takes_the_weights_and_nothing_else(name: str, trained: Path, tmp_path: Path) -> None:
     saved = trainer(tmp_path, limit_val_batches=1.0)
     (expected,) = saved.validate(module(None), SyntheticData(), ckpt_path=trained / name, verbose=False)
     start = WarmStart(str(trained / name))
@@ -71,7 +71,7 @@ def test_a_new_run_has_the_weights_and_nothing_else(name: str, trained: Path, tm
     ],
     ids=["more experts", "deeper"],
 )
-def test_what_does_not_fit_is_refused_or_listed(
+def test_warm_start_refuses_or_lists_what_does_not_fit(
     gpt: dict[str, Any], moe: dict[str, Any], words: str, trained: Path
 ) -> None:
     config = replace(CONFIG, **gpt, moe=replace(CONFIG.moe, **moe))
@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused_or_listed(
     assert f"loaded {counted:,} of {total:,} values" in loaded.report
 
 
-def test_a_checkpoint_that_the_other_run_saves_meanwhile_is_not_read(
+def test_warm_start_does_not_read_a_checkpoint_that_the_other_run_saves_meanwhile(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In half precision DeepSpeed reads the weights twice: fp32 weights of another step would replace the rounded ones."""
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_the_other_run_saves_meanwhile_is_not_read(
     assert all(torch.equal(value, files.read(name)) for name, value in masters.items())
 
 
-def test_nothing_in_common_is_an_error_and_another_number_of_heads_is_named(
+def test_warm_start_refuses_nothing_in_common_and_names_another_number_of_heads(
     trained: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     start = WarmStart(str(trained / "whole.ckpt"), strict=False)
@@ -141,7 +141,7 @@ def test_weights_alone_are_evaluated_as_they_are_but_not_resumed(trained: Path, 
         trainer(tmp_path, max_steps=9).fit(module(None), SyntheticData(), ckpt_path=path)
 
 
-def test_a_resumed_run_still_names_the_weights_that_its_training_started_from(trained: Path, tmp_path: Path) -> None:
+def test_warm_start_is_still_named_by_a_resumed_run(trained: Path, tmp_path: Path) -> None:
     source, path = trained / "whole.ckpt", tmp_path / "warm.ckpt"
     for start, steps, resumed in ((WarmStart(str(source)), 2, None), (None, 4, path)):
         run = trainer(tmp_path, max_steps=steps)
@@ -152,7 +152,7 @@ def test_a_resumed_run_still_names_the_weights_that_its_training_started_from(tr
     assert f"from the weights of {'/'.join(source.parts[-3:])} |" in (tmp_path / "exported/README.md").read_text()
 
 
-def test_blocks_start_from_the_blocks_that_are_named(trained: Path) -> None:
+def test_warm_start_takes_the_blocks_that_are_named(trained: Path) -> None:
     """A student of three blocks, whose one MoE block is the teacher's last; and of a rank, its own experts alone."""
     config = replace(CONFIG, num_layers=3, moe=replace(CONFIG.moe, num_experts=[4]))
     start = WarmStart(str(trained / "whole.ckpt"), layers=[2, 3, 2])
@@ -178,13 +178,13 @@ def test_blocks_start_from_the_blocks_that_are_named(trained: Path) -> None:
         load_initial_weights(GPT(config), replace(start, layers=[0, 1, 2]))
 
 
-def test_a_checkpoint_that_a_run_can_go_on_from_is_not_replaced_by_weights(trained: Path) -> None:
+def test_weights_alone_do_not_replace_a_checkpoint_that_a_run_can_resume(trained: Path) -> None:
     read = TensorFiles(trained / "whole.ckpt", "model").read
     with pytest.raises(ValueError, match=r"whole.ckpt is not replaced by weights alone: a run can be resumed from it"):
         write_weights(trained / "whole.ckpt", read, CONFIG, overwrite=True)
 
 
-def test_a_routers_buffers_are_not_looked_for_in_the_engine() -> None:
+def test_warm_start_does_not_look_for_buffers_of_a_router_in_the_engine() -> None:
     """A warm start in half precision loads its entries into ZeRO's fp32 copies, which buffers do not have."""
     from nlgmoe.parallel.engine import EngineState  # imports DeepSpeed
 

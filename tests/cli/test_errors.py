@@ -268,7 +268,7 @@ def test_a_wrong_command_is_refused_before_anything_runs(
 
 
 @pytest.mark.parametrize("mistake", DAMAGED)
-def test_damaged_data_are_named_with_another_exit_code(
+def test_damaged_data_are_named_with_an_exit_code_of_their_own(
     mistake: str, place: Place, says: Callable[[str], tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")  # nobody answers there
@@ -297,7 +297,7 @@ def test_damaged_data_are_named_with_another_exit_code(
         "yaml: model:\n  <<: {seed: 4}\n  train_tokens: 5",
     ],
 )
-def test_every_way_to_write_a_setting_is_accepted(form: str, place: Place) -> None:
+def test_settings_are_accepted_in_every_way_to_write_them(form: str, place: Place) -> None:
     words = [place.yaml(form.removeprefix("yaml: "))] if form.startswith("yaml: ") else form.split(" ")
     with pytest.raises(SystemExit) as end:
         main(place.args(*words, "--print_config"))
@@ -327,7 +327,7 @@ def validation_loss(place: Place, capsys: pytest.CaptureFixture[str], *settings:
     return next(line for line in capsys.readouterr().out.splitlines() if "val/loss " in line)
 
 
-def test_evaluation_does_not_mind_what_only_training_looks_at(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_accepts_settings_that_only_training_reads(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     whole = f"--ckpt_path={place.last}"
     moe = ["--model.config.moe.train_capacity_factor=2.0", "--model.config.moe.noise=jitter"]
     others = [
@@ -339,7 +339,7 @@ def test_evaluation_does_not_mind_what_only_training_looks_at(place: Place, caps
     assert validation_loss(place, capsys, whole, *moe, *others) == validation_loss(place, capsys, whole)
 
 
-def test_a_new_run_from_the_weights_of_another(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_new_run_starts_from_the_weights_of_another(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     start, whole = f"--model.warm_start.checkpoint={place.last}", f"--ckpt_path={place.last}"
     gone = "--model.warm_start.checkpoint=nowhere.ckpt"  # a resumed run and an evaluation need it no more
     losses = {validation_loss(place, capsys, *settings) for settings in ([start], [whole], [whole, gone])}
@@ -367,7 +367,7 @@ class Broken(Dataset):
         raise RunError("sample 0 is damaged;\n  make the corpus anew")
 
 
-def test_errors_of_pytorch_are_one_line_too() -> None:
+def test_errors_of_pytorch_are_one_line() -> None:
     (line,) = describe(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")) or [""]
     assert line.startswith("CUDA out of memory. Tried to allocate 2 GiB; use a smaller batch")
     with pytest.raises(RunError) as caught:
@@ -406,7 +406,7 @@ def test_a_reader_that_ends_early_is_no_error() -> None:
     assert process.returncode == 128 + signal.SIGPIPE
 
 
-def test_load_config_raises_the_same_line(place: Place) -> None:
+def test_load_config_raises_the_line_of_train_py(place: Place) -> None:
     with pytest.raises(ValueError, match=r"^model.train_tokens=-2 must be at least 1[^\n]*$") as error:
         load_config(place.trained / "base.yaml", model__train_tokens=-2)
     assert error.value.__cause__ is None and error.value.__suppress_context__  # a notebook shows what is chained

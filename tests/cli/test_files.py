@@ -8,7 +8,7 @@ from nlgmoe.cli.arguments import write_whole
 from nlgmoe.cli.input_files import input_files
 
 
-def test_a_folders_records_are_read_else_its_plain_text_and_other_files_are_named(
+def test_folder_of_text_gives_its_records_else_plain_text_and_names_other_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("README.md", "b.txt.gz", ".hidden", "._a.jsonl"):
@@ -27,7 +27,7 @@ def test_a_folders_records_are_read_else_its_plain_text_and_other_files_are_name
     assert input_files(f"{tmp_path}/*.md") == [str(tmp_path / "README.md")]
 
 
-def test_a_file_is_written_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_atomic_write_writes_a_file_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "out"
 
     def full(file: Path, text: str, encoding: str) -> None:

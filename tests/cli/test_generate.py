@@ -36,7 +36,7 @@ def run(capsys: pytest.CaptureFixture, *args: object) -> tuple[str, str]:
     return found.out, found.err
 
 
-def test_one_prompt_is_printed_as_it_goes_on(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+def test_generate_prints_one_prompt_as_it_goes_on(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
     trained = load_pretrained(checkpoint)
     tokens = TOKENIZER.encode("the king")
     for options, settings in (
@@ -50,14 +50,14 @@ def test_one_prompt_is_printed_as_it_goes_on(checkpoint: Path, capsys: pytest.Ca
             assert (out, err) == (detokenize(TOKENIZER, ids) + "\n", "")
 
 
-def test_it_says_where_the_model_can_read_no_further(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+def test_generate_says_where_the_model_can_read_no_further(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
     note = " ended before max_new_tokens, at the model's seq_len=32\n"
     for count, subject in ((1, "the text"), (2, "2 of 2 texts")):
         _, err = run(capsys, checkpoint, *["--prompt", "the king"] * count, "--temperature=0")
         assert err == f"note: {subject}{note}"
 
 
-def test_prompts_are_continued_in_their_order(
+def test_generate_continues_prompts_in_their_order(
     checkpoint: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = (checkpoint, "--max-new-tokens", 5)
@@ -79,7 +79,7 @@ def test_prompts_are_continued_in_their_order(
         (("CKPT",), 2, "give a text with --prompt"),
     ],
 )
-def test_mistakes_end_with_one_line(
+def test_generate_ends_with_one_line_on_mistakes(
     args: tuple[str, ...], code: int, message: str, checkpoint: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

@@ -32,7 +32,7 @@ def our_classes() -> list[type]:
     return found
 
 
-def test_every_setting_has_a_sentence_that_says_what_its_number_is() -> None:
+def test_help_of_a_setting_says_what_its_number_is() -> None:
     kinds = our_classes()
     names = {kind.__name__ for kind in kinds}
     assert {"GPTConfig", "MoEConfig", "AdamWConfig", "LearningRateSchedule", "BlendPart", "SampleText"} <= names
@@ -49,7 +49,7 @@ def test_every_setting_has_a_sentence_that_says_what_its_number_is() -> None:
                 assert re.search(rf"\b({COUNTED}|{QUANTITY})\b", sentence), f"{setting} of what?"
 
 
-def test_the_overview_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_overview_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     text = capsys.readouterr().out
     for name, (_, summary) in COMMANDS.items():

@@ -28,7 +28,7 @@ def inspect_json(capsys: pytest.CaptureFixture, *args: str) -> dict[str, Any]:
     return json.loads(inspect(capsys, *args, "--json"))
 
 
-def test_a_configuration_is_read_as_train_py_reads_it(capsys: pytest.CaptureFixture) -> None:
+def test_inspect_reads_a_configuration_as_train_py_does(capsys: pytest.CaptureFixture) -> None:
     found = inspect_json(capsys, LAPTOP, "--hardware=a100-80")
     experiment = load_config(LAPTOP)
     built = experiment.module.gpt
@@ -43,7 +43,9 @@ def test_a_configuration_is_read_as_train_py_reads_it(capsys: pytest.CaptureFixt
     assert found["step_seconds"] == pytest.approx(sum(found["step_seconds_by_part"].values()))
 
 
-def test_options_override_the_files_and_later_files_the_earlier(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_inspect_options_override_files_and_later_files_earlier_ones(
+    capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(yaml.safe_dump({"trainer": {"accumulate_grad_batches": 3, "precision": "bf16-mixed"}}))
     options = ("--gpus", "8", "--expert-parallel=8", "--zero", "2", "--micro_batch", "4", "--activation-checkpointing")
@@ -67,13 +69,13 @@ ON_MANY = {"class_path": "nlgmoe.ExpertParallelStrategy", "init_args": EXPERT_PA
         ({"accelerator": "cpu"}, (1, 1, 0, False, "32-true")),
     ],
 )
-def test_the_trainers_ranks_strategy_and_precision(trainer: dict[str, Any], expected: tuple) -> None:
+def test_inspect_takes_ranks_strategy_and_precision_of_the_trainer(trainer: dict[str, Any], expected: tuple) -> None:
     found = layout({"trainer": trainer, "data": {"micro_batch_size": 2}, "model": {}}, {})
     shape = (found.gpus, found.expert_parallel_size, found.zero_stage, found.deepspeed, found.precision)
     assert shape == expected and found.global_batch_size == 2 * found.gpus
 
 
-def test_the_network_is_between_the_files_nodes(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_inspect_takes_the_network_between_the_files_nodes(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     def seconds(devices: Any, nodes: int, *options: str) -> float:
         strategy = {"class_path": "nlgmoe.ExpertParallelStrategy", "init_args": {"expert_parallel_size": 16}}
         trainer = {"accelerator": "gpu", "devices": devices, "num_nodes": nodes, "strategy": strategy}
@@ -86,7 +88,7 @@ def test_the_network_is_between_the_files_nodes(capsys: pytest.CaptureFixture, t
     assert one < two == seconds("auto", 2, "--gpus=16")  # nodes as sold
 
 
-def test_the_files_global_batch_stays_when_ranks_change() -> None:
+def test_inspect_keeps_the_files_global_batch_when_ranks_change() -> None:
     settings = {"trainer": {"devices": 8}, "data": {"micro_batch_size": 2, "global_batch_size": 64}, "model": {}}
     assert layout(settings, {}).accumulation == 4
     assert layout(settings, {"gpus": 16}).accumulation == 2
@@ -94,7 +96,7 @@ def test_the_files_global_batch_stays_when_ranks_change() -> None:
         layout(settings, {"gpus": 24})
 
 
-def test_a_checkpoint_folder_is_inspected_too(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_inspect_takes_a_checkpoint_folder_too(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     folder = tmp_path / "last.ckpt"
     module = load_config(LAPTOP).module
     module.configure_model()
@@ -106,7 +108,7 @@ def test_a_checkpoint_folder_is_inspected_too(capsys: pytest.CaptureFixture, tmp
     assert found["inputs"]["topology"]["gpus"] == 4
 
 
-def test_the_options_of_a_run_that_does_not_fit_say_where_they_fit(capsys: pytest.CaptureFixture) -> None:
+def test_inspect_says_which_options_make_a_run_fit(capsys: pytest.CaptureFixture) -> None:
     args = (str(ROOT / "configs/moe/1.3b_moe_128.yaml"), "--gpus=64", "--zero=1", "--hardware=a100-40")
     text = inspect(capsys, *args)
     assert "52.4" in text and "does not fit: needs" in text
@@ -148,7 +150,7 @@ def on_machine(monkeypatch: pytest.MonkeyPatch, gpu: str | None) -> None:
         ("NVIDIA L4", [LAPTOP], "this machine's CPU", MEMORY - RESERVED, False),
     ],
 )
-def test_without_hardware_the_run_is_judged_by_this_machine(
+def test_inspect_without_hardware_judges_by_this_machine(
     gpu: str | None,
     files: list[str],
     name: str,
@@ -169,7 +171,7 @@ def test_without_hardware_the_run_is_judged_by_this_machine(
     assert found["memory"] | {"available": 0} == named["memory"] | {"available": 0}
 
 
-def test_what_is_not_known_of_this_machine_is_said(
+def test_inspect_says_what_is_not_known_of_this_machine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     on_machine(monkeypatch, None)

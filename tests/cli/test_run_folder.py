@@ -24,9 +24,7 @@ from tests.support.commands import TINY
 ROOT = Path(__file__).parents[2]
 
 
-def test_another_logger_and_other_callbacks_leave_the_checkpoints_where_they_are(
-    pocket_pile: Path, tmp_path: Path
-) -> None:
+def test_checkpoints_stay_where_they_are_with_other_loggers_and_callbacks(pocket_pile: Path, tmp_path: Path) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     command = ["fit", "--config", str(ROOT / "configs/quickstart.yaml"), *TINY, f"--data.data_dir={pocket_pile}"]
     command += [f"--trainer.default_root_dir={run}", "--trainer.logger=CSVLogger"]
@@ -72,7 +70,7 @@ class OwnLoad(ExpertLoad):
     """A user's variant of a default callback."""
 
 
-def test_a_variant_of_a_default_callback_takes_its_place() -> None:
+def test_callback_that_varies_a_default_one_takes_its_place() -> None:
     with pytest.raises(
         SettingError, match=r"^trainer\.callbacks=\[<.*OwnLoad object.*>\]: write an object as in a file"
     ):
@@ -99,7 +97,7 @@ def test_text_that_could_be_something_else_is_recorded_as_text(
             assert (found["default_root_dir"], made["save_dir"], made["name"]) == (text, text, text)
 
 
-def test_a_list_with_a_plus_sign_adds_callbacks_and_one_without_replaces_them(tmp_path: Path) -> None:
+def test_callbacks_with_a_plus_sign_are_added_and_without_replace_the_others(tmp_path: Path) -> None:
     laptop, more = ROOT / "configs/dense/laptop.yaml", tmp_path / "more.yaml"
 
     def callbacks(*files: Path) -> list[Any]:
@@ -116,7 +114,7 @@ def test_a_list_with_a_plus_sign_adds_callbacks_and_one_without_replaces_them(tm
         assert [(one.every_n_steps, one.keep) for one in found] == [(20, keep)]
 
 
-def test_nothing_is_written_where_a_few_batches_are_tried(
+def test_trial_of_a_few_batches_writes_nothing(
     pocket_pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither into a new folder, nor into one with a run; and no run opens a connection."""

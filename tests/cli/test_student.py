@@ -51,7 +51,7 @@ def test_the_shipped_students_are_those_of_their_teachers(
     assert in_any_order(found) == in_any_order(shipped)
 
 
-def test_what_is_the_teachers_alone_is_not_the_students(tmp_path: Path) -> None:
+def test_student_leaves_out_settings_of_the_teacher_alone(tmp_path: Path) -> None:
     """A teacher that was itself a student, and started from another run."""
     text = yaml.safe_load((CONFIGS / "mos/laptop.yaml").read_text())
     text["model"]["warm_start"] = {"checkpoint": "elsewhere"}
@@ -83,7 +83,7 @@ def test_what_is_the_teachers_alone_is_not_the_students(tmp_path: Path) -> None:
         ("pr_moe", ["--num-layers=5"], "is in no run's folder: there is no config.yaml above it"),
     ],
 )
-def test_what_makes_no_student_is_named(
+def test_student_command_names_what_makes_no_student(
     source: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
@@ -121,7 +121,7 @@ def of_checkpoint(tmp_path: Path, checkpoints: Path, name: str, *options: str) -
     return start["layers"], GPTConfig.from_dict(settings["model"]["config"])
 
 
-def test_the_block_that_passes_its_input_on_is_left_out_first(
+def test_student_leaves_out_first_a_block_that_passes_its_input_on(
     checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert of_checkpoint(tmp_path, checkpoints, "dense", "--num-layers=5")[0] == [0, 2, 3, 4, 5]
@@ -149,7 +149,7 @@ def test_the_block_that_passes_its_input_on_is_left_out_first(
         ("pyramid", ["--blocks=influence"], [0, 2, 3, 5], (1, [0, 0, 4, 4])),
     ],
 )
-def test_each_choice_of_blocks_is_expressed(
+def test_student_expresses_each_choice_of_blocks(
     name: str,
     options: list[str],
     blocks: list[int],
@@ -200,7 +200,7 @@ def test_a_student_trains_from_its_blocks_by_the_printed_command(
         (["--num-layers=5", "--device=abacus"], "device=abacus cannot be used here"),
     ],
 )
-def test_blocks_that_make_no_student_are_named(
+def test_student_command_names_blocks_that_make_no_student(
     options: list[str], message: str, checkpoints: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in error_of(capsys, "student", checkpoints / "mixture.ckpt", *options)

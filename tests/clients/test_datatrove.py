@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 TEXTS = [f"document {number}: naïve 日本\n" + "reading books " * (number % 9) for number in range(90)]
 
 
-def test_its_files_are_read_as_they_are(tmp_path: Path) -> None:
+def test_datatrove_files_are_read_as_they_are(tmp_path: Path) -> None:
     """With its local executor in place of Slurm's; one of the tasks has no file, and writes no document."""
     (tmp_path / "texts").mkdir()
     for number in range(3):

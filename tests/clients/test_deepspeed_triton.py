@@ -41,7 +41,7 @@ for triton, loop in zip(*results, strict=True):
 
 @pytest.mark.parametrize("rows", ["5,0,33,2", "0,0,0,40", "40,0,0,0", "1,1,1,1"])
 @pytest.mark.parametrize("bias", ["bias", "none"])
-def test_the_product_and_its_gradients_equal_the_loop(rows: str, bias: str) -> None:
+def test_triton_product_and_its_gradients_equal_the_loop(rows: str, bias: str) -> None:
     environment = {"TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, bias, rows], env=environment, capture_output=True, text=True, timeout=300

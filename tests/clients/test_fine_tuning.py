@@ -58,7 +58,7 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("target", ["named", "all-linear", "experts"])
 @pytest.mark.parametrize("name", MODELS)
-def test_lora_trains_merges_and_comes_back(name: str, target: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_lora_trains_merges_and_is_imported(name: str, target: str, folders: dict[str, Path], tmp_path: Path) -> None:
     targets = {
         "named": {"target_modules": TARGETS[name]},
         "all-linear": {"target_modules": "all-linear"},
@@ -99,7 +99,7 @@ def test_lora_trains_merges_and_comes_back(name: str, target: str, folders: dict
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_trl_trains(name: str, lora: bool, packing: bool, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_trl_trains_an_export(name: str, lora: bool, packing: bool, folders: dict[str, Path], tmp_path: Path) -> None:
     settings = trl.SFTConfig(
         str(tmp_path), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1, max_length=32,
         packing=packing, bf16=False, use_cpu=True, report_to=[], save_strategy="no",
@@ -131,7 +131,7 @@ def test_trl_trains(name: str, lora: bool, packing: bool, folders: dict[str, Pat
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_example_of_the_docs_writes_a_model_that_comes_back(
+def test_docs_example_of_fine_tuning_writes_a_model_that_is_imported(
     name: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = (Path(__file__).parents[2] / "docs/hugging_face.md").read_text()
@@ -148,7 +148,9 @@ def test_the_example_of_the_docs_writes_a_model_that_comes_back(
     )
 
 
-def test_the_trainer_computes_the_same_with_recomputed_blocks(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_transformers_trainer_computes_the_same_with_recomputed_blocks(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     def losses(recompute: bool) -> list[float]:
         settings = TrainingArguments(
             str(tmp_path), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1, seed=1,
@@ -164,7 +166,7 @@ def test_the_trainer_computes_the_same_with_recomputed_blocks(folders: dict[str,
     assert losses(True) == pytest.approx(whole, rel=1e-5)
 
 
-def test_the_pipeline_writes_our_greedy_text(folders: dict[str, Path]) -> None:
+def test_transformers_pipeline_writes_our_greedy_text(folders: dict[str, Path]) -> None:
     pipe = pipeline("text-generation", str(folders["pr_moe"]), trust_remote_code=True, device="cpu")
     made = pipe("the king", max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
     ids = TOKENIZER.encode("the king")

@@ -16,7 +16,7 @@ from tests.support.open_models import VARIANTS, their_model, tokens
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_and_greedy_texts_are_equal(variant: str, tmp_path: Path) -> None:
+def test_mlx_lm_logits_and_greedy_texts_are_equal(variant: str, tmp_path: Path) -> None:
     theirs, prompt = their_model(variant), [5, 6, 7, 8]
     theirs.save_pretrained(tmp_path / "theirs")
     import_model(str(tmp_path / "theirs"), tmp_path / "ours.ckpt")

@@ -26,7 +26,7 @@ def test_micro_batches_per_step() -> None:
         micro_batches_per_step(10, 4, 1)
 
 
-def test_the_published_ramp_up_of_1_3b() -> None:
+def test_ramp_up_is_the_published_one_of_1_3b() -> None:
     """--rampup-batch-size 32 32 1953125 --global-batch-size 512: 15 increments, one every 130,208.33 samples."""
     ramp_up = BatchRampUp(32, 32, 1_953_125 * 2048)
     sizes = {
@@ -53,7 +53,7 @@ def steps(data: PileDataModule, micro_batches: int, count: int, world_size: int)
 
 
 @pytest.mark.parametrize(("micro_batch_size", "world_size", "micro_batches"), [(12, 1, 1), (3, 2, 2)])
-def test_a_growing_batch_has_the_same_samples_on_any_ranks_and_goes_on_in_its_middle(
+def test_ramp_up_has_the_same_samples_on_any_ranks_and_resumes_in_its_middle(
     make_data: Make, micro_batch_size: int, world_size: int, micro_batches: int
 ) -> None:
     straight = [row for batch in batches(make_data(micro_batch_size=1), sum(SIZES)) for row in rows(batch)]
@@ -98,7 +98,7 @@ def fit(folder: Path, data: PileDataModule, max_steps: int, checkpoint: Path | N
     return steps
 
 
-def test_a_step_takes_its_micro_batches_and_the_clocks_follow(make_data: Make, tmp_path: Path) -> None:
+def test_accumulation_takes_a_steps_micro_batches_and_the_clocks_follow(make_data: Make, tmp_path: Path) -> None:
     """Six steps, saved, and two more with smaller micro-batches: validation and clocks count steps and samples."""
     options: dict[str, Any] = {"global_batch_size": 12, "batch_ramp_up": RAMP_UP, "max_eval_windows": 1}
     interval = {"limit_val_batches": 1, "val_check_interval": 2, "check_val_every_n_epoch": None}
@@ -122,7 +122,7 @@ def test_a_step_takes_its_micro_batches_and_the_clocks_follow(make_data: Make, t
         fit(tmp_path, make_data(micro_batch_size=4, global_batch_size=4), 9, tmp_path / "end.ckpt")
 
 
-def test_accumulation_has_one_master(make_data: Make, tmp_path: Path) -> None:
+def test_accumulation_set_by_trainer_and_data_must_agree(make_data: Make, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"accumulate_grad_batches=2 and data.global_batch_size=12 .* makes it 3"):
         fit(tmp_path, make_data(global_batch_size=12), 1, accumulate_grad_batches=2)
     data = make_data()

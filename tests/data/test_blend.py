@@ -27,7 +27,7 @@ from tests.support.corpora import Ranks, make_trainer, small, tokens_of
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=20))
-def test_a_parts_samples_come_in_order_and_none_is_left_out(weights: list[int]) -> None:
+def test_blend_takes_samples_of_a_part_in_order_and_leaves_none_out(weights: list[int]) -> None:
     """Wherever a run stands, each part has had its share, within 1.68 samples."""
     turns, had = Interleaving(weights), [0] * len(weights)
     for index in range(300):
@@ -46,7 +46,7 @@ def test_a_parts_samples_come_in_order_and_none_is_left_out(weights: list[int]) 
         ([1e-5, 1e-5, 2e-5], "20212021"),  # half of the samples to the last one; the others take turns in the rest
     ],
 )
-def test_turns_by_hand(weights: list[float], turns: str) -> None:
+def test_blend_turns_by_hand(weights: list[float], turns: str) -> None:
     interleaving = Interleaving(integer_weights(weights))
     assert "".join(str(interleaving.place(index)[0]) for index in range(8)) == turns
 
@@ -76,7 +76,7 @@ def two(indexed: MegatronIndexed) -> list[tuple[float, str, Corpus]]:
     return [(0.7, "books", PocketPile(["prose"])), (0.3, "poems", indexed)]
 
 
-def test_samples_are_those_of_the_parts(make_blend: Make, make_data: Make, indexed: MegatronIndexed) -> None:
+def test_blend_has_the_samples_of_its_parts(make_blend: Make, make_data: Make, indexed: MegatronIndexed) -> None:
     nested = Blend([BlendPart(1, "poems", indexed), BlendPart(3, "all", PocketPile())])
     data = make_blend((1, "pile", PocketPile()), (2, "books", PocketPile(["prose"])), (1, "mix", nested))
     assert data.domains == ["pile/prose", "pile/verse", "books", "mix/poems", "mix/all/prose", "mix/all/verse"]
@@ -102,7 +102,7 @@ def test_samples_are_those_of_the_parts(make_blend: Make, make_data: Make, index
     assert torch.equal(source.sample(5)["tokens"], data._opened().training_source(32, 7).sample(5)["tokens"])
 
 
-def test_a_run_goes_on_with_the_same_blend_alone(make_blend: Make, indexed: MegatronIndexed) -> None:
+def test_blend_resumes_with_the_same_parts_alone(make_blend: Make, indexed: MegatronIndexed) -> None:
     state = make_blend(*two(indexed)).state_dict()
     (books, pile), (poems, lines) = ((part[1], part[2]) for part in two(indexed))
     make_blend((14, books, pile), (6, poems, lines), micro_batch_size=2).load_state_dict(state)
@@ -120,7 +120,7 @@ def test_a_run_goes_on_with_the_same_blend_alone(make_blend: Make, indexed: Mega
             make_blend(*other).load_state_dict(state)
 
 
-def test_evaluation_covers_every_part_that_has_the_split(make_blend: Make, indexed: MegatronIndexed) -> None:
+def test_blend_evaluates_every_part_that_has_the_split(make_blend: Make, indexed: MegatronIndexed) -> None:
     def evaluated(data: PileDataModule, loader: Any) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {name: [] for name in data.domains}
         data.trainer = Ranks(0, 1)  # type: ignore[assignment]
@@ -163,7 +163,7 @@ trainer: {{accelerator: cpu, enable_progress_bar: false, val_check_interval: 2}}
 """
 
 
-def test_a_run_on_a_blend_from_training_to_resuming(make_data: Make, indexed: MegatronIndexed, tmp_path: Path) -> None:
+def test_blend_is_trained_on_and_resumed(make_data: Make, indexed: MegatronIndexed, tmp_path: Path) -> None:
     """As its user would: the losses of the parts are in the logs and the summary, and a resumed run ends where one does."""
     data = make_data()
     config = tmp_path / "blend.yaml"
@@ -205,7 +205,7 @@ class Other:
 
 
 @pytest.mark.parametrize(("weight", "warned"), [(0.01, True), (0.1, False)])
-def test_a_part_that_the_run_does_not_come_to_is_warned_of(
+def test_blend_warns_of_a_part_that_the_run_does_not_come_to(
     weight: float, warned: bool, make_blend: Make, indexed: MegatronIndexed, tmp_path: Path
 ) -> None:
     data = make_blend((1 - weight, "books", PocketPile(["prose"])), (weight, "poems", indexed))
@@ -218,7 +218,7 @@ def test_a_part_that_the_run_does_not_come_to_is_warned_of(
     assert any(words in str(warning.message) for warning in caught) == warned
 
 
-def test_what_cannot_be_blended_is_named_by_its_part(make_blend: Make, indexed: MegatronIndexed) -> None:
+def test_blend_names_the_part_that_it_cannot_take(make_blend: Make, indexed: MegatronIndexed) -> None:
     cases: list[tuple[list[tuple[float, str, Any]], str]] = [
         ([(1, "a", indexed), (0, "b", indexed)], "weight=0 of the part 'b' must be a number above 0"),
         ([(1, "a", indexed), (1, "a", indexed)], "name=a is empty or used twice: losses are logged by it"),
@@ -234,7 +234,9 @@ def test_what_cannot_be_blended_is_named_by_its_part(make_blend: Make, indexed: 
             make_blend(*parts)
 
 
-def test_a_damaged_part_is_named_and_ends_the_run(make_blend: Make, indexed: MegatronIndexed, tmp_path: Path) -> None:
+def test_blend_names_a_damaged_part_and_ends_the_run(
+    make_blend: Make, indexed: MegatronIndexed, tmp_path: Path
+) -> None:
     for ending in (".idx", ".bin"):
         content = Path(indexed.prefix[0] + ending).read_bytes()
         (tmp_path / f"damaged{ending}").write_bytes(content if ending == ".idx" else content[:-2])

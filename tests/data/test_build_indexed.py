@@ -88,7 +88,7 @@ def skip(line: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_corpus_does_not_depend_on_the_threads(
+def test_build_does_not_depend_on_the_threads(
     tokenizer: Tokenizer, files: list[str], wanted: Content, tmp_path: Path, workers: int
 ) -> None:
     reported: list[Any] = []
@@ -122,7 +122,7 @@ def killed_after(chunks: int, *arguments: Any, skips: bool = True) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-def test_a_killed_build_goes_on(tokenizer: Tokenizer, files: list[str], wanted: Content, tmp_path: Path) -> None:
+def test_build_goes_on_after_a_kill(tokenizer: Tokenizer, files: list[str], wanted: Content, tmp_path: Path) -> None:
     """As often as it is killed, before anything is written and in any file; nothing is counted or written twice."""
     prefix, begun = tmp_path / "pile", []
     for chunks in (0, 1, 2, 5, 9, 3):
@@ -134,7 +134,7 @@ def test_a_killed_build_goes_on(tokenizer: Tokenizer, files: list[str], wanted: 
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_so_does_one_that_was_killed_at_its_end(
+def test_build_goes_on_after_a_kill_at_its_end(
     tokenizer: Tokenizer,
     files: list[str],
     wanted: Content,
@@ -158,7 +158,7 @@ def test_so_does_one_that_was_killed_at_its_end(
     assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED and done.documents == 90
 
 
-def test_bad_data_end_the_build_with_their_place(
+def test_build_ends_at_bad_data_with_their_place(
     tokenizer: Tokenizer, files: list[str], wanted: Content, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"a\.jsonl, line 11: not JSON .*--on-bad-data skip"):
@@ -167,7 +167,7 @@ def test_bad_data_end_the_build_with_their_place(
     assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED
 
 
-def test_documents_without_text_are_left_out_and_counted_once(
+def test_build_leaves_out_and_counts_once_documents_without_text(
     tokenizer: Tokenizer, wanted: Content, tmp_path: Path
 ) -> None:
     """Bad data is an error here; killed and resumed, before, between and behind them."""
@@ -183,7 +183,7 @@ def test_documents_without_text_are_left_out_and_counted_once(
 
 
 @pytest.mark.parametrize("protocol", ["memory://", "file://"])
-def test_addresses_are_prepared_like_files_and_changes_are_noticed(
+def test_build_reads_addresses_like_files_and_notices_changes(
     tokenizer: Tokenizer, files: list[str], wanted: Content, tmp_path: Path, protocol: str, capsys: Any
 ) -> None:
     folder = f"{protocol}{tmp_path}/text"
@@ -213,7 +213,7 @@ def test_addresses_are_prepared_like_files_and_changes_are_noticed(
         assert reason in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_tokenizer_is_trained_on_the_first_of_each_file_whatever_the_source(
+def test_build_trains_its_tokenizer_on_the_first_documents_of_each_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare_text, "TRAINING_BYTES", 9_000)
@@ -227,9 +227,7 @@ def test_a_tokenizer_is_trained_on_the_first_of_each_file_whatever_the_source(
     assert list(prepare_text._texts([str(path)], Fields(), False)) == TEXTS[:40]
 
 
-def test_what_was_begun_is_not_mixed_with_something_else(
-    tokenizer: Tokenizer, files: list[str], tmp_path: Path
-) -> None:
+def test_build_is_not_continued_with_other_settings(tokenizer: Tokenizer, files: list[str], tmp_path: Path) -> None:
     prefix = tmp_path / "pile"
     killed_after(3, files, prefix, tokenizer, Fields(), 1)
     with pytest.raises(ValueError, match=r"started with other settings \(fields\): give the same ones"):
@@ -241,7 +239,7 @@ def test_what_was_begun_is_not_mixed_with_something_else(
         build(files, prefix, tokenizer, Fields(), 1, lambda done: None, skip)
 
 
-def test_no_more_text_is_read_than_is_needed(
+def test_build_reads_no_more_text_than_it_needs(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much there is, and however slow what comes behind the reading."""
@@ -266,7 +264,7 @@ def test_no_more_text_is_read_than_is_needed(
     assert next(read) <= 100 + build_indexed.QUEUED * 2 + 1
 
 
-def test_the_command_says_what_is_written(tokenizer: Tokenizer, files: list[str], tmp_path: Path, capsys: Any) -> None:
+def test_prepare_data_says_what_it_writes(tokenizer: Tokenizer, files: list[str], tmp_path: Path, capsys: Any) -> None:
     prefix = str(tmp_path / "built" / "pile_text_document")
     arguments = ["prepare-data", f"--data-dir={tmp_path}", f"--tokenizer={tokenizer.name}", f"--output={prefix}"]
     pattern = str(tmp_path / "text" / "*.*")
@@ -285,7 +283,7 @@ def test_the_command_says_what_is_written(tokenizer: Tokenizer, files: list[str]
         Path(f"{prefix}.{kind}").unlink()
 
 
-def test_from_own_text_to_training_with_a_tokenizer_of_its_own(tmp_path: Path, capsys: Any) -> None:
+def test_own_text_is_prepared_and_trained_on_with_its_own_tokenizer(tmp_path: Path, capsys: Any) -> None:
     """The command to train that it prints is whole, and fits what it has written, also where that has been moved to."""
     (tmp_path / "text").mkdir()
     for number, repeated in enumerate([2, 20]):
@@ -312,7 +310,7 @@ def test_from_own_text_to_training_with_a_tokenizer_of_its_own(tmp_path: Path, c
     assert f"training   1 documents, {tokens[0]:,} tokens" in out and f" 1 documents, {tokens[1]:,} tokens" in out
 
 
-def test_a_single_text_is_cut_into_documents_of_bounded_size(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_build_cuts_a_single_text_into_documents_of_bounded_size(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr("nlgmoe.commands.prepare_text.PIECE_BYTES", 100)
     (tmp_path / "text.txt").write_text("reading books\n" * 800)
     main(
@@ -332,7 +330,7 @@ def test_a_single_text_is_cut_into_documents_of_bounded_size(tmp_path: Path, mon
     ("lengths", "held_out", "split"),
     [([1100] * 200, 4, [196, 4, 0]), ([1100] * 200, 0, [198, 2, 0]), ([90, 5, 5], 1, [1, 2, 0])],
 )
-def test_validation_has_what_is_held_out_and_enough(
+def test_validation_split_has_what_is_held_out_and_enough(
     tmp_path: Path, lengths: list[int], held_out: int, split: list[int]
 ) -> None:
     with IndexedWriter(tmp_path / "pile", np.dtype(np.uint16)) as writer:

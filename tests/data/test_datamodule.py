@@ -21,7 +21,7 @@ from tests.support.corpora import Ranks, batches, make_documents, rows, tokens_o
 Make = Callable[..., PileDataModule]
 
 
-def test_batch_layout(make_data: Make) -> None:
+def test_datamodule_batch_layout(make_data: Make) -> None:
     data = make_data()
     (batch,) = batches(data, 1)
     assert batch.pop("padded") is False and batch.pop("samples") == [0, 1, 2, 3]
@@ -77,7 +77,7 @@ def test_workers_leave_signals_to_the_process_that_started_them(make_data: Make)
     assert worker.exitcode == 0
 
 
-def test_resume_continues_with_the_next_sample_whatever_the_batch_size(make_data: Make) -> None:
+def test_datamodule_resumes_with_the_next_sample_whatever_the_batch_size(make_data: Make) -> None:
     straight = [row for batch in batches(make_data(), 10) for row in rows(batch)]
     data = make_data()
     batches(data, 7)  # loading more than was trained on must not count
@@ -91,7 +91,7 @@ def test_resume_continues_with_the_next_sample_whatever_the_batch_size(make_data
     assert rows(next(iter(loader))) == straight[12:14]
 
 
-def test_state_of_another_run_is_refused(make_data: Make, tmp_path: Path, tiny_corpus: Path) -> None:
+def test_datamodule_refuses_the_state_of_another_run(make_data: Make, tmp_path: Path, tiny_corpus: Path) -> None:
     def longer(verses: int, domains: list[str] | None = None) -> PileDataModule:
         write_corpus(tmp_path, "tiny", make_documents(20, "prose", 1) + make_documents(verses, "verse", 2), {})
         data = PileDataModule(str(tmp_path), str(tiny_corpus / "tokenizer"), PocketPile(domains), seq_len=32)
@@ -162,7 +162,7 @@ def test_the_unigram_baseline_is_of_the_tokens_that_have_a_loss(make_data: Make,
     assert data.unigram_entropy() == pytest.approx(expected, rel=1e-12)
 
 
-def test_shards_are_reused_and_repaired(make_data: Make, tmp_path: Path) -> None:
+def test_prepared_shards_are_reused_and_repaired(make_data: Make, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"No corpus in .*: run `nlgmoe prepare-data --data-dir"):
         PileDataModule(str(tmp_path)).setup()
     data = make_data()
@@ -180,7 +180,7 @@ def test_shards_are_reused_and_repaired(make_data: Make, tmp_path: Path) -> None
             assert path == damaged or path.stat().st_mtime_ns == modified
 
 
-def test_what_is_prepared_needs_no_write_access(make_data: Make) -> None:
+def test_prepared_data_need_no_write_access(make_data: Make) -> None:
     """A corpus of somebody else, which may be read only."""
     with tempfile.TemporaryDirectory() as name:
         copy = Path(shutil.copytree(make_data().data_dir, Path(name, "corpus"), ignore=shutil.ignore_patterns(".lock")))

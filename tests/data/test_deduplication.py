@@ -14,7 +14,7 @@ def paragraphs(*names: str) -> str:
     return "\n\n".join(f"{name} {'lorem ipsum ' * 20}{name}" for name in names)
 
 
-def test_duplicates_go_and_the_first_copy_stays() -> None:
+def test_deduplication_keeps_the_first_copy() -> None:
     original = Document(paragraphs("a", "b", "c"), "prose", "1")
     kept = drop_duplicates(
         [

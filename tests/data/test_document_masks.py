@@ -14,7 +14,7 @@ EOD = 0
 
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("mask_loss", [False, True])
-def test_an_end_of_document_that_is_read_opens_a_document(attention: bool, mask_loss: bool) -> None:
+def test_document_mask_opens_a_document_at_an_end_of_document(attention: bool, mask_loss: bool) -> None:
     sample = {
         "tokens": torch.tensor([5, EOD, 6, 7, EOD, 8, EOD, 9]),
         "targets": torch.tensor([EOD, 6, 7, EOD, 8, EOD, EOD, EOD]),
@@ -30,7 +30,7 @@ def test_an_end_of_document_that_is_read_opens_a_document(attention: bool, mask_
 
 
 @pytest.mark.parametrize("option", ["document_attention", "mask_eod_loss"])
-def test_training_and_evaluation_batches_carry_what_is_asked_for(
+def test_document_masks_are_in_batches_of_training_and_evaluation_on_request(
     option: str, make_data: Callable[..., PileDataModule]
 ) -> None:
     data = make_data(**{option: True})

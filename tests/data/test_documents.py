@@ -59,7 +59,7 @@ def read(path: str | Path, fields: Fields = PILE, **options: Any) -> list[Record
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_every_document_once_from_any_place_in_any_share(tmp_path: Path, ending: str) -> None:
+def test_documents_are_read_once_from_any_place_in_any_share(tmp_path: Path, ending: str) -> None:
     path = write(tmp_path / f"data.{ending}", records_of(TEXTS))
     records = read(path)
     assert [(r.number, r.content, r.domain) for r in records] == [
@@ -73,7 +73,7 @@ def test_every_document_once_from_any_place_in_any_share(tmp_path: Path, ending:
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_ids_are_read_as_arrays(tmp_path: Path, ending: str) -> None:
+def test_documents_of_ids_are_read_as_arrays(tmp_path: Path, ending: str) -> None:
     lists = [[1, 2, 3], [0], list(range(50))]
     path = write(tmp_path / f"data.{ending}", [{"input_ids": ids} for ids in lists])
     records = read(path, Fields(ids="input_ids", vocab_size=50))
@@ -130,7 +130,7 @@ def test_a_damaged_file_is_named_or_skipped(tmp_path: Path, ending: str) -> None
         read(path)
 
 
-def test_bad_rows_of_parquet(tmp_path: Path) -> None:
+def test_bad_rows_of_parquet_are_named_or_skipped(tmp_path: Path) -> None:
     texts = [b"good", b"\xff", None, b"long" * 10, b"good"]
     column = pa.array(texts, pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": column}), path := tmp_path / "data.parquet")
@@ -166,7 +166,7 @@ def test_an_address_is_read_like_a_file(tmp_path: Path) -> None:
         (HTTPError("connection reset"), "connection reset"),
     ],
 )
-def test_a_disk_or_network_that_fails_is_no_bad_data(
+def test_failing_disk_or_network_is_no_bad_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str
 ) -> None:
     """It ends the reading even where bad data is left out: a retry may succeed."""
@@ -221,7 +221,7 @@ def test_a_document_without_text_is_left_out_and_counted(tmp_path: Path) -> None
             assert len(counted) == 1
 
 
-def test_a_text_file_that_is_none_is_named_or_skipped(tmp_path: Path) -> None:
+def test_text_file_that_is_not_utf_8_is_named_or_skipped(tmp_path: Path) -> None:
     (path := tmp_path / "data.txt").write_bytes(b"na\xefve")
     with pytest.raises(RunError, match=r"data\.txt: not UTF-8 \(from byte 2 on; convert it to UTF-8\)"):
         read(path)
@@ -229,12 +229,12 @@ def test_a_text_file_that_is_none_is_named_or_skipped(tmp_path: Path) -> None:
     assert read(path, skip=skipped.append) == [] and len(skipped) == 1
 
 
-def test_an_open_last_line_counts_and_a_byte_order_mark_does_not(tmp_path: Path) -> None:
+def test_text_file_has_its_open_last_line_and_no_byte_order_mark(tmp_path: Path) -> None:
     (path := tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD)
     assert [record.content for record in read(path)] == ["good", "good"]
 
 
-def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+def test_documents_are_read_in_constant_memory(tmp_path: Path) -> None:
     """Nor with a document of 100 MB, which compresses to nothing."""
     path = tmp_path / "data.jsonl.zst"
     long = b'{"text": "' + b"x" * 100_000_000 + b'"}\n'

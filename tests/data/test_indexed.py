@@ -51,7 +51,7 @@ def corpora(draw: st.DrawFn) -> tuple[Any, Sequences]:
 
 
 @given(corpora())
-def test_files_are_megatrons_byte_for_byte(
+def test_indexed_files_are_megatrons_byte_for_byte(
     tmp_path_factory: pytest.TempPathFactory, corpus: tuple[Any, Sequences]
 ) -> None:
     folder = tmp_path_factory.mktemp("oracle")
@@ -70,7 +70,7 @@ def test_files_are_megatrons_byte_for_byte(
         assert as_sequences(MegatronDataset(str(ours))) == alone
 
 
-def test_a_writer_does_not_go_on_with_less_than_there_was(tmp_path: Path) -> None:
+def test_indexed_writer_does_not_go_on_with_less_than_there_was(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), IndexedWriter(tmp_path / "x", np.dtype(np.uint16), tmp_path) as writer:
         writer.add_document([1, 2, 3])
         sizes = writer.position()
@@ -80,7 +80,7 @@ def test_a_writer_does_not_go_on_with_less_than_there_was(tmp_path: Path) -> Non
         IndexedWriter(tmp_path / "x", np.dtype(np.uint16), tmp_path, sizes)
 
 
-def test_types_follow_the_vocabulary(tmp_path: Path) -> None:
+def test_indexed_type_follows_the_vocabulary(tmp_path: Path) -> None:
     assert token_dtype(65499) == np.uint16 and token_dtype(65500) == np.int32
     with pytest.raises(ValueError, match="does not fit"), IndexedWriter(tmp_path / "x", token_dtype(100)) as writer:
         writer.add_document([70_000])
@@ -108,7 +108,7 @@ def damaged(start: int, dtype: str, values: list[int]) -> Callable[[bytes], byte
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
-def test_damage_is_named(
+def test_indexed_files_that_are_damaged_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: Any, message: str, chunk: int
 ) -> None:
     """However many entries of the index are looked at together."""
@@ -120,7 +120,7 @@ def test_damage_is_named(
         IndexedDataset(tmp_path / "data").check()
 
 
-def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_indexed_corpus_is_read_in_constant_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """100,000 documents have an index of 2 MB; neither writing nor opening it holds a tenth of that."""
     monkeypatch.setattr("nlgmoe.data.indexed.CHUNK", 1 << 10)
     tracemalloc.start()

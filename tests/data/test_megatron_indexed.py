@@ -79,7 +79,7 @@ def test_documents_are_split_as_megatron_rounds(documents: int, split: tuple[flo
     assert split_documents(documents, split) == bounds
 
 
-def test_each_split_holds_its_documents(write: Write, open_corpus: Open) -> None:
+def test_splits_hold_their_documents(write: Write, open_corpus: Open) -> None:
     data = open_corpus(write(TEXTS), (14, 4, 2))
     assert data.domains == ["pile"]
     found = {
@@ -97,7 +97,9 @@ def test_each_split_holds_its_documents(write: Write, open_corpus: Open) -> None
     assert set(data.xz_bits_per_byte()) == {"pile", "all"} and data.unigram_entropy() > 0
 
 
-def test_a_run_is_resumed_on_a_copy_but_not_on_another_corpus(write: Write, open_corpus: Open, tmp_path: Path) -> None:
+def test_megatron_corpus_is_resumed_on_a_copy_but_not_on_another(
+    write: Write, open_corpus: Open, tmp_path: Path
+) -> None:
     data = open_corpus(write(TEXTS), (16, 4, 0))
     open_corpus(write(TEXTS, name="copy"), (16, 4, 0)).load_state_dict(data.state_dict())
     for other in (
@@ -108,7 +110,7 @@ def test_a_run_is_resumed_on_a_copy_but_not_on_another_corpus(write: Write, open
             other.load_state_dict(data.state_dict())
 
 
-def test_one_bad_document_is_enough_to_refuse(write: Write, open_corpus: Open) -> None:
+def test_megatron_corpus_is_refused_for_one_bad_document(write: Write, open_corpus: Open) -> None:
     """Two corpora merged, one without --append-eod; a hole of zeros, the end-of-document token of this tokenizer too."""
     prefix = write(["", *TEXTS])  # an empty document is not bad
     open_corpus(prefix, (16, 4, 0))
@@ -179,7 +181,7 @@ def test_the_baselines_of_a_long_corpus_come_from_a_sample(make_data: Callable[.
 # ---- sidecars, and many prefixes
 
 
-def test_a_prefix_is_enough(write: Write, open_corpus: Open) -> None:
+def test_prefix_suffices_where_a_sidecar_has_tokenizer_and_split(write: Write, open_corpus: Open) -> None:
     """Tokenizer and documents for validation are the sidecar's; a given split wins, and another tokenizer is refused."""
     prefix = write(TEXTS, held_out=5)
     data = open_corpus(prefix, None, tokenizer=None)
@@ -217,7 +219,7 @@ def test_a_sidecar_that_does_not_fit_is_refused(
         open_corpus(path.with_suffix(""), None)
 
 
-def test_many_prefixes_are_read_as_one_array(
+def test_prefixes_are_read_as_one_array(
     write: Write, open_corpus: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows, their order and evaluation are those of one file with the training documents of all, then those held out."""
@@ -256,7 +258,7 @@ def test_many_prefixes_are_read_as_one_array(
         more.load_state_dict(state)
 
 
-def test_the_whole_index_is_checked_by_one_process_a_node(write: Write, open_corpus: Open) -> None:
+def test_index_is_checked_as_a_whole_by_one_process_per_node(write: Write, open_corpus: Open) -> None:
     prefix = write(TEXTS, held_out=5)
     data = open_corpus(prefix, None)
     lengths = np.memmap(prefix.with_suffix(".idx"), "<i4", mode="r+", offset=34, shape=20)
@@ -266,7 +268,7 @@ def test_the_whole_index_is_checked_by_one_process_a_node(write: Write, open_cor
     data.corpus.open(data.data_dir, data._named_tokenizer())  # headers, sizes and a sample alone: no rank reads it all
 
 
-def test_unfinished_files_of_a_pattern_are_named(write: Write, open_corpus: Open, tmp_path: Path) -> None:
+def test_prefix_pattern_names_unfinished_files(write: Write, open_corpus: Open, tmp_path: Path) -> None:
     for name in ("00000_tokens", "00001_tokens"):  # names of datatrove, whose index comes last
         write(TEXTS, name)
     (tmp_path / "corpus" / "00001_tokens.idx").unlink()
@@ -274,7 +276,7 @@ def test_unfinished_files_of_a_pattern_are_named(write: Write, open_corpus: Open
         open_corpus(str(tmp_path / "corpus" / "*"), [1, 1, 0])
 
 
-def test_a_slice_is_that_of_the_whole(tmp_path: Path) -> None:
+def test_slice_of_prefixes_is_that_of_the_whole(tmp_path: Path) -> None:
     whole, pieces = [], []
     for number, (first, length) in enumerate([(0, 3), (2, 0), (1, 1), (4, 5)]):
         content = np.arange(10, dtype=np.int32) + 10 * number
@@ -288,7 +290,9 @@ def test_a_slice_is_that_of_the_whole(tmp_path: Path) -> None:
     assert [chained.first(count)[:].tolist() for count in range(11)] == [whole[:count] for count in range(11)]
 
 
-def test_all_shards_are_read_or_the_missing_one_is_named(write: Write, open_corpus: Open, tmp_path: Path) -> None:
+def test_prefix_pattern_reads_all_shards_or_names_the_missing_one(
+    write: Write, open_corpus: Open, tmp_path: Path
+) -> None:
     for number in range(11):
         write(TEXTS[number : number + 2], f"text-{number + 1}-of-11", 1)
     write(TEXTS, "text-else-1-of-1", 0)
@@ -308,7 +312,7 @@ def test_all_shards_are_read_or_the_missing_one_is_named(write: Write, open_corp
             open_corpus(str(tmp_path / "corpus" / word), None)
 
 
-def test_a_file_is_counted_once(write: Write, open_corpus: Open, tmp_path: Path) -> None:
+def test_prefixes_that_name_one_file_twice_are_refused(write: Write, open_corpus: Open, tmp_path: Path) -> None:
     prefix = write(TEXTS, "a", 2)
     for kind in ("bin", "idx", "json"):
         (tmp_path / f"link.{kind}").symlink_to(f"{prefix}.{kind}")

@@ -19,25 +19,25 @@ def chi_squared(counts: np.ndarray) -> float:
     return float((((counts - expected) ** 2).sum() / expected - freedom) / np.sqrt(2 * freedom))
 
 
-def test_every_number_of_items_is_visited_whole() -> None:
+def test_permutation_visits_every_number_of_items_whole() -> None:
     for n in (*range(1, 400), 1_024, 3_967):
         np.testing.assert_array_equal(np.sort(order(n, n % 7)), np.arange(n))
 
 
 @given(st.integers(20_000, 2**48), st.integers())
-def test_places_of_a_number_too_large_to_visit_are_different_ones_in_its_range(n: int, seed: int) -> None:
+def test_permutation_of_very_many_items_has_different_places_in_its_range(n: int, seed: int) -> None:
     permutation = Permutation(n, seed)
     visited = [permutation[i] for i in (*range(200), *range(n - 200, n))]
     assert len(set(visited)) == 400 and min(visited) >= 0 and max(visited) < n
 
 
-def test_all_orders_of_a_few_items_are_equally_likely() -> None:
+def test_permutation_of_a_few_items_has_all_orders_equally_likely() -> None:
     found = Counter(tuple(order(4, seed)) for seed in range(4_800))
     assert len(found) == 24 and chi_squared(np.array(list(found.values()))) < 4
 
 
 @pytest.mark.parametrize("n", [9_973, 2**14])  # a prime, a power of two
-def test_the_order_looks_random(n: int) -> None:
+def test_permutation_looks_random(n: int) -> None:
     found, places = order(n, 1234, "epoch", 0), np.arange(n)
     others = {"epoch": order(n, 1234, "epoch", 1), "seed": order(n, 1235, "epoch", 0)}
     pairs = {"place": (places, found), "neighbour": (found[:-1], found[1:]), "ten on": (found[:-10], found[10:])}

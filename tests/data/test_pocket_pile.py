@@ -33,7 +33,7 @@ BATCHES = (
 )
 
 
-def test_pocket_pile(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pocket_pile_is_the_one_that_its_manifest_describes(capsys: pytest.CaptureFixture[str]) -> None:
     prepare_data(str(ROOT), "pocket-8k")
     manifest, table = open_corpus(ROOT), capsys.readouterr().out
     assert "bytes/token" in table and f" {manifest.total_bytes / 1e6:.2f} " in table
@@ -83,7 +83,7 @@ def test_tokens_and_batches_are_those_of_recorded_runs(pocket_pile: Path) -> Non
     assert digest.hexdigest() == BATCHES
 
 
-def test_gpt2_tokenizer() -> None:
+def test_gpt2_tokenizer_has_the_published_ids() -> None:
     tokenizer = load_tokenizer("gpt2", ROOT)
     assert tokenizer.encode("Hello world") == [15496, 995]
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (50257, 50256)

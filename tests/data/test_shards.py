@@ -81,7 +81,7 @@ def test_shards_have_the_documents_of_one_build(tokenizer: Tokenizer, folder: Pa
     assert (min(part.documents for part in built) == 0) == (count == 40)
 
 
-def test_the_share_held_out_is_that_of_all_files(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: Any) -> None:
+def test_shards_hold_out_the_share_of_all_files(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("nlgmoe.data.build_indexed.SMALL_BYTES", 30_000)
     (tmp_path / "text").mkdir()
     (path := tmp_path / "text" / "large.jsonl").write_bytes(lines(TEXTS * 3))
@@ -94,7 +94,7 @@ def test_the_share_held_out_is_that_of_all_files(tokenizer: Tokenizer, tmp_path:
     assert sum(built) == whole.held_out < 0.04 * 900
 
 
-def test_each_line_is_read_once_wherever_a_file_is_cut(tmp_path: Path) -> None:
+def test_shards_read_each_line_once_wherever_a_file_is_cut(tmp_path: Path) -> None:
     """Also at a line's first byte, its last, and behind an end without a line break."""
     (path := tmp_path / "text.jsonl").write_bytes(lines(["a", "b" * 40, "", "c"]).rstrip(b"\n"))
     size = path.stat().st_size
@@ -109,7 +109,7 @@ def test_each_line_is_read_once_wherever_a_file_is_cut(tmp_path: Path) -> None:
         list(read_documents(path, Fields(), span=range(50, 1000)))
 
 
-def test_bytes_are_divided_without_gaps(tmp_path: Path) -> None:
+def test_shards_divide_bytes_without_gaps(tmp_path: Path) -> None:
     files = [
         DataFile(name, size) for name, size in (("a.json", 100), ("b.gz", 30), ("s3://c.jsonl", 30), ("d.parquet", 7))
     ]
@@ -181,7 +181,9 @@ def test_shards_of_a_folder_that_changed_are_refused(tokenizer: Tokenizer, folde
         ("--shard=1/4 --existing", r"output=.*/own: .*own\.idx exists already; name another output"),
     ],
 )
-def test_what_makes_no_shard_is_refused(options: str, reason: str, folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_shards_refuse_options_that_make_none(
+    options: str, reason: str, folder: Path, tmp_path: Path, capsys: Any
+) -> None:
     if "--existing" in options:
         (tmp_path / "own.idx").touch()
     words = [word for word in options.split() if word != "--existing"]
@@ -190,7 +192,7 @@ def test_what_makes_no_shard_is_refused(options: str, reason: str, folder: Path,
     assert re.search(f"error: {reason}", error := capsys.readouterr().err) and error.count("\n") == 1
 
 
-def test_a_tokenizer_is_trained_once_and_the_array_job_prepares_the_shards(
+def test_array_job_prepares_shards_with_a_tokenizer_that_is_trained_once(
     folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
     """By two processes, with the words of the script for Slurm; the second task is submitted by itself, after it failed."""

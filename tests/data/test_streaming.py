@@ -100,7 +100,7 @@ def documents_of(windows: Iterator[Window], tokenizer: Tokenizer, epochs: int) -
 
 
 @pytest.mark.parametrize(("files", "streams"), [(1, 3), (6, 4), (7, 1)])
-def test_an_epoch_of_all_streams_is_the_corpus(
+def test_streams_have_together_the_corpus_in_an_epoch(
     make_config: Config, tokenizer: Tokenizer, files: int, streams: int
 ) -> None:
     config = make_config(files, streams)
@@ -115,7 +115,9 @@ def test_an_epoch_of_all_streams_is_the_corpus(
     assert sorted(first) == sorted(text for i in range(files) for text in make_texts(40, f"file {i}"))
 
 
-def test_documents_are_shuffled_in_blocks_and_files_anew_every_epoch(make_config: Config, tokenizer: Tokenizer) -> None:
+def test_streams_shuffle_documents_in_blocks_and_files_anew_every_epoch(
+    make_config: Config, tokenizer: Tokenizer
+) -> None:
     def order(seed: int, buffer: int) -> list[str]:
         stream = Stream(make_config(1, 1, buffer), 0, SEQ_LEN, seed)
         return list(islice(documents_of(stream.windows(Cursor()), tokenizer, 1), 40))
@@ -191,7 +193,7 @@ SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
     buffer=st.integers(1, 9),
     lives=st.lists(st.tuples(SHAPES, st.integers(1, 9), st.integers(0, 4)), min_size=2, max_size=4),
 )
-def test_killed_anywhere_and_resumed_on_other_ranks_and_workers(
+def test_stream_killed_anywhere_resumes_on_other_ranks_and_workers(
     make_config: Config, files: int, streams: int, buffer: int, lives: list[Any]
 ) -> None:
     config = make_config(files, streams, buffer, per_file=12)
@@ -208,7 +210,9 @@ def test_killed_anywhere_and_resumed_on_other_ranks_and_workers(
     assert {stream: window for stream, window, *_ in state[1]} == expected
 
 
-def test_resuming_reads_a_block_and_tokenises_less(make_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream_reads_a_block_and_tokenises_less_to_resume(
+    make_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make_config(1, 1, 10, 500)
     counted: Counter[str] = Counter()
     read, encode = streams_module.read_documents, config.tokenizer.encode_batch
@@ -266,7 +270,7 @@ def test_the_streams_of_a_blend_go_on_from_their_cursors(make_config: Config, mo
     assert starts == [25] * 5
 
 
-def test_a_resumed_stream_leaves_out_and_counts_the_same_documents_without_text(
+def test_stream_leaves_out_and_counts_the_same_documents_without_text_when_resumed(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     """Two streams share two files of 18 documents, six of them without text."""
@@ -339,7 +343,7 @@ def fit(data: PileDataModule, steps: int, folder: Path, checkpoint: Path | None 
     return trainer, batches
 
 
-def test_training_killed_and_resumed_on_other_workers(open_corpus: Open, tmp_path: Path) -> None:
+def test_training_on_a_stream_resumes_on_other_workers_after_a_kill(open_corpus: Open, tmp_path: Path) -> None:
     _, straight = fit(open_corpus(), 20, tmp_path)
     trainer, first = fit(open_corpus(workers=2), 9, tmp_path)
     trainer.save_checkpoint(tmp_path / "nine.ckpt")
@@ -359,7 +363,7 @@ def test_training_killed_and_resumed_on_other_workers(open_corpus: Open, tmp_pat
         open_corpus(shuffle_buffer=11).load_state_dict(data.state_dict())
 
 
-def test_edited_files_of_equal_size_are_evaluated_anew_and_not_resumed_on(open_corpus: Open, tmp_path: Path) -> None:
+def test_stream_of_edited_files_is_evaluated_anew_and_not_resumed(open_corpus: Open, tmp_path: Path) -> None:
     files = {"train": "train/*.jsonl", "validation": "val.jsonl"}
     train, validation = (tmp_path / "pile" / name for name in ("train/a.jsonl", "val.jsonl"))
     states = []
@@ -376,7 +380,7 @@ def test_edited_files_of_equal_size_are_evaluated_anew_and_not_resumed_on(open_c
         data.load_state_dict(states[0][0])
 
 
-def test_a_state_has_what_was_trained_on_and_is_gone_on_from(
+def test_stream_state_has_what_was_trained_on_and_is_resumed(
     open_corpus: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = open_corpus()
@@ -396,7 +400,7 @@ def test_a_state_has_what_was_trained_on_and_is_gone_on_from(
     assert resumed.state_dict() == state
 
 
-def test_evaluation_has_the_first_documents_of_each_domain(open_corpus: Open) -> None:
+def test_stream_evaluates_the_first_documents_of_each_domain(open_corpus: Open) -> None:
     data = open_corpus(evaluation_tokens=60)
     assert data.domains == ["domain 0", "domain 1", "other"]
     for split, count in (("validation", 30), ("test", 20)):
@@ -412,7 +416,7 @@ def test_evaluation_has_the_first_documents_of_each_domain(open_corpus: Open) ->
     assert data.unigram_entropy() > 0 and set(data.xz_bits_per_byte()) == {"domain 1", "other", "all"}
 
 
-def test_the_training_sample_has_the_shares_of_all_files(
+def test_tokenizer_sample_of_a_stream_has_the_shares_of_all_files(
     open_corpus: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a file for each domain, one with long documents."""
@@ -438,7 +442,7 @@ def test_the_training_sample_has_the_shares_of_all_files(
     assert part[0] / part.sum() == pytest.approx(whole[0] / whole.sum(), abs=0.05)
 
 
-def test_the_search_for_a_domain_that_is_absent_ends(
+def test_stream_ends_its_search_for_an_absent_domain(
     open_corpus: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So many bytes after the last document that was of use; a rare domain that comes before is found."""
@@ -453,7 +457,7 @@ def test_the_search_for_a_domain_that_is_absent_ends(
     assert documents[1:] == [1, 0] and 0 < documents[0] < 30
 
 
-def test_files_are_hashed_once_and_without_the_lock(
+def test_streamed_files_are_hashed_once_and_without_the_lock(
     open_corpus: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[str] = []
@@ -475,7 +479,7 @@ def test_files_are_hashed_once_and_without_the_lock(
     assert open_corpus().fingerprint() != first and len(hashed) == 1 + 5  # another number of pieces for each
 
 
-def test_files_on_the_hub_are_listed_again_only_for_another_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_files_on_the_hub_are_listed_again_only_for_another_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
 
     def dataset_info(self: Any, path: str, revision: str | None) -> Any:
@@ -497,7 +501,7 @@ def test_files_on_the_hub_are_listed_again_only_for_another_commit(monkeypatch: 
             prepared_files.find_files(path, None, revision, known)
 
 
-def test_an_object_store_is_read_like_a_folder(open_corpus: Open, tmp_path: Path) -> None:
+def test_stream_reads_an_object_store_like_a_folder(open_corpus: Open, tmp_path: Path) -> None:
     store = fsspec.filesystem("memory")
     for file in (tmp_path / "pile").rglob("*.zst"):
         store.pipe(f"/bucket/{file.relative_to(tmp_path / 'pile')}", file.read_bytes())
@@ -520,7 +524,7 @@ def test_an_object_store_is_read_like_a_folder(open_corpus: Open, tmp_path: Path
         open_corpus(path="other://bucket", data_files={"train": "t*.jsonl", "validation": "val.jsonl"})
 
 
-def test_bad_data_ends_the_run_with_one_line_from_workers_too(
+def test_stream_ends_at_bad_data_with_one_line_from_workers_too(
     open_corpus: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepared_files, "TRAINING_BYTES", 100)  # what is bad is not in the sample
@@ -542,7 +546,7 @@ def gather(rank: int, folder: Path, results: Any) -> None:
     distributed.destroy_process_group()
 
 
-def test_every_rank_has_the_cursors_of_all(tmp_path: Path) -> None:
+def test_stream_state_of_a_rank_has_the_cursors_of_all(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     processes = [context.Process(target=gather, args=(rank, tmp_path, results)) for rank in range(2)]
@@ -562,7 +566,7 @@ def write_ids(folder: Path, tokenizer: Tokenizer, closed: bool = True, extra: tu
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_ids_are_trained_on_as_their_text_is(
+def test_stream_of_ids_is_trained_on_as_their_text_is(
     tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer, closed: bool
 ) -> None:
     write_ids(tmp_path, tokenizer, closed)
@@ -581,7 +585,7 @@ def test_ids_are_trained_on_as_their_text_is(
     assert loaded[0] == loaded[1]
 
 
-def test_special_tokens_are_read_on_request_alone(tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_stream_reads_special_tokens_on_request_alone(tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Neither their tokens nor their runs are mixed with those of the names as text."""
     name = tokenizer.decode([tokenizer.eod_id])
     texts = {split: [f"{text}{name}." for text in make_texts(40, split)] for split in ("train", "validation")}
@@ -606,7 +610,7 @@ def test_special_tokens_are_read_on_request_alone(tiny_corpus: Path, tmp_path: P
     assert fingerprints[1] == fingerprints[0] | {"special_tokens": "read"}
 
 
-def test_a_byte_without_a_token_is_named_with_its_place(
+def test_stream_names_a_byte_without_a_token_with_its_place(
     tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     kept = json.loads(tokenizer.files["tokenizer.json"])
@@ -625,7 +629,7 @@ def test_a_byte_without_a_token_is_named_with_its_place(
         PocketPile().prepare(tmp_path / "own", str(tmp_path / "tokenizer"))
 
 
-def test_ids_of_another_tokenizer_are_refused(tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_stream_refuses_ids_of_another_tokenizer(tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     corpus = StreamedText(str(tmp_path), ids_field="input_ids")
     write_ids(tmp_path, tokenizer, extra=(tokenizer.vocab_size,))
     with pytest.raises(ValueError, match=r"train\.jsonl, line 1: token ids of another tokenizer"):
@@ -636,7 +640,7 @@ def test_ids_of_another_tokenizer_are_refused(tiny_corpus: Path, tmp_path: Path,
         corpus.prepare(tmp_path, str(tiny_corpus / "tokenizer"))
 
 
-def test_user_errors_name_the_setting(tiny_corpus: Path, tmp_path: Path) -> None:
+def test_stream_errors_name_the_setting(tiny_corpus: Path, tmp_path: Path) -> None:
     tokenizer = str(tiny_corpus / "tokenizer")
     with pytest.raises(SettingError, match="domain_field=a and domains=None belong together"):
         StreamedText("nowhere", domain_field="a")

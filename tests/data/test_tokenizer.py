@@ -28,7 +28,7 @@ SMALL = small()
 
 
 @given(st.text())
-def test_round_trip_and_token_bytes(text: str) -> None:
+def test_tokenizer_round_trip_and_token_bytes(text: str) -> None:
     ids = SMALL.encode(text)
     assert SMALL.decode(ids) == text
     assert int(SMALL.token_bytes[ids].sum()) == len(text.encode())
@@ -42,7 +42,7 @@ def test_special_token_in_a_document_is_plain_text() -> None:
     assert SMALL.decode([SMALL.eod_id]) == EOD and SMALL.token_bytes[SMALL.eod_id] == 0
 
 
-def test_folder_in_both_layouts(tmp_path: Path) -> None:
+def test_tokenizer_folder_is_read_in_both_layouts(tmp_path: Path) -> None:
     backend = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300)
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
@@ -53,7 +53,7 @@ def test_folder_in_both_layouts(tmp_path: Path) -> None:
     assert one.vocab_size == two.vocab_size == len(json.loads((tmp_path / "two" / "vocab.json").read_text()))
 
 
-def test_files_that_are_damaged_are_named(tmp_path: Path) -> None:
+def test_tokenizer_files_that_are_damaged_are_named(tmp_path: Path) -> None:
     backend = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300)
     backend.model.save(str(tmp_path))
     os.truncate(tmp_path / "vocab.json", 100)
@@ -123,7 +123,7 @@ def test_a_tokenizer_that_changes_texts_is_refused(part: str, value: object, mes
         Tokenizer(backend, "changes texts")
 
 
-def test_a_pattern_that_keeps_every_text_is_taken() -> None:
+def test_tokenizer_pattern_that_keeps_every_text_is_taken() -> None:
     """Conversions of tiktoken's tokenizers remove what lies between the matches, which is nothing."""
     backend = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300)
     backend.pre_tokenizer = without(Regex(r"\w+|\W+"), invert=True)
@@ -152,7 +152,7 @@ def test_unknown_tokenizers_are_refused(tmp_path: Path) -> None:
         load_tokenizer("gpt-2", tmp_path)
 
 
-def test_the_models_vocabulary_is_the_tokenizers_unless_it_is_set(tmp_path: Path) -> None:
+def test_vocabulary_of_the_model_is_the_tokenizers_unless_it_is_set(tmp_path: Path) -> None:
     folder = tmp_path / "own"
     size = train_tokenizer(iter(["low lower lowest"] * 9), 300, folder).vocab_size
     quickstart = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -266,7 +266,7 @@ def test_tokenizers_of_published_models_are_taken(published: Path, request: pyte
     assert (again.fingerprint, again.stop_ids) == (tokenizer.fingerprint, tokenizer.stop_ids)
 
 
-def test_only_a_text_with_a_byte_without_a_token_is_refused() -> None:
+def test_byte_without_a_token_is_refused_only_in_a_text_that_has_it() -> None:
     """SmolLM2's lacks 21 bytes, among them control characters."""
     kept = {token: number for number, token in enumerate([EOD, *sorted({*BYTE_OF} - {"Q", "ú"})])}
     backend = tokenizers.Tokenizer.from_str(SMALL.files["tokenizer.json"])
@@ -282,7 +282,7 @@ def test_only_a_text_with_a_byte_without_a_token_is_refused() -> None:
             refused()
 
 
-def test_the_end_of_a_document_is_named_by_the_models_settings() -> None:
+def test_end_of_document_token_is_named_by_the_models_settings() -> None:
     """A plain entry of a usual name does not count: documents have it as text."""
     text = json.dumps(json.loads(SMALL.files["tokenizer.json"].replace(EOD, "<end>")))
     entry = tokenizers.Tokenizer.from_str(text).token_to_id("Ġlowest" if "Ġlowest" in text else "lo")
@@ -315,7 +315,9 @@ def test_a_pocket_tokenizer_is_loaded_without_checking_the_text(
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EROFS])
-def test_a_file_system_without_locks_is_built_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_tokenizer_is_built_on_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise OSError(number, os.strerror(number))
 

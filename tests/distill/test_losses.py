@@ -32,7 +32,7 @@ def distilled(h: Tensor, u: Tensor, t: Tensor, m: Tensor | None, teacher: Tensor
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_loss_is_its_formula(temperature: float, masked: bool) -> None:
+def test_distillation_loss_is_its_formula(temperature: float, masked: bool) -> None:
     hidden, unembedding, targets, mask, teacher = inputs()
     counted = mask if masked else torch.ones_like(mask)
     actual = distilled(
@@ -66,14 +66,14 @@ def test_a_target_whose_probability_is_zero_in_fp32_has_its_loss_and_gradient() 
     torch.testing.assert_close(torch.autograd.grad(actual, variables), torch.autograd.grad(expected, variables))
 
 
-def test_nothing_counts_where_all_is_masked() -> None:
+def test_distillation_loss_and_gradient_are_0_where_all_is_masked() -> None:
     hidden, unembedding, targets, mask, teacher = inputs()
     actual = distilled(hidden, unembedding, targets, torch.zeros_like(mask), teacher, beta=1.0, temperature=2.0)
     actual.loss.backward()
     assert [float(value.detach()) for value in actual] == [0] * 4 and not hidden.grad.any()
 
 
-def test_autocast_keeps_the_losses_in_fp32() -> None:
+def test_distillation_loss_stays_in_fp32_under_autocast() -> None:
     hidden, unembedding, targets, mask, teacher = inputs(torch.float32)
     exact = distilled(hidden, unembedding, targets, mask, teacher, beta=1.0, temperature=2.0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -106,7 +106,7 @@ def offline(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_with_every_token_kept_nothing_is_lost(temperature: float) -> None:
+def test_top_k_loss_of_all_tokens_is_the_whole_loss(temperature: float) -> None:
     arguments, settings = inputs(), {"beta": 0.7, "temperature": temperature}
     whole, kept = distilled(*arguments, **settings), offline(*arguments, top_k=VOCABULARY, **settings)
     torch.testing.assert_close(tuple(kept), tuple(whole))
@@ -117,7 +117,7 @@ def test_with_every_token_kept_nothing_is_lost(temperature: float) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("top_k", [1, 4, VOCABULARY - 1])
-def test_what_the_tail_hides_is_bounded(top_k: int, temperature: float) -> None:
+def test_top_k_loss_hides_a_bounded_part_of_the_tail(top_k: int, temperature: float) -> None:
     """Token by token: the divergence of K + 1 classes, what it lacks, and the gradient by the logits."""
     _, _, targets, _, teacher = inputs()
     logits = torch.randn(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(2)).double().requires_grad_()
@@ -142,7 +142,7 @@ def test_what_the_tail_hides_is_bounded(top_k: int, temperature: float) -> None:
         assert top_k == VOCABULARY - 1 or difference > 0
 
 
-def test_the_gradient_of_what_is_kept_is_its_losses() -> None:
+def test_top_k_loss_has_its_own_gradient() -> None:
     hidden, unembedding, targets, mask, teacher = inputs()
 
     def loss(h: Tensor, u: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def test_the_gradient_of_what_is_kept_is_its_losses() -> None:
     assert torch.autograd.gradcheck(loss, (hidden, unembedding))
 
 
-def test_half_precision_moves_the_gradient_by_its_rounding() -> None:
+def test_top_k_gradient_moves_by_the_rounding_of_half_precision() -> None:
     """By at most 2^-10 of the entropy of the K + 1 classes, token by token (docs/distillation.md)."""
     draw = torch.Generator().manual_seed(3)
     for scale in (0.1, 1.0, 4.0):

@@ -92,7 +92,9 @@ def test_the_teacher_says_to_the_end_what_its_checkpoint_says(teacher: Path, tmp
     assert not any("distiller" in name for name, _ in module.named_modules())
 
 
-def test_the_loss_is_that_of_both_models_whose_weight_falls_along_the_ramp(teacher: Path, tmp_path: Path) -> None:
+def test_distillation_loss_is_of_both_models_with_a_weight_that_falls_along_the_ramp(
+    teacher: Path, tmp_path: Path
+) -> None:
     """Over the two steps before the end, of which the first begins at half of the ramp."""
     ramp = StagedDistillation(tokens=3 * TOKENS, ramp_tokens=2 * TOKENS)
     watch, _ = fit(tmp_path, teacher, ramp, train_tokens=4 * TOKENS)
@@ -105,7 +107,7 @@ def test_the_loss_is_that_of_both_models_whose_weight_falls_along_the_ramp(teach
 
 
 @pytest.mark.parametrize("ids", ["padding", "documents"])
-def test_the_teacher_reads_what_the_student_may(ids: str, teacher: Path) -> None:
+def test_teacher_sees_no_padding_and_no_other_document(ids: str, teacher: Path) -> None:
     """Its logits for a text are those for the text alone, whatever stands around it; its weight is that of the stage."""
     distiller, alone = MixtureOfStudents(str(teacher), beta=0.5), dropless(load_model(teacher))
     distiller.load(STUDENT, torch.empty(0), None)
@@ -134,7 +136,7 @@ def test_the_teacher_is_gone_from_the_end_on(end: dict[str, float], teacher: Pat
 
 
 @pytest.mark.parametrize("saved", [2, 3])
-def test_a_run_goes_on_before_and_after_the_end(saved: int, teacher: Path, tmp_path: Path) -> None:
+def test_distillation_resumes_before_and_after_its_end(saved: int, teacher: Path, tmp_path: Path) -> None:
     """With a ramp and sequences that grow; past the end the teacher's file may be gone."""
 
     def run(root: Path, file: Path, *callbacks: Callback, **settings: Any) -> Watch:
@@ -152,7 +154,7 @@ def test_a_run_goes_on_before_and_after_the_end(saved: int, teacher: Path, tmp_p
     assert len(resumed.said) == max(0, 6 - 2 * saved)
 
 
-def test_a_student_goes_on_with_the_teacher_it_had(teacher: Path, tmp_path: Path) -> None:
+def test_distillation_resumes_with_the_teacher_it_had(teacher: Path, tmp_path: Path) -> None:
     """Though the teacher's run has a newer checkpoint since; where the old one is gone, the run ends and says so."""
     run, saved = tmp_path / "teacher", tmp_path / "saved.ckpt"
     shutil.copytree(teacher, run / "checkpoints/step-2.ckpt")
@@ -166,7 +168,7 @@ def test_a_student_goes_on_with_the_teacher_it_had(teacher: Path, tmp_path: Path
     assert fit(tmp_path, run / "checkpoints/step-4.ckpt", resume=saved)[0].losses != whole.losses[4:]
 
 
-def test_after_the_end_a_run_is_one_on_text_alone(teacher: Path, tmp_path: Path) -> None:
+def test_distillation_after_its_end_is_a_run_on_text_alone(teacher: Path, tmp_path: Path) -> None:
     path = tmp_path / "end.ckpt"
     staged, _ = fit(tmp_path, teacher, StagedDistillation(step=2), SaveAt(4, path))
 
@@ -200,7 +202,7 @@ def test_teachers_that_do_not_suit_are_refused(teacher: Path, tmp_path: Path) ->
             fit(tmp_path, teacher, steps=1, distiller=MixtureOfStudents(str(teacher), **wrong))  # type: ignore[arg-type]
 
 
-def test_the_weight_by_the_clock() -> None:
+def test_distillation_weight_by_the_clock() -> None:
     assert [distillation_weight(clock, 100) for clock in (0, 99, 100, 101)] == [1, 1, 0, 0]
     assert [distillation_weight(clock, 100, 40) for clock in (0, 60, 70, 90, 99, 100)] == [1, 1, 0.75, 0.25, 0.025, 0]
     assert distillation_weight(0, 100, 100) == 1
@@ -214,7 +216,7 @@ def test_the_weight_by_the_clock() -> None:
         ({"tokens": 5, "ramp_tokens": 6}, "ramp_tokens=6 is above tokens=5"),
     ],
 )
-def test_ends_that_are_refused(settings: dict[str, float], message: str) -> None:
+def test_distillation_refuses_impossible_ends(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         StagedDistillation(**settings)  # type: ignore[arg-type]
 
@@ -246,7 +248,7 @@ def test_a_distillation_that_outlasts_its_run_is_warned_of(
     assert len(told) == bool(late) and all(late in line for line in told)
 
 
-def test_an_end_by_a_share_of_a_run_without_length_is_refused(teacher: Path, tmp_path: Path) -> None:
+def test_distillation_end_by_share_needs_a_run_with_a_length(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"fraction=0\.5 is of model.train_tokens, which is null"):
         fit(tmp_path, teacher, StagedDistillation(fraction=0.5))
 
@@ -265,13 +267,13 @@ def test_a_teacher_that_lacks_experts_or_is_not_there_is_refused(tmp_path: Path)
         fit(tmp_path, tmp_path / "nothing")
 
 
-def test_evaluation_never_asks_for_the_teacher(tmp_path: Path) -> None:
+def test_evaluation_does_not_load_the_teacher(tmp_path: Path) -> None:
     module = MoEGPTModule(STUDENT, distiller=MixtureOfStudents("nowhere"))
     run = trainer(tmp_path, limit_val_batches=1.0)
     assert run.validate(module, SyntheticData(), verbose=False) and run.test(module, SyntheticData(), verbose=False)
 
 
-def test_a_teacher_in_fp32_under_bf16(teacher: Path, tmp_path: Path) -> None:
+def test_teacher_in_fp32_has_its_logits_bit_for_bit_under_bf16(teacher: Path, tmp_path: Path) -> None:
     """Its logits are the checkpoint's in fp32, bit for bit, where the student computes in bf16."""
     watch = Watch()
     module = MoEGPTModule(STUDENT, distiller=MixtureOfStudents(str(teacher), precision="fp32"))

@@ -87,7 +87,7 @@ def fit(
     return losses
 
 
-def test_with_every_token_kept_it_is_the_teacher(teacher: Path, tmp_path: Path) -> None:
+def test_recorded_logits_of_all_tokens_teach_as_the_teacher_does(teacher: Path, tmp_path: Path) -> None:
     """With padding, documents' borders and sequences that grow from 4 tokens to 16; up to the rounding to half precision."""
 
     def data() -> NumberedData:
@@ -106,7 +106,9 @@ def test_with_every_token_kept_it_is_the_teacher(teacher: Path, tmp_path: Path) 
     assert offline.distilled == pytest.approx(online.distilled, rel=2e-2)
 
 
-def test_the_stage_scales_the_weight_and_padding_is_no_part_of_the_tail(teacher: Path, tmp_path: Path) -> None:
+def test_offline_teacher_scales_its_weight_by_stage_and_leaves_padding_out_of_the_tail(
+    teacher: Path, tmp_path: Path
+) -> None:
     data, folder = NumberedData(padded=True), tmp_path / "logits"
     done = record(teacher, folder, data, top_k=8)
     run = trainer(tmp_path, max_steps=4, accumulate_grad_batches=2)
@@ -125,7 +127,7 @@ def test_the_stage_scales_the_weight_and_padding_is_no_part_of_the_tail(teacher:
 
 
 @pytest.mark.parametrize("saved", [1, 2])
-def test_a_run_goes_on_before_and_at_the_end(saved: int, logits: Path, tmp_path: Path) -> None:
+def test_offline_teacher_resumes_before_and_at_its_end(saved: int, logits: Path, tmp_path: Path) -> None:
     """Past the end the folder may be gone; 16 samples are enough for two steps, whatever the run's length."""
     copy, path = tmp_path / "logits", tmp_path / "saved.ckpt"
     shutil.copytree(logits, copy)
@@ -148,7 +150,7 @@ def test_a_run_goes_on_before_and_at_the_end(saved: int, logits: Path, tmp_path:
     assert run(tmp_path / "resumed", resume=path).losses == whole.losses[2 * saved :]
 
 
-def test_a_student_goes_on_with_the_teacher_it_had(logits: Path, tmp_path: Path) -> None:
+def test_distillation_resumes_with_the_teacher_it_had(logits: Path, tmp_path: Path) -> None:
     """A folder of the same name that another teacher was recorded in is refused; another folder is another teacher."""
     folder, saved = tmp_path / "logits", tmp_path / "saved.ckpt"
     shutil.copytree(logits, folder)
@@ -166,7 +168,7 @@ def test_a_student_goes_on_with_the_teacher_it_had(logits: Path, tmp_path: Path)
     assert other.losses != whole.losses[4:]
 
 
-def test_ranks_read_their_own_samples(logits: Path) -> None:
+def test_recorded_logits_are_read_by_ranks_for_their_own_samples(logits: Path) -> None:
     """In any order, a part of each."""
     recorded = TeacherLogits(logits)
     ids, log_probs = recorded.read([5, 3, 30], 7)
@@ -193,7 +195,7 @@ def die_before(call: int) -> None:
     os.fsync, Path.replace, Path.unlink = counted(os.fsync), counted(Path.replace), counted(Path.unlink)  # type: ignore[method-assign]
 
 
-def test_killed_anywhere_it_ends_with_the_same_bytes(
+def test_recording_killed_anywhere_ends_with_the_same_bytes(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recording, "SAMPLES_AT_RISK", 1)  # a micro-batch
@@ -229,7 +231,7 @@ def test_a_recording_that_has_lost_records_is_not_continued(
         record(teacher, tmp_path, samples=12)
 
 
-def test_a_folder_of_something_else_is_left_as_it_is(teacher: Path, tmp_path: Path) -> None:
+def test_recording_leaves_a_folder_of_something_else_as_it_is(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / ".gitignore").write_text("*")
     with pytest.raises(ValueError, match="exists already, and holds no teacher's logits"):
         record(teacher, tmp_path, top_k=5, samples=6)
@@ -246,7 +248,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damage_is_found(kind: str, logits: Path, tmp_path: Path) -> None:
+def test_recorded_logits_that_are_damaged_are_found(kind: str, logits: Path, tmp_path: Path) -> None:
     strike, message = DAMAGES[kind]
     shutil.copytree(logits, tmp_path / "logits")
     strike(tmp_path / "logits")
@@ -264,7 +266,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # teacher's s
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_does_not_belong_is_refused(kind: str, logits: Path, tmp_path: Path) -> None:
+def test_recorded_logits_of_other_data_or_models_are_refused(kind: str, logits: Path, tmp_path: Path) -> None:
     ours, theirs, message = OTHERS[kind]
     distiller = OfflineTeacher(str(logits), **{"temperature": 2.0, **ours})
     module = MoEGPTModule(STUDENT, distiller=distiller)
@@ -274,7 +276,7 @@ def test_what_does_not_belong_is_refused(kind: str, logits: Path, tmp_path: Path
     assert "\n" not in str(raised.value)
 
 
-def test_another_teacher_or_student_is_refused(logits: Path, teacher: Path, tmp_path: Path) -> None:
+def test_offline_teacher_refuses_another_teacher_or_student(logits: Path, teacher: Path, tmp_path: Path) -> None:
     other = trained(STUDENT, tmp_path)
     with pytest.raises(ValueError, match=r"teacher.ckpt is another teacher than that of model\.distiller\.logits="):
         fit(tmp_path, OfflineTeacher(str(logits), 1.0, 2.0, teacher=str(other)))
@@ -286,7 +288,7 @@ def test_another_teacher_or_student_is_refused(logits: Path, teacher: Path, tmp_
             OfflineTeacher(str(logits), 1.0, 2.0)._check(header, STUDENT, cast(Trainer, run))
 
 
-def test_samples_of_a_run_by_hand() -> None:
+def test_recording_samples_of_a_run_by_hand() -> None:
     """Steps of 4 sequences, then 8; of 4 tokens, then 8."""
 
     def batch(samples: int) -> int:
@@ -304,7 +306,7 @@ def test_samples_of_a_run_by_hand() -> None:
     assert StagedDistillation(fraction=0.7).distillation_end(1000) == End(700, None)
 
 
-def test_bytes_of_a_token() -> None:
+def test_recorded_bytes_of_a_token() -> None:
     small = {"vocab_size": 65_536, "seq_len": 128, "top_k": 64}
     assert record_type(small).itemsize == 128 * (64 * 2 + 65 * 2)
     assert record_type(small | {"vocab_size": 65_537}).itemsize == 128 * (64 * 4 + 65 * 2)

@@ -13,7 +13,7 @@ from tests.support.spawn import free_port
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved(pocket_pile: Path, tmp_path: Path) -> None:
+def test_lightning_launches_ranks_and_torchrun_resumes_what_they_saved(pocket_pile: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = [*SETTINGS_ON_RANKS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={run}"]
     samples = "--trainer.callbacks.init_args.max_new_tokens=4"
@@ -31,7 +31,7 @@ def test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved(pocket_pile
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
 
 
-def test_deepspeeds_launcher_on_two_nodes(pocket_pile: Path, tmp_path: Path) -> None:
+def test_deepspeeds_launcher_trains_on_two_nodes(pocket_pile: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     hosts = base64.urlsafe_b64encode(json.dumps({"one": [0], "two": [0]}).encode()).decode()
     port = free_port()
@@ -66,11 +66,13 @@ def test_an_error_of_all_ranks_is_one_line_of_each(pocket_pile: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["raises", "hangs"])
-def test_a_rank_brings_the_others_down_and_its_error_is_shown(pocket_pile: Path, tmp_path: Path, hangs: bool) -> None:
+def test_rank_that_fails_or_hangs_ends_the_others_and_its_error_is_shown(
+    pocket_pile: Path, tmp_path: Path, hangs: bool
+) -> None:
     done = train_py(
         "fit",
         *(*SETTINGS_ON_RANKS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={tmp_path / 'run'}"),
-        *("--trainer.devices=2", "--model.train_tokens=4096", "--trainer.callbacks=tests.distributed.cells.Raises"),
+        *("--trainer.devices=2", "--model.train_tokens=4096", "--trainer.callbacks=tests.support.disturbances.Raises"),
         *(f"--trainer.callbacks.init_args.hangs={str(hangs).lower()}",),
         f"--trainer.strategy.init_args.timeout_seconds={25 if hangs else 120}",  # bounds how far apart they start, too
     )

@@ -17,7 +17,7 @@ from nlgmoe.parallel.engine import EngineState
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
 
 
-def test_pieces_of_zero_are_gathered_on_the_device_at_the_end_of_a_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zero_pieces_are_gathered_on_the_device_at_the_end_of_a_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning has moved the parameters to the CPU by then, whose tensors NCCL does not take."""
     optimizer = object.__new__(DeepSpeedZeroOptimizer)
     vars(optimizer).update(optimizer=SimpleNamespace(state={}), single_partition_of_fp32_groups=[], bit16_groups=[])

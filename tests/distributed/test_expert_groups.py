@@ -23,7 +23,7 @@ def pyramid(*experts: int) -> GPTConfig:
         ([8, 8], 4, 3, [2, 2]),  # a limit, not a demand
     ],
 )
-def test_a_layers_degree_divides_its_experts_and_the_ranks(
+def test_degree_of_a_layer_divides_its_experts_and_the_ranks(
     experts: list[int], ranks: int, limit: int, degrees: list[int]
 ) -> None:
     by_block = dict(zip(range(1, 2 * len(experts), 2), degrees, strict=True))
@@ -37,7 +37,9 @@ def test_a_layers_degree_divides_its_experts_and_the_ranks(
         ([5], 4, 4, "no number from 2 to 4 divides both its number of experts (5) and the number of ranks (4)"),
     ],
 )
-def test_a_size_that_nothing_can_use_is_refused(experts: list[int], ranks: int, limit: int, message: str) -> None:
+def test_expert_parallel_size_that_no_layer_can_use_is_refused(
+    experts: list[int], ranks: int, limit: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         layer_degrees(pyramid(*experts), ranks, limit)
 

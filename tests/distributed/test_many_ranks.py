@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from tests.distributed.cells import assert_equal, saves_at_start
 from tests.support.cells import CAPACITY, DROPLESS
+from tests.support.jobs import assert_equal, saves_at_start
 from tests.support.ranks import Cell, Outcome, strategy_of, train
 from tests.support.spawn import spawn
 from tests.support.trainers import SaveAt

@@ -20,7 +20,7 @@ from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, choose_checkpoint
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from nlgmoe.run.folder import run_lock
 from nlgmoe.validation import RunError
-from tests.distributed.cells import error_of
+from tests.support.jobs import error_of
 from tests.support.run_folders import make_trainer, module
 from tests.support.spawn import spawn
 from tests.support.synthetic import SyntheticData
@@ -106,20 +106,20 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return results(2, tmp_path_factory.mktemp("resumed"))
 
 
-def test_rank_0_decides_what_all_ranks_resume(found: list[dict[str, Any]]) -> None:
+def test_resume_point_of_all_ranks_is_decided_by_rank_0(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert (rank["new"], rank["resumed"]) == (0, 4)
         assert rank["chosen"] == checkpoint_path(rank["folder"], 4)
 
 
-def test_every_entry_is_read_by_one_rank(found: list[dict[str, Any]]) -> None:
+def test_resume_reads_each_entry_on_one_rank(found: list[dict[str, Any]]) -> None:
     path = checkpoint_path(found[0]["folder"], 4)
     entries = [name for kind in ("model", "optimizer") for name in TensorFiles(path, kind).shapes]
     assert Counter(name for rank in found for name in rank["read"]) == Counter(entries)
     assert all(rank["read"] for rank in found)
 
 
-def test_what_one_rank_cannot_do_is_one_line_of_all(found: list[dict[str, Any]]) -> None:
+def test_resume_error_of_one_rank_is_one_line_of_all(found: list[dict[str, Any]]) -> None:
     for rank in found:
         folder = rank["folder"]
         assert rank["locked"].startswith(f"another process trains in trainer.default_root_dir={folder}:")
@@ -129,15 +129,15 @@ def test_what_one_rank_cannot_do_is_one_line_of_all(found: list[dict[str, Any]])
     assert not list(found[0]["folder"].glob(".shared*"))
 
 
-def test_a_rank_that_hangs_while_it_reads_ends_the_others_within_the_timeout(found: list[dict[str, Any]]) -> None:
+def test_resume_ends_all_ranks_within_the_timeout_where_one_hangs(found: list[dict[str, Any]]) -> None:
     assert all(rank["timeout"] == timedelta(seconds=60) for rank in found)
     assert "Timed out waiting 2000ms" in found[0]["hung"]
 
 
-def test_more_ranks(tmp_path: Path) -> None:
+def test_resume_on_four_ranks(tmp_path: Path) -> None:
     """Four, of which two share an expert. Nightly."""
     found = results(4, tmp_path)
-    test_rank_0_decides_what_all_ranks_resume(found)
-    test_every_entry_is_read_by_one_rank(found)
-    test_what_one_rank_cannot_do_is_one_line_of_all(found)
-    test_a_rank_that_hangs_while_it_reads_ends_the_others_within_the_timeout(found)
+    test_resume_point_of_all_ranks_is_decided_by_rank_0(found)
+    test_resume_reads_each_entry_on_one_rank(found)
+    test_resume_error_of_one_rank_is_one_line_of_all(found)
+    test_resume_ends_all_ranks_within_the_timeout_where_one_hangs(found)

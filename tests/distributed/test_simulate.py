@@ -22,7 +22,7 @@ PAPER = ["moe/125m_moe_64", "moe/1.3b_moe_128", "pr_moe/350m_pr_moe_32_64", "pr_
 
 
 @pytest.mark.parametrize("ranks", [64, 128, 512])
-def test_every_expert_is_on_the_ranks_of_one_replica_group(ranks: int) -> None:
+def test_experts_are_each_on_the_ranks_of_one_replica_group(ranks: int) -> None:
     files = [yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text()) for name in PAPER]
     models = [GPTConfig.from_dict(file["model"]["config"]) for file in files]
     degrees = [layer_degrees(model, ranks, ranks) for model in models]
@@ -59,7 +59,7 @@ def reduced(**data: Any) -> dict[str, Any]:
     ("ranks", "rank", "options"),
     [(64, 5, ["--zero=2", "--global-batch=256", "--activation-checkpointing"]), (512, 300, [])],
 )
-def test_a_step_sends_what_is_predicted(
+def test_simulated_step_sends_what_is_predicted(
     ranks: int, rank: int, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (file := tmp_path / "run.yaml").write_text(yaml.safe_dump(reduced()))
@@ -75,7 +75,9 @@ def test_a_step_sends_what_is_predicted(
     assert simulated["resume_opens"] <= 300
 
 
-def test_what_training_refuses_is_refused_in_the_same_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_simulation_refuses_what_training_refuses_in_the_same_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (file := tmp_path / "run.yaml").write_text(yaml.safe_dump(reduced(global_batch_size=1000)))
     with pytest.raises(SystemExit):
         command(["inspect", str(file), "--simulate"])

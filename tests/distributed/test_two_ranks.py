@@ -1,4 +1,4 @@
-"""Two ranks in seconds: the parts of `test_ranks.py` that a change of exchange, gradients or clocks breaks first."""
+"""Two ranks in seconds: the parts of `ranks/` that a change of exchange, gradients or clocks breaks first."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def test_losses_gradients_and_norms_are_those_of_one_process(
+def test_two_ranks_have_the_losses_gradients_and_norms_of_one_process(
     cell: Cell, outcomes: dict[str, list[Outcome]], tmp_path: Path
 ) -> None:
     expected, ranks = alone(cell, 2, tmp_path), outcomes[cell.name]

@@ -16,7 +16,7 @@ from tests.support.processes import ROOT
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
 
 
-def test_a_student_learns_from_a_teacher_and_then_without(
+def test_distillation_trains_a_student_with_its_teacher_and_then_without(
     pocket_pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The laptop's file: the teacher's run folder is enough, 70% of the tokens are distilled, a resumed run needs none.

@@ -17,7 +17,7 @@ SETTINGS = {
 BLOCKS = ("configs/moe/laptop.yaml", "configs/block/llama.yaml")
 
 
-def test_25_steps_compile_few_kernels_and_keep_little_memory(pocket_pile: Path, tmp_path: Path) -> None:
+def test_training_of_25_steps_compiles_few_kernels_and_keeps_little_memory(pocket_pile: Path, tmp_path: Path) -> None:
     words = [f"--{part}.{name}={value}" for part, settings in SETTINGS.items() for name, value in settings.items()]
     words += [f"--trainer.default_root_dir={tmp_path}", f"--data.data_dir={pocket_pile}"]
     files = [word for file in BLOCKS for word in ("--config", file)]

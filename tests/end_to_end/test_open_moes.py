@@ -34,7 +34,7 @@ def walked(pocket_pile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_each_command_leaves_what_the_page_says(walked: Path) -> None:
+def test_commands_of_the_open_moes_page_leave_what_it_says(walked: Path) -> None:
     assert (walked / "tiny/report.html").exists() and (walked / "tiny/checkpoints/step-10.ckpt").exists()
     assert (walked / "pruned/summary.json").exists() and (walked / "tiny_student_2/summary.json").exists()
     pruned = AutoModelForCausalLM.from_pretrained(walked / "pruned_olmoe")

@@ -30,7 +30,7 @@ TINY = [
 STEP = 8 * 32  # tokens
 
 
-def test_a_published_recipe_from_training_to_resuming(pocket_pile: Path, tmp_path: Path) -> None:
+def test_published_recipe_trains_and_resumes(pocket_pile: Path, tmp_path: Path) -> None:
     source = IndexedDataset(token_folder(pocket_pile, load_tokenizer("pocket-4k", pocket_pile)) / "code")
     with IndexedWriter(tmp_path / "pile_text_document", np.dtype(np.uint16)) as writer:
         for document in range(len(source) - 37, len(source)):  # those for validation

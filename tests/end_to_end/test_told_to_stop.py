@@ -10,11 +10,11 @@ from nlgmoe.cli.train import main
 from tests.support.commands import SETTINGS_ON_RANKS, train_py
 
 
-def test_two_ranks_stop_in_good_order_and_one_process_goes_on(pocket_pile: Path, tmp_path: Path) -> None:
+def test_two_ranks_stop_on_a_signal_and_one_process_goes_on(pocket_pile: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     rest = [f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={run}", "--model.train_tokens=1280"]
     rest += ["--trainer.callbacks.init_args.max_new_tokens=4"]  # of the last callback so far, SampleText
-    stops = ["--trainer.devices=2", "--data.num_workers=1", "--trainer.callbacks+=tests.distributed.cells.TellsMain"]
+    stops = ["--trainer.devices=2", "--data.num_workers=1", "--trainer.callbacks+=tests.support.disturbances.TellsMain"]
     done = train_py("fit", *SETTINGS_ON_RANKS, *rest, *stops)
     assert done.returncode == 0, done.stderr
     assert not [each for each in psutil.process_iter(["cmdline"]) if str(run) in str(each.info["cmdline"])]

@@ -48,7 +48,9 @@ def test_the_quickstart_shows_its_progress_and_leaves_its_files(trained: tuple[P
     assert summary["unigram_entropy"] > 0
 
 
-def test_it_is_resumed_predicts_and_is_validated(trained: tuple[Path, str], pocket_pile: Path, tmp_path: Path) -> None:
+def test_quickstart_run_is_resumed_predicts_and_is_validated(
+    trained: tuple[Path, str], pocket_pile: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained[0], run, symlinks=True)
     settings = quickstart(run, f"--data.data_dir={pocket_pile}")

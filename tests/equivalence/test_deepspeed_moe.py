@@ -140,7 +140,9 @@ def close(what: str, ours: Tensor, theirs: Tensor) -> None:
 @pytest.mark.parametrize("dropping", [True, False], ids=["dropping", "dropless"])
 @pytest.mark.parametrize("mlp_type", ["standard", "residual"])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_output_losses_counts_and_every_gradient(top_k: int, mlp_type: str, dropping: bool, factor: float) -> None:
+def test_output_losses_counts_and_gradients_are_deepspeeds(
+    top_k: int, mlp_type: str, dropping: bool, factor: float
+) -> None:
     moe = MoEConfig(
         EXPERTS, 1, top_k, mlp_type, train_capacity_factor=factor, token_dropping=dropping, second_expert="argmax"
     )
@@ -162,19 +164,19 @@ def test_output_losses_counts_and_every_gradient(top_k: int, mlp_type: str, drop
     ],
     ids=lambda moe: f"k{moe.top_k}-{moe.noise}-{moe.second_expert}-{moe.mlp_type}",
 )
-def test_the_same_noise_gives_the_same_result(moe: MoEConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_that_is_the_same_gives_deepspeeds_result(moe: MoEConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     noisy = run(pair(moe))
     quiet = MoEConfig(EXPERTS, 1, moe.top_k, second_expert="argmax", token_dropping=moe.token_dropping)
     assert not torch.equal(noisy.weight, run(pair(quiet)).weight), "the noise did nothing"
 
 
-def test_top_2_evaluation_with_dropping() -> None:
+def test_top_2_in_evaluation_drops_as_deepspeed_does() -> None:
     # Evaluation draws nothing here; DeepSpeed would still sample the second expert.
     moe = MoEConfig(EXPERTS, 1, 2, eval_capacity_factor=1.1, eval_token_dropping=True, second_expert="argmax")
     assert not run(pair(moe, training=False)).kept.all()
 
 
-def test_padding_takes_no_slot_as_with_used_token() -> None:
+def test_padding_takes_no_slot_as_with_deepspeeds_used_token() -> None:
     token_mask = torch.rand(BATCH, SEQ, generator=torch.Generator().manual_seed(1)) < 0.8
     routing = run(pair(MoEConfig(EXPERTS, 1)), aux_coeff=0.0, token_mask=token_mask)
     assert not routing.kept[~token_mask.flatten()].any()
@@ -188,7 +190,7 @@ def test_padding_takes_no_slot_as_with_used_token() -> None:
     factor=st.sampled_from([1.0, 1.1, 1.2, 1.25, 1.3, 2.0]) | st.floats(0.1, 8),
     minimum=st.integers(0, 8),
 )
-def test_capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, minimum: int) -> None:
+def test_capacity_is_deepspeeds(num_tokens: int, num_experts: int, top_k: int, factor: float, minimum: int) -> None:
     gates = torch.empty(1, 1).expand(num_tokens, num_experts)
     expected = sharded_moe._capacity(gates, torch.tensor(factor * top_k), torch.tensor(minimum))
     assert our_router.capacity(num_tokens, num_experts, top_k, factor, minimum) == expected

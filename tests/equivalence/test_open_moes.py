@@ -50,7 +50,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @torch.no_grad()
-def test_logits_are_equal_also_with_padding_and_a_cache(pair: Pair) -> None:
+def test_logits_are_those_of_transformers_also_with_padding_and_a_cache(pair: Pair) -> None:
     ids = tokens()
     expected = pair.theirs(ids).logits
     assert expected.abs().max() > 1
@@ -69,7 +69,7 @@ def test_logits_are_equal_also_with_padding_and_a_cache(pair: Pair) -> None:
 
 @pytest.mark.parametrize("name", FAULTS)
 @torch.no_grad()
-def test_a_wrong_name_order_scale_or_epsilon_shows_in_the_logits(name: str, tmp_path: Path) -> None:
+def test_logits_show_a_wrong_name_order_scale_or_epsilon(name: str, tmp_path: Path) -> None:
     """Otherwise equal logits would prove little."""
     variant, fault = FAULTS[name]
     pair = Pair(variant, tmp_path)
@@ -87,7 +87,7 @@ def broken_logits(model: GPT, fault: Fault) -> Tensor:
     return logits
 
 
-def test_gradients_are_equal(pair: Pair) -> None:
+def test_gradients_are_those_of_transformers(pair: Pair) -> None:
     """Of every tensor of the files: each is compared under its own name."""
     ids = tokens()
     for model in (pair.theirs, pair.ours):
@@ -113,7 +113,7 @@ def test_gradients_are_equal(pair: Pair) -> None:
 
 
 @torch.no_grad()
-def test_greedy_texts_are_equal(pair: Pair) -> None:
+def test_greedy_texts_are_those_of_transformers(pair: Pair) -> None:
     prompts = [[5, 6, 7, 8], [9, 3]]
     ours = generate(pair.ours, prompts, max_new_tokens=12, temperature=0)
     for prompt, text in zip(prompts, ours, strict=True):
@@ -122,7 +122,7 @@ def test_greedy_texts_are_equal(pair: Pair) -> None:
 
 
 @torch.no_grad()
-def test_a_folder_goes_back_to_the_bit(pair: Pair, tmp_path: Path) -> None:
+def test_folder_of_transformers_survives_import_and_export_to_the_bit(pair: Pair, tmp_path: Path) -> None:
     done = export(pair.checkpoint, tmp_path / "back")
     assert done.family == pair.family and not list((tmp_path / "back").glob("*.py"))
     before, after = (load_file(folder / "model.safetensors") for folder in (pair.folder, tmp_path / "back"))
@@ -140,7 +140,7 @@ def test_a_folder_goes_back_to_the_bit(pair: Pair, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pair", ["qwen3_moe, wide heads, a dense block"], indirect=True)
-def test_it_trains_and_resumes(pair: Pair, tmp_path: Path) -> None:
+def test_imported_model_trains_and_resumes(pair: Pair, tmp_path: Path) -> None:
     """30 steps from the imported weights; resumed after 20, the losses are the same to the bit."""
 
     def losses(folder: Path, *callbacks: Any, **options: Any) -> list[float]:
@@ -154,13 +154,13 @@ def test_it_trains_and_resumes(pair: Pair, tmp_path: Path) -> None:
     assert losses(tmp_path / "resumed", ckpt_path=tmp_path / "20.ckpt") == whole[20:]
 
 
-def test_parameters_are_counted(pair: Pair) -> None:
+def test_parameters_are_counted_as_transformers_counts_them(pair: Pair) -> None:
     count = count_parameters(pair.ours.config)
     assert (count.total, count.active) == parameters_of(pair.ours)
 
 
 @torch.no_grad()
-def test_half_precision_is_as_close_to_fp32_as_theirs(pair: Pair) -> None:
+def test_half_precision_is_as_close_to_fp32_as_that_of_transformers(pair: Pair) -> None:
     """By the median over logits: near a tie both may choose another expert than fp32 does, and not the same."""
     ids = tokens(8)
     expected = pair.theirs(ids).logits
@@ -172,7 +172,7 @@ def test_half_precision_is_as_close_to_fp32_as_theirs(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("model_name", PUBLISHED)
-def test_names_shapes_and_counts_of_published_models(model_name: str) -> None:
+def test_published_models_have_the_names_shapes_and_counts_of_ours(model_name: str) -> None:
     family, (values, total, active) = model_name.partition(",")[0], PUBLISHED[model_name]
     theirs = getattr(transformers, f"{FAMILIES[family].classes}Config")(**values)
     config = FAMILIES[family].config(theirs.to_dict(), Path("published"))
@@ -191,7 +191,7 @@ def test_names_shapes_and_counts_of_published_models(model_name: str) -> None:
     assert family_of(config, family) == (family, "")
 
 
-def test_of_two_families_the_one_of_the_import_is_written_or_the_one_that_is_named(tmp_path: Path) -> None:
+def test_export_writes_the_family_of_the_import_or_the_one_that_is_named(tmp_path: Path) -> None:
     """A GLM-4 MoE Lite whose first blocks are dense is a DeepSeek-V3 too."""
     pair = Pair("glm4_moe_lite, whole queries, groups, yarn", tmp_path)
     assert family_of(pair.ours.config) == ("deepseek_v3", "")
@@ -317,7 +317,7 @@ class SquaredRouterConfig(RouterConfig):
         return SquaredRouter(config.moe, config.hidden_size, experts_at(config, block), block)
 
 
-def test_a_router_that_derives_from_the_paper_s_is_not_native(tmp_path: Path) -> None:
+def test_router_that_derives_from_the_papers_is_not_native(tmp_path: Path) -> None:
     moe = replace(NATIVE.moe, router=SquaredRouterConfig())
     config = replace(NATIVE, vocab_size=61, qk_norm="projection", moe=moe)
     trainer(tmp_path, SaveAt(1, tmp_path / "own.ckpt"), max_steps=1).fit(MoEGPTModule(config), SyntheticData())
@@ -399,7 +399,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_computed_is_refused_by_name(case: str, tmp_path: Path) -> None:
+def test_import_refuses_features_that_are_not_computed_by_name(case: str, tmp_path: Path) -> None:
     family, values, message = REFUSED[case]
     config = getattr(transformers, f"{FAMILIES[family].classes}Config")(**{**SHAPE, "intermediate_size": 40, **values})
     config.save_pretrained(tmp_path)
@@ -430,7 +430,7 @@ def test_folders_that_do_not_fit_their_config_are_refused_by_name(tmp_path: Path
     assert not (tmp_path / "made.ckpt").exists()
 
 
-def test_blocks_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+def test_import_leaves_out_blocks_that_predict_further_tokens(tmp_path: Path) -> None:
     """GLM-4.5's files have one, after the model's own; `num_nextn_predict_layers` counts them."""
     their_model("glm4_moe, half of a head turns").save_pretrained(tmp_path / "theirs")
     file, further = tmp_path / "theirs" / "model.safetensors", "model.layers.4.eh_proj.weight"
@@ -441,7 +441,7 @@ def test_blocks_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 
-def test_a_folder_of_two_precisions_goes_back_to_the_bit(tmp_path: Path) -> None:
+def test_folder_of_two_precisions_survives_import_and_export_to_the_bit(tmp_path: Path) -> None:
     """Some models keep their routers in fp32."""
     theirs = their_model("olmoe").bfloat16()
     for block in theirs.model.layers:

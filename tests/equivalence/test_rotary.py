@@ -33,7 +33,7 @@ def config_of(name: str, **values: Any) -> LlamaConfig:
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_frequencies_are_equal_at_real_sizes(name: str) -> None:
+def test_rotary_frequencies_are_those_of_transformers_at_real_sizes(name: str) -> None:
     """To the bit, but for DeepSeek-V3's scaling, where the last bit of a frequency may differ.
 
     At position 131,071 that changes an angle by 2.4e-4; its own rounding in fp32, which is theirs too, by up to 3.9e-3.

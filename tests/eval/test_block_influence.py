@@ -19,7 +19,7 @@ def batch_of(tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def test_influence_is_one_minus_the_mean_cosine_of_a_blocks_input_and_output() -> None:
+def test_block_influence_is_one_minus_the_mean_cosine_of_input_and_output() -> None:
     """Padding does not count, and batches of different sizes weigh by their tokens."""
     model = GPT(CONFIG).eval()
     tokens = torch.randint(61, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -41,6 +41,6 @@ def test_influence_is_one_minus_the_mean_cosine_of_a_blocks_input_and_output() -
     assert not any(block._forward_hooks for block in model.blocks)
 
 
-def test_no_text_has_no_influence() -> None:
+def test_block_influence_needs_text() -> None:
     with pytest.raises(RunError, match="there is no text to measure the influence of blocks on"):
         measure_influence(GPT(CONFIG).eval(), [])

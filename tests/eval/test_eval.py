@@ -8,7 +8,7 @@ import torch
 from nlgmoe.eval.perplexity import DomainLoss
 
 
-def test_loss_and_bits_per_byte_by_domain() -> None:
+def test_evaluation_gives_loss_and_bits_per_byte_by_domain() -> None:
     token_bytes = torch.tensor([0, 2, 4])  # token 0 ends a document: no byte
     metric = DomainLoss(["a", "b", "unseen"], token_bytes, shares=[0.1, 0.3, 0.6])
     losses = torch.tensor([[1.0, 2.0, 9.0], [4.0, 5.0, 6.0]])

@@ -48,7 +48,7 @@ prompts_of_any_length = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1,
 
 @settings(max_examples=8)
 @given(prompts_of_any_length, st.randoms(use_true_random=False), st.integers(0, 3))
-def test_results_do_not_depend_on_batches_or_order(prompts: list[list[int]], random: Random, seed: int) -> None:
+def test_generated_texts_do_not_depend_on_batches_or_order(prompts: list[list[int]], random: Random, seed: int) -> None:
     sampling, stop = Sampling(1.2, top_k=30, top_p=0.9, seed=seed), {11, 40}
     together = complete(MODEL, prompts, 12, sampling, stop)
     order = random.sample(range(len(prompts)), len(prompts))
@@ -72,12 +72,12 @@ def end_of(prompt: list[int], completion: Completion, stop: set[int], most: int)
     return "seq_len"
 
 
-def test_equal_prompts_draw_different_texts_and_the_seed_decides_which() -> None:
+def test_sampled_texts_of_equal_prompts_differ_and_follow_the_seed() -> None:
     one, two = (complete(MODEL, [[5, 9]] * 3, 10, Sampling(seed=seed)) for seed in (1, 2))
     assert len({tuple(completion.tokens) for completion in one + two}) == 6
 
 
-def test_tokens_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generated_tokens_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     forward = MODEL.forward
     monkeypatch.setattr(
@@ -110,7 +110,7 @@ def test_sampling_follows_the_distribution() -> None:
         assert set(drawn.nonzero().flatten().tolist()) <= set(ordered)
 
 
-def test_the_ends_of_the_ranges() -> None:
+def test_sampling_at_the_ends_of_its_ranges() -> None:
     logits = torch.tensor([[0.0, 3.0, 2.9, -math.inf]]).expand(200, -1)
     for sampling in (GREEDY, Sampling(1e-9), Sampling(top_k=1), Sampling(top_p=1e-9)):
         assert set(sampling.sample(logits, sampling.generators([[0]] * 200)).tolist()) == {1}
@@ -118,7 +118,7 @@ def test_the_ends_of_the_ranges() -> None:
     assert set(everything.sample(logits, everything.generators([[0]] * 200)).tolist()) == {0, 1, 2}
 
 
-def test_impossible_requests_are_refused() -> None:
+def test_generation_refuses_impossible_requests() -> None:
     for wrong, message in (
         ({"top_p": 0.0}, "top_p=0.0 must"),
         ({"prompts": [[1], []]}, "prompt 2 is empty"),
@@ -130,7 +130,7 @@ def test_impossible_requests_are_refused() -> None:
             generate(**({"model": MODEL, "prompts": PROMPTS, "max_new_tokens": 1} | wrong))  # type: ignore[arg-type]
 
 
-def test_logits_that_are_not_finite_end_it_and_name_the_weight() -> None:
+def test_generation_ends_at_logits_that_are_not_finite_and_names_the_weight() -> None:
     broken = copy.deepcopy(MODEL)
     with torch.no_grad():
         broken.blocks[1].moe.experts.project_bias[:, 3] = math.nan

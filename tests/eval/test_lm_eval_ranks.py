@@ -70,7 +70,7 @@ def zero_shot(ranks: int, folder: Path) -> Outcome:
     return Outcome(whole, first, run(None, train=True), passes)
 
 
-def test_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
+def test_zero_shot_on_ranks_finds_what_one_process_finds(tmp_path: Path) -> None:
     expected = zero_shot(1, tmp_path / "alone")
     assert (len(expected.all_documents), expected.damaged["zero_shot/failed_tasks"]) == (4, 1)
     for outcome in spawn(RANKS, zero_shot, RANKS, tmp_path / "ranks", folder=tmp_path / "results"):

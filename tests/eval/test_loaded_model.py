@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "last.ckpt"
 
 
-def test_model_and_tokenizer_come_back_together(checkpoint: Path, tmp_path: Path) -> None:
+def test_loaded_model_brings_its_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
     saved = tmp_path / "checkpoints/step-1.ckpt"
     shutil.copytree(checkpoint, saved)
     for path in (saved, tmp_path):  # a checkpoint, or a run folder
@@ -52,7 +52,7 @@ def test_model_and_tokenizer_come_back_together(checkpoint: Path, tmp_path: Path
     assert load_pretrained(checkpoint, precision="bf16").model.unembedding.dtype == torch.bfloat16
 
 
-def test_a_damaged_or_missing_tokenizer_is_found(checkpoint: Path, tmp_path: Path) -> None:
+def test_loaded_model_finds_a_damaged_or_missing_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints/step-1.ckpt"
     shutil.copytree(checkpoint, folder)
     file = folder / "tokenizer.json"
@@ -65,7 +65,7 @@ def test_a_damaged_or_missing_tokenizer_is_found(checkpoint: Path, tmp_path: Pat
             choose_checkpoint(tmp_path)
 
 
-def test_without_one_it_has_to_be_given(checkpoint: Path, tmp_path: Path) -> None:
+def test_loaded_model_without_a_tokenizer_needs_one(checkpoint: Path, tmp_path: Path) -> None:
     config = GPTConfig(260, 16, 2, 16, 2)
     write_weights(tmp_path / "a.ckpt", split_experts(GPT(config).state_dict()).__getitem__, config, None)
     with pytest.raises(ValueError, match=r"tokenizer=null: .* holds none; set it"):
@@ -76,7 +76,7 @@ def test_without_one_it_has_to_be_given(checkpoint: Path, tmp_path: Path) -> Non
         load_pretrained(tmp_path / "a.ckpt", str(tmp_path))
 
 
-def test_another_tokenizer_of_the_same_size_is_refused(
+def test_loaded_model_refuses_another_tokenizer_of_the_same_size(
     checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By whatever takes a tokenizer beside a checkpoint; a warm start that is not strict loads the weights and says so."""

@@ -48,7 +48,7 @@ def routing(expert: list[list[int]], mask: list[bool] | None) -> Routing:
     return Routing(chosen, kept.float(), kept, 0, None if mask is None else torch.tensor(mask))
 
 
-def test_counts_by_hand() -> None:
+def test_specialisation_counts_by_hand() -> None:
     counts = ExpertCounts([2, 3], ["a", "b"], [b"", b" the", b"7"])
     tokens, domain = torch.tensor([[1, 2], [1, 0]]), torch.tensor([0, 1])
     first = routing([[0, 1], [0, 1], [1, 0], [0, 1]], [True, True, True, False])
@@ -69,7 +69,7 @@ def test_counts_by_hand() -> None:
     assert found.by_class(1)[start].tolist() == [4, 0, 2]
 
 
-def test_preference_and_information_by_hand() -> None:
+def test_specialisation_preference_and_information_by_hand() -> None:
     assert preference(np.array([[3, 1], [1, 3]])).tolist() == [[1.5, 0.5], [0.5, 1.5]]
     assert mutual_information(np.array([[2, 0], [0, 2]])) == entropy(np.array([[2, 0], [0, 2]])) == 1.0
     assert mutual_information(np.array([[2, 4], [1, 2], [0, 0]])) == pytest.approx(0)
@@ -82,7 +82,7 @@ def test_preference_and_information_by_hand() -> None:
 
 
 @pytest.mark.parametrize("data", [SyntheticData, Spelt])
-def test_a_run_writes_the_specialisation_of_its_validation_data(data: type[SyntheticData], tmp_path: Path) -> None:
+def test_specialisation_of_validation_data_is_written_by_a_run(data: type[SyntheticData], tmp_path: Path) -> None:
     module, text = MoEGPTModule(GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 4], top_k=2))), data(padded=True)
     validation = {"val_check_interval": 3, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}
     run = trainer(tmp_path, ExpertSpecialisation(), max_steps=3, **validation)

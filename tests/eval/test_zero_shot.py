@@ -67,7 +67,7 @@ def test_a_prepared_task_scores_its_documents(lm: EvaluatedGPT, prepared: Path) 
     )
 
 
-def test_every_kind_of_task_from_a_users_folder(lm: EvaluatedGPT, tmp_path: Path) -> None:
+def test_tasks_of_every_kind_run_from_a_users_folder(lm: EvaluatedGPT, tmp_path: Path) -> None:
     folder = write_tasks(tmp_path)
     results = merge_results([run_task(lm, name, folder, limit=3, shots=1) for name in TASKS])
     found = {(task, name): value for task, name, value, _ in metrics(results)}
@@ -80,7 +80,7 @@ def test_every_kind_of_task_from_a_users_folder(lm: EvaluatedGPT, tmp_path: Path
     assert set(results["n-shot"].values()) == {1}
 
 
-def test_results_are_those_of_lm_evals_simple_evaluate(lm: EvaluatedGPT, tmp_path: Path) -> None:
+def test_zero_shot_results_are_those_of_lm_evals_simple_evaluate(lm: EvaluatedGPT, tmp_path: Path) -> None:
     folder = write_tasks(tmp_path)
     theirs = simple_evaluate(
         lm,
@@ -99,7 +99,7 @@ def test_results_are_those_of_lm_evals_simple_evaluate(lm: EvaluatedGPT, tmp_pat
         }
 
 
-def test_chance_is_that_of_the_choices(lm: EvaluatedGPT, tmp_path: Path) -> None:
+def test_chance_of_a_task_is_that_of_its_choices(lm: EvaluatedGPT, tmp_path: Path) -> None:
     """Whatever lm-eval computes beside them; a score of a task's own has none."""
     file = write_tasks(tmp_path) / "tiny_choice.yaml"
     text = file.read_text()
@@ -128,7 +128,7 @@ def test_a_document_of_a_prepared_task_is_no_example_for_itself(lm: EvaluatedGPT
         Tasks(["piqa"], str(prepared), num_fewshot=shots + 1).load("piqa")
 
 
-def test_mistakes_are_named_with_the_remedy(tmp_path: Path) -> None:
+def test_zero_shot_mistakes_are_named_with_the_remedy(tmp_path: Path) -> None:
     write_tasks(tmp_path)
     (tmp_path / "tiny_choice_documents.jsonl").write_text('{"question": "no choices"}\n')
     (tmp_path / "tiny_text_documents.jsonl").unlink()
@@ -165,7 +165,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_command_writes_results_and_a_table(
+def test_zero_shot_command_writes_results_and_a_table(
     run: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out.json"
@@ -199,7 +199,7 @@ def test_a_wrong_command_is_one_line(
     assert end.value.code == code and error.startswith("error: ") and message in error
 
 
-def test_without_lm_eval_the_error_names_the_remedy(
+def test_zero_shot_without_lm_eval_names_the_remedy(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
@@ -209,7 +209,7 @@ def test_without_lm_eval_the_error_names_the_remedy(
     assert "needs lm-eval (lm_eval is missing): pip install -e '.[eval]'" in capsys.readouterr().err
 
 
-def test_evaluation_sets_are_written(
+def test_prepared_tasks_are_written_from_published_sets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = {

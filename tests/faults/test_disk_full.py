@@ -6,7 +6,7 @@ from tests.faults.harness import Run
 from tests.faults.train_with_fault import Fault
 
 
-def test_one_rank_of_two_cannot_write(undisturbed: Run, tmp_path: Path) -> None:
+def test_disk_full_on_one_rank_is_named_by_both(undisturbed: Run, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", undisturbed.data)
     ended = run.start(Fault(5, rank=1, action="fill"))
     assert ended.code == 1 and "Traceback" not in ended.output, ended.output

@@ -26,7 +26,7 @@ def hosts() -> Iterator[Cluster]:
         made.remove()
 
 
-def test_both_end_in_time_when_the_network_is_silent_and_the_run_goes_on(
+def test_two_hosts_end_in_time_when_the_network_is_silent_and_the_run_goes_on(
     hosts: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
     run = Run(tmp_path / "run", undisturbed.data, timeout_seconds=TIMEOUT)

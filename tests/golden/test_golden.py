@@ -41,7 +41,7 @@ def test_batches_and_noise_are_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", golden.FAMILIES)
-def test_the_losses_of_20_steps(name: str, tmp_path: Path) -> None:
+def test_losses_of_20_steps_are_the_recorded_ones(name: str, tmp_path: Path) -> None:
     found = golden.family_losses(name, family(name), tmp_path)
     assert found == pytest.approx(RECORD["families"][name]["losses"], rel=1e-5)
 
@@ -53,5 +53,5 @@ def test_a_checkpoint_is_whole_and_its_run_goes_on(name: str, tmp_path: Path) ->
     assert found == pytest.approx(RECORD["resumed"][name], rel=1e-5)
 
 
-def test_a_student_learns_from_recorded_logits(tmp_path: Path) -> None:
+def test_losses_of_a_student_of_recorded_logits_are_the_recorded_ones(tmp_path: Path) -> None:
     assert golden.offline_losses(family("mos"), tmp_path) == pytest.approx(RECORD["offline"], rel=1e-5)

@@ -124,7 +124,7 @@ def test_products_are_named_for_training_and_evaluation() -> None:
     assert describe_products(model, 2048, **cpu | {"is_sharded": True}).startswith("bmm in training")
 
 
-def test_no_number_is_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moe_layer_reads_no_number_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward, dropless: the host asks for no number, and no kernel is used that makes it wait on CUDA."""
 
     class NoWaiting(TorchDispatchMode):
@@ -157,7 +157,7 @@ GLM4 = {"norm": "rmsnorm", "rope_theta": 100.0, "rotary_dim": 4, "qkv_bias": Tru
 
 
 @pytest.mark.parametrize("block", [{}, QWEN3, GLM4], ids=["gpt", "qwen3", "glm4"])
-def test_compiled_parts_compute_the_same(block: dict[str, Any]) -> None:
+def test_compiled_parts_of_experts_compute_the_same(block: dict[str, Any]) -> None:
     needs("g++")
     config = GPTConfig(64, 16, 2, 16, 2, **block, moe=MoEConfig(4, mlp_type="residual"))
     tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from nlgmoe.layers.feed_forward import NETWORKS, FeedForward
 
 @pytest.mark.parametrize("product", ["grouped_mm", "loop"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_an_expert_is_the_dense_layer(network: str, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_feed_forward_equals_one_expert(network: str, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts_module, "choose_product", lambda *_: product)
     torch.manual_seed(0)
     layer, rows = Experts(3, 16, 24, network=NETWORKS[network]), [2, 0, 5]

@@ -27,7 +27,9 @@ def layer(moe: MoEConfig) -> MoELayer:
 )
 @pytest.mark.parametrize("half", [False, True])
 @torch.no_grad()
-def test_few_rows_get_what_they_get_among_many(moe: MoEConfig, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moe_layer_computes_few_rows_as_it_does_many(
+    moe: MoEConfig, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, mask = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([[True], [False]])
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         results = []

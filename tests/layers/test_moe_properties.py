@@ -66,7 +66,7 @@ def cases(draw: st.DrawFn, **fixed: object) -> Case:
 
 @properties
 @given(cases())
-def test_no_assignment_is_lost_or_duplicated_and_capacity_is_respected(case: Case) -> None:
+def test_assignments_are_neither_lost_nor_duplicated_and_respect_the_capacity(case: Case) -> None:
     _, routing = case.layer(case.x, RoutingContext(mask=case.mask))
     experts, top_k = case.layer.router.num_experts, case.config.top_k
     assert all(len(set(row)) == top_k for row in routing.expert.tolist()), "a token chose an expert twice"
@@ -154,7 +154,7 @@ def test_slots_compute_what_counted_rows_do(case: Case) -> None:
 
 @properties
 @given(cases(token_dropping=False, noise=None, second_expert="argmax"))
-def test_dropless_never_drops_and_commutes_with_any_order_of_tokens(case: Case) -> None:
+def test_dropless_routing_never_drops_and_commutes_with_any_order_of_tokens(case: Case) -> None:
     y, routing = case.layer(case.x, RoutingContext(mask=case.mask))
     assert routing.kept[case.mask.flatten()].all()
     order = torch.randperm(case.mask.numel(), generator=case.generator)
@@ -165,7 +165,7 @@ def test_dropless_never_drops_and_commutes_with_any_order_of_tokens(case: Case) 
 
 @properties
 @given(case=cases(), garbage=st.sampled_from([-7.0, 1e30]))
-def test_what_padding_holds_changes_no_real_token_no_loss_and_no_gradient(case: Case, garbage: float) -> None:
+def test_padding_values_change_no_real_token_no_loss_and_no_gradient(case: Case, garbage: float) -> None:
     def everything(x: Tensor) -> list[Tensor]:
         y, routing = case.layer(x, RoutingContext(mask=case.mask, noise_key=(0, 1, 2)))
         real = y[case.mask]

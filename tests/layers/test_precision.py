@@ -48,7 +48,7 @@ def assert_same(ours: Routing, expected: Routing) -> None:
 
 
 @pytest.mark.parametrize("name", ["bf16-mixed", "bf16-true"])
-def test_the_routing_is_the_fp32_routers_bit_for_bit(name: str) -> None:
+def test_routing_under_autocast_is_the_fp32_routers_bit_for_bit(name: str) -> None:
     with precision(name) as (moe, x):
         y, routing = moe(x)
     assert y.dtype == x.dtype
@@ -72,7 +72,7 @@ class Softmaxes(TorchFunctionMode):
 
 @pytest.mark.parametrize("mix", ["learned", "sigmoid"])
 @pytest.mark.parametrize("name", ["bf16-mixed", "bf16-true"])
-def test_only_the_gemms_of_experts_and_mlp_are_bf16_the_mix_is_fp32(name: str, mix: str) -> None:
+def test_autocast_computes_gemms_of_experts_and_mlp_in_bf16_and_the_mix_in_fp32(name: str, mix: str) -> None:
     with precision(name, mix) as (moe, x), Softmaxes() as softmaxes:
         y, routing = moe(x)
     assert softmaxes.dtypes == [torch.float32] * (2 if mix == "learned" else 1)  # the router's, the coefficient's
@@ -136,7 +136,7 @@ def test_a_precision_of_one_backend_is_left_as_it_is() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def test_fp64_stays_fp64() -> None:
+def test_layer_in_fp64_computes_in_fp64() -> None:
     with precision("fp64") as (moe, x):
         y, routing = moe(x)
     assert {value.dtype for value in (y, routing.weight, routing.probs, *router_losses([routing]))} == {torch.float64}
@@ -237,7 +237,7 @@ def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["plain", "distilled", "recorded"])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.01), (torch.float16, 0.002)])
-def test_no_row_of_the_heads_gradient_is_lost_under_a_loss_scale(dtype: torch.dtype, limit: float, kind: str) -> None:
+def test_head_gradient_loses_no_row_under_a_loss_scale(dtype: torch.dtype, limit: float, kind: str) -> None:
     exact = head(torch.float64, kind, False, 1.0)
     for autocast in (True, False):
         for scale in (2.0**11, 2.0**16):

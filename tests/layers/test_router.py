@@ -54,7 +54,7 @@ def test_top_1_keeps_the_highest_random_priorities(monkeypatch: pytest.MonkeyPat
     assert routing.kept.tolist() == [[True], [False], [True], [True]]
 
 
-def test_the_default_dtype_changes_no_draw() -> None:
+def test_router_draws_do_not_depend_on_the_default_dtype() -> None:
     """`bf16-true` sets it in the forward pass, not where the backward pass computes a block again."""
     router, x = TopKRouter(MoEConfig(4, min_capacity=0, noise="rsample"), 8, 4, block=0), torch.randn(1024, 8)
     torch.nn.init.normal_(router.weight)
@@ -143,7 +143,7 @@ def test_a_token_chooses_within_its_best_groups(
     expect(routing.weight[0], (weight / (weight.sum() if top_k > 1 else sum(SIX))).tolist())
 
 
-def test_draws_stay_within_the_groups() -> None:
+def test_router_draws_stay_within_the_groups() -> None:
     rows = [SIX] * 20_000
     config = replace(PLAIN, num_experts=6, groups=[3, 2], token_dropping=False)
     shares = {0: 0.05, 1: 0.30, 4: 0.23, 5: 0.0}  # groups 0 and 2
@@ -158,7 +158,7 @@ def test_draws_stay_within_the_groups() -> None:
             assert (found == number).double().mean().item() == pytest.approx(expected, abs=0.015)
 
 
-def test_an_expert_outside_is_not_chosen_where_those_within_have_probability_0() -> None:
+def test_groups_exclude_experts_outside_where_those_within_have_probability_0() -> None:
     logits = torch.full((1, 8), -2000.0)
     logits[0, 5] = 0
     for top_k in (2, 3):
@@ -167,7 +167,7 @@ def test_an_expert_outside_is_not_chosen_where_those_within_have_probability_0()
         assert router(logits).expert.min() >= 4
 
 
-def test_groups_and_capacity() -> None:
+def test_groups_respect_the_capacity() -> None:
     config = replace(PLAIN, num_experts=6, top_k=2, groups=[3, 1], train_capacity_factor=1.5)  # a capacity of 1
     routing = route(config, [SIX, SIX])
     assert routing.expert.tolist() == [[1, 0]] * 2 and routing.kept.tolist() == [[True, True], [False, False]]
@@ -230,7 +230,7 @@ def test_random_choices_follow_their_distributions() -> None:
     torch.testing.assert_close(kept.mean(0), torch.full((8,), 0.5, dtype=torch.float64), rtol=0, atol=0.12)
 
 
-def test_evaluation_drops_only_if_asked() -> None:
+def test_router_in_evaluation_drops_only_on_request() -> None:
     config = replace(PLAIN, train_capacity_factor=4.0, eval_capacity_factor=1.0)
     assert route(config, FOUR_TOKENS).kept.all() and route(config, FOUR_TOKENS, training=False).kept.all()
     asked = replace(config, eval_token_dropping=True, random_token_selection=True)

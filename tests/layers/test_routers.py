@@ -96,14 +96,14 @@ def test_a_router_s_modules_move_with_it_and_its_buffers_keep_their_dtype() -> N
         (2, {"gate_scale": 2.0, "normalize_weights": True}, [4 / 3, 2 / 3]),
     ],
 )
-def test_softmax_scales_and_normalises(top_k: int, settings: dict[str, Any], weights: list[float]) -> None:
+def test_softmax_router_scales_and_normalises(top_k: int, settings: dict[str, Any], weights: list[float]) -> None:
     moe = MoEConfig(3, top_k=top_k, second_expert="argmax", **settings, **DROPLESS)
     routing = gated(moe, [[math.log(0.3), math.log(0.6), math.log(0.1)]])
     assert routing.expert.tolist() == [[1, 0][:top_k]]
     expect(routing.weight, [weights])
 
 
-def test_the_gate_is_drawn_as_wide_as_its_init_std() -> None:
+def test_gate_is_drawn_with_its_init_std() -> None:
     plain, wide = router_of(MoEConfig(4)), router_of(MoEConfig(4, gate_init_std=0.3))
     torch.testing.assert_close(wide.weight, plain.weight * 6)  # 0.3 / 0.05: the same draw
     sigmoid = router_of(MoEConfig(4, gate_init_std=0.3, router=SigmoidRouterConfig()))
@@ -114,7 +114,7 @@ def logit(score: float) -> float:
     return math.log(score / (1 - score))
 
 
-def test_sigmoid_chooses_by_biased_scores_and_weighs_by_scores() -> None:
+def test_sigmoid_router_chooses_by_biased_scores_and_weighs_by_scores() -> None:
     moe = MoEConfig(3, top_k=2, gate_scale=2.5, router=SigmoidRouterConfig(), **DROPLESS)
     config = model(moe, hidden_size=3, num_heads=1)
     router = GPT(config).blocks[1].moe.router.double()
@@ -131,7 +131,7 @@ def test_sigmoid_chooses_by_biased_scores_and_weighs_by_scores() -> None:
     expect(router.bias, [-1e-3, 1e-3, 0.0])
 
 
-def test_sigmoid_scores_a_group_by_the_sum_of_its_two_highest_biased_scores() -> None:
+def test_sigmoid_router_scores_a_group_by_the_sum_of_its_two_highest_biased_scores() -> None:
     moe = MoEConfig(6, top_k=2, groups=[2, 1], router=SigmoidRouterConfig(), **DROPLESS)
     router = GPT(model(moe, hidden_size=6, num_heads=1)).blocks[1].moe.router.double()
     torch.nn.init.eye_(router.weight)
@@ -158,7 +158,7 @@ def test_sequence_balance_is_computed_for_each_sequence_without_padding() -> Non
     assert nothing == 0
 
 
-def test_the_paper_s_balance_loss_does_not_reach_a_router_that_balances_itself() -> None:
+def test_balance_loss_does_not_reach_a_router_that_balances_itself() -> None:
     """`loss_coeff` stands at its default, 0.01, where a router does not read it. Its own loss is added, and so is the z-loss."""
     batch = next(iter(SyntheticData().train_dataloader()))
     for router, coefficients in (
@@ -172,7 +172,7 @@ def test_the_paper_s_balance_loss_does_not_reach_a_router_that_balances_itself()
         assert min(added.values()) > 0
 
 
-def test_hash_gives_ids_to_the_expert_with_the_fewest_tokens(tmp_path: Path) -> None:
+def test_hash_router_gives_ids_to_the_expert_with_the_fewest_tokens(tmp_path: Path) -> None:
     # Plus one each: 7, 4, 3, 1, 1. The first is alone until the others have 7; then one more for either.
     table = balanced_table([6, 3, 2, 0, 0], 2, seed=0)
     assert table[1] == table[2] != table[0] and table[3] != table[4]
@@ -198,7 +198,7 @@ def test_hash_gives_ids_to_the_expert_with_the_fewest_tokens(tmp_path: Path) -> 
     assert routing.weight.flatten().tolist() == [1, 1, 1, 0] and routing.probs is None
 
 
-def test_uniform_is_independent_of_token_position_and_layer() -> None:
+def test_uniform_router_draws_independently_of_token_position_and_layer() -> None:
     experts = 7
     tokens = torch.arange(4096).repeat_interleave(64).view(1, -1)
     context = RoutingContext(tokens, positions=torch.arange(64).repeat(4096).view(1, -1))
@@ -235,7 +235,7 @@ def test_a_router_in_another_block_routes_by_its_entries_alone(name: str) -> Non
     assert torch.equal(first(x, context).expert, second(x, context).expert)
 
 
-def test_frozen_does_not_learn_and_is_drawn_from_its_seed() -> None:
+def test_frozen_router_does_not_learn_and_is_drawn_from_its_seed() -> None:
     moe = MOES["frozen"]
     gpt = GPT(model(replace(moe, expert_interval=1)))
     gates = [block.moe.router.weight for block in gpt.blocks]
@@ -251,7 +251,7 @@ def test_frozen_does_not_learn_and_is_drawn_from_its_seed() -> None:
 
 @torch.no_grad()
 @each
-def test_in_evaluation_a_sequence_does_not_depend_on_its_neighbours_or_padding(name: str) -> None:
+def test_routers_in_evaluation_do_not_depend_on_other_sequences_or_padding(name: str) -> None:
     gpt = GPT(model(MOES[name], init_std=0.3)).eval()
     tokens = torch.randint(61, (3, 8), generator=torch.Generator().manual_seed(0))
     alone = gpt(tokens[:1]).hidden
@@ -278,7 +278,7 @@ def run(name: str, folder: Path, steps: int, checkpoint: Path | None = None) -> 
 
 
 @each
-def test_a_run_learns_resumes_exactly_and_is_counted(
+def test_routers_learn_resume_exactly_and_are_counted(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = GPT(model(MOES[name]), seed=MoEGPTModule(model(MOES[name])).seed).state_dict()
@@ -305,7 +305,7 @@ def test_a_run_learns_resumes_exactly_and_is_counted(
 
 
 @each
-def test_it_trains_beside_a_gated_shared_expert_and_in_groups(name: str, tmp_path: Path) -> None:
+def test_routers_train_beside_a_gated_shared_expert_and_in_groups(name: str, tmp_path: Path) -> None:
     moe = replace(MOES[name], mlp_type="residual", residual_mix="sigmoid", shared_ffn_size=24)
     if name in ("softmax", "sigmoid", "frozen"):
         moe = replace(moe, top_k=2, groups=[2, 1])
@@ -348,12 +348,12 @@ def test_it_trains_beside_a_gated_shared_expert_and_in_groups(name: str, tmp_pat
         (lambda: MoEConfig(4, top_k=2, router=HashRouterConfig()), "top_k=2 must be 1 with HashRouterConfig"),
     ],
 )
-def test_wrong_settings_are_refused_by_name(settings: Any, message: str) -> None:
+def test_routers_refuse_wrong_settings_by_name(settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         settings()
 
 
-def test_a_wrong_file_of_counts_is_refused_but_not_needed_to_read_a_checkpoint(tmp_path: Path) -> None:
+def test_hash_router_refuses_a_wrong_file_of_counts_and_needs_none_in_a_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "counts.json"
     config = model(MoEConfig(4, router=HashRouterConfig(counts=str(file))))
     for content, message in ((None, "cannot be read"), ("[1, 2, 3]", "has 3 numbers, vocab_size is 61")):

@@ -41,7 +41,7 @@ for step in range(20):
 """
 
 
-def test_an_expert_gets_at_most_a_quarter_more_rows_and_none_in_generation() -> None:
+def test_row_numbers_are_at_most_a_quarter_larger_and_exact_in_generation() -> None:
     numbers = torch.tensor(list(ROUND))
     used = int(numbers.sum())
     index = torch.arange(used + 3).flip(0)  # the last three rows belong to no expert
@@ -85,7 +85,9 @@ def results(precision: str, dropping: bool) -> tuple[list[Tensor], list[int], li
 
 @pytest.mark.parametrize("dropping", [False, True])
 @pytest.mark.parametrize("precision", [*HALF, "32-true"])
-def test_a_layer_computes_the_same(precision: str, dropping: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_numbers_do_not_change_the_layers_result(
+    precision: str, dropping: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, computed, kept = results(precision, dropping)
     assert kept[-1] == 0 < min(kept[:-1]) and sum(kept) < 620 if dropping else sum(kept) == 620
     numbers = [-(-n // step) * step for n in kept for step in [min(32, 2 ** max(0, n.bit_length() - 3))]]
@@ -100,7 +102,7 @@ def test_a_layer_computes_the_same(precision: str, dropping: bool, monkeypatch: 
         assert error < 0.005, error
 
 
-def test_few_kernels_are_compiled_over_many_steps() -> None:
+def test_row_numbers_keep_compiled_kernels_few_over_many_steps() -> None:
     done = python("-c", COMPILES, env={"ONEDNN_VERBOSE": "profile_create", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert (

@@ -132,19 +132,19 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("flags", "expected"), EFFECTS, ids=[flags for flags, _ in EFFECTS])
-def test_every_flag_changes_what_the_table_says(flags: str, expected: dict[str, Any]) -> None:
+def test_flags_change_what_the_table_says(flags: str, expected: dict[str, Any]) -> None:
     settings = settings_of(launched(flags))
     if "trainer.callbacks.0.init_args.milestones" in expected:
         settings["trainer"]["callbacks"] = {"0": settings["trainer"]["callbacks"][0]}
     assert {path: get(settings, path) for path in expected} == expected
 
 
-def test_no_flag_of_the_table_is_without_its_line_above() -> None:
+def test_flags_of_the_table_all_have_a_case_above() -> None:
     tried = {word for flags, _ in EFFECTS for word in flags.split() if word.startswith("--")}
     tried |= {"--num_gpus", "--num_nodes", "--nproc_per_node", "--nproc-per-node", "--nnodes"}  # test_nodes_and_gpus
     tried = tried - {"--deepspeed"} | {
         "--deepspeed_config"
-    }  # test_loss_scale_clipping_and_offload_of_the_deepspeed_configuration
+    }  # test_deepspeed_configuration_gives_loss_scale_clipping_and_offload
     tried |= {"--max-position-embeddings", "--merge-file", "--tokenizer-type"}  # only checked
     assert {name for name in FLAGS if ROWS[name].section not in (IGNORED, REFUSED)} == tried
 
@@ -158,12 +158,12 @@ def test_no_flag_of_the_table_is_without_its_line_above() -> None:
         ("nohup /opt/bin/torchrun --nproc_per_node 2", 2, None),
     ],
 )
-def test_nodes_and_gpus_are_the_launchers(launcher: str, devices: int | None, nodes: int | None) -> None:
+def test_flags_of_nodes_and_gpus_are_the_launchers(launcher: str, devices: int | None, nodes: int | None) -> None:
     trainer = settings_of(launched("", launcher))["trainer"]
     assert (trainer.get("devices"), trainer.get("num_nodes")) == (devices, nodes)
 
 
-def test_a_teacher_is_nothing_without_the_switch() -> None:
+def test_flag_of_a_teacher_needs_its_switch() -> None:
     teacher = "--load-teacher /teachers/big --num-layers-teacher 24 --kd-alpha-ce 3 --kd-temp 2"
     assert "distiller" not in settings_of(launched(teacher))["model"]
     distilled = settings_of(launched(f"--mos {teacher}"))["model"]["distiller"]
@@ -212,7 +212,7 @@ def configured(flags: str, config: str, folder: Path) -> list[str]:
     return launched(f"{flags} --deepspeed_config {folder / 'c.json'}")
 
 
-def test_loss_scale_clipping_and_offload_of_the_deepspeed_configuration(tmp_path: Path) -> None:
+def test_deepspeed_configuration_gives_loss_scale_clipping_and_offload(tmp_path: Path) -> None:
     config = """{"fp16": {"enabled": true, "initial_scale_power": 0, "hysteresis": null}, "gradient_clipping": 0.5,
      "curriculum_learning": {"enabled": false, "curriculum_type": "seqlen"},
      "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}"""
@@ -261,7 +261,7 @@ ALONE = [flags for flags, _ in EFFECTS if not flags.startswith(("--num-experts",
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(chosen=st.lists(st.sampled_from(ALONE), unique=True, max_size=12))
-def test_any_flags_together_parse_or_are_refused_by_name(chosen: Sequence[str], parser: ArgumentParser) -> None:
+def test_flags_in_any_combination_parse_or_are_refused_by_name(chosen: Sequence[str], parser: ArgumentParser) -> None:
     try:
         text = translated(launched(" ".join(chosen)))
     except ValueError as error:

@@ -117,7 +117,7 @@ def words_of_script(folder: Path, variables: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.parametrize(("variables", "expected"), [({}, SETTINGS), ({"USE_BLEND": "true"}, BLEND)])
-def test_a_script_in_the_tutorials_style(
+def test_script_in_the_tutorials_style_is_translated(
     variables: dict[str, str], expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = words_of_script(tmp_path, variables)
@@ -140,7 +140,7 @@ def test_a_script_in_the_tutorials_style(
     assert experiment.data.seq_len == experiment.module.config.seq_len
 
 
-def test_all_refusals_are_told_at_once_and_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_script_is_refused_with_all_reasons_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main(["from-megatron", "--", *command("--use-tutel --swiglu --lr nothing").split()])
     lines = capsys.readouterr().err.splitlines()
@@ -149,7 +149,7 @@ def test_all_refusals_are_told_at_once_and_without_a_traceback(capsys: pytest.Ca
     assert all(line.startswith("error: --") for line in lines)
 
 
-def test_the_command_writes_notes_defaults_and_skipped_flags(
+def test_from_megatron_writes_notes_defaults_and_skipped_flags(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "o.yaml"
@@ -170,7 +170,9 @@ def test_the_command_writes_notes_defaults_and_skipped_flags(
 
 
 @pytest.mark.parametrize(("words", "message"), [([], "after --"), (["run.sh"], "unrecognized arguments: run.sh")])
-def test_anything_but_words_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_script_with_anything_but_words_is_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as error:
         main(["from-megatron", *words])
     assert error.value.code == 2 and message in capsys.readouterr().err

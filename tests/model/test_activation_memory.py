@@ -134,7 +134,7 @@ def predicted_bytes(config: GPTConfig, topology: Topology, checkpointing: bool) 
 
 @pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", True), ("half", False), ("autocast", False)])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_formula_is_within_1_percent_of_what_is_saved(
+def test_activation_memory_formula_is_within_1_percent_of_what_is_saved(
     name: str, precision: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # On CUDA dropout is `native_dropout`, with a mask of bytes; the CPU would keep one of the tensor's own type.
@@ -182,7 +182,7 @@ def peak_bytes(config: GPTConfig, topology: Topology) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("config", "precision", "checkpointing"), PEAKS)
-def test_activations_are_the_peak_of_a_step_but_for_gradients(
+def test_activation_memory_is_the_peak_of_a_step_but_for_gradients(
     config: GPTConfig, precision: str, checkpointing: bool
 ) -> None:
     """The first micro-batch's gradients appear while activations go: the true peak has some of them in it."""

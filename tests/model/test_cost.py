@@ -20,7 +20,7 @@ SMALL = {"dense": GPTConfig(61, 16, 3, 16, 2), "pyramid": PYRAMID, "top-2": repl
 
 
 @pytest.mark.parametrize(("name", "precision"), [("dense", "32-true"), ("pyramid", "bf16-true"), ("top-2", "32-true")])
-def test_one_process_keeps_exactly_these_bytes(name: str, precision: str) -> None:
+def test_memory_of_one_process_is_predicted_to_the_byte(name: str, precision: str) -> None:
     model = GPT(SMALL[name]).to(torch.float32 if precision == "32-true" else torch.bfloat16)
     optimizer = build_optimizer(model, AdamWConfig())
     for parameter in model.parameters():
@@ -32,7 +32,7 @@ def test_one_process_keeps_exactly_these_bytes(name: str, precision: str) -> Non
     assert memory.optimizer == sum(moment.nbytes for moment in moments)
 
 
-def test_muon_keeps_one_moment_of_a_matrix() -> None:
+def test_memory_of_muon_is_one_moment_of_a_matrix() -> None:
     config = replace(PYRAMID, bias=False)
     model = GPT(config)
     optimizer = build_optimizer(model, AdamWConfig(muon=MuonConfig()))
@@ -58,7 +58,9 @@ def cut_up(config: GPTConfig, gpus: int, degrees: dict[int, int]) -> list[tuple[
 @pytest.mark.parametrize(
     ("zero", "limit", "degrees"), [(0, 8, {1: 4, 3: 8}), (1, 8, {1: 4, 3: 8}), (2, 2, {1: 2, 3: 2})]
 )
-def test_ranks_hold_and_send_what_a_cut_up_model_says(zero: int, limit: int, degrees: dict[int, int]) -> None:
+def test_memory_and_traffic_of_ranks_are_those_of_a_cut_up_model(
+    zero: int, limit: int, degrees: dict[int, int]
+) -> None:
     topology = Topology(8, limit, zero, micro_batch_size=2, global_batch_size=48)  # 3 micro-batches a step
     cost = estimate(PYRAMID, topology, A100)
     pieces = cut_up(PYRAMID, 8, degrees)
@@ -82,7 +84,7 @@ def test_ranks_hold_and_send_what_a_cut_up_model_says(zero: int, limit: int, deg
     assert sent.all_to_all == sum(exchange * (degree - 1) // degree for degree in degrees.values())
 
 
-def test_other_precisions_and_offloading_move_these_bytes() -> None:
+def test_memory_moves_with_precision_and_offloading() -> None:
     with torch.device("meta"):
         parameters = {name: parameter.numel() for name, parameter in GPT(PYRAMID).named_parameters()}
     total = sum(parameters.values())
@@ -95,7 +97,7 @@ def test_other_precisions_and_offloading_move_these_bytes() -> None:
     assert (offloaded.optimizer, offloaded.host) == (0, 12 * total)
 
 
-def test_checkpointing_sends_and_computes_the_forward_pass_again() -> None:
+def test_activation_checkpointing_costs_the_forward_pass_again() -> None:
     kept = Topology(8, 8, 1, micro_batch_size=2, global_batch_size=16)
     one, other = (estimate(PYRAMID, replace(kept, activation_checkpointing=again), A100) for again in (False, True))
     assert other.communication.all_to_all == 1.5 * one.communication.all_to_all
@@ -104,7 +106,7 @@ def test_checkpointing_sends_and_computes_the_forward_pass_again() -> None:
     assert other.memory.activations < one.memory.activations
 
 
-def test_times_by_hand() -> None:
+def test_step_times_by_hand() -> None:
     """A GPU of round numbers, 4 to a node; 8 ranks; one expert per rank."""
     gpu = Hardware(1e12, 1e11, 1e9, 1e10, nvlink=1e9, network=1e8, compute_capability=(9, 0), gpus_per_node=4)
     config = replace(PYRAMID, moe=MoEConfig(8))
@@ -131,7 +133,7 @@ def paper(dense: bool) -> GPTConfig:
 
 
 @pytest.mark.parametrize("utilisation", [0.15, UTILISATION])  # 0.15 is what the paper's dense run reaches
-def test_the_papers_speed_up_is_predicted_within_a_quarter(utilisation: float) -> None:
+def test_cost_model_predicts_the_papers_speed_up_within_a_quarter(utilisation: float) -> None:
     """128 A100s, paper: 372 samples/s of 1.3B+MoE-128 to 70 of 6.7B dense. docs/results/scaling.md says why we are below."""
     dense, moe = (
         estimate(
@@ -146,7 +148,7 @@ def test_the_papers_speed_up_is_predicted_within_a_quarter(utilisation: float) -
     assert 0.75 < (moe.samples_per_second / dense.samples_per_second) / (372 / 70) < 1.0
 
 
-def test_options_change_one_setting_each_and_lower_the_memory() -> None:
+def test_planner_options_change_one_setting_each_and_lower_the_memory() -> None:
     """52 B parameters on 64 GPUs with every expert everywhere; the last option combines all."""
     topology = Topology(64, 1, 1, 8, 1024)  # 2 micro-batches: with one, ZeRO 1 keeps no more gradients than ZeRO 2
     *single, combined = memory_options(paper(False), topology)
@@ -171,6 +173,6 @@ def test_options_change_one_setting_each_and_lower_the_memory() -> None:
         ({"zero_stage": 1, "deepspeed": False}, "ExpertParallelStrategy"),
     ],
 )
-def test_impossible_layouts_are_refused(values: dict, message: str) -> None:
+def test_topology_refuses_impossible_layouts(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Topology(**values)

@@ -32,7 +32,7 @@ SMALL = [
 
 
 @pytest.mark.parametrize("config", SMALL)
-def test_total_is_what_the_model_has(config: GPTConfig) -> None:
+def test_total_parameters_are_those_of_the_model(config: GPTConfig) -> None:
     with torch.device("meta"):
         model = GPT(config)
     count = count_parameters(config)
@@ -46,7 +46,7 @@ def test_total_is_what_the_model_has(config: GPTConfig) -> None:
 
 
 @pytest.mark.parametrize("config", SMALL)
-def test_active_leaves_out_the_experts_not_chosen(config: GPTConfig) -> None:
+def test_active_parameters_leave_out_experts_that_are_not_chosen(config: GPTConfig) -> None:
     count = count_parameters(config)
     matrices, width = 3 if config.ffn_network == "swiglu" else 2, config.expert_ffn_size
     one_expert = matrices * config.hidden_size * width + (matrices - 1) * width + config.hidden_size
@@ -76,7 +76,7 @@ def test_flops_match_torchs_own_counter_on_a_dense_model(changes: dict[str, Any]
     assert counter.get_total_flops() / 32 == flops_per_token(config) / 3 + counted_by_torch_alone
 
 
-def test_an_expert_costs_what_a_dense_ffn_costs() -> None:
+def test_flops_of_an_expert_are_those_of_a_dense_ffn() -> None:
     """Top-1 routing adds only the gate; a residual layer adds an MLP and the coefficient."""
     dense, moe = GPTConfig(61, 16, 4, 16, 2), GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig(8))
     residual = GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig(8, mlp_type="residual"))

@@ -29,7 +29,9 @@ def packed(lengths: list[list[int]] = LENGTHS) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("config", [CONFIG, TURNED], ids=["gpt", "turned"])
-def test_each_document_is_as_if_alone(config: GPTConfig, dtype: torch.dtype, tolerance: float, training: bool) -> None:
+def test_documents_in_a_sequence_are_computed_as_if_alone(
+    config: GPTConfig, dtype: torch.dtype, tolerance: float, training: bool
+) -> None:
     model = GPT(config).to(dtype).train(training)
     tokens, documents = packed()
     together = model(tokens, documents=documents)
@@ -47,7 +49,7 @@ def test_each_document_is_as_if_alone(config: GPTConfig, dtype: torch.dtype, tol
                 assert torch.equal(chosen, routing.expert)
 
 
-def test_padding_is_still_not_seen_nor_counted() -> None:
+def test_padding_beside_documents_is_not_seen_nor_counted() -> None:
     model = GPT(CONFIG).double().eval()
     tokens, documents = packed()
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -59,7 +61,7 @@ def test_padding_is_still_not_seen_nor_counted() -> None:
         torch.testing.assert_close(found[0, start:end][real], alone, rtol=1e-12, atol=1e-12)
 
 
-def test_one_document_is_the_plain_sequence_at_capacity_too() -> None:
+def test_a_single_document_is_the_plain_sequence_at_capacity_too() -> None:
     """Borders change attention and positions; who is kept is none of their business."""
     moe = replace(DROPLESS, top_k=1, token_dropping=True, train_capacity_factor=0.5, noise="jitter")
     model = GPT(replace(CONFIG, moe=moe)).double()
@@ -71,7 +73,7 @@ def test_one_document_is_the_plain_sequence_at_capacity_too() -> None:
         assert torch.equal(one.kept, other.kept)
 
 
-def test_what_is_seen_and_how_positions_count() -> None:
+def test_visible_keys_and_positions_of_documents_by_hand() -> None:
     documents = torch.tensor([[0, 0, 1, 1]])
     seen = visible_keys(None, 4, 0, documents.device, documents)
     assert seen is not None

@@ -91,7 +91,7 @@ CASES += [("moe", name) for name in (f.name for f in fields(MoEConfig))]
 
 
 @pytest.mark.parametrize(("where", "name"), CASES)
-def test_the_field_changes_what_it_says_and_nothing_else(
+def test_config_field_changes_what_it_says_and_nothing_else(
     where: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context, value, expected = (GPT_CASES if where == "gpt" else MOE_CASES)[name]  # a new field needs a case
@@ -233,12 +233,12 @@ def build(values: dict[str, Any]) -> GPTConfig:
 
 
 @pytest.mark.parametrize(("values", "message"), WRONG, ids=lambda value: str(value)[:50])
-def test_a_wrong_value_is_refused_by_name(values: dict[str, Any], message: str) -> None:
+def test_config_field_with_a_wrong_value_is_refused_by_name(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(values)
 
 
-def test_every_check_of_the_configuration_has_a_wrong_value_above() -> None:
+def test_config_checks_all_have_a_wrong_value_above() -> None:
     fired = set()
     for values, _ in WRONG:
         try:

@@ -34,7 +34,7 @@ def test_weights_start_normal_projections_smaller_biases_zero_and_norms_one() ->
             assert abs(parameter.std().item() - std) < 5 * noise, name
 
 
-def test_the_seed_and_the_names_alone_fix_the_weights() -> None:
+def test_weights_depend_on_the_seed_and_their_names_alone() -> None:
     reference = GPT(WIDE, seed=3).state_dict()
     torch.manual_seed(99)  # the global generator plays no part
     again = GPT(WIDE, seed=3)
@@ -49,7 +49,7 @@ def test_the_seed_and_the_names_alone_fix_the_weights() -> None:
     assert len(starts) == len(weights), "two tensors start alike"
 
 
-def test_neither_default_device_nor_dtype_changes_the_draws() -> None:
+def test_weights_do_not_depend_on_the_default_device_or_dtype() -> None:
     reference = GPT(WIDE, seed=3).state_dict()
     model = GPT(WIDE, seed=4)
     with torch.device("meta"):  # the run's device, around everything that Lightning lets a module build
@@ -66,7 +66,7 @@ def test_neither_default_device_nor_dtype_changes_the_draws() -> None:
 
 
 @pytest.mark.parametrize("moe", [None, MoEConfig([6, 5]), MoEConfig(4, expert_interval=3)], ids=str)
-def test_the_dense_part_is_the_same_whatever_the_experts(moe: MoEConfig | None) -> None:
+def test_dense_weights_do_not_depend_on_the_experts(moe: MoEConfig | None) -> None:
     reference, other = GPT(WIDE).state_dict(), GPT(replace(WIDE, moe=moe)).state_dict()
     shared = {name for name in reference.keys() & other.keys() if ".moe." not in name}
     assert len(shared) >= 4 + 8 * 4  # embeddings, final norm; norms and attention of each block
@@ -74,7 +74,7 @@ def test_the_dense_part_is_the_same_whatever_the_experts(moe: MoEConfig | None) 
         assert torch.equal(reference[name], other[name]), name
 
 
-def test_every_expert_differs_and_is_the_same_in_a_larger_stack() -> None:
+def test_expert_weights_differ_and_are_the_same_in_a_larger_stack() -> None:
     few, many = GPT(replace(WIDE, moe=MoEConfig(3))), GPT(replace(WIDE, moe=MoEConfig(5)))
     for leaf in ("expand_weight", "project_weight"):
         a, b = (model.blocks[1].moe.experts.get_parameter(leaf) for model in (few, many))
@@ -129,7 +129,7 @@ def test_activation_checkpointing_gives_the_same_loss_and_gradients_to_the_bit(
         assert not routing.kept[mask.flatten()].all(), "nothing was dropped"
 
 
-def test_every_moe_block_gets_the_mask_and_the_noise_key() -> None:
+def test_moe_blocks_get_the_mask_and_the_noise_key() -> None:
     model, tokens = GPT(replace(SMALL, init_std=0.3)), torch.arange(32).view(2, 16)
     mask = torch.rand(2, 16, generator=torch.Generator().manual_seed(1)) < 0.7
     first, again, other = (model(tokens, token_mask=mask, noise_key=(0, 0, micro)) for micro in (1, 1, 2))

@@ -38,14 +38,14 @@ def with_norm(norm: nn.Module) -> GPT:
 @pytest.mark.parametrize(
     "use", [lambda model: initialise(model, CONFIG, 0), lambda model: build_optimizer(model, AdamWConfig())]
 )
-def test_a_parameter_that_no_module_declares(use: Callable[[GPT], Any]) -> None:
+def test_undeclared_parameter_is_refused_by_name(use: Callable[[GPT], Any]) -> None:
     with pytest.raises(
         ValueError, match=r"^blocks.0.ffn_norm.gain: Scale does not declare its parameter gain; add roles = "
     ):
         use(with_norm(Scale()))
 
 
-def test_a_declared_parameter() -> None:
+def test_declared_parameter_is_initialised_and_not_decayed() -> None:
     model = with_norm(DeclaredScale())
     initialise(model, CONFIG, 0)
     assert model.get_parameter("blocks.0.ffn_norm.gain").tolist() == [1.0] * 16
@@ -54,7 +54,7 @@ def test_a_declared_parameter() -> None:
     assert "blocks.0.ffn_norm.gain" not in decayed["param_names"]
 
 
-def test_a_buffer_that_no_checkpoint_would_hold() -> None:
+def test_buffer_that_no_checkpoint_would_hold_is_refused_by_name() -> None:
     for use in (entry_shapes, lambda model: list(local_entries(model))):
         with pytest.raises(
             ValueError, match=r"^blocks.0.ffn_norm.running_mean: checkpoints hold persistent buffers of a Router"

@@ -65,7 +65,7 @@ def test_a_frozen_router_keeps_its_bias(frozen: tuple[Component, ...], tmp_path:
     assert len(biases) == 2 and all(bool(bias.any()) == (frozen != ("router",)) for bias in biases)
 
 
-def test_a_run_in_which_nothing_would_learn_is_refused(tmp_path: Path) -> None:
+def test_frozen_refuses_to_leave_no_parameter_to_train(tmp_path: Path) -> None:
     dense, parts = replace(CONFIG, moe=None), ("attention", "ffn", "norms", "embeddings")
     with pytest.raises(
         ValueError, match=r"frozen=\['attention', .* leaves no parameter to train; leave a component out"

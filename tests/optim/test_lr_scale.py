@@ -36,7 +36,7 @@ def assert_steps_are_scaled(start: dict[str, Tensor], plain: dict[str, Tensor], 
         assert factor != 1 or torch.equal(found, step)
 
 
-def test_steps_of_a_component_are_scaled_and_the_logged_rate_is_not(tmp_path: Path) -> None:
+def test_lr_scale_scales_steps_of_a_component_and_not_the_logged_rate(tmp_path: Path) -> None:
     start = {name: value.double() for name, value in MoEGPTModule(CONFIG).gpt.state_dict().items()}
     plain, rate = fit(tmp_path, {}, 1)
     scaled, logged = fit(tmp_path, FACTORS, 1)
@@ -44,7 +44,7 @@ def test_steps_of_a_component_are_scaled_and_the_logged_rate_is_not(tmp_path: Pa
     assert_steps_are_scaled(start, plain, scaled)
 
 
-def test_a_resumed_run_has_the_factors_of_its_configuration_and_the_moments_of_its_checkpoint(tmp_path: Path) -> None:
+def test_lr_scale_is_the_configurations_after_a_resume_and_moments_the_checkpoints(tmp_path: Path) -> None:
     after_one, _ = fit(tmp_path, {}, 1)
     path = (tmp_path / "one.ckpt").rename(tmp_path / "start.ckpt")
     plain, _ = fit(tmp_path, {}, 2, path)

@@ -61,9 +61,7 @@ def torch_steps(weight: Tensor, gradients: list[Tensor], config: MuonConfig, lr:
 @pytest.mark.parametrize("shape", [WIDE, TALL, SQUARE])
 @pytest.mark.parametrize("rule", ["match_rms_adamw", "original"])
 @pytest.mark.parametrize(("nesterov", "ns_steps"), [(True, 5), (False, 3)])
-def test_a_matrix_is_stepped_as_by_torchs_muon(
-    shape: tuple[int, int], rule: Rule, nesterov: bool, ns_steps: int
-) -> None:
+def test_muon_steps_a_matrix_as_torchs_muon(shape: tuple[int, int], rule: Rule, nesterov: bool, ns_steps: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, *gradients = torch.randn(5, *shape, generator=generator)
     config = MuonConfig(0.9, nesterov, ns_steps, rule)
@@ -72,7 +70,7 @@ def test_a_matrix_is_stepped_as_by_torchs_muon(
 
 @pytest.mark.parametrize("shape", [WIDE, TALL, SQUARE])
 @pytest.mark.parametrize("rule", ["match_rms_adamw", "original"])
-def test_each_expert_is_stepped_as_a_linear_layer_with_its_matrix_transposed(
+def test_muon_steps_each_expert_as_a_linear_layer_with_its_matrix_transposed(
     shape: tuple[int, int], rule: Rule
 ) -> None:
     """Experts of other sizes: a norm of the whole stack would be that of the largest one. The last one has no gradient."""
@@ -93,7 +91,7 @@ def test_each_expert_is_stepped_as_a_linear_layer_with_its_matrix_transposed(
 
 
 @pytest.mark.parametrize("config", [CONFIG, LATENT, replace(CONFIG, tied_embeddings=False, ffn_network="swiglu")])
-def test_the_matrices_of_hidden_layers_are_muons_and_all_else_is_adamws(config: GPTConfig) -> None:
+def test_muon_takes_matrices_of_hidden_layers_and_adamw_all_else(config: GPTConfig) -> None:
     model = GPT(config)
     optimizer = build_optimizer(model, AdamWConfig(muon=MuonConfig(), lr_scale={"experts": 0.5, "router": 2.0}))
     groups: dict[str, set[str]] = {group["name"]: set(group["param_names"]) for group in optimizer.param_groups}
@@ -120,7 +118,7 @@ RUNS: dict[str, tuple[GPTConfig, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_run_is_resumed_exactly_from_one_entry_an_expert(run: str, tmp_path: Path) -> None:
+def test_muon_resumes_exactly_from_one_entry_per_expert(run: str, tmp_path: Path) -> None:
     config, settings, options = RUNS[run]
 
     def fit(path: Path | None = None) -> MoEGPTModule:
@@ -147,7 +145,7 @@ def test_a_run_is_resumed_exactly_from_one_entry_an_expert(run: str, tmp_path: P
 
 
 @pytest.mark.parametrize("muon", [None, MuonConfig()])
-def test_a_checkpoint_of_the_other_optimizer_is_refused(muon: MuonConfig | None, tmp_path: Path) -> None:
+def test_muon_and_adamw_refuse_each_others_checkpoints(muon: MuonConfig | None, tmp_path: Path) -> None:
     other = MuonConfig() if muon is None else None
     run = trainer(tmp_path, SaveAt(1, tmp_path / "one.ckpt"), max_steps=1)
     run.fit(MoEGPTModule(CONFIG, AdamWConfig(muon=other)), SyntheticData())
@@ -159,7 +157,7 @@ def test_a_checkpoint_of_the_other_optimizer_is_refused(muon: MuonConfig | None,
     assert "\n" not in str(e.value)
 
 
-def test_ranks_resume_a_run_of_one_process_and_their_own_exactly(tmp_path: Path) -> None:
+def test_muon_on_ranks_resumes_a_run_of_one_process_and_its_own_exactly(tmp_path: Path) -> None:
     whole = train(CELL, 1, tmp_path, SAMPLES, 1, SaveAt(3, tmp_path / "alone.ckpt"))
     by_rank = spawn(2, resumed, tmp_path / "alone.ckpt", tmp_path, folder=tmp_path)
     for of_one_process, undisturbed, again in by_rank:

@@ -32,7 +32,7 @@ COSINE = LearningRateSchedule("cosine", min_lr=1e-6, warmup_tokens=375_000_000, 
         (330_000_000_000, 1e-6),
     ],
 )
-def test_cosine_of_the_papers_350m_pr_moe(tokens: int, expected: float) -> None:
+def test_cosine_schedule_is_that_of_the_papers_350m_pr_moe(tokens: int, expected: float) -> None:
     assert learning_rate(tokens, 3e-4, COSINE) == pytest.approx(expected, rel=1e-12, abs=1e-18)
 
 
@@ -84,7 +84,7 @@ def test_moments_are_restored_by_name_whatever_the_groups() -> None:
     assert all(torch.equal(loaded.state[p]["exp_avg"], saved.state[p]["exp_avg"]) for p in trained)
 
 
-def test_constant_and_wsd() -> None:
+def test_constant_and_wsd_schedules_by_hand() -> None:
     constant = LearningRateSchedule("constant", warmup_tokens=100)
     assert [learning_rate(t, 1.0, constant) for t in (0, 50, 100, 10**12)] == [0.0, 0.5, 1.0, 1.0]
     wsd = LearningRateSchedule("wsd", min_lr=0.2, warmup_tokens=100, decay_tokens=1000, cooldown_tokens=400)
@@ -103,7 +103,7 @@ def test_constant_and_wsd() -> None:
         {"shape": "cosine", "decay_tokens": 100, "cooldown_tokens": 20},
     ],
 )
-def test_contradictory_schedules_are_refused(settings: dict) -> None:
+def test_schedule_refuses_contradictory_settings(settings: dict) -> None:
     with pytest.raises(ValueError, match=r"^(shape|warmup_tokens|cooldown_tokens|min_lr)="):
         LearningRateSchedule(**settings)
 
@@ -120,7 +120,7 @@ def test_contradictory_schedules_are_refused(settings: dict) -> None:
         (300_000_000_000, 2048),
     ],
 )
-def test_the_tutorials_curriculum(tokens: int, expected: int) -> None:
+def test_curriculum_has_the_lengths_of_the_tutorial(tokens: int, expected: int) -> None:
     assert sequence_length(tokens, 2048, SequenceCurriculum(tokens=60_000_000_000)) == expected
 
 
@@ -131,7 +131,7 @@ def test_the_tutorials_curriculum(tokens: int, expected: int) -> None:
     tokens=st.integers(1, 10**12),
     shares=st.lists(st.fractions(0, 1), min_size=2, max_size=8),
 )
-def test_sequences_grow_from_the_start_to_the_whole(
+def test_curriculum_grows_from_its_start_to_the_whole_sequence(
     increments: int, increment: int, longer: int, tokens: int, shares: list
 ) -> None:
     start = increments * increment
@@ -170,7 +170,7 @@ def test_sequences_grow_from_the_start_to_the_whole(
         (lambda: MuonConfig(adjust_lr="spectral"), "adjust_lr='spectral' must be of the type"),  # type: ignore[arg-type]
     ],
 )
-def test_impossible_curricula_and_optimizers_are_refused(build: Callable[[], Any], message: str) -> None:
+def test_curriculum_and_optimizer_refuse_impossible_settings(build: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         build()
 
@@ -198,7 +198,7 @@ def test_optimizer_settings_reach_adamw() -> None:
     assert no_decay["weight_decay"] == 0.0
 
 
-def test_a_checkpoint_restores_moments_and_no_settings() -> None:
+def test_optimizer_state_restores_moments_and_no_settings() -> None:
     model = GPT(GPTConfig(11, 8, 1, 8, 1))
     saved = build_optimizer(model, AdamWConfig(lr=1e-3))
     for parameter in model.parameters():

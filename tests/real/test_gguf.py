@@ -48,7 +48,7 @@ def test_logits_are_those_of_transformers_to_the_bit(checkpoint: Path) -> None:
     assert [path.name for path in checkpoint.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_the_tokenizer_has_the_pre_tokenizer_that_the_file_names(checkpoint: Path) -> None:
+def test_gguf_tokenizer_has_the_pre_tokenizer_that_the_file_names(checkpoint: Path) -> None:
     files = read_tokenizer(checkpoint)
     assert files is not None
     backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
@@ -66,7 +66,7 @@ def test_the_tokenizer_has_the_pre_tokenizer_that_the_file_names(checkpoint: Pat
         "qwen2": ["It", "'ll", "\u0120be", "\u0120", "2", "0", "2", "4", "5"],
     }.items(),
 )
-def test_pre_tokenizers(name: str, parts: list[str], tmp_path: Path) -> None:
+def test_pre_tokenizers_split_as_their_models_do(name: str, parts: list[str], tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.decoder = decoders.ByteLevel()
     (tmp_path / "tokenizer.json").write_text(backend.to_str())
@@ -95,7 +95,9 @@ def file_of(path: Path, architecture: str = "llama", tensor: str = "token_embd.w
     return path
 
 
-def test_files_that_cannot_be_imported_are_refused_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_files_that_cannot_be_imported_are_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     truncated, text = tmp_path / "truncated.gguf", tmp_path / "text.gguf"
     truncated.write_bytes(CUT.read_bytes()[:1_500_000])
     text.write_text("not a model")
@@ -128,7 +130,7 @@ def test_files_that_cannot_be_imported_are_refused_in_a_line(tmp_path: Path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f.name for f in cases if f.name != "none.gguf")
 
 
-def test_the_cut_is_of_the_real_file() -> None:
+def test_gguf_cut_is_of_the_real_file() -> None:
     reader = GGUFReader(CUT)
     assert CUT.stat().st_size < 2_000_000
     assert reader.fields["tokenizer.ggml.pre"].contents() == "smollm"
@@ -194,7 +196,7 @@ def written(path: Path, architecture: str) -> Any:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
-def test_other_families_have_the_logits_of_their_model(architecture: str, tmp_path: Path) -> None:
+def test_gguf_of_other_families_has_the_logits_of_their_model(architecture: str, tmp_path: Path) -> None:
     theirs = written(tmp_path / "tiny.gguf", architecture)
     imported = import_model(str(tmp_path / "tiny.gguf"), tmp_path / "tiny.ckpt")
     assert imported.model_type == architecture.replace("moe", "_moe")

@@ -42,7 +42,7 @@ def test_a_chat_ends_where_transformers_ends_it(folder: Path, capsys: pytest.Cap
 
 
 @torch.no_grad()
-def test_upcycled_it_has_the_dense_loss(folder: Path) -> None:
+def test_upcycled_smollm2_has_the_dense_loss(folder: Path) -> None:
     main(["upcycle", str(folder / "cut.ckpt"), str(folder / "moe.ckpt"), "--num-experts=4"])
     dense, moe = (load_model(folder / name) for name in ("cut.ckpt", "moe.ckpt"))
     ids = torch.tensor([load_pretrained(folder / "cut.ckpt").tokenizer.encode(TEXT)[:200]])
@@ -57,7 +57,7 @@ def test_upcycled_it_has_the_dense_loss(folder: Path) -> None:
     assert json.loads((folder / "exported_moe/config.json").read_text())["model_type"] == "mixtral"
 
 
-def test_a_student_of_it_keeps_the_blocks_that_matter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_student_of_smollm2_keeps_the_blocks_that_matter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     student = folder / "student.yaml"
     options = [f"--text={folder / 'text.txt'}", "--windows=1", f"--output={student}"]
     main(["student", str(folder / "cut.ckpt"), "--num-layers=3", *options])

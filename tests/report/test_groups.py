@@ -55,7 +55,7 @@ def runs(tmp_path: Path) -> list[Path]:
     return [write(tmp_path, model, seed, loss) for model, losses in LOSSES.items() for seed, loss in enumerate(losses)]
 
 
-def test_runs_that_differ_in_their_seeds_are_one_group(runs: list[Path]) -> None:
+def test_group_has_the_runs_that_differ_in_their_seeds(runs: list[Path]) -> None:
     for run in runs:
         change(run, "trainer", logger={"class_path": "WandbLogger", "init_args": {"name": run.name}})
     groups = group_runs(read_runs(runs), "seed")
@@ -107,7 +107,7 @@ def test_losses_at_equal_flops_are_interpolated_at_the_smallest_budget(runs: lis
     assert f"|{4.5 - (10000 - first) / (15000 - first):.4f}|3.7400|" in text
 
 
-def test_a_last_validation_that_is_not_finite_is_no_loss_and_no_earlier_one(runs: list[Path]) -> None:
+def test_last_validation_that_is_not_finite_gives_no_loss_and_no_earlier_one(runs: list[Path]) -> None:
     (runs[5] / "summary.json").write_text(json.dumps({"val_loss": None}))
     (runs[5] / "metrics.csv").write_text("step,train/loss,val/loss\n0,7,\n4,,4.68\n9,,nan\n")
     read = read_runs(runs)
@@ -128,7 +128,7 @@ def test_losses_of_other_tokens_are_named(runs: list[Path]) -> None:
     )
 
 
-def test_one_tokenizer_under_two_paths_is_one(runs: list[Path], tmp_path: Path) -> None:
+def test_tokenizer_under_two_paths_is_one(runs: list[Path], tmp_path: Path) -> None:
     """That of a data folder by its name, and a checkpoint's copy."""
     words, tokenizer = "may not be comparable", train_byte_level_bpe(iter(["the king"] * 3), 270)
     for folder in ("tokenizers/pocket-1k", "copy.ckpt"):
@@ -142,7 +142,7 @@ def test_one_tokenizer_under_two_paths_is_one(runs: list[Path], tmp_path: Path) 
     assert words in page(read_runs(runs))
 
 
-def test_what_cannot_be_grouped_is_refused(runs: list[Path], tmp_path: Path) -> None:
+def test_groups_refuse_runs_that_cannot_be_compared(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="group_by=sead: dense-0 has no setting whose name ends so"):
         group_runs(read_runs(runs), "sead")
     (again := tmp_path / "again").mkdir()

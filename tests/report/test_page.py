@@ -92,7 +92,7 @@ def copies(run: Path, folder: Path, names: list[str]) -> list[Path]:
     return [folder / name for name in names]
 
 
-def test_a_run_ends_with_its_report(browser: Browser, run: Path) -> None:
+def test_report_is_written_at_the_end_of_a_run(browser: Browser, run: Path) -> None:
     """`WriteReport` saw no config.yaml yet: blocks have no names, and the page says so."""
     drawn = opened(browser, run / "report.html")
     assert list(drawn) == [*ALL[:-1], "load-0", "information", "preference-0"]
@@ -107,14 +107,14 @@ def test_a_run_ends_with_its_report(browser: Browser, run: Path) -> None:
     assert f"{summary['train_loss']:.3f}" in text and f"{summary['val_loss']:.3f}" in text
 
 
-def test_plotly_knows_all_properties(run: Path) -> None:
+def test_report_uses_properties_that_plotly_knows(run: Path) -> None:
     """plotly.js ignores names that it does not know; `go.Figure` refuses them."""
     charts = [*training(read_runs([run])), *experts(read_runs([run])), *specialisation(read_runs([run]))]
     for panel in (panel for chart in charts for panel in chart.panels):
         go.Figure(panel.traces, panel.layout)
 
 
-def test_two_runs_over_every_x_axis(browser: Browser, run: Path, tmp_path: Path) -> None:
+def test_page_shows_two_runs_over_every_x_axis(browser: Browser, run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(run, other)
     pd.read_csv(run / "metrics.csv").drop(columns="train/flops").to_csv(other / "metrics.csv", index=False)
@@ -140,7 +140,7 @@ def test_two_runs_over_every_x_axis(browser: Browser, run: Path, tmp_path: Path)
     assert "not logged by other" in browser.evaluate("document.getElementById('hidden').value")
 
 
-def test_smoothing_layers_and_legend(browser: Browser, run: Path, tmp_path: Path) -> None:
+def test_page_has_smoothing_layers_and_legend(browser: Browser, run: Path, tmp_path: Path) -> None:
     page = tmp_path / "one.html"
     main(["report", str(run), "--output", str(page)])
     each = opened(browser, page)["router"]
@@ -158,7 +158,7 @@ def test_smoothing_layers_and_legend(browser: Browser, run: Path, tmp_path: Path
     assert "off" in browser.evaluate("document.querySelector('#router .legend button').className")
 
 
-def test_groups_of_six_runs(browser: Browser, run: Path, tmp_path: Path) -> None:
+def test_page_shows_groups_of_six_runs(browser: Browser, run: Path, tmp_path: Path) -> None:
     names = [f"{model}_{seed}" for model in "abc" for seed in (1, 2)]
     page = tmp_path / "six.html"
     main(["report", *map(str, copies(run, tmp_path, names)), "--group-by", "model.seed", "--output", str(page)])

@@ -50,7 +50,7 @@ def test_thinning_keeps_the_mean_of_what_is_finite() -> None:
     assert series.tolist()[:2] == [2, 5] and np.isnan(series.tolist()[2])
 
 
-def test_loads() -> None:
+def test_loads_of_experts_are_read_without_an_incomplete_row() -> None:
     rows = ["step,tokens,moe_layer,dropped,expert_0,expert_1,expert_2"]
     for step in (9, 19):
         rows += [f"{step},{step},0,0.5,{step},2,", f"{step},{step},1,0.5,1,{step},3"]
@@ -75,7 +75,7 @@ def test_columns_of_a_heat_map_are_of_equal_steps_also_where_rows_thin_out(tmp_p
     )  # 32 intervals of 10 steps; rows come every 32 at most
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
+def test_missing_files_of_a_run_are_named(tmp_path: Path) -> None:
     folder(tmp_path / "x/run", config__yaml="model: {}")
     folder(tmp_path / "y/run", metrics__csv="step,train/loss\n0,inf\n")
     (tmp_path / "latest").symlink_to("x/run")
@@ -100,7 +100,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         ("specialisation.safetensors", "x", "validate the run again"),
     ],
 )
-def test_a_damaged_file_is_one_line_with_its_path(
+def test_damaged_file_of_a_run_is_one_line_with_its_path(
     name: str, text: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {"summary.json": "{}", name: text}
@@ -112,7 +112,7 @@ def test_a_damaged_file_is_one_line_with_its_path(
     assert f"{tmp_path / 'run' / name} is damaged" in lines[0] and reason in lines[0]
 
 
-def test_changed_settings_are_listed(tmp_path: Path) -> None:
+def test_settings_that_changed_in_a_run_are_listed(tmp_path: Path) -> None:
     folder(tmp_path / "run", metrics__csv=METRICS)
     (tmp_path / "run/starts").mkdir()
     for name, version, tokens in (("step-0", "2.12", 256), ("step-4", "2.13", 512)):
@@ -122,7 +122,7 @@ def test_changed_settings_are_listed(tmp_path: Path) -> None:
     assert "From step 4 on: model.train_tokens 256 -> 512, version of torch 2.12 -> 2.13." in run.notes
 
 
-def test_settings_that_differ(tmp_path: Path) -> None:
+def test_settings_that_differ_between_runs_are_listed(tmp_path: Path) -> None:
     for name, rate in (("a", 1), ("b", 2)):
         folder(
             tmp_path / name,
@@ -133,7 +133,7 @@ def test_settings_that_differ(tmp_path: Path) -> None:
     assert "default_root_dir" not in table and "shape" not in table
 
 
-def test_nothing_in_a_run_becomes_html(tmp_path: Path) -> None:
+def test_report_escapes_all_text_of_a_run(tmp_path: Path) -> None:
     evil = "</script><img src=x>"
     runs = [
         folder(
@@ -174,7 +174,7 @@ def test_a_wrong_command_ends_with_one_line(
     assert (tmp_path / "run/metrics.csv").read_text() == METRICS
 
 
-def test_a_run_with_a_router_that_is_not_imported_shows_its_experts(tmp_path: Path) -> None:
+def test_report_shows_experts_of_a_router_that_is_not_imported(tmp_path: Path) -> None:
     router = "{class_path: nowhere_to_be_found.Router, init_args: {}}"
     text = f"model: {{config: {{vocab_size: 61, num_layers: 4, moe: {{num_experts: [0, 8], router: {router}}}}}}}"
     (run,) = read_runs([folder(tmp_path / "a", config__yaml=text)])

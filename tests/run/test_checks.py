@@ -38,7 +38,9 @@ def trainer(folder: Path, **settings: Any) -> Trainer:
         ({"logger": WandbLogger(log_model=True)}, "WandbLogger.log_model=True uploads checkpoints that"),
     ],
 )
-def test_what_would_be_wrong_is_refused_with_the_reason(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_trainer_settings_that_spoil_a_run_are_refused_with_the_reason(
+    settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     run = trainer(tmp_path, **settings)
     with pytest.raises(ValueError, match=words):
         use_portable_checkpoints(run.strategy, to_train=True)
@@ -58,7 +60,7 @@ def test_muon_is_refused_where_zero_divides_the_matrices(tmp_path: Path) -> None
     check_trainer(run, "validate")
 
 
-def test_strategies_that_cannot_train_it_are_refused(tmp_path: Path) -> None:
+def test_strategy_that_cannot_train_the_model_is_refused(tmp_path: Path) -> None:
     for strategy in (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy):
         run = trainer(tmp_path)
         run._accelerator_connector.strategy = strategy()

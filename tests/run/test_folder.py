@@ -27,7 +27,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_folder_with_checkpoints_takes_its_newest_one_alone(ended: Path) -> None:
+def test_run_folder_with_checkpoints_resumes_its_newest_one_alone(ended: Path) -> None:
     before = (ended / "metrics.csv").read_bytes()
     for path, words in (
         (None, r"has a run with checkpoints up to step 10: resume it with ckpt_path=last, or choose another folder"),
@@ -40,7 +40,7 @@ def test_a_folder_with_checkpoints_takes_its_newest_one_alone(ended: Path) -> No
         assert fit(ended, ckpt_path=path).global_step == 10
 
 
-def test_a_run_is_started_only_where_there_is_none(tmp_path: Path) -> None:
+def test_run_folder_takes_a_new_run_only_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ckpt_path=last: there is no checkpoint in .*; leave ckpt_path out to start"):
         fit(tmp_path, ckpt_path="last")
     assert fit(tmp_path, max_steps=2, ckpt_path=None).global_step == 2
@@ -73,14 +73,14 @@ def test_a_fork_is_a_new_run_that_saves_its_starting_step_first(ended: Path, tmp
     assert read_document(checkpoint_path(fork, 10))["rows"] == rows
 
 
-def test_a_second_process_is_refused_while_one_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_folder_refuses_a_second_process_while_one_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_module, "LOCK_SECONDS", 0.1)
     with FileLock(tmp_path / ".run.lock"), pytest.raises(ValueError, match="another process trains in "):
         fit(tmp_path)
     fit(tmp_path, max_steps=1)
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_run_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"trainer.default_root_dir=.*file cannot be written"):
         fit(tmp_path / "file")
@@ -97,7 +97,7 @@ def test_an_evaluation_touches_neither_tables_nor_lock(ended: Path) -> None:
     assert files == {file: file.read_bytes() for file in ended.rglob("*") if file.is_file()}
 
 
-def test_what_cannot_be_evaluated_is_named(tmp_path: Path) -> None:
+def test_evaluation_names_what_it_cannot_evaluate(tmp_path: Path) -> None:
     for name, words in {"last": "no checkpoint in", "best": "no best checkpoint yet", "a": "no checkpoint at"}.items():
         with pytest.raises(ValueError, match=words):
             make_trainer(tmp_path, save={}).validate(module(), datamodule=SyntheticData(), ckpt_path=name)

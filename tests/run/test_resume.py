@@ -76,7 +76,7 @@ def test_a_signal_saves_and_ends_the_run_after_the_step(
     assert_equal(outcome(tmp_path, last), expected)
 
 
-def test_without_a_save_before_it_a_validation_runs_to_its_end(undisturbed: Any, tmp_path: Path) -> None:
+def test_validation_without_a_save_before_it_runs_to_its_end_at_a_signal(undisturbed: Any, tmp_path: Path) -> None:
     settings = SETTINGS["saves by steps alone"]
     expected, last, _ = undisturbed("saves by steps alone")
     assert in_process(lambda: run(tmp_path, Send("on_validation_batch_start", 8, signal.SIGTERM), **settings)) == 0
@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_is_resumed(undi
     assert_equal(outcome(tmp_path, step), expected)
 
 
-def test_other_loggers_callbacks_and_bars_move_nothing(undisturbed: Any, tmp_path: Path) -> None:
+def test_losses_do_not_depend_on_loggers_callbacks_and_bars(undisturbed: Any, tmp_path: Path) -> None:
     expected, step, _ = undisturbed("saves before validations")
     seen: list[int] = []
     looks = LambdaCallback(on_train_batch_end=lambda trainer, *_: seen.append(trainer.global_step))

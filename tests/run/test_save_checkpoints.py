@@ -33,7 +33,9 @@ class Score(Callback):
         ({"keep": 1, "save_before_validation": False}, [1, 2, 3, 4], [12, 16], 12),  # of those that are saved
     ],
 )
-def test_what_is_kept(save: dict[str, Any], scores: list[float], steps: list[int], best: int, tmp_path: Path) -> None:
+def test_save_checkpoints_keeps_the_last_the_best_and_milestones(
+    save: dict[str, Any], scores: list[float], steps: list[int], best: int, tmp_path: Path
+) -> None:
     trainer = fit(tmp_path, Score(*scores), save={"monitor": "score"} | save, max_steps=16)
     assert saved_steps(tmp_path) == steps
     links = {link.name: os.readlink(link) for link in (tmp_path / "checkpoints").glob("*.ckpt") if link.is_symlink()}
@@ -42,7 +44,7 @@ def test_what_is_kept(save: dict[str, Any], scores: list[float], steps: list[int
     assert keeper.best_model_path == str(tmp_path / f"checkpoints/step-{best}.ckpt")
 
 
-def test_time_saves_too(tmp_path: Path) -> None:
+def test_save_checkpoints_saves_by_time_too(tmp_path: Path) -> None:
     class Waits(Callback):
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
             if trainer.global_step == 5:
@@ -60,6 +62,6 @@ def test_a_best_checkpoint_that_is_gone_is_forgotten(tmp_path: Path) -> None:
     assert os.readlink(tmp_path / "checkpoints/best.ckpt") == "step-8.ckpt"
 
 
-def test_an_unknown_metric_is_named_at_the_first_validation(tmp_path: Path) -> None:
+def test_save_checkpoints_names_an_unknown_metric_at_the_first_validation(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"SaveCheckpoints.monitor=val/los is not logged; set it to one of .*val/loss"):
         fit(tmp_path, save={"monitor": "val/los"})

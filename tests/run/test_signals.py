@@ -23,7 +23,7 @@ def stopped(folder: Path, *callbacks: Callback, **settings: Any) -> int:
     return end.value.code
 
 
-def test_a_second_press_of_ctrl_c_ends_at_once_but_one_that_arrives_twice_is_one(
+def test_second_ctrl_c_ends_at_once_but_one_that_arrives_twice_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def twice() -> Send:
@@ -41,13 +41,13 @@ def test_a_second_press_of_ctrl_c_ends_at_once_but_one_that_arrives_twice_is_one
     assert not any((tmp_path / "twice").rglob("step-*.ckpt"))
 
 
-def test_without_checkpointing_the_exit_code_is_the_signals(tmp_path: Path) -> None:
+def test_exit_code_without_checkpointing_is_the_signals(tmp_path: Path) -> None:
     stop = Send("on_before_backward", 0, signal.SIGUSR1)
     assert stopped(tmp_path, StopOnSignal(), stop, save=None) == 128 + signal.SIGUSR1
     assert not any(tmp_path.rglob("*.ckpt"))
 
 
-def test_handlers_are_those_from_before_once_training_is_over(tmp_path: Path) -> None:
+def test_signal_handlers_are_restored_after_training(tmp_path: Path) -> None:
     seen = []
 
     class Look(Callback):

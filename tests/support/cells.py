@@ -1,4 +1,8 @@
-"""The runs whose numbers on ranks are compared with one process's: one for each choice that ranks could get wrong."""
+"""The runs whose numbers on ranks are compared with one process's: one for each choice that ranks could get wrong.
+
+`CELLS` and `HALF` are here, not beside their tests, since `benchmarks/parity.py` measures them too. To add a cell, add a line
+to `CELLS` under its number of ranks: tests/distributed/ranks/test_parity.py compares it.
+"""
 
 from __future__ import annotations
 
@@ -64,3 +68,6 @@ HALF = [
     Cell("bf16-true, ZeRO 1", 2, 1, precision="bf16-true", moe=DROPLESS),
     Cell("bf16-mixed, capacity", 2, 2, precision="bf16-mixed", moe=CAPACITY | {"train_capacity_factor": 1.25}),
 ]
+# On 3 ranks the last layer's experts are spread, on 4 those of each layer, at degrees of their own.
+RESIDUAL_PYRAMID: dict[str, Any] = {"experts": [2, 4, 6], "layers": 6, "moe": DROPLESS | {"mlp_type": "residual"}}
+ALONE = Cell("one process", **RESIDUAL_PYRAMID)  # whose checkpoint ranks resume

@@ -26,14 +26,14 @@ def failures(layer: Target) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_each_defect_is_found_by_one_property(defect: str) -> None:
+def test_check_attention_finds_each_planted_defect_by_one_property(defect: str) -> None:
     found = failures(broken(defect))
     name, _ = DEFECTS[defect]
     assert set(found) == {name}, found
     assert "Error: " not in found[name] or defect == "a parameter without a role", found  # not by accident
 
 
-def test_every_property_has_a_defect() -> None:
+def test_properties_of_attention_have_a_defect_each() -> None:
     assert {name for name, _ in DEFECTS.values()} == set(OF_ATTENTION) - {GPU}
 
 
@@ -55,7 +55,7 @@ LATENT = replace(BIG, attention=MLAConfig(512, 128, 64, 128, q_lora_rank=96))
         (f"{__name__}.window", 1),
     ],
 )
-def test_attentions_pass(target: str, layers: int) -> None:
+def test_check_attention_passes_correct_attentions(target: str, layers: int) -> None:
     found = find_layers([target])
     assert len(found) == layers
     for layer in found:
@@ -67,13 +67,13 @@ def test_attentions_pass(target: str, layers: int) -> None:
 @pytest.mark.parametrize(
     "config", [LATENT, replace(BIG, num_kv_heads=4, attention_scale=0.1)], ids=["latent", "grouped"]
 )
-def test_a_large_attention_passes_with_few_heads(config: GPTConfig) -> None:
+def test_check_attention_passes_a_large_one_with_few_heads(config: GPTConfig) -> None:
     layer = attention_layer(config, "large")
     assert (layer.config.num_heads, layer.config.head_size) == (4 if config.num_kv_heads else 2, 64)
     assert not failures(layer)
 
 
-def test_the_attention_of_a_configuration_is_checked_beside_its_experts(
+def test_check_covers_the_attention_of_a_configuration_beside_its_experts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (file := tmp_path / "latent.yaml").write_text(
@@ -101,7 +101,9 @@ class Refusing(AttentionConfig):
         ("nlgmoe.MoEConfig", "makes a MoEConfig; give a RouterConfig, ExpertConfig, AttentionConfig or nn.Module"),
     ],
 )
-def test_a_wrong_target_is_one_line(target: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_answers_a_wrong_target_with_one_line(
+    target: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
         nlgmoe(["check", target])
     error = capsys.readouterr().err

@@ -52,7 +52,7 @@ def verdicts(layer: Layer, only: set[str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_each_defect_is_found(defect: str) -> None:
+def test_check_finds_each_planted_defect(defect: str) -> None:
     name, (moe, spoil) = DEFECTS[defect]
     found = verdicts(broken(moe, spoil), {name})[name]
     assert found.startswith("fail"), found
@@ -91,7 +91,7 @@ OPEN = GPTConfig(
         *("top-1, groups, gated", "top-3, groups, gated", "sigmoid, groups"),
     ],
 )
-def test_our_layers_pass(layer: Layer, asked: int) -> None:
+def test_check_passes_our_layers(layer: Layer, asked: int) -> None:
     found = verdicts(layer, QUICK)
     assert not [f"{name}: {text}" for name, text in found.items() if text.startswith("fail")]
     assert sum(text.startswith("pass") for text in found.values()) >= asked
@@ -110,7 +110,7 @@ class Plain(nn.Module):
         return y, routing
 
 
-def test_a_capacity_that_is_not_declared_raises_no_alarm() -> None:
+def test_check_passes_a_capacity_that_is_not_declared() -> None:
     layer = ForeignLayer("plain", num_experts=8, top_k=1, takes_mask=True, factory=Plain)
     found = verdicts(layer, QUICK)
     assert not [text for text in found.values() if text.startswith("fail")], found
@@ -121,9 +121,7 @@ def test_a_capacity_that_is_not_declared_raises_no_alarm() -> None:
 
 @pytest.mark.parametrize("router", [OwnCapacityConfig(), DeclaredCapacityConfig()], ids=["own", "declared"])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_a_correct_router_with_a_capacity_and_a_learned_temperature_raises_no_alarm(
-    router: OwnCapacityConfig, top_k: int
-) -> None:
+def test_check_passes_a_router_with_a_capacity_and_a_learned_temperature(router: OwnCapacityConfig, top_k: int) -> None:
     found = verdicts(of_router(router, top_k), set(PROPERTIES) if top_k == 2 else QUICK)
     assert not [text for text in found.values() if text.startswith("fail")], found
     assert sum(text.startswith("pass") for text in found.values()) >= 16
@@ -146,18 +144,18 @@ def test_check_finds_the_defect_of_a_users_router_by_one_property(
     assert reason in found[name]
 
 
-def test_ranks_find_a_wrong_gradient_of_the_gate() -> None:
+def test_check_on_ranks_finds_a_wrong_gradient_of_the_gate() -> None:
     found = verdicts(broken(CAPACITY, gate_of_ranks), {RANKS})[RANKS]
     assert found.startswith("fail: 2 ranks, rank") and "gradient of router.weight" in found
 
 
-def test_ranks_find_outputs_of_other_slots() -> None:
+def test_check_on_ranks_finds_outputs_of_other_slots() -> None:
     """Few slots may stay empty, so that ranks send them padded, as in training."""
     found = verdicts(broken(replace(CAPACITY, min_capacity=1), outputs_of_other_slots), {RANKS})[RANKS]
     assert found.startswith("fail: 2 ranks, rank") and "output" in found
 
 
-def test_idioms_of_routers_raise_no_alarm() -> None:
+def test_check_passes_idioms_of_routers() -> None:
     collapse = "the balance loss sees a collapse"  # which a z-loss of the router's own does not
     found = verdicts(broken(TWO, own_loss(lambda log_z: log_z.square().mean())), {collapse})
     assert found[collapse].startswith("pass"), found
@@ -171,7 +169,7 @@ def test_idioms_of_routers_raise_no_alarm() -> None:
         assert found[HOST].startswith("pass")
 
 
-def test_a_gradient_that_is_an_estimate_is_declared_and_excuses_the_gate_alone() -> None:
+def test_check_excuses_the_gate_alone_for_a_declared_gradient_estimate() -> None:
     name, (layer,) = "gradients equal finite differences", find_layers(["dense_mixer.DenseMixerConfig"])
     assert verdicts(replace(layer, estimated_gradient=False), {name})[name].startswith("fail: gradient of")
     wrong = broken(*DEFECTS["no gradient of an expert"][1])
@@ -193,7 +191,7 @@ def test_a_gradient_that_is_an_estimate_is_declared_and_excuses_the_gate_alone()
     ],
     ids=["no drops", "capacity for some second choices", "large z-loss", "more experts than inputs"],
 )
-def test_unusual_settings_raise_no_alarm(moe: MoEConfig, verdict: str, name: str) -> None:
+def test_check_passes_unusual_settings(moe: MoEConfig, verdict: str, name: str) -> None:
     found = verdicts(clean(moe), {name})[name]
     assert found.startswith(verdict), found
 
@@ -209,7 +207,7 @@ class ReLU(ExpertConfig):
         return linear("project", F.relu(linear("expand", x)))
 
 
-def test_a_kink_is_no_wrong_gradient() -> None:
+def test_check_takes_a_kink_for_no_wrong_gradient() -> None:
     name = "gradients equal finite differences"
     for top_k in (1, 2):
         found = verdicts(clean(MoEConfig(8, top_k=top_k, expert=ReLU())), {name})[name]
@@ -230,13 +228,13 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_layers_of_others_fail_as_documented(name: str) -> None:
+def test_check_fails_layers_of_other_libraries_as_documented(name: str) -> None:
     for layer, known in zip(ADAPTERS[name], KNOWN[name], strict=True):
         found = verdicts(layer, QUICK)
         assert {one for one, text in found.items() if text.startswith("fail")} == known, found
 
 
-def test_the_command_prints_json_and_ends_with_a_code(
+def test_check_command_prints_json_and_ends_with_a_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for name in set(PROPERTIES) - {NEIGHBOURS, "50 steps balance the load"}:
@@ -268,7 +266,7 @@ def test_the_command_prints_json_and_ends_with_a_code(
     assert capsys.readouterr().err == "error: 2 of 3 properties fail; docs/check.md explains each\n"
 
 
-def test_a_layer_that_knows_nothing_of_us_is_taken() -> None:
+def test_check_takes_a_layer_that_does_not_use_nlgmoe() -> None:
     (good,), (bad,) = (find_layers([f"tests.tools_check.broken.{name}"]) for name in ("PlainMoE", "detached_plain_moe"))
     found = verdicts(good, QUICK)
     failed = {one: text for one, text in found.items() if text.startswith("fail")}
@@ -298,7 +296,7 @@ class FloatLoss(NotANumber):
         return x, 0.5
 
 
-def test_nan_passes_no_comparison() -> None:
+def test_check_fails_a_comparison_with_nan() -> None:
     (layer,) = find_layers([f"{__name__}.NotANumber"])
     for name in ("gradients equal finite differences", "the losses reach the gate"):
         assert verdicts(layer, {name})[name].startswith("fail"), name
@@ -325,5 +323,5 @@ def test_a_wrong_command_is_one_line(target: str, message: str, capsys: pytest.C
     assert message in error
 
 
-def test_the_failures_in_the_document_are_those_of_the_libraries() -> None:
+def test_documented_failures_are_those_of_the_libraries() -> None:
     runpy.run_path(str(Path(__file__).parents[2] / "docs/examples/layers_of_others.py"))

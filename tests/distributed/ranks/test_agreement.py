@@ -1,0 +1,226 @@
+"""What ranks agree about: steps that are not finite, overflows, signals and errors.
+
+A cell here is a run (`Cell` in tests/support/ranks.py) that something disturbs on one rank, and after which all ranks have
+done the same. To add one, add it to `SPOILT` (a bad expert) or to `INTERRUPTED` (a signal, with the step at which all ranks
+end); a disturbance of another kind is a job, a function that returns what each rank saw, and a line in `JOBS`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback, LambdaCallback
+from torch import distributed
+
+import nlgmoe
+from nlgmoe.callbacks import SaveCheckpoints
+from nlgmoe.checkpoint.reading import read_document
+from nlgmoe.non_finite import NonFinite
+from nlgmoe.parallel.sharded_checkpoint import LOSS_SCALE_KEYS
+from tests.support.cells import DROPLESS, FROZEN, LEARNS, LEARNS_DDP, PLAIN
+from tests.support.jobs import Found, Jobs, allow_fp16, error_of, saves_at_start
+from tests.support.ranks import SAMPLES, Cell, Outcome, make_trainer, on_ranks, strategy_of, train
+from tests.support.synthetic import SyntheticData
+
+OVERFLOW = Cell("overflow", 2, 1, precision="16-mixed", moe=DROPLESS, steps=4, options={"hysteresis": 1})
+SKIPS: dict[str, Any] = {"moe": DROPLESS, "non_finite": NonFinite("skip")}
+SPOILT = [
+    Cell("skip, ZeRO 1, accumulation", 2, 1, accumulate=2, **SKIPS),
+    Cell("skip, ddp", strategy="ddp", **SKIPS),
+]
+INTERRUPTED = [(LEARNS, 3), (LEARNS_DDP, 3), (FROZEN[0], 3)]
+
+
+class Spoils(Callback):
+    """Makes expert 2 of block 1 NaN or infinite on the last rank, in one step: its gradient, or its output.
+
+    Attributes:
+        clocks: tokens seen, and the sum of all weights' magnitudes here, before each step and at the end.
+        norms: of each step's gradient, as logged.
+        skipped: steps, as logged at the end.
+    """
+
+    def __init__(self, step: int, value: float = torch.nan, output: bool = False) -> None:
+        self.step, self.value, self.output = step, value, output
+        self.clocks: list[tuple[int, float]] = []
+        self.norms: list[float] = []
+        self.skipped = 0.0
+        self.restore: Callable[[], None] = lambda: None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        self._look(pl_module)
+        if trainer.global_step != self.step or trainer.global_rank != trainer.world_size - 1:
+            return
+        experts = pl_module.gpt.blocks[1].moe.experts
+        if self.output:
+            self.restore = experts.register_forward_hook(lambda module, inputs, output: output * self.value).remove
+        else:
+            spoil = torch.zeros_like(experts.project_weight)
+            spoil[2 - experts.first] = self.value
+            self.restore = experts.project_weight.register_hook(lambda gradient: gradient + spoil).remove
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.restore()
+            self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+            self.skipped = float(trainer.callback_metrics["train/skipped_steps"])
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._look(pl_module)
+
+    def _look(self, module: Any) -> None:
+        weight = sum(float(parameter.detach().double().abs().sum()) for parameter in module.parameters())
+        self.clocks.append((module.tokens_seen, weight))
+
+
+@dataclass
+class Overflown:
+    """What `overflow` returns: the loss scale and `Spoils.clocks` of each step, the scale's states at a save and in its resume,
+    and the error of a run whose scale cannot fall any further."""
+
+    scales: list[float]
+    clocks: list[tuple[int, float]]
+    states: list[dict[str, Any]]
+    error: str
+
+
+def overflow(cell: Cell, ranks: int, folder: Path) -> Overflown:
+    """Steps of fp16 whose third overflows on the last rank."""
+    allow_fp16()
+    spoils, scales, end = Spoils(2, torch.inf), list[float](), folder / f"{cell.name} at the end.ckpt"
+
+    def note(trainer: Trainer, *_: Any) -> None:
+        scales.append(float(trainer.strategy.deepspeed_engine.optimizer.loss_scaler.cur_scale))
+
+    on_ranks(cell, ranks, folder, spoils, LambdaCallback(on_train_batch_start=note))
+    states, again = [read_document(end)["loss_scale"]], folder / f"{cell.name} again.ckpt"
+    on_ranks(replace(cell, steps=cell.steps + 1), ranks, folder, saves_at_start(again), checkpoint=end)
+    states.append(read_document(again)["loss_scale"])
+    lowest = replace(cell, options=cell.options | {"min_loss_scale": 2**11})
+    error = error_of(lambda: on_ranks(lowest, ranks, folder, Spoils(2, torch.inf)))
+    return Overflown(scales, spoils.clocks, states, error)
+
+
+@dataclass
+class Spoilt:
+    """What `spoilt` returns: the outcome of a run that skipped a step, what `Spoils` saw, and what a run said that stopped."""
+
+    outcome: Outcome
+    clocks: list[tuple[int, float]]
+    norms: list[float]
+    skipped: float
+    error: str
+
+
+def spoilt(cell: Cell, ranks: int, folder: Path) -> Spoilt:
+    """A run that skips its third step, and one that stops there."""
+    skips = Spoils(2)
+    outcome = on_ranks(cell, ranks, folder, skips)
+    error = error_of(lambda: on_ranks(replace(cell, non_finite=NonFinite()), ranks, folder, Spoils(2, output=True)))
+    return Spoilt(outcome, skips.clocks, skips.norms, skips.skipped, error)
+
+
+def interrupted(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, list[float]]:
+    """Exit code and saved step of a run that gets SIGTERM on rank 1 alone in its third step, and its losses when resumed."""
+
+    def tell(trainer: Trainer, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    where, code = folder / f"{cell.name} interrupted", -1
+    try:
+        on_ranks(cell, ranks, where, LambdaCallback(on_before_backward=tell), SaveCheckpoints())
+    except SystemExit as end:
+        code = int(end.code or 0)
+    path = where / "checkpoints/last.ckpt"
+    step = read_document(path)["global_step"]
+    return code, step, on_ranks(cell, ranks, where, checkpoint=path).losses
+
+
+def refused(cell: Cell, ranks: int, folder: Path) -> list[str]:
+    """Errors for a folder that lacks a rank's file, and for a module built before."""
+
+    def trainer() -> Trainer:
+        return make_trainer(replace(cell, steps=2), ranks, folder, strategy=strategy_of(cell))
+
+    path = folder / f"{cell.name} broken.ckpt"
+    if distributed.get_rank() == 0:
+        shutil.copytree(folder / f"{cell.name} at the end.ckpt", path)
+        (path / f"model-00001-of-{ranks:05}.safetensors").unlink()
+    distributed.barrier()
+    built = cell.module()
+    assert built.gpt is not None
+    return [
+        error_of(lambda: trainer().validate(cell.module(), SyntheticData(), ckpt_path=path, verbose=False)),
+        error_of(lambda: trainer().fit(built, SyntheticData())),
+    ]
+
+
+JOBS: Jobs = {2: [(on_ranks, cell) for cell in (PLAIN, *(cell for cell, _ in INTERRUPTED))]}
+JOBS[2] += [(spoilt, cell) for cell in SPOILT] + [(interrupted, cell) for cell, _ in INTERRUPTED]
+JOBS[2] += [(overflow, OVERFLOW), (refused, PLAIN)]
+
+
+def test_overflow_changes_scale_and_clock_alone_and_ends_a_run_at_the_lowest_scale(found: Found) -> None:
+    for rank in found[overflow, OVERFLOW.name]:
+        assert rank.scales == [2.0**11, 2.0**11, 2.0**11, 2.0**10]
+        tokens, weights = zip(*rank.clocks, strict=True)
+        assert tokens == tuple(SAMPLES * 16 * step for step in range(5))
+        assert [before == after for before, after in pairwise(weights)] == [False, False, True, False]
+        assert rank.states[0] == rank.states[1] and rank.states[0]["last_overflow_iter"] == 2
+        assert set(rank.states[0]) == set(LOSS_SCALE_KEYS)
+        where = "first not finite: the gradient of blocks.1.moe.experts.project_weight on rank 1"
+        assert rank.error.startswith(f"step 2: the gradient norm is inf; {where}")
+
+
+@pytest.mark.parametrize("cell", SPOILT, ids=lambda cell: cell.name)
+def test_bad_expert_of_one_rank_makes_all_ranks_stop_or_skip(cell: Cell, found: Found, tmp_path: Path) -> None:
+    alone = Spoils(2)
+    expected = train(cell, 1, tmp_path, SAMPLES, cell.accumulate, alone)
+    for rank in found[spoilt, cell.name]:
+        assert rank.outcome.losses == pytest.approx(expected.losses, rel=1e-5)
+        norms = alone.norms[:2] + alone.norms[3:]
+        assert rank.norms[:2] + rank.norms[3:] == pytest.approx(norms, rel=1e-4)
+        tokens, weights = zip(*rank.clocks, strict=True)
+        assert tokens == tuple(SAMPLES * 16 * cell.accumulate * step for step in range(7))
+        assert [before == after for before, after in pairwise(weights)] == [step == 2 for step in range(6)]
+        assert rank.skipped == alone.skipped == 1
+        ranks = "rank 1" if cell.strategy == "ddp" else "all ranks"  # whose tokens the expert gets
+        where = f"the loss of micro-batch 1 of {cell.accumulate} on {ranks}"
+        assert rank.error.startswith(f"step 2: the loss is nan; first not finite: {where};")
+
+
+@pytest.mark.parametrize(("cell", "step"), INTERRUPTED, ids=[cell.name for cell, _ in INTERRUPTED])
+def test_signal_to_one_rank_ends_all_after_the_same_step(cell: Cell, step: int, found: Found) -> None:
+    for rank, (code, saved, resumed) in enumerate(found[interrupted, cell.name]):
+        assert (code, saved) == (0, step)
+        assert resumed == pytest.approx(found[on_ranks, cell.name][rank].losses[step:], rel=1e-6)
+
+
+def test_unusable_checkpoint_or_module_is_named_by_every_rank(found: Found) -> None:
+    for lacks, built in found[refused, PLAIN.name]:
+        assert "broken.ckpt has no model-00001-of-00002.safetensors, with blocks." in lacks
+        assert "make a new MoEGPTModule for every trainer" in built
+
+
+def test_a_parameter_that_the_engine_cannot_train_is_refused_by_name() -> None:
+    module = nlgmoe.MoEGPTModule(nlgmoe.GPTConfig(61, 16, 2, 16, 2))
+    module.gpt.final_norm.temperature = torch.nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"cannot send model\.final_norm\.temperature .* give it the shape \[1\]"):
+        nlgmoe.ExpertParallelStrategy()._setup_model_and_optimizer(module, None)
+    module.gpt.final_norm.requires_grad_(False)  # as a callback may do
+    (strategy := nlgmoe.ExpertParallelStrategy()).connect(module)
+    with pytest.raises(ValueError, match=r"requires_grad of final_norm\.\w+ is False; train on one process or"):
+        strategy.on_train_start()

@@ -1,0 +1,33 @@
+"""Callbacks that disturb a run on ranks, named by their paths in settings."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+
+class Raises(Callback):
+    """Fails on rank 1 in the second step; with `hangs`, rank 1 waits for ever instead."""
+
+    def __init__(self, hangs: bool = False) -> None:
+        self.hangs = hangs
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == 1 and batch_idx == 1:
+            if self.hangs:
+                time.sleep(10_000)
+            raise ValueError("rank 1 has had enough")
+
+
+class TellsMain(Callback):
+    """Rank 1 sends SIGTERM to the process that has started it, in the third step."""
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 2:
+            os.kill(os.getppid(), signal.SIGTERM)
