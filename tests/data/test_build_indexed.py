@@ -292,8 +292,8 @@ def test_own_text_is_prepared_and_trained_on_with_its_own_tokenizer(tmp_path: Pa
     prefix = str(tmp_path / "my own")
     main(["prepare-data", "--vocab-size=280", f"--input={tmp_path}/text", f"--output={prefix}"])
     out = capsys.readouterr().out
-    python, script, *words = shlex.split(out.splitlines()[-1])
-    assert (python, script, words[:3]) == ("python", "train.py", ["fit", "--config", "configs/quickstart.yaml"])
+    program, *words = shlex.split(out.splitlines()[-1])
+    assert (program, words[:3]) == ("nlgmoe", ["fit", "--config", "configs/quickstart.yaml"])
     assert words[3:] == [
         *("--data.corpus", "nlgmoe.data.MegatronIndexed", "--data.corpus.init_args.prefix", prefix),
         *("--trainer.default_root_dir", "runs/my own"),
