@@ -1,8 +1,8 @@
-"""The table of Megatron's flags in the documents is the translator's."""
+"""The lists of Megatron's flags in the documents are the translator's."""
 
 from benchmarks.flag_table import PAGE, with_table
 
 
-def test_the_documents_table_is_the_translators() -> None:
+def test_the_documents_lists_are_the_translators() -> None:
     page = PAGE.read_text()
     assert with_table(page) == page, "run `make docs`"
