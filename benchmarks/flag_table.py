@@ -1,10 +1,10 @@
-"""Write the table of flags of docs/megatron_flags.md from nlgmoe/tools/megatron/flags.yaml: `make docs`."""
+"""Write the lists of flags of docs/megatron_flags.md from nlgmoe/tools/megatron/flags.yaml: `make docs`."""
 
 from __future__ import annotations
 
 from benchmarks.documents import with_text
 from benchmarks.runs import ROOT
-from nlgmoe.tools.megatron.flags import IGNORED, REFUSED, TABLE
+from nlgmoe.tools.megatron.flags import REFUSED, TABLE
 
 PAGE = ROOT / "docs/megatron_flags.md"
 BEGIN = "<!-- flags: written by `make docs` from nlgmoe/tools/megatron/flags.yaml -->"
@@ -12,26 +12,23 @@ END = "<!-- end of flags -->"
 
 
 def with_table(page: str) -> str:
-    """Return the page with a new table between its two markers."""
+    """Return the page with new lists between its two markers."""
     return with_text(page, BEGIN, END, table(), name=PAGE.name)
 
 
 def table() -> str:
-    """Return the table of the flags that are settings, and the lists of those that are not needed and refused."""
-    lines, section = ["| Megatron-DeepSpeed | here | note |", "|---|---|---|"], ""
+    """Return a list for each section: the flags that are settings, those that are not needed, and those refused."""
+    lines, section = [], ""
     for row in TABLE:
-        is_listed = row.section in (IGNORED, REFUSED)
         if row.section != section:
             section = row.section
-            lines += ["", f"### {section}", ""] if is_listed else [f"| **{section}** |"]
+            lines += ["", f"### {section}", ""]
         names = []
         for name, keys in row.flags.items():
             allowed = " or ".join(f"`{value}`" for value in keys.get("allowed", ())) if section == REFUSED else ""
             names.append(f"`{name}`" + (f" (but {allowed})" if allowed else ""))
-        if is_listed:
-            lines.append(f"- {', '.join(names)}: {row.note.removesuffix('; remove it')}")
-        else:
-            lines.append(f"| {' | '.join(filter(None, [', '.join(names), row.here, row.note]))} |")
+        meaning = "; ".join(filter(None, [row.here, row.note.removesuffix("; remove it")]))
+        lines.append(f"- {', '.join(names)}: {meaning}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The table of Megatron's flags in the documents is the translator's."""
+"""The lists of Megatron's flags in the documents are the translator's."""
 
 from benchmarks.flag_table import PAGE, with_table
 
