@@ -61,9 +61,7 @@ def student(
 
     end, settings = _end_of(fraction, step), parse_config(file)
     theirs = GPTConfig.from_dict(settings["model"]["config"])
-    folder = (
-        str(file.parent) if file.name == "config.yaml" else settings["trainer"]["default_root_dir"]
-    )  # may have moved
+    folder = _run_folder(file, settings)
     teacher = teacher or (folder if is_yaml else source)
     from_random, equal = is_yaml and blocks is None, len(set(moe_blocks(theirs).values())) <= 1
     blocks = blocks or ("influence" if equal and not is_yaml else "upper")
@@ -91,6 +89,12 @@ def _yaml_of(source: Path) -> Path:
             "checkpoint as --teacher"
         )
     return file
+
+
+def _run_folder(file: Path, settings: dict[str, Any]) -> str:
+    """Return the teacher's run folder: that of its `config.yaml`, since a run may have been moved, else the setting."""
+    folder: str = settings["trainer"]["default_root_dir"]
+    return str(file.parent) if file.name == "config.yaml" else folder
 
 
 def _end_of(fraction: float | None, step: int | None) -> dict[str, Any]:

@@ -64,14 +64,7 @@ def inspect_config(
     machine = _machine_of(settings, topology, hardware)
     prediction = predict(model, topology, machine, utilisation)
     options = [] if prediction.fits is not False else _options_of(model, topology, machine, utilisation)
-    report: dict[str, Any] = {}
-    require(disk > 0, f"--disk={disk} must be above 0 GB/s")
-    if simulate:
-        from nlgmoe.tools.planner import rehearsal  # imports DeepSpeed, which takes seconds
-
-        report = rehearsal.as_json(
-            model, topology, prediction, rehearsal.simulate(files, settings, topology, rank), disk
-        )
+    report = _rehearse(files, model, settings, topology, prediction, rank, disk) if simulate else {}
     if json:
         inputs = {"files": files, "hardware": machine.name, "utilisation": utilisation}
         print(json_format.dumps(as_json(model, topology, machine, prediction, options, inputs) | report, indent=2))
@@ -80,7 +73,26 @@ def inspect_config(
         print(f"note                   the files set a CPU; speed and memory below are those of {hardware}")
     print(as_text(model, topology, machine, prediction, options, utilisation))
     if simulate:
-        print(rehearsal.as_text(report, topology))
+        from nlgmoe.tools.planner.rehearsal import as_text as rehearsal_as_text
+
+        print(rehearsal_as_text(report, topology))
+
+
+def _rehearse(
+    files: list[str],
+    model: GPTConfig,
+    settings: dict[str, Any],
+    topology: Topology,
+    prediction: Prediction,
+    rank: int,
+    disk: float,
+) -> dict[str, Any]:
+    """Simulate a step of one rank, and compare it with the prediction."""
+    from nlgmoe.tools.planner import rehearsal  # imports DeepSpeed, which takes seconds
+
+    require(disk > 0, f"--disk={disk} must be above 0 GB/s")
+    simulated = rehearsal.simulate(files, settings, topology, rank)
+    return rehearsal.as_json(model, topology, prediction, simulated, disk)
 
 
 def _options_of(model: GPTConfig, topology: Topology, machine: Machine, utilisation: float) -> Options:
