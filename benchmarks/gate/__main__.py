@@ -26,7 +26,8 @@ from benchmarks.gate.candidate import RATE, Side, check, costs, memory, read_can
 from benchmarks.gate.page import RESULTS, Row, add_row, in_lines, make_row, write_table
 from benchmarks.gate.runs import Run, fingerprint, placed, series, train
 from benchmarks.gate.verdict import PLANNED_PAIRS, steps_at_equal_cost, verdict
-from benchmarks.reproduce.campaign import CPU, TINY, Launch, Scale, best_rate, launch
+from benchmarks.reproduce.campaign import best_rate
+from benchmarks.reproduce.launching import CPU, TINY, Launch, Scale, launch
 from benchmarks.runs import ROOT
 from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.files import write_json

@@ -16,8 +16,8 @@ from threading import Event
 from tqdm import tqdm
 
 from benchmarks.gate.candidate import Side
-from benchmarks.reproduce.campaign import Launch, end_running, fit
 from benchmarks.reproduce.cells import COOLDOWN
+from benchmarks.reproduce.launching import Launch, end_running, fit
 from benchmarks.runs import ROOT
 from nlgmoe import load_model
 from nlgmoe.validation import RunError

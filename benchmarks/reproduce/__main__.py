@@ -21,8 +21,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from benchmarks.reproduce.campaign import CPU, TINY, Campaign
+from benchmarks.reproduce.campaign import Campaign
 from benchmarks.reproduce.cells import SEEDS
+from benchmarks.reproduce.launching import CPU, TINY
 from benchmarks.reproduce.questions import LARGER, QUESTIONS, runs_of
 from benchmarks.reproduce.speed import measure
 from benchmarks.reproduce.tables import long_table, write

@@ -19,7 +19,7 @@ from benchmarks.gate.__main__ import seeds_of
 from benchmarks.gate.candidate import Side, check, costs, memory, read_candidate
 from benchmarks.gate.runs import Run, series, train
 from benchmarks.gate.verdict import AS_GOOD, BETTER, UNRESOLVED, WORSE, steps_at_equal_cost, verdict
-from benchmarks.reproduce.campaign import CPU, TINY
+from benchmarks.reproduce.launching import CPU, TINY
 from docs.examples.cosine_router import CosineRouter, CosineRouterConfig
 from nlgmoe import Router, Routing, RoutingContext
 from nlgmoe.tools.check.properties import check_layer

@@ -13,8 +13,9 @@ import pytest
 from filelock import FileLock
 
 from benchmarks.reproduce.__main__ import main as reproduce
-from benchmarks.reproduce.campaign import CONFIGS, CPU, TINY, Campaign, best_rate
+from benchmarks.reproduce.campaign import Campaign, best_rate
 from benchmarks.reproduce.cells import GROWTH, WIDER, Cell
+from benchmarks.reproduce.launching import CONFIGS, CPU, TINY
 from benchmarks.reproduce.questions import AGREES, DIFFERS, LARGER, QUESTIONS, UNRESOLVED, readings, runs_of
 from benchmarks.reproduce.readings import MISSING, answers, cost_at_equal_loss
 from benchmarks.reproduce.tables import BEGIN, END, write
