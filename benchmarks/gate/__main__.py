@@ -39,7 +39,7 @@ TUNING_SEED, FACTORS = 9, (0.5, 1.0, 2.0)  # of the search for a learning rate, 
 COSTS, MOST = ("flops", "seconds"), 20  # a shorter run has a warm-up too
 
 
-def judge(candidate: Side, out: Path, pairs: int, jobs: int, tune: bool, run: Launch) -> dict[str, Any]:
+def judge(candidate: Side, out: Path, pairs: int, jobs: int, tune: bool, launch: Launch) -> dict[str, Any]:
     """Check, measure, train and compare; return what a row has of it.
 
     Args:
@@ -48,19 +48,19 @@ def judge(candidate: Side, out: Path, pairs: int, jobs: int, tune: bool, run: La
         pairs: seeds.
         jobs: runs at a time, one thread each.
         tune: search the candidate's learning rate first.
-        run: starts a command.
+        launch: starts a command.
     """
     baseline = Side("baseline", candidate.scale)
     print(check(candidate, baseline), memory(candidate, jobs), sep="\n", flush=True)
     searched: dict[float, float] = {}
     if tune:
-        sides = [placed(replace(candidate, rate=factor * RATE), out, run) for factor in FACTORS]
+        sides = [placed(replace(candidate, rate=factor * RATE), out, launch) for factor in FACTORS]
         tuning = [Run(side, TUNING_SEED, side.scale.steps // 2) for side in sides]
-        train([[one] for one in tuning], jobs, run)
-        searched = {one.side.learning_rate: one.loss for one in tuning}
+        train([[trial] for trial in tuning], jobs, launch)
+        searched = {trial.side.learning_rate: trial.loss for trial in tuning}
         candidate = replace(candidate, rate=best_rate(searched, searched.values()))
         print(f"learning rate: {candidate.learning_rate:.2g}, from the losses {searched}")
-    both = candidate, baseline = placed(candidate, out, run), placed(baseline, out, run)
+    both = candidate, baseline = placed(candidate, out, launch), placed(baseline, out, launch)
     measured, whole = costs_of(candidate, baseline), candidate.scale.steps
     steps = {"tokens": (whole, whole)} | {kind: steps_at_equal_cost(measured[kind], whole) for kind in COSTS}
     lines = [
@@ -68,10 +68,10 @@ def judge(candidate: Side, out: Path, pairs: int, jobs: int, tune: bool, run: La
         for seed in seeds_of(pairs)
         for place, side in enumerate(both)
     ]
-    train(lines, jobs, run)
+    train(lines, jobs, launch)
     losses: Any = {side.home: defaultdict(dict) for side in both}
-    for one in (one for line in lines for one in line):
-        losses[one.side.home][one.steps][one.seed] = one.loss
+    for run in (run for line in lines for run in line):
+        losses[run.side.home][run.steps][run.seed] = run.loss
     ours, theirs = losses.values()
     judged = {kind: verdict([*ours[n].values()], [*theirs[m].values()]) for kind, (n, m) in steps.items()}
     page = write_report(read_runs([line[0].folder for line in lines]), out / f"{candidate.name}.html", "seed")
@@ -98,13 +98,16 @@ def costs_of(candidate: Side, baseline: Side) -> dict[str, Any]:
     if not file.exists():
         candidate.home.mkdir(parents=True, exist_ok=True)
         write_json(file, costs(candidate, baseline))
-    found: dict[str, Any] = json.loads(file.read_text())
-    print(f"costs: {found['flops']:.3f} times the FLOPs a token, {found['seconds']:.3f} times the seconds", flush=True)
-    dear = max(found[kind] for kind in COSTS)
+    measured: dict[str, Any] = json.loads(file.read_text())
+    print(
+        f"costs: {measured['flops']:.3f} times the FLOPs a token, {measured['seconds']:.3f} times the seconds",
+        flush=True,
+    )
+    dear = max(measured[kind] for kind in COSTS)
     require(
         dear < MOST, f"{candidate.name}: a token costs {dear:.0f} times the baseline's; the gate takes less than {MOST}"
     )
-    return found
+    return measured
 
 
 def main(argv: list[str] | None = None, run: Launch = launch) -> None:

@@ -54,10 +54,10 @@ class Run:
     @property
     def loss(self) -> float:
         """Final validation loss."""
-        found = json.loads((self.folder / "summary.json").read_text())["val_loss"]
-        if found is None:
+        loss = json.loads((self.folder / "summary.json").read_text())["val_loss"]
+        if loss is None:
             raise RunError(f"{self.folder} ended with a validation loss that is not finite")
-        return float(found)
+        return float(loss)
 
     @property
     def done(self) -> int:
@@ -69,23 +69,23 @@ class Run:
         last = max((int(row["step"]) for row in rows if (row["step"] or "").isdigit()), default=-1)
         return max(0, last + 1 - self.start)
 
-    def train(self, run: Launch) -> None:
+    def train(self, launch: Launch) -> None:
         """Train it, or what is missing of it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         trunk = self.side.home / f"seed{self.seed}/checkpoints/step-{self.start}.ckpt"
         try:
-            fit(run, self.side.files(self.steps, self.seed), self.folder, ROOT, str(trunk) if self.start else "auto")
+            fit(launch, self.side.files(self.steps, self.seed), self.folder, ROOT, str(trunk) if self.start else "auto")
         except RunError as error:
             raise RunError(f"{self.side.name}: {error}") from error
 
 
-def fingerprint(side: Side, out: Path, run: Launch) -> str:
+def fingerprint(side: Side, out: Path, launch: Launch) -> str:
     """Return a hash of the weights after three training steps: of code, torch, machine and text; and of the overlays."""
     few = json.dumps({"trainer": {"max_steps": 3, "logger": False}, "data": {"max_eval_windows": 1}})
     folder = out / f"{side.name}-first-steps"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    fit(run, [*side.files(side.scale.steps, 1), few], folder, ROOT)
+    fit(launch, [*side.files(side.scale.steps, 1), few], folder, ROOT)
     digest = hashlib.sha256("".join(side.overlays).encode())
     for name, value in sorted(load_model(folder / "checkpoints/last.ckpt").state_dict().items()):
         digest.update(name.encode() + value.numpy().tobytes())
@@ -93,9 +93,9 @@ def fingerprint(side: Side, out: Path, run: Launch) -> str:
     return digest.hexdigest()[:12]
 
 
-def placed(side: Side, out: Path, run: Launch) -> Side:
+def placed(side: Side, out: Path, launch: Launch) -> Side:
     """Return the side with the folder of its runs below `out`: another one if its code or settings have changed."""
-    return replace(side, home=out / f"{side.name}-{fingerprint(side, out, run)}")
+    return replace(side, home=out / f"{side.name}-{fingerprint(side, out, launch)}")
 
 
 def series(side: Side, seed: int, lengths: Sequence[int]) -> list[Run]:
@@ -107,30 +107,30 @@ def series(side: Side, seed: int, lengths: Sequence[int]) -> list[Run]:
     return runs
 
 
-def train(lines: Sequence[Sequence[Run]], jobs: int, run: Launch) -> None:
+def train(lines: Sequence[Sequence[Run]], jobs: int, launch: Launch) -> None:
     """Train lines of runs, some lines at a time, each in its order.
 
     Raises:
         RunError: a run failed; those that are running are stopped.
     """
-    runs = [one for line in lines for one in line]
-    total, before, begun = sum(one.steps - one.start for one in runs), sum(one.done for one in runs), time.monotonic()
+    runs = [run for line in lines for run in line]
+    total, before, begun = sum(run.steps - run.start for run in runs), sum(run.done for run in runs), time.monotonic()
     stopped = Event()
     bar = tqdm(total=total, initial=before, unit="step", smoothing=0, disable=None)
 
     def seconds_left() -> float:
-        done = sum(one.done for one in runs)
+        done = sum(run.done for run in runs)
         return (time.monotonic() - begun) / max(1, done - before) * (total - done)
 
     def in_order(line: Sequence[Run]) -> None:
-        for one in line:
-            if not one.has_ended and not stopped.is_set():
-                one.train(run)
-                words = f"{one.side.name} {one.folder.name}: validation loss {one.loss:.4f}"
+        for run in line:
+            if not run.has_ended and not stopped.is_set():
+                run.train(launch)
+                words = f"{run.side.name} {run.folder.name}: validation loss {run.loss:.4f}"
                 tqdm.write(f"{time.strftime('%H:%M')} {words}; about {seconds_left() / 60:.0f} min left")
-        for one in line:  # shorter runs of later gates begin from the baseline's whole ones
-            if not stopped.is_set() and (one.side.overlays or one.start):
-                shutil.rmtree(one.folder / "checkpoints", ignore_errors=True)
+        for run in line:  # shorter runs of later gates begin from the baseline's whole ones
+            if not stopped.is_set() and (run.side.overlays or run.start):
+                shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
 
     def or_stop(line: Sequence[Run]) -> None:
         try:
@@ -144,10 +144,10 @@ def train(lines: Sequence[Sequence[Run]], jobs: int, run: Launch) -> None:
         try:
             while waiting:
                 ended, waiting = wait(waiting, POLL, FIRST_COMPLETED)
-                bar.update(sum(one.done for one in runs) - bar.n)
+                bar.update(sum(run.done for run in runs) - bar.n)
                 bar.set_postfix_str(time.strftime("ends about %H:%M", time.localtime(time.time() + seconds_left())))
-                for one in ended:
-                    one.result()
+                for future in ended:
+                    future.result()
         except BaseException:
             stopped.set()
             end_running()

@@ -28,13 +28,13 @@ BETTER, AS_GOOD, WORSE, UNRESOLVED = "better", "as good as", "worse", "unresolve
 CHANCE = 0.025  # of each row to be called better although it is equal
 
 
-def reading(found: PairedDifference) -> str:
+def reading(difference: PairedDifference) -> str:
     """Return the verdict on a difference."""
-    low, high = found.interval()
-    complete = found.pairs >= PLANNED_PAIRS
+    low, high = difference.interval()
+    complete = difference.pairs >= PLANNED_PAIRS
     if complete and high < 0:
         return BETTER
-    if complete and found.interval(0.90)[1] < MARGIN:
+    if complete and difference.interval(0.90)[1] < MARGIN:
         return AS_GOOD
     return WORSE if low > 0 else UNRESOLVED
 
@@ -46,26 +46,26 @@ def verdict(candidate: Sequence[float], baseline: Sequence[float]) -> dict[str, 
         `reading`; `mean`, `low` and `high` of the difference with its 95% interval, in nats; `pairs`; and `resolution`, half of
         the interval: a mean difference below it could not have been told from 0.
     """
-    found = paired_difference(candidate, baseline)
-    low, high = found.interval() if found.pairs > 1 else (None, None)
-    half = None if high is None else high - found.mean
+    difference = paired_difference(candidate, baseline)
+    low, high = difference.interval() if difference.pairs > 1 else (None, None)
+    half = None if high is None else high - difference.mean
     return {
-        "reading": reading(found),
-        "mean": found.mean,
+        "reading": reading(difference),
+        "mean": difference.mean,
         "low": low,
         "high": high,
-        "pairs": found.pairs,
+        "pairs": difference.pairs,
         "resolution": half,
     }
 
 
 def in_words(judged: dict[str, Any]) -> str:
     """Return a verdict with its numbers in a line."""
-    found = f"{judged['reading']}: {judged['mean']:+.4f} nats"
+    words = f"{judged['reading']}: {judged['mean']:+.4f} nats"
     if judged["low"] is None:
-        return f"{found}, 1 pair, no interval"
+        return f"{words}, 1 pair, no interval"
     interval = f"({judged['low']:+.4f} to {judged['high']:+.4f}), {judged['pairs']} pairs"
-    return f"{found} {interval}; a difference below {judged['resolution']:.4f} would not have shown"
+    return f"{words} {interval}; a difference below {judged['resolution']:.4f} would not have shown"
 
 
 def steps_at_equal_cost(ratio: float, whole: int) -> tuple[int, int]:

@@ -80,11 +80,10 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(args.out / ".lock", timeout=0):
-                found = (
-                    (git("rev-parse", "HEAD"), ROOT) if args.scale == "tiny" else checked_out(args.results, args.out)
-                )
-                prepare_data(found[1])
-                campaign = Campaign(args.out, args.results, *found, TINY if args.scale == "tiny" else CPU)
+                tiny = args.scale == "tiny"
+                commit, tree = (git("rev-parse", "HEAD"), ROOT) if tiny else checked_out(args.results, args.out)
+                prepare_data(tree)
+                campaign = Campaign(args.out, args.results, commit, tree, TINY if tiny else CPU)
                 if args.speed:
                     campaign.results["speed"] = measure(campaign)
                     write_json(args.results, campaign.results)

@@ -91,7 +91,7 @@ class Campaign:
 
     def _all(self, runs: list[tuple[Cell, int, float | None]], jobs: int) -> None:
         missing = [run for run in runs if self.key(*run) not in self.results["runs"]]
-        sources = {one for run in missing for one in self._before(*run) if not self._has_checkpoints(*one)}
+        sources = {source for run in missing for source in self._before(*run) if not self._has_checkpoints(*source)}
         missing = [run for run in runs if run in missing or (run[2] is None and run[:2] in sources)]
         self._left, self._began, self._done = sum(map(self._cost, missing)), time.monotonic(), 0.0
         running: dict[Future[None], tuple[Cell, int]] = {}
@@ -103,17 +103,17 @@ class Campaign:
                     for run in ready[: jobs - len(running)]:
                         missing.remove(run)
                         running[pool.submit(self._one, *run)] = run[:2]
-                    for one in wait(running, return_when=FIRST_COMPLETED).done:
-                        del running[one]
-                        one.result()
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        del running[future]
+                        future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
     def _before(self, cell: Cell, seed: int, rate: float | None) -> list[tuple[Cell, int]]:
         """Return the runs whose checkpoints this one resumes."""
-        needed = [cell.trunk, TEACHER if cell.distilled else None] if rate is None else []
-        return [(one, seed) for one in needed if one is not None]
+        sources = [cell.trunk, TEACHER if cell.distilled else None] if rate is None else []
+        return [(source, seed) for source in sources if source is not None]
 
     def _has_checkpoints(self, cell: Cell, seed: int) -> bool:
         """Return True if other runs can resume this one, or need not, because the teacher's logits are recorded."""
@@ -199,8 +199,8 @@ class Campaign:
         if config not in self._shapes:
             override = self.scale.settings.get("model", {}).get("config", {})
             options = {f"model__config__{name}": value for name, value in override.items()}
-            found = parse_config(self._configs(config), **options)
-            self._shapes[config] = GPTConfig.from_dict(found["model"]["config"])
+            settings = parse_config(self._configs(config), **options)
+            self._shapes[config] = GPTConfig.from_dict(settings["model"]["config"])
         return self._shapes[config]
 
     def _configs(self, config: str) -> list[Path]:

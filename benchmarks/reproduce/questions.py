@@ -136,14 +136,14 @@ def readings(differences: Sequence[tuple[Question, PairedDifference | None]]) ->
         if difference is not None and difference.pairs >= question.pairs:
             for answer, p in zip((AGREES, DIFFERS), p_values(question, difference), strict=True):
                 tests.append((p, question.key, answer))
-    found = {key: UNRESOLVED for _, key, _ in tests}
+    answers = {key: UNRESOLVED for _, key, _ in tests}
     # Of the two answers of a question the one with the smaller p.
-    smallest = sorted(min(test for test in tests if test[1] == key) for key in found)
+    smallest = sorted(min(test for test in tests if test[1] == key) for key in answers)
     for rank, (p, key, answer) in enumerate(smallest):  # Holm: the first that is not small enough ends it
         if p * (len(differences) - rank) >= LEVEL:
             break
-        found[key] = answer
-    return found
+        answers[key] = answer
+    return answers
 
 
 def runs_of(questions: Sequence[Question], tables: bool = True) -> list[tuple[Cell, int]]:

@@ -56,8 +56,8 @@ class Answer:
 
 def of_cell(runs: Runs, cell: Cell, fact: str = "val_loss", seeds: tuple[int, ...] | None = None) -> dict[int, float]:
     """Return a fact of the runs of a cell, by seed; None: of all seeds."""
-    found = ((seed, runs.get(f"{cell.name}-seed{seed}")) for seed in seeds or range(1, MAX_SEED + 1))
-    return {seed: run[fact] for seed, run in found if run is not None}
+    of_seeds = ((seed, runs.get(f"{cell.name}-seed{seed}")) for seed in seeds or range(1, MAX_SEED + 1))
+    return {seed: run[fact] for seed, run in of_seeds if run is not None}
 
 
 def difference(runs: Runs, first: Cell, second: Cell, pairs: int = MAX_SEED) -> PairedDifference | None:
@@ -67,10 +67,10 @@ def difference(runs: Runs, first: Cell, second: Cell, pairs: int = MAX_SEED) -> 
     return paired_difference([a[s] for s in seeds], [b[s] for s in seeds]) if len(seeds) > 1 else None
 
 
-def with_interval(found: PairedDifference, unit: str = " nats") -> str:
+def with_interval(paired: PairedDifference, unit: str = " nats") -> str:
     """Return a difference with its 95% interval."""
-    low, high = found.interval()
-    return f"{found.mean:+.3f}{unit} ({low:+.3f} to {high:+.3f})"
+    low, high = paired.interval()
+    return f"{paired.mean:+.3f}{unit} ({low:+.3f} to {high:+.3f})"
 
 
 def answers(results: dict[str, Any]) -> dict[str, Answer]:
@@ -86,15 +86,15 @@ def answers_to(questions: Sequence[Question], runs: Runs) -> dict[str, Answer]:
         (question, difference(runs, question.first, question.second, question.pairs)) for question in questions
     ]
     read = readings(differences)
-    return {question.key: _answer(question, found, read) for question, found in differences}
+    return {question.key: _answer(question, paired, read) for question, paired in differences}
 
 
-def _answer(question: Question, found: PairedDifference | None, read: dict[str, str]) -> Answer:
-    pairs = 0 if found is None else found.pairs
+def _answer(question: Question, paired: PairedDifference | None, read: dict[str, str]) -> Answer:
+    pairs = 0 if paired is None else paired.pairs
     return Answer(
         question.title,
         question.paper,
-        "" if found is None else with_interval(found),
+        "" if paired is None else with_interval(paired),
         str(pairs) if pairs == question.pairs else f"{pairs} of {question.pairs}",
         read.get(question.key, MISSING),
     )
@@ -143,8 +143,8 @@ def cost_at_equal_loss(
     for seed in seeds:
         slope, base = np.polyfit(cost, [losses[seed] for losses in dense], 1)
         ratios.append((moe[seed] - base) / slope - math.log(costs[name]))
-    found = paired_difference(ratios, [0.0] * len(ratios))
-    return math.exp(found.mean), *(math.exp(end) for end in found.interval())
+    paired = paired_difference(ratios, [0.0] * len(ratios))
+    return math.exp(paired.mean), *(math.exp(end) for end in paired.interval())
 
 
 def beside(results: dict[str, Any]) -> list[str]:
@@ -158,8 +158,8 @@ def beside(results: dict[str, Any]) -> list[str]:
         ratios = " and ".join(f"{name} {standard[1] / size:.1f}" for name, size in others)
         lines.append(f"Next to MoE-32, {ratios} times fewer parameters (the paper: 3 and 3.7).")
     for title, first, second in OTHER_PAIRS:
-        if (found := difference(runs, first, second)) is not None:
-            lines.append(f"{title}: {with_interval(found)}, {found.pairs} pairs.")
+        if (paired := difference(runs, first, second)) is not None:
+            lines.append(f"{title}: {with_interval(paired)}, {paired.pairs} pairs.")
     for answer in answers_to(LARGER, runs).values():
         if answer.difference:
             lines.append(f"{answer.title}: {answer.difference}, {answer.pairs} pairs: **{answer.reading}**.")

@@ -148,14 +148,14 @@ def draw_differences(
     """Draw a forest plot: paired differences with 95% intervals, and the margin of "as good as"."""
     figure, axis = pyplot.subplots(figsize=(8.4, 0.42 * len(questions) + 1.0), layout="constrained")
     for row, question in enumerate(reversed(questions)):
-        found = difference(runs, question.first, question.second, question.pairs)
-        if found is None:
+        paired = difference(runs, question.first, question.second, question.pairs)
+        if paired is None:
             continue
-        low, high = found.interval()
+        low, high = paired.interval()
         answer = answered[question.key]
         missing, colour = answer.reading == MISSING, COLOURS[answer.reading]
         axis.plot([low, high], [row, row], color=colour, linestyle=":" if missing else "-", linewidth=2)
-        axis.plot(found.mean, row, "o", color=colour, fillstyle="none" if missing else "full")
+        axis.plot(paired.mean, row, "o", color=colour, fillstyle="none" if missing else "full")
         if question.rule == "not worse":
             axis.fill_betweenx([row - 0.4, row + 0.4], LIMITS[0], MARGIN, color="tab:green", alpha=0.08, linewidth=0)
         axis.annotate(f"{answer.reading}, {answer.pairs} pairs", (1.01, row), xycoords=("axes fraction", "data"),
