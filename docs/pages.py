@@ -32,7 +32,13 @@ SETTINGS = {  # section of a configuration -> its class
     "trainer.strategy": "nlgmoe.parallel.strategy.ExpertParallelStrategy",
     "trainer.callbacks": "nlgmoe.run.save_checkpoints.SaveCheckpoints",
 }
-LINKED = ("CITATION.cff", "LICENSE", "notebooks/02_routing.ipynb", "notebooks/04_laboratory.ipynb")  # from documents
+LINKED = (
+    "CITATION.cff",
+    "LICENSE",
+    "notebooks/02_routing.ipynb",
+    "notebooks/04_laboratory.ipynb",
+    "notebooks/05_real_model.ipynb",
+)  # from documents
 
 
 def on_files(files: Files, config: Any) -> Files:
