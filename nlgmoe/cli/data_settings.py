@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 from nlgmoe.data import Corpus
 from nlgmoe.data.corpus import own_tokenizer
-from nlgmoe.data.pocket.tokenizers import DEFAULT_TOKENIZER
+from nlgmoe.data.tokenizer_loading import DEFAULT_TOKENIZER
 
 
 def tokenizer_of(data: Mapping[str, Any]) -> str:

@@ -141,7 +141,7 @@ def _recipe(
 def _count_distilled_samples(experiment: Experiment, settings: dict[str, Any]) -> int:
     """Return the samples of the run until it or its distillation ends."""
     from nlgmoe.data import BatchRampUp
-    from nlgmoe.data.accumulation import batch_size_after
+    from nlgmoe.data.sampling import batch_size_after
     from nlgmoe.distill.distiller import distillation_end, samples_before_end
     from nlgmoe.tools.planner.inspect_config import layout
 

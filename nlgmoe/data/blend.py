@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from nlgmoe.data.chained import Tokens
 from nlgmoe.data.corpus import Corpus, Fingerprint, OpenCorpus, own_tokenizer
 from nlgmoe.data.samples import CursorSource, Sample, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokens import Tokens
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import RunError, SettingError, error_type_like
 

@@ -28,11 +28,10 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from nlgmoe.data.corpus import hash_of
-from nlgmoe.data.documents import WHOLE, Fields, Skip, read_documents
+from nlgmoe.data.documents import Fields, Skip, read_documents
 from nlgmoe.data.indexed import IndexedWriter, token_dtype
 from nlgmoe.data.prefix import describe
-from nlgmoe.data.shards import Shard
-from nlgmoe.data.source_files import describe_file, is_local
+from nlgmoe.data.source_files import WHOLE, Shard, describe_file, is_local
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.files import write_json
 from nlgmoe.validation import RunError, SettingError

@@ -1,6 +1,6 @@
 """The interface between a corpus and its users: training samples by index, and tokens for evaluation.
 
-`PileDataModule` reads any `Corpus`; `pocket_pile.py`, `megatron_indexed.py`, `streaming/` and `blend.py` implement one each.
+`PileDataModule` reads any `Corpus`: `PocketPile`, `MegatronIndexed`, `StreamedText`, `Blend`, or a user's.
 """
 
 import errno
@@ -16,9 +16,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 from fsspec.core import url_to_fs
 
-from nlgmoe.data.chained import Tokens
 from nlgmoe.data.samples import PackedSource, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokens import Tokens
 from nlgmoe.validation import SettingError, require
 
 WAITING_SECONDS = 3.0  # of waiting for a build by another process, before a message

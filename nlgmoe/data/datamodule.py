@@ -8,26 +8,27 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.data.blend import OpenBlend
-from nlgmoe.data.chained import Tokens
 from nlgmoe.data.corpus import Corpus, OpenCorpus, own_tokenizer
-from nlgmoe.data.permutation import ORDER
-from nlgmoe.data.pocket.tokenizers import DEFAULT_TOKENIZER
 from nlgmoe.data.pocket_pile import PocketPile
-from nlgmoe.data.samples import CursorSource, EvaluationSource, Sample, TokenSource
+from nlgmoe.data.samples import ORDER, CursorSource, EvaluationSource, Sample, TokenSource
 from nlgmoe.data.sampling import (
+    BatchRampUp,
     EvaluationSampler,
     MicroBatches,
     SourceDataset,
     TrainingSampler,
+    batch_size_after,
+    check_ramp_up,
     collate,
     ignore_worker_signals,
     mark_documents,
+    micro_batches_per_step,
 )
-from nlgmoe.data.streaming.streams import Cursors
-from nlgmoe.data.text_facts import count_tokens, unigram_entropy, xz_bits_per_byte
+from nlgmoe.data.streams import Cursors
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import DEFAULT_TOKENIZER
+from nlgmoe.data.tokens import Tokens, count_tokens, unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.training_data import TrainingData
 from nlgmoe.device import is_accelerator
 from nlgmoe.validation import SettingError, require, require_at_least

@@ -9,7 +9,6 @@ zstandard's reader does not. Its JSON reader is not used: it reports no line num
 
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,8 +21,8 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from huggingface_hub.errors import HTTPError
 
-from nlgmoe.data.byte_level import byte_without_token
-from nlgmoe.data.source_files import COMPRESSIONS, DataFile, has_records, is_plain_text
+from nlgmoe.data.source_files import COMPRESSIONS, WHOLE, DataFile, has_records, is_plain_text
+from nlgmoe.data.tokenizer import byte_without_token
 from nlgmoe.validation import RunError
 
 PIECE_BYTES = 1 << 16  # decompressed at a time; of a truncated file, up to as much is lost before the cut
@@ -86,9 +85,6 @@ class Record:
     content: str | np.ndarray
     domain: str | None
     bytes: int
-
-
-WHOLE = range(sys.maxsize)  # numbers of all documents, or all bytes
 
 
 def read_documents(

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from nlgmoe.data.chained import ChainedTokens, Piece, Tokens
 from nlgmoe.data.corpus import PIECES, Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of, hash_of_pieces
 from nlgmoe.data.indexed import IndexedDataset
-from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.prefix import Sidecar, check_inputs, find_prefixes
 from nlgmoe.data.tokenizer import COMPARED_TOKENS, SAME_TOKENIZER, Tokenizer
+from nlgmoe.data.tokenizer_loading import load_tokenizer
+from nlgmoe.data.tokens import ChainedTokens, Piece, Tokens
 from nlgmoe.validation import RunError, SettingError, require
 
 # Evenly spaced over the corpus. Few, because each is a random read, slow on a network disk.

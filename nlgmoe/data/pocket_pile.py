@@ -1,4 +1,4 @@
-"""`PocketPile`: a corpus in the data folder, text and tokens. `pocket/` builds its text and tokenizers on first use.
+"""`PocketPile`: a corpus in the data folder, text and tokens. `pocket_build.py` builds its text on first use.
 
     data_dir/tokenized/FINGERPRINT/  of a tokenizer: {domain}.bin, .idx, .json (`prefix.py`), its validation documents last
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import xxhash
 
-from nlgmoe.data.chained import Tokens
 from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
-from nlgmoe.data.pocket.build import SPLITS, Manifest, open_corpus, read_manifest, read_texts, text_path
-from nlgmoe.data.pocket.tokenizers import BUILT, load_tokenizer
+from nlgmoe.data.pocket_build import SPLITS, Manifest, open_corpus, read_manifest, read_texts, text_path
 from nlgmoe.data.prefix import Sidecar, describe
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import BUILT, load_tokenizer
+from nlgmoe.data.tokens import Tokens
 from nlgmoe.validation import RunError, SettingError
 
 BATCH_DOCUMENTS = 256  # encoded together

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from glob import escape, glob, has_magic
 from pathlib import Path
 
-from nlgmoe.data.pocket.tokenizers import BUILT
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import BUILT
 from nlgmoe.files import write_json
 from nlgmoe.validation import RunError, SettingError
 

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError
 
 from nlgmoe.callbacks.throughput import PARTS
 from nlgmoe.cli.data_settings import tokenizer_of
-from nlgmoe.data.pocket.tokenizers import fingerprint_of
+from nlgmoe.data.tokenizer_loading import fingerprint_of
 from nlgmoe.run.folder import flattened
 from nlgmoe.tools.report.runs import BITS, Run
 

@@ -15,11 +15,11 @@ from typing_extensions import override
 
 from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of
 from nlgmoe.data.documents import MAX_DOCUMENT_BYTES, Fields
-from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.samples import TokenSource
-from nlgmoe.data.streaming.prepared_files import cache_eval_tokens, find_files, open_eval_cache, read_files
-from nlgmoe.data.streaming.streams import StreamConfig, StreamedSource
+from nlgmoe.data.streamed_files import cache_eval_tokens, find_files, open_eval_cache, read_files
+from nlgmoe.data.streams import StreamConfig, StreamedSource
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.validation import SettingError, require, require_at_least
 
 OTHER = "other"

