@@ -23,11 +23,10 @@ from nlgmoe.callbacks.progress import TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.throughput import Throughput
-from nlgmoe.cli.data_settings import tokenizer_of
 from nlgmoe.cli.errors import did_you_mean, is_wrong_setting, one_line, one_line_errors
 from nlgmoe.cli.given_settings import GivenSettings
 from nlgmoe.data import PileDataModule
-from nlgmoe.data.tokenizer_loading import vocab_size_of
+from nlgmoe.data.tokenizer_loading import tokenizer_of, vocab_size_of
 from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.files import expand_home
 from nlgmoe.layers import routers  # noqa: F401 (so that a configuration can name its routers by their class)

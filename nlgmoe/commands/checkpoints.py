@@ -178,7 +178,7 @@ def prune_checkpoint(
     _print_kept(before, kept, use)
     loss = _loss_of(Path(checkpoint), device, with_progress(batches, "measuring loss"))
     print(f"loss {use.loss:.4f} -> {loss:.4f} nats per token ({use.tokens:,} tokens)")
-    print(f"{checkpoint}: {_size(before):,} parameters of {path} have become {_size(after):,}")
+    _print_pruned(before, after, Path(checkpoint), path)
     _print_command(run_config(Path(run)), Path(checkpoint), path, tokens_seen)
 
 
@@ -201,12 +201,6 @@ def _loss_of(checkpoint: Path, device: str, batches: Iterable[Batch]) -> float:
     return measure_use(load_model(checkpoint).to(device), batches).loss
 
 
-def _size(config: GPTConfig) -> int:
-    from nlgmoe.model.counting import count_parameters
-
-    return count_parameters(config).total
-
-
 def _print_kept(before: GPTConfig, kept: Sequence[Sequence[int]], use: ExpertUse) -> None:
     from nlgmoe.pyramid import moe_blocks
 
@@ -216,16 +210,22 @@ def _print_kept(before: GPTConfig, kept: Sequence[Sequence[int]], use: ExpertUse
         print(f"block {block}: {len(experts)} of {len(weights)} experts, with {share:.1%} of the weight: {numbers}")
 
 
+def _print_pruned(before: GPTConfig, after: GPTConfig, checkpoint: Path, unpruned: Path) -> None:
+    from nlgmoe.model.counting import count_parameters
+
+    sizes = [count_parameters(config).total for config in (before, after)]
+    print(f"{checkpoint}: {sizes[0]:,} parameters of {unpruned} have become {sizes[1]:,}")
+    print(f"{yaml_beside(checkpoint)}: its settings")
+
+
 def _print_command(config: Path | None, checkpoint: Path, unpruned: Path, tokens_seen: int) -> None:
     """Print the command that trains the pruned model on."""
-    settings, teacher = yaml_beside(checkpoint), quote(str(unpruned))
-    print(f"{settings}: its settings")
-    files = [config or "CONFIG", settings]  # the later one overrides
+    files = [config or "CONFIG", yaml_beside(checkpoint)]  # the later one overrides
     print(
         f"to continue training, with the unpruned model as teacher: nlgmoe fit "
         f"{' '.join(f'--config {quote(str(file))}' for file in files)} "
         f"{_healing(config, tokens_seen)} --model.distiller nlgmoe.MixtureOfStudents "
-        f"--model.distiller.init_args.teacher {teacher}"
+        f"--model.distiller.init_args.teacher {quote(str(unpruned))}"
     )
 
 

@@ -45,9 +45,6 @@ class Blend:
 
     Args:
         parts: parts of the blend, each with `weight`, `name` and `corpus` (class_path and init_args).
-
-    Raises:
-        ValueError: there is no part, a weight is not above 0 or below a billionth of all, or a name is missing or used twice.
     """
 
     def __init__(self, parts: list[BlendPart]) -> None:

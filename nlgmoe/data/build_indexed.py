@@ -45,27 +45,16 @@ HELD_OUT, HELD_OUT_OF_SMALL = 0.02, 0.1  # shares of the documents
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a build.
+    """Progress of a build."""
 
-    Args:
-        file: index of the input file that is being read; after the last one, their number.
-        number: index of the next document in that file.
-        documents: documents written.
-        bytes: UTF-8 bytes of their texts.
-        tokens: tokens written, one end-of-document token per document included.
-        held_out: documents of those written that are for validation.
-        skipped: documents, files and ends of files that could not be used.
-        empty: documents without text, which were left out.
-    """
-
-    file: int = 0
-    number: int = 0
-    documents: int = 0
-    bytes: int = 0
-    tokens: int = 0
-    held_out: int = 0
-    skipped: int = 0
-    empty: int = 0
+    file: int = 0  # index of the input file that is being read; after the last one, their number
+    number: int = 0  # index of the next document in that file
+    documents: int = 0  # written
+    bytes: int = 0  # UTF-8, of their texts
+    tokens: int = 0  # written, one end-of-document token per document included
+    held_out: int = 0  # documents of those written that are for validation
+    skipped: int = 0  # documents, files and ends of files that could not be used
+    empty: int = 0  # documents without text, which were left out
 
 
 def build_indexed(
@@ -85,7 +74,7 @@ def build_indexed(
         files: what `read_documents` can read, in the order of the result. The documents held out follow all others.
         prefix: path without `.bin` / `.idx`.
         tokenizer: tokenizer of the tokens.
-        fields: fields of a record to read.
+        fields: what to read of a record.
         workers: number of threads that tokenise.
         report: called with the progress at the start and after each chunk.
         skip: called with place and reason of unusable data; None: raise an error.

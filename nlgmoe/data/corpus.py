@@ -35,25 +35,20 @@ class OpenCorpus(Protocol):
     @property
     def tokenizer(self) -> Tokenizer:
         """Tokenizer of the tokens."""
-        ...
 
     @property
     def domains(self) -> list[str]:
         """Names of the domains, indexed by a batch's domain ids."""
-        ...
 
     @property
     def fingerprint(self) -> Fingerprint:
         """Settings and hashes that determine the training tokens and their order."""
-        ...
 
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
         """Return endless training samples of `seq_len` tokens; `seed` determines their order."""
-        ...
 
     def training_tokens(self) -> Sequence[Tokens]:
         """Return the tokens of each domain's training text, `[N_d]` each, or of a representative part, for statistics."""
-        ...
 
     def evaluation_tokens(self, split: str) -> Sequence[Tokens] | None:
         """Return the tokens of each domain in the form of `samples.py`, `[N_d]` each; None if there is no such split.
@@ -61,7 +56,6 @@ class OpenCorpus(Protocol):
         Args:
             split: "validation", which every corpus has, or "test".
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -121,7 +115,6 @@ class Corpus(Protocol):
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
         """Build tokenizer and corpus if missing; called by one process per node."""
-        ...
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
         """Load the tokenizer and make the tokens readable; called by every process.
@@ -129,7 +122,6 @@ class Corpus(Protocol):
         Raises:
             ValueError: the corpus is missing, damaged, or not of this tokenizer.
         """
-        ...
 
 
 def own_tokenizer(corpus: Corpus) -> str | None:

@@ -113,12 +113,7 @@ class PileDataModule(TrainingData):
         self.corpus.prepare(self.data_dir, self._named_tokenizer())
 
     def setup(self, stage: str | None = None) -> None:
-        """Open tokenizer and corpus; before a fit, set the trainer's accumulation.
-
-        Raises:
-            ValueError: `prepare_data` has not run for this tokenizer and corpus, a file is damaged, or micro-batches cannot
-                make up the global batch.
-        """
+        """Open tokenizer and corpus; before a fit, set the trainer's accumulation."""
         if stage == "fit" and self.trainer is not None and self.global_batch_size is not None:
             # Set before it is read: `configure_model` makes DeepSpeed's configuration, and the loops begin later.
             self.trainer.accumulate_grad_batches = self._accumulation(self.global_batch_size)

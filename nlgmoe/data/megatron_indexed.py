@@ -41,9 +41,6 @@ class MegatronIndexed:
         split: shares of training, validation and test documents of each prefix, in file order, in any unit (`--split` of
             Megatron); without test documents, `test` evaluates the validation documents. None: the documents held out are for
             validation, and more of a small corpus.
-
-    Raises:
-        ValueError: `split` is not three shares, or `prefix` is empty.
     """
 
     def __init__(self, prefix: list[str] | str, split: Sequence[float] | None = None) -> None:
@@ -108,25 +105,15 @@ class MegatronIndexed:
 
 @dataclass
 class Part:
-    """A prefix and its splits.
-
-    Attributes:
-        prefix: the prefix.
-        dtype: type of its tokens.
-        domain: of its sidecar; empty without one.
-        bounds: first document of each split, and the number of documents.
-        ends: the same in tokens.
-        hashes: of its two files.
-        input: of its sidecar.
-    """
+    """A prefix and its splits."""
 
     prefix: Path
-    dtype: np.dtype
-    domain: str
-    bounds: list[int]
-    ends: list[int]
-    hashes: dict[str, str]
-    input: str | None = None
+    dtype: np.dtype  # of its tokens
+    domain: str  # of its sidecar; empty without one
+    bounds: list[int]  # first document of each split, and the number of documents
+    ends: list[int]  # the same in tokens
+    hashes: dict[str, str]  # of its two files
+    input: str | None = None  # of its sidecar
 
 
 def _open_part(prefix: Path, prefixes: int, split: Sequence[float] | None, tokenizer: Tokenizer) -> Part:
@@ -155,11 +142,7 @@ def _without_sidecar(prefix: Path) -> SettingError:
 
 
 def hold_out_more(parts: Sequence[Part]) -> None:
-    """Give validation of a small domain more documents, the last ones: at least 2,048 tokens or a tenth of all.
-
-    Raises:
-        SettingError: one document cannot be divided.
-    """
+    """Give validation of a small domain more documents, the last ones: at least 2,048 tokens or a tenth of all."""
     if sum(part.bounds[-1] for part in parts) < 2:
         raise SettingError(
             f"prefix={parts[0].prefix}: its one document cannot be divided into training and validation; give more text"

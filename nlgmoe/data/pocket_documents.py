@@ -30,19 +30,12 @@ MIN_VALIDATION_DOCUMENTS = 3
 
 @dataclass(frozen=True)
 class Document:
-    """One document of the corpus.
-
-    Args:
-        text: its text.
-        domain: name of the domain it belongs to.
-        source: archive and file, `archive:file`, with `#n` for the n-th section.
-        group: documents of one group go to the same split; empty: the document is a group of its own.
-    """
+    """One document of the corpus."""
 
     text: str
     domain: str
-    source: str
-    group: str = ""
+    source: str  # archive and file, `archive:file`, with `#n` for the n-th section
+    group: str = ""  # documents of one group go to the same split; empty: the document is a group of its own
 
     @property
     def num_bytes(self) -> int:

@@ -28,9 +28,6 @@ class PocketPile:
     Args:
         domains: names of the domains to read, in this order; None: all.
         tokenizer: the tokenizer if `data.tokenizer` is null; None: that of other parts of a blend, or pocket-8k.
-
-    Raises:
-        ValueError: `domains` is empty, or names one twice.
     """
 
     def __init__(self, domains: list[str] | None = None, tokenizer: str | None = None) -> None:

@@ -46,7 +46,6 @@ class TokenSource(Protocol):
 
     def sample(self, index: int) -> Sample:
         """Return the `index`-th sample: a pure function of the index and of the settings of the source."""
-        ...
 
 
 @runtime_checkable
@@ -64,7 +63,6 @@ class CursorSource(Protocol):
 
     def seek(self, cursors: Sequence[Sequence[int]]) -> None:
         """Continue at a run's cursors, at most one for each stream."""
-        ...
 
 
 class _Windows:
@@ -100,9 +98,6 @@ class PackedSource(_Windows):
         seq_len: T, in tokens.
         eod_id: id of the end-of-document token.
         seed: seed of the order.
-
-    Raises:
-        ValueError: no domain fills a window.
     """
 
     def __init__(self, tokens: Sequence[Tokens], seq_len: int, eod_id: int, seed: int) -> None:

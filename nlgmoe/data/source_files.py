@@ -23,19 +23,13 @@ VERSIONS = ("blob_id", "ETag", "etag", "md5Hash", "LastModified", "last_modified
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file.
+    """One file."""
 
-    Args:
-        path: local, or an address such as `hf://datasets/NAME@COMMIT/train/00.jsonl.zst`.
-        bytes: its size.
-        modified: when a local file was written, in seconds; None of others.
-        contents: of an address, what its server says of the version, such as an ETag, or the path on the hub, which holds the
-            commit; of a local file of training, and where a server says nothing, `hash_of_pieces`.
-    """
-
-    path: str
-    bytes: int
-    modified: float | None = None
+    path: str  # local, or an address such as `hf://datasets/NAME@COMMIT/train/00.jsonl.zst`
+    bytes: int  # its size
+    modified: float | None = None  # when a local file was written, in seconds; None of others
+    # Of an address, what its server says of the version, such as an ETag, or the path on the hub, which holds the commit; of a
+    # local file of training, and where a server says nothing, `hash_of_pieces`.
     contents: str = ""
 
 
@@ -72,11 +66,7 @@ def describe_file(path: str) -> DataFile:
 
 
 def find_addressed(source: str) -> list[str]:
-    """Return the files, sorted, that an address of fsspec names: a file, the files of a folder or of a pattern.
-
-    Raises:
-        SettingError: fsspec or the server refuses it.
-    """
+    """Return the files, sorted, that an address of fsspec names: a file, the files of a folder or of a pattern."""
     with _named_errors(source), suppress(FileNotFoundError):
         file_system, name = url_to_fs(source)
         file_system.invalidate_cache()  # of a listing earlier in this process
@@ -137,19 +127,13 @@ def input_files(given: str | Sequence[str]) -> list[str]:
                     f"input={source} is a folder without text files of its own; known endings are {ENDINGS}; for folders "
                     f"inside give patterns, such as '{source}/**/*.jsonl' or '{source}/**/*.txt'"
                 )
-            others = [os.path.basename(child) for child in children if child not in files]
-            plain = [name for name in others if is_plain_text(name)]
-            if plain:
-                reason = (
-                    f"plain text beside JSON lines or Parquet; to read it too, add '{source}/*{Path(plain[0]).suffix}'"
-                )
-            else:
+            if others := [os.path.basename(child) for child in children if child not in files]:
                 reason = f"known endings are {ENDINGS}; for folders inside give '{source}/**/*{Path(files[0]).suffix}'"
-            if others:
-                print(
-                    f"note: {len(others)} entries of {source} are left out, such as {(plain or others)[0]}: {reason}",
-                    file=sys.stderr,
-                )
+                if plain := [name for name in others if is_plain_text(name)]:
+                    ending = Path(plain[0]).suffix
+                    reason = f"plain text beside JSON lines or Parquet; to read it too, add '{source}/*{ending}'"
+                note = f"note: {len(others)} entries of {source} are left out, such as {(plain or others)[0]}: {reason}"
+                print(note, file=sys.stderr)
         if not files:
             raise SettingError(f"input={source} matches no file; give a path, a folder, or a pattern in quotes")
         all_files += files
@@ -177,11 +161,7 @@ class Shard:
 
     @classmethod
     def parse(cls, word: str) -> "Shard":
-        """Read I/N.
-
-        Raises:
-            SettingError: it is not I/N, or I is not one of 1 to N.
-        """
+        """Read I/N."""
         number, _, count = word.partition("/")
         if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
             raise SettingError(f"shard={word} is not I/N with I from 1 to N; give 1/4 to 4/4 for four shards")

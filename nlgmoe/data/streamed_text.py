@@ -48,9 +48,6 @@ class StreamedText:
         max_document_bytes: maximum size of a document's line, or of its text in Parquet; larger ones cannot be used.
         evaluation_tokens: tokens stored of each domain of the validation split, and of the test split.
         special_tokens: "text": the name of a special token in a text, such as <|im_end|>, is text; "read": it is that token.
-
-    Raises:
-        ValueError: a setting is not valid.
     """
 
     def __init__(

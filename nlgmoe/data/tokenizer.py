@@ -58,9 +58,6 @@ class Tokenizer:
         vocab_size: number of ids.
         missing_bytes: bytes that have no token.
         reads_special_tokens: the argument.
-
-    Raises:
-        ValueError: it has no end-of-document token, or does not reproduce its input.
     """
 
     def __init__(
@@ -136,11 +133,7 @@ class Tokenizer:
         return Tokenizer(tokenizers.Tokenizer.from_str(self._backend.to_str()), self.name, self.files, True)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, without end-of-document token.
-
-        Raises:
-            SettingError: the text has a byte without a token.
-        """
+        """Return the token ids of a text, without end-of-document token."""
         self.check(text)
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids

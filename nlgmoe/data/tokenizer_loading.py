@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import tokenizers
+from jsonargparse import ArgumentParser
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from nlgmoe.data.corpus import Corpus, own_tokenizer
 from nlgmoe.data.model_files import BESIDE, TOKENIZER, read_beside
 from nlgmoe.data.packages import Package, fetch, read_members
 from nlgmoe.data.pocket_build import Manifest, open_corpus, read_manifest, read_texts, text_path
@@ -35,9 +38,6 @@ def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
         name_or_path: "gpt2", "pocket-1k", "pocket-4k", "pocket-8k", or a folder with `tokenizer.json` or with `vocab.json` and
             `merges.txt`.
         data_dir: where tokenizers are kept (`tokenizers/NAME`), and the pocket Pile that pocket ones are trained on.
-
-    Raises:
-        ValueError: neither a known name nor such a folder, or not usable.
     """
     folder = data_dir / "tokenizers" / name_or_path if name_or_path in BUILT else Path(name_or_path)
     if name_or_path == "gpt2":
@@ -50,6 +50,18 @@ def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
         f"Unknown tokenizer {name_or_path!r}: set `tokenizer` to {', '.join(BUILT)}, or to a "
         "folder with tokenizer.json or with vocab.json and merges.txt."
     )
+
+
+def tokenizer_of(data: Mapping[str, Any]) -> str:
+    """Return the tokenizer of a run by its settings `data`: `data.tokenizer`, or the corpus's own."""
+    if (name := data.get("tokenizer")) is not None:
+        return str(name)
+    if (settings := data.get("corpus")) is None:
+        return DEFAULT_TOKENIZER
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--corpus", type=Corpus)
+    corpus = parser.instantiate_classes(parser.parse_object({"corpus": settings})).corpus
+    return own_tokenizer(corpus) or DEFAULT_TOKENIZER
 
 
 def vocab_size_of(name_or_path: str, data_dir: Path) -> int:
