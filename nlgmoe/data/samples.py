@@ -66,7 +66,14 @@ class CursorSource(Protocol):
 
 
 class _Windows:
-    """Windows of all domains, numbered consecutively, `counts` of each; none crosses a border between domains."""
+    """Windows of all domains, numbered consecutively; none crosses a border between domains.
+
+    Args:
+        tokens: tokens of each domain, without the leading EOD, each [N_d].
+        counts: windows of each domain.
+        seq_len: T, in tokens.
+        eod_id: id of the end-of-document token, also used as padding.
+    """
 
     def __init__(self, tokens: Sequence[Tokens], counts: Sequence[int], seq_len: int, eod_id: int) -> None:
         self.seq_len = seq_len
@@ -91,13 +98,8 @@ class _Windows:
 class PackedSource(_Windows):
     """Training samples: the windows of all domains, in a new random order every epoch, without end.
 
-    A domain's weight is its number of tokens. The rest of a domain (less than a window) is not trained on.
-
-    Args:
-        tokens: tokens of each domain, without the leading EOD, each [N_d].
-        seq_len: T, in tokens.
-        eod_id: id of the end-of-document token.
-        seed: seed of the order.
+    A domain's weight is its number of tokens. The rest of a domain (less than a window) is not trained on. `seed` determines
+    the order.
     """
 
     def __init__(self, tokens: Sequence[Tokens], seq_len: int, eod_id: int, seed: int) -> None:
@@ -117,13 +119,7 @@ class EvaluationSource(_Windows):
     """Evaluation samples: every domain's windows in order, so that each token is predicted exactly once.
 
     The last window of a domain is padded and masked. Index -1 is a window of padding alone, which evens out the
-    number of batches between ranks.
-
-    Args:
-        tokens: tokens of each domain, without the leading EOD, each [N_d].
-        seq_len: T, in tokens.
-        eod_id: id of the end-of-document token.
-        max_windows: maximum number of windows of each domain, the first ones; None: all.
+    number of batches between ranks. `max_windows` limits the windows of each domain, the first ones; None: all.
     """
 
     def __init__(self, tokens: Sequence[Tokens], seq_len: int, eod_id: int, max_windows: int | None) -> None:
@@ -153,13 +149,7 @@ def count_windows(num_tokens: int, seq_len: int, keep_tail: bool) -> int:
 
 
 def cut_window(tokens: Tokens, index: int, seq_len: int, eod_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the `index`-th window of a text.
-
-    Args:
-        tokens: the text without its leading EOD, [N].
-        index: 0 <= index < count_windows(N, seq_len, keep_tail=True).
-        seq_len: T, in tokens.
-        eod_id: id of the end-of-document token, also used as padding.
+    """Return the `index`-th window of a text, `tokens` [N] without the leading EOD.
 
     Returns:
         inputs int64 [T], targets int64 [T], and mask bool [T], False where the text has ended.

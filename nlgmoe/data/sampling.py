@@ -10,18 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset, DistributedSampler, default_collate
 
 from nlgmoe.data.samples import Sample, TokenSource
-from nlgmoe.validation import RunError, SettingError, require_at_least
+from nlgmoe.data.tokens import check_ids
+from nlgmoe.validation import SettingError, require_at_least
 
 
 class SourceDataset(Dataset[Sample]):
     """A map-style dataset over a source. It has no length: the sampler determines the number of samples.
 
-    Every sample is checked against the vocabulary: with other ids the embedding would crash or read invalid memory. `mark` adds
-    derived entries to a sample.
+    Every sample is checked against the vocabulary, and `mark` adds derived entries to it.
     """
 
     def __init__(
@@ -35,13 +34,7 @@ class SourceDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         sample = self._source.sample(index)
         for part in (sample["tokens"], sample["targets"]):
-            lowest, highest = map(int, torch.aminmax(part))
-            if lowest < 0 or highest >= self._vocab_size:
-                raise RunError(
-                    f"Sample {index} of {self._domains[int(sample['domain'])]} holds token ids from {lowest} to {highest}, but "
-                    f"the tokenizer has {self._vocab_size}: the corpus is damaged there, or made with another tokenizer. "
-                    "Build it again, or set data.tokenizer."
-                )
+            check_ids(part.numpy(), self._vocab_size, f"Sample {index} of {self._domains[int(sample['domain'])]}")
         return self._mark(sample)
 
 

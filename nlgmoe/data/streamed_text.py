@@ -137,14 +137,8 @@ class StreamedText:
         return ["text"] if self.domains is None else [*self.domains, OTHER]
 
     def _config(self, tokenizer: Tokenizer, files: Sequence[str]) -> StreamConfig:
-        return StreamConfig(
-            files=files,
-            fields=replace(self.fields, vocab_size=tokenizer.vocab_size, missing_bytes=tokenizer.missing_bytes),
-            domains=self._names(),
-            tokenizer=tokenizer,
-            num_streams=self.num_streams,
-            shuffle_buffer=self.shuffle_buffer,
-        )
+        fields = replace(self.fields, vocab_size=tokenizer.vocab_size, missing_bytes=tokenizer.missing_bytes)
+        return StreamConfig(files, fields, self._names(), tokenizer, self.num_streams, self.shuffle_buffer)
 
     def _folder(self, data_dir: Path, tokenizer: Tokenizer) -> Path:
         settings = (self.path, self.data_files, self.revision, self.fields, self.domains, self.evaluation_tokens)

@@ -131,10 +131,15 @@ def count_tokens(streams: Sequence[Tokens], vocab_size: int, max_tokens: int = M
         starts = [0] if length == len(stream) else np.linspace(0, len(stream) - length, SLICES, dtype=np.int64)
         for start in starts:
             tokens = stream[start : start + length]
-            if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab_size):
-                raise RunError(
-                    f"The corpus holds token ids from {tokens.min()} to {tokens.max()}, but the tokenizer has {vocab_size}: "
-                    "it is damaged, or made with another tokenizer. Build it again, or set data.tokenizer."
-                )
+            check_ids(tokens, vocab_size, "The corpus")
             counts += np.bincount(tokens, minlength=vocab_size)
     return counts
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, place: str) -> None:
+    """Check that the tokenizer has all ids: with others the embedding would crash or read invalid memory."""
+    if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+        raise RunError(
+            f"{place} holds token ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocab_size}: the corpus is damaged "
+            "there, or made with another tokenizer. Build it again, or set data.tokenizer."
+        )
