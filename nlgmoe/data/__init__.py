@@ -13,7 +13,7 @@ from nlgmoe.data.datamodule import PileDataModule
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter
 from nlgmoe.data.megatron_indexed import MegatronIndexed
 from nlgmoe.data.pocket_pile import PocketPile
-from nlgmoe.data.samples import EvaluationSource, PackedSource, Sample, TokenSource
+from nlgmoe.data.samples import Sample, TokenSource
 from nlgmoe.data.sampling import BatchRampUp
 from nlgmoe.data.streamed_text import StreamedText
 from nlgmoe.data.tokenizer import Tokenizer
@@ -25,12 +25,10 @@ __all__ = [
     "Blend",
     "BlendPart",
     "Corpus",
-    "EvaluationSource",
     "IndexedDataset",
     "IndexedWriter",
     "MegatronIndexed",
     "OpenCorpus",
-    "PackedSource",
     "PileDataModule",
     "PocketPile",
     "Sample",

@@ -164,7 +164,7 @@ class PileDataModule(TrainingData):
             rank,
             world_size,
         )
-        batches = sampling.MicroBatches(self._dataset(source), sampling.collate)
+        batches = sampling.MicroBatches(self._dataset(source))
         # "Batches" of one micro-batch each: Lightning would divide those of a batch sampler between ranks again.
         return self._loader(batches, sampler, batch_size=1, collate_fn=itemgetter(0))
 

@@ -17,73 +17,53 @@ from nlgmoe.data.tokens import check_ids
 from nlgmoe.validation import SettingError, require_at_least
 
 
+@dataclass(eq=False)
 class SourceDataset(Dataset[Sample]):
-    """A map-style dataset over a source. It has no length: the sampler determines the number of samples.
+    """A map-style dataset over a source. It has no length: the sampler determines the number of samples."""
 
-    Every sample is checked against the vocabulary, and `mark` adds derived entries to it.
-    """
-
-    def __init__(
-        self, source: TokenSource, vocab_size: int, domains: Sequence[str], mark: Callable[[Sample], Sample]
-    ) -> None:
-        self._source = source
-        self._vocab_size = vocab_size
-        self._domains = domains
-        self._mark = mark
+    source: TokenSource
+    vocab_size: int  # every sample is checked against it
+    domains: Sequence[str]
+    mark: Callable[[Sample], Sample]  # adds derived entries to a sample
 
     def __getitem__(self, index: int) -> Sample:
-        sample = self._source.sample(index)
+        sample = self.source.sample(index)
         for part in (sample["tokens"], sample["targets"]):
-            check_ids(part.numpy(), self._vocab_size, f"Sample {index} of {self._domains[int(sample['domain'])]}")
-        return self._mark(sample)
+            check_ids(part.numpy(), self.vocab_size, f"Sample {index} of {self.domains[int(sample['domain'])]}")
+        return self.mark(sample)
 
 
+@dataclass(eq=False)
 class MicroBatches(Dataset[Any]):
     """Micro-batches by the indices of their samples, which they have as `samples`."""
 
-    def __init__(self, samples: SourceDataset, collate: Callable[[list[Sample]], Any]) -> None:
-        self._samples = samples
-        self._collate = collate
+    dataset: SourceDataset
 
     def __getitem__(self, indices: list[int]) -> Any:
-        return self._collate([self._samples[index] for index in indices]) | {"samples": indices}
+        return collate([self.dataset[index] for index in indices]) | {"samples": indices}
 
 
+@dataclass(eq=False)
 class TrainingSampler(DistributedSampler):
     """Endless micro-batches of one rank, as lists of sample indices, beginning at the samples consumed so far.
 
     A step takes consecutive samples, and so do its micro-batches; rank r owns the r-th slice of a micro-batch.
     The size of a step is a function of the samples before it, so ranks, workers and restarts do not change its samples.
-
-    Args:
-        samples_consumed: called when an iteration begins, so that a second one continues.
-        batch_size_after: maps samples consumed to the sequences of the next step, over all ranks.
-        micro_batches: A, micro-batches of a step.
-        rank: rank of this process, 0 <= rank < world_size.
-        world_size: W, number of data-parallel processes; `A * W` divides every step.
     """
 
-    def __init__(
-        self,
-        samples_consumed: Callable[[], int],
-        batch_size_after: Callable[[int], int],
-        micro_batches: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        # The base class needs a dataset with a length, which endless data lack: its __init__ is not called.
-        self._samples_consumed = samples_consumed
-        self._batch_size_after = batch_size_after
-        self._micro_batches = micro_batches
-        self.rank = rank
-        self.num_replicas = world_size
+    # The base class needs a dataset with a length, which endless data lack: its __init__ is not called.
+    samples_consumed: Callable[[], int]  # called when an iteration begins, so that a second one continues
+    batch_size_after: Callable[[int], int]  # samples consumed -> sequences of the next step, over all ranks
+    micro_batches: int  # A, of a step
+    rank: int
+    num_replicas: int  # W, data-parallel processes; `A * W` divides every step
 
     def __iter__(self) -> Iterator[list[int]]:
-        start = self._samples_consumed()
+        start = self.samples_consumed()
         while True:
-            size, rest = divmod(self._batch_size_after(start), self._micro_batches * self.num_replicas)
+            size, rest = divmod(self.batch_size_after(start), self.micro_batches * self.num_replicas)
             assert rest == 0, "the data module checks divisibility"
-            for _ in range(self._micro_batches):
+            for _ in range(self.micro_batches):
                 first = start + self.rank * size
                 yield list(range(first, first + size))
                 start += self.num_replicas * size
@@ -92,21 +72,21 @@ class TrainingSampler(DistributedSampler):
         raise TypeError("endless")  # what `len` of something without a length raises
 
 
+@dataclass(eq=False)
 class EvaluationSampler(DistributedSampler):
-    """Every `world_size`-th index of a finite source, with -1 (padding) at the end so that all ranks have equally many."""
+    """Every `num_replicas`-th index of a finite source, with -1 (padding) at the end so that all ranks have equally many."""
 
-    def __init__(self, length: int, rank: int, world_size: int) -> None:
-        self._length = length
-        self.rank = rank
-        self.num_replicas = world_size
+    length: int  # of the source
+    rank: int
+    num_replicas: int
 
     def __iter__(self) -> Iterator[int]:
-        for first in range(0, self._length, self.num_replicas):
+        for first in range(0, self.length, self.num_replicas):
             index = first + self.rank
-            yield index if index < self._length else -1
+            yield index if index < self.length else -1
 
     def __len__(self) -> int:
-        return -(-self._length // self.num_replicas)
+        return -(-self.length // self.num_replicas)
 
 
 def mark_documents(sample: Sample, eod_id: int, attention: bool, mask_loss: bool) -> Sample:
