@@ -176,6 +176,4 @@ def import_allowed(modules: Sequence[str] | None) -> None:
             importlib.import_module(module)
         except Exception as error:  # the module's code may raise any exception
             reason = f"{type(error).__name__}: {one_line(str(error))}"
-            raise SettingError(
-                f"allow_code={module} cannot be imported ({reason}); start the command in its folder"
-            ) from error
+            raise SettingError(f"allow_code={module} cannot be imported ({reason}); start in its folder") from error

@@ -30,12 +30,10 @@ def verify_checkpoint(checkpoint: str) -> None:
     if checkpoint and not Path(checkpoint).exists():
         raise SettingError(f"{checkpoint} does not exist; name a checkpoint")
     if not is_checkpoint(checkpoint) or not Path(checkpoint).is_dir():
-        names = ", ".join(
-            str(checkpoint_path(Path(checkpoint), step)) for step in saved_steps(Path(checkpoint))[:-4:-1]
-        )
-        raise SettingError(
-            f"{checkpoint} is not a checkpoint" + (f"; it holds {names}" if names else ", and contains none")
-        )
+        folder = Path(checkpoint)
+        names = ", ".join(str(checkpoint_path(folder, step)) for step in saved_steps(folder)[:-4:-1])
+        held = f"; it holds {names}" if names else ", and contains none"
+        raise SettingError(f"{checkpoint} is not a checkpoint{held}")
 
     if problems := [problem.replace("\n", " ") for problem in find_problems(checkpoint)]:
         raise RunError("\n".join([*problems, f"{checkpoint} is not valid: use another checkpoint"]))
@@ -106,9 +104,8 @@ def _print_upcycled(upcycled: Upcycled, checkpoint: str, had_family: bool) -> No
     from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 
     before, after = (count_parameters(config) for config in (upcycled.dense_config, upcycled.config))
-    print(
-        f"{checkpoint}: {before.total:,} parameters of {upcycled.dense} have become {after.total:,}, {after.active:,} for a token"
-    )
+    sizes = f"{after.total:,}, {after.active:,} for a token"
+    print(f"{checkpoint}: {before.total:,} parameters of {upcycled.dense} have become {sizes}")
     became, reason = family_of(upcycled.config)
     if became is not None:
         print(f"nlgmoe export writes it as {FAMILIES[became].classes}ForCausalLM of transformers")
@@ -163,9 +160,7 @@ def prune_checkpoint(
     check_device(device)
     loaded = load_pretrained(run, tokenizer, device, data_dir=data_dir)
     if Path(checkpoint).resolve() == loaded.path.resolve():
-        raise SettingError(
-            f"checkpoint={checkpoint} is the checkpoint to prune, the teacher of later training; name another"
-        )
+        raise SettingError(f"checkpoint={checkpoint} is the checkpoint to prune, the teacher afterwards; name another")
     before = loaded.model.config
     num_experts = _by_position(num_experts, before)
     after = pruned_config(before, num_experts)

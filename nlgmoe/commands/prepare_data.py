@@ -95,11 +95,10 @@ def _prepare_pocket_pile(data_dir: Path, tokenizer: str) -> None:
     corpus, manifest = pile.open(data_dir, tokenizer), read_manifest(data_dir)
     assert manifest is not None
     print(f"{'domain':<12} {'split':<10} {'documents':>9} {'MB':>7} {'tokens':>10} {'bytes/token':>11}")
+    tokens_of_splits = (corpus.training_tokens(), corpus.evaluation_tokens("validation"))
     total = [0, 0, 0]
     for number, domain in enumerate(manifest.domains):
-        for split, arrays in zip(
-            SPLITS, (corpus.training_tokens(), corpus.evaluation_tokens("validation")), strict=True
-        ):
+        for split, arrays in zip(SPLITS, tokens_of_splits, strict=True):
             assert arrays is not None
             file, tokens = manifest.files[f"{domain}.{split}"], len(arrays[number])
             _print_row(domain, split, file.documents, file.bytes, tokens)

@@ -62,9 +62,8 @@ def prepare_text(
             _note(f"left out: {line}" + (" (and so are more like these)" if len(left_out) == SHOWN else ""))
 
     def update_bar(progress: Progress) -> None:
-        bar.set_postfix_str(
-            f"file {min(progress.file + 1, len(files))} of {len(files)}, {progress.tokens:,} tokens", False
-        )
+        number = min(progress.file + 1, len(files))
+        bar.set_postfix_str(f"file {number} of {len(files)}, {progress.tokens:,} tokens", False)
         bar.update(progress.bytes - bar.n)
 
     with bar:

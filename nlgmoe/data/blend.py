@@ -122,9 +122,8 @@ class OpenBlend:
             with _naming(name):
                 source = corpus.training_source(seq_len, derive_seed(seed, name))
             share, windows = weight / sum(self.weights), getattr(source, "num_windows", None)
-            epoch = (
-                f", used up every {round(windows * source.seq_len / share):,} tokens of the blend" if windows else ""
-            )
+            tokens = round(windows * source.seq_len / share) if windows else 0
+            epoch = f", used up every {tokens:,} tokens of the blend" if windows else ""
             rank_zero_info(f"blend: {name} has {share:.2%} of the samples{epoch}")
             sources.append(source)
         return BlendedSource(sources, self.weights, [len(part.corpus.domains) for part in self._parts])
@@ -254,9 +253,8 @@ class Interleaving:
 def integer_weights(weights: Sequence[float]) -> list[int]:
     """Return the smallest whole numbers in the same ratio; 0.1 is a tenth, not the nearest binary fraction."""
     exact = [Fraction(repr(float(weight))) for weight in weights]
-    unit = Fraction(
-        math.gcd(*(weight.numerator for weight in exact)), math.lcm(*(weight.denominator for weight in exact))
-    )
+    numerators, denominators = zip(*(weight.as_integer_ratio() for weight in exact), strict=True)
+    unit = Fraction(math.gcd(*numerators), math.lcm(*denominators))
     return [int(weight / unit) for weight in exact]
 
 

@@ -147,9 +147,7 @@ def _write(
         for tokens in held_out.read_back():
             writer.add_document(tokens)
         if done.documents == 0 and settings["shard"] is None:
-            raise RunError(
-                "input has no document that can be used; give other files, or the text_field of their records"
-            )
+            raise RunError("input has no document that can be used; give other files, or the text_field of records")
         writer.sidecar = describe(prefix, tokenizer, domain, done.held_out, done.bytes)
         if settings["shard"] is not None:  # without paths: they may differ on the machines of the tasks
             divided = [(os.path.basename(file["path"]), file["bytes"]) for file in settings["files"]]

@@ -248,9 +248,8 @@ class PileDataModule(TrainingData):
         rank, world_size = self._rank_and_world_size()
         source = self._evaluation_source(split)
         sampler = sampling.EvaluationSampler(len(source), rank, world_size)
-        return self._loader(
-            self._dataset(source), sampler, batch_size=self.eval_micro_batch_size, collate_fn=sampling.collate
-        )
+        size = self.eval_micro_batch_size
+        return self._loader(self._dataset(source), sampler, batch_size=size, collate_fn=sampling.collate)
 
     def _accumulation(self, global_batch_size: int) -> int:
         _, world_size = self._rank_and_world_size()

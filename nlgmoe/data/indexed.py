@@ -111,15 +111,13 @@ class IndexedDataset:
                 )
             end = int(starts[-1] + sizes[-1])
         documents = self.document_indices
-        if not all(
-            (np.diff(documents[first : first + CHUNK + 1]) >= 0).all() for first in range(0, len(documents), CHUNK)
-        ):
+        parts = (documents[first : first + CHUNK + 1] for first in range(0, len(documents), CHUNK))
+        if not all((np.diff(part) >= 0).all() for part in parts):
             self._refuse_documents()
 
     def _refuse_documents(self) -> None:
-        raise RunError(
-            f"{self.prefix}.idx is damaged: its documents do not rise from sequence 0 to {len(self)}. Build it again."
-        )
+        damage = f"its documents do not rise from sequence 0 to {len(self)}"
+        raise RunError(f"{self.prefix}.idx is damaged: {damage}. Build it again.")
 
 
 def _read_header(path: Path) -> tuple[int, int, int]:

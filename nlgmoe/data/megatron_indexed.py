@@ -177,9 +177,8 @@ def _tokens(parts: Sequence[Part], split: int, maps: dict[Path, np.ndarray]) -> 
     """Return the tokens of a split of a domain."""
     if len(parts) == 1:
         return IndexedDataset(parts[0].prefix).tokens[parts[0].ends[split] : parts[0].ends[split + 1]]
-    pieces = [
-        Piece(Path(f"{part.prefix}.bin"), part.ends[split], part.ends[split + 1] - part.ends[split]) for part in parts
-    ]
+    bounds = [(part, part.ends[split], part.ends[split + 1]) for part in parts]
+    pieces = [Piece(Path(f"{part.prefix}.bin"), first, end - first) for part, first, end in bounds]
     return ChainedTokens(pieces, parts[0].dtype, maps)
 
 
@@ -189,9 +188,8 @@ def _fingerprint(parts: Sequence[Part]) -> Fingerprint:
     facts = [(part.domain, part.bounds[1], *part.hashes.values()) for part in parts]
     fingerprint: Fingerprint = {"prefixes": f"{len(parts)} of {hash_of(facts)}"}
     if len(parts) <= NAMED_PREFIXES:
-        fingerprint |= {
-            "/".join(part.prefix.absolute().parts[-2:]): hash_of(fact) for part, fact in zip(parts, facts, strict=True)
-        }
+        names = ["/".join(part.prefix.absolute().parts[-2:]) for part in parts]
+        fingerprint |= dict(zip(names, map(hash_of, facts), strict=True))
     return fingerprint
 
 

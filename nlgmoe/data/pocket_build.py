@@ -185,9 +185,7 @@ def write_corpus(
     unique = drop_duplicates(documents)
     # After deduplication, so that a limit counts no repeated text.
     for (domain, archive), max_bytes in (limits or {}).items():
-        part = [
-            document for document in unique if document.domain == domain and document.source.split(":")[0] == archive
-        ]
+        part = [doc for doc in unique if doc.domain == domain and doc.source.split(":")[0] == archive]
         surplus = set(part) - set(limit_bytes(part, max_bytes))
         unique = [document for document in unique if document not in surplus]
     domains = list(dict.fromkeys(document.domain for document in unique))

@@ -61,9 +61,8 @@ def literature(archive: Path) -> Iterator[Document]:
     The modern spelling and the 1623 print of a play are one group, so that they are in the same split. Milton's editions
     overlap too, so they are one group.
     """
-    for name, content in read_members(
-        archive, lambda name: re.search(r"data/texts/.*_gut(_f)?\.txt$", name) is not None
-    ):
+    wanted = re.compile(r"data/texts/.*_gut(_f)?\.txt$")
+    for name, content in read_members(archive, lambda name: wanted.search(name) is not None):
         title = re.sub(r"_gut(_f)?\.txt$", "", name.rsplit("/", 1)[-1])
         group = "milton" if "miltondata" in name else FOLIO_TITLES.get(title, title)
         yield Document(normalise(content.decode()), "literature", _source(archive, name), group)
@@ -201,9 +200,8 @@ def cut(document: Document) -> list[Document]:
             current, size = [], 0
     if current:
         sections.append("\n\n".join(current))
-    return [
-        replace(document, text=text.strip("\n"), source=f"{document.source}#{i}") for i, text in enumerate(sections)
-    ]
+    name = document.source
+    return [replace(document, text=text.strip("\n"), source=f"{name}#{i}") for i, text in enumerate(sections)]
 
 
 def drop_duplicates(documents: Iterable[Document]) -> list[Document]:

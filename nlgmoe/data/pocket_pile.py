@@ -58,9 +58,8 @@ class PocketPile:
             raise SettingError(f"No corpus in {data_dir}: run `nlgmoe prepare-data --data-dir {data_dir}` first.")
         domains = manifest.domains if self._domains is None else self._domains
         if unknown := sorted(set(domains) - set(manifest.domains)):
-            raise SettingError(
-                f"domains={self._domains}: {data_dir} has no {unknown[0]}; choose from {', '.join(manifest.domains)}."
-            )
+            known = ", ".join(manifest.domains)
+            raise SettingError(f"domains={self._domains}: {data_dir} has no {unknown[0]}; choose from {known}.")
         loaded = load_tokenizer(tokenizer, data_dir)
         folder = token_folder(data_dir, loaded)
         tokens: dict[str, list[Tokens]] = {split: [] for split in SPLITS}
