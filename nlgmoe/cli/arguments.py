@@ -137,13 +137,9 @@ def write_whole(output: str, text: str) -> None:
 
 
 def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool, settings: bool = True) -> None:
-    """Check that a checkpoint can be written under this name, before anything is computed for it.
+    """Check that a checkpoint, and its `NAME.yaml` if it has `settings`, can be written, before anything is computed for it.
 
-    Args:
-        setting: name of the argument.
-        checkpoint: its value.
-        overwrite: a checkpoint of that name may be replaced.
-        settings: `NAME.yaml` is written beside it.
+    `setting` is the name of the argument, `checkpoint` its value.
     """
     path = Path(checkpoint)
     if path.suffix != ".ckpt":

@@ -153,7 +153,7 @@ class BlendedSource:
     Args:
         sources: endless sources of the parts, all of one sequence length.
         weights: whole numbers above 0.
-        domains: number of domains of each part; a blended sample's domain counts through them.
+        domains: number of domains of each part; a sample's domain counts through them.
     """
 
     def __init__(self, sources: Sequence[TokenSource], weights: Sequence[int], domains: Sequence[int]) -> None:

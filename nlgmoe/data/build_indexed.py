@@ -74,8 +74,6 @@ def build_indexed(
     Args:
         files: what `read_documents` can read, in the order of the result. The documents held out follow all others.
         prefix: path without `.bin` / `.idx`.
-        tokenizer: tokenizer of the tokens.
-        fields: what to read of a record.
         workers: number of threads that tokenise.
         report: called with the progress at the start and after each chunk.
         skip: called with place and reason of unusable data; None: raise an error.

@@ -51,10 +51,9 @@ class OpenCorpus(Protocol):
         """Return the tokens of each domain's training text, `[N_d]` each, or of a representative part, for statistics."""
 
     def evaluation_tokens(self, split: str) -> Sequence[Tokens] | None:
-        """Return the tokens of each domain in the form of `samples.py`, `[N_d]` each; None if there is no such split.
+        """Return the tokens of each domain in the form of `samples.py`, `[N_d]` each.
 
-        Args:
-            split: "validation", which every corpus has, or "test".
+        `split` is "validation", which every corpus has, or "test"; None if there is no test split.
         """
 
 

@@ -170,14 +170,10 @@ def write_corpus(
     sources: dict[str, str],
     limits: dict[tuple[str, str], int] | None = None,
 ) -> Manifest:
-    """Drop duplicates, split every domain, and write texts and manifest under `root`, atomically.
+    """Drop duplicates, split every domain, and write texts and manifest under `root`, atomically; a corpus there is replaced.
 
-    Args:
-        root: data folder; a corpus there is replaced.
-        name: of the corpus.
-        documents: of all domains; the first of equal documents is kept.
-        sources: package -> licence.
-        limits: (domain, archive) -> bytes kept of it at most.
+    The first of equal documents is kept. `sources` has the licence of each package, `limits` of a domain and an archive the
+    bytes kept of it at most.
     """
     root.mkdir(parents=True, exist_ok=True)
     for abandoned in root.glob("text.building.*"):

@@ -48,18 +48,16 @@ class Sidecar:
         path = Path(f"{prefix}.json")
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
-            if (number := facts.pop("format")) != FORMAT:
-                raise RunError(f"{path} has format {number}, this version reads {FORMAT}; write the corpus again")
-            found = cls(**facts)
-            if not 0 <= found.held_out <= found.documents:
-                raise ValueError(f"{found.held_out} of {found.documents} documents are held out")
-            return found
+            if (number := facts.pop("format")) == FORMAT:
+                found = cls(**facts)
+                if not 0 <= found.held_out <= found.documents:
+                    raise ValueError(f"{found.held_out} of {found.documents} documents are held out")
+                return found
         except FileNotFoundError:
             return None
-        except RunError:
-            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{path} is damaged ({error!r}); write the corpus again") from error
+        raise RunError(f"{path} has format {number}, this version reads {FORMAT}; write the corpus again")
 
     def tokenizer_of(self, prefix: Path) -> str:
         """Return the tokenizer as `load_tokenizer` takes it."""

@@ -248,7 +248,7 @@ class Cursors:
 
     def gather(self) -> list[list[int]]:
         """Return a cursor for each stream of all ranks: a collective."""
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        if distributed.is_initialized():
             gathered: list[list[list[int]]] = [[] for _ in range(distributed.get_world_size())]
             distributed.all_gather_object(gathered, self.latest())
             for cursors in gathered:
