@@ -42,9 +42,9 @@ from nlgmoe.data import (
 from nlgmoe.data.build_indexed import build_indexed
 from nlgmoe.data.documents import Fields
 from nlgmoe.data.indexed import token_dtype
-from nlgmoe.data.pocket.build import open_corpus, read_texts, text_path
+from nlgmoe.data.pocket_build import open_corpus, read_texts, text_path
 from nlgmoe.data.prefix import describe
-from nlgmoe.data.shards import Shard
+from nlgmoe.data.source_files import Shard
 
 DATA = ROOT / "data/pocket_pile"
 SEQ_LEN, BATCH, BATCHES, WORKERS = 2048, 8, 64, (0, 1, 2)

@@ -8,28 +8,20 @@ from torch import Tensor
 
 
 class Batch(TypedDict):
-    """A micro-batch of B sequences of T tokens.
+    """A micro-batch of B sequences of T tokens."""
 
-    Attributes:
-        tokens: `[B, T]` int64, the model's input.
-        targets: `[B, T]` int64, the token to predict at each position; a valid id even where the loss is masked.
-        token_mask: `[B, T]` bool, False at padding.
-        domain: `[B]` int64, index into the data module's `domains`.
-        padded: true if `token_mask` contains a False; optional, saves a synchronisation with the GPU.
-        loss_mask: `[B, T]` bool, False where a position's loss does not count, padding included; absent if it equals
-            `token_mask`. Such positions are read and routed like all others.
-        document: `[B, T]` int64, document number of each position; present if attention is limited to a document.
-        samples: B sample numbers of the run, on the host; needed by `OfflineTeacher`.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    token_mask: Tensor
-    domain: Tensor
-    padded: NotRequired[bool]
+    tokens: Tensor  # [B, T] int64, the model's input
+    targets: Tensor  # [B, T] int64, the token to predict at each position; a valid id even where the loss is masked
+    token_mask: Tensor  # [B, T] bool, False at padding
+    domain: Tensor  # [B] int64, index into the data module's `domains`
+    padded: NotRequired[bool]  # true if `token_mask` contains a False; saves a synchronisation with the GPU
+    # [B, T] bool, False where a position's loss does not count, padding included; absent if it equals `token_mask`. Such
+    # positions are read and routed like all others.
     loss_mask: NotRequired[Tensor]
-    document: NotRequired[Tensor]
-    samples: NotRequired[list[int]]
+    document: NotRequired[
+        Tensor
+    ]  # [B, T] int64, document of each position; present if attention is limited to a document
+    samples: NotRequired[list[int]]  # B sample numbers of the run, on the host; needed by `OfflineTeacher`
 
 
 def token_mask_or_none(batch: Batch) -> Tensor | None:

@@ -12,7 +12,7 @@ import yaml
 from nlgmoe import GPT, Experiment, load_config
 from nlgmoe.config import GPTConfig
 from nlgmoe.data import StreamedText
-from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
+from nlgmoe.data.sampling import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.experiment import parse_config
 from nlgmoe.model.counting import count_parameters, flops_per_token
 from nlgmoe.model.initialisation import initialise

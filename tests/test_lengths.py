@@ -10,7 +10,7 @@ from nlgmoe import MoEGPTModule, load_pretrained
 from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig
-from nlgmoe.data.pocket.tokenizers import load_tokenizer
+from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.experiment import load_config, parse_config
 from nlgmoe.model.counting import flops_per_token

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from nlgmoe.data.pocket.tokenizers import load_tokenizer
+from nlgmoe.data.tokenizer_loading import load_tokenizer
 
 folder = Path(sys.argv[1])
 tokenizer = load_tokenizer("pocket-1k", Path("data/pocket_pile"))

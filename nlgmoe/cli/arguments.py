@@ -1,17 +1,113 @@
-"""Arguments that commands share, checked before the work begins: output files, `device`, `allow_code`.
+"""The arguments of an `nlgmoe` command: read as its function describes them, and checks that commands share.
 
 Output files are written completely or not at all.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
-from collections.abc import Sequence
+import inspect
+import json
+import types
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from nlgmoe.cli.errors import one_line
-from nlgmoe.files import atomic_write, yaml_beside
+from docstring_parser import parse as parse_docstring
+
+from nlgmoe.cli.errors import did_you_mean, one_line
+from nlgmoe.files import atomic_write, expand_home, yaml_beside
 from nlgmoe.validation import RunError, SettingError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Reads the arguments of a function.
+
+    A required parameter is a positional argument unless it is keyword-only; a list takes one word or more, a tuple any number.
+    All others are options: an optional list may be repeated, `str | list[str]` takes one word or more, a bool has no value.
+    """
+
+    def __init__(self, name: str, function: Callable) -> None:
+        described, hints = parse_docstring(function.__doc__ or ""), get_type_hints(function)
+        texts = {entry.arg_name: entry.description or "" for entry in described.params}
+        super().__init__(
+            f"nlgmoe {name}",
+            description="\n\n".join(filter(None, (described.short_description, described.long_description))),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.repeatable = {"--help": False}  # option -> may be given more than once
+        for key, parameter in inspect.signature(function).parameters.items():
+            options = _options(hints[key]) | {"help": texts[key].replace("%", "%%")}
+            required = parameter.default is parameter.empty
+            if hints[key] == tuple[str, ...] or (required and parameter.kind is not parameter.KEYWORD_ONLY):
+                self.add_argument(key, **options)
+                continue
+            if not required:
+                options["default"] = parameter.default
+            if options.get("default") is not None and options["default"] is not False:
+                options["help"] += " (default: %(default)s)"
+            option = f"--{key.replace('_', '-')}"
+            self.repeatable[option] = options.get("action") in ("append", "extend")
+            self.add_argument(option, dest=key, required=required, **options)
+
+    def read(self, words: Sequence[str]) -> dict[str, Any]:
+        """Return the arguments by name. `--two_words` is `--two-words`; words after a bare `--` are values of `--flags`."""
+        end = words.index("--") if "--" in words else len(words)
+        read: list[str] = []
+        given: set[str] = set()
+        for word in words[:end]:
+            option, equals, value = word.partition("=")
+            if option.startswith("--"):
+                option = option.replace("_", "-")
+                if option not in self.repeatable:
+                    raise SettingError(f"unknown option {option}{did_you_mean(option, self.repeatable)}")
+                if option in given and not self.repeatable[option]:
+                    raise SettingError(
+                        f"{option} is given more than once, and only one of them would count; give it once"
+                    )
+                given.add(option)
+                word = option + equals + value
+            read.append(word)
+        arguments = vars(self.parse_args([*read, *(f"--flags={word}" for word in words[end + 1 :])]))
+        for key, value in arguments.items():
+            if value == "" or (isinstance(value, list) and "" in value and key != "prompt"):  # such as --output=$UNSET
+                raise SettingError(f"--{key.replace('_', '-')} is empty; give a value, or leave it out")
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise SettingError(f"{message}; {self.prog} --help explains the arguments")
+
+
+def _options(hint: Any) -> dict[str, Any]:
+    """Return options of `add_argument` for a type."""
+    is_union = get_origin(hint) in (Union, types.UnionType)
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if is_union else [hint]
+    if get_origin(kinds[0]) is Literal:
+        return {"choices": get_args(kinds[0])}
+    if hint is bool:
+        return {"action": "store_true"}
+    if hint == tuple[str, ...]:
+        return {"nargs": "*", "type": expand_home}
+    if hint == list[str]:
+        return {"nargs": "+", "type": expand_home}
+    if kinds == [str, list[str]]:
+        return {"nargs": "+", "action": "extend", "type": expand_home}
+    if kinds == [list[str]]:
+        return {"action": "append"}
+    if kinds == [int, list[int]]:
+        return {"type": number_or_list}
+    return {"type": expand_home if kinds == [str] else kinds[0]}
+
+
+def number_or_list(text: str) -> int | list[int]:
+    """Read `8` or `[8, 16]`."""
+    value: int | list[int] = json.loads(text)
+    if not all(type(number) is int for number in (value if isinstance(value, list) else [value])):
+        raise ValueError(f"{text} is neither a whole number nor a list of them")
+    return value
 
 
 def check_output(output: str) -> None:
@@ -41,13 +137,9 @@ def write_whole(output: str, text: str) -> None:
 
 
 def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool, settings: bool = True) -> None:
-    """Check that a checkpoint can be written under this name, before anything is computed for it.
+    """Check that a checkpoint, and its `NAME.yaml` if it has `settings`, can be written, before anything is computed for it.
 
-    Args:
-        setting: name of the argument.
-        checkpoint: its value.
-        overwrite: a checkpoint of that name may be replaced.
-        settings: `NAME.yaml` is written beside it.
+    `setting` is the name of the argument, `checkpoint` its value.
     """
     path = Path(checkpoint)
     if path.suffix != ".ckpt":
@@ -80,6 +172,4 @@ def import_allowed(modules: Sequence[str] | None) -> None:
             importlib.import_module(module)
         except Exception as error:  # the module's code may raise any exception
             reason = f"{type(error).__name__}: {one_line(str(error))}"
-            raise SettingError(
-                f"allow_code={module} cannot be imported ({reason}); start the command in its folder"
-            ) from error
+            raise SettingError(f"allow_code={module} cannot be imported ({reason}); start in its folder") from error

@@ -72,15 +72,13 @@ def describe(error: BaseException) -> list[str] | None:
     text = str(error)
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in text
     if on_cpu or type(error).__name__ == "OutOfMemoryError":
-        return [
-            f"{one_line(text)}; use a smaller batch (data.micro_batch_size, --batch-size), or activation_checkpointing"
-        ]
+        remedy = "use a smaller batch (data.micro_batch_size, --batch-size), or activation_checkpointing"
+        return [f"{one_line(text)}; {remedy}"]
     kind = type(error)
     name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(error, RunError | OSError | SettingError) and f"\n{name}: " in text:
-        return [
-            one_line(text.rpartition(f"\n{name}: ")[2])
-        ]  # of a data-loading process: PyTorch's text is the traceback
+        # Of a data-loading process: PyTorch's text is the traceback.
+        return [one_line(text.rpartition(f"\n{name}: ")[2])]
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
         file = error.filename if error.filename2 is None else error.filename2
         return [f"{file}: {error.strerror}" if file is not None else error.strerror]

@@ -85,13 +85,11 @@ class GivenSettings:
         if isinstance(setting.value, str):
             self._name_class(setting, name.removesuffix(".class_path"))
         elif setting.value is None and hint is not None:
-            if not type_hints.takes_null(hint):
+            if {Any, object, type(None)}.isdisjoint(type_hints.members(hint)):
                 raise SettingError(f"{setting}: null is not accepted here; give a value")
         elif not isinstance(setting.value, dict) and type_hints.is_only_section(hint):
             example = next((other for other in self._known if other.startswith(f"{name}.")), f"{name}.class_path")
-            raise SettingError(
-                f"{setting}: it is a section with settings such as {example}; write them as `name: value`"
-            )
+            raise SettingError(f"{setting}: it is a section with settings such as {example}; write `name: value`")
 
     def _name_class(self, setting: Setting, name: str) -> None:
         """Find the class that a setting names, and add its arguments."""

@@ -23,11 +23,10 @@ from nlgmoe.callbacks.progress import TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.throughput import Throughput
-from nlgmoe.cli.data_settings import tokenizer_of
 from nlgmoe.cli.errors import did_you_mean, is_wrong_setting, one_line, one_line_errors
 from nlgmoe.cli.given_settings import GivenSettings
 from nlgmoe.data import PileDataModule
-from nlgmoe.data.pocket.tokenizers import vocab_size_of
+from nlgmoe.data.tokenizer_loading import tokenizer_of, vocab_size_of
 from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.files import expand_home
 from nlgmoe.layers import routers  # noqa: F401 (so that a configuration can name its routers by their class)
@@ -120,9 +119,8 @@ class TrainCLI(LightningCLI):
         if config["model"]["config"]["vocab_size"] == 0:
             if not any(setting.name.startswith("model.config") for setting in self._given.settings):
                 raise SettingError("no model is configured; give a file, such as --config configs/quickstart.yaml")
-            config["model"]["config"]["vocab_size"] = vocab_size_of(
-                tokenizer_of(config["data"]), Path(config["data"]["data_dir"])
-            )
+            data = config["data"]
+            config["model"]["config"]["vocab_size"] = vocab_size_of(tokenizer_of(data), Path(data["data_dir"]))
         if config["data"]["seq_len"] is None:
             config["data"]["seq_len"] = config["model"]["config"]["seq_len"]
         if (seed := config.get("seed_everything")) is not None and seed is not False:
@@ -186,9 +184,7 @@ class TrainCLI(LightningCLI):
             replaced.add(TokenProgressBar)
         callbacks = [callback for callback in self.trainer_defaults["callbacks"] if type(callback) not in replaced]
         if settings["enable_checkpointing"] is False:
-            callbacks = [
-                StopOnSignal() if isinstance(callback, SaveCheckpoints) else callback for callback in callbacks
-            ]
+            callbacks = [StopOnSignal() if isinstance(each, SaveCheckpoints) else each for each in callbacks]
         self.trainer_defaults["callbacks"] = callbacks
         trainer = super().instantiate_trainer(**kwargs)
         for callback in trainer.checkpoint_callbacks:

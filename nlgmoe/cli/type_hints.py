@@ -82,11 +82,6 @@ def item_of(hint: Any) -> Any:
     return typing.Union[tuple(items)] if items else Any  # noqa: UP007 (its members are not known here)
 
 
-def takes_null(hint: Any) -> bool:
-    """Return True if null is a value of this type."""
-    return not {Any, object, type(None)}.isdisjoint(members(hint))
-
-
 def is_section(kind: Any) -> bool:
     """Return True for a dataclass of settings that no `class_path` names."""
     return inspect.isclass(kind) and dataclasses.is_dataclass(kind) and not issubclass(kind, NAMED_BY_CLASS)
@@ -148,9 +143,8 @@ def find_class(path: str) -> Any:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module's code may raise any exception
         reason = f"{type(error).__name__}: {one_line(str(error))}"
-        raise SettingError(
-            f"cannot import {module_name} ({reason}); put its file beside train.py or on PYTHONPATH"
-        ) from error
+        remedy = "put its file beside train.py or on PYTHONPATH"
+        raise SettingError(f"cannot import {module_name} ({reason}); {remedy}") from error
     if not hasattr(module, name):
         classes = [other for other in (*getattr(module, "__all__", ()), *vars(module)) if other[:1].isupper()]
         raise SettingError(f"{module_name} has no class {name}{did_you_mean(name, classes)}")

@@ -24,18 +24,16 @@ def configs(action: Literal["list", "copy"], names: tuple[str, ...] = (), output
     known = [str(path) for path in [*shipped, *sorted({path.parent for path in shipped} - {Path()})]]
     for name in names:
         if str(Path(name)) not in known:
-            raise SettingError(
-                f"names={name} is no file of the package{did_you_mean(name, known) or '; see nlgmoe configs list'}"
-            )
+            remedy = did_you_mean(name, known) or "; see nlgmoe configs list"
+            raise SettingError(f"names={name} is no file of the package{remedy}")
     wanted = [path for path in shipped if not names or {path, path.parent} & set(map(Path, names))]
     if action == "list":
         for path in wanted:
             print(f"{path!s:<32} {(ROOT / path).read_text().partition(chr(10))[0].lstrip('# ')}")
         return
     if existing := [path for path in wanted if (Path(output) / path).exists()]:
-        raise SettingError(
-            f"output={output}: {Path(output) / existing[0]} exists already; name another folder, or delete it"
-        )
+        first = Path(output) / existing[0]
+        raise SettingError(f"output={output}: {first} exists already; name another folder, or delete it")
     for path in wanted:
         copy = Path(output) / path
         copy.parent.mkdir(parents=True, exist_ok=True)

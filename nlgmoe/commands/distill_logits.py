@@ -102,7 +102,9 @@ def _print_recorded(
     print(f"samples    {samples:,} of {seq_len:,} tokens")
     print(f"logits     {output}, {samples * record_bytes / 1e6:,.1f} MB, {record_bytes / seq_len:,.1f} bytes a token")
     if done.positions:
-        print(f"tail       {_describe_tail(done.tail_mass / done.positions, recipe['top_k'])}")
+        tail, top_k = done.tail_mass / done.positions, recipe["top_k"]
+        advice = "; raise --top-k" if tail > LARGE_TAIL else ""
+        print(f"tail       {tail:.4f} of the probability is outside the {top_k} likeliest tokens, on average{advice}")
     print(
         f"train with --model.distiller=nlgmoe.OfflineTeacher --model.distiller.init_args.logits={quote(str(output))} \\"
     )
@@ -110,11 +112,6 @@ def _print_recorded(
         f"           --model.distiller.init_args.teacher={quote(str(checkpoint))} "
         f"--model.distiller.init_args.temperature={recipe['temperature']}"
     )
-
-
-def _describe_tail(tail: float, top_k: int) -> str:
-    advice = "; raise --top-k" if tail > LARGE_TAIL else ""
-    return f"{tail:.4f} of the probability is outside the {top_k} likeliest tokens, on average{advice}"
 
 
 def _recipe(
@@ -141,7 +138,7 @@ def _recipe(
 def _count_distilled_samples(experiment: Experiment, settings: dict[str, Any]) -> int:
     """Return the samples of the run until it or its distillation ends."""
     from nlgmoe.data import BatchRampUp
-    from nlgmoe.data.accumulation import batch_size_after
+    from nlgmoe.data.sampling import batch_size_after
     from nlgmoe.distill.distiller import distillation_end, samples_before_end
     from nlgmoe.tools.planner.inspect_config import layout
 

@@ -19,12 +19,12 @@ COMMANDS = {
     "inspect": ("tools.planner.inspect_config", "predict a run's parameters, memory, communication and speed"),
     "from-megatron": ("tools.megatron.from_megatron", "translate a launch of Megatron-DeepSpeed into YAML"),
     "import-megatron": ("tools.megatron.import_megatron", "convert a Megatron-DeepSpeed checkpoint"),
-    "verify": ("commands.verify_checkpoint", "check every byte of a checkpoint, and print its contents"),
+    "verify": ("commands.checkpoints:verify_checkpoint", "check every byte of a checkpoint, and print its contents"),
     "generate": ("commands.generate_text", "continue texts"),
     "export": ("tools.hugging_face.commands:export_checkpoint", "write a folder for transformers"),
     "import": ("tools.hugging_face.commands:import_checkpoint", "convert a folder of transformers into a checkpoint"),
-    "upcycle": ("commands.upcycle_checkpoint", "copy a dense model's feed-forward layers into experts"),
-    "prune": ("commands.prune_checkpoint", "keep the experts that a model uses most"),
+    "upcycle": ("commands.checkpoints:upcycle_checkpoint", "copy a dense model's feed-forward layers into experts"),
+    "prune": ("commands.checkpoints:prune_checkpoint", "keep the experts that a model uses most"),
     "distill-logits": ("commands.distill_logits", "record a teacher's most likely next tokens for a student"),
     "student": ("commands.student", "write a student's YAML, to be used with its teacher's"),
     "evaluate": ("tools.lm_eval.evaluate", "evaluate a checkpoint on zero-shot tasks with lm-eval"),
@@ -74,7 +74,7 @@ def function_of(name: str) -> Any:
 
 
 def _run(name: str, words: list[str]) -> None:
-    from nlgmoe.cli.command_parser import CommandParser
+    from nlgmoe.cli.arguments import CommandParser
 
     function = function_of(name)
     function(**CommandParser(name, function).read(words))

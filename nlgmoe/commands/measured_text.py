@@ -29,9 +29,6 @@ def read_batches(
         text: a file of plain text; None: the run's validation text.
         windows: sequences, of each domain of the run's validation text, or of `text`.
         tokenizer: as data.tokenizer; None: the run's.
-
-    Raises:
-        SettingError: the text cannot be read, or is shorter than a sequence.
     """
     if windows < 1:
         raise SettingError(f"windows={windows} must be at least 1 sequence")

@@ -1,4 +1,4 @@
-"""`nlgmoe prepare-data`: the pocket Pile (`prepare_pocket_pile.py`), or a corpus of your own text (`prepare_text.py`)."""
+"""`nlgmoe prepare-data`: the pocket Pile, or a corpus of your own text (`prepare_text.py`)."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def prepare_data(
     """
     # Imported here: Lightning loads slowly, and wrong arguments are reported before it is needed.
     if all(given is None for given in (input, output, vocab_size, shard)):
-        from nlgmoe.commands.prepare_pocket_pile import prepare_pocket_pile
-
-        prepare_pocket_pile(Path(data_dir), tokenizer)
+        _prepare_pocket_pile(Path(data_dir), tokenizer)
         return
     skips = on_bad_data == "skip"
     if input is not None and output is None and vocab_size is not None and shard is None and tokenizer != TOKENIZER:
@@ -85,3 +83,32 @@ def _check_own_text(
         f"vocab_size={vocab_size} trains a tokenizer; give at least 257, for the 256 bytes and the end of a document, and no "
         "tokenizer",
     )
+
+
+def _prepare_pocket_pile(data_dir: Path, tokenizer: str) -> None:
+    """Build what is missing, and print a summary."""
+    from nlgmoe.data.pocket_build import SPLITS, read_manifest
+    from nlgmoe.data.pocket_pile import PocketPile, token_folder
+
+    pile = PocketPile()
+    pile.prepare(data_dir, tokenizer)
+    corpus, manifest = pile.open(data_dir, tokenizer), read_manifest(data_dir)
+    assert manifest is not None
+    print(f"{'domain':<12} {'split':<10} {'documents':>9} {'MB':>7} {'tokens':>10} {'bytes/token':>11}")
+    tokens_of_splits = (corpus.training_tokens(), corpus.evaluation_tokens("validation"))
+    total = [0, 0, 0]
+    for number, domain in enumerate(manifest.domains):
+        for split, arrays in zip(SPLITS, tokens_of_splits, strict=True):
+            assert arrays is not None
+            file, tokens = manifest.files[f"{domain}.{split}"], len(arrays[number])
+            _print_row(domain, split, file.documents, file.bytes, tokens)
+            total = [sum(pair) for pair in zip(total, (file.documents, file.bytes, tokens), strict=True)]
+    _print_row("total", "", *total)
+    print(f"text       {data_dir / 'text'}")
+    print(f"tokenizer  {corpus.tokenizer.describe()}")
+    print(f"shards     {token_folder(data_dir, corpus.tokenizer)}")
+    print(f"licences   {data_dir / 'manifest.json'}")
+
+
+def _print_row(domain: str, split: str, documents: int, size: int, tokens: int) -> None:
+    print(f"{domain:<12} {split:<10} {documents:>9,} {size / 1e6:>7.2f} {tokens:>10,} {size / tokens:>11.2f}")

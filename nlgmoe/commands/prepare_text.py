@@ -10,17 +10,14 @@ from shlex import quote
 
 from tqdm import tqdm
 
-from nlgmoe.cli.input_files import input_files
 from nlgmoe.commands.prepare_data import DATA_DIR
 from nlgmoe.data.build_indexed import Progress, build_indexed, check_new
 from nlgmoe.data.corpus import build_lock
 from nlgmoe.data.documents import Fields, read_shares
 from nlgmoe.data.megatron_indexed import split_of
-from nlgmoe.data.pocket.tokenizers import BUILT, load_tokenizer
-from nlgmoe.data.shards import Shard
-from nlgmoe.data.source_files import describe_file, is_plain_text
+from nlgmoe.data.source_files import Shard, describe_file, input_files, is_plain_text
 from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.data.tokenizer_loading import train_tokenizer
+from nlgmoe.data.tokenizer_loading import BUILT, load_tokenizer, train_tokenizer
 from nlgmoe.validation import SettingError
 
 PIECES, PIECE_BYTES = 20, 1_000_000  # a single text file is cut into so many documents, or more of so many bytes
@@ -65,9 +62,8 @@ def prepare_text(
             _note(f"left out: {line}" + (" (and so are more like these)" if len(left_out) == SHOWN else ""))
 
     def update_bar(progress: Progress) -> None:
-        bar.set_postfix_str(
-            f"file {min(progress.file + 1, len(files))} of {len(files)}, {progress.tokens:,} tokens", False
-        )
+        number = min(progress.file + 1, len(files))
+        bar.set_postfix_str(f"file {number} of {len(files)}, {progress.tokens:,} tokens", False)
         bar.update(progress.bytes - bar.n)
 
     with bar:

@@ -11,8 +11,7 @@ from typing import Any
 import yaml
 
 from nlgmoe.checkpoint.reading import run_config
-from nlgmoe.cli.arguments import check_device, check_output, write_whole
-from nlgmoe.cli.command_parser import number_or_list
+from nlgmoe.cli.arguments import check_device, check_output, number_or_list, write_whole
 from nlgmoe.config import GPTConfig
 from nlgmoe.pyramid import check_blocks, config_of_blocks, evenly_spaced_layers, moe_blocks, student_layers
 from nlgmoe.validation import SettingError

@@ -1,23 +1,23 @@
 """Text, tokenizers and batches.
 
-Reading order: `documents.py` (text of files), `tokenizer.py`, `prefix.py`, `indexed.py`, `chained.py` (tokens on disk),
-`build_indexed.py`, `shards.py` (from text to tokens); `samples.py`, `permutation.py` (windows and their order); `corpus.py` (the
-interface) and the corpora: `pocket_pile.py` (`pocket/` builds its text and tokenizers), `megatron_indexed.py`, `streaming/`,
-`blend.py`; `sampling.py` (the samples of a rank), `accumulation.py` (sizes of steps), `text_facts.py` (baselines),
-`training_data.py` (the interface to training), `datamodule.py` (all of it, for Lightning).
+Reading order: `source_files.py`, `documents.py` (text of files), `tokenizer.py`, `tokenizer_loading.py`; `prefix.py`,
+`indexed.py`, `tokens.py` (tokens on disk), `build_indexed.py` (from text to tokens); `samples.py` (windows and their order);
+`corpus.py` (the interface) and the corpora: `pocket_pile.py`, `megatron_indexed.py`, `streamed_text.py`, `blend.py`;
+`sampling.py` (steps, and the samples of a rank), `training_data.py` (the interface to training), `datamodule.py` (all of it,
+for Lightning).
 """
 
-from nlgmoe.data.accumulation import BatchRampUp
 from nlgmoe.data.blend import Blend, BlendPart
 from nlgmoe.data.corpus import Corpus, OpenCorpus, TokenArrays
 from nlgmoe.data.datamodule import PileDataModule
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter
 from nlgmoe.data.megatron_indexed import MegatronIndexed
-from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.pocket_pile import PocketPile
-from nlgmoe.data.samples import EvaluationSource, PackedSource, Sample, TokenSource
-from nlgmoe.data.streaming.streamed_text import StreamedText
+from nlgmoe.data.samples import Sample, TokenSource
+from nlgmoe.data.sampling import BatchRampUp
+from nlgmoe.data.streamed_text import StreamedText
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.data.training_data import TrainingData
 
 __all__ = [
@@ -25,12 +25,10 @@ __all__ = [
     "Blend",
     "BlendPart",
     "Corpus",
-    "EvaluationSource",
     "IndexedDataset",
     "IndexedWriter",
     "MegatronIndexed",
     "OpenCorpus",
-    "PackedSource",
     "PileDataModule",
     "PocketPile",
     "Sample",

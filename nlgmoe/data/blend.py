@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from nlgmoe.data.chained import Tokens
 from nlgmoe.data.corpus import Corpus, Fingerprint, OpenCorpus, own_tokenizer
 from nlgmoe.data.samples import CursorSource, Sample, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokens import Tokens
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import RunError, SettingError, error_type_like
 
@@ -45,9 +45,6 @@ class Blend:
 
     Args:
         parts: parts of the blend, each with `weight`, `name` and `corpus` (class_path and init_args).
-
-    Raises:
-        ValueError: there is no part, a weight is not above 0 or below a billionth of all, or a name is missing or used twice.
     """
 
     def __init__(self, parts: list[BlendPart]) -> None:
@@ -125,9 +122,8 @@ class OpenBlend:
             with _naming(name):
                 source = corpus.training_source(seq_len, derive_seed(seed, name))
             share, windows = weight / sum(self.weights), getattr(source, "num_windows", None)
-            epoch = (
-                f", used up every {round(windows * source.seq_len / share):,} tokens of the blend" if windows else ""
-            )
+            tokens = round(windows * source.seq_len / share) if windows else 0
+            epoch = f", used up every {tokens:,} tokens of the blend" if windows else ""
             rank_zero_info(f"blend: {name} has {share:.2%} of the samples{epoch}")
             sources.append(source)
         return BlendedSource(sources, self.weights, [len(part.corpus.domains) for part in self._parts])
@@ -157,7 +153,7 @@ class BlendedSource:
     Args:
         sources: endless sources of the parts, all of one sequence length.
         weights: whole numbers above 0.
-        domains: number of domains of each part; a blended sample's domain counts through them.
+        domains: number of domains of each part; a sample's domain counts through them.
     """
 
     def __init__(self, sources: Sequence[TokenSource], weights: Sequence[int], domains: Sequence[int]) -> None:
@@ -257,9 +253,8 @@ class Interleaving:
 def integer_weights(weights: Sequence[float]) -> list[int]:
     """Return the smallest whole numbers in the same ratio; 0.1 is a tenth, not the nearest binary fraction."""
     exact = [Fraction(repr(float(weight))) for weight in weights]
-    unit = Fraction(
-        math.gcd(*(weight.numerator for weight in exact)), math.lcm(*(weight.denominator for weight in exact))
-    )
+    numerators, denominators = zip(*(weight.as_integer_ratio() for weight in exact), strict=True)
+    unit = Fraction(math.gcd(*numerators), math.lcm(*denominators))
     return [int(weight / unit) for weight in exact]
 
 

@@ -15,11 +15,12 @@ import os
 import shutil
 import struct
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,10 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from nlgmoe.data.corpus import hash_of
-from nlgmoe.data.documents import WHOLE, Fields, Skip, read_documents
+from nlgmoe.data.documents import Fields, Skip, read_documents
 from nlgmoe.data.indexed import IndexedWriter, token_dtype
 from nlgmoe.data.prefix import describe
-from nlgmoe.data.shards import Shard
-from nlgmoe.data.source_files import describe_file, is_local
+from nlgmoe.data.source_files import WHOLE, Shard, describe_file, is_local
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.files import write_json
 from nlgmoe.validation import RunError, SettingError
@@ -46,27 +46,16 @@ HELD_OUT, HELD_OUT_OF_SMALL = 0.02, 0.1  # shares of the documents
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a build.
+    """Progress of a build."""
 
-    Args:
-        file: index of the input file that is being read; after the last one, their number.
-        number: index of the next document in that file.
-        documents: documents written.
-        bytes: UTF-8 bytes of their texts.
-        tokens: tokens written, one end-of-document token per document included.
-        held_out: documents of those written that are for validation.
-        skipped: documents, files and ends of files that could not be used.
-        empty: documents without text, which were left out.
-    """
-
-    file: int = 0
-    number: int = 0
-    documents: int = 0
-    bytes: int = 0
-    tokens: int = 0
-    held_out: int = 0
-    skipped: int = 0
-    empty: int = 0
+    file: int = 0  # index of the input file that is being read; after the last one, their number
+    number: int = 0  # index of the next document in that file
+    documents: int = 0  # written
+    bytes: int = 0  # UTF-8, of their texts
+    tokens: int = 0  # written, one end-of-document token per document included
+    held_out: int = 0  # documents of those written that are for validation
+    skipped: int = 0  # documents, files and ends of files that could not be used
+    empty: int = 0  # documents without text, which were left out
 
 
 def build_indexed(
@@ -85,8 +74,6 @@ def build_indexed(
     Args:
         files: what `read_documents` can read, in the order of the result. The documents held out follow all others.
         prefix: path without `.bin` / `.idx`.
-        tokenizer: tokenizer of the tokens.
-        fields: fields of a record to read.
         workers: number of threads that tokenise.
         report: called with the progress at the start and after each chunk.
         skip: called with place and reason of unusable data; None: raise an error.
@@ -158,9 +145,7 @@ def _write(
         for tokens in held_out.read_back():
             writer.add_document(tokens)
         if done.documents == 0 and settings["shard"] is None:
-            raise RunError(
-                "input has no document that can be used; give other files, or the text_field of their records"
-            )
+            raise RunError("input has no document that can be used; give other files, or the text_field of records")
         writer.sidecar = describe(prefix, tokenizer, domain, done.held_out, done.bytes)
         if settings["shard"] is not None:  # without paths: they may differ on the machines of the tasks
             divided = [(os.path.basename(file["path"]), file["bytes"]) for file in settings["files"]]
@@ -204,31 +189,26 @@ def _chunks(
 ) -> Iterator[tuple[list[str], Progress]]:
     """Yield chunks of texts from `done` on, with the position behind each; `_tokenise` adds the counts of documents."""
     texts: list[str] = []
-    size, skipped, empty = 0, done.skipped, done.empty
+    size, left_out = 0, Counter(skipped=done.skipped, empty=done.empty)
 
     def count(line: str) -> None:
-        nonlocal skipped
-        skipped += 1
+        left_out["skipped"] += 1
         assert skip is not None
         skip(line)
-
-    def count_empty() -> None:
-        nonlocal empty
-        empty += 1
 
     for number in range(done.file, len(files)):
         if not spans[number]:
             continue
         start = done.number if number == done.file else 0
-        counting = (skip and count, count_empty)
+        counting = (skip and count, partial(left_out.update, ["empty"]))
         for record in read_documents(files[number], fields, WHOLE, start, *counting, spans[number]):
             assert isinstance(record.content, str)
             texts.append(record.content)
             size += len(record.content)
             if size >= CHUNK_CHARACTERS:
-                yield texts, Progress(number, record.number + 1, skipped=skipped, empty=empty)
+                yield texts, Progress(number, record.number + 1, **left_out)
                 texts, size = [], 0
-    yield texts, Progress(len(files), skipped=skipped, empty=empty)
+    yield texts, Progress(len(files), **left_out)
 
 
 def _tokenise(

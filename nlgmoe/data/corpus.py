@@ -1,6 +1,6 @@
 """The interface between a corpus and its users: training samples by index, and tokens for evaluation.
 
-`PileDataModule` reads any `Corpus`; `pocket_pile.py`, `megatron_indexed.py`, `streaming/` and `blend.py` implement one each.
+`PileDataModule` reads any `Corpus`: `PocketPile`, `MegatronIndexed`, `StreamedText`, `Blend`, or a user's.
 """
 
 import errno
@@ -16,9 +16,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 from fsspec.core import url_to_fs
 
-from nlgmoe.data.chained import Tokens
 from nlgmoe.data.samples import PackedSource, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokens import Tokens
 from nlgmoe.validation import SettingError, require
 
 WAITING_SECONDS = 3.0  # of waiting for a build by another process, before a message
@@ -35,51 +35,38 @@ class OpenCorpus(Protocol):
     @property
     def tokenizer(self) -> Tokenizer:
         """Tokenizer of the tokens."""
-        ...
 
     @property
     def domains(self) -> list[str]:
         """Names of the domains, indexed by a batch's domain ids."""
-        ...
 
     @property
     def fingerprint(self) -> Fingerprint:
         """Settings and hashes that determine the training tokens and their order."""
-        ...
 
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
         """Return endless training samples of `seq_len` tokens; `seed` determines their order."""
-        ...
 
     def training_tokens(self) -> Sequence[Tokens]:
         """Return the tokens of each domain's training text, `[N_d]` each, or of a representative part, for statistics."""
-        ...
 
     def evaluation_tokens(self, split: str) -> Sequence[Tokens] | None:
-        """Return the tokens of each domain in the form of `samples.py`, `[N_d]` each; None if there is no such split.
+        """Return the tokens of each domain in the form of `samples.py`, `[N_d]` each.
 
-        Args:
-            split: "validation", which every corpus has, or "test".
+        `split` is "validation", which every corpus has, or "test"; None if there is no test split.
         """
-        ...
 
 
 @dataclass(frozen=True)
 class TokenArrays:
-    """An open corpus whose tokens lie in arrays, memory-mapped or not.
-
-    Args:
-        tokenizer: tokenizer of the tokens.
-        domains: names, indexed by a batch's domain ids.
-        tokens: split -> tokens of each domain, each [N_d], in the form of `samples.py`: every document closed by the
-            end-of-document token. Has "train" and "validation"; has "test" where the corpus has one.
-        fingerprint: settings and hashes by name that determine the training tokens, such as `{"lines.txt": sha256}`.
-    """
+    """An open corpus whose tokens lie in arrays, memory-mapped or not."""
 
     tokenizer: Tokenizer
-    domains: list[str]
+    domains: list[str]  # names, indexed by a batch's domain ids
+    # Split -> tokens of each domain, each [N_d], in the form of `samples.py`: every document closed by the end-of-document token.
+    # Has "train" and "validation"; has "test" where the corpus has one.
     tokens: Mapping[str, Sequence[Tokens]]
-    fingerprint: Fingerprint
+    fingerprint: Fingerprint  # settings and hashes that determine the training tokens, such as `{"lines.txt": sha256}`
 
     def __post_init__(self) -> None:
         """Check the values, which may come from user code."""
@@ -121,7 +108,6 @@ class Corpus(Protocol):
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
         """Build tokenizer and corpus if missing; called by one process per node."""
-        ...
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
         """Load the tokenizer and make the tokens readable; called by every process.
@@ -129,7 +115,6 @@ class Corpus(Protocol):
         Raises:
             ValueError: the corpus is missing, damaged, or not of this tokenizer.
         """
-        ...
 
 
 def own_tokenizer(corpus: Corpus) -> str | None:

@@ -8,26 +8,15 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
+from nlgmoe.data import sampling
 from nlgmoe.data.blend import OpenBlend
-from nlgmoe.data.chained import Tokens
 from nlgmoe.data.corpus import Corpus, OpenCorpus, own_tokenizer
-from nlgmoe.data.permutation import ORDER
-from nlgmoe.data.pocket.tokenizers import DEFAULT_TOKENIZER
 from nlgmoe.data.pocket_pile import PocketPile
-from nlgmoe.data.samples import CursorSource, EvaluationSource, Sample, TokenSource
-from nlgmoe.data.sampling import (
-    EvaluationSampler,
-    MicroBatches,
-    SourceDataset,
-    TrainingSampler,
-    collate,
-    ignore_worker_signals,
-    mark_documents,
-)
-from nlgmoe.data.streaming.streams import Cursors
-from nlgmoe.data.text_facts import count_tokens, unigram_entropy, xz_bits_per_byte
+from nlgmoe.data.samples import ORDER, CursorSource, EvaluationSource, Sample, TokenSource
+from nlgmoe.data.streams import Cursors
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import DEFAULT_TOKENIZER
+from nlgmoe.data.tokens import Tokens, count_tokens, unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.training_data import TrainingData
 from nlgmoe.device import is_accelerator
 from nlgmoe.validation import SettingError, require, require_at_least
@@ -70,7 +59,7 @@ class PileDataModule(TrainingData):
         corpus: Corpus | None = None,
         micro_batch_size: int = 8,
         global_batch_size: int | None = None,
-        batch_ramp_up: BatchRampUp | None = None,
+        batch_ramp_up: sampling.BatchRampUp | None = None,
         eval_micro_batch_size: int | None = None,
         seq_len: int | None = 256,
         seed: int = 1234,
@@ -99,7 +88,7 @@ class PileDataModule(TrainingData):
         require_at_least(1, self, *sizes)
         require_at_least(0, self, "seed", "num_workers")
         if batch_ramp_up is not None:
-            check_ramp_up(batch_ramp_up, global_batch_size, micro_batch_size)
+            sampling.check_ramp_up(batch_ramp_up, global_batch_size, micro_batch_size)
         self._cursors = Cursors()
         self._cursor_source: CursorSource | None = None
         self._tokenizer_name = tokenizer
@@ -112,12 +101,7 @@ class PileDataModule(TrainingData):
         self.corpus.prepare(self.data_dir, self._named_tokenizer())
 
     def setup(self, stage: str | None = None) -> None:
-        """Open tokenizer and corpus; before a fit, set the trainer's accumulation.
-
-        Raises:
-            ValueError: `prepare_data` has not run for this tokenizer and corpus, a file is damaged, or micro-batches cannot
-                make up the global batch.
-        """
+        """Open tokenizer and corpus; before a fit, set the trainer's accumulation."""
         if stage == "fit" and self.trainer is not None and self.global_batch_size is not None:
             # Set before it is read: `configure_model` makes DeepSpeed's configuration, and the loops begin later.
             self.trainer.accumulate_grad_batches = self._accumulation(self.global_batch_size)
@@ -172,18 +156,15 @@ class PileDataModule(TrainingData):
         if isinstance(source, CursorSource):
             self._cursor_source = source
             source.seek(self._cursors.latest())
-        micro_batches = 1
-        if self.global_batch_size is not None:
-            micro_batches = micro_batches_per_step(self.global_batch_size, self.micro_batch_size, world_size)
         full_batch_size = self.global_batch_size or self.micro_batch_size * world_size
-        sampler = TrainingSampler(
+        sampler = sampling.TrainingSampler(
             self._begin,
-            lambda samples: batch_size_after(samples, self.seq_len, full_batch_size, self.batch_ramp_up),
-            micro_batches,
+            lambda samples: sampling.batch_size_after(samples, self.seq_len, full_batch_size, self.batch_ramp_up),
+            sampling.micro_batches_per_step(full_batch_size, self.micro_batch_size, world_size),
             rank,
             world_size,
         )
-        batches = MicroBatches(self._dataset(source), collate)
+        batches = sampling.MicroBatches(self._dataset(source))
         # "Batches" of one micro-batch each: Lightning would divide those of a batch sampler between ranks again.
         return self._loader(batches, sampler, batch_size=1, collate_fn=itemgetter(0))
 
@@ -209,7 +190,7 @@ class PileDataModule(TrainingData):
         if full_batch_size is None:
             accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
             full_batch_size = self.micro_batch_size * self._rank_and_world_size()[1] * accumulated
-        return batch_size_after(samples, self.seq_len, full_batch_size, self.batch_ramp_up)
+        return sampling.batch_size_after(samples, self.seq_len, full_batch_size, self.batch_ramp_up)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Remove the cursors from a batch, and store them."""
@@ -266,12 +247,13 @@ class PileDataModule(TrainingData):
     def _evaluation_loader(self, split: str) -> DataLoader[Sample]:
         rank, world_size = self._rank_and_world_size()
         source = self._evaluation_source(split)
-        sampler = EvaluationSampler(len(source), rank, world_size)
-        return self._loader(self._dataset(source), sampler, batch_size=self.eval_micro_batch_size, collate_fn=collate)
+        sampler = sampling.EvaluationSampler(len(source), rank, world_size)
+        size = self.eval_micro_batch_size
+        return self._loader(self._dataset(source), sampler, batch_size=size, collate_fn=sampling.collate)
 
     def _accumulation(self, global_batch_size: int) -> int:
         _, world_size = self._rank_and_world_size()
-        derived = micro_batches_per_step(global_batch_size, self.micro_batch_size, world_size)
+        derived = sampling.micro_batches_per_step(global_batch_size, self.micro_batch_size, world_size)
         assert self.trainer is not None
         if self.trainer.accumulate_grad_batches not in (1, derived):
             raise SettingError(
@@ -288,10 +270,10 @@ class PileDataModule(TrainingData):
         self._cursors.discard_pending()
         return self.samples_consumed
 
-    def _dataset(self, source: TokenSource) -> SourceDataset:
+    def _dataset(self, source: TokenSource) -> sampling.SourceDataset:
         eod, attention, mask_loss = self.tokenizer.eod_id, self.document_attention, self.mask_eod_loss
-        mark = partial(mark_documents, eod_id=eod, attention=attention, mask_loss=mask_loss)
-        return SourceDataset(source, self.vocab_size, self.domains, mark)
+        mark = partial(sampling.mark_documents, eod_id=eod, attention=attention, mask_loss=mask_loss)
+        return sampling.SourceDataset(source, self.vocab_size, self.domains, mark)
 
     def _loader(self, dataset: Dataset[Any], sampler: Any, **batching: Any) -> DataLoader[Sample]:
         if self.num_workers > 0:  # workers tokenise in parallel, and threads do not survive a fork
@@ -300,7 +282,7 @@ class PileDataModule(TrainingData):
             dataset,
             sampler=sampler,
             num_workers=self.num_workers,
-            worker_init_fn=ignore_worker_signals,
+            worker_init_fn=sampling.ignore_worker_signals,
             persistent_workers=self.num_workers > 0,
             # Copies from pinned memory to an accelerator are asynchronous.
             pin_memory=self.trainer is not None and is_accelerator(self.trainer.strategy.root_device),

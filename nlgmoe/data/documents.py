@@ -9,7 +9,6 @@ zstandard's reader does not. Its JSON reader is not used: it reports no line num
 
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,8 +21,8 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from huggingface_hub.errors import HTTPError
 
-from nlgmoe.data.byte_level import byte_without_token
-from nlgmoe.data.source_files import COMPRESSIONS, DataFile, has_records, is_plain_text
+from nlgmoe.data.source_files import COMPRESSIONS, WHOLE, DataFile, has_records, is_plain_text
+from nlgmoe.data.tokenizer import byte_without_token
 from nlgmoe.validation import RunError
 
 PIECE_BYTES = 1 << 16  # decompressed at a time; of a truncated file, up to as much is lost before the cut
@@ -45,25 +44,17 @@ Skip = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Fields:
-    """Fields of a record. Names may be dotted: `meta.pile_set_name`.
+    """What to read of a record. Names may be dotted: `meta.pile_set_name`. Checkpoints hold a hash of the representation."""
 
-    Args:
-        text: a string.
-        ids: a list of token ids, read in place of `text`; None: read the text.
-        domain: the document's domain; None: there is none.
-        vocab_size: ids must be below it; None: unchecked.
-        max_bytes: longest line of a document, or text in Parquet and plain text.
-        missing_bytes: bytes without a token in the tokenizer; a text that has one cannot be used.
-        text_bytes: plain text is cut at the ends of lines into documents of at least so many bytes; None: one document a file.
-    """
-
-    text: str = "text"
-    ids: str | None = None
+    text: str = "text"  # a string
+    ids: str | None = None  # a list of token ids, read in place of `text`; None: read the text
     domain: str | None = None
-    vocab_size: int | None = None
-    max_bytes: int = MAX_DOCUMENT_BYTES
+    vocab_size: int | None = None  # ids must be below it; None: unchecked
+    max_bytes: int = MAX_DOCUMENT_BYTES  # of a document's line, or of its text in Parquet and plain text
+    # Bytes without a token in the tokenizer; a text that has one cannot be used.
     missing_bytes: bytes = field(default=b"", repr=False)
-    text_bytes: int | None = field(default=None, repr=False)  # checkpoints hold a hash of the representation
+    # Plain text is cut at the ends of lines into documents of at least so many bytes; None: one document a file.
+    text_bytes: int | None = field(default=None, repr=False)
 
     @property
     def content(self) -> str:
@@ -73,22 +64,12 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One document of a file.
+    """One document of a file."""
 
-    Args:
-        number: index of the document in its file, unusable documents and those without text included.
-        content: its text, or its token ids as int64 [N].
-        domain: its domain in the file; None if it has none.
-        bytes: uncompressed size of its line or text; in Parquet, characters of its text, or four for each token id.
-    """
-
-    number: int
-    content: str | np.ndarray
+    number: int  # index in its file, unusable documents and those without text included
+    content: str | np.ndarray  # its text, or its token ids as int64 [N]
     domain: str | None
-    bytes: int
-
-
-WHOLE = range(sys.maxsize)  # numbers of all documents, or all bytes
+    bytes: int  # uncompressed size of its line or text; in Parquet, characters of its text, or four for each token id
 
 
 def read_documents(
@@ -104,15 +85,12 @@ def read_documents(
 
     Args:
         path: a local file, or an address that fsspec opens (`hf://datasets/...`); `has_records` or `is_plain_text` by its ending.
-        fields: fields of each record to read.
+        fields: what to read.
         shard: the documents to yield; others are neither parsed nor checked.
         start: documents at the beginning to leave out.
         skip: called with place and reason of each document, file or end of a file that cannot be used; None: raise an error.
         count_empty: called for each document without text.
         span: bytes of the file in which the lines, or the row groups, to read begin; lines are numbered from there.
-
-    Raises:
-        RunError: a document or the file cannot be used, or the disk or the network failed.
     """
     assert has_records(path) or is_plain_text(path), path
     read, unit = _reader_of(path)

@@ -55,9 +55,6 @@ class IndexedDataset:
         document_indices: first sequence of each document, closed by S, int64 [D].
 
     Opening checks headers, sizes and the ends of the index; `check` reads all of it.
-
-    Raises:
-        ValueError: a file is missing, is not of this format, or the two do not belong together.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -100,11 +97,7 @@ class IndexedDataset:
         return self.tokens[start : start + int(self.lengths[index])]
 
     def check(self) -> None:
-        """Check each length, offset and document of the index.
-
-        Raises:
-            RunError: the index is damaged.
-        """
+        """Check each length, offset and document of the index."""
         end = 0
         for first in range(0, len(self), CHUNK):
             lengths, pointers = self.lengths[first : first + CHUNK], self.pointers[first : first + CHUNK]
@@ -118,15 +111,13 @@ class IndexedDataset:
                 )
             end = int(starts[-1] + sizes[-1])
         documents = self.document_indices
-        if not all(
-            (np.diff(documents[first : first + CHUNK + 1]) >= 0).all() for first in range(0, len(documents), CHUNK)
-        ):
+        parts = (documents[first : first + CHUNK + 1] for first in range(0, len(documents), CHUNK))
+        if not all((np.diff(part) >= 0).all() for part in parts):
             self._refuse_documents()
 
     def _refuse_documents(self) -> None:
-        raise RunError(
-            f"{self.prefix}.idx is damaged: its documents do not rise from sequence 0 to {len(self)}. Build it again."
-        )
+        damage = f"its documents do not rise from sequence 0 to {len(self)}"
+        raise RunError(f"{self.prefix}.idx is damaged: {damage}. Build it again.")
 
 
 def _read_header(path: Path) -> tuple[int, int, int]:
@@ -161,9 +152,6 @@ class IndexedWriter:
     Attributes:
         sidecar: set before the block ends: facts of PREFIX.json, to which the writer adds the counts, and `xxh3` if the hash
             of the text is given; None: there is no such file.
-
-    Raises:
-        ValueError: a file in `folder` is missing, or shorter than in `sizes`.
     """
 
     def __init__(
@@ -179,11 +167,7 @@ class IndexedWriter:
         self._files = {kind: self._open(kind, sizes) for kind in ("bin", "lengths")}
 
     def add_document(self, tokens: Sequence[int] | np.ndarray) -> None:
-        """Append one document.
-
-        Raises:
-            ValueError: a token does not fit the stored type.
-        """
+        """Append one document."""
         array = np.asarray(tokens)
         stored = array.astype(self._dtype)
         if not np.array_equal(stored, array):

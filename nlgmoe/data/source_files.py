@@ -1,10 +1,11 @@
-"""The files that text is read from: kinds by their names, addresses of fsspec, sizes and versions."""
+"""The files that text is read from: found by paths, patterns and addresses of fsspec, described, and divided into shards."""
 
+import glob
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from glob import has_magic
 from pathlib import Path
 
 from fsspec.core import url_to_fs
@@ -14,25 +15,21 @@ from nlgmoe.validation import SettingError
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 PLAIN_TEXT = (".txt", ".md")  # one document a file, unless `Fields.text_bytes` is set
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+ENDINGS = ", ".join([*JSON_LINES, *PLAIN_TEXT, *(f"{JSON_LINES[0]}{ending}" for ending in COMPRESSIONS), ".parquet"])
+WHOLE = range(sys.maxsize)  # numbers of all documents, or all bytes
 # Entries of fsspec's `info` that change with a file's contents; each server has some of them.
 VERSIONS = ("blob_id", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file.
+    """One file."""
 
-    Args:
-        path: local, or an address such as `hf://datasets/NAME@COMMIT/train/00.jsonl.zst`.
-        bytes: its size.
-        modified: when a local file was written, in seconds; None of others.
-        contents: of an address, what its server says of the version, such as an ETag, or the path on the hub, which holds the
-            commit; of a local file of training, and where a server says nothing, `hash_of_pieces`.
-    """
-
-    path: str
-    bytes: int
-    modified: float | None = None
+    path: str  # local, or an address such as `hf://datasets/NAME@COMMIT/train/00.jsonl.zst`
+    bytes: int  # its size
+    modified: float | None = None  # when a local file was written, in seconds; None of others
+    # Of an address, what its server says of the version, such as an ETag, or the path on the hub, which holds the commit; of a
+    # local file of training, and where a server says nothing, `hash_of_pieces`.
     contents: str = ""
 
 
@@ -69,19 +66,15 @@ def describe_file(path: str) -> DataFile:
 
 
 def find_addressed(source: str) -> list[str]:
-    """Return the files, sorted, that an address of fsspec names: a file, the files of a folder or of a pattern.
-
-    Raises:
-        SettingError: fsspec or the server refuses it.
-    """
+    """Return the files, sorted, that an address of fsspec names: a file, the files of a folder or of a pattern."""
     with _named_errors(source), suppress(FileNotFoundError):
         file_system, name = url_to_fs(source)
         file_system.invalidate_cache()  # of a listing earlier in this process
-        if not has_magic(name) and (has_records(source) or is_plain_text(source)):
+        if not glob.has_magic(name) and (has_records(source) or is_plain_text(source)):
             return [source]  # a folder of http is told from a file by reading all of it
         if "::" in source:
             raise ValueError("patterns and folders of chained addresses are not read, only single files")
-        found = file_system.glob(name) if has_magic(name) else file_system.ls(name, detail=False)
+        found = file_system.glob(name) if glob.has_magic(name) else file_system.ls(name, detail=False)
         return sorted(str(file_system.unstrip_protocol(file)) for file in found)
     return []
 
@@ -104,3 +97,96 @@ def _named_errors(source: str) -> Iterator[None]:
             f"{source} cannot be read here ({reason}); give paths, or addresses such as s3://bucket/pile/*.jsonl.zst, install "
             "the package that fsspec needs for them, and set what it needs to log in"
         ) from error
+
+
+def input_files(given: str | Sequence[str]) -> list[str]:
+    """Return the input files, sorted within each pattern and folder. Plain text (a README) beside files of records is left out.
+
+    Args:
+        given: paths or addresses of fsspec (`s3://bucket/pile`) of files, folders and patterns, `**` for folders at any depth.
+    """
+    if not given:
+        raise SettingError(f"input={given} is empty; give a path, a folder, or a pattern in quotes")
+    all_files: list[str] = []
+    for source in [given] if isinstance(given, str) else given:
+        source = source.removeprefix("file://")
+        if not is_local(source):
+            files = find_addressed(source)
+            is_folder = not glob.has_magic(source) and files != [source]
+        else:
+            is_folder = Path(source).is_dir()
+            files = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
+            files = sorted(map(str, Path(source).iterdir())) if is_folder else files
+        if is_folder:
+            # Hidden files are skipped, as by patterns, and so is the .json of a corpus.
+            corpora = {f"{file.removesuffix('.idx')}.json" for file in files if file.endswith(".idx")}
+            children = [file for file in files if not os.path.basename(file).startswith(".") and file not in corpora]
+            files = [*filter(has_records, children)] or [*filter(is_plain_text, children)]
+            if not files:
+                raise SettingError(
+                    f"input={source} is a folder without text files of its own; known endings are {ENDINGS}; for folders "
+                    f"inside give patterns, such as '{source}/**/*.jsonl' or '{source}/**/*.txt'"
+                )
+            if others := [os.path.basename(child) for child in children if child not in files]:
+                reason = f"known endings are {ENDINGS}; for folders inside give '{source}/**/*{Path(files[0]).suffix}'"
+                if plain := [name for name in others if is_plain_text(name)]:
+                    ending = Path(plain[0]).suffix
+                    reason = f"plain text beside JSON lines or Parquet; to read it too, add '{source}/*{ending}'"
+                note = f"note: {len(others)} entries of {source} are left out, such as {(plain or others)[0]}: {reason}"
+                print(note, file=sys.stderr)
+        if not files:
+            raise SettingError(f"input={source} matches no file; give a path, a folder, or a pattern in quotes")
+        all_files += files
+    seen: set[str] = set()
+    for file in all_files:
+        if not (has_records(file) or is_plain_text(file)):
+            raise SettingError(f"input={file} cannot be read; known endings are {ENDINGS}")
+        real_path = os.path.realpath(file) if is_local(file) else file  # a file may have several names and links
+        if real_path in seen:
+            raise SettingError(f"input={file} is given more than once; its documents would be repeated")
+        seen.add(real_path)
+    return all_files
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `number` (from 1) of `count` of a build's input, prepared by a process that knows nothing of the others.
+
+    All files, in order, are one line of bytes, which is cut into equal pieces. JSON lines and Parquet are cut with it: a line,
+    or a row group, belongs to the piece in which it begins. Any other file belongs to the piece in which its middle lies.
+    """
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, word: str) -> "Shard":
+        """Read I/N."""
+        number, _, count = word.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise SettingError(f"shard={word} is not I/N with I from 1 to N; give 1/4 to 4/4 for four shards")
+        return cls(int(number), int(count))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def prefix(self, prefix: Path) -> Path:
+        """Return the prefix of this part of a corpus."""
+        return prefix.with_name(f"{prefix.name}-{self.number}-of-{self.count}")
+
+    def spans(self, files: Sequence[DataFile]) -> list[range]:
+        """Return which bytes of each file belong to this part: `WHOLE`, or an empty range, for all or none."""
+        sizes = [max(1, file.bytes) for file in files]  # 0: empty, or not known
+        first, last = (sum(sizes) * number // self.count for number in (self.number - 1, self.number))
+        spans, begin = list[range](), 0
+        for file, size in zip(files, sizes, strict=True):
+            start, stop = max(0, first - begin), min(size, last - begin)
+            if not _is_divisible(file.path):
+                start, stop = 0, size if first <= begin + size // 2 < last else 0
+            spans.append(WHOLE if range(start, stop) == range(size) else range(start, stop))
+            begin += size
+        return spans
+
+
+def _is_divisible(path: str) -> bool:
+    return path.endswith(".parquet") or (is_local(path) and path.endswith(JSON_LINES))

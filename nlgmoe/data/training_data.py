@@ -23,16 +23,11 @@ class TrainingData(LightningDataModule, ABC):
     loader that reads ahead does not count: training calls `advance` after each optimizer step.
 
     Other data modules and dataloaders train too; a resumed run may then repeat or skip data (docs/data.md).
-
-    Attributes:
-        samples_consumed: samples trained on, over all ranks; saved in checkpoints.
-        seq_len: tokens of a whole sequence; None: the model's `seq_len`.
-        document_attention: true if batches contain `document`.
     """
 
-    samples_consumed: int = 0
-    seq_len: int | None = None
-    document_attention: bool = False
+    samples_consumed: int = 0  # trained on, over all ranks; saved in checkpoints
+    seq_len: int | None = None  # tokens of a whole sequence; None: the model's `seq_len`
+    document_attention: bool = False  # true if batches contain `document`
 
     @property
     @abstractmethod

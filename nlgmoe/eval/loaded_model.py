@@ -13,8 +13,8 @@ from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.checkpoint.reading import read_document, read_tokenizer
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.config import GPTConfig
-from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parallel.triton_product import hand_in_triton_product
 from nlgmoe.validation import SettingError

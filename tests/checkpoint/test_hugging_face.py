@@ -18,8 +18,8 @@ from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.tokenizer import PROBE
+from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.layers.attention import MultiHead
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nlgmoe.cli.arguments import write_whole
-from nlgmoe.cli.input_files import input_files
+from nlgmoe.data.source_files import input_files
 
 
 def test_folder_of_text_gives_its_records_else_plain_text_and_names_other_files(

@@ -9,7 +9,7 @@ import lightning
 import pytest
 
 from nlgmoe import GPTConfig, MoEGPTModule, PileDataModule
-from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, micro_batches_per_step
+from nlgmoe.data.sampling import BatchRampUp, batch_size_after, micro_batches_per_step
 from nlgmoe.validation import SettingError
 from tests.support.corpora import batches, make_trainer, rows
 

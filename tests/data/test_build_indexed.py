@@ -20,13 +20,13 @@ import xxhash
 import zstandard
 from filelock import FileLock
 
-from nlgmoe.cli.input_files import input_files
 from nlgmoe.commands import prepare_text
 from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, IndexedWriter, Tokenizer, build_indexed
 from nlgmoe.data.documents import Fields, Record
 from nlgmoe.data.megatron_indexed import split_of
 from nlgmoe.data.prefix import Sidecar
+from nlgmoe.data.source_files import input_files
 from nlgmoe.experiment import load_config
 from nlgmoe.validation import SettingError
 from tests.data.oracles import MegatronDataset

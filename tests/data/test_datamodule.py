@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nlgmoe.data import MegatronIndexed, PileDataModule, PocketPile
-from nlgmoe.data.pocket.build import read_texts, text_path, write_corpus
+from nlgmoe.data.pocket_build import read_texts, text_path, write_corpus
 from nlgmoe.validation import SettingError
 from tests.support.corpora import Ranks, batches, make_documents, rows, tokens_of
 

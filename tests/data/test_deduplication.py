@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from nlgmoe.data.pocket import deduplication
-from nlgmoe.data.pocket.build import open_corpus, text_path, write_corpus
-from nlgmoe.data.pocket.deduplication import Document, drop_duplicates, split
+from nlgmoe.data import pocket_documents as deduplication
+from nlgmoe.data.pocket_build import open_corpus, text_path, write_corpus
+from nlgmoe.data.pocket_documents import Document, drop_duplicates, split
 from tests.support.corpora import make_documents
 
 
@@ -54,7 +54,7 @@ def test_corpus_is_reproducible_verified_and_never_half_built(tmp_path: Path, mo
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("nlgmoe.data.pocket.build._write_jsonl", full_disk)
+        patch.setattr("nlgmoe.data.pocket_build._write_jsonl", full_disk)
         with pytest.raises(OSError):
             write_corpus(tmp_path, "tiny", documents[:40], {})
     assert open_corpus(tmp_path) == first

@@ -12,12 +12,11 @@ import pytest
 
 from nlgmoe import PileDataModule
 from nlgmoe.data import IndexedWriter, MegatronIndexed
-from nlgmoe.data.chained import ChainedTokens, Piece
 from nlgmoe.data.megatron_indexed import split_documents
 from nlgmoe.data.prefix import Sidecar, describe
 from nlgmoe.data.samples import EvaluationSource, PackedSource
-from nlgmoe.data.text_facts import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
+from nlgmoe.data.tokens import ChainedTokens, Piece, unigram_entropy, xz_bits_per_byte
 from tests.support.corpora import tokens_of
 
 Write = Callable[..., Path]
@@ -223,7 +222,7 @@ def test_prefixes_are_read_as_one_array(
     write: Write, open_corpus: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows, their order and evaluation are those of one file with the training documents of all, then those held out."""
-    monkeypatch.setattr("nlgmoe.data.chained.OPEN_FILES", 2)
+    monkeypatch.setattr("nlgmoe.data.tokens.OPEN_FILES", 2)
     parts = [("b", TEXTS[:6], 2, "prose"), ("a", TEXTS[6:9], 1, "prose"), ("c", TEXTS[9:13], 1, "verse")]
     parts.append(("d", TEXTS[13:20], 3, "prose"))
     for name, texts, held_out, domain in parts:

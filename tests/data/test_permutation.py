@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlgmoe.data.permutation import Permutation
+from nlgmoe.data.samples import Permutation
 
 
 def order(n: int, *seed_parts: int | str) -> np.ndarray:

@@ -12,7 +12,7 @@ import xxhash
 
 from nlgmoe.commands.prepare_data import prepare_data
 from nlgmoe.data import PileDataModule, load_tokenizer, packages
-from nlgmoe.data.pocket.build import GENSIM, SPLITS, open_corpus, read_manifest, text_path
+from nlgmoe.data.pocket_build import GENSIM, SPLITS, open_corpus, read_manifest, text_path
 from tests.support.corpora import tokens_of
 
 ROOT = Path(__file__).parents[2] / "data" / "pocket_pile"

@@ -19,8 +19,7 @@ from nlgmoe.data import IndexedDataset, MegatronIndexed, Tokenizer
 from nlgmoe.data.build_indexed import build_indexed, building
 from nlgmoe.data.documents import Fields, read_documents
 from nlgmoe.data.prefix import Sidecar, find_prefixes
-from nlgmoe.data.shards import Shard
-from nlgmoe.data.source_files import DataFile
+from nlgmoe.data.source_files import DataFile, Shard
 from nlgmoe.validation import RunError, SettingError
 from tests.support.corpora import saved_tokenizer
 

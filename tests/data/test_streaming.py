@@ -28,18 +28,17 @@ from torch import distributed
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, PileDataModule
 from nlgmoe.cli.errors import describe
 from nlgmoe.data import PocketPile, StreamedText
+from nlgmoe.data import streamed_files as prepared_files
+from nlgmoe.data import streams as streams_module
 from nlgmoe.data.blend import BlendedSource
 from nlgmoe.data.documents import Fields
-from nlgmoe.data.pocket.build import write_corpus
-from nlgmoe.data.pocket.tokenizers import load_tokenizer
+from nlgmoe.data.pocket_build import write_corpus
 from nlgmoe.data.samples import Sample
 from nlgmoe.data.sampling import TrainingSampler
 from nlgmoe.data.source_files import DataFile
-from nlgmoe.data.streaming import prepared_files
-from nlgmoe.data.streaming import streams as streams_module
-from nlgmoe.data.streaming.streams import Cursor, Cursors, Stream, StreamConfig, StreamedSource, Window
+from nlgmoe.data.streams import Cursor, Cursors, Stream, StreamConfig, StreamedSource, Window
 from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
+from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe
 from nlgmoe.validation import SettingError
 from tests.support.corpora import WORDS, make_documents, make_trainer, rows, tokens_of
 

@@ -12,13 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 
-from nlgmoe.data.byte_level import BYTE_OF
+from nlgmoe.data import pocket_build as build
 from nlgmoe.data.corpus import build_lock
-from nlgmoe.data.pocket import build
-from nlgmoe.data.pocket.build import write_corpus
-from nlgmoe.data.pocket.tokenizers import load_tokenizer
-from nlgmoe.data.tokenizer import EOD, Tokenizer
-from nlgmoe.data.tokenizer_loading import train_byte_level_bpe, train_tokenizer
+from nlgmoe.data.pocket_build import write_corpus
+from nlgmoe.data.tokenizer import BYTE_OF, EOD, Tokenizer
+from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe, train_tokenizer
 from nlgmoe.experiment import parse_config
 from nlgmoe.files import sha256_of
 from nlgmoe.validation import SettingError

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 
 from nlgmoe.callbacks import StagedDistillation
 from nlgmoe.config import MoEConfig
-from nlgmoe.data.accumulation import BatchRampUp, batch_size_after
+from nlgmoe.data.sampling import BatchRampUp, batch_size_after
 from nlgmoe.distill import record_logits as recording
 from nlgmoe.distill.distiller import Distiller, End, RunPosition, samples_before_end
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from nlgmoe.data import PileDataModule, load_tokenizer
-from nlgmoe.data.pocket.build import write_corpus
-from nlgmoe.data.pocket.deduplication import Document
+from nlgmoe.data.pocket_build import write_corpus
+from nlgmoe.data.pocket_documents import Document
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 

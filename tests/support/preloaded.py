@@ -2,7 +2,7 @@
 
 import gc
 
-import nlgmoe.cli.command_parser
+import nlgmoe.cli.arguments
 import nlgmoe.cli.train
 import nlgmoe.parallel.strategy  # noqa: F401
 from nlgmoe.commands.main import COMMANDS, function_of

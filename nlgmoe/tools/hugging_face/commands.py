@@ -39,7 +39,7 @@ def export_checkpoint(
     if not Path(checkpoint).exists():
         raise SettingError(f"{checkpoint} does not exist; name a checkpoint, or the folder of a run")
     start = time.perf_counter()
-    from nlgmoe.data.pocket.tokenizers import load_tokenizer  # these need torch
+    from nlgmoe.data.tokenizer_loading import load_tokenizer  # these need torch
     from nlgmoe.tools.hugging_face.export import export
 
     given = None if tokenizer is None else load_tokenizer(tokenizer, Path(data_dir))

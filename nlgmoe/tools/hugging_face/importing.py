@@ -22,7 +22,7 @@ from nlgmoe.checkpoint.layout import Shapes
 from nlgmoe.checkpoint.reading import open_tensors, read_json
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TOKENIZER, TokenizerFiles
-from nlgmoe.data.pocket.tokenizers import load_tokenizer
+from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.surgery.write_weights import weight_shapes, write_weights
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS
 from nlgmoe.tools.hugging_face.families import FAMILIES, OWN

@@ -40,7 +40,7 @@ def import_megatron(
     """
     check_new_checkpoint("output", output, overwrite, settings=False)
     from nlgmoe.checkpoint.verify import describe
-    from nlgmoe.data.pocket.tokenizers import load_tokenizer
+    from nlgmoe.data.tokenizer_loading import load_tokenizer
     from nlgmoe.tools.megatron.checkpoint.importing import import_checkpoint  # these need torch
 
     files = None

@@ -80,7 +80,7 @@ class Topology:
         if self.expert_parallel_size > self.gpus:
             raise SettingError(f"expert_parallel_size={self.expert_parallel_size} is above gpus={self.gpus}; lower it")
         if self.global_batch_size % (self.micro_batch_size * self.gpus):
-            from nlgmoe.data.accumulation import micro_batches_per_step  # its package takes seconds to import
+            from nlgmoe.data.sampling import micro_batches_per_step  # its package takes seconds to import
 
             # Raises what training does.
             micro_batches_per_step(self.global_batch_size, self.micro_batch_size, self.gpus)

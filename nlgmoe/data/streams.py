@@ -31,64 +31,37 @@ BLOCK_LENGTH = 1 << 26  # characters or token ids; a block of books ends early, 
 
 
 class Cursor(NamedTuple):
-    """Start of a window, as plain numbers for checkpoints.
+    """Start of a window, as plain numbers for checkpoints."""
 
-    Attributes:
-        window: its number in the stream.
-        epoch: complete passes over the stream's documents.
-        block: number in the epoch of the block in which the window begins.
-        file: number in the epoch's order of the file in which the block begins.
-        first: number in that file of the block's first document.
-        document: number in the block's order of the document in which, or right after which, the window begins.
-        token: number in that document of the window's first target.
-        empty: documents without text that were left out before the block, in all epochs.
-    """
-
-    window: int = 0
-    epoch: int = 0
-    block: int = 0
-    file: int = 0
-    first: int = 0
-    document: int = 0
-    token: int = 0
-    empty: int = 0
+    window: int = 0  # its number in the stream
+    epoch: int = 0  # complete passes over the stream's documents
+    block: int = 0  # number in the epoch of the block in which the window begins
+    file: int = 0  # number in the epoch's order of the file in which the block begins
+    first: int = 0  # number in that file of the block's first document
+    document: int = 0  # number in the block's order of the document in which, or right after which, the window begins
+    token: int = 0  # number in that document of the window's first target
+    empty: int = 0  # documents without text that were left out before the block, in all epochs
 
 
 class Window(NamedTuple):
-    """T tokens to train on.
+    """T tokens to train on."""
 
-    Attributes:
-        inputs: int64 [T].
-        targets: int64 [T].
-        domain: domain of most of the targets.
-        after: start of the next window.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    domain: int
-    after: Cursor
+    inputs: np.ndarray  # int64 [T]
+    targets: np.ndarray  # int64 [T]
+    domain: int  # of most of the targets
+    after: Cursor  # start of the next window
 
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """Settings that all streams of a corpus share.
+    """Settings that all streams of a corpus share."""
 
-    Args:
-        files: names or addresses, in a fixed order.
-        fields: fields of a record to read.
-        domains: names by id; documents of other domains belong to the last one.
-        tokenizer: tokenizer of the corpus.
-        num_streams: number of streams.
-        shuffle_buffer: documents in a block.
-    """
-
-    files: Sequence[str]
+    files: Sequence[str]  # names or addresses, in a fixed order
     fields: Fields
-    domains: Sequence[str]
+    domains: Sequence[str]  # names by id; documents of other domains belong to the last one
     tokenizer: Tokenizer
     num_streams: int
-    shuffle_buffer: int
+    shuffle_buffer: int  # documents in a block
 
     def part(self, stream: int) -> tuple[list[str], range]:
         """Return the files that a stream reads, and the numbers of the documents that it reads of each."""
@@ -275,7 +248,7 @@ class Cursors:
 
     def gather(self) -> list[list[int]]:
         """Return a cursor for each stream of all ranks: a collective."""
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        if distributed.is_initialized():
             gathered: list[list[list[int]]] = [[] for _ in range(distributed.get_world_size())]
             distributed.all_gather_object(gathered, self.latest())
             for cursors in gathered:

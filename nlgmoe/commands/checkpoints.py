@@ -1,0 +1,246 @@
+"""Commands on checkpoints: `nlgmoe verify`, `upcycle` and `prune`. Modules that need torch are imported by their functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Any, Literal
+
+from nlgmoe.cli.arguments import check_device, check_new_checkpoint, import_allowed
+from nlgmoe.files import yaml_beside
+from nlgmoe.validation import RunError, SettingError
+
+if TYPE_CHECKING:
+    from nlgmoe.batch import Batch
+    from nlgmoe.config import GPTConfig
+    from nlgmoe.eval.expert_use import ExpertUse
+    from nlgmoe.surgery.upcycle import Upcycled
+
+
+def verify_checkpoint(checkpoint: str) -> None:
+    """Read a whole checkpoint, compare it with its checksums and its model, and print its contents.
+
+    Args:
+        checkpoint: the folder, `NAME.ckpt`.
+    """
+    from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, is_checkpoint, saved_steps
+    from nlgmoe.checkpoint.verify import describe, find_problems
+
+    if checkpoint and not Path(checkpoint).exists():
+        raise SettingError(f"{checkpoint} does not exist; name a checkpoint")
+    if not is_checkpoint(checkpoint) or not Path(checkpoint).is_dir():
+        folder = Path(checkpoint)
+        names = ", ".join(str(checkpoint_path(folder, step)) for step in saved_steps(folder)[:-4:-1])
+        held = f"; it holds {names}" if names else ", and contains none"
+        raise SettingError(f"{checkpoint} is not a checkpoint{held}")
+
+    if problems := [problem.replace("\n", " ") for problem in find_problems(checkpoint)]:
+        raise RunError("\n".join([*problems, f"{checkpoint} is not valid: use another checkpoint"]))
+    print(describe(Path(checkpoint)))
+
+
+def upcycle_checkpoint(
+    dense: str,
+    checkpoint: str,
+    num_experts: int | list[int] = 8,
+    expert_interval: int | None = None,
+    top_k: int | None = None,
+    mlp_type: Literal["standard", "residual"] = "standard",
+    residual_mix: Literal["learned", "sum", "sigmoid"] = "learned",
+    noise: float = 0.0,
+    seed: int = 1234,
+    overwrite: bool = False,
+) -> None:
+    """Copy each block's feed-forward layer into its experts, so that the MoE model computes the same as the dense one.
+
+    A Llama becomes a Mixtral, a Qwen3 a Qwen3-MoE, a Granite a GraniteMoe: every block has experts, two for each token, trained
+    as those families are (dropless, second expert by argmax). Other models, and residual ones, become the paper's. Other routers,
+    weights and groups: `nlgmoe.surgery.upcycle.upcycle`.
+
+    Set model.config.moe to the same values in a run that starts from the result with model.warm_start.checkpoint.
+
+    Args:
+        dense: the checkpoint of a dense model, or the folder of its run.
+        checkpoint: output folder, `NAME.ckpt`.
+        num_experts: experts of each MoE block, or a list with one number for each.
+        expert_interval: blocks from one MoE block to the next; default: 1 for a Llama, Qwen3 or Granite, else 2.
+        top_k: experts per token; default: 2 for a Llama, Qwen3 or Granite, else 1.
+        mlp_type: standard, or residual (PR-MoE), which adds a shared MLP.
+        residual_mix: mix of experts and shared MLP in a residual block, learned, sum or sigmoid.
+        noise: noise added to the experts' matrices, as a multiple of each matrix's standard deviation; it makes experts part
+            earlier, and the result computes only nearly the same as the dense model.
+        seed: seed of the noise and the gates.
+        overwrite: replace an existing checkpoint.
+    """
+    check_new_checkpoint("checkpoint", checkpoint, overwrite)
+    from nlgmoe.checkpoint.reading import read_document
+    from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
+    from nlgmoe.config import GPTConfig, MoEConfig
+    from nlgmoe.surgery.upcycle import upcycle
+    from nlgmoe.tools.hugging_face.families import family_of
+
+    path = find_checkpoint(dense)
+    family, _ = family_of(GPTConfig.from_dict(read_document(path)["model_config"]))
+    native = family is not None and mlp_type == "standard"
+    if expert_interval is None:
+        expert_interval = 1 if native else 2
+    if top_k is None:
+        top_k = 2 if native else 1
+    of_family: dict[str, Any] = {"token_dropping": False} if native else {}
+    if native and top_k == 2:
+        of_family["second_expert"] = "argmax"
+    moe = MoEConfig(num_experts, expert_interval, top_k, mlp_type=mlp_type, residual_mix=residual_mix, **of_family)
+    upcycled = upcycle(path, checkpoint, moe, noise, seed, overwrite)
+    _print_upcycled(upcycled, checkpoint, had_family=family is not None)
+    copies = "exact copies" if noise == 0 else f"copies with noise of {noise} times their standard deviation"
+    print(f"{yaml_beside(Path(checkpoint))}: its settings")
+    print(f"experts are {copies}; a run starts from them with model.warm_start.checkpoint={quote(checkpoint)}")
+
+
+def _print_upcycled(upcycled: Upcycled, checkpoint: str, had_family: bool) -> None:
+    """Print the sizes, and how the result is exported."""
+    from nlgmoe.model.counting import count_parameters
+    from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
+
+    before, after = (count_parameters(config) for config in (upcycled.dense_config, upcycled.config))
+    sizes = f"{after.total:,}, {after.active:,} for a token"
+    print(f"{checkpoint}: {before.total:,} parameters of {upcycled.dense} have become {sizes}")
+    became, reason = family_of(upcycled.config)
+    if became is not None:
+        print(f"nlgmoe export writes it as {FAMILIES[became].classes}ForCausalLM of transformers")
+    elif had_family:
+        print(
+            f"no class of transformers has {reason}: nlgmoe export writes it with our code; leave out --expert-interval for a "
+            "native class"
+        )
+
+
+def prune_checkpoint(
+    run: str,
+    checkpoint: str,
+    *,
+    num_experts: int | list[int],
+    by: Literal["use", "reap"] = "use",
+    text: str | None = None,
+    windows: int = 200,
+    tokenizer: str | None = None,
+    data_dir: str = "data/pocket_pile",
+    device: str = "cpu",
+    overwrite: bool = False,
+    allow_code: list[str] | None = None,
+) -> None:
+    """Keep the experts that a model uses most, and print the loss before and after.
+
+    An expert's use is the sum of its weights over the tokens of the run's validation text, or of `text`. REAP (arXiv 2510.13999)
+    ranks by the mean over the expert's tokens of its weight times the norm of its output.
+
+    Args:
+        run: the folder of a run, or a checkpoint in it.
+        checkpoint: output folder, `NAME.ckpt`.
+        num_experts: experts to keep in each MoE layer, or one number for each MoE position, such as [8,8,16]; 0 where the model
+            has a dense block.
+        by: ranking of the experts, use or reap.
+        text: file of plain text on which use is measured; default: the run's validation text.
+        windows: sequences measured, of at most 2,048 tokens, of each domain of the run's validation text, or of `text`.
+        tokenizer: as data.tokenizer, for a checkpoint without a tokenizer.
+        data_dir: folder of tokenizers given by name.
+        device: device of the model, such as cuda.
+        overwrite: replace an existing checkpoint.
+        allow_code: module of the checkpoint's expert or attention to import; may be given several times.
+    """
+    import_allowed(allow_code)
+    check_new_checkpoint("checkpoint", checkpoint, overwrite)
+    from nlgmoe.checkpoint.reading import run_config
+    from nlgmoe.commands.measured_text import read_batches, with_progress
+    from nlgmoe.eval.expert_use import measure_use
+    from nlgmoe.eval.loaded_model import load_pretrained
+    from nlgmoe.surgery.prune import most_used, prune, pruned_config
+
+    check_device(device)
+    loaded = load_pretrained(run, tokenizer, device, data_dir=data_dir)
+    if Path(checkpoint).resolve() == loaded.path.resolve():
+        raise SettingError(f"checkpoint={checkpoint} is the checkpoint to prune, the teacher afterwards; name another")
+    before = loaded.model.config
+    num_experts = _by_position(num_experts, before)
+    after = pruned_config(before, num_experts)
+    batches = read_batches(run_config(Path(run)), loaded, text, windows, tokenizer)
+    use = measure_use(loaded.model, with_progress(batches, "measuring use"))
+    kept = most_used(use.weights if by == "use" else use.saliency, after)
+    path, tokens_seen = loaded.path, loaded.document["tokens_seen"]
+    del loaded  # the device need not hold both models
+    prune(path, checkpoint, num_experts, kept, overwrite)
+    _print_kept(before, kept, use)
+    loss = _loss_of(Path(checkpoint), device, with_progress(batches, "measuring loss"))
+    print(f"loss {use.loss:.4f} -> {loss:.4f} nats per token ({use.tokens:,} tokens)")
+    _print_pruned(before, after, Path(checkpoint), path)
+    _print_command(run_config(Path(run)), Path(checkpoint), path, tokens_seen)
+
+
+def _by_position(num_experts: int | list[int], before: GPTConfig) -> list[int]:
+    """Return the number of experts to keep at each MoE position."""
+    from nlgmoe.pyramid import experts_per_position
+
+    if isinstance(num_experts, list):
+        return num_experts
+    largest = max(experts_per_position(before), default=0)
+    if num_experts >= largest:
+        raise SettingError(f"num_experts={num_experts} must be below {largest}, the experts that the model has")
+    return [min(num_experts, count) for count in experts_per_position(before)]
+
+
+def _loss_of(checkpoint: Path, device: str, batches: Iterable[Batch]) -> float:
+    from nlgmoe.checkpoint.portable import load_model
+    from nlgmoe.eval.expert_use import measure_use
+
+    return measure_use(load_model(checkpoint).to(device), batches).loss
+
+
+def _print_kept(before: GPTConfig, kept: Sequence[Sequence[int]], use: ExpertUse) -> None:
+    from nlgmoe.pyramid import moe_blocks
+
+    for block, experts, weights in zip(moe_blocks(before), kept, use.weights, strict=True):
+        share = float(weights[experts].sum() / weights.sum())
+        numbers = " ".join(map(str, experts))
+        print(f"block {block}: {len(experts)} of {len(weights)} experts, with {share:.1%} of the weight: {numbers}")
+
+
+def _print_pruned(before: GPTConfig, after: GPTConfig, checkpoint: Path, unpruned: Path) -> None:
+    from nlgmoe.model.counting import count_parameters
+
+    sizes = [count_parameters(config).total for config in (before, after)]
+    print(f"{checkpoint}: {sizes[0]:,} parameters of {unpruned} have become {sizes[1]:,}")
+    print(f"{yaml_beside(checkpoint)}: its settings")
+
+
+def _print_command(config: Path | None, checkpoint: Path, unpruned: Path, tokens_seen: int) -> None:
+    """Print the command that trains the pruned model on."""
+    files = [config or "CONFIG", yaml_beside(checkpoint)]  # the later one overrides
+    print(
+        f"to continue training, with the unpruned model as teacher: nlgmoe fit "
+        f"{' '.join(f'--config {quote(str(file))}' for file in files)} "
+        f"{_healing(config, tokens_seen)} --model.distiller nlgmoe.MixtureOfStudents "
+        f"--model.distiller.init_args.teacher {quote(str(unpruned))}"
+    )
+
+
+def _healing(config: Path | None, trained: int) -> str:
+    """Return options for the schedule: a cosine over a tenth of the tokens, from the rate at which the training ended to 0.
+
+    If that was 0, the cosine starts at a tenth of the peak. Another order of the text: a run begins with the text that the model
+    was trained on first. Words stand for what no run tells.
+    """
+    rate, tokens, order = "RATE", "N", ""
+    if config is not None and config.name == "config.yaml":
+        from nlgmoe.experiment import parse_config
+        from nlgmoe.optim.token_schedule import LearningRateSchedule, learning_rate
+
+        settings = parse_config(config)
+        model, order = settings["model"], f" --data.seed {settings['data']['seed'] + 1}"
+        peak = model["optimizer"]["lr"]
+        rate = f"{learning_rate(trained, peak, LearningRateSchedule(**model['schedule'])) or peak / 10:.3g}"
+        tokens = str(max(1, trained // 10))
+    return (
+        f"--model.optimizer.lr {rate} --model.schedule.shape cosine --model.schedule.decay_tokens {tokens} "
+        f"--model.train_tokens {tokens}{order}"
+    )
