@@ -44,10 +44,9 @@ from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parts import PARTS, require_paper_parts
 from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_parts, bundled_sources
-from nlgmoe.tools.hugging_face.clients import client_limits
 from nlgmoe.tools.hugging_face.families import FAMILIES, chosen_family
 from nlgmoe.tools.hugging_face.importing import exported_name, exported_shape
-from nlgmoe.tools.hugging_face.model_card import model_card
+from nlgmoe.tools.hugging_face.model_card import client_limits, model_card
 from nlgmoe.validation import RunError, SettingError
 
 Weights = tuple[dict[str, Tensor], Callable[[str], Tensor]]  # tensors on the meta device, and a function that reads one

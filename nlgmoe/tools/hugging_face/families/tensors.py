@@ -1,7 +1,7 @@
 """Tensors of a family's files and entries of our checkpoints: one table of places for both directions.
 
-A family's table maps each entry, with `#` for a number, to the `Slot`s of its rows; `places` fills it in for a model, and
-`Layout` reads an entry from the files, or makes a tensor of the entries. One entry or tensor is in memory at a time.
+A family's table maps each entry, with `#` for a number, to the `Slot`s of its rows. `Layout` fills it in for a model, reads an
+entry from the files, or makes a tensor of the entries. One entry or tensor is in memory at a time.
 
     "blocks.#.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight"     a tensor of its own
     "blocks.#.attention.qkv.weight": [Slot(q, rows=query_rows), Slot(k, rows=key_rows), ...]   rows in several tensors
@@ -14,7 +14,7 @@ A family's table maps each entry, with `#` for a number, to the `Slot`s of its r
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,9 +110,8 @@ class Place:
         return value
 
 
-def places(config: GPTConfig, table: Table) -> list[Place]:
-    """Return the places of all entries of a model; those of an entry in the order of its rows."""
-    found = []
+def _places(config: GPTConfig, table: Table) -> Iterator[Place]:
+    """Yield the places of all entries of a model; those of an entry in the order of its rows."""
     orders: dict[Callable[[GPTConfig], Sequence[int]], tuple[int, ...]] = {}
     for entry, shape in weight_shapes(config).items():
         numbers = re.findall(_NUMBER, entry)
@@ -129,17 +128,16 @@ def places(config: GPTConfig, table: Table) -> list[Place]:
             order = None if slot.order is None else orders[slot.order]
             size = torch.Size((rows, *(shape[:1] if transposed else shape[1:])))
             name = slot.name.format(*numbers)
-            found.append(Place(entry, name, first, rows, slot.part * rows, index, order, transposed, size))
+            yield Place(entry, name, first, rows, slot.part * rows, index, order, transposed, size)
             first += rows
-    return found
 
 
 class Layout:
     """The tensors of a model in a family's files.
 
     Args:
-        places: of all entries.
         config: of the model.
+        table: of the family.
 
     Attributes:
         of_entry: places of each entry, in the order of its rows.
@@ -147,11 +145,11 @@ class Layout:
         shapes: of each tensor.
     """
 
-    def __init__(self, places: Sequence[Place], config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, table: Table) -> None:
         self._config = config
         self.of_entry: dict[str, list[Place]] = {}
         self.of_tensor: dict[str, list[Place]] = {}
-        for place in places:
+        for place in _places(config, table):
             self.of_entry.setdefault(place.entry, []).append(place)
             self.of_tensor.setdefault(place.tensor, []).append(place)
         self.shapes: Shapes = {name: _shape(parts) for name, parts in self.of_tensor.items()}
