@@ -41,7 +41,7 @@ def import_megatron(
     check_new_checkpoint("output", output, overwrite, settings=False)
     from nlgmoe.checkpoint.verify import describe
     from nlgmoe.data.pocket.tokenizers import load_tokenizer
-    from nlgmoe.tools.megatron.checkpoint.importing import import_checkpoint  # these need torch
+    from nlgmoe.tools.megatron.checkpoint import import_checkpoint  # these need torch
 
     files = None
     if tokenizer is not None:
