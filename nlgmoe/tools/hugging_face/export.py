@@ -27,12 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nlgmoe.checkpoint.layout import (
-    PRECISIONS,
-    entry_shapes,
-    local_entries,
-    require_entries,
-)
+from nlgmoe.checkpoint.layout import PRECISIONS, entry_shapes, require_entries
 from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_manifest
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.checkpoint.writing import new_folder, write_error_reason
@@ -45,7 +40,7 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.parts import PARTS, require_paper_parts
 from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_parts, bundled_sources
 from nlgmoe.tools.hugging_face.families import FAMILIES, chosen_family
-from nlgmoe.tools.hugging_face.importing import exported_name, exported_shape
+from nlgmoe.tools.hugging_face.families.tensors import own_layout
 from nlgmoe.tools.hugging_face.model_card import client_limits, model_card
 from nlgmoe.validation import RunError, SettingError
 
@@ -187,7 +182,7 @@ def _tokenizer_settings(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, An
 
 
 def _weights(path: Path, config: GPTConfig, family: str | None, dtype: torch.dtype | None) -> Weights:
-    """Return the tensors of the folder: a family's, or the parameters of the GPT."""
+    """Return the tensors of the folder: a family's, or ours."""
     with torch.device("meta"):
         model = GPT(config)
     files = TensorFiles(path, "model")
@@ -202,26 +197,10 @@ def _weights(path: Path, config: GPTConfig, family: str | None, dtype: torch.dty
         kind: torch.dtype = getattr(torch, stored[entry])
         return kind if dtype is None or entry in buffers else dtype
 
-    if family is not None:
-        layout = FAMILIES[family].layout(config)
-        types = {name: type_of(places[0].entry) for name, places in layout.of_tensor.items()}
-        meta = {name: torch.empty(shape, dtype=types[name], device="meta") for name, shape in layout.shapes.items()}
-        return meta, lambda name: layout.tensor(name, files.read, types[name])
-
-    entries: dict[str, list[str]] = {}  # of each parameter: one, or one per expert
-    for entry in local_entries(model):
-        entries.setdefault(exported_name(entry.stack), []).append(entry.name)
-    meta = {}
-    for parameter, value in model.named_parameters():
-        shape, name = exported_shape(parameter, value.shape, config), exported_name(parameter)
-        meta[name] = torch.empty(shape, dtype=type_of(entries[name][0]), device="meta")
-
-    def read(name: str) -> Tensor:
-        parts = [files.read(entry) for entry in entries[name]]
-        whole = torch.stack(parts) if parts[0].dim() < meta[name].dim() else parts[0][: len(meta[name])]
-        return whole.to(meta[name].dtype).contiguous()
-
-    return meta, read
+    layout = own_layout(config) if family is None else FAMILIES[family].layout(config)
+    types = {name: type_of(places[0].entry) for name, places in layout.of_tensor.items()}
+    meta = {name: torch.empty(shape, dtype=types[name], device="meta") for name, shape in layout.shapes.items()}
+    return meta, lambda name: layout.tensor(name, files.read, types[name])
 
 
 def _write_weights(folder: Path, meta: dict[str, Tensor], read: Callable[[str], Tensor], max_shard_size: str) -> None:

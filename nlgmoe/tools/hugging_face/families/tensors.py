@@ -25,7 +25,7 @@ from nlgmoe.checkpoint.layout import Shapes
 from nlgmoe.config import GPTConfig
 from nlgmoe.surgery.write_weights import weight_shapes
 
-TABLES = ("token_embedding.weight", "head.weight")  # their rows from `vocab_size` on are padding
+_TABLES = ("token_embedding.weight", "head.weight")  # their rows from `vocab_size` on are padding
 _NUMBER = r"(?<=\.)\d+(?=\.)"
 Where = tuple[int | slice, ...]  # an index of a tensor
 
@@ -120,7 +120,7 @@ def _places(config: GPTConfig, table: Table) -> Iterator[Place]:
         for slot in [value] if isinstance(value, str | Slot) else value:
             slot = Slot(slot) if isinstance(slot, str) else slot
             transposed = expert != slot.in_out and len(shape) == 2
-            whole = config.vocab_size if entry in TABLES else shape[-1] if transposed else shape[0]
+            whole = config.vocab_size if entry in _TABLES else shape[-1] if transposed else shape[0]
             rows = whole if slot.rows is None else slot.rows(config)
             index = int(numbers[-1]) if expert and slot.name.count("{}") < len(numbers) else None
             if slot.order is not None and slot.order not in orders:
@@ -158,7 +158,10 @@ class Layout:
         """Return an entry; `read(tensor, where)` reads a part of a tensor."""
         parts = self.of_entry[name]
         value = torch.cat([place.restore(read(place.tensor, place.where)) for place in parts])
-        return pad_table(name, value.t() if parts[0].transposed else value, self._config).contiguous()
+        value = value.t() if parts[0].transposed else value
+        if name in _TABLES:  # padding rows, which no file of Hugging Face's format has
+            value = functional.pad(value, (0, 0, 0, self._config.padded_vocab_size - len(value)))
+        return value.contiguous()
 
     def tensor(self, name: str, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
         """Return a tensor; `read(entry)` reads an entry."""
@@ -175,6 +178,11 @@ def _shape(parts: Sequence[Place]) -> torch.Size:
     return torch.Size((*stack, rows, *columns))
 
 
-def pad_table(entry: str, value: Tensor, config: GPTConfig) -> Tensor:
-    """Return an entry with the padding rows of a table, which no file of Hugging Face's format has."""
-    return functional.pad(value, (0, 0, 0, config.padded_vocab_size - len(value))) if entry in TABLES else value
+def own_layout(config: GPTConfig) -> Layout:
+    """Return the tensors of a folder with our code: names and shapes are the GPT's, and a layer's experts are one tensor."""
+    table: dict[str, Slots] = {}
+    for entry in weight_shapes(config):
+        name = re.sub(_NUMBER, "{}", entry).replace(".experts.{}.", ".experts.")
+        name = "lm_head.weight" if entry == "head.weight" else f"model.gpt.{name}"
+        table[re.sub(_NUMBER, "#", entry)] = Slot(name, in_out=".experts." in name)
+    return Layout(config, table)
