@@ -1,22 +1,12 @@
 """Models of other families in the format of `transformers`: their settings and the names of their weights.
 
-    olmoe                          OLMoE: every block MoE
-    mixtral                        Mixtral: every block MoE, normalised weights
-    qwen3_moe                      Qwen3-MoE: blocks may be dense
-    qwen2_moe                      Qwen2-MoE: a shared expert times a sigmoid
-    dots1                          dots.llm1: sigmoid scores, shared experts
-    glm4_moe                       GLM-4.5: as dots1; half of a head turns
-    deepseek_v3                    DeepSeek-V3, Moonlight: latent attention
-    glm4_moe_lite                  GLM-4.7-Flash: the same
-    deepseek_v2                    DeepSeek-V2: the same, with a softmax router
-    minimax_m2                     MiniMax-M2: sigmoid scores, half a head turns
-    granitemoe, granitemoeshared   Granite 3: four scales, normalised weights; the second with a shared MLP
-    llama, qwen3, granite          Llama, Qwen3, Granite 3, dense
-    gpt2                           GPT-2: the paper's block, dense; import only
+    llama.py      Llama's block, dense or with a softmax router
+    deepseek.py   DeepSeek's families, and those that took over its mixtures
+    gpt2.py       GPT-2: the paper's block, dense; import only
 
-A family is a `Family` (`family.py`), and an item of `FAMILIES`. `llama.py` has those with Llama's block, `deepseek.py` those with
-DeepSeek's mixtures. `tensors.py` has the table of tensors for both directions, `settings.py` what families share of their
-settings. tests/equivalence/test_open_moes.py compares logits, gradients and generation with the classes of `transformers`.
+A family is a `Family` (`family.py`), and an item of `FAMILIES`. `tensors.py` has the table of tensors for both directions,
+`settings.py` what families share of their settings. tests/equivalence/test_open_moes.py compares logits, gradients and generation
+with the classes of `transformers`.
 """
 
 from __future__ import annotations
@@ -54,8 +44,8 @@ FAMILIES = {family.name: family for family in _ALL}
 """In the order in which an export chooses."""
 
 
-def _exported() -> list[Family]:
-    return [family for family in FAMILIES.values() if family.write is not None]
+def _exported() -> dict[str, Family]:
+    return {name: family for name, family in FAMILIES.items() if family.write is not None}
 
 
 def family_of(config: GPTConfig, preferred: str | None = None) -> tuple[str | None, str]:
@@ -67,7 +57,7 @@ def family_of(config: GPTConfig, preferred: str | None = None) -> tuple[str | No
     """
     nearest: tuple[int, str] | None = None
     refusal = ""
-    for family in sorted(_exported(), key=lambda family: family.name != preferred):
+    for family in sorted(_exported().values(), key=lambda family: family.name != preferred):
         try:
             differing = family.differences(config)
         except ValueError as error:  # its reader or writer refuses the model
@@ -90,12 +80,10 @@ def chosen_family(config: GPTConfig, name: str | None, preferred: str | None = N
         return family_of(config, preferred)
     if name == OWN:
         return None, ""
-    family = next((family for family in _exported() if family.name == name), None)
-    if family is None:
-        known = ", ".join((OWN, *(family.name for family in _exported())))
-        raise SettingError(f"family={name} cannot be exported; supported are {known}")
+    if name not in _exported():
+        raise SettingError(f"family={name} cannot be exported; supported are {', '.join((OWN, *_exported()))}")
     try:
-        differing = ", ".join(family.differences(config))
+        differing = ", ".join(FAMILIES[name].differences(config))
     except ValueError as error:
         differing = str(error)
     if differing:

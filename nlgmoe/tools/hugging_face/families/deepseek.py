@@ -58,7 +58,7 @@ def _first_dense(theirs: Any) -> list[int]:
 
 
 def _shared_fields(theirs: Any) -> dict[str, Any]:
-    """Return the fields of `MoEConfig` for the widths of experts and shared experts, and for groups and scale of the weights."""
+    """Return the fields of `MoEConfig` for widths, shared experts, groups, and the scale of the weights."""
     if not theirs.n_shared_experts:
         raise UnsupportedError(f"n_shared_experts={theirs.n_shared_experts}")
     size = theirs.moe_intermediate_size
@@ -72,15 +72,11 @@ def _shared_fields(theirs: Any) -> dict[str, Any]:
     }
 
 
-def _sigmoid_moe(theirs: Any, num_experts: list[int]) -> MoEConfig:
-    """Read a mixture with the sigmoid router.
-
-    Args:
-        theirs: the family's configuration.
-        num_experts: experts of each block, 0 for a dense one.
-    """
+def _sigmoid_moe(theirs: Any, counts: list[int] | None = None) -> MoEConfig:
+    """Read a mixture with the sigmoid router; `counts` has the experts of each block, by default those of `_first_dense`."""
     own = _shared_fields(theirs)
-    return moe_config(theirs, num_experts, theirs.norm_topk_prob, router=SigmoidRouterConfig(), **own)
+    router = SigmoidRouterConfig()
+    return moe_config(theirs, counts or _first_dense(theirs), theirs.norm_topk_prob, router=router, **own)
 
 
 def _shared_settings(config: GPTConfig) -> dict[str, Any]:
@@ -103,7 +99,7 @@ def _shared_settings(config: GPTConfig) -> dict[str, Any]:
 
 
 def _read_dots(theirs: Any) -> GPTConfig:
-    return decoder_config(theirs, qk_norm="head", moe=_sigmoid_moe(theirs, _first_dense(theirs)))
+    return decoder_config(theirs, qk_norm="head", moe=_sigmoid_moe(theirs))
 
 
 def _write_dots(config: GPTConfig) -> dict[str, Any]:
@@ -113,7 +109,7 @@ def _write_dots(config: GPTConfig) -> dict[str, Any]:
 
 def _read_glm4(theirs: Any) -> GPTConfig:
     own = {"qkv_bias": theirs.attention_bias, "qk_norm": "head" if theirs.use_qk_norm else None}
-    return decoder_config(theirs, partial=True, **own, moe=_sigmoid_moe(theirs, _first_dense(theirs)))
+    return decoder_config(theirs, partial=True, **own, moe=_sigmoid_moe(theirs))
 
 
 def _write_glm4(config: GPTConfig) -> dict[str, Any]:
@@ -126,7 +122,7 @@ def _write_glm4(config: GPTConfig) -> dict[str, Any]:
 
 
 def _partial_rope(config: GPTConfig) -> dict[str, Any]:
-    share = config.rotary_size / config.head_size  # by default 0.5
+    share = config.rotary_size / config.head_size  # GLM's default is 0.5
     return {"head_dim": config.head_size, **rope_settings(config, partial_rotary_factor=share)}
 
 
@@ -142,10 +138,8 @@ def _read_minimax(theirs: Any) -> GPTConfig:
 
 
 def _write_minimax(config: GPTConfig) -> dict[str, Any]:
-    sizes = {
-        "intermediate_size": config.expert_ffn_size,
-        "rotary_dim": config.rotary_size,
-    }  # the second for other programs
+    # `rotary_dim` is for other programs.
+    sizes = {"intermediate_size": config.expert_ffn_size, "rotary_dim": config.rotary_size}
     return decoder_settings(config, **sizes, **_partial_rope(config), **moe_settings(config), **_MINIMAX)
 
 
@@ -217,7 +211,7 @@ def _decoder(theirs: Any, moe: MoEConfig) -> GPTConfig:
 
 
 def _read_v3(theirs: Any) -> GPTConfig:
-    return _decoder(theirs, _sigmoid_moe(theirs, _first_dense(theirs)))
+    return _decoder(theirs, _sigmoid_moe(theirs))
 
 
 def _read_glm(theirs: Any) -> GPTConfig:

@@ -38,11 +38,7 @@ REQUIRED_BY_LAYER = {name: values for name, values in REQUIRED.items() if name !
 
 
 def check_required(theirs: Any, required: Mapping[str, tuple[Any, ...]]) -> None:
-    """Check values of settings.
-
-    Raises:
-        UnsupportedError: one has another value.
-    """
+    """Raise an `UnsupportedError` if a setting has another value."""
     for name, supported in required.items():
         if (value := getattr(theirs, name, supported[0])) not in supported:
             raise UnsupportedError(f"{name}={value}")
@@ -67,12 +63,12 @@ def decoder_config(theirs: Any, partial: bool = False, **more: Any) -> GPTConfig
 
     Args:
         theirs: the family's configuration.
-        partial: see `rope_fields`.
+        partial: the family's class reads `partial_rotary_factor`; most ignore it.
         more: further fields, or other values.
     """
     head_dim = getattr(theirs, "head_dim", None)
     width, temperature = head_dim or theirs.hidden_size // theirs.num_attention_heads, rope_temperature(theirs)
-    rope = rope_fields(theirs, width, partial)
+    rope = _rope_fields(theirs, width, partial)
     if temperature != 1 and rope["rotary_dim"] is not None:  # it would scale a part of each product
         raise UnsupportedError(f"attention_factor={temperature} with partial_rotary_factor")
     values = {
@@ -142,22 +138,14 @@ def decoder_settings(config: GPTConfig, **settings: Any) -> dict[str, Any]:
 
 
 def moe_settings(config: GPTConfig) -> dict[str, Any]:
-    """Return the settings of a mixture that most families have.
-
-    Raises:
-        UnsupportedError: the model is dense.
-    """
+    """Return the settings of a mixture that most families have."""
     experts = max(experts_per_layer(config))
     # `num_experts` is for readers of version 4.
     return {"num_experts_per_tok": moe_of(config).top_k, "num_experts": experts, "num_local_experts": experts}
 
 
 def moe_of(config: GPTConfig) -> MoEConfig:
-    """Return the mixture of a model.
-
-    Raises:
-        UnsupportedError: the model is dense.
-    """
+    """Return the mixture of a model; raise an `UnsupportedError` if it is dense."""
     if config.moe is None:
         raise UnsupportedError("moe=null")
     return config.moe
@@ -166,14 +154,8 @@ def moe_of(config: GPTConfig) -> MoEConfig:
 # ---- rotary positions, `rope_parameters`
 
 
-def rope_fields(theirs: Any, width: int, partial: bool = False) -> dict[str, Any]:
-    """Return the fields of rotary positions; `rope_temperature` is left to the caller.
-
-    Args:
-        theirs: the family's configuration.
-        width: of a head.
-        partial: the family's class reads `partial_rotary_factor`; most ignore it.
-    """
+def _rope_fields(theirs: Any, width: int, partial: bool) -> dict[str, Any]:
+    """Return the fields of rotary positions; `width` is that of a head, `rope_temperature` is left to the caller."""
     rope = theirs.rope_parameters
     turning = int(width * (share := rope.get("partial_rotary_factor", 1.0)))
     if turning != width and not partial:
