@@ -35,7 +35,6 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import CONFIG, GENERATION, IDS, TOKENIZER_CONFIG, special_ids
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.eval.loaded_model import choose_tokenizer
-from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parts import PARTS, require_paper_parts
 from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_parts, bundled_sources
@@ -112,7 +111,7 @@ def export(
         CONFIG: (_own_settings(config) if family is None else FAMILIES[family].settings(config)) | ids | kind,
         GENERATION: ids | {"transformers_version": transformers.__version__},
     }
-    texts = {"README.md": model_card(folder.name, document, summary_of(path, document), tokenizer is not None, family)}
+    texts = {"README.md": model_card(folder.name, path, document, tokenizer is not None, family)}
     if family is None:
         texts |= bundled_sources(config)
     if tokenizer is not None:
@@ -139,19 +138,6 @@ def _write(
         raise RunError(
             f"{folder} cannot be written ({write_error_reason(error)}); make room, or name another folder"
         ) from error
-
-
-def summary_of(checkpoint: Path, document: dict[str, Any]) -> dict[str, Any]:
-    """Return `summary.json` of the run that ended with this checkpoint; empty if it is another's, or cannot be read.
-
-    A pruned checkpoint in the run's folder is of as many tokens, but another model.
-    """
-    size = count_parameters(GPTConfig.from_dict(document["model_config"])).total
-    try:
-        summary = json.loads((checkpoint.parents[1] / "summary.json").read_text(encoding="utf-8"))
-        return summary if (summary["tokens"], summary["params_total"]) == (document["tokens_seen"], size) else {}
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return {}
 
 
 def _own_settings(config: GPTConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,8 @@ def _import_folder(folder: Path, checkpoint: str | Path, overwrite: bool, origin
     first, count = config.num_layers, values.get("num_nextn_predict_layers") or 0
     dropped = files.drop([f"model.layers.{layer}." for layer in range(first, first + count)])
     files.check(layout.shapes, layout.of_entry["token_embedding.weight"][0].tensor)
-
-    def read(entry: str) -> Tensor:
-        return layout.entry(entry, files.read)
-
     tokenizer, missing = _tokenizer(folder, config)
+    read = partial(layout.entry, read=files.read)
     write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin, family=preferred)
     return Imported(config, model_type, missing, dropped)
 

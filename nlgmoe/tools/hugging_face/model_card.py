@@ -6,6 +6,7 @@ were tried.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,14 @@ _WITHOUT = "# The checkpoint had no tokenizer: the model reads and writes token 
 
 
 def model_card(
-    name: str, document: dict[str, Any], summary: dict[str, Any], with_tokenizer: bool, family: str | None = None
+    name: str, checkpoint: Path, document: dict[str, Any], with_tokenizer: bool, family: str | None = None
 ) -> str:
     """Format the model card.
 
     Args:
         name: name of the folder.
-        document: the checkpoint's `checkpoint.json`.
-        summary: `summary.json` of the run that ended with this checkpoint, or empty.
+        checkpoint: the exported checkpoint.
+        document: its `checkpoint.json`.
         with_tokenizer: True if the folder has a tokenizer.
         family: of `transformers`, whose class loads the folder; None: the folder has the model's code.
     """
@@ -81,6 +82,7 @@ def model_card(
         # A card is published: of the path to the checkpoint it has the run's folder alone.
         start = "/".join(Path(document.get("started_from", "")).parts[-3:])
         rows["trained on"] = f"{clock}, from the weights of {start}" if start else clock
+    summary = _summary_of(checkpoint, document, count.total)
     if summary.get("val_loss") is not None:
         rows["last validation of its run"] = f"{summary['val_loss']:.3f} nats per token"
     measured = {name: bits for name, bits in summary.get("bits_per_byte", {}).items() if bits is not None}
@@ -98,6 +100,18 @@ def model_card(
         code="" if family else _OWN_CODE,
         use=_WITH_TOKENIZER.format(name=name, trust=trust) if with_tokenizer else _WITHOUT,
     )
+
+
+def _summary_of(checkpoint: Path, document: dict[str, Any], size: int) -> dict[str, Any]:
+    """Return `summary.json` of the run that ended with this checkpoint; empty if it is another's, or cannot be read.
+
+    A pruned checkpoint in the run's folder is of as many tokens, but of another `size`, its number of parameters.
+    """
+    try:
+        summary = json.loads((checkpoint.parents[1] / "summary.json").read_text(encoding="utf-8"))
+        return summary if (summary["tokens"], summary["params_total"]) == (document["tokens_seen"], size) else {}
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return {}
 
 
 def client_limits(config: GPTConfig, family: str | None, own_tokenizer: bool) -> Iterator[str]:

@@ -131,12 +131,11 @@ def import_checkpoint(
     folder = find_folder(Path(path))
     dense = read_dense(folder)
     try:
-        rows, positions = (_rows(dense, name) for name in (_WORDS, _POSITIONS))
+        rows, positions = (len(_tensor(dense, name)) for name in (_WORDS, _POSITIONS))
         config = config_of(dense.args, rows, positions, vocab_size, accept_tanh_gelu)
     except ValueError as error:
         raise type(error)(f"{error} ({dense.file})") from error
-    counts = moe_blocks(config)
-    weights = Weights(dense, ExpertFiles(folder, counts), config, _find_qkv_order(dense, qkv))
+    weights = Weights(dense, ExpertFiles(folder, moe_blocks(config)), config, _find_qkv_order(dense, qkv))
     write_weights(output, weights.read, config, tokenizer, dense.iteration, dense.tokens, overwrite)
     return config
 
@@ -211,10 +210,6 @@ def _find_qkv_order(dense: Dense, qkv: QKV) -> str:
     if dense.version not in (2, 3):
         raise RunError(f"checkpoint_version={dense.version} is unknown ({dense.file}); give its layout by --qkv")
     return _QKV["thirds" if hasattr(dense.args, "ds_sequence_parallel_fpdt") else "heads"]
-
-
-def _rows(dense: Dense, name: str) -> int:
-    return len(_tensor(dense, name))
 
 
 def _tensor(dense: Dense, name: str) -> Tensor:

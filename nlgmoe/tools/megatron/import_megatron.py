@@ -34,9 +34,6 @@ def import_megatron(
             by the checkpoint's version and arguments. With a wrong layout the loss is that of an untrained model.
         accept_tanh_gelu: accept a model trained with --no-bias-gelu-fusion; its exact GELU becomes the tanh form.
         overwrite: replace an existing checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is damaged or incomplete, or a model of another kind.
     """
     check_new_checkpoint("output", output, overwrite, settings=False)
     from nlgmoe.checkpoint.verify import describe

@@ -27,7 +27,7 @@ from nlgmoe.surgery.write_weights import weight_shapes
 
 _TABLES = ("token_embedding.weight", "head.weight")  # their rows from `vocab_size` on are padding
 _NUMBER = r"(?<=\.)\d+(?=\.)"
-Where = tuple[int | slice, ...]  # an index of a tensor
+Where = tuple[slice, ...]  # an index of a tensor
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,7 @@ class Place:
         entry: name of the entry.
         tensor: name of the tensor.
         first: the entry's first row.
-        rows: number of rows.
-        at: the tensor's first row.
-        index: of the expert in a stack; None: no stack.
+        where: index of these rows in the tensor; in a stack of experts, that of the expert comes first.
         order: see `Slot`.
         transposed: the entry is `[in, out]` and the tensor `[out, in]`, or the reverse.
         shape: of these rows.
@@ -83,36 +81,29 @@ class Place:
     entry: str
     tensor: str
     first: int
-    rows: int
-    at: int
-    index: int | None
-    order: tuple[int, ...] | None
+    where: Where
+    order: list[int] | None
     transposed: bool
     shape: torch.Size
 
-    @property
-    def where(self) -> Where:
-        """Index of these rows in the tensor."""
-        rows = slice(self.at, self.at + self.rows)
-        return (rows,) if self.index is None else (self.index, rows)
-
     def cut(self, entry: Tensor) -> Tensor:
         """Return these rows of the entry, in the order of the tensor."""
-        rows = (entry.t() if self.transposed else entry)[self.first : self.first + self.rows]
-        return rows if self.order is None else rows[list(self.order)]
+        rows = (entry.t() if self.transposed else entry)[self.first : self.first + self.shape[0]]
+        return rows if self.order is None else rows[self.order]
 
     def restore(self, rows: Tensor) -> Tensor:
         """Return these rows of the tensor in the order of the entry, the inverse of `cut`; not transposed."""
+        rows = rows.reshape(self.shape)
         if self.order is None:
             return rows
         value = torch.empty_like(rows)
-        value[list(self.order)] = rows
+        value[self.order] = rows
         return value
 
 
 def _places(config: GPTConfig, table: Table) -> Iterator[Place]:
     """Yield the places of all entries of a model; those of an entry in the order of its rows."""
-    orders: dict[Callable[[GPTConfig], Sequence[int]], tuple[int, ...]] = {}
+    orders: dict[Callable[[GPTConfig], Sequence[int]], list[int]] = {}
     for entry, shape in weight_shapes(config).items():
         numbers = re.findall(_NUMBER, entry)
         value = table[re.sub(_NUMBER, "#", entry)]
@@ -122,13 +113,14 @@ def _places(config: GPTConfig, table: Table) -> Iterator[Place]:
             transposed = expert != slot.in_out and len(shape) == 2
             whole = config.vocab_size if entry in _TABLES else shape[-1] if transposed else shape[0]
             rows = whole if slot.rows is None else slot.rows(config)
-            index = int(numbers[-1]) if expert and slot.name.count("{}") < len(numbers) else None
+            where = [slice(slot.part * rows, (slot.part + 1) * rows)]
+            if expert and slot.name.count("{}") < len(numbers):
+                where.insert(0, slice(int(numbers[-1]), int(numbers[-1]) + 1))
             if slot.order is not None and slot.order not in orders:
-                orders[slot.order] = tuple(slot.order(config))
+                orders[slot.order] = list(slot.order(config))
             order = None if slot.order is None else orders[slot.order]
             size = torch.Size((rows, *(shape[:1] if transposed else shape[1:])))
-            name = slot.name.format(*numbers)
-            yield Place(entry, name, first, rows, slot.part * rows, index, order, transposed, size)
+            yield Place(entry, slot.name.format(*numbers), first, tuple(where), order, transposed, size)
             first += rows
 
 
@@ -172,10 +164,8 @@ class Layout:
 
 
 def _shape(parts: Sequence[Place]) -> torch.Size:
-    rows, *columns = parts[0].shape
-    rows = max(place.at + place.rows for place in parts)
-    stack = [] if parts[0].index is None else [1 + max(place.index or 0 for place in parts)]
-    return torch.Size((*stack, rows, *columns))
+    axes = zip(*(place.where for place in parts), strict=True)
+    return torch.Size((*(max(part.stop for part in axis) for axis in axes), *parts[0].shape[1:]))
 
 
 def own_layout(config: GPTConfig) -> Layout:
