@@ -217,7 +217,7 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, str, str]]] = {
         "_typehint": ("cli/type_hints.py cli/train.py", "the types of settings", "`type` is None for a type hint"),
     },
     "lm_eval.api.task:Task": {
-        "_metric_fn_list": ("tools/lm_eval/results.py", "the metrics of a task", "a getter"),
+        "_metric_fn_list": ("tools/lm_eval/harness.py", "the metrics of a task", "a getter"),
     },
     "transformers.modeling_utils:PreTrainedModel": {
         "_is_hf_initialized": ("tools/hugging_face/modeling_nlgmoe.py", "keep our initial weights", "a flag"),

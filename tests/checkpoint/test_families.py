@@ -21,7 +21,7 @@ from nlgmoe.surgery.prune import prune
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 from nlgmoe.tools.hugging_face.families.llama import BLOCK
-from nlgmoe.tools.hugging_face.families.tensors import Layout, Slot, Slots, key_rows, places, query_rows
+from nlgmoe.tools.hugging_face.families.tensors import Layout, Slot, Slots, key_rows, query_rows
 from nlgmoe.tools.hugging_face.importing import import_model
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import SaveAt, trainer
@@ -60,7 +60,7 @@ def test_family_places_stacked_fused_and_reordered_tensors_in_both_directions() 
     config = replace(CONFIG, moe=moe)
     entries = split_experts(GPT(config).state_dict())
     entries["blocks.1.moe.router.bias"] = torch.randn(4)
-    layout = Layout(places(config, STACKED), config)
+    layout = Layout(config, STACKED)
     tensors = {name: layout.tensor(name, entries.__getitem__, torch.float32) for name in layout.shapes}
     assert {name: value.shape for name, value in tensors.items()} == layout.shapes
 

@@ -20,8 +20,8 @@ from nlgmoe.commands.main import main
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.surgery import write_weights
-from nlgmoe.tools.megatron.checkpoint.importing import import_checkpoint
-from nlgmoe.tools.megatron.checkpoint.source import load
+from nlgmoe.tools.megatron.checkpoint import import_checkpoint
+from nlgmoe.tools.megatron.checkpoint_files import load
 from tests.checkpoint.megatron_engine import write_from_engine
 from tests.checkpoint.megatron_model import HEADS, HIDDEN, INNER, LAYERS, POSITIONS, ROWS, GPTModel, arguments, write
 from tests.support.spawn import spawn

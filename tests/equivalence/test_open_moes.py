@@ -22,10 +22,10 @@ from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.pyramid import experts_per_layer
-from nlgmoe.tools.hugging_face.clients import client_limits
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 from nlgmoe.tools.hugging_face.importing import import_model
+from nlgmoe.tools.hugging_face.model_card import client_limits
 from tests.equivalence.variants import FAULTS, PUBLISHED, Fault, built_name
 from tests.support.open_models import LATENT_YARN, SHAPE, SIGMOID, VARIANTS, their_model, tokens
 from tests.support.synthetic import SyntheticData

@@ -19,7 +19,7 @@ from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.model.gpt import GPT
 from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.export import export
-from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
+from nlgmoe.tools.lm_eval.harness import EvaluatedGPT
 from tests.support.gpt2 import as_theirs, our_name
 from tests.support.tasks import TOKENIZER, WORDS, text
 

@@ -12,7 +12,7 @@ from lightning import Trainer
 from nlgmoe import MoEGPTModule, ZeroShotEval
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.optim.param_groups import AdamWConfig
-from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
+from nlgmoe.tools.lm_eval.harness import EvaluatedGPT
 from tests.support.ranks import SAMPLES, Cell, make_trainer, strategy_of
 from tests.support.spawn import spawn
 from tests.support.tasks import CONFIG, TASKS, TOKENIZER, TokenizedData, text, write_tasks

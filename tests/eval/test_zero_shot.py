@@ -18,11 +18,10 @@ from lm_eval.tasks import TaskManager
 from nlgmoe import MoEGPTModule
 from nlgmoe.commands.main import main
 from nlgmoe.model.gpt import GPT
-from nlgmoe.tools.lm_eval import prepare_eval, tasks
-from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
+from nlgmoe.tools.lm_eval import harness, prepare_eval
+from nlgmoe.tools.lm_eval.evaluate import Results, merge_results, metrics, results_table
+from nlgmoe.tools.lm_eval.harness import EvaluatedGPT, Tasks
 from nlgmoe.tools.lm_eval.prepare_eval import write_task
-from nlgmoe.tools.lm_eval.results import Results, merge_results, metrics, results_table
-from nlgmoe.tools.lm_eval.tasks import Tasks
 from nlgmoe.validation import SettingError
 from tests.support.tasks import CONFIG, TASKS, TOKENIZER, TokenizedData, text, write_tasks
 
@@ -149,7 +148,7 @@ def test_a_prepared_task_of_another_installation_is_refused(tmp_path: Path) -> N
 def test_a_misspelt_task_gets_its_name_suggested(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Among the tasks of a folder; `misspelt task` below reads those of lm-eval, which takes 20 seconds."""
     monkeypatch.setattr(
-        tasks, "TaskManager", lambda include_path, **_: TaskManager(include_path=include_path, include_defaults=False)
+        harness, "TaskManager", lambda include_path, **_: TaskManager(include_path=include_path, include_defaults=False)
     )
     with pytest.raises(SettingError, match=r"tasks=piqua: lm-eval has no such task; did you mean piqa\?"):
         Tasks(["piqua"], str(prepared))
@@ -203,7 +202,7 @@ def test_zero_shot_without_lm_eval_names_the_remedy(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "nlgmoe.tools.lm_eval.lm_eval_model")
+    monkeypatch.delitem(sys.modules, "nlgmoe.tools.lm_eval.harness")
     with pytest.raises(SystemExit):
         main(["evaluate", str(run)])
     assert "needs lm-eval (lm_eval is missing): pip install -e '.[eval]'" in capsys.readouterr().err

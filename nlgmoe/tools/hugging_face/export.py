@@ -27,12 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nlgmoe.checkpoint.layout import (
-    PRECISIONS,
-    entry_shapes,
-    local_entries,
-    require_entries,
-)
+from nlgmoe.checkpoint.layout import PRECISIONS, entry_shapes, require_entries
 from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_manifest
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.checkpoint.writing import new_folder, write_error_reason
@@ -40,14 +35,12 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import CONFIG, GENERATION, IDS, TOKENIZER_CONFIG, special_ids
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.eval.loaded_model import choose_tokenizer
-from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parts import PARTS, require_paper_parts
 from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_parts, bundled_sources
-from nlgmoe.tools.hugging_face.clients import client_limits
 from nlgmoe.tools.hugging_face.families import FAMILIES, chosen_family
-from nlgmoe.tools.hugging_face.importing import exported_name, exported_shape
-from nlgmoe.tools.hugging_face.model_card import model_card
+from nlgmoe.tools.hugging_face.families.tensors import own_layout
+from nlgmoe.tools.hugging_face.model_card import client_limits, model_card
 from nlgmoe.validation import RunError, SettingError
 
 Weights = tuple[dict[str, Tensor], Callable[[str], Tensor]]  # tensors on the meta device, and a function that reads one
@@ -118,7 +111,7 @@ def export(
         CONFIG: (_own_settings(config) if family is None else FAMILIES[family].settings(config)) | ids | kind,
         GENERATION: ids | {"transformers_version": transformers.__version__},
     }
-    texts = {"README.md": model_card(folder.name, document, summary_of(path, document), tokenizer is not None, family)}
+    texts = {"README.md": model_card(folder.name, path, document, tokenizer is not None, family)}
     if family is None:
         texts |= bundled_sources(config)
     if tokenizer is not None:
@@ -145,19 +138,6 @@ def _write(
         raise RunError(
             f"{folder} cannot be written ({write_error_reason(error)}); make room, or name another folder"
         ) from error
-
-
-def summary_of(checkpoint: Path, document: dict[str, Any]) -> dict[str, Any]:
-    """Return `summary.json` of the run that ended with this checkpoint; empty if it is another's, or cannot be read.
-
-    A pruned checkpoint in the run's folder is of as many tokens, but another model.
-    """
-    size = count_parameters(GPTConfig.from_dict(document["model_config"])).total
-    try:
-        summary = json.loads((checkpoint.parents[1] / "summary.json").read_text(encoding="utf-8"))
-        return summary if (summary["tokens"], summary["params_total"]) == (document["tokens_seen"], size) else {}
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return {}
 
 
 def _own_settings(config: GPTConfig) -> dict[str, Any]:
@@ -188,7 +168,7 @@ def _tokenizer_settings(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, An
 
 
 def _weights(path: Path, config: GPTConfig, family: str | None, dtype: torch.dtype | None) -> Weights:
-    """Return the tensors of the folder: a family's, or the parameters of the GPT."""
+    """Return the tensors of the folder: a family's, or ours."""
     with torch.device("meta"):
         model = GPT(config)
     files = TensorFiles(path, "model")
@@ -203,26 +183,10 @@ def _weights(path: Path, config: GPTConfig, family: str | None, dtype: torch.dty
         kind: torch.dtype = getattr(torch, stored[entry])
         return kind if dtype is None or entry in buffers else dtype
 
-    if family is not None:
-        layout = FAMILIES[family].layout(config)
-        types = {name: type_of(places[0].entry) for name, places in layout.of_tensor.items()}
-        meta = {name: torch.empty(shape, dtype=types[name], device="meta") for name, shape in layout.shapes.items()}
-        return meta, lambda name: layout.tensor(name, files.read, types[name])
-
-    entries: dict[str, list[str]] = {}  # of each parameter: one, or one per expert
-    for entry in local_entries(model):
-        entries.setdefault(exported_name(entry.stack), []).append(entry.name)
-    meta = {}
-    for parameter, value in model.named_parameters():
-        shape, name = exported_shape(parameter, value.shape, config), exported_name(parameter)
-        meta[name] = torch.empty(shape, dtype=type_of(entries[name][0]), device="meta")
-
-    def read(name: str) -> Tensor:
-        parts = [files.read(entry) for entry in entries[name]]
-        whole = torch.stack(parts) if parts[0].dim() < meta[name].dim() else parts[0][: len(meta[name])]
-        return whole.to(meta[name].dtype).contiguous()
-
-    return meta, read
+    layout = own_layout(config) if family is None else FAMILIES[family].layout(config)
+    types = {name: type_of(places[0].entry) for name, places in layout.of_tensor.items()}
+    meta = {name: torch.empty(shape, dtype=types[name], device="meta") for name, shape in layout.shapes.items()}
+    return meta, lambda name: layout.tensor(name, files.read, types[name])
 
 
 def _write_weights(folder: Path, meta: dict[str, Tensor], read: Callable[[str], Tensor], max_shard_size: str) -> None:

@@ -22,11 +22,7 @@ import transformers
 from nlgmoe.device import available_memory, name_deepspeeds_device
 from nlgmoe.validation import RunError, SettingError
 
-_ARCHITECTURES = {
-    "llama": "llama",
-    "qwen3": "qwen3",
-    "qwen3moe": "qwen3_moe",
-}  # of GGUF -> family; transformers reads these
+_ARCHITECTURES = ("llama", "qwen3", "qwen3moe")  # of GGUF, which transformers reads and we import
 _BYTES = 4  # of a value in fp32, to which transformers dequantises
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"

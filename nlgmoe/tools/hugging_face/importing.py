@@ -1,14 +1,14 @@
 """Conversion of a folder of Hugging Face's format to a checkpoint: an export of `nlgmoe export`, or an open model.
 
-A GGUF file becomes such a folder first (`gguf_file.py`).
-
-Tensors are read one by one, so that memory does not grow with the model.
+A GGUF file becomes such a folder first (`gguf_file.py`). Tensors are read one by one, so that memory does not grow with the
+model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,15 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
-from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.layout import Shapes
 from nlgmoe.checkpoint.reading import open_tensors, read_json
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TOKENIZER, TokenizerFiles
 from nlgmoe.data.tokenizer_loading import load_tokenizer
-from nlgmoe.surgery.write_weights import weight_shapes, write_weights
+from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS
 from nlgmoe.tools.hugging_face.families import FAMILIES, OWN
-from nlgmoe.tools.hugging_face.families.tensors import TABLES, Where, pad_table
+from nlgmoe.tools.hugging_face.families.tensors import Where, own_layout
 from nlgmoe.tools.hugging_face.gguf_file import folder_of_gguf
 from nlgmoe.validation import RunError, SettingError
 
@@ -74,31 +73,24 @@ def _import_folder(folder: Path, checkpoint: str | Path, overwrite: bool, origin
         raise SettingError(f"{folder} has no config.json; name a folder of Hugging Face's format")
     values = read_json(folder / "config.json", _REMEDY)
     model_type = str(values.get("model_type"))
-    dropped: list[str] = []
-    read: Callable[[str], Tensor]
     if model_type == OWN:
-        config, files = _exported_config(values, folder), WeightFiles(folder)
-        read = _exported_weights(files, config)
-    elif model_type not in FAMILIES:
+        config, preferred = _exported_config(values, folder), None
+        files, layout = WeightFiles(folder), own_layout(config)
+    elif model_type in FAMILIES:
+        family, preferred = FAMILIES[model_type], model_type
+        config = family.config(values, folder)
+        files, layout = WeightFiles(folder, family.named), family.layout(config)
+    else:
         known = f"{OWN} (what `nlgmoe export` writes), {', '.join(sorted(FAMILIES))}"
         raise SettingError(f"model_type={model_type} of {folder} cannot be imported; supported are {known}")
-    else:
-        family = FAMILIES[model_type]
-        config, files = family.config(values, folder), WeightFiles(folder, family.named)
-        layout = family.layout(config)
-        dropped = files.drop(_further_blocks(values, config))
-        files.check(layout.shapes, layout.of_entry["token_embedding.weight"][0].tensor)
-        read = lambda entry: layout.entry(entry, files.read)  # noqa: E731
+    # Blocks that predict further tokens (MTP) follow the model's own.
+    first, count = config.num_layers, values.get("num_nextn_predict_layers") or 0
+    dropped = files.drop([f"model.layers.{layer}." for layer in range(first, first + count)])
+    files.check(layout.shapes, layout.of_entry["token_embedding.weight"][0].tensor)
     tokenizer, missing = _tokenizer(folder, config)
-    preferred = None if model_type == OWN else model_type
+    read = partial(layout.entry, read=files.read)
     write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin, family=preferred)
     return Imported(config, model_type, missing, dropped)
-
-
-def _further_blocks(values: dict[str, Any], config: GPTConfig) -> list[str]:
-    """Return the beginnings of names of tensors of the blocks that predict further tokens (MTP), after the model's own."""
-    first, count = config.num_layers, values.get("num_nextn_predict_layers") or 0
-    return [f"model.layers.{layer}." for layer in range(first, first + count)]
 
 
 def _local(source: str) -> Path:
@@ -199,36 +191,6 @@ def _exported_config(values: dict[str, Any], folder: Path) -> GPTConfig:
         raise RunError(
             f"{folder}/config.json is damaged or of another nlgmoe ({error}); export the model again"
         ) from error
-
-
-def exported_name(parameter: str) -> str:
-    """Return the name in `NlgmoeForCausalLM` of a parameter of the GPT."""
-    return "lm_head.weight" if parameter == "head.weight" else f"model.gpt.{parameter}"
-
-
-def exported_shape(parameter: str, shape: torch.Size, config: GPTConfig) -> torch.Size:
-    """Return its shape there: tables have no padding rows."""
-    return torch.Size((config.vocab_size, *shape[1:])) if parameter in TABLES else shape
-
-
-def _exported_weights(files: WeightFiles, config: GPTConfig) -> Callable[[str], Tensor]:
-    """Return a function that reads an entry of an export, which has the experts of a layer in one tensor."""
-    places: dict[str, tuple[str, Where]] = {}  # entry -> tensor, and its index there
-    expected: Shapes = {}
-    place: tuple[str, Where]
-    for entry, shape in weight_shapes(config).items():
-        match = EXPERT.fullmatch(entry)
-        if match is None:
-            place, whole = (exported_name(entry), ()), exported_shape(entry, shape, config)
-        else:
-            expert = int(match["expert"])
-            place, whole = (
-                (exported_name(f"{match['experts']}.{match['parameter']}"), (expert,)),
-                torch.Size((expert + 1, *shape)),
-            )
-        places[entry], expected[place[0]] = place, whole  # the last expert sets the number of experts
-    files.check(expected, exported_name("token_embedding.weight"))
-    return lambda entry: pad_table(entry, files.read(*places[entry]), config)
 
 
 def _tokenizer(folder: Path, config: GPTConfig) -> tuple[TokenizerFiles | None, str]:

@@ -1,7 +1,13 @@
-"""The model card (README.md) of an exported folder: facts and usage."""
+"""What the reader of an exported folder must know: its model card (README.md), and limits of other programs with it.
+
+Nothing here changes those programs, which refuse the model or compute another one; docs/hugging_face.md has the versions that
+were tried.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +16,7 @@ from nlgmoe.model.counting import count_parameters
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.versions import versions
 
+_OLMOE_EPS = 1e-5  # which llama.cpp's converter writes, whatever config.json says
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -46,14 +53,14 @@ _WITHOUT = "# The checkpoint had no tokenizer: the model reads and writes token 
 
 
 def model_card(
-    name: str, document: dict[str, Any], summary: dict[str, Any], with_tokenizer: bool, family: str | None = None
+    name: str, checkpoint: Path, document: dict[str, Any], with_tokenizer: bool, family: str | None = None
 ) -> str:
     """Format the model card.
 
     Args:
         name: name of the folder.
-        document: the checkpoint's `checkpoint.json`.
-        summary: `summary.json` of the run that ended with this checkpoint, or empty.
+        checkpoint: the exported checkpoint.
+        document: its `checkpoint.json`.
         with_tokenizer: True if the folder has a tokenizer.
         family: of `transformers`, whose class loads the folder; None: the folder has the model's code.
     """
@@ -75,6 +82,7 @@ def model_card(
         # A card is published: of the path to the checkpoint it has the run's folder alone.
         start = "/".join(Path(document.get("started_from", "")).parts[-3:])
         rows["trained on"] = f"{clock}, from the weights of {start}" if start else clock
+    summary = _summary_of(checkpoint, document, count.total)
     if summary.get("val_loss") is not None:
         rows["last validation of its run"] = f"{summary['val_loss']:.3f} nats per token"
     measured = {name: bits for name, bits in summary.get("bits_per_byte", {}).items() if bits is not None}
@@ -92,3 +100,44 @@ def model_card(
         code="" if family else _OWN_CODE,
         use=_WITH_TOKENIZER.format(name=name, trust=trust) if with_tokenizer else _WITHOUT,
     )
+
+
+def _summary_of(checkpoint: Path, document: dict[str, Any], size: int) -> dict[str, Any]:
+    """Return `summary.json` of the run that ended with this checkpoint; empty if it is another's, or cannot be read.
+
+    A pruned checkpoint in the run's folder is of as many tokens, but of another `size`, its number of parameters.
+    """
+    try:
+        summary = json.loads((checkpoint.parents[1] / "summary.json").read_text(encoding="utf-8"))
+        return summary if (summary["tokens"], summary["params_total"]) == (document["tokens_seen"], size) else {}
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return {}
+
+
+def client_limits(config: GPTConfig, family: str | None, own_tokenizer: bool) -> Iterator[str]:
+    """Yield a line for each program and limit that concerns the exported model.
+
+    Args:
+        config: configuration of the model.
+        family: whose format the folder has; None: our code.
+        own_tokenizer: its tokenizer is no published model's.
+    """
+    moe = config.moe
+    if family is None:
+        yield "llama.cpp, vLLM and mlx-lm refuse the folder: they take no model with code of its own"
+        return
+    if moe is not None and (family, moe.normalizes) in (("olmoe", True), ("qwen3_moe", False)):
+        value = str(moe.normalizes).lower()
+        yield f"llama.cpp computes another model: for {family} it ignores norm_topk_prob={value}"
+    if family == "olmoe" and config.layer_norm_eps != _OLMOE_EPS:
+        yield f"llama.cpp computes another model: for olmoe it ignores rms_norm_eps={config.layer_norm_eps}"
+    if family == "olmoe" and config.kv_heads != config.num_heads:
+        yield f"llama.cpp refuses the model: for olmoe it takes no grouped queries (num_kv_heads={config.kv_heads})"
+    if family == "olmoe" and config.tied_embeddings:
+        yield "llama.cpp refuses the model: for olmoe it takes no tied embeddings"
+    if family == "qwen3_moe" and 0 in experts_per_layer(config):
+        yield "llama.cpp refuses the model: for qwen3_moe it takes no dense blocks"
+    if family == "mixtral" and config.head_size * config.num_heads != config.hidden_size:
+        yield f"mlx-lm refuses the model: for mixtral it takes no head_dim={config.head_size}"
+    if own_tokenizer:
+        yield "llama.cpp converts tokenizers of published models alone; docs/hugging_face.md has a remedy"

@@ -30,10 +30,11 @@ CACHE = next(f.name for f in fields(MoeCausalLMOutputWithPast) if f.name in ("ca
 _FIXED_SIZE = (
     "cache_implementation=static, a cache of fixed size, is not supported; use a growing cache such as DynamicCache"
 )
-# Arguments of other models, and why they are refused.
+# Arguments of other models: the value that changes nothing, and why others are refused.
 _REFUSED = {
-    "output_attentions": "fused attention does not compute weights; leave it out",
-    "token_type_ids": "the model has no types of tokens; leave it out",
+    "output_attentions": (False, "fused attention does not compute weights"),
+    "token_type_ids": (None, "the model has no types of tokens"),
+    "is_causal": (True, "the model attends to earlier positions"),
 }
 
 
@@ -76,29 +77,10 @@ class NlgmoePreTrainedModel(PreTrainedModel):
                 else:
                     nn.init.normal_(parameter, std=self.config.init_std)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding."""
-        return self._gpt.token_embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding."""
-        assert isinstance(value, nn.Embedding)
-        self._gpt.token_embedding = value
-
-    @property
-    def _gpt(self) -> GPT:
-        gpt = self.base_model.gpt
-        assert isinstance(gpt, GPT)
-        return gpt
-
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Recompute the blocks in the backward pass.
-
-        Raises:
-            ValueError: `use_reentrant` is set for a mixture of experts, whose routers' losses would get no gradient.
-        """
+        """Recompute the blocks in the backward pass."""
         if self.config.moe is not None and (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "use_reentrant=True is not supported: the routers' losses would get no gradient; set it to False"
@@ -117,6 +99,15 @@ class NlgmoeModel(NlgmoePreTrainedModel):
             if not parameter.is_meta:
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # by GPT
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
+        return self.gpt.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        assert isinstance(value, nn.Embedding)
+        self.gpt.token_embedding = value
 
     def _or_of_config(self, given: bool | None, name: str) -> bool:
         """Return a setting of a call; where it is not given, that of the configuration, as `from_pretrained` sets it."""
@@ -161,12 +152,13 @@ class NlgmoeModel(NlgmoePreTrainedModel):
         cached = 0 if cache is None else int(cache.get_seq_length())
         tokens = inputs_embeds[..., 0] if input_ids is None else input_ids  # type: ignore[index]
         batch, new = tokens.shape
-        self._refuse(kwargs, tokens, cached, position_ids)
+        asked = self._or_of_config(kwargs.get("output_attentions"), "output_attentions")
+        _refuse(kwargs | {"output_attentions": asked}, tokens, cached, position_ids)
         mask = _token_mask(attention_mask, batch, cached + new)
         documents = None if position_ids is None else _documents(position_ids, mask, batch, new, cached)
 
         cache = self._cache_to_use(cache, use_cache, has_documents=documents is not None)
-        with _block_outputs(self.gpt, self._or_of_config(output_hidden_states, "output_hidden_states")) as states:
+        with _block_inputs(self.gpt, self._or_of_config(output_hidden_states, "output_hidden_states")) as states:
             view = None if cache is None else _CacheView(cache, mask)
             new_mask = None if mask is None else mask[:, -new:]
             output = self.gpt(tokens, new_mask, view, documents=documents, embedded=inputs_embeds)
@@ -178,7 +170,7 @@ class NlgmoeModel(NlgmoePreTrainedModel):
             aux_loss = add_router_losses(zero, moe, output.routings)[0] / (moe.loss_coeff or 1.0)
         return NlgmoeModelOutput(
             last_hidden_state=output.hidden,
-            hidden_states=(*states[:-1], output.hidden) if states else None,
+            hidden_states=(*states, output.hidden) if states else None,
             router_logits=tuple(routing.logits for routing in output.routings) if returns_logits else None,
             aux_loss=aux_loss,
             **{CACHE: cache},
@@ -193,32 +185,6 @@ class NlgmoeModel(NlgmoePreTrainedModel):
                 raise ValueError(f"a cache does not go with {what}; set use_cache=False")
             return None
         return DynamicCache() if cache is None and self._or_of_config(use_cache, "use_cache") else cache
-
-    def _refuse(self, kwargs: dict[str, Any], tokens: Tensor, cached: int, position_ids: Tensor | None) -> None:
-        """Refuse arguments that would change the result.
-
-        Args:
-            kwargs: of the forward pass.
-            tokens: `[B, T]`.
-            cached: S - T.
-            position_ids: `[1 or B, T]`, or None.
-        """
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        if not self._or_of_config(kwargs.get("output_attentions"), "output_attentions"):
-            kwargs.pop("output_attentions", None)
-        else:
-            kwargs["output_attentions"] = True
-        for name in _REFUSED.keys() & kwargs.keys():
-            raise ValueError(f"{name}={kwargs[name]} is not supported: {_REFUSED[name]}")
-        if not kwargs.get("is_causal", True):
-            raise ValueError("is_causal=False is not supported: the model attends to earlier positions; leave it out")
-        if not kwargs.keys() & {"cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}:
-            return
-        own = torch.arange(cached, cached + tokens.shape[1], device=tokens.device)
-        given = kwargs.get("cache_position", own)
-        if not torch.equal(given.to(own), own):
-            raise ValueError(f"cache_position={given.tolist()} is not {own.tolist()}; leave it out")
-        _require_borders(kwargs, ((own if position_ids is None else position_ids) == 0).expand(tokens.shape))
 
 
 class NlgmoeForCausalLM(NlgmoePreTrainedModel, GenerationMixin):
@@ -238,14 +204,6 @@ class NlgmoeForCausalLM(NlgmoePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replace the head."""
-        self.lm_head = value
-
     @can_return_tuple
     def forward(
         self,
@@ -255,33 +213,19 @@ class NlgmoeForCausalLM(NlgmoePreTrainedModel, GenerationMixin):
         cache: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Run the model; return a tuple if `return_dict=False` is passed or configured. For other arguments see `NlgmoeModel`.
+        """Run the model; return a tuple if `return_dict=False` is passed or configured. See `NlgmoeModel` for other arguments.
 
         Args:
             labels: `[B, T]`, usually `input_ids` (they are shifted here); -100 is ignored.
             logits_to_keep: number of last positions, or indices of positions, to compute logits of; 0: all.
-            kwargs: passed to the loss function, such as `num_items_in_batch`: the labels of all micro-batches of a step. The
-                loss is divided by it, and `aux_loss` is weighted by this micro-batch's share of them.
+            kwargs: other arguments of `NlgmoeModel`, and of the loss function, such as `num_items_in_batch`: the labels of all
+                micro-batches of a step. The loss is divided by it, and `aux_loss` is weighted by this micro-batch's share.
         """
-        outputs: NlgmoeModelOutput = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            cache,
-            inputs_embeds,
-            use_cache,
-            output_hidden_states,
-            output_router_logits,
-            past_key_values,
-            **kwargs | {"return_dict": True},
-        )
+        inputs = (input_ids, attention_mask, position_ids, cache, inputs_embeds)
+        outputs: NlgmoeModelOutput = self.model(*inputs, **kwargs | {"return_dict": True})
         hidden = outputs.last_hidden_state
         assert hidden is not None
         hidden = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
@@ -326,10 +270,8 @@ def _token_mask(attention_mask: Tensor | None, batch: int, positions: int) -> Te
     if attention_mask.dim() == 4:
         raise ValueError(_FIXED_SIZE)  # `generate` makes 4-dimensional masks for caches of fixed size
     if attention_mask.shape != (batch, positions):
-        raise ValueError(
-            f"attention_mask is {list(attention_mask.shape)}, not [sequences, cached + new positions] = "
-            f"{[batch, positions]}"
-        )
+        expected = f"[sequences, cached + new positions] = {[batch, positions]}"
+        raise ValueError(f"attention_mask is {list(attention_mask.shape)}, not {expected}")
     mask = attention_mask.bool()
     return None if not torch.compiler.is_compiling() and mask.all() else mask
 
@@ -337,26 +279,15 @@ def _token_mask(attention_mask: Tensor | None, batch: int, positions: int) -> Te
 def _documents(position_ids: Tensor, mask: Tensor | None, batch: int, new: int, cached: int) -> Tensor | None:
     """Return the document of each new position, `[B, T]`; None if the positions are those of one document.
 
-    Args:
-        position_ids: `[1 or B, T]`.
-        mask: `[B, S]`, False at padding, whose positions are not read; None without padding.
-        batch: B.
-        new: T.
-        cached: S - T.
-
-    Raises:
-        ValueError: the positions neither count on nor begin again at 0.
+    `position_ids` `[1 or B, T]` count on, or begin again at 0; at padding, where `mask` `[B, S]` is False, they are not read.
     """
     if position_ids.shape not in ((1, new), (batch, new)):
         raise ValueError(f"position_ids is {list(position_ids.shape)}, not [1 or {batch}, {new}]")
     given = position_ids.expand(batch, new)
     counts = torch.ones_like(given, dtype=torch.bool) if mask is None else mask[:, cached:]
-    differs = (given != positions_of(mask, new, cached, given.device)) & counts
-    if not differs.any():
-        return None
-    documents = ((given == 0) & counts).cumsum(dim=1)
-    if cached == 0:
-        differs = (given != positions_of(mask, new, 0, given.device, documents)) & counts
+    several = ((given == 0) & counts).cumsum(dim=1)
+    for documents in (None, several) if cached == 0 else (None,):
+        differs = (given != positions_of(mask, new, cached, given.device, documents)) & counts
         if not differs.any():
             return documents
     row, column = differs.nonzero()[0].tolist()
@@ -366,20 +297,27 @@ def _documents(position_ids: Tensor, mask: Tensor | None, batch: int, new: int, 
     )
 
 
-def _require_borders(kwargs: dict[str, Any], begins: Tensor) -> None:
-    """Require that descriptions of documents for other kernels agree with the positions.
+def _refuse(given: dict[str, Any], tokens: Tensor, cached: int, position_ids: Tensor | None) -> None:
+    """Refuse arguments that would change the result of `tokens` `[B, T]`.
 
-    Args:
-        kwargs: of the forward pass.
-        begins: `[B, T]` bool, True where a document begins.
+    Descriptions of documents for other kernels must agree with `position_ids` `[1 or B, T]`; `cached` is S - T.
     """
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, (harmless, reason) in _REFUSED.items():
+        if given.get(name, harmless) is not harmless:
+            raise ValueError(f"{name}={given[name]} is not supported: {reason}; leave it out")
+    if not given.keys() & {"cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}:
+        return
+    own = torch.arange(cached, cached + tokens.shape[1], device=tokens.device)
+    if not torch.equal(place := given.get("cache_position", own).to(own), own):
+        raise ValueError(f"cache_position={place.tolist()} is not {own.tolist()}; leave it out")
+    begins = ((own if position_ids is None else position_ids) == 0).expand(tokens.shape)  # of a document
     borders = [*begins.flatten().nonzero().flatten().tolist(), begins.numel()]
     remedy = "is not supported: pass position_ids that begin again at 0 in each document"
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-        given = borders if name not in kwargs else kwargs[name].flatten().tolist()
-        if given != borders:
-            raise ValueError(f"{name}={given} {remedy}; by position_ids it is {borders}")
-    numbers = kwargs.get("seq_idx")
+    for name in given.keys() & {"cu_seq_lens_q", "cu_seq_lens_k"}:
+        if (ends := given[name].flatten().tolist()) != borders:
+            raise ValueError(f"{name}={ends} {remedy}; by position_ids it is {borders}")
+    numbers = given.get("seq_idx")
     if numbers is not None and not torch.equal(numbers[:, 1:] != numbers[:, :-1], begins[:, 1:]):
         raise ValueError(f"seq_idx={numbers.tolist()} {remedy}")
 
@@ -399,14 +337,11 @@ def _share_of_step(
 
 
 @contextmanager
-def _block_outputs(model: GPT, wanted: bool) -> Iterator[list[Tensor]]:
-    """Collect the input of the first block and the output of each, `[B, T, H]`, while the model runs; nothing if not wanted."""
+def _block_inputs(model: GPT, wanted: bool) -> Iterator[list[Tensor]]:
+    """Collect the input of each block, `[B, T, H]`, while the model runs; nothing if not wanted."""
     states: list[Tensor] = []
-    handles = []
-    if wanted:
-        handles.append(model.dropout.register_forward_hook(lambda module, inputs, output: states.append(output)))
-        for block in model.blocks:
-            handles.append(block.register_forward_hook(lambda module, inputs, output: states.append(output[0])))
+    blocks = model.blocks if wanted else ()
+    handles = [block.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0])) for block in blocks]
     try:
         yield states
     finally:

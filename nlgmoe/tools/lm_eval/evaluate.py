@@ -1,20 +1,41 @@
-"""`nlgmoe evaluate`: evaluation of a checkpoint on lm-eval's tasks."""
+"""`nlgmoe evaluate`: evaluation of a checkpoint on lm-eval's tasks, and a table that compares it with chance and the paper.
+
+Source of the paper's accuracies: tables 2 and 5 of DeepSpeed-MoE (arXiv 2201.05596), percent.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import os
+from collections import Counter
+from collections.abc import Iterator
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from nlgmoe.cli.arguments import check_device, check_output, import_allowed, write_whole
-from nlgmoe.validation import require
+from nlgmoe.validation import require_at_least
 
 if TYPE_CHECKING:
     from nlgmoe.eval.loaded_model import LoadedModel
 
 BOOTSTRAP_ITERS = 1000  # for standard errors without a formula; their relative error is then about 2%
+Results = dict[str, Any]
+ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em")
+
+TASKS = ("lambada_openai", "piqa", "boolq", "race", "triviaqa", "webqs")  # the paper's columns, under lm-eval's names
+METRIC = {"triviaqa": "exact_match", "webqs": "exact_match"}  # other tasks: acc
+ROWS: dict[str, tuple[float, ...]] = {
+    "350M dense": (52.03, 69.31, 53.64, 31.77, 3.21, 1.57),
+    "350M+MoE-128": (62.70, 74.59, 60.46, 35.60, 16.58, 5.17),
+    "350M+PR-MoE-32/64": (63.65, 73.99, 59.88, 35.69, 16.30, 4.73),
+    "350M+PR-MoE+MoS": (63.46, 73.34, 58.07, 34.83, 13.69, 5.22),
+    "1.3B dense": (63.65, 73.39, 63.39, 35.60, 10.05, 3.25),
+    "1.3B+MoE-128": (69.84, 76.71, 64.92, 38.09, 31.29, 7.19),
+    "1.3B+PR-MoE-64/128": (70.60, 77.75, 67.16, 38.09, 28.86, 7.73),
+    "1.3B+PR-MoE+MoS": (70.17, 77.69, 65.66, 36.94, 29.05, 8.22),
+}
+_COLUMNS = 2 * (("dense", 6), ("MoE", 6), ("PR-MoE", 7), ("MoS", 6))  # names and widths, for two sizes
 
 
 def evaluate(
@@ -46,15 +67,15 @@ def evaluate(
         precision: precision of weights and matrix products; default: the checkpoint's.
         allow_code: module of the checkpoint's router, expert or attention to import; may be given several times.
     """
-    check_settings(limit, num_fewshot, batch_size)
+    given = SimpleNamespace(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
+    require_at_least(1, given, "limit", "batch_size")
+    require_at_least(0, given, "num_fewshot")
     if output is not None:
         check_output(output)
     import_allowed(allow_code)
     from nlgmoe.device import default_device
     from nlgmoe.eval.loaded_model import load_pretrained
-    from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT, handle_non_serializable, quiet
-    from nlgmoe.tools.lm_eval.results import merge_results, results_table
-    from nlgmoe.tools.lm_eval.tasks import Tasks
+    from nlgmoe.tools.lm_eval.harness import EvaluatedGPT, Tasks, handle_non_serializable, quiet
 
     device = device or default_device()
     check_device(device)
@@ -74,20 +95,10 @@ def evaluate(
         f"{about['active_parameters']:,} active for a token{limited}\n\n{results_table(results)}"
     )
     if output is not None:
-        document = _without_nan(results | {"nlgmoe": about})
-        write_whole(output, json.dumps(document, indent=2, default=handle_non_serializable) + "\n")
+        text = json.dumps(results | {"nlgmoe": about}, default=handle_non_serializable)
+        document = json.loads(text, parse_constant=lambda name: None)  # NaN and infinity, which JSON lacks
+        write_whole(output, json.dumps(document, indent=2) + "\n")
         print(f"written to {output}")
-
-
-def check_settings(
-    limit: int | None, num_fewshot: int | None, batch_size: int, every_n_steps: int | None = None
-) -> None:
-    """Check numbers that `nlgmoe evaluate` and `ZeroShotEval` take; None means their default."""
-    counts = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "every_n_steps": every_n_steps}
-    for name, value in counts.items():
-        least = 0 if name == "num_fewshot" else 1
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        require(value is None or (whole and value >= least), f"{name}={value} must be a whole number from {least}")
 
 
 def _describe_model(loaded: LoadedModel, limit: int | None) -> dict[str, Any]:
@@ -110,10 +121,47 @@ def _describe_model(loaded: LoadedModel, limit: int | None) -> dict[str, Any]:
     }
 
 
-def _without_nan(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON lacks, by None."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def results_table(results: Results) -> str:
+    """Format every metric with its standard error, the chance level and the paper's values; fractions in percent."""
+    lines = [
+        f"{'':<38}{'this model':>20} {'by chance':>9} {'paper, 350M':>28} {'paper, 1.3B':>28}".rstrip(),
+        f"{'task':<26}{'metric':<12}{'value':>11} {'stderr':>8} {'':>9}"
+        + "".join(f" {name:>{width}}" for name, width in _COLUMNS),
+    ]
+    for task, metric, value, error in metrics(results):
+        name = metric.partition("/")[0]
+        unit = 100 if name in ACCURACIES or name == "f1" else 1
+        guess = results["chance"].get(task, {}).get("guess") if name in ACCURACIES else None
+        if metric == "exact_match":
+            guess = 0.0  # lists of answers too: an answer has to be generated word for word
+        stderr = "-" if error is None else f"{unit * error:.3g}"
+        line = f"{task:<26}{metric:<12}{unit * value:>11.4g} {stderr:>8} {'' if guess is None else f'{100 * guess:.1f}':>9}"
+        if task in TASKS and metric == METRIC.get(task, "acc"):
+            for values, (_, width) in zip(ROWS.values(), _COLUMNS, strict=True):
+                line += f" {values[TASKS.index(task)]:>{width}.2f}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def merge_results(parts: list[Results]) -> Results:
+    """Merge the results of several tasks into lm-eval's form for several tasks."""
+    merged: Results = {}
+    for part in parts:
+        for key, value in part.items():
+            merged.setdefault(key, {}).update(value)
+    return merged
+
+
+def metrics(results: Results) -> Iterator[tuple[str, str, float, float | None]]:
+    """Yield task (or group), metric, value and standard error (None: unknown) of each metric.
+
+    If a task has several of lm-eval's filters, the name is METRIC/FILTER.
+    """
+    for task, values in results["results"].items():
+        keys = [key.split(",") for key, value in values.items() if "," in key and isinstance(value, int | float)]
+        names = Counter(metric for metric, _ in keys)
+        for metric, name in keys:
+            if not metric.endswith("_stderr"):
+                error = values.get(f"{metric}_stderr,{name}")
+                full_name = f"{metric}/{name}" if names[metric] > 1 else metric
+                yield task, full_name, float(values[f"{metric},{name}"]), error if isinstance(error, float) else None

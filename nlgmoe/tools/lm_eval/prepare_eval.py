@@ -108,7 +108,7 @@ def _write_documents(path: Path, entry: EvaluationSet, content: bytes) -> dict[s
 
 def write_task(file: Path, task: str, path: str) -> None:
     """Write a task in lm-eval's YAML: the built-in one with the documents of a local file, examples from the same file."""
-    from nlgmoe.tools.lm_eval.lm_eval_model import BUILT_IN
+    from nlgmoe.tools.lm_eval.harness import BUILT_IN
 
     settings = {
         "include": str(BUILT_IN / path),

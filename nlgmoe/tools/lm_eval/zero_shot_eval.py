@@ -15,10 +15,11 @@ from typing_extensions import override
 from nlgmoe.data.training_data import training_data
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.ranks import AllRanksError
-from nlgmoe.tools.lm_eval.evaluate import check_settings
+from nlgmoe.tools.lm_eval.evaluate import metrics
+from nlgmoe.validation import require_at_least
 
 if TYPE_CHECKING:
-    from nlgmoe.tools.lm_eval.tasks import Tasks
+    from nlgmoe.tools.lm_eval.harness import Tasks
 
 
 class ZeroShotEval(Callback):
@@ -49,11 +50,12 @@ class ZeroShotEval(Callback):
         include_path: str | None = None,
         batch_size: int = 16,
     ) -> None:
-        check_settings(limit, num_fewshot, batch_size, every_n_steps=every_n_steps)
         self.names = list(dict.fromkeys([tasks] if isinstance(tasks, str) else tasks))
         self.limit, self.num_fewshot, self.batch_size = limit, num_fewshot, batch_size
         self.include_path = include_path
         self.every_n_steps = every_n_steps
+        require_at_least(1, self, "limit", "batch_size", "every_n_steps")
+        require_at_least(0, self, "num_fewshot")
         self._tasks: Tasks | None = None
         self._warned: set[str] = set()
 
@@ -64,8 +66,7 @@ class ZeroShotEval(Callback):
             return
         if stage == "fit":  # not of an earlier run
             self._warned = set()
-        from nlgmoe.tools.lm_eval.lm_eval_model import quiet
-        from nlgmoe.tools.lm_eval.tasks import Tasks
+        from nlgmoe.tools.lm_eval.harness import Tasks, quiet
 
         data = training_data(trainer)
         if data is None or data.tokenizer is None:
@@ -84,9 +85,7 @@ class ZeroShotEval(Callback):
 
     def _evaluate(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         """Return the metrics of all tasks that do not fail."""
-        from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT, quiet
-        from nlgmoe.tools.lm_eval.results import metrics
-        from nlgmoe.tools.lm_eval.tasks import describe
+        from nlgmoe.tools.lm_eval.harness import EvaluatedGPT, describe, quiet
 
         assert isinstance(module, MoEGPTModule) and self._tasks is not None
         gpt = module.gpt

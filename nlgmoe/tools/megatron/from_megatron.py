@@ -1,16 +1,24 @@
-"""`nlgmoe from-megatron`: translate the words of a launch of Megatron-DeepSpeed into a configuration."""
+"""`nlgmoe from-megatron`: translate the words of a launch of Megatron-DeepSpeed into a configuration.
+
+Settings that take one flag's value unchanged come from the table (`flags.yaml`). Here the others of `model` and `data` are
+computed, those of `trainer` in `trainer_settings.py`.
+"""
 
 from __future__ import annotations
 
+import math
+import posixpath
 import re
 from collections.abc import Sequence
 from shlex import quote
 
 from nlgmoe.cli.arguments import check_output, write_whole
-from nlgmoe.tools.megatron.flags import Arguments
+from nlgmoe.tools.megatron.flags import Arguments, Translation
+from nlgmoe.tools.megatron.trainer_settings import read_deepspeed_config, trainer_settings
 from nlgmoe.validation import SettingError
 
 _ENTRY_POINT = re.compile(r"(.*/)?pretrain_gpt\w*\.py")
+GPT2_FILES, OWN_FILES = ["gpt2-vocab.json", "gpt2-merges.txt"], ["vocab.json", "merges.txt"]
 
 
 def from_megatron(flags: list[str] | None = None, output: str | None = None, skip_unknown: bool = False) -> None:
@@ -40,10 +48,23 @@ def from_megatron(flags: list[str] | None = None, output: str | None = None, ski
 
 def translated(words: Sequence[str], skip_unknown: bool = False) -> str:
     """Translate a launch into YAML."""
-    from nlgmoe.tools.megatron.translate import translate
-
     arguments = Arguments(split_command(words), skip_unknown)
-    text = translate(arguments)
+    job = Translation(arguments)
+    deepspeed = read_deepspeed_config(job)
+    if job.seq_len is not None:
+        job.set("model.config.seq_len", job.seq_len)
+        positions = arguments.required("--max-position-embeddings")
+        if positions is not None and positions < job.seq_len:
+            arguments.refuse("--max-position-embeddings", f"is below --seq-length {job.seq_len}; make it as long")
+    model_config(job)
+    _distiller(job)
+    _optimizer(job)
+    _schedule(job)
+    _length(job)
+    _tokenizer(job)
+    _data(job)
+    trainer_settings(job, deepspeed)
+    text = job.text()
     if arguments.problems:
         raise SettingError("\n".join(arguments.problems))
     return text
@@ -56,3 +77,191 @@ def split_command(words: Sequence[str]) -> list[str]:
         return list(words)
     launcher = Arguments([word for word in words[: at[0]] if word != "-m"], skip_unknown=True).given
     return [word for name, values in launcher.items() for word in (name, *values)] + list(words[at[0] + 1 :])
+
+
+def model_config(job: Translation) -> None:
+    """Set `model.config`, but for the vocabulary and the sequence length."""
+    job.copy("Model", "model.config.")
+    if not job.is_moe:
+        job.set("model.config.moe", None)
+        return
+    moe, arguments = "model.config.moe.", job.arguments
+    job.set(f"{moe}num_experts", _experts(arguments.value("--num-experts")))
+    job.copy("Experts", moe)
+    dropping = not arguments.has("--disable-moe-token-dropping")
+    job.set(f"{moe}token_dropping", dropping)
+    job.set(f"{moe}eval_token_dropping", dropping)
+    job.set(f"{moe}aux_scope", "rank")
+    argmax = arguments.has("--disable-moe-top2-2nd-expert-sampling")
+    if argmax or arguments.value("--topk") == 2:
+        job.set(f"{moe}second_expert", "argmax" if argmax else "sample")
+
+
+def _experts(counts: Sequence[int]) -> int | list[int]:
+    """Return `num_experts`; Megatron builds a layer of one expert as a dense one, which is 0 here."""
+    here = [0 if count == 1 else count for count in counts]
+    return here if len(here) > 1 else here[0]
+
+
+def _tokenizer(job: Translation) -> None:
+    """Set the tokenizer, whose number of tokens `train.py` reads when it starts."""
+    job.arguments.value("--tokenizer-type")
+    paths = [job.arguments.required(name) for name in ("--vocab-file", "--merge-file")]
+    if None in paths:
+        return
+    (folder, vocabulary), (other, merges) = (posixpath.split(path) for path in paths)
+    if [vocabulary, merges] == GPT2_FILES:
+        job.set("data.tokenizer", "gpt2")
+    elif [vocabulary, merges] == OWN_FILES and folder == other:
+        job.set("data.tokenizer", folder or ".")
+    else:
+        job.arguments.refuse(
+            "--vocab-file",
+            f"needs GPT-2's files under the names {' and '.join(GPT2_FILES)}, which need not be there; or those of another "
+            "tokenizer, vocab.json and merges.txt in one folder",
+        )
+
+
+def _distiller(job: Translation) -> None:
+    if not job.arguments.has("--mos", "--kd"):
+        return
+    job.set("model.distiller.class_path", "nlgmoe.MixtureOfStudents")
+    job.copy("Distillation", "model.distiller.")
+    counts = job.arguments.value("--num-experts-teacher")
+    if counts is not None:
+        job.set("model.distiller.init_args.num_experts", _experts(counts))
+
+
+def _optimizer(job: Translation) -> None:
+    job.copy("Optimisation", "model.optimizer.lr")
+    job.set("model.optimizer.betas", [job.arguments.value(name) for name in ("--adam-beta1", "--adam-beta2")])
+    job.copy("Optimisation", "model.optimizer.")
+
+
+def _schedule(job: Translation) -> None:
+    arguments, path = job.arguments, "model.schedule."
+    shape = arguments.value("--lr-decay-style")
+    if shape is None:
+        return
+    lengths = ("--lr-decay-tokens", "--lr-decay-samples", "--lr-decay-iters")
+    warmup = _warmup(job)
+    job.set(f"{path}shape", "wsd" if shape == "linear" else shape)
+    job.set(f"{path}warmup_tokens", warmup)
+    if shape == "constant":
+        if arguments.has("--min-lr", *lengths):
+            job.notes.append("--lr-decay-style constant: --min-lr and --lr-decay-* have no effect.")
+        return
+    job.set(f"{path}min_lr", arguments.value("--min-lr"))
+    decay = arguments.value("--lr-decay-tokens") if arguments.has("--lr-decay-tokens") else _decay_of_counts(job)
+    if decay is None or warmup is None:
+        if not arguments.has(*lengths, "--train-samples", "--train-iters"):
+            job.arguments.add_problem(f"--lr-decay-style {shape}", "has no length; add --lr-decay-tokens")
+        return
+    job.set(f"{path}decay_tokens", decay)
+    if shape == "linear":
+        job.set(f"{path}cooldown_tokens", decay - warmup)
+
+
+def _warmup(job: Translation) -> int | None:
+    """Return the tokens of the warm-up; a fraction is one of the decay in steps or sequences, as in Megatron."""
+    arguments = job.arguments
+    if arguments.has("--lr-warmup-tokens"):
+        tokens: int | None = arguments.value("--lr-warmup-tokens")
+        return tokens
+    fraction = arguments.value("--lr-warmup-fraction")
+    if fraction is None:
+        return job.tokens("--lr-warmup-samples", "--lr-warmup-iters")
+    decay = _decay_of_counts(job)
+    if decay is None or job.seq_len is None:
+        arguments.refuse("--lr-warmup-fraction", "has no length to be a fraction of; give --lr-warmup-tokens")
+        return None
+    return round(fraction * (decay // job.seq_len)) * job.seq_len
+
+
+def _decay_of_counts(job: Translation) -> int | None:
+    """Return the tokens of a decay that is given in sequences or steps; of the training where there is none."""
+    if job.arguments.has("--lr-decay-samples", "--lr-decay-iters"):
+        return job.tokens("--lr-decay-samples", "--lr-decay-iters")
+    return job.tokens("--train-samples", "--train-iters")
+
+
+def _length(job: Translation) -> None:
+    arguments = job.arguments
+    lengths: list[int] = []
+    if (tokens := arguments.value("--train-tokens")) is not None:
+        lengths.append(tokens)
+    if arguments.has("--train-samples") and (tokens := job.tokens("--train-samples")) is not None:
+        assert job.seq_len is not None and job.global_batch is not None
+        step = job.seq_len * job.global_batch
+        ramp_up = arguments.has("--rampup-batch-size")  # then the last step may be a part of one
+        lengths.append(tokens if ramp_up else tokens // step * step)
+    if lengths:
+        job.set("model.train_tokens", min(lengths))
+    recompute = arguments.has("--checkpoint-activations", "--deepspeed-activation-checkpointing")
+    job.set("model.activation_checkpointing", recompute)
+    job.set("model.seed", arguments.value("--seed"))
+
+
+def _data(job: Translation) -> None:
+    arguments = job.arguments
+    _corpus(job)
+    job.copy("Batch and data", "data.")
+    numbers = arguments.value("--rampup-batch-size")
+    if numbers is not None and len(numbers) != 3:
+        arguments.refuse("--rampup-batch-size", "takes a start, an increment and a number of sequences; correct it")
+    elif numbers is not None and job.seq_len is not None:
+        for name, value in zip(("start", "increment", "tokens"), (*numbers[:2], numbers[2] * job.seq_len), strict=True):
+            job.set(f"data.batch_ramp_up.{name}", value)
+    resets = ("--reset-attention-mask", "--reset-position-ids")
+    given = [name for name in resets if arguments.has(name)]
+    if len(given) == 1:
+        other = resets[1 - resets.index(given[0])]
+        arguments.refuse(given[0], f"comes with {other} here, so that a document is read as if alone; add it")
+    if given:
+        job.set("data.document_attention", True)
+    if arguments.has("--eod-mask-loss"):
+        job.set("data.mask_eod_loss", True)
+    job.set("data.seed", arguments.value("--seed"))
+
+
+def _corpus(job: Translation) -> None:
+    """Set `data.corpus`: the data set, or the blend of several."""
+    words, split = job.arguments.required("--data-path"), _split(job)
+    if words is None or split is None:
+        return
+    words = ["1", *words] if len(words) == 1 else words
+    try:
+        weights = [float(word) for word in words[::2]]
+    except ValueError:
+        weights = [math.nan]
+    prefixes = words[1::2]
+    if len(weights) != len(prefixes) or not all(0 < weight < math.inf for weight in weights):
+        job.arguments.refuse("--data-path", "is not a list of weight and prefix in turn, weights above 0; correct it")
+        return
+    if twice := [prefix for prefix in prefixes if prefixes.count(prefix) > 1]:
+        job.arguments.refuse("--data-path", f"names {twice[0]} twice; add up its weights")
+    corpora = [
+        {"class_path": "nlgmoe.data.MegatronIndexed", "init_args": {"prefix": prefix, "split": [*split]}}
+        for prefix in prefixes
+    ]
+    names = [posixpath.basename(prefix).removesuffix("_text_document") for prefix in prefixes]
+    if len(set(names)) < len(names) or not all(names):
+        names = [prefix.strip("/") for prefix in prefixes]
+    keys = ("weight", "name", "corpus")
+    parts = [dict(zip(keys, part, strict=True)) for part in zip(weights, names, corpora, strict=True)]
+    blend = {"class_path": "nlgmoe.data.Blend", "init_args": {"parts": parts}}
+    job.set("data.corpus", blend if len(parts) > 1 else corpora[0])
+
+
+def _split(job: Translation) -> list[float] | None:
+    """Return the shares of training, validation and test; missing ones are 0."""
+    text = job.arguments.value("--split")
+    try:
+        shares = [float(part) for part in text.replace("/", ",").split(",")]
+    except ValueError:
+        shares = [math.nan]
+    shares = [*shares, 0.0, 0.0][:3]
+    if not all(0 <= share < math.inf for share in shares) or shares[1] == 0:
+        job.arguments.refuse("--split", "must be numbers from 0 on, with a second share to validate on; correct it")
+        return None
+    return [int(share) if share.is_integer() else share for share in shares]

@@ -34,14 +34,11 @@ def import_megatron(
             by the checkpoint's version and arguments. With a wrong layout the loss is that of an untrained model.
         accept_tanh_gelu: accept a model trained with --no-bias-gelu-fusion; its exact GELU becomes the tanh form.
         overwrite: replace an existing checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is damaged or incomplete, or a model of another kind.
     """
     check_new_checkpoint("output", output, overwrite, settings=False)
     from nlgmoe.checkpoint.verify import describe
     from nlgmoe.data.tokenizer_loading import load_tokenizer
-    from nlgmoe.tools.megatron.checkpoint.importing import import_checkpoint  # these need torch
+    from nlgmoe.tools.megatron.checkpoint import import_checkpoint  # these need torch
 
     files = None
     if tokenizer is not None:

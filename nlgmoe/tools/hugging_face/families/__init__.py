@@ -1,44 +1,38 @@
 """Models of other families in the format of `transformers`: their settings and the names of their weights.
 
-    family             block (`configs/block/`)                         import   export
-    olmoe              OLMoE: every block MoE                           yes      yes
-    qwen3_moe          Qwen3-MoE: blocks may be dense                   yes      yes
-    mixtral            Mixtral: every block MoE, normalised weights     yes      yes
-    qwen2_moe          Qwen2-MoE: a shared expert times a sigmoid       yes      yes
-    dots1              dots.llm1: sigmoid scores, shared experts        yes      yes
-    glm4_moe           GLM-4.5: as dots1; half of a head turns          yes      yes
-    deepseek_v3        DeepSeek-V3, Moonlight: latent attention         yes      yes
-    glm4_moe_lite      GLM-4.7-Flash: the same                          yes      yes
-    deepseek_v2        DeepSeek-V2: the same, with a softmax router     yes      yes
-    minimax_m2         MiniMax-M2: sigmoid scores, half a head turns    yes      yes
-    granitemoe         Granite 3: four scales, normalised weights       yes      yes
-    granitemoeshared   the same, plus a shared MLP                      yes      yes
-    llama              Llama, dense                                     yes      yes
-    qwen3              Qwen3, dense                                     yes      yes
-    granite            Granite 3, dense: four scales                     yes      yes
-    gpt2               GPT-2: the paper's block, dense                  yes      no
+    llama.py      Llama's block, dense or with a softmax router
+    deepseek.py   DeepSeek's families, and those that took over its mixtures
+    gpt2.py       GPT-2: the paper's block, dense; import only
 
-A family is a `Family` in a file of its own, and an item of `FAMILIES`. `tensors.py` has the table of tensors for both directions,
-`settings.py` what families share of their settings. A model belongs to a family if the family's settings, written and read
-back, describe a model that computes the same. tests/equivalence/test_open_moes.py compares logits, gradients and generation
+A family is a `Family` (`family.py`), and an item of `FAMILIES`. `tensors.py` has the table of tensors for both directions,
+`settings.py` what families share of their settings. tests/equivalence/test_open_moes.py compares logits, gradients and generation
 with the classes of `transformers`.
 """
 
 from __future__ import annotations
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.tools.hugging_face.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE
-from nlgmoe.tools.hugging_face.families.dots1 import DOTS1
+from nlgmoe.tools.hugging_face.families.deepseek import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    DOTS1,
+    GLM4_MOE,
+    GLM4_MOE_LITE,
+    MINIMAX_M2,
+)
 from nlgmoe.tools.hugging_face.families.family import Family
-from nlgmoe.tools.hugging_face.families.glm4_moe import GLM4_MOE
 from nlgmoe.tools.hugging_face.families.gpt2 import GPT2
-from nlgmoe.tools.hugging_face.families.granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
-from nlgmoe.tools.hugging_face.families.llama import LLAMA, QWEN3
-from nlgmoe.tools.hugging_face.families.minimax_m2 import MINIMAX_M2
-from nlgmoe.tools.hugging_face.families.mixtral import MIXTRAL
-from nlgmoe.tools.hugging_face.families.olmoe import OLMOE
-from nlgmoe.tools.hugging_face.families.qwen2_moe import QWEN2_MOE
-from nlgmoe.tools.hugging_face.families.qwen3_moe import QWEN3_MOE
+from nlgmoe.tools.hugging_face.families.llama import (
+    GRANITE,
+    GRANITE_MOE,
+    GRANITE_MOE_SHARED,
+    LLAMA,
+    MIXTRAL,
+    OLMOE,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+)
 from nlgmoe.validation import SettingError
 
 OWN = "nlgmoe"  # `model_type` of a folder with our code
@@ -50,8 +44,8 @@ FAMILIES = {family.name: family for family in _ALL}
 """In the order in which an export chooses."""
 
 
-def _exported() -> list[Family]:
-    return [family for family in FAMILIES.values() if family.write is not None]
+def _exported() -> dict[str, Family]:
+    return {name: family for name, family in FAMILIES.items() if family.write is not None}
 
 
 def family_of(config: GPTConfig, preferred: str | None = None) -> tuple[str | None, str]:
@@ -63,7 +57,7 @@ def family_of(config: GPTConfig, preferred: str | None = None) -> tuple[str | No
     """
     nearest: tuple[int, str] | None = None
     refusal = ""
-    for family in sorted(_exported(), key=lambda family: family.name != preferred):
+    for family in sorted(_exported().values(), key=lambda family: family.name != preferred):
         try:
             differing = family.differences(config)
         except ValueError as error:  # its reader or writer refuses the model
@@ -86,12 +80,10 @@ def chosen_family(config: GPTConfig, name: str | None, preferred: str | None = N
         return family_of(config, preferred)
     if name == OWN:
         return None, ""
-    family = next((family for family in _exported() if family.name == name), None)
-    if family is None:
-        known = ", ".join((OWN, *(family.name for family in _exported())))
-        raise SettingError(f"family={name} cannot be exported; supported are {known}")
+    if name not in _exported():
+        raise SettingError(f"family={name} cannot be exported; supported are {', '.join((OWN, *_exported()))}")
     try:
-        differing = ", ".join(family.differences(config))
+        differing = ", ".join(FAMILIES[name].differences(config))
     except ValueError as error:
         differing = str(error)
     if differing:

@@ -1,12 +1,19 @@
-"""DeepSeek-V3, DeepSeek-V2 and GLM-4 MoE Lite: multi-head latent attention, and shared experts in every MoE block.
+"""DeepSeek's families, and those that took over its mixtures.
 
-Their rotation turns neighbouring values of a head, ours values i and i + R / 2, so that rows of queries and keys are in another
-order; scores do not change. The norms of the latents have epsilon 1e-6, whatever `rms_norm_eps` is.
+    family          block                                    router                        first blocks
+    deepseek_v3     latent attention                         sigmoid, groups               `first_k_dense_replace` are dense
+    glm4_moe_lite   the same (GLM-4.7-Flash)                 the same                      `mlp_layer_types`
+    deepseek_v2     the same                                 softmax, never normalised     `first_k_dense_replace` are dense
+    dots1           each head's query and key normalised     as deepseek_v3                the same
+    glm4_moe        half of each head turns (GLM-4.5)        the same                      the same
+    minimax_m2      the same; queries and keys normalised    sigmoid, always normalised    every block is MoE
+                    as a whole
 
-    family          router                        top-k within groups           first blocks
-    deepseek_v3     sigmoid, bias of the choice   the sums of the two highest   `first_k_dense_replace` are dense
-    glm4_moe_lite   the same                      the same                      `mlp_layer_types`
-    deepseek_v2     softmax, never normalised     the maxima                    `first_k_dense_replace` are dense
+The sigmoid router has a bias on the choice. Groups score by the sum of their two highest experts; DeepSeek-V2's by the maximum.
+All but MiniMax-M2 have shared experts, whose outputs are added: they are one MLP, `n_shared_experts` times as wide as an expert.
+
+The rotation of latent attention turns neighbouring values of a head, ours values i and i + R / 2, so that rows of queries and
+keys are in another order; scores do not change. The norms of the latents have epsilon 1e-6, whatever `rms_norm_eps` is.
 """
 
 from __future__ import annotations
@@ -17,21 +24,134 @@ from typing import Any
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.mla import MLAConfig
 from nlgmoe.layers.rotary import Yarn
+from nlgmoe.layers.routers.sigmoid import SigmoidRouterConfig
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.hugging_face.families.family import Family
-from nlgmoe.tools.hugging_face.families.llama import BLOCK, LAYER
-from nlgmoe.tools.hugging_face.families.rope import UnsupportedError, rope_settings, rope_temperature, yarn_mscale
-from nlgmoe.tools.hugging_face.families.settings import REQUIRED, decoder_config, decoder_settings, moe_config, moe_of
-from nlgmoe.tools.hugging_face.families.sigmoid_moe import (
-    SIGMOID_MOE,
-    first_dense,
-    shared_fields,
-    shared_settings,
-    sigmoid_moe,
+from nlgmoe.tools.hugging_face.families.llama import BLOCK, LAYER, MIXTRAL_TABLE, shared_mlp
+from nlgmoe.tools.hugging_face.families.settings import (
+    REQUIRED,
+    REQUIRED_BY_LAYER,
+    UnsupportedError,
+    decoder_config,
+    decoder_settings,
+    moe_config,
+    moe_of,
+    moe_settings,
+    rope_settings,
+    rope_temperature,
+    yarn_mscale,
 )
 from nlgmoe.tools.hugging_face.families.tensors import Slot, Slots
 
-# ---- rows
+# ---- mixtures
+
+_SIGMOID_MOE: dict[str, Slots] = {
+    "blocks.#.moe.router.bias": LAYER + "mlp.gate.e_score_correction_bias",
+    **shared_mlp("shared_experts"),
+}
+
+
+def _first_dense(theirs: Any) -> list[int]:
+    """Return the number of experts of every block, of `first_k_dense_replace`."""
+    dense = theirs.first_k_dense_replace
+    return [0 if layer < dense else theirs.n_routed_experts for layer in range(theirs.num_hidden_layers)]
+
+
+def _shared_fields(theirs: Any) -> dict[str, Any]:
+    """Return the fields of `MoEConfig` for widths, shared experts, groups, and the scale of the weights."""
+    if not theirs.n_shared_experts:
+        raise UnsupportedError(f"n_shared_experts={theirs.n_shared_experts}")
+    size = theirs.moe_intermediate_size
+    return {
+        "expert_ffn_size": size,
+        "mlp_type": "residual",
+        "residual_mix": "sum",
+        "shared_ffn_size": size * theirs.n_shared_experts,
+        "groups": None if theirs.n_group in (None, 1) else [theirs.n_group, theirs.topk_group],
+        "gate_scale": float(theirs.routed_scaling_factor),
+    }
+
+
+def _sigmoid_moe(theirs: Any, counts: list[int] | None = None) -> MoEConfig:
+    """Read a mixture with the sigmoid router; `counts` has the experts of each block, by default those of `_first_dense`."""
+    own = _shared_fields(theirs)
+    router = SigmoidRouterConfig()
+    return moe_config(theirs, counts or _first_dense(theirs), theirs.norm_topk_prob, router=router, **own)
+
+
+def _shared_settings(config: GPTConfig) -> dict[str, Any]:
+    """Return the settings of a mixture with shared experts, the inverse of `_shared_fields` and `_first_dense`."""
+    moe, counts, size = moe_of(config), experts_per_layer(config), config.expert_ffn_size
+    number, chosen = moe.groups or (1, 1)
+    return moe_settings(config) | {
+        "n_routed_experts": max(counts),
+        "n_shared_experts": max(config.shared_ffn_size // size, 1),
+        "moe_intermediate_size": size,
+        "first_k_dense_replace": next(layer for layer, count in enumerate(counts) if count),
+        "n_group": number,
+        "topk_group": chosen,
+        "norm_topk_prob": moe.normalizes,
+        "routed_scaling_factor": moe.gate_scale,
+    }
+
+
+# ---- dots.llm1, GLM-4.5, MiniMax-M2
+
+
+def _read_dots(theirs: Any) -> GPTConfig:
+    return decoder_config(theirs, qk_norm="head", moe=_sigmoid_moe(theirs))
+
+
+def _write_dots(config: GPTConfig) -> dict[str, Any]:
+    own = {"head_dim": config.head_size, "sliding_window": None, "max_window_layers": config.num_layers}
+    return decoder_settings(config, **own, **_shared_settings(config))
+
+
+def _read_glm4(theirs: Any) -> GPTConfig:
+    own = {"qkv_bias": theirs.attention_bias, "qk_norm": "head" if theirs.use_qk_norm else None}
+    return decoder_config(theirs, partial=True, **own, moe=_sigmoid_moe(theirs))
+
+
+def _write_glm4(config: GPTConfig) -> dict[str, Any]:
+    own = {
+        "attention_bias": config.has_qkv_bias,  # of queries, keys and values alone
+        "use_qk_norm": config.qk_norm is not None,
+        "num_nextn_predict_layers": 0,
+    }
+    return decoder_settings(config, **own, **_partial_rope(config), **_shared_settings(config))
+
+
+def _partial_rope(config: GPTConfig) -> dict[str, Any]:
+    share = config.rotary_size / config.head_size  # GLM's default is 0.5
+    return {"head_dim": config.head_size, **rope_settings(config, partial_rotary_factor=share)}
+
+
+# `transformers` does not look at these; files on the hub and other programs have them.
+_MINIMAX = {"scoring_func": "sigmoid", "use_routing_bias": True, "use_qk_norm": True, "qk_norm_type": "per_layer"}
+_MINIMAX |= {"shared_intermediate_size": 0}
+_MINIMAX_TABLE = MIXTRAL_TABLE | {"blocks.#.moe.router.bias": LAYER + "block_sparse_moe.e_score_correction_bias"}
+
+
+def _read_minimax(theirs: Any) -> GPTConfig:
+    moe = moe_config(theirs, theirs.num_local_experts, normalizes=True, router=SigmoidRouterConfig())
+    return decoder_config(theirs, partial=True, qk_norm="projection", moe=moe)
+
+
+def _write_minimax(config: GPTConfig) -> dict[str, Any]:
+    # `rotary_dim` is for other programs.
+    sizes = {"intermediate_size": config.expert_ffn_size, "rotary_dim": config.rotary_size}
+    return decoder_settings(config, **sizes, **_partial_rope(config), **moe_settings(config), **_MINIMAX)
+
+
+_GLM4_REQUIRED = REQUIRED | {"attention_bias": (False, True)}
+_MINIMAX_REQUIRED = REQUIRED | {name: (value,) for name, value in _MINIMAX.items()}
+
+DOTS1 = Family("dots1", "Dots1", BLOCK | _SIGMOID_MOE, _read_dots, _write_dots, REQUIRED_BY_LAYER)
+GLM4_MOE = Family("glm4_moe", "Glm4Moe", BLOCK | _SIGMOID_MOE, _read_glm4, _write_glm4, _GLM4_REQUIRED)
+MINIMAX_M2 = Family("minimax_m2", "MiniMaxM2", _MINIMAX_TABLE, _read_minimax, _write_minimax, _MINIMAX_REQUIRED)
+
+
+# ---- latent attention: rows
 
 
 def _attention(config: GPTConfig) -> MLAConfig:
@@ -59,7 +179,7 @@ def _key_order(config: GPTConfig) -> list[int]:
 _SELF = LAYER + "self_attn."
 _TABLE: dict[str, Slots] = (
     BLOCK
-    | SIGMOID_MOE
+    | _SIGMOID_MOE
     | {
         "blocks.#.attention.query.weight": Slot(_SELF + "q_proj.weight", order=_query_order),
         "blocks.#.attention.query_down.weight": _SELF + "q_a_proj.weight",
@@ -72,7 +192,7 @@ _TABLE: dict[str, Slots] = (
 )
 
 
-# ---- reading
+# ---- latent attention: reading
 
 
 def _decoder(theirs: Any, moe: MoEConfig) -> GPTConfig:
@@ -91,22 +211,22 @@ def _decoder(theirs: Any, moe: MoEConfig) -> GPTConfig:
 
 
 def _read_v3(theirs: Any) -> GPTConfig:
-    return _decoder(theirs, sigmoid_moe(theirs, first_dense(theirs)))
+    return _decoder(theirs, _sigmoid_moe(theirs))
 
 
 def _read_glm(theirs: Any) -> GPTConfig:
     counts = [theirs.n_routed_experts if kind == "sparse" else 0 for kind in theirs.mlp_layer_types]
-    return _decoder(theirs, sigmoid_moe(theirs, counts))
+    return _decoder(theirs, _sigmoid_moe(theirs, counts))
 
 
 def _read_v2(theirs: Any) -> GPTConfig:
-    own = shared_fields(theirs)
+    own = _shared_fields(theirs)
     if theirs.topk_method == "greedy":
         own["groups"] = None
-    return _decoder(theirs, moe_config(theirs, first_dense(theirs), normalizes=False, **own))
+    return _decoder(theirs, moe_config(theirs, _first_dense(theirs), normalizes=False, **own))
 
 
-# ---- writing
+# ---- latent attention: writing
 
 
 def _settings(config: GPTConfig, **settings: Any) -> dict[str, Any]:
@@ -120,7 +240,7 @@ def _settings(config: GPTConfig, **settings: Any) -> dict[str, Any]:
         "moe_layer_freq": 1,
         "num_nextn_predict_layers": 0,
     }
-    return decoder_settings(config, **_rope(config, attention), **shared_settings(config), **settings)
+    return decoder_settings(config, **_rope(config, attention), **_shared_settings(config), **settings)
 
 
 def _rope(config: GPTConfig, attention: MLAConfig) -> dict[str, Any]:

@@ -1,23 +1,26 @@
-"""`Family`: models that one class of `transformers` computes."""
+"""`Family`: models that one class of `transformers` computes.
+
+A model belongs to a family if the family's settings, written and read back, describe a model that computes the same.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
+from nlgmoe.checkpoint.same_run import IGNORED_IN_EVALUATION
 from nlgmoe.config import GPTConfig
-from nlgmoe.tools.hugging_face.families.settings import (
-    REQUIRED,
-    UnsupportedError,
-    check_required,
-    differing_settings,
-)
-from nlgmoe.tools.hugging_face.families.tensors import Layout, Table, places
+from nlgmoe.layers.attention import attention_config
+from nlgmoe.parts import ATTENTION_FIELDS, MOE_PARTS
+from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.tools.hugging_face.families.settings import REQUIRED, UnsupportedError, check_required
+from nlgmoe.tools.hugging_face.families.tensors import Layout, Table
 from nlgmoe.validation import RunError
 
 
@@ -67,17 +70,11 @@ class Family:
                     + ("; name a conversion to bf16" if method else "")
                 )
         try:
-            theirs = self.config_class.from_dict(values)
-        except Exception as error:  # the library's exceptions have many types
-            raise RunError(f"{folder}/config.json is damaged ({error}); download or save the model again") from error
-        try:
-            return self._config_of(theirs)
+            return self._config_of(self.config_class.from_dict(values))
         except UnsupportedError as problem:
             raise RunError(f"{problem} of {folder} cannot be imported: nlgmoe does not support it") from problem
-        except (TypeError, ValueError) as error:
-            raise RunError(
-                f"{folder}/config.json describes no model: {error}; download or save the model again"
-            ) from error
+        except Exception as error:  # the library's exceptions have many types
+            raise RunError(f"{folder}/config.json is damaged ({error}); download or save the model again") from error
 
     def settings(self, config: GPTConfig) -> dict[str, Any]:
         """Return the contents of `config.json`, without ids of tokens."""
@@ -96,8 +93,7 @@ class Family:
         """Return settings, as `name=value`, with which a model computes something else than the family; empty: nothing else.
 
         Raises:
-            UnsupportedError: the family cannot express the model at all.
-            ValueError: likewise.
+            ValueError: the family cannot express the model at all.
         """
         assert self.write is not None, f"{self.name} is not exported"
         try:
@@ -107,11 +103,11 @@ class Family:
         made = self._config_of(theirs)
         if config.moe is not None and made.moe is None:
             raise UnsupportedError(f"num_experts={config.moe.num_experts}")
-        return differing_settings(config, made)
+        return _differing_settings(config, made)
 
     def layout(self, config: GPTConfig) -> Layout:
         """Return the tensors of a model's files."""
-        return Layout(places(config, self.table), config)
+        return Layout(config, self.table)
 
     @property
     def config_class(self) -> Any:
@@ -121,3 +117,59 @@ class Family:
     def _config_of(self, theirs: Any) -> GPTConfig:
         check_required(theirs, self.required)
         return self.read(theirs)
+
+
+# ---- comparison of two models
+
+# Settings that are compared below, in another form, or not at all.
+_REPLACED = (IGNORED_IN_EVALUATION - {"eval_token_dropping"}) | {
+    *("vocab_size_multiple", "moe", "expert_interval", "residual_mix"),
+    *("ffn_hidden_size", "expert_ffn_size", "shared_ffn_size"),
+}
+
+
+def _computation(config: GPTConfig) -> dict[str, Any]:
+    """Return the settings that decide the computation in evaluation, those of `moe` too, by name, with nulls resolved."""
+    moe, counts = config.moe, experts_per_layer(config)
+    found: dict[str, Any] = config.to_dict()
+    found |= found.pop("moe") or {}
+    # Parts that are null are not in `found`.
+    null = dict.fromkeys((*(field.name for field in fields(config)), *MOE_PARTS))
+    values = {name: value for name, value in {**null, **found}.items() if name not in _REPLACED}
+    attention = attention_config(config)
+    width, _ = attention.score_widths(config)
+    values |= {"num_kv_heads": config.kv_heads, "head_dim": config.head_size, "rotary_dim": config.rotary_size}
+    values |= {"attention_scale": config.attention_scale or width**-0.5, "num_experts": counts}
+    values["qkv_bias"] = config.has_qkv_bias
+    values = {name: value for name, value in values.items() if name not in ATTENTION_FIELDS - attention.reads_fields}
+    if 0 in counts:
+        values["ffn_hidden_size"] = config.ffn_size
+    if moe is None:
+        return values
+    values |= {"normalize_weights": moe.normalizes, "expert_ffn_size": config.expert_ffn_size}
+    if moe.mlp_type == "residual":
+        values |= {"residual_mix": moe.residual_mix, "shared_ffn_size": config.shared_ffn_size}
+    if moe.router is not None:
+        settings = values["router"]["init_args"]
+        read = {name: value for name, value in settings.items() if name not in moe.router.ignored_in_evaluation}
+        values["router"] = values["router"] | {"init_args": read}
+    return values
+
+
+def _differing_settings(config: GPTConfig, other: GPTConfig) -> list[str]:
+    """Return settings of a model, as `name=value`, with which it computes something else than the other."""
+    ours, theirs = _computation(config), _computation(other)
+    # A setting that one of them lacks has no meaning there, because of another one that differs, such as `mlp_type`.
+    return [f"{name}={_text(ours[name])}" for name in ours if name in theirs and not _equal(ours[name], theirs[name])]
+
+
+def _equal(value: Any, other: Any) -> bool:
+    if isinstance(value, float) and isinstance(other, float | int):  # it may be the reciprocal of a reciprocal
+        return math.isclose(value, other, rel_tol=1e-12)
+    return bool(value == other)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict) and "class_path" in value:
+        return str(value["class_path"]).rpartition(".")[2]
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,9 +1,40 @@
-"""Llama and Qwen3, dense; `BLOCK` has the names of tensors that most families share."""
+"""Families with Llama's block, dense or with a softmax router; `BLOCK` has the names of tensors that most families share.
+
+    llama, qwen3                   dense; Qwen3 normalises each head's query and key
+    mixtral                        every block MoE, weights of a token's experts always normalised
+    olmoe                          every block MoE, queries and keys normalised as a whole; weights may be normalised
+    qwen3_moe                      blocks may be dense; each head's query and key are normalised
+    qwen2_moe                      blocks may be dense; biases of queries, keys and values; a shared expert, times a sigmoid
+    granite                        dense, with four scales
+    granitemoe, granitemoeshared   the same, but every block MoE, weights always normalised; the second with a shared MLP
+
+Granite's scales:
+
+    x = embedding_multiplier * E[token]        x = x + residual_multiplier * branch(norm(x))
+    scores = attention_multiplier * q k^T      logits = head(norm(x)) / logits_scaling
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.rotary import Yarn
+from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.hugging_face.families.family import Family
-from nlgmoe.tools.hugging_face.families.settings import decoder_config, decoder_settings
+from nlgmoe.tools.hugging_face.families.settings import (
+    REQUIRED_BY_LAYER,
+    UnsupportedError,
+    decoder_config,
+    decoder_settings,
+    moe_config,
+    moe_of,
+    moe_settings,
+    rope_settings,
+    rope_temperature,
+    yarn_mscale,
+)
 from nlgmoe.tools.hugging_face.families.tensors import Slot, Slots, key_rows, query_rows
 
 LAYER = "model.layers.{}."
@@ -41,17 +72,155 @@ BLOCK: dict[str, Slots] = {
     "head.weight": "lm_head.weight",
 }
 
-LLAMA = Family(
-    "llama",
-    "Llama",
-    BLOCK,
-    read=decoder_config,
-    write=lambda config: decoder_settings(config, head_dim=config.head_size),
+
+# ---- Llama, Qwen3, Mixtral, OLMoE
+
+MIXTRAL_TABLE = BLOCK | {
+    "blocks.#.moe.router.weight": LAYER + "block_sparse_moe.gate.weight",
+    "blocks.#.moe.experts.#.gate_weight": LAYER + "block_sparse_moe.experts.{}.w1.weight",
+    "blocks.#.moe.experts.#.expand_weight": LAYER + "block_sparse_moe.experts.{}.w3.weight",
+    "blocks.#.moe.experts.#.project_weight": LAYER + "block_sparse_moe.experts.{}.w2.weight",
+}
+
+
+def _write_dense(config: GPTConfig) -> dict[str, Any]:
+    return decoder_settings(config, head_dim=config.head_size)
+
+
+def _read_mixtral(theirs: Any) -> GPTConfig:
+    return decoder_config(theirs, moe=moe_config(theirs, theirs.num_local_experts, normalizes=True))
+
+
+def _write_mixtral(config: GPTConfig) -> dict[str, Any]:
+    sizes = {"intermediate_size": config.expert_ffn_size, "head_dim": config.head_size}
+    return decoder_settings(config, **sizes, **moe_settings(config))
+
+
+def _read_olmoe(theirs: Any) -> GPTConfig:
+    moe = moe_config(theirs, theirs.num_experts, theirs.norm_topk_prob)
+    return decoder_config(theirs, qk_norm="projection", moe=moe)
+
+
+def _write_olmoe(config: GPTConfig) -> dict[str, Any]:  # no head_dim
+    sizes = {"intermediate_size": config.expert_ffn_size, "norm_topk_prob": moe_of(config).normalizes}
+    return decoder_settings(config, **sizes, **moe_settings(config))
+
+
+LLAMA = Family("llama", "Llama", BLOCK, decoder_config, _write_dense)
+QWEN3 = Family("qwen3", "Qwen3", BLOCK, lambda theirs: decoder_config(theirs, qk_norm="head"), _write_dense)
+MIXTRAL = Family("mixtral", "Mixtral", MIXTRAL_TABLE, _read_mixtral, _write_mixtral)
+OLMOE = Family("olmoe", "Olmoe", BLOCK, _read_olmoe, _write_olmoe)
+
+
+# ---- Qwen2-MoE, Qwen3-MoE
+
+_QWEN2_TABLE = (
+    BLOCK | shared_mlp("shared_expert") | {"blocks.#.moe.coefficient.weight": LAYER + "mlp.shared_expert_gate.weight"}
 )
-QWEN3 = Family(
-    "qwen3",
-    "Qwen3",
-    BLOCK,
-    read=lambda theirs: decoder_config(theirs, qk_norm="head"),
-    write=lambda config: decoder_settings(config, head_dim=config.head_size),
+
+
+def _qwen_moe(theirs: Any, **shared: Any) -> MoEConfig:
+    """Read a mixture with dense blocks, and with a width of the experts' own."""
+    counts = [
+        0 if layer in theirs.mlp_only_layers or (layer + 1) % theirs.decoder_sparse_step else theirs.num_experts
+        for layer in range(theirs.num_hidden_layers)
+    ]
+    return moe_config(theirs, counts, theirs.norm_topk_prob, expert_ffn_size=theirs.moe_intermediate_size, **shared)
+
+
+def _qwen_settings(config: GPTConfig) -> dict[str, Any]:
+    return moe_settings(config) | {
+        "norm_topk_prob": moe_of(config).normalizes,
+        "moe_intermediate_size": config.expert_ffn_size,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer, count in enumerate(experts_per_layer(config)) if not count],
+    }
+
+
+def _read_qwen2(theirs: Any) -> GPTConfig:
+    size = theirs.shared_expert_intermediate_size
+    moe = _qwen_moe(theirs, mlp_type="residual", residual_mix="sigmoid", shared_ffn_size=size)
+    return decoder_config(theirs, qkv_bias=theirs.qkv_bias, moe=moe)
+
+
+def _write_qwen2(config: GPTConfig) -> dict[str, Any]:  # no head_dim
+    own = {"shared_expert_intermediate_size": config.shared_ffn_size, "qkv_bias": config.has_qkv_bias}
+    return decoder_settings(config, **own, **_qwen_settings(config))
+
+
+def _read_qwen3(theirs: Any) -> GPTConfig:
+    return decoder_config(theirs, qk_norm="head", moe=_qwen_moe(theirs))
+
+
+def _write_qwen3(config: GPTConfig) -> dict[str, Any]:
+    return decoder_settings(config, head_dim=config.head_size, **_qwen_settings(config))
+
+
+QWEN2_MOE = Family("qwen2_moe", "Qwen2Moe", _QWEN2_TABLE, _read_qwen2, _write_qwen2, REQUIRED_BY_LAYER)
+QWEN3_MOE = Family("qwen3_moe", "Qwen3Moe", BLOCK, _read_qwen3, _write_qwen3)
+
+
+# ---- Granite
+
+_EXPERTS, _SHARED = LAYER + "block_sparse_moe.", LAYER + "shared_mlp."
+_GRANITE_TABLE = BLOCK | {
+    "blocks.#.moe.router.weight": _EXPERTS + "router.layer.weight",
+    "blocks.#.moe.experts.#.gate_weight": _EXPERTS + "input_linear.weight",
+    "blocks.#.moe.experts.#.expand_weight": Slot(_EXPERTS + "input_linear.weight", part=1),
+    "blocks.#.moe.experts.#.project_weight": _EXPERTS + "output_linear.weight",
+    "blocks.#.moe.mlp.gate.weight": _SHARED + "input_linear.weight",
+    "blocks.#.moe.mlp.expand.weight": Slot(_SHARED + "input_linear.weight", part=1),
+    "blocks.#.moe.mlp.project.weight": _SHARED + "output_linear.weight",
+}
+
+
+def _read_granite(theirs: Any, moe: MoEConfig | None = None) -> GPTConfig:
+    return decoder_config(
+        theirs,
+        attention_scale=theirs.attention_multiplier * rope_temperature(theirs) ** 2,
+        embedding_scale=float(theirs.embedding_multiplier),
+        residual_scale=float(theirs.residual_multiplier),
+        logit_scale=1 / theirs.logits_scaling,
+        moe=moe,
+    )
+
+
+def _read_granite_moe(theirs: Any, **shared: Any) -> GPTConfig:
+    return _read_granite(theirs, moe_config(theirs, theirs.num_local_experts, normalizes=True, **shared))
+
+
+def _read_granite_shared(theirs: Any) -> GPTConfig:
+    size = theirs.shared_intermediate_size
+    if not size:
+        raise UnsupportedError(f"shared_intermediate_size={size}")
+    return _read_granite_moe(theirs, mlp_type="residual", residual_mix="sum", shared_ffn_size=size)
+
+
+def _write_granite(config: GPTConfig, **settings: Any) -> dict[str, Any]:
+    scaling, width = config.rotary_scaling, config.head_size
+    factor = yarn_mscale(scaling.factor) ** 2 if isinstance(scaling, Yarn) else 1.0  # of products, by the temperature
+    return decoder_settings(
+        config,
+        head_dim=width,
+        attention_multiplier=(config.attention_scale or width**-0.5) / factor,
+        embedding_multiplier=config.embedding_scale,
+        residual_multiplier=config.residual_scale,
+        logits_scaling=1 / config.logit_scale,
+        **rope_settings(replace(config, attention_scale=factor * width**-0.5)),
+        **settings,
+    )
+
+
+def _write_granite_moe(config: GPTConfig, **shared: Any) -> dict[str, Any]:
+    return _write_granite(config, intermediate_size=config.expert_ffn_size, **moe_settings(config), **shared)
+
+
+def _write_granite_shared(config: GPTConfig) -> dict[str, Any]:
+    return _write_granite_moe(config, shared_intermediate_size=config.shared_ffn_size)
+
+
+GRANITE = Family("granite", "Granite", BLOCK, _read_granite, _write_granite)
+GRANITE_MOE = Family("granitemoe", "GraniteMoe", _GRANITE_TABLE, _read_granite_moe, _write_granite_moe)
+GRANITE_MOE_SHARED = Family(
+    "granitemoeshared", "GraniteMoeShared", _GRANITE_TABLE, _read_granite_shared, _write_granite_shared
 )

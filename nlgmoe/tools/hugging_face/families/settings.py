@@ -1,18 +1,25 @@
-"""Settings that families share: reading a configuration of `transformers`, writing it, and comparing two models."""
+"""Settings that families share: a configuration of `transformers`, read and written.
+
+YaRN multiplies cosines and sines by a temperature. Where all values of a head turn, this is a factor of each product of a query
+and a key, its square, which is part of our `attention_scale`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
-from nlgmoe.checkpoint.same_run import IGNORED_IN_EVALUATION
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.attention import attention_config
-from nlgmoe.parts import ATTENTION_FIELDS, MOE_PARTS
+from nlgmoe.layers.rotary import Llama3, Yarn
+from nlgmoe.parts import RotaryScaling
 from nlgmoe.pyramid import experts_per_layer
-from nlgmoe.tools.hugging_face.families.rope import UnsupportedError, rope_fields, rope_settings, rope_temperature
+from nlgmoe.validation import SettingError
+
+
+class UnsupportedError(SettingError):
+    """A family's setting that nlgmoe does not compute, or a model's that the family does not express, as `setting=value`."""
+
 
 # Values of settings that nlgmoe computes; a family without the setting has that value.
 REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -31,11 +38,7 @@ REQUIRED_BY_LAYER = {name: values for name, values in REQUIRED.items() if name !
 
 
 def check_required(theirs: Any, required: Mapping[str, tuple[Any, ...]]) -> None:
-    """Check values of settings.
-
-    Raises:
-        UnsupportedError: one has another value.
-    """
+    """Raise an `UnsupportedError` if a setting has another value."""
     for name, supported in required.items():
         if (value := getattr(theirs, name, supported[0])) not in supported:
             raise UnsupportedError(f"{name}={value}")
@@ -60,12 +63,12 @@ def decoder_config(theirs: Any, partial: bool = False, **more: Any) -> GPTConfig
 
     Args:
         theirs: the family's configuration.
-        partial: see `rope_fields`.
+        partial: the family's class reads `partial_rotary_factor`; most ignore it.
         more: further fields, or other values.
     """
     head_dim = getattr(theirs, "head_dim", None)
     width, temperature = head_dim or theirs.hidden_size // theirs.num_attention_heads, rope_temperature(theirs)
-    rope = rope_fields(theirs, width, partial)
+    rope = _rope_fields(theirs, width, partial)
     if temperature != 1 and rope["rotary_dim"] is not None:  # it would scale a part of each product
         raise UnsupportedError(f"attention_factor={temperature} with partial_rotary_factor")
     values = {
@@ -135,78 +138,89 @@ def decoder_settings(config: GPTConfig, **settings: Any) -> dict[str, Any]:
 
 
 def moe_settings(config: GPTConfig) -> dict[str, Any]:
-    """Return the settings of a mixture that most families have.
-
-    Raises:
-        UnsupportedError: the model is dense.
-    """
+    """Return the settings of a mixture that most families have."""
     experts = max(experts_per_layer(config))
     # `num_experts` is for readers of version 4.
     return {"num_experts_per_tok": moe_of(config).top_k, "num_experts": experts, "num_local_experts": experts}
 
 
 def moe_of(config: GPTConfig) -> MoEConfig:
-    """Return the mixture of a model.
-
-    Raises:
-        UnsupportedError: the model is dense.
-    """
+    """Return the mixture of a model; raise an `UnsupportedError` if it is dense."""
     if config.moe is None:
         raise UnsupportedError("moe=null")
     return config.moe
 
 
-# ---- comparing
-
-# Settings that are compared below, in another form, or not at all.
-_REPLACED = (IGNORED_IN_EVALUATION - {"eval_token_dropping"}) | {
-    *("vocab_size_multiple", "moe", "expert_interval", "residual_mix"),
-    *("ffn_hidden_size", "expert_ffn_size", "shared_ffn_size"),
-}
+# ---- rotary positions, `rope_parameters`
 
 
-def computation(config: GPTConfig) -> dict[str, Any]:
-    """Return the settings that decide the computation in evaluation, those of `moe` too, by name, with nulls resolved."""
-    moe, counts = config.moe, experts_per_layer(config)
-    found: dict[str, Any] = config.to_dict()
-    found |= found.pop("moe") or {}
-    # Parts that are null are not in `found`.
-    null = dict.fromkeys((*(field.name for field in fields(config)), *MOE_PARTS))
-    values = {name: value for name, value in {**null, **found}.items() if name not in _REPLACED}
-    attention = attention_config(config)
-    width, _ = attention.score_widths(config)
-    values |= {"num_kv_heads": config.kv_heads, "head_dim": config.head_size, "rotary_dim": config.rotary_size}
-    values |= {"attention_scale": config.attention_scale or width**-0.5, "num_experts": counts}
-    values["qkv_bias"] = config.has_qkv_bias
-    values = {name: value for name, value in values.items() if name not in ATTENTION_FIELDS - attention.reads_fields}
-    if 0 in counts:
-        values["ffn_hidden_size"] = config.ffn_size
-    if moe is None:
-        return values
-    values |= {"normalize_weights": moe.normalizes, "expert_ffn_size": config.expert_ffn_size}
-    if moe.mlp_type == "residual":
-        values |= {"residual_mix": moe.residual_mix, "shared_ffn_size": config.shared_ffn_size}
-    if moe.router is not None:
-        settings = values["router"]["init_args"]
-        read = {name: value for name, value in settings.items() if name not in moe.router.ignored_in_evaluation}
-        values["router"] = values["router"] | {"init_args": read}
-    return values
+def _rope_fields(theirs: Any, width: int, partial: bool) -> dict[str, Any]:
+    """Return the fields of rotary positions; `width` is that of a head, `rope_temperature` is left to the caller."""
+    rope = theirs.rope_parameters
+    turning = int(width * (share := rope.get("partial_rotary_factor", 1.0)))
+    if turning != width and not partial:
+        raise UnsupportedError(f"partial_rotary_factor={share}")
+    return {
+        "rope_theta": float(rope["rope_theta"]),
+        "rotary_dim": None if turning == width else turning,
+        "rotary_scaling": _rotary_scaling(theirs, rope),
+    }
 
 
-def differing_settings(config: GPTConfig, other: GPTConfig) -> list[str]:
-    """Return settings of a model, as `name=value`, with which it computes something else than the other."""
-    ours, theirs = computation(config), computation(other)
-    # A setting that one of them lacks has no meaning there, because of another one that differs, such as `mlp_type`.
-    return [f"{name}={_text(ours[name])}" for name in ours if name in theirs and not _equal(ours[name], theirs[name])]
+def _rotary_scaling(theirs: Any, rope: Mapping[str, Any]) -> RotaryScaling | None:
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    length = rope.get("original_max_position_embeddings") or theirs.max_position_embeddings
+    if kind == "llama3":
+        limits = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        return Llama3(float(rope["factor"]), length, *limits)
+    if kind != "yarn":
+        raise UnsupportedError(f"rope_type={kind}")
+    limits = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
+    return Yarn(_yarn_factor(theirs), length, *limits, truncate=rope.get("truncate", True))
 
 
-def _equal(value: Any, other: Any) -> bool:
-    if isinstance(value, float) and isinstance(other, float | int):  # it may be the reciprocal of a reciprocal
-        return math.isclose(value, other, rel_tol=1e-12)
-    return bool(value == other)
+def _yarn_factor(theirs: Any) -> float:
+    rope = theirs.rope_parameters
+    return float(rope.get("factor") or theirs.max_position_embeddings / rope["original_max_position_embeddings"])
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, dict) and "class_path" in value:
-        return str(value["class_path"]).rpartition(".")[2]
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def rope_temperature(theirs: Any) -> float:
+    """Return the factor of cosines and sines, for queries and for keys: YaRN's temperature."""
+    rope = theirs.rope_parameters
+    if rope.get("rope_type", "default") != "yarn":
+        return 1.0
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    factor, above, below = _yarn_factor(theirs), rope.get("mscale"), rope.get("mscale_all_dim")
+    return yarn_mscale(factor, above) / yarn_mscale(factor, below) if above and below else yarn_mscale(factor)
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """Return YaRN's temperature (arXiv 2309.00071, equation 22)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rope_settings(config: GPTConfig, **settings: Any) -> dict[str, Any]:
+    """Return the settings of rotary positions.
+
+    Args:
+        config: of the model.
+        settings: further settings of `rope_parameters`, such as `partial_rotary_factor`, or other values.
+    """
+    if config.rope_theta is None:
+        return {}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    scaling = config.rotary_scaling
+    if isinstance(scaling, Llama3):
+        rope |= {"rope_type": "llama3", "low_freq_factor": scaling.low_freq_factor}
+        rope["high_freq_factor"] = scaling.high_freq_factor
+    elif isinstance(scaling, Yarn):
+        rope |= {"rope_type": "yarn", "beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+        rope |= {"truncate": scaling.truncate, "attention_factor": 1.0}
+        if config.attention_scale is not None:
+            rope["attention_factor"] = math.sqrt(config.attention_scale * math.sqrt(config.head_size))
+    if isinstance(scaling, Llama3 | Yarn):
+        rope |= {"factor": scaling.factor, "original_max_position_embeddings": scaling.original_length}
+    return {"rope_parameters": rope | settings}

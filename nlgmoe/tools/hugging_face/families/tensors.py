@@ -1,7 +1,7 @@
 """Tensors of a family's files and entries of our checkpoints: one table of places for both directions.
 
-A family's table maps each entry, with `#` for a number, to the `Slot`s of its rows; `places` fills it in for a model, and
-`Layout` reads an entry from the files, or makes a tensor of the entries. One entry or tensor is in memory at a time.
+A family's table maps each entry, with `#` for a number, to the `Slot`s of its rows. `Layout` fills it in for a model, reads an
+entry from the files, or makes a tensor of the entries. One entry or tensor is in memory at a time.
 
     "blocks.#.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight"     a tensor of its own
     "blocks.#.attention.qkv.weight": [Slot(q, rows=query_rows), Slot(k, rows=key_rows), ...]   rows in several tensors
@@ -14,7 +14,7 @@ A family's table maps each entry, with `#` for a number, to the `Slot`s of its r
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +25,9 @@ from nlgmoe.checkpoint.layout import Shapes
 from nlgmoe.config import GPTConfig
 from nlgmoe.surgery.write_weights import weight_shapes
 
-TABLES = ("token_embedding.weight", "head.weight")  # their rows from `vocab_size` on are padding
+_TABLES = ("token_embedding.weight", "head.weight")  # their rows from `vocab_size` on are padding
 _NUMBER = r"(?<=\.)\d+(?=\.)"
-Where = tuple[int | slice, ...]  # an index of a tensor
+Where = tuple[slice, ...]  # an index of a tensor
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,7 @@ class Place:
         entry: name of the entry.
         tensor: name of the tensor.
         first: the entry's first row.
-        rows: number of rows.
-        at: the tensor's first row.
-        index: of the expert in a stack; None: no stack.
+        where: index of these rows in the tensor; in a stack of experts, that of the expert comes first.
         order: see `Slot`.
         transposed: the entry is `[in, out]` and the tensor `[out, in]`, or the reverse.
         shape: of these rows.
@@ -83,37 +81,29 @@ class Place:
     entry: str
     tensor: str
     first: int
-    rows: int
-    at: int
-    index: int | None
-    order: tuple[int, ...] | None
+    where: Where
+    order: list[int] | None
     transposed: bool
     shape: torch.Size
 
-    @property
-    def where(self) -> Where:
-        """Index of these rows in the tensor."""
-        rows = slice(self.at, self.at + self.rows)
-        return (rows,) if self.index is None else (self.index, rows)
-
     def cut(self, entry: Tensor) -> Tensor:
         """Return these rows of the entry, in the order of the tensor."""
-        rows = (entry.t() if self.transposed else entry)[self.first : self.first + self.rows]
-        return rows if self.order is None else rows[list(self.order)]
+        rows = (entry.t() if self.transposed else entry)[self.first : self.first + self.shape[0]]
+        return rows if self.order is None else rows[self.order]
 
     def restore(self, rows: Tensor) -> Tensor:
         """Return these rows of the tensor in the order of the entry, the inverse of `cut`; not transposed."""
+        rows = rows.reshape(self.shape)
         if self.order is None:
             return rows
         value = torch.empty_like(rows)
-        value[list(self.order)] = rows
+        value[self.order] = rows
         return value
 
 
-def places(config: GPTConfig, table: Table) -> list[Place]:
-    """Return the places of all entries of a model; those of an entry in the order of its rows."""
-    found = []
-    orders: dict[Callable[[GPTConfig], Sequence[int]], tuple[int, ...]] = {}
+def _places(config: GPTConfig, table: Table) -> Iterator[Place]:
+    """Yield the places of all entries of a model; those of an entry in the order of its rows."""
+    orders: dict[Callable[[GPTConfig], Sequence[int]], list[int]] = {}
     for entry, shape in weight_shapes(config).items():
         numbers = re.findall(_NUMBER, entry)
         value = table[re.sub(_NUMBER, "#", entry)]
@@ -121,25 +111,25 @@ def places(config: GPTConfig, table: Table) -> list[Place]:
         for slot in [value] if isinstance(value, str | Slot) else value:
             slot = Slot(slot) if isinstance(slot, str) else slot
             transposed = expert != slot.in_out and len(shape) == 2
-            whole = config.vocab_size if entry in TABLES else shape[-1] if transposed else shape[0]
+            whole = config.vocab_size if entry in _TABLES else shape[-1] if transposed else shape[0]
             rows = whole if slot.rows is None else slot.rows(config)
-            index = int(numbers[-1]) if expert and slot.name.count("{}") < len(numbers) else None
+            where = [slice(slot.part * rows, (slot.part + 1) * rows)]
+            if expert and slot.name.count("{}") < len(numbers):
+                where.insert(0, slice(int(numbers[-1]), int(numbers[-1]) + 1))
             if slot.order is not None and slot.order not in orders:
-                orders[slot.order] = tuple(slot.order(config))
+                orders[slot.order] = list(slot.order(config))
             order = None if slot.order is None else orders[slot.order]
             size = torch.Size((rows, *(shape[:1] if transposed else shape[1:])))
-            name = slot.name.format(*numbers)
-            found.append(Place(entry, name, first, rows, slot.part * rows, index, order, transposed, size))
+            yield Place(entry, slot.name.format(*numbers), first, tuple(where), order, transposed, size)
             first += rows
-    return found
 
 
 class Layout:
     """The tensors of a model in a family's files.
 
     Args:
-        places: of all entries.
         config: of the model.
+        table: of the family.
 
     Attributes:
         of_entry: places of each entry, in the order of its rows.
@@ -147,11 +137,11 @@ class Layout:
         shapes: of each tensor.
     """
 
-    def __init__(self, places: Sequence[Place], config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, table: Table) -> None:
         self._config = config
         self.of_entry: dict[str, list[Place]] = {}
         self.of_tensor: dict[str, list[Place]] = {}
-        for place in places:
+        for place in _places(config, table):
             self.of_entry.setdefault(place.entry, []).append(place)
             self.of_tensor.setdefault(place.tensor, []).append(place)
         self.shapes: Shapes = {name: _shape(parts) for name, parts in self.of_tensor.items()}
@@ -160,7 +150,10 @@ class Layout:
         """Return an entry; `read(tensor, where)` reads a part of a tensor."""
         parts = self.of_entry[name]
         value = torch.cat([place.restore(read(place.tensor, place.where)) for place in parts])
-        return pad_table(name, value.t() if parts[0].transposed else value, self._config).contiguous()
+        value = value.t() if parts[0].transposed else value
+        if name in _TABLES:  # padding rows, which no file of Hugging Face's format has
+            value = functional.pad(value, (0, 0, 0, self._config.padded_vocab_size - len(value)))
+        return value.contiguous()
 
     def tensor(self, name: str, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
         """Return a tensor; `read(entry)` reads an entry."""
@@ -171,12 +164,15 @@ class Layout:
 
 
 def _shape(parts: Sequence[Place]) -> torch.Size:
-    rows, *columns = parts[0].shape
-    rows = max(place.at + place.rows for place in parts)
-    stack = [] if parts[0].index is None else [1 + max(place.index or 0 for place in parts)]
-    return torch.Size((*stack, rows, *columns))
+    axes = zip(*(place.where for place in parts), strict=True)
+    return torch.Size((*(max(part.stop for part in axis) for axis in axes), *parts[0].shape[1:]))
 
 
-def pad_table(entry: str, value: Tensor, config: GPTConfig) -> Tensor:
-    """Return an entry with the padding rows of a table, which no file of Hugging Face's format has."""
-    return functional.pad(value, (0, 0, 0, config.padded_vocab_size - len(value))) if entry in TABLES else value
+def own_layout(config: GPTConfig) -> Layout:
+    """Return the tensors of a folder with our code: names and shapes are the GPT's, and a layer's experts are one tensor."""
+    table: dict[str, Slots] = {}
+    for entry in weight_shapes(config):
+        name = re.sub(_NUMBER, "{}", entry).replace(".experts.{}.", ".experts.")
+        name = "lm_head.weight" if entry == "head.weight" else f"model.gpt.{name}"
+        table[re.sub(_NUMBER, "#", entry)] = Slot(name, in_out=".experts." in name)
+    return Layout(config, table)

@@ -26,10 +26,9 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.surgery.write_weights import weight_shapes, write_weights
-from nlgmoe.tools.megatron.checkpoint.source import Dense, ExpertFiles, find_folder, read_dense
-from nlgmoe.tools.megatron.flags import FLAGS, ROWS, Arguments
-from nlgmoe.tools.megatron.translate import model_config
-from nlgmoe.tools.megatron.translation import Settings
+from nlgmoe.tools.megatron.checkpoint_files import Dense, ExpertFiles, find_folder, read_dense
+from nlgmoe.tools.megatron.flags import FLAGS, ROWS, Arguments, Translation
+from nlgmoe.tools.megatron.from_megatron import model_config
 from nlgmoe.validation import RunError, SettingError
 
 QKV = Literal["auto", "heads", "thirds"]
@@ -66,12 +65,12 @@ def config_of(args: Namespace, rows: int, positions: int, vocab_size: int | None
         accept_tanh_gelu: accept exact GELU, which becomes the tanh form.
     """
     arguments = Arguments(words_of(args))
-    settings = Settings(arguments)
-    model_config(settings)
+    job = Translation(arguments)
+    model_config(job)
     seq_len = arguments.value("--seq-length") or positions
     # `megatron/model/transformer.py`, ParallelMLP: the fused form and OpenAI's are tanh, F.gelu and `erf_gelu` exact.
     fused = getattr(args, "bias_gelu_fusion", False) and not getattr(args, "onnx_safe", False)
-    if not accept_tanh_gelu and not fused and not getattr(args, "openai_gelu", False):
+    if not (accept_tanh_gelu or fused or getattr(args, "openai_gelu", False)):
         arguments.add_problem(
             "bias_gelu_fusion=False",
             "is GELU in its exact form, nlgmoe's is the tanh form; --accept-tanh-gelu accepts the model, whose logits "
@@ -84,7 +83,7 @@ def config_of(args: Namespace, rows: int, positions: int, vocab_size: int | None
         raise SettingError(
             f"vocab_size={vocab_size} must be between 1 and the {rows} rows of the checkpoint's embedding"
         )
-    config = dict(settings.tree["model"]["config"])
+    config = dict(job.tree["model"]["config"])
     if rows % config["vocab_size_multiple"]:
         config["vocab_size_multiple"] = 1
     moe = config.pop("moe")
@@ -132,12 +131,11 @@ def import_checkpoint(
     folder = find_folder(Path(path))
     dense = read_dense(folder)
     try:
-        rows, positions = (_rows(dense, name) for name in (_WORDS, _POSITIONS))
+        rows, positions = (len(_tensor(dense, name)) for name in (_WORDS, _POSITIONS))
         config = config_of(dense.args, rows, positions, vocab_size, accept_tanh_gelu)
     except ValueError as error:
         raise type(error)(f"{error} ({dense.file})") from error
-    counts = moe_blocks(config)
-    weights = Weights(dense, ExpertFiles(folder, counts), config, _find_qkv_order(dense, qkv))
+    weights = Weights(dense, ExpertFiles(folder, moe_blocks(config)), config, _find_qkv_order(dense, qkv))
     write_weights(output, weights.read, config, tokenizer, dense.iteration, dense.tokens, overwrite)
     return config
 
@@ -212,10 +210,6 @@ def _find_qkv_order(dense: Dense, qkv: QKV) -> str:
     if dense.version not in (2, 3):
         raise RunError(f"checkpoint_version={dense.version} is unknown ({dense.file}); give its layout by --qkv")
     return _QKV["thirds" if hasattr(dense.args, "ds_sequence_parallel_fpdt") else "heads"]
-
-
-def _rows(dense: Dense, name: str) -> int:
-    return len(_tensor(dense, name))
 
 
 def _tensor(dense: Dense, name: str) -> Tensor:

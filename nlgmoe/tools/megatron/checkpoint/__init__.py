@@ -1,1 +1,0 @@
-"""Import Megatron-DeepSpeed's checkpoints: `docs/results/megatron_layout.md` has their layout and its sources."""
