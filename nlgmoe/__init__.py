@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from nlgmoe.data import PileDataModule
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
     from nlgmoe.distill.offline_teacher import OfflineTeacher
-    from nlgmoe.eval.expert_counts import count_experts
     from nlgmoe.eval.generation import generate
     from nlgmoe.eval.loaded_model import LoadedModel, load_pretrained
-    from nlgmoe.eval.specialisation import Specialisation
+    from nlgmoe.eval.specialisation import Specialisation, count_experts
     from nlgmoe.experiment import Experiment, load_config
     from nlgmoe.layers.attention import AttentionContext
     from nlgmoe.layers.mla import MLAConfig
@@ -44,10 +43,9 @@ _NAMES = {
     "nlgmoe.data": "PileDataModule",
     "nlgmoe.distill.mixture_of_students": "MixtureOfStudents",
     "nlgmoe.distill.offline_teacher": "OfflineTeacher",
-    "nlgmoe.eval.expert_counts": "count_experts",
     "nlgmoe.eval.generation": "generate",
     "nlgmoe.eval.loaded_model": "LoadedModel load_pretrained",
-    "nlgmoe.eval.specialisation": "Specialisation",
+    "nlgmoe.eval.specialisation": "Specialisation count_experts",
     "nlgmoe.experiment": "Experiment load_config",
     "nlgmoe.layers.attention": "AttentionContext",
     "nlgmoe.layers.mla": "MLAConfig",

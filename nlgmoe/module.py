@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,15 +22,14 @@ from nlgmoe.data.training_data import training_data
 from nlgmoe.differences import list_differences
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.eval.perplexity import Evaluation, batch_losses
+from nlgmoe.layers.attention import AttentionContext
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
-from nlgmoe.model.compiling import compile_dense_parts
-from nlgmoe.model.gpt import GPT
+from nlgmoe.model.gpt import GPT, Block
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.optim.param_groups import AdamWConfig, build_optimizer, freeze
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.parallel.triton_product import hand_in_triton_product
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.pyramid import ExpertPlacement, PlacesExperts, experts_per_layer
 from nlgmoe.ranks import AllRanksError
 from nlgmoe.run.checks import (
     check_lengths,
@@ -308,3 +307,20 @@ def _has_placements(model: GPT, placements: Mapping[int, ExpertPlacement]) -> bo
         if isinstance(moe, MoELayer) and (moe.placement.first, moe.placement.count) != (wanted.first, wanted.count):
             return False
     return True
+
+
+def compile_dense_parts(model: GPT) -> None:
+    """Compile attention and the dense feed-forward layers, whose shapes do not depend on the routing, at their first use.
+
+    Generation stays uncompiled: its shapes change with every token. Compiled dropout draws other random numbers.
+    """
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        vars(block)["attend"] = _compiled_unless_cached(block.attend)
+        if block.moe is None:
+            vars(block)["feed_forward"] = torch.compile(block.feed_forward)
+
+
+def _compiled_unless_cached(attend: Callable[[Tensor, AttentionContext], Tensor]) -> Callable[..., Tensor]:
+    compiled = torch.compile(attend)
+    return lambda x, context: attend(x, context) if context.cache is not None else compiled(x, context)

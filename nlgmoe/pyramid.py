@@ -4,9 +4,12 @@ The paper finds that experts improve later layers more (section 4.1.1, "Phenomen
 `MoEConfig.num_experts` may grow with depth.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.validation import SettingError, require
@@ -145,3 +148,30 @@ def expert_parallel_degree(num_experts: int, world_size: int, limit: int) -> int
         )
     common = math.gcd(num_experts, world_size)
     return max(degree for degree in range(1, min(common, limit) + 1) if common % degree == 0)
+
+
+@dataclass(frozen=True)
+class ExpertPlacement:
+    """The experts of a layer that this rank holds.
+
+    The ranks of `group` divide the layer's experts: the first rank holds the first `count`, the next rank the next, and so on.
+    The number of ranks is the layer's expert-parallel degree.
+
+    Attributes:
+        first: number of the first expert held here.
+        count: experts held here.
+        group: the ranks (a `torch.distributed.ProcessGroup`); None if this rank holds all experts of the layer.
+    """
+
+    first: int
+    count: int
+    group: Any = None
+
+
+@runtime_checkable
+class PlacesExperts(Protocol):
+    """A strategy that divides experts over ranks; `MoEGPTModule` builds its model accordingly."""
+
+    def expert_placements(self, config: GPTConfig, model_name: str = "model") -> Mapping[int, ExpertPlacement]:
+        """Return this rank's placement of every MoE block, by block number; `model_name` names the model in logs and errors."""
+        ...

@@ -1,7 +1,8 @@
-"""Routing statistics of each MoE layer: in the logger and in `expert_load.csv`."""
+"""Routing statistics of each MoE layer: in the logger and in `expert_load.csv`, whose rows thin out with the steps taken."""
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.callbacks.load_table import LoadTable, has_row
 from nlgmoe.callbacks.routing_statistics import (
     WITH_TOTAL,
     requests_of,
@@ -29,12 +29,64 @@ from nlgmoe.layers.router import Routing
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.ranks import sum_over_ranks
-from nlgmoe.run.folder import is_of_folder
-from nlgmoe.run.loggers import is_logged
+from nlgmoe.run.folder import cut_rows, is_logged, is_of_folder
 from nlgmoe.run.resume import ends_step
 from nlgmoe.validation import SettingError
 
+ROWS_PER_DOUBLING = 128
 EVALUATED = ("load_max_over_mean", "load_cv", "dropped", "entropy", "expert_share")  # statistics that `validate` logs
+
+
+def has_row(interval: int) -> bool:
+    """Return True if the table has a row for a logging interval: a rule of the step alone, which restarts do not change.
+
+    All of the first 256 intervals have one, every second of the next 256, every fourth of the next 512, and so on.
+
+    Args:
+        interval: logging intervals that the run has had with this one.
+    """
+    # The largest power of 2 up to interval / 128.
+    spacing = 1 << max(0, (interval // ROWS_PER_DOUBLING).bit_length() - 1)
+    return interval % spacing == 0
+
+
+class LoadTable:
+    """The file, on the process that writes it.
+
+    Args:
+        path: the file; a new one begins with the header.
+        rows: of the checkpoint that is resumed; later rows are cut. None: the checkpoint does not count them, and all are kept.
+
+    Attributes:
+        rows: number of rows, without the header.
+    """
+
+    def __init__(self, path: Path, rows: int | None) -> None:
+        self.path, self.rows = path, cut_rows(path, rows)
+
+    def append(self, step: int, tokens: int, loads: Sequence[np.ndarray], dropped: Sequence[float]) -> None:
+        """Append a row for each MoE layer; cells are empty where a layer has fewer experts.
+
+            step,tokens,moe_layer,dropped,expert_0,expert_1,...
+
+        Args:
+            step: the step of `metrics.csv`.
+            tokens: tokens seen after the step.
+            loads: `[E]` for each layer: assignments since the last row, before dropping, over all ranks.
+            dropped: fraction of each layer's assignments.
+        """
+        width = max(map(len, loads))
+        rows: list[list[object]] = []
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            rows.append(["step", "tokens", "moe_layer", "dropped", *(f"expert_{index}" for index in range(width))])
+            self.rows = 0
+        for moe_layer, (load, share) in enumerate(zip(loads, dropped, strict=True)):
+            cells = [*(int(count) for count in load), *[""] * (width - len(load))]
+            rows.append([step, tokens, moe_layer, f"{share:.6g}", *cells])
+        with self.path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+        self.rows += len(loads)
 
 
 class ExpertLoad(Callback):

@@ -13,7 +13,7 @@ from typing_extensions import override
 from nlgmoe.batch import Batch
 from nlgmoe.checkpoint.reading import holds_run
 from nlgmoe.data.training_data import training_data
-from nlgmoe.eval.expert_counts import ExpertCounts
+from nlgmoe.eval.specialisation import ExpertCounts
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.pyramid import moe_blocks
 

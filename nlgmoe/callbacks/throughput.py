@@ -17,7 +17,7 @@ from nlgmoe.device import memory_bytes, product_name, time_stamp
 from nlgmoe.hardware import peak_of
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.ranks import sum_over_ranks
-from nlgmoe.run.loggers import is_logged
+from nlgmoe.run.folder import is_logged
 from nlgmoe.run.resume import ends_step
 from nlgmoe.validation import SettingError
 

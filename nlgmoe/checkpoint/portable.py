@@ -24,8 +24,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.entries import join_experts, optimizer_from_entries, optimizer_to_entries, split_experts
-from nlgmoe.checkpoint.layout import entry_shapes, require_entries
+from nlgmoe.checkpoint.entries import (
+    entry_shapes,
+    join_experts,
+    optimizer_from_entries,
+    optimizer_to_entries,
+    require_entries,
+    split_experts,
+)
 from nlgmoe.checkpoint.reading import FORMAT, VERSION, Contents, TensorFiles, read_document
 from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
 from nlgmoe.config import GPTConfig

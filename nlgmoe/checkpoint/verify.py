@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from nlgmoe.checkpoint.layout import Shapes, entry_shapes, optimizer_shapes
+from nlgmoe.checkpoint.entries import Shapes, entry_shapes, optimizer_shapes
 from nlgmoe.checkpoint.reading import (
     REMEDY,
     Contents,

@@ -15,7 +15,7 @@ from nlgmoe.validation import SettingError
 if TYPE_CHECKING:
     from nlgmoe.batch import Batch
     from nlgmoe.config import GPTConfig
-    from nlgmoe.eval.expert_use import ExpertUse
+    from nlgmoe.eval.importance import ExpertUse
 
 
 def prune_checkpoint(
@@ -54,7 +54,7 @@ def prune_checkpoint(
     import_allowed(allow_code)
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
     from nlgmoe.commands.measured_text import read_batches, with_progress  # these need torch
-    from nlgmoe.eval.expert_use import measure_use
+    from nlgmoe.eval.importance import measure_use
     from nlgmoe.eval.loaded_model import load_pretrained
     from nlgmoe.surgery.prune import most_used, prune, pruned_config
 
@@ -94,7 +94,7 @@ def _by_position(num_experts: int | list[int], before: GPTConfig) -> list[int]:
 
 def _loss_of(checkpoint: Path, device: str, batches: Iterable[Batch]) -> float:
     from nlgmoe.checkpoint.portable import load_model
-    from nlgmoe.eval.expert_use import measure_use
+    from nlgmoe.eval.importance import measure_use
 
     return measure_use(load_model(checkpoint).to(device), batches).loss
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.checkpoint.layout import PRECISIONS, entry_shapes, local_entries, require_entries
+from nlgmoe.checkpoint.entries import PRECISIONS, entry_shapes, local_entries, require_entries
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.same_run import tokenizer_matches
 from nlgmoe.config import GPTConfig
@@ -28,10 +28,10 @@ from nlgmoe.data.training_data import TrainingData, length_of, training_data
 from nlgmoe.distill.distiller import Distiller, find_teacher
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import SoftTargets, TeacherTargets
-from nlgmoe.layers.placement import PlacesExperts
+from nlgmoe.layers.precision import cast_by_autocast
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parallel.triton_product import hand_in_triton_product
-from nlgmoe.pyramid import experts_per_layer, experts_per_position
+from nlgmoe.pyramid import PlacesExperts, experts_per_layer, experts_per_position
 from nlgmoe.ranks import raise_on_all_ranks
 from nlgmoe.validation import SettingError
 
@@ -138,9 +138,8 @@ class MixtureOfStudents(Distiller):
         with self._own_precision():
             hidden = model(batch["tokens"], mask, documents=batch.get("document")).hidden.flatten(0, 1)
             unembedding = model.unembedding
-        device = hidden.device.type
-        if self.precision is None and torch.is_autocast_enabled(device):  # once, not for every chunk
-            hidden, unembedding = (t.to(torch.get_autocast_dtype(device)) for t in (hidden, unembedding))
+        if self.precision is None:  # once, not for every chunk
+            hidden, unembedding = cast_by_autocast(hidden), cast_by_autocast(unembedding)
 
         def logits(positions: slice) -> Tensor:
             with torch.no_grad(), self._own_precision():

@@ -23,7 +23,7 @@ from nlgmoe.checkpoint.writing import flush
 from nlgmoe.data import PileDataModule
 from nlgmoe.differences import list_differences
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
-from nlgmoe.distill.teacher_logits import (
+from nlgmoe.distill.offline_teacher import (
     FORMAT,
     HEADER,
     POSITION,

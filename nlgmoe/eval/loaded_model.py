@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from nlgmoe.checkpoint.layout import PRECISIONS
+from nlgmoe.checkpoint.entries import PRECISIONS
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.checkpoint.reading import read_document, read_tokenizer
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint

@@ -20,11 +20,11 @@ from torch import Tensor, distributed
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.nn import functional as F
 
-from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher, Rows, round_up_rows
-from nlgmoe.layers.expert_products import fixed_slots
-from nlgmoe.layers.feed_forward import computing_dtype
-from nlgmoe.layers.placement import ExpertPlacement
+from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher, Rows
+from nlgmoe.layers.expert_products import fixed_slots, round_up_rows
+from nlgmoe.layers.precision import computing_dtype
 from nlgmoe.layers.router import Routing
+from nlgmoe.pyramid import ExpertPlacement
 
 
 class AllToAllDispatcher(LocalDispatcher):

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, distributed
 
 from nlgmoe.config import MoEConfig
-from nlgmoe.layers.counts import requests_per_expert
 from nlgmoe.layers.router import Routing
 
 
@@ -35,7 +34,7 @@ def router_losses(routings: Sequence[Routing], aux_scope: Literal["rank", "globa
             is then the loss of their whole batch, and so is its gradient. A collective.
     """
     dtype = routings[0].weight.dtype
-    loads = [_counted(routing).to(dtype) for routing in routings]  # [E] each
+    loads = [routing.requests(_choices_counted(routing)).to(dtype) for routing in routings]  # [E] each
     tokens = routings[0].num_tokens.to(dtype)
     if aux_scope == "global" and distributed.is_initialized():
         # The mean of the ranks' losses is the loss of the whole batch if each rank takes its own probabilities, the mean load
@@ -85,14 +84,6 @@ def _choices_counted(routing: Routing) -> int:
     """Return how many of a token's choices the loads count."""
     top_k = routing.expert.shape[1]
     return 1 if top_k <= 2 else top_k
-
-
-def _counted(routing: Routing) -> Tensor:
-    """Count those choices, `[E]` int64."""
-    counted = _choices_counted(routing)
-    if counted == routing.expert.shape[1]:
-        return routing.tokens_per_expert
-    return requests_per_expert(routing.expert[:, :counted], routing.token_mask, routing.num_experts)
 
 
 def _unpadded(values: Tensor, routing: Routing) -> Tensor:

@@ -20,12 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nlgmoe.layers.counts import count
-from nlgmoe.layers.expert_products import fixed_slots, has_slots
-from nlgmoe.layers.feed_forward import computing_dtype
-from nlgmoe.layers.router import Routing
-
-ROW_MULTIPLE = 32  # of an expert, on CPUs in half precision (docs/performance.md)
+from nlgmoe.layers.expert_products import fixed_slots, has_slots, round_up_rows
+from nlgmoe.layers.precision import computing_dtype
+from nlgmoe.layers.router import Routing, count
 
 
 class Rows(NamedTuple):
@@ -103,32 +100,6 @@ class LocalDispatch:
         if self._top_k == 1:
             return by_choice * self.weight
         return (by_choice.unflatten(0, self.weight.shape) * self.weight.unsqueeze(-1)).sum(dim=1)
-
-
-def round_up_rows(index: Tensor, tokens_per_expert: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Repeat the last row of each expert until their number is round, on CPUs in half precision.
-
-    oneDNN compiles a kernel for each number of rows there, and each keeps memory. Round is a multiple of `ROW_MULTIPLE`, or of a
-    quarter of the largest power of two in the number if that is less: 9 -> 10, 17 -> 20, 65 -> 80, 129 -> 160. So an expert gets
-    at most a quarter more rows, and none below 9, as in generation. The outputs of repeated rows are not read, so that their
-    gradients are zero.
-
-    Args:
-        index: `[R]` of the rows to gather, sorted by expert.
-        tokens_per_expert: `[e]` int64, R in all.
-        dtype: of the computation.
-
-    Returns:
-        `index` with repetitions, `[M]`; the place of each row in it, `[R]`; rows per expert, `[e]`. Elsewhere M is R.
-    """
-    if index.device.type != "cpu" or dtype.itemsize != 2:
-        return index, torch.arange(len(index), device=index.device), tokens_per_expert
-    exponent = torch.frexp(tokens_per_expert.float()).exponent  # 2^(exponent - 1) <= rows < 2^exponent
-    multiple = (2 ** (exponent - 3).clamp_min(0)).clamp_max(ROW_MULTIPLE)
-    repeated = -tokens_per_expert % multiple  # [e]
-    last = (tokens_per_expert.cumsum(0) - 1).clamp_min(0)
-    times = torch.ones_like(index).index_add_(0, last, repeated)  # [R]
-    return index.repeat_interleave(times), times.cumsum(0) - times, tokens_per_expert + repeated
 
 
 def assign_slots(tokens_per_expert: Tensor, capacity: int, rows: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nlgmoe.layers.expert_products import Product, choose_product, compute_capability
-from nlgmoe.layers.feed_forward import NETWORKS, cast_by_autocast
+from nlgmoe.layers.feed_forward import NETWORKS
+from nlgmoe.layers.precision import cast_by_autocast
 from nlgmoe.parts import ExpertConfig, Linear
 from nlgmoe.roles import Role
 from nlgmoe.validation import RunError

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.layers.precision import cast_by_autocast
 from nlgmoe.parts import ExpertConfig, Linear, Stack
 
 
@@ -55,17 +55,6 @@ def expert_network(config: GPTConfig) -> ExpertConfig:
 def gelu(x: Tensor) -> Tensor:
     """Compute GELU in its tanh form, as GPT-2 and the paper's models do: `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`."""
     return F.gelu(x, approximate="tanh")
-
-
-def computing_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a network is applied to `x`: autocast's if it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def cast_by_autocast(x: Tensor) -> Tensor:
-    """Cast to autocast's dtype if it is on: once, instead of a cast and a copy for each matrix."""
-    return x.to(computing_dtype(x))
 
 
 class FeedForward(nn.Module):

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.attention import AttentionContext, attend
-from nlgmoe.layers.feed_forward import cast_by_autocast
+from nlgmoe.layers.precision import cast_by_autocast
 from nlgmoe.layers.rotary import rotate
 from nlgmoe.parts import AttentionConfig
 from nlgmoe.validation import require, require_above, require_at_least, require_valid

@@ -23,9 +23,9 @@ from nlgmoe.layers.all_to_all import AllToAllDispatcher
 from nlgmoe.layers.dispatch import LocalDispatcher
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward, expert_network
-from nlgmoe.layers.placement import ExpertPlacement
-from nlgmoe.layers.router import Routing, RoutingContext, build_router, fp32_products, without_autocast
-from nlgmoe.pyramid import experts_at
+from nlgmoe.layers.precision import fp32_products, without_autocast
+from nlgmoe.layers.router import Routing, RoutingContext, build_router
+from nlgmoe.pyramid import ExpertPlacement, experts_at
 from nlgmoe.validation import RunError
 
 

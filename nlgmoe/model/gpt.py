@@ -17,10 +17,9 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.layers.attention import AttentionContext, KVCache, build_attention, build_norm
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Routing, RoutingContext
 from nlgmoe.model.initialisation import initialise
-from nlgmoe.pyramid import experts_at
+from nlgmoe.pyramid import ExpertPlacement, experts_at
 
 NoiseKey = tuple[int, ...]
 

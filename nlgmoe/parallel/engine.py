@@ -21,8 +21,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, distributed, nn
 from typing_extensions import override
 
-from nlgmoe.checkpoint.entries import initial_state
-from nlgmoe.checkpoint.layout import Entry
+from nlgmoe.checkpoint.entries import Entry, initial_state
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.non_finite import StepGradients, squared_norm
 from nlgmoe.parallel.expert_groups import ExpertGroups
@@ -91,7 +90,7 @@ def use_device(device: torch.device) -> None:
 
 
 class EngineState:
-    """Gather and load the fp32 weights and Adam moments of an engine, by checkpoint entry (`checkpoint/layout.py`).
+    """Gather and load the fp32 weights and Adam moments of an engine, by checkpoint entry (`checkpoint/entries.py`).
 
     At any precision and expert-parallel degree.
 

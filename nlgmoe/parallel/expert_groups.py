@@ -13,9 +13,8 @@ from torch import distributed
 from torch.distributed import ProcessGroup
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.model.counting import expert_parameters
-from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer, moe_blocks
+from nlgmoe.pyramid import ExpertPlacement, expert_parallel_degree, experts_per_layer, moe_blocks
 from nlgmoe.ranks import AllRanksSettingError
 
 

@@ -17,8 +17,15 @@ import torch
 from torch import Tensor, distributed, nn
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.entries import MOMENTS
-from nlgmoe.checkpoint.layout import Entry, Shapes, entry_shapes, local_entries, optimizer_shapes, require_entries
+from nlgmoe.checkpoint.entries import (
+    MOMENTS,
+    Entry,
+    Shapes,
+    entry_shapes,
+    local_entries,
+    optimizer_shapes,
+    require_entries,
+)
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.checkpoint.reading import Contents, TensorFiles
 from nlgmoe.parallel.engine import EngineState, loss_scaler

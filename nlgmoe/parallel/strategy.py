@@ -27,7 +27,6 @@ from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers.moe import moe_layers
-from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.non_finite import StepGradients
 from nlgmoe.optim.param_groups import AdamWConfig, is_frozen
 from nlgmoe.parallel.expert_groups import (
@@ -37,6 +36,7 @@ from nlgmoe.parallel.expert_groups import (
     layer_degrees,
     make_groups,
 )
+from nlgmoe.pyramid import ExpertPlacement
 from nlgmoe.ranks import AllRanksError, AllRanksSettingError
 from nlgmoe.surgery.warm_start import load_initial_weights
 from nlgmoe.validation import RunError, require

@@ -2,9 +2,9 @@
 
 hook                where                            what it does
 ------------------  -------------------------------  ---------------------------------------------------------------------
-RunTrainer.fit      run/folder.py                    rank 0 locks the folder; `checkpoint_to_resume` decides which checkpoint
-RunTrainer._run     run/folder.py                    connects the ranks; all take rank 0's decision, or raise its error, and see
-                                                     its folder (run/shared_folder.py)
+RunTrainer.fit      run/trainer.py                   rank 0 locks the folder; `checkpoint_to_resume` decides which checkpoint
+RunTrainer._run     run/trainer.py                   connects the ranks; all take rank 0's decision, or raise its error, and see
+                                                     its folder (`require_shared_folder`)
 load_checkpoint     checkpoint/portable.py, under    `choose_checkpoint`: the newest valid one of a run folder; reads it,
                     DeepSpeed parallel/strategy.py   each rank its own entries
 on_load_checkpoint  module.py                        refuses another model, seed, tokenizer or frozen component

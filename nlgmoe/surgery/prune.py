@@ -62,7 +62,7 @@ def most_used(weights: Sequence[Tensor], config: GPTConfig) -> list[list[int]]:
     """Return the experts to keep in each MoE layer, in order: those with the largest weights, with `groups` of each group.
 
     Args:
-        weights: `[E]` of each MoE layer, or their saliency (`eval/expert_use.py`).
+        weights: `[E]` of each MoE layer, or their saliency (`eval/importance.py`).
         config: the result of `pruned_config`.
     """
     assert config.moe is not None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlgmoe.checkpoint.layout import Entry, entry_shapes, local_entries
+from nlgmoe.checkpoint.entries import Entry, entry_shapes, local_entries
 from nlgmoe.checkpoint.reading import TensorFiles, read_document
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.checkpoint.same_run import tokenizer_matches

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.layout import Shapes, entry_shapes
+from nlgmoe.checkpoint.entries import Shapes, entry_shapes
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.checkpoint.reading import Contents, read_document, run_config
 from nlgmoe.config import GPTConfig

@@ -13,7 +13,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from nlgmoe.callbacks import StagedDistillation
-from nlgmoe.checkpoint.layout import entry_shapes
+from nlgmoe.checkpoint.entries import entry_shapes
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.config import GPTConfig, MoEConfig

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nlgmoe.checkpoint.layout import entry_shapes, local_entries
+from nlgmoe.checkpoint.entries import entry_shapes, local_entries
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.model.initialisation import initialise

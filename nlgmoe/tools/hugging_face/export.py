@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nlgmoe.checkpoint.layout import (
+from nlgmoe.checkpoint.entries import (
     PRECISIONS,
     entry_shapes,
     local_entries,
