@@ -20,8 +20,6 @@ def list_differences(
     a line: `blocks.1.moe.experts.*.expand_bias (saved: missing, now: [64]; 4 experts)`.
 
     Args:
-        saved: values by name.
-        current: values by name.
         ignore: names that are not compared, at any depth.
         limit: number of lines, after which follows "and N more"; None: all lines.
     """

@@ -28,10 +28,7 @@ def training_loss(
     """Compute the loss of one micro-batch; a second call with the same arguments computes the same.
 
     Args:
-        gpt: the model.
-        batch: the micro-batch of this rank.
         noise_key: (seed, step, micro-batch index over all ranks) of every random draw.
-        chunk_size: tokens whose logits exist at a time.
         distiller: reads the teacher; None, or after its end: no distillation.
 
     Returns:

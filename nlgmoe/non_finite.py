@@ -55,7 +55,6 @@ class StepGradients:
     This class is for gradients that every rank holds whole: a single process, or `ddp`.
 
     Args:
-        parameters: parameters of the model.
         scaler: fp16's gradient scaler, which has no lower bound; a scale of 1 is taken as its lowest.
     """
 
@@ -131,9 +130,6 @@ def squared_norm(gradients: Iterable[Tensor | None], device: torch.device) -> Te
 class StepGuard:
     """Decide whether a step may be taken, and count skipped steps.
 
-    Args:
-        settings: the action for a step that is not finite.
-
     Attributes:
         skipped: skipped steps since the run began, including those whose gradients overflowed under fp16's loss scale.
         in_a_row: skipped steps since the last step that was taken, without overflows.
@@ -149,12 +145,7 @@ class StepGuard:
         """Return True if the step may be taken, False if it is to be skipped. A collective if loss or norm is not finite.
 
         Args:
-            step: its number, as in the logger.
             loss: sum of all logged losses, each the mean over micro-batches and ranks; only its finiteness is used.
-            norm: norm of its gradients.
-            model: the model with the weights before the step.
-            losses: losses of each micro-batch of this rank.
-            gradients: gradients of the step.
         """
         name, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
         if math.isfinite(value):

@@ -220,7 +220,6 @@ def require_paper_parts(config: Any, what: str, parts: Iterable[str] = PARTS) ->
     """Check that parts of a model are the paper's.
 
     Args:
-        config: its `GPTConfig`.
         what: subject and verb of the message, such as `the cost model supports`.
         parts: names of the parts to check, of `PARTS`.
 
@@ -251,11 +250,7 @@ def without_parts(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ForeignCodeError(SettingError):
-    """A checkpoint names a class of a module that is not imported.
-
-    Args:
-        path: import path of the class.
-    """
+    """A checkpoint names a class of a module that is not imported."""
 
     def __init__(self, path: str) -> None:
         module = path.rpartition(".")[0]

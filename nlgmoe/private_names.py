@@ -1,6 +1,6 @@
 """The private names of other libraries that this package reads, calls, sets or overrides: all of them.
 
-`tests/test_private_names.py` finds each in the installed releases, and no other one in the package. A new one needs an entry here:
+`tests/test_private_names.py` finds each in the installed releases, and no other one in the package. A new one is added here:
 the class (`module:Class`) or module that has it, of a base class if it is overridden; below it names, the files below `nlgmoe/`
 that use them, and what for; the public way that is missing. Names of DeepSpeed's optimizer that have no underscore, but no
 documentation either, are listed too.
@@ -118,9 +118,11 @@ transformers.configuration_utils:PreTrainedConfig
 """
 
 PRIVATE_NAMES: dict[str, dict[str, tuple[str, str]]] = {}  # owner -> name -> files, reason
+_owner = ""
 for _line in _LIST.strip().splitlines():
     if _line.startswith(" "):
         _names, _files, _reason = (field.strip() for field in _line.split("|"))
         PRIVATE_NAMES[_owner] |= dict.fromkeys(_names.split(), (_files, _reason))
     else:
-        PRIVATE_NAMES[_owner := _line] = {}
+        _owner = _line
+        PRIVATE_NAMES[_owner] = {}

@@ -101,10 +101,6 @@ def config_of_blocks(teacher: GPTConfig, blocks: Sequence[int]) -> GPTConfig:
 
     The teacher's `expert_interval` stays if it describes them; else it becomes 1, and `num_experts` has a 0 for each dense block.
 
-    Args:
-        teacher: the model that has the blocks.
-        blocks: the teacher's block, from 0, of each block.
-
     Raises:
         ValueError: the teacher is a mixture, and the blocks are all dense.
     """
@@ -138,8 +134,6 @@ def expert_parallel_degree(num_experts: int, world_size: int, limit: int) -> int
     128 experts get degrees 32, 64 and 128, and so 4, 2 and 1 copies of each expert.
 
     Args:
-        num_experts: experts of the layer, over all ranks.
-        world_size: ranks of the run.
         limit: the run's `expert_parallel_size`; 1 keeps all experts on every rank.
     """
     if min(num_experts, world_size, limit) < 1:

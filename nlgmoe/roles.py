@@ -27,7 +27,6 @@ def role_of(name: str, module: nn.Module) -> Role:
 
     Args:
         name: full name, such as `blocks.0.ffn.project.weight`.
-        module: the module that owns it.
     """
     leaf = name.rpartition(".")[2]
     declared: dict[str, Role] = getattr(module, "roles", {})

@@ -35,7 +35,6 @@ class RoutingNoise:
     Args:
         key: `RoutingContext.noise_key`, from which the generator is seeded; None: draw from torch's global generator.
         block: block number, so that blocks draw different numbers.
-        device: device of the draws.
     """
 
     def __init__(self, key: tuple[int, ...] | None, block: int, device: torch.device) -> None:

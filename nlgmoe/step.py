@@ -199,11 +199,7 @@ class TrainingStep(LightningModule):
             self._end_step(self.trainer.global_step + 1)
 
     def _end_step(self, step: int) -> None:
-        """Advance clocks, data, routers and the learning rate; stop the trainer after the last step.
-
-        Args:
-            step: number of steps taken; Lightning counts this one after `optimizer_step`.
-        """
+        """Advance clocks, data, routers and the rate; stop the trainer after the last step. Lightning counts `step` later."""
         window, self.window = self.window, Window()
         self.tokens_seen += window.tokens
         if window.length not in self._flops:
@@ -221,11 +217,7 @@ class TrainingStep(LightningModule):
             self.trainer.should_stop = True
 
     def ends_run(self, step: int) -> bool:
-        """Return True if the run ends with this step, the micro-batches so far, whatever callbacks do.
-
-        Args:
-            step: the number of steps that are taken with it.
-        """
+        """Return True if the run ends with the micro-batches so far as its step number `step`, whatever callbacks do."""
         reached_train_tokens = self.train_tokens is not None and self.tokens_with_window >= self.train_tokens
         return self._stops_after_step or reached_train_tokens or 0 <= self.trainer.max_steps <= step
 
@@ -300,12 +292,7 @@ class Window:
 
 
 def update_routers(routers: Sequence[Router], requests: Sequence[Tensor]) -> None:
-    """Update the routers that learn from steps with the requests of all ranks. A collective if there are any.
-
-    Args:
-        routers: those routers.
-        requests: `[E]` of each, of this rank's micro-batches of the step.
-    """
+    """Update the routers that learn from steps by the requests `[E]` to each, summed over ranks. A collective if there are any."""
     if not routers:
         return
     everywhere = sum_over_ranks(torch.cat(list(requests)))

@@ -41,9 +41,6 @@ def has_row(interval: int) -> bool:
     """Return True if the table has a row for a logging interval: a rule of the step alone, which restarts do not change.
 
     All of the first 256 intervals have one, every second of the next 256, every fourth of the next 512, and so on.
-
-    Args:
-        interval: logging intervals that the run has had with this one.
     """
     # The largest power of 2 up to interval / 128.
     spacing = 1 << max(0, (interval // ROWS_PER_DOUBLING).bit_length() - 1)
@@ -54,7 +51,6 @@ class LoadTable:
     """The file, on the process that writes it.
 
     Args:
-        path: the file; a new one begins with the header.
         rows: of the checkpoint that is resumed; later rows are cut. None: the checkpoint does not count them, and all are kept.
 
     Attributes:
@@ -71,7 +67,6 @@ class LoadTable:
 
         Args:
             step: the step of `metrics.csv`.
-            tokens: tokens seen after the step.
             loads: `[E]` for each layer: assignments since the last row, before dropping, over all ranks.
             dropped: fraction of each layer's assignments.
         """

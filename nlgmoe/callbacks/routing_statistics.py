@@ -149,12 +149,7 @@ def routing_totals(routing: Routing) -> Tensor:
 
 
 def split_totals(totals: Sequence[float], experts: Sequence[int]) -> list[Sequence[float]]:
-    """Split the totals of several layers, one after another, by layer.
-
-    Args:
-        totals: concatenation of the layers' `routing_totals`; more may follow.
-        experts: number of experts of each layer.
-    """
+    """Split concatenated totals, which more may follow, by layer; `experts` has each layer's number of experts."""
     layers, begin = [], 0
     for count in experts:
         end = begin + count + 1 + len(WITH_TOTAL)

@@ -123,7 +123,6 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """Return the peak FLOP/s of a device's matrix products by its data sheet; None if unknown.
 
     Args:
-        device: device of the run.
         precision: Lightning's name, such as `bf16-mixed`. fp32 means TF32 if PyTorch is set to use it.
     """
     name = product_name(device)
@@ -144,11 +143,7 @@ def _over_ranks(trainer: Trainer, times: list[float], memory: list[int]) -> tupl
 
 
 class Stopwatch:
-    """Sums seconds by part. On a GPU, time is measured between events in its queue and read by `seconds`.
-
-    Args:
-        device: the device that computes.
-    """
+    """Sums seconds by part. On a GPU, time is measured between events in its queue and read by `seconds`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -182,7 +177,6 @@ class StepProfiler(Profiler):
     """Times the parts of a step from Lightning's profiler calls, and forwards the calls to another profiler.
 
     Args:
-        profiler: the trainer's own profiler.
         stopwatch: gets the parts; `batch` is a whole micro-batch, with the optimizer's step.
     """
 

@@ -164,11 +164,7 @@ def local_entries(model: nn.Module) -> Iterator[Entry]:
 
 
 def entry_shapes(model: nn.Module) -> Shapes:
-    """Return the shape of every entry of the whole model, experts of other ranks included.
-
-    Args:
-        model: the GPT, or this rank's shard of it.
-    """
+    """Return the shape of every entry of the whole model, experts of other ranks included."""
     return {name: shape for name, _, shape in _whole_entries(model)}
 
 
@@ -178,7 +174,6 @@ def optimizer_shapes(model: nn.Module, muon: Collection[str] = ()) -> Shapes:
     Of AdamW: both moments of each trained entry, and a step of each parameter. Of Muon: the momentum of each entry.
 
     Args:
-        model: the GPT, or this rank's shard of it.
         muon: names of the parameters that Muon steps.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

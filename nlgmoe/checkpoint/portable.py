@@ -96,10 +96,6 @@ class PortableCheckpointIO(CheckpointIO):
 def use_portable_checkpoints(strategy: Strategy, to_train: bool) -> None:
     """Replace Lightning's default checkpoint format by the portable one.
 
-    Args:
-        strategy: the trainer's.
-        to_train: read the optimizer's state too.
-
     Raises:
         ValueError: the strategy has a format of the user's.
     """
@@ -113,11 +109,7 @@ def use_portable_checkpoints(strategy: Strategy, to_train: bool) -> None:
 
 
 def make_document(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Convert Lightning's dictionary to the content of `checkpoint.json` and the tensors that it refers to.
-
-    Args:
-        checkpoint: Lightning's dictionary, without weights and optimizer.
-    """
+    """Convert Lightning's dictionary without weights and optimizer to the content of `checkpoint.json` and the tensors that it refers to."""
     tensors: dict[str, Tensor] = {}
     plain = _to_json(checkpoint, "", tensors)
     saved_at = datetime.now(UTC).isoformat(timespec="microseconds")

@@ -103,7 +103,6 @@ class TensorFiles:
     """The entries of one kind in a folder, each read and checked on request.
 
     Args:
-        folder: the checkpoint.
         kind: one of `KINDS`.
         required: raise if there is no file.
         verified: the files' headers need no check here: ranks have verified them together, each a share.
@@ -177,7 +176,6 @@ def file_problems(file: Path, contents: Contents, read: bool = True) -> Iterator
     """Yield each defect of a tensor file, opened once: it is missing or unreadable, entries are missing, unknown or damaged.
 
     Args:
-        file: its path.
         contents: its entries in the manifest.
         read: read the entries; if false, their names alone.
     """
@@ -204,7 +202,6 @@ def entry_problem(kind: str, tensor: Tensor, recorded: list[Any]) -> str:
 
     Args:
         kind: one of `KINDS`; weights and moments must be finite, state need not be.
-        tensor: the entry.
         recorded: its type, shape and checksum in the manifest.
     """
     for attribute, actual, expected in zip(("type", "shape", "checksum"), record_of(tensor), recorded, strict=True):
@@ -224,7 +221,6 @@ def open_tensors(file: Path, backend: str = "mmap") -> Any:
     """Open a safetensors file for reading.
 
     Args:
-        file: its path.
         backend: `mmap`: tensors are views of the mapped file, which counts as memory of the process once it is read; `pread`:
             each is a copy.
     """

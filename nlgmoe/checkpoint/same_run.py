@@ -24,10 +24,7 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
     """Check that a checkpoint belongs to this model and, in training, to this run.
 
     Args:
-        checkpoint: Lightning's dictionary.
-        config: configuration of this model.
         seed: seed of this run; None in evaluation, which ignores settings that only affect training.
-        path: path of the checkpoint, for messages.
     """
     resumes = seed is not None
     if resumes and "callbacks" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
@@ -65,12 +62,7 @@ def check_moments(checkpoint: dict[str, Any], frozen: Sequence[str], muon: bool)
 
 
 def check_tokenizer(checkpoint: dict[str, Any], data: TrainingData | None) -> None:
-    """Check the tokenizer of a checkpoint without a data module's state; with it, the data module compares the tokenizer.
-
-    Args:
-        checkpoint: Lightning's dictionary, for example of an imported checkpoint.
-        data: the data module; None if it is no `TrainingData`.
-    """
+    """Check the tokenizer of a checkpoint without a data module's state; with it, the data module compares the tokenizer."""
     if data is None or type(data).__qualname__ in checkpoint:
         return
     if data.tokenizer is not None and not tokenizer_matches(data.tokenizer.files, checkpoint["path"]):

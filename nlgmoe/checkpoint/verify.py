@@ -36,9 +36,7 @@ def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[s
     """Yield each defect of a checkpoint folder as a line. Raises an OSError if a file exists but cannot be read.
 
     Args:
-        path: the folder.
         rank: number of the share of the files to read; rank 0 also compares names and shapes with the model's.
-        ranks: number of shares.
     """
     try:
         path = resolve_link(Path(path))

@@ -52,15 +52,7 @@ def begin(path: Path) -> Path:
 def write_tensors(
     folder: Path, kind: str, entries: dict[str, Tensor], rank: int = 0, ranks: int = 1
 ) -> dict[str, Contents]:
-    """Write one file of entries, flush it to disk, and return its contents for `finish`.
-
-    Args:
-        folder: the folder that `begin` made.
-        kind: one of `reading.KINDS`.
-        entries: at least one, by name.
-        rank: number of the file.
-        ranks: number of files of this kind.
-    """
+    """Write file `rank` of `ranks` with one entry or more, flush it to disk, and return its contents for `finish`."""
     shard = f"-{rank:05}-of-{ranks:05}" if ranks > 1 else ""
     file = folder / f"{kind}{shard}.safetensors"
     entries = {name: value.detach().cpu().contiguous() for name, value in entries.items()}
@@ -82,9 +74,6 @@ def finish(
     """Write `checkpoint.json`, the tokenizer and `manifest.json`, then rename the folder to `path`, replacing an older one.
 
     Args:
-        temporary: the folder that `begin` made.
-        path: its final name.
-        document: content of `checkpoint.json`.
         files: union of the results of `write_tensors`.
         tokenizer: the tokenizer and the model's files beside it; None writes none.
     """

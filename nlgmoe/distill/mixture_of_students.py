@@ -89,12 +89,6 @@ class MixtureOfStudents(Distiller):
     def load(self, student: GPTConfig, like: Tensor, data: Any, strategy: Any = None) -> tuple[Path, dict[str, Any]]:
         """Load the teacher, with the device and dtype of `like`. Returns the checkpoint and its document.
 
-        Args:
-            student: configuration of the student.
-            like: one of the student's weights.
-            data: the student's data module, or None.
-            strategy: strategy of its trainer, which may distribute experts over ranks.
-
         Raises:
             ValueError: as `start`.
         """

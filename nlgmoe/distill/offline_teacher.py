@@ -53,9 +53,6 @@ _UNNUMBERED = (
 class TeacherLogits:
     """A complete folder, memory-mapped.
 
-    Args:
-        folder: its path.
-
     Attributes:
         header: the content of `header.json`.
     """

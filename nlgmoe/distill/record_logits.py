@@ -66,12 +66,10 @@ def record_logits(
     """Write a folder for `TeacherLogits`, or complete one that an earlier process began.
 
     Args:
-        teacher: the loaded teacher.
         data: data module at its first sample; its batches are `settings["micro_batch_size"]` sequences.
         settings: everything that determines the bytes, for the header: `teacher` (`checkpoint`, `weights`, and more), `data` (the
             fingerprint), `vocab_size`, `seq_len`, `top_k`,
             `temperature`, `samples`, `micro_batch_size`, `loss_chunk_size` (positions whose logits exist at a time), and more.
-        folder: folder to write.
         report: called with the progress at the start and after every batch.
     """
     header, position, total = folder / HEADER, folder / POSITION, settings["samples"]
@@ -169,12 +167,6 @@ def _records(
 @torch.no_grad()
 def likeliest(targets: SoftTargets, positions: slice, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Cut a teacher's distribution at C positions to its K likeliest tokens.
-
-    Args:
-        targets: the teacher's, of all positions of a batch.
-        positions: the C positions.
-        top_k: K.
-        temperature: divides the logits.
 
     Returns:
         int64 `[C, K]`, the likeliest tokens first; and in at least fp32 `[C, K + 1]`, their log-probabilities at the temperature

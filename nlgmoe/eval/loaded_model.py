@@ -49,7 +49,6 @@ def load_pretrained(
     Args:
         checkpoint: the folder, `NAME.ckpt`, or a run folder: its newest valid checkpoint is loaded.
         tokenizer: as `data.tokenizer`, for a checkpoint without a tokenizer.
-        device: device of the model.
         precision: `fp32` or `bf16`, for weights and matrix products; None: the stored precision.
         data_dir: folder of tokenizers given by name.
 

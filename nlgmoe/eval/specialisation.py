@@ -1,6 +1,7 @@
 """Expert specialisation: assignments to each expert by domain and token class, summed over ranks.
 
 Letters: D domains, C token classes, L MoE layers, E experts of the largest layer, G groups (domains or classes).
+`counts` of functions are assignments, `[G, E]`.
 """
 
 from __future__ import annotations
@@ -125,9 +126,6 @@ def preference(counts: np.ndarray) -> np.ndarray:
     """Return a group's share of assignments to each expert over the share of all tokens, `[G, E]`; 1: no preference.
 
     Groups without tokens and experts without assignments are NaN.
-
-    Args:
-        counts: `[G, E]` assignments.
     """
     total = counts.sum()
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -136,11 +134,7 @@ def preference(counts: np.ndarray) -> np.ndarray:
 
 
 def mutual_information(counts: np.ndarray) -> float:
-    """Return the mutual information, in bits, of an assignment's expert and group; 0: experts have no preferences.
-
-    Args:
-        counts: `[G, E]` assignments.
-    """
+    """Return the mutual information, in bits, of an assignment's expert and group; 0: experts have no preferences."""
     ratio = preference(counts)
     used = counts > 0
     return float((counts[used] / counts.sum() * np.log2(ratio[used])).sum()) if used.any() else 0.0
@@ -164,11 +158,7 @@ def overlap(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Return the entropy of an assignment's group in bits: the upper bound of `mutual_information`.
-
-    Args:
-        counts: `[G, E]` assignments.
-    """
+    """Return the entropy of an assignment's group in bits: the upper bound of `mutual_information`."""
     groups = counts.sum(axis=1)
     shares = groups[groups > 0] / max(1, counts.sum())
     return float(-(shares * np.log2(shares)).sum())
@@ -240,7 +230,6 @@ def count_experts(
 
     Args:
         model: with MoE layers, in evaluation mode.
-        batches: batches of a data module.
         domains: names, indexed by a batch's domain ids.
         spellings: `[V]` bytes of each token id; None: all tokens form one class.
 

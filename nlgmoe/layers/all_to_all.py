@@ -28,11 +28,7 @@ from nlgmoe.pyramid import ExpertPlacement
 
 
 class AllToAllDispatcher(LocalDispatcher):
-    """Dispatches tokens to experts that are sharded over a group of ranks.
-
-    Args:
-        placement: placement of the layer's experts, with a group.
-    """
+    """Dispatches tokens to experts that are sharded over a group of ranks."""
 
     def __init__(self, placement: ExpertPlacement) -> None:
         super().__init__()
@@ -50,9 +46,6 @@ class AllToAllDispatch(LocalDispatch):
     """The exchange of a micro-batch's rows with the experts on the ranks of a group.
 
     Args:
-        tokens: `[N, H]`.
-        routing: their experts and weights.
-        placement: placement of the layer's experts, with a group.
         capacity: C, an upper bound of an expert's rows from each rank, the same on all ranks; None: rows are counted.
     """
 

@@ -29,7 +29,6 @@ def router_losses(routings: Sequence[Routing], aux_scope: Literal["rank", "globa
     without logits no z-loss.
 
     Args:
-        routings: routing of each MoE layer, at least one.
         aux_scope: `rank` uses this rank's loads; `global` uses the loads of all ranks together: the mean of the ranks' losses
             is then the loss of their whole batch, and so is its gradient. A collective.
     """
@@ -57,11 +56,6 @@ def router_losses(routings: Sequence[Routing], aux_scope: Literal["rank", "globa
 
 def add_router_losses(loss: Tensor, moe: MoEConfig, routings: Sequence[Routing]) -> tuple[Tensor, dict[str, Tensor]]:
     """Add all losses of the routers to `loss`. A collective with `aux_scope` global.
-
-    Args:
-        loss: scalar.
-        moe: settings with the coefficients.
-        routings: routing of each MoE layer, at least one.
 
     Returns:
         The sum, and the losses by name without their coefficients.

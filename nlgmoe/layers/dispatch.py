@@ -43,7 +43,6 @@ class LocalDispatch:
 
     Args:
         tokens: `[N, H]`.
-        routing: their experts and weights.
         capacity: C slots for each expert, an upper bound of its rows; None: its rows are counted.
 
     Attributes:

@@ -39,10 +39,8 @@ def choose_product(
     """Choose the product of the experts.
 
     Args:
-        dtype: dtype of the computation.
         widths: input and output widths of the weights, in values.
         compute_capability: of the rows' CUDA device; None elsewhere.
-        in_slots: the rows are in slots.
         has_triton: a product in Triton was handed in.
     """
     if in_slots:
@@ -130,13 +128,9 @@ def describe_products(
     """Name the products of training and evaluation, by `choose_product`.
 
     Args:
-        config: of the model, which has MoE layers.
         tokens: N of a micro-batch.
         precision: Lightning's name, such as `bf16-mixed`.
-        is_cpu: the run's device is a CPU.
-        compute_capability: of its CUDA device; None elsewhere.
         is_sharded: experts are sharded over ranks.
-        has_triton: a product in Triton is handed in.
     """
     in_slots = [
         (is_sharded or not is_cpu) and training_slots(config, experts, tokens) is not None

@@ -42,8 +42,6 @@ class Experts(nn.Module):
         hidden_size: H.
         ffn_size: F.
         first: number of the first one in the layer; under expert parallelism a rank holds a slice.
-        network: network of each expert.
-        bias: its matrices have biases.
 
     Attributes:
         triton_product: `(rows [M, in], weight [E, in, out], ends [E]) -> [M, out]` for GPUs; None unless it is handed in.

@@ -58,12 +58,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """A network applied to every position, `[..., H] -> [..., F] -> [..., H]`; one `nn.Linear` for each of its matrices.
-
-    Args:
-        config: configuration of the model.
-        ffn_size: F.
-    """
+    """A network applied to every position, `[..., H] -> [..., F] -> [..., H]`; one `nn.Linear` for each of its matrices."""
 
     def __init__(self, config: GPTConfig, ffn_size: int) -> None:
         super().__init__()

@@ -88,13 +88,7 @@ class MLAConfig(AttentionConfig):
 
 
 class LatentAttention(nn.Module):
-    """The layer.
-
-    Args:
-        settings: widths of the parts.
-        config: configuration of the model.
-        block: block number.
-    """
+    """The attention layer of `MLAConfig`."""
 
     def __init__(self, settings: MLAConfig, config: GPTConfig, block: int) -> None:
         super().__init__()

@@ -41,7 +41,6 @@ class MoELayer(nn.Module):
     """A feed-forward layer made of experts.
 
     Args:
-        config: the model's configuration; `config.moe` must be set.
         block: block number, counted from 0; `pyramid.experts_at` gives its number of experts.
         placement: the experts that this rank holds; None: all.
     """

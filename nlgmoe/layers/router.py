@@ -196,14 +196,7 @@ class Router(nn.Module):
 
 
 class TopKRouter(Router):
-    """The paper's router: a linear gate, its top-k experts, and a capacity.
-
-    Args:
-        config: routing settings.
-        hidden_size: H.
-        num_experts: E of the layer, over all ranks.
-        block: block number, so that layers draw different random numbers.
-    """
+    """The paper's router: a linear gate, its top-k experts, and a capacity."""
 
     roles: ClassVar[dict[str, Role]] = {"weight": "weight"}
 
@@ -275,12 +268,7 @@ class TopKRouter(Router):
         return torch.cat([first, second], dim=-1)
 
     def _within_groups(self, scores: Tensor, summed: int = 1) -> Tensor:
-        """Replace the scores of experts outside a token's best groups by -inf, `[N, E]`.
-
-        Args:
-            scores: `[N, E]`.
-            summed: number of a group's highest scores whose sum is the group's.
-        """
+        """Replace the scores of experts outside a token's best groups by -inf, `[N, E]`; a group's is the sum of its highest."""
         if self.config.groups is None:
             return scores
         number, chosen = self.config.groups

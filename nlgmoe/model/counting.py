@@ -46,7 +46,6 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
     """Count the parameters of `GPT(config)`.
 
     Args:
-        config: the model.
         padded: count the padding rows of the embedding table (they exist); the paper's sizes leave them out.
     """
     width, layers = config.hidden_size, config.num_layers
@@ -137,7 +136,6 @@ def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
     Attention counts the causal half of the score matrix. A multiply-add is two FLOPs; dropped assignments count as computed.
 
     Args:
-        config: the model.
         seq_len: tokens per sequence; the configuration's by default.
     """
     width, layers = config.hidden_size, config.num_layers

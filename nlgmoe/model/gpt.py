@@ -86,7 +86,6 @@ class GPT(nn.Module):
         block_class: class of the blocks.
 
     Args:
-        config: settings of the model.
         seed: seed of the initial weights (`initialisation.py`).
         activation_checkpointing: keep only each block's input for the backward pass, and recompute the rest.
         placements: the experts that this rank holds, by block number; a block that is not named holds all of its experts.

@@ -60,7 +60,6 @@ class Muon(Optimizer):
 
     Args:
         adamw: has all groups; it steps those without `muon`.
-        config: settings of Muon.
     """
 
     def __init__(self, adamw: AdamW, config: MuonConfig) -> None:
@@ -102,7 +101,6 @@ def orthogonal(matrices: Tensor, steps: int) -> Tensor:
 
     Args:
         matrices: `[m, n]`, or a stack of them, `[E, m, n]`.
-        steps: iterations.
 
     Returns:
         A tensor of the same shape in bf16; a matrix of zeros stays one.

@@ -57,13 +57,7 @@ class LearningRateSchedule:
 
 
 def learning_rate(tokens: int, peak: float, schedule: LearningRateSchedule) -> float:
-    """Return the learning rate of the step after the first `tokens` tokens of training.
-
-    Args:
-        tokens: tokens trained on so far.
-        peak: learning rate after the warm-up.
-        schedule: the shape.
-    """
+    """Return the learning rate of the step after the first `tokens` tokens of training."""
     if tokens < schedule.warmup_tokens:
         return peak * tokens / schedule.warmup_tokens
     if schedule.shape == "constant":
@@ -111,8 +105,6 @@ def sequence_length(tokens: int, seq_len: int, curriculum: SequenceCurriculum) -
 
     Args:
         tokens: tokens trained on so far; a truncated sequence counts with its truncated length.
-        seq_len: full length of sequences, at least `curriculum.start`.
-        curriculum: the settings.
     """
     if tokens >= curriculum.tokens:
         return seq_len
@@ -124,7 +116,6 @@ def distillation_weight(clock: int, end: int, ramp: int = 0) -> float:
     """Return the weight of the distillation loss, from 1 to 0, in the step after the first `clock` tokens (or steps).
 
     Args:
-        clock: tokens (or steps) trained on so far.
         end: the weight is 0 from here on.
         ramp: the weight falls linearly from 1 over this many before `end`; 0: at once.
     """

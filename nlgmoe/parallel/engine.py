@@ -93,9 +93,6 @@ class EngineState:
     """Gather and load the fp32 weights and Adam moments of an engine, by checkpoint entry (`checkpoint/entries.py`).
 
     At any precision and expert-parallel degree.
-
-    Args:
-        engine: a DeepSpeed engine with its optimizer.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -138,7 +135,6 @@ class EngineState:
         Parameters in fp32. A frozen one, and a buffer, is whole on every rank.
 
         Args:
-            entry: a slice of a parameter or buffer.
             key: name of a moment; None: the value.
             owner: rank in the group of `ranks_of`.
         """
@@ -204,9 +200,6 @@ class EngineGradients(StepGradients):
 
     The engine skips a step whose norm is not finite, as after an fp16 overflow. Here the norm is computed once, before the step;
     the engine is given that norm, or infinity if the step is to be skipped.
-
-    Args:
-        engine: a DeepSpeed engine with its optimizer.
     """
 
     def __init__(self, engine: Any) -> None:

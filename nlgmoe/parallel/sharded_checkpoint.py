@@ -44,11 +44,6 @@ def gather_owned_entries(
     """Return the `model` and `optimizer` entries that this rank writes; each entry has one writer. A collective.
 
     Among the ranks that share a parameter, entries go to the one with the fewest values so far.
-
-    Args:
-        model: the GPT.
-        engine: DeepSpeed's engine.
-        with_moments: False leaves `optimizer` empty.
     """
     state = EngineState(engine)
     if with_moments and not state.has_moments:  # all steps were skipped
@@ -74,14 +69,7 @@ def gather_owned_entries(
 
 
 def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) -> None:
-    """Write the folder `path`: every rank its entries, rank 0 the rest. A collective.
-
-    Args:
-        path: the checkpoint, the same on every rank.
-        checkpoint: Lightning's dictionary, without weights.
-        model: the GPT, with this rank's experts.
-        engine: DeepSpeed's engine.
-    """
+    """Write the folder `path`: every rank its entries, rank 0 the rest. A collective."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     with raise_on_all_ranks():
         if checkpoint.get("state_dict"):
@@ -153,14 +141,7 @@ def restore_loss_scale(engine: Any, state: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, engine: Any | None, path: Path, device: torch.device) -> None:
-    """Load this rank's weights, and its shard of the engine's fp32 copies. A collective.
-
-    Args:
-        model: the GPT, with this rank's experts.
-        engine: None in evaluation.
-        path: the checkpoint, which ranks have verified.
-        device: this rank's, of collectives.
-    """
+    """Load this rank's weights, and its shard of the engine's fp32 copies; in evaluation there is no engine. A collective."""
     files = _open(path, "model", entry_shapes(model))
     state = EngineState(engine) if engine is not None else None
 
@@ -177,14 +158,7 @@ def load_weights(model: nn.Module, engine: Any | None, path: Path, device: torch
 
 @torch.no_grad()
 def load_moments(model: nn.Module, engine: Any, path: Path, device: torch.device) -> None:
-    """Load this rank's shard of AdamW's state. A collective.
-
-    Args:
-        model: the GPT, with this rank's experts.
-        engine: DeepSpeed's engine, before or after its first step.
-        path: the checkpoint, which ranks have verified.
-        device: this rank's, of collectives.
-    """
+    """Load this rank's shard of AdamW's state. A collective."""
     files = _open(path, "optimizer", optimizer_shapes(model))
     state = EngineState(engine)
     state.init_moments()
@@ -212,9 +186,7 @@ def read_shared(files: TensorFiles, wanted: Wanted, device: torch.device) -> Non
     that cannot read sends zeros, so that none waits for it; in the end all ranks raise its error.
 
     Args:
-        files: the checkpoint's entries of a kind.
         wanted: the entries of this rank, by group; all ranks have the same kinds of groups in the same order.
-        device: this rank's, of collectives.
     """
     failure: Exception | None = None
     for ranks, receivers in wanted.items():

@@ -164,15 +164,7 @@ def warn_about_end(
 def warn_about_distillation(
     end: End, seq_len: int, curriculum: SequenceCurriculum | None, train_tokens: int | None, trainer: Trainer
 ) -> None:
-    """Warn if training ends before distillation does, so that no step is on text alone.
-
-    Args:
-        end: end of distillation.
-        seq_len: length of whole sequences, in tokens.
-        curriculum: schedule of shorter sequences.
-        train_tokens: tokens at which training ends.
-        trainer: the run's, with its `max_steps` and its data.
-    """
+    """Warn if training ends before distillation does, so that no step is on text alone."""
     steps = float(trainer.max_steps if trainer.max_steps >= 0 else math.inf)
     tokens = float(math.inf if train_tokens is None else train_tokens)
     if (data := training_data(trainer)) is not None:  # the most tokens and steps that the run can have
@@ -190,13 +182,7 @@ def warn_about_distillation(
 
 
 def warn_about_rate(schedule: LearningRateSchedule, tokens: int, train_tokens: int | None) -> None:
-    """Warn if training has ended, by `max_steps`, `max_time` or a callback, before the learning rate has fallen to its end.
-
-    Args:
-        schedule: the learning rate over tokens.
-        tokens: tokens that the run has trained on.
-        train_tokens: tokens at which it ends; `warn_about_end` has warned of too few.
-    """
+    """Warn if training has ended, by `max_steps`, `max_time` or a callback, before the learning rate has fallen to its end."""
     warned = train_tokens is not None and schedule.decay_tokens is not None and train_tokens < schedule.decay_tokens
     if schedule.decay_tokens is not None and tokens < schedule.decay_tokens and not warned:
         rank_zero_warn(
@@ -265,12 +251,7 @@ def validate_by_steps(trainer: Trainer) -> None:
 
 
 def check_new_run(trainer: Trainer, tokens: int) -> None:
-    """Check that a run that resumes nothing begins at the beginning.
-
-    Args:
-        trainer: trainer of the fit.
-        tokens: tokens that its module has trained on.
-    """
+    """Check that a run that resumes nothing begins at the beginning."""
     data = training_data(trainer)
     samples = 0 if data is None else data.samples_consumed
     if trainer.ckpt_path is None and (trainer.global_step or tokens or samples):

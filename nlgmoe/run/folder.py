@@ -167,8 +167,6 @@ def with_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path, trains:
     """Replace loggers of the run folder's `metrics.csv`, which would delete the rows of a resumed run, by `RunCSVLogger`.
 
     Args:
-        loggers: those of a configuration.
-        folder: the run folder.
         trains: if false, the file gets no logger, since its rows belong to training.
     """
     others = [
@@ -181,9 +179,6 @@ def with_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path, trains:
 
 class RunCSVLogger(CSVLogger):
     """Writes `metrics.csv` into `folder` and continues an existing file (Lightning's own logger deletes it).
-
-    Args:
-        folder: the run folder.
 
     Attributes:
         records: if false, rows are not written: evaluations of other checkpoints or text are not rows of the run.

@@ -102,14 +102,7 @@ class Resuming:
             trainer.fit_loop.epoch_loop.max_steps = -1
 
     def begin(self, trainer: Trainer, tokens: int, train_tokens: int | None, moe: MoEConfig | None) -> None:
-        """Run a pending validation of the last step. A run that is resumed at its end is validated, and stops.
-
-        Args:
-            trainer: trainer of the fit, in `on_train_start`.
-            tokens: tokens that the run has trained on.
-            train_tokens: tokens at which it ends; None: never.
-            moe: MoE settings of the model.
-        """
+        """Run a pending validation of the last step. A run that is resumed at its end is validated, and stops."""
         end = self._end(trainer, tokens, train_tokens)
         if self._max_steps is not None:
             trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
@@ -157,7 +150,6 @@ def set_progress(checkpoint: dict[str, Any], micro_batches: int, saved: bool = F
     """Set the progress of Lightning's loops in a checkpoint to the last optimizer step.
 
     Args:
-        checkpoint: Lightning's dictionary, before saving or after loading.
         micro_batches: accumulated micro-batches of a step in this run.
         saved: true after loading.
     """

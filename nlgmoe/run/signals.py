@@ -136,13 +136,7 @@ class StopOnSignal(Callback):
     # ---- the end
 
     def _end(self, trainer: Trainer, number: int, saved: str | None) -> NoReturn:
-        """End the run.
-
-        Args:
-            trainer: trainer of the fit.
-            number: agreed request of all ranks.
-            saved: the checkpoint to resume; None: nothing was saved.
-        """
+        """End the run, by the agreed request of all ranks; `saved` is the checkpoint to resume, or None."""
         number %= _FIRST
         done, code = f"{signal.Signals(number).name}: ended after step {trainer.global_step:,}", 0
         if saved is not None:

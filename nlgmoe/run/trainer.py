@@ -182,12 +182,7 @@ class RunTrainer(Trainer):
 
 
 def checkpoint_to_resume(folder: Path, name: str | Path | None) -> str | None:
-    """Return the checkpoint that `fit` resumes: the run folder (its newest valid one), a path, or None for a new run.
-
-    Args:
-        folder: the run folder.
-        name: `ckpt_path` as it was given.
-    """
+    """Return the checkpoint that `fit` resumes: the run folder (its newest valid one), a path, or None for a new run."""
     steps = saved_steps(folder)
     if name is None or (name == "auto" and not steps):
         require(

@@ -26,10 +26,6 @@ from nlgmoe.validation import require
 def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
     """Return the configuration with other numbers of experts.
 
-    Args:
-        config: configuration of an MoE model.
-        num_experts: number of experts at each MoE position.
-
     Raises:
         ValueError: there are too few or too many numbers, one of them is larger than before, below `top_k` or not divided by the
             number of groups, or the router has no row for each expert.
@@ -85,9 +81,6 @@ def prune(
     """Write the checkpoint.
 
     Args:
-        source: a checkpoint's folder.
-        checkpoint: `NAME.ckpt`.
-        num_experts: number of experts at each MoE position.
         kept: experts to keep, for each MoE layer.
         overwrite: replace an older checkpoint when the new one is complete.
 

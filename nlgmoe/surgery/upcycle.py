@@ -70,12 +70,9 @@ def upcycle(
 
     Args:
         dense: checkpoint of a dense model; of a run's folder, the newest valid one.
-        checkpoint: `NAME.ckpt`.
-        moe: the experts.
         noise: standard deviation of independent normal values added to each expert's matrices, as a multiple of the matrix's
             own. 0: experts are equal at first, and diverge as they learn from different tokens.
         seed: seed of the noise and the gates.
-        overwrite: replace an older checkpoint when the new one is complete.
 
     Raises:
         ValueError: `checkpoint` exists and `overwrite` is false; there is no dense checkpoint, it is damaged, or its model is not

@@ -78,7 +78,6 @@ def load_initial_weights(
 
     Args:
         model: the GPT, or this rank's shard of it.
-        start: the settings.
         on_entry: called with each loaded entry and its values in the stored dtype.
         tokenizer: the data's, compared with the checkpoint's; None: not compared.
     """

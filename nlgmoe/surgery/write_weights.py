@@ -49,11 +49,7 @@ def write_weights(
         path: the checkpoint, `NAME.ckpt`.
         read: returns an entry by its name, such as `blocks.1.moe.experts.3.expand_weight`; called once for each, and
             consecutively for those of one expert.
-        config: configuration of the model.
         tokenizer: the tokenizer and the model's files beside it; None writes no tokenizer.
-        global_step: optimizer steps that the weights were trained for.
-        tokens_seen: tokens that the weights were trained on.
-        overwrite: replace an older one.
         started_from: the checkpoint that this training started from; None: random weights.
         origin: source of the weights in words, the first line of `NAME.yaml`, which has settings to use the checkpoint with;
             None: no such file.

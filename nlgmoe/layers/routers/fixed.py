@@ -66,8 +66,6 @@ def route_to(expert: Tensor, x: Tensor, context: RoutingContext, num_experts: in
     Args:
         expert: `[B, T]` int64.
         x: `[N, H]` hidden states, for their dtype.
-        context: context of the micro-batch.
-        num_experts: E.
     """
     expert = expert.reshape(-1, 1)  # [N, 1]
     mask = None if context.mask is None else context.mask.flatten()  # [N]
