@@ -112,7 +112,6 @@ class MoEGPTModule(TrainingStep):
 
     @override
     def configure_model(self) -> None:
-        """Build the GPT, once."""
         strategy = self._trainer.strategy if self._trainer is not None else None
         placed: Mapping[int, ExpertPlacement] = {}
         if isinstance(strategy, PlacesExperts):
@@ -146,7 +145,6 @@ class MoEGPTModule(TrainingStep):
     @property
     @override
     def gpt(self) -> GPT:
-        """Return the model; the first access builds it."""
         if self.model is None:
             self.configure_model()
         assert self.model is not None
@@ -205,12 +203,10 @@ class MoEGPTModule(TrainingStep):
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add one micro-batch to the loss by domain."""
         self._evaluate(batch, self.trainer.num_val_batches)
 
     @override
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add one micro-batch to the loss by domain."""
         self._evaluate(batch, self.trainer.num_test_batches)
 
     @override
@@ -227,7 +223,6 @@ class MoEGPTModule(TrainingStep):
 
     @override
     def on_test_epoch_end(self) -> None:
-        """Log the same under `test/`."""
         self._log_evaluation("test")
 
     def _token_losses(self, batch: Batch) -> Tensor:

@@ -292,7 +292,7 @@ class Window:
 
 
 def update_routers(routers: Sequence[Router], requests: Sequence[Tensor]) -> None:
-    """Update the routers that learn from steps by the requests `[E]` to each, summed over ranks. A collective if there are any."""
+    """Update the routers that learn from steps by the requests `[E]` to each of all ranks. A collective if there are any."""
     if not routers:
         return
     everywhere = sum_over_ranks(torch.cat(list(requests)))

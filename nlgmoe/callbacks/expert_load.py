@@ -121,7 +121,6 @@ class ExpertLoad(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Reset the state; in a resumed run `load_state_dict` follows."""
         if stage == "fit":
             self._begin_run()
 
@@ -146,7 +145,6 @@ class ExpertLoad(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the first interval, or continue that of a checkpoint."""
         assert isinstance(pl_module, MoEGPTModule)
         self._experts = list(moe_blocks(pl_module.config).values())
         if not self._experts:
@@ -171,10 +169,7 @@ class ExpertLoad(Callback):
             self._squares = pl_module.step_gradients().squared_norms(self._components)
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        """Add the micro-batch, and the step that it ends; log once per interval."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, MoEGPTModule)
         if not self._experts:
             return
@@ -208,7 +203,6 @@ class ExpertLoad(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """In `validate`, log the statistics of the checkpoint."""
         assert isinstance(pl_module, MoEGPTModule)
         if trainer.state.fn != TrainerFn.VALIDATING or not pl_module.routings:
             return

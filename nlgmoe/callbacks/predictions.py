@@ -34,7 +34,6 @@ class PredictionFile(BasePredictionWriter):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Clear the checkpoint of an earlier call of the trainer."""
         self._metadata = {}
 
     @override

@@ -79,7 +79,6 @@ class TokenProgressBar(TQDMProgressBar):
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the loss of the latest step, the latest validation loss and the learning rate."""
         loss = _module(trainer).losses.get("train/loss")
         lr = f"{_module(trainer).rate:.2e}" if trainer.optimizers else ""
         return ({} if loss is None else {"loss": f"{loss:.3f}"}) | self._validation | {"lr": lr}

@@ -45,7 +45,6 @@ class RunSummary(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Reset the state; in a resumed run `load_state_dict` follows."""
         if stage == "fit":
             self._begin_run()
 
@@ -66,7 +65,6 @@ class RunSummary(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the parameter count, and start the wall clock."""
         assert isinstance(pl_module, MoEGPTModule)
         (total, active), formula = parameters_of(pl_module.gpt), count_parameters(pl_module.config).total
         rank_zero_info(f"{total:,} parameters, {active:,} of them active for a token{_products(trainer, pl_module)}")
@@ -90,9 +88,7 @@ class RunSummary(Callback):
         self._has_trained = True
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, MoEGPTModule)
         if ends_step(trainer):
             self._losses.append(pl_module.losses["train/loss"])

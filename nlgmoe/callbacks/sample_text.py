@@ -51,12 +51,10 @@ class SampleText(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the texts of an earlier run; in a resumed run `load_state_dict` follows."""
         self._samples = []
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check before training that the prompts fit."""
         assert isinstance(pl_module, MoEGPTModule)
         if (tokenizer := _tokenizer(trainer)) is None:
             raise SettingError(
@@ -71,7 +69,6 @@ class SampleText(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate texts in `fit`, and print the first on one line."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             first = self._sample(trainer, pl_module)
             if trainer.progress_bar_callback is not None:
@@ -80,7 +77,6 @@ class SampleText(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate texts, unless the validation of this step did, and print them."""
         if not self._samples or self._samples[-1][0] != trainer.global_step:
             self._sample(trainer, pl_module)
         if trainer.is_global_zero:

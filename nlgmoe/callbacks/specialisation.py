@@ -60,7 +60,6 @@ class ExpertSpecialisation(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sum over ranks, and write on rank 0."""
         if self._counts is None:
             return
         specialisation = self._counts.specialisation(trainer.global_step)

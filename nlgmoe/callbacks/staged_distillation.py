@@ -60,7 +60,6 @@ class StagedDistillation(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the settings against the module's."""
         assert isinstance(pl_module, MoEGPTModule)
         if stage != "fit":
             return

@@ -68,10 +68,7 @@ class Throughput(Callback):
         self._batch_started = time.perf_counter()
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        """Add the micro-batch, and the step that it ends; log once per interval."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, MoEGPTModule)
         self._seconds += time.perf_counter() - self._batch_started
         if not ends_step(trainer):
@@ -110,7 +107,6 @@ class Throughput(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop the clocks, within a micro-batch too."""
         self._stop(trainer)
 
     def _stop(self, trainer: Trainer) -> None:

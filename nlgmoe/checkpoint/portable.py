@@ -109,7 +109,7 @@ def use_portable_checkpoints(strategy: Strategy, to_train: bool) -> None:
 
 
 def make_document(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Convert Lightning's dictionary without weights and optimizer to the content of `checkpoint.json` and the tensors that it refers to."""
+    """Convert Lightning's dictionary, without weights and optimizer, to `checkpoint.json` and the tensors that it refers to."""
     tensors: dict[str, Tensor] = {}
     plain = _to_json(checkpoint, "", tensors)
     saved_at = datetime.now(UTC).isoformat(timespec="microseconds")

@@ -65,7 +65,7 @@ class Distiller(ABC):
         """Free what `start` loaded. Returns whether anything was loaded."""
 
     def pin_teacher(self, name: str, value: str, checkpoint: str, weights: str) -> None:
-        """Note the teacher, which the setting `name` determines. That of a resumed run must have the same weights, unless the setting has another value."""
+        """Note the teacher of the setting `name`; a resumed run's must have the same weights, unless the value is another one."""
         used = self._used
         if used.get("setting") == value and used["weights"] != weights:
             raise RunError(

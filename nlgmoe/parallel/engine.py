@@ -225,7 +225,6 @@ class EngineGradients(StepGradients):
 
     @override
     def can_lower_loss_scale(self) -> bool | None:
-        """Return True if DeepSpeed's loss scale is above its lowest value; None if there is no loss scale."""
         return None if self._loss_scaler is None else bool(self._loss_scaler.cur_scale > self._loss_scaler.min_scale)
 
     @override
@@ -244,7 +243,6 @@ class EngineGradients(StepGradients):
 
     @override
     def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the gradient of one parameter, gathered from the ranks that share it. A collective."""
         gradient: Tensor | None = safe_get_full_grad(parameter)
         return gradient
 

@@ -49,13 +49,11 @@ class RunFolder(SaveConfigCallback):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the number of rows from a checkpoint of this folder."""
         if trainer.state.fn == TrainerFn.FITTING and is_of_folder(checkpoint["path"], trainer.default_root_dir):
             self._rows = checkpoint.get("rows", count_rows(Path(trainer.default_root_dir, METRICS)))
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Count the rows of `metrics.csv`."""
         if trainer.is_global_zero:  # whose number is saved
             checkpoint["rows"] = count_rows(Path(trainer.default_root_dir, METRICS))
 
