@@ -43,8 +43,7 @@ def _pairs(
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from _pairs(old, new, ignore, f"{prefix}{name}.")
         elif old != new:
-            yield prefix + name, _text(old), _text(new)
-
-
-def _text(value: Any) -> str:
-    return str(list(value) if isinstance(value, tuple) else value)  # torch.Size too
+            old, new = (
+                str(list(value) if isinstance(value, tuple) else value) for value in (old, new)
+            )  # torch.Size too
+            yield prefix + name, old, new

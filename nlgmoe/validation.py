@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -56,11 +55,8 @@ def require_above(limit: float, settings: Any, *names: str, remedy: str = "") ->
 
 def is_finite(value: Any) -> bool:
     """Return False for a number that is NaN or infinite, or a list with one."""
-    return all(math.isfinite(number) for number in _values(value) if isinstance(number, float))
-
-
-def _values(value: Any) -> Iterable[Any]:
-    return value if isinstance(value, tuple | list) else [value]
+    values = value if isinstance(value, tuple | list) else [value]
+    return all(math.isfinite(number) for number in values if isinstance(number, float))
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -6,16 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 __version__ = "0.10.0"  # pyproject.toml reads it, without importing this file
-PACKAGES = (
-    "torch",
-    "lightning",
-    "deepspeed",
-    "torchmetrics",
-    "datasets",
-    "transformers",
-    "tokenizers",
-    "jsonargparse",
-)
+PACKAGES = ("torch", "lightning", "deepspeed", "torchmetrics", "datasets", "transformers", "tokenizers", "jsonargparse")
 
 
 def versions() -> dict[str, str]:

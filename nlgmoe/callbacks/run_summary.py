@@ -112,13 +112,14 @@ class RunSummary(Callback):
     def _peak_so_far(self) -> int:
         return self._peak_memory if self._device is None else max(self._peak_memory, peak_memory_bytes(self._device))
 
-    def _finite_losses(self) -> list[float]:
-        return [loss for loss in self._losses if math.isfinite(loss)]
-
     def _summary(self, trainer: Trainer, module: MoEGPTModule) -> dict[str, Any]:
-        metrics = {name: _finite(float(value)) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {
+            name: value for name, value in metrics.items() if math.isfinite(value)
+        }  # JSON lacks NaN and infinity
         total, active = parameters_of(module.gpt)
-        losses, step_seconds = self._finite_losses(), module.clock.seconds("steps")
+        losses = [loss for loss in self._losses if math.isfinite(loss)]
+        step_seconds = module.clock.seconds("steps")
         prefix = "val/bits_per_byte/"
         return {
             "steps": trainer.global_step,
@@ -169,11 +170,6 @@ def _baseline(trainer: Trainer, name: str) -> Any:
     """Return a baseline of the evaluated tokens; None if the data module has none or validation covers fewer tokens."""
     compute = getattr(trainer.datamodule, name, None)  # type: ignore[attr-defined]
     return compute() if compute is not None and not _leaves_out_domains(trainer) else None
-
-
-def _finite(value: float) -> float | None:
-    """Return None for NaN and infinity, which JSON lacks."""
-    return value if math.isfinite(value) else None
 
 
 def format_summary(summary: dict[str, Any], xz_bits_per_byte: dict[str, float], folder: Path) -> str:

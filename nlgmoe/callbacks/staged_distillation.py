@@ -33,11 +33,7 @@ class StagedDistillation(Callback):
     """
 
     def __init__(
-        self,
-        step: int | None = None,
-        tokens: int | None = None,
-        fraction: float | None = None,
-        ramp_tokens: int = 0,
+        self, step: int | None = None, tokens: int | None = None, fraction: float | None = None, ramp_tokens: int = 0
     ) -> None:
         given = {"step": step, "tokens": tokens, "fraction": fraction}
         if sum(value is not None for value in given.values()) != 1:

@@ -21,11 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nlgmoe.checkpoint.reading import (
-    Contents,
-    checksum_of_manifest,
-    record_of,
-)
+from nlgmoe.checkpoint.reading import Contents, checksum_of_manifest, record_of
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.validation import RunError
 

@@ -69,8 +69,7 @@ class MixtureOfStudents(Distiller):
         super().__init__(beta, temperature)
         if precision not in (None, *PRECISIONS):
             raise SettingError(f"precision={precision} must be fp32, bf16 or null")
-        self.teacher = teacher
-        self.precision = precision
+        self.teacher, self.precision = teacher, precision
         self.expected = {
             "num_layers": num_layers,
             "hidden_size": hidden_size,
@@ -96,8 +95,7 @@ class MixtureOfStudents(Distiller):
             path, document = self._find()
             config = GPTConfig.from_dict(document["model_config"])
             _check_shape(config, self.expected, path)
-            _check(config, student, length_of(data, student.seq_len), path)
-            _check_tokenizer(data, path)
+            _check_fit(config, student, data, path)
         placements = (
             strategy.expert_placements(config, model_name="teacher") if isinstance(strategy, PlacesExperts) else {}
         )
@@ -175,7 +173,9 @@ def _check_shape(teacher: GPTConfig, expected: dict[str, Any], path: Path) -> No
             )
 
 
-def _check(teacher: GPTConfig, student: GPTConfig, seq_len: int, path: Path) -> None:
+def _check_fit(teacher: GPTConfig, student: GPTConfig, data: TrainingData | None, path: Path) -> None:
+    """Check that the teacher reads what the student does."""
+    seq_len, tokenizer = length_of(data, student.seq_len), None if data is None else data.tokenizer
     if teacher.vocab_size != student.vocab_size:
         raise SettingError(
             f"model.distiller.teacher={path} has vocab_size={teacher.vocab_size}, the student {student.vocab_size}; use a "
@@ -186,10 +186,6 @@ def _check(teacher: GPTConfig, student: GPTConfig, seq_len: int, path: Path) -> 
             f"model.distiller.teacher={path} reads seq_len={teacher.seq_len} tokens, and a sequence has {seq_len}; use another "
             "teacher, or lower data.seq_len"
         )
-
-
-def _check_tokenizer(data: TrainingData | None, path: Path) -> None:
-    tokenizer = None if data is None else data.tokenizer
     if tokenizer is not None and not tokenizer_matches(tokenizer.files, path):
         raise SettingError(
             f"model.distiller.teacher={path} has another tokenizer than data.tokenizer; use a teacher with the student's"
@@ -198,16 +194,14 @@ def _check_tokenizer(data: TrainingData | None, path: Path) -> None:
 
 @torch.no_grad()
 def _load(path: Path, config: GPTConfig, placements: Any, device: torch.device, dtype: torch.dtype) -> GPT:
-    """Load this rank's shard of the teacher, frozen, entry by entry."""
+    """Load this rank's shard of the teacher, frozen and without token dropping, entry by entry."""
+    if config.moe is not None:
+        config = replace(config, moe=replace(config.moe, eval_token_dropping=False))
     with torch.device("meta"):
-        model = GPT(_without_dropping(config), placements=placements)
+        model = GPT(config, placements=placements)
     files = TensorFiles(path, "model")
     require_entries(files, entry_shapes(model))
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     for entry in local_entries(model):
         entry.copy_(files.read(entry.name))
     return model
-
-
-def _without_dropping(config: GPTConfig) -> GPTConfig:
-    return config if config.moe is None else replace(config, moe=replace(config.moe, eval_token_dropping=False))

@@ -23,15 +23,7 @@ from nlgmoe.checkpoint.writing import flush
 from nlgmoe.data import PileDataModule
 from nlgmoe.differences import list_differences
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
-from nlgmoe.distill.offline_teacher import (
-    FORMAT,
-    HEADER,
-    POSITION,
-    RECORDS,
-    VERSION,
-    read_header,
-    record_type,
-)
+from nlgmoe.distill.offline_teacher import FORMAT, HEADER, POSITION, RECORDS, VERSION, read_header, record_type
 from nlgmoe.files import atomic_write
 from nlgmoe.layers.losses import SoftTargets
 from nlgmoe.non_finite import require_finite_logits

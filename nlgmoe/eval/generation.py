@@ -174,11 +174,7 @@ def complete(
 
 
 def stream(
-    model: GPT,
-    prompts: Prompts,
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),
-    stop_ids: Collection[int] = (),
+    model: GPT, prompts: Prompts, max_new_tokens: int, sampling: Sampling = Sampling(), stop_ids: Collection[int] = ()
 ) -> Iterator[NewToken]:
     """Yield the tokens of one batch: one token of each unfinished sequence per forward pass; arguments as for `generate`."""
     texts = _as_lists(prompts)

@@ -47,10 +47,10 @@ def router_losses(routings: Sequence[Routing], aux_scope: Literal["rank", "globa
     for routing, load in zip(routings, loads, strict=True):
         if routing.probs is not None:
             fraction = load / (_choices_counted(routing) * tokens)
-            mean_prob = _unpadded(routing.probs, routing).sum(dim=0) / tokens
+            mean_prob = routing.unpadded(routing.probs).sum(dim=0) / tokens
             balance.append(len(load) * (mean_prob * fraction).sum())
         if routing.logits is not None:
-            z.append(_unpadded(routing.logits.logsumexp(dim=-1, keepdim=True).square(), routing).sum() / tokens)
+            z.append(routing.unpadded(routing.logits.logsumexp(dim=-1).square()).sum() / tokens)
     return torch.stack(balance).sum(), torch.stack(z).sum()
 
 
@@ -78,8 +78,3 @@ def _choices_counted(routing: Routing) -> int:
     """Return how many of a token's choices the loads count."""
     top_k = routing.expert.shape[1]
     return 1 if top_k <= 2 else top_k
-
-
-def _unpadded(values: Tensor, routing: Routing) -> Tensor:
-    """Set padding to 0, `[N, ...]`."""
-    return values if routing.token_mask is None else torch.where(routing.token_mask.unsqueeze(-1), values, 0)

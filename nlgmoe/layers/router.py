@@ -118,6 +118,11 @@ class Routing:
             return count(expert, self.num_experts)
         return count(torch.where(self.token_mask.unsqueeze(-1), expert, self.num_experts), self.num_experts + 1)[:-1]
 
+    def unpadded(self, values: Tensor) -> Tensor:
+        """Return `values`, `[N]` or `[N, columns]`, with zeros for padding."""
+        mask = self.token_mask
+        return values if mask is None else torch.where(mask if values.dim() == 1 else mask.unsqueeze(-1), values, 0)
+
     @property
     def num_tokens(self) -> Tensor:
         """Tokens that are not padding, a scalar."""

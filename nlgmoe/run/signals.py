@@ -183,9 +183,5 @@ def leave_signals_to_callbacks(trainer: Trainer) -> None:
     that wait in another collective; `_broadcast_sigterm_tensor` is a blocking broadcast in every micro-batch, after which
     SIGTERM ends the run with exit code 0 and nothing saved.
     """
-    vars(trainer._signal_connector)["register_signal_handlers"] = _do_nothing
-    vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = _do_nothing
-
-
-def _do_nothing() -> None:
-    pass
+    vars(trainer._signal_connector)["register_signal_handlers"] = lambda: None
+    vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None

@@ -130,19 +130,15 @@ def balanced_table(counts: Sequence[int], num_experts: int, seed: int) -> list[i
 
 def read_counts(path: str, vocab_size: int) -> list[int]:
     """Read the number of tokens of each id."""
+    setting = f"model.config.moe.router.init_args.counts={path}"
     remedy = "write one with PileDataModule.token_counts (docs/laboratory.md), or leave it out"
     try:
         counts = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SettingError(
-            f"model.config.moe.router.init_args.counts={path} cannot be read ({type(error).__name__}); {remedy}"
-        ) from error
+        raise SettingError(f"{setting} cannot be read ({type(error).__name__}); {remedy}") from error
     numbers = isinstance(counts, list) and all(isinstance(count, int) and count >= 0 for count in counts)
-    require(numbers, f"model.config.moe.router.init_args.counts={path} holds no list of whole numbers; {remedy}")
-    require(
-        len(counts) == vocab_size,
-        f"model.config.moe.router.init_args.counts={path} has {len(counts)} numbers, vocab_size is {vocab_size}; {remedy}",
-    )
+    require(numbers, f"{setting} holds no list of whole numbers; {remedy}")
+    require(len(counts) == vocab_size, f"{setting} has {len(counts)} numbers, vocab_size is {vocab_size}; {remedy}")
     return counts
 
 
