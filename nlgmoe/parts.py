@@ -57,11 +57,7 @@ class _Part:
     ignored_in_evaluation: ClassVar[frozenset[str]] = frozenset()
 
     def check_reads_fields(self) -> None:
-        """Check the declaration `reads_fields`: a misspelt name would turn a setting off.
-
-        Raises:
-            ValueError: it is no set of such names, or a field of the dataclass.
-        """
+        """Check the declaration `reads_fields`: a misspelt name would turn a setting off."""
         name = type(self).__name__
         if hasattr(self, "uses"):  # its name up to 0.6
             raise SettingError(f"{name}.uses has no effect; name it reads_fields")
@@ -188,11 +184,7 @@ class ExpertConfig:
         raise SettingError(f"{type(self).__name__} has no weights(hidden_size, ffn_size)")
 
     def stacks(self, hidden_size: int, ffn_size: int) -> Mapping[str, Stack]:
-        """Return the matrices that `weights` declares.
-
-        Raises:
-            ValueError: the declaration has another form.
-        """
+        """Return the matrices that `weights` declares."""
         name, stacks = type(self).__name__, self.weights(hidden_size, ffn_size)
         require(isinstance(stacks, Mapping), f"{name}.weights returned a {type(stacks).__name__}; return a dictionary")
         for key, stack in stacks.items():
@@ -222,9 +214,6 @@ def require_paper_parts(config: Any, what: str, parts: Iterable[str] = PARTS) ->
     Args:
         what: subject and verb of the message, such as `the cost model supports`.
         parts: names of the parts to check, of `PARTS`.
-
-    Raises:
-        ValueError: one is not; the message names it.
     """
     for path in parts:
         section, _, name = path.rpartition(".")

@@ -48,9 +48,6 @@ def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
     """Return the student of a Mixture-of-Students (paper, section 4.2): fewer blocks, with the top of the teacher's pyramid.
 
     24 blocks with `num_experts` 10 x 32 and 2 x 64 become 21 with 8 x 32 and 2 x 64.
-
-    Raises:
-        ValueError: `num_layers` is not below the teacher's, or leaves no MoE block.
     """
     return config_of_blocks(teacher, student_layers(teacher, num_layers))
 
@@ -61,9 +58,6 @@ def student_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
     The student leaves out the lowest blocks, as many as contain the MoE layers that it lacks, and keeps the order of the others,
     so that the expert counts are those at the top of the pyramid. If the student ends in more dense blocks than the teacher has
     left, those take the teacher's last dense block: 24 blocks become 21 as 4, 5, ..., 23, 22.
-
-    Raises:
-        ValueError: `num_layers` is not below the teacher's.
     """
     _require_fewer(teacher, num_layers)
     interval = 1 if teacher.moe is None else teacher.moe.expert_interval
@@ -74,11 +68,7 @@ def student_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
 
 
 def evenly_spaced_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
-    """Return `num_layers` of the teacher's blocks, from 0, at equal distances: the first, the last and those between.
-
-    Raises:
-        ValueError: `num_layers` is not below the teacher's.
-    """
+    """Return `num_layers` of the teacher's blocks, from 0, at equal distances: the first, the last and those between."""
     _require_fewer(teacher, num_layers)
     return [round(block * (teacher.num_layers - 1) / max(1, num_layers - 1)) for block in range(num_layers)]
 
@@ -100,9 +90,6 @@ def config_of_blocks(teacher: GPTConfig, blocks: Sequence[int]) -> GPTConfig:
     """Return the configuration of a model that consists of these of the teacher's blocks, in this order.
 
     The teacher's `expert_interval` stays if it describes them; else it becomes 1, and `num_experts` has a 0 for each dense block.
-
-    Raises:
-        ValueError: the teacher is a mixture, and the blocks are all dense.
     """
     moe, counts = teacher.moe, [experts_at(teacher, block) for block in blocks]
     if moe is not None:

@@ -21,11 +21,7 @@ def error_type_like(error: Exception) -> type[ValueError]:
 
 
 def require_valid(settings: Any) -> None:
-    """Check the fields of a dataclass, whose values may come from Python or JSON.
-
-    Raises:
-        ValueError: a field is not of its type, NaN or infinite.
-    """
+    """Check the fields of a dataclass, whose values may come from Python or JSON."""
     hints = get_type_hints(type(settings))
     for field in fields(settings):
         value = getattr(settings, field.name)

@@ -94,9 +94,6 @@ class ExpertLoad(Callback):
 
     Args:
         dead_window: an expert without tokens in the last `dead_window` steps, rounded up to logging intervals, is dead.
-
-    Raises:
-        ValueError: `dead_window` is below 1.
     """
 
     def __init__(self, dead_window: int = 100) -> None:

@@ -27,9 +27,6 @@ class StagedDistillation(Callback):
         tokens: distillation ends with the first step that begins at or after this many tokens.
         fraction: distillation ends with the first step that begins at or after this fraction of `model.train_tokens` tokens.
         ramp_tokens: the weight falls linearly to 0 over this many tokens before the end; 0: at once. Not with `step`.
-
-    Raises:
-        ValueError: not exactly one of `step`, `tokens` and `fraction` is given, or a value is out of range.
     """
 
     def __init__(

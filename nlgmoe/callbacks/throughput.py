@@ -37,9 +37,6 @@ class Throughput(Callback):
     Args:
         peak_tflops: peak TFLOPs per second of one device, for `train/mfu`; null: the data sheet's value. If it is
             unknown, `train/mfu` is not logged.
-
-    Raises:
-        ValueError: `peak_tflops` is not above 0.
     """
 
     def __init__(self, peak_tflops: float | None = None) -> None:

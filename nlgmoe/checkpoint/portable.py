@@ -94,11 +94,7 @@ class PortableCheckpointIO(CheckpointIO):
 
 
 def use_portable_checkpoints(strategy: Strategy, to_train: bool) -> None:
-    """Replace Lightning's default checkpoint format by the portable one.
-
-    Raises:
-        ValueError: the strategy has a format of the user's.
-    """
+    """Replace Lightning's default checkpoint format by the portable one."""
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = PortableCheckpointIO()
     checkpoint_io = strategy.checkpoint_io

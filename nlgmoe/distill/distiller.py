@@ -54,11 +54,7 @@ class Distiller(ABC):
 
     @abstractmethod
     def read(self, batch: Batch, mask: Tensor | None) -> TeacherTargets | None:
-        """Return the teacher's targets for a batch; None once distillation has ended.
-
-        Raises:
-            ValueError: a recorded sample is missing or damaged.
-        """
+        """Return the teacher's targets for a batch; None once distillation has ended."""
 
     @abstractmethod
     def release(self) -> bool:

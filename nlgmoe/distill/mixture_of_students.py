@@ -86,11 +86,7 @@ class MixtureOfStudents(Distiller):
         self.load(student.config, student.token_embedding.weight, training_data(trainer), trainer.strategy)
 
     def load(self, student: GPTConfig, like: Tensor, data: Any, strategy: Any = None) -> tuple[Path, dict[str, Any]]:
-        """Load the teacher, with the device and dtype of `like`. Returns the checkpoint and its document.
-
-        Raises:
-            ValueError: as `start`.
-        """
+        """Load the teacher, with the device and dtype of `like`. Returns the checkpoint and its document."""
         with raise_on_all_ranks():
             path, document = self._find()
             config = GPTConfig.from_dict(document["model_config"])

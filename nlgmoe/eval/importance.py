@@ -105,11 +105,7 @@ def measure_use(model: GPT, batches: Iterable[Batch]) -> ExpertUse:
 
 @torch.no_grad()
 def measure_influence(model: GPT, batches: Iterable[Batch]) -> list[float]:
-    """Read text with a model in evaluation mode, and return the influence of each block, from 0 to 2.
-
-    Raises:
-        RunError: there is no text.
-    """
+    """Read text with a model in evaluation mode, and return the influence of each block, from 0 to 2."""
     device = model.unembedding.device
     sums = torch.zeros(len(model.blocks), dtype=torch.float64, device=device)
     tokens, mask = 0, torch.empty(0)

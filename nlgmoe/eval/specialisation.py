@@ -232,9 +232,6 @@ def count_experts(
         model: with MoE layers, in evaluation mode.
         domains: names, indexed by a batch's domain ids.
         spellings: `[V]` bytes of each token id; None: all tokens form one class.
-
-    Raises:
-        ValueError: the model is dense, or in training mode.
     """
     experts = list(moe_blocks(model.config).values())
     if not experts:

@@ -140,11 +140,7 @@ def attention_config(config: GPTConfig) -> AttentionConfig:
 
 
 def build_attention(config: GPTConfig, block: int) -> nn.Module:
-    """Build the attention of a block.
-
-    Raises:
-        ValueError: a user's `build` returns no module.
-    """
+    """Build the attention of a block."""
     settings = attention_config(config)
     module = settings.build(config, block)
     if not isinstance(module, nn.Module):

@@ -75,9 +75,6 @@ class MoELayer(nn.Module):
 
         Returns:
             `y` `[B, T, H]` in the dtype of `x`, and the routing.
-
-        Raises:
-            ValueError: the router did not return a `Routing` that fits the layer.
         """
         tokens = x.flatten(0, 1)  # [N, H]
         routing = self._require_fit(self.router(tokens, context), len(tokens))

@@ -316,11 +316,7 @@ class TopKRouter(Router):
 
 
 def build_router(config: GPTConfig, block: int) -> Router:
-    """Build the router of a block: the paper's, or the one that `config.moe.router` names.
-
-    Raises:
-        ValueError: a user's `build` returns no `Router` of the block's experts.
-    """
+    """Build the router of a block: the paper's, or the one that `config.moe.router` names."""
     assert config.moe is not None
     num_experts, settings = experts_at(config, block), config.moe.router
     if settings is None:

@@ -82,11 +82,7 @@ def is_frozen(name: str, components: Sequence[Component]) -> bool:
 
 
 def freeze(model: nn.Module, components: Sequence[Component]) -> None:
-    """Let the parameters of the components have no gradient; before the strategy sees the model.
-
-    Raises:
-        SettingError: no parameter is left to train.
-    """
+    """Let the parameters of the components have no gradient; before the strategy sees the model."""
     for name, parameter in model.named_parameters():
         if is_frozen(name, components):
             parameter.requires_grad_(False)

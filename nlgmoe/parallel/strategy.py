@@ -56,9 +56,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         min_loss_scale: fp16 only: the loss scale never falls below this.
         timeout_seconds: seconds that a rank waits for another one before the run ends.
         bucket_size: values per collective of ZeRO's reductions and gathers.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     def __init__(
@@ -148,9 +145,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         Args:
             config: configuration of the model to shard.
             model_name: its name in the log and in errors: "model", or "teacher".
-
-        Raises:
-            ValueError: `expert_parallel_size` does not fit the model and the number of ranks.
         """
         from nlgmoe.parallel.engine import register_groups
 

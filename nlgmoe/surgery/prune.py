@@ -24,12 +24,7 @@ from nlgmoe.validation import require
 
 
 def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
-    """Return the configuration with other numbers of experts.
-
-    Raises:
-        ValueError: there are too few or too many numbers, one of them is larger than before, below `top_k` or not divided by the
-            number of groups, or the router has no row for each expert.
-    """
+    """Return the configuration with other numbers of experts."""
     require(config.moe is not None, "num_experts: a dense model has no experts; prune a mixture")
     assert config.moe is not None
     before, setting = experts_per_position(config), f"num_experts={list(num_experts)}"
@@ -86,9 +81,6 @@ def prune(
 
     Returns:
         The new model's configuration.
-
-    Raises:
-        ValueError: see `pruned_config`; `checkpoint` exists and `overwrite` is false; a file cannot be read or written.
     """
     document, files, tokenizer = read_document(source), TensorFiles(source, "model"), read_tokenizer(source)
     before = GPTConfig.from_dict(document["model_config"])

@@ -73,11 +73,6 @@ def upcycle(
         noise: standard deviation of independent normal values added to each expert's matrices, as a multiple of the matrix's
             own. 0: experts are equal at first, and diverge as they learn from different tokens.
         seed: seed of the noise and the gates.
-
-    Raises:
-        ValueError: `checkpoint` exists and `overwrite` is false; there is no dense checkpoint, it is damaged, or its model is not
-            dense; the experts do not fit it; the router is neither the paper's nor `SigmoidRouterConfig`'s, or the experts'
-            network is not the paper's.
     """
     require(noise >= 0, f"noise={noise} must be at least 0; 0 makes exact copies")
     require(seed >= 0, f"seed={seed} must be at least 0")

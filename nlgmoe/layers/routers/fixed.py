@@ -87,11 +87,7 @@ class HashRouterConfig(_OneExpertConfig):
     counts: str | None = None
 
     def build(self, config: GPTConfig, block: int) -> Router:
-        """See `RouterConfig`.
-
-        Raises:
-            ValueError: the file of counts is missing, or not of this vocabulary.
-        """
+        """See `RouterConfig`."""
         router = HashRouter(config.vocab_size, experts_at(config, block))
         if not router.table.is_meta:  # meta: the weights are counted, or read from a checkpoint
             counts = [1] * config.vocab_size if self.counts is None else read_counts(self.counts, config.vocab_size)
