@@ -19,14 +19,13 @@ from nlgmoe.checkpoint.portable import use_portable_checkpoints
 from nlgmoe.checkpoint.same_run import IGNORED_IN_EVALUATION, check_moments, check_same_run, check_tokenizer
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import training_data
-from nlgmoe.differences import list_differences
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.eval.perplexity import Evaluation, batch_losses
 from nlgmoe.layers.attention import AttentionContext
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.model.gpt import GPT, Block
 from nlgmoe.non_finite import NonFinite
-from nlgmoe.optim.param_groups import AdamWConfig, build_optimizer, freeze
+from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer, freeze
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.parallel.triton_product import hand_in_triton_product
 from nlgmoe.pyramid import ExpertPlacement, PlacesExperts, experts_per_layer
@@ -43,7 +42,7 @@ from nlgmoe.run.checks import (
 from nlgmoe.run.signals import leave_signals_to_callbacks
 from nlgmoe.step import TrainingStep
 from nlgmoe.surgery.warm_start import WarmStart, load_initial_weights
-from nlgmoe.validation import require
+from nlgmoe.validation import list_differences, require
 
 
 class MoEGPTModule(TrainingStep):

@@ -96,7 +96,7 @@ torch
     _foreach_norm | non_finite.py | norms in fp32 without copies; a type of `get_total_norm`
     _foreach_mul_ | non_finite.py | scale many gradients in one kernel; `clip_grads_with_norm_` rounds
 torch.optim.adam:Adam
-    _step_supports_amp_scaling | optim/param_groups.py | set: the scaler unscales, so that Lightning can clip
+    _step_supports_amp_scaling | optim/optimizer.py | set: the scaler unscales, so that Lightning can clip
 torch.nn:Module
     _apply _buffers | layers/router.py | overridden: buffers keep their type; a type that stays
     _non_persistent_buffers_set | checkpoint/entries.py | refuse buffers that no checkpoint holds; a public name

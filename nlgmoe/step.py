@@ -36,7 +36,7 @@ from nlgmoe.loss import training_loss
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite, StepGradients, StepGuard
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.ranks import sum_over_ranks
 from nlgmoe.run.checks import validate_by_steps

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from nlgmoe.checkpoint.reading import REMEDY, TensorFiles
-from nlgmoe.differences import list_differences
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import Router
-from nlgmoe.validation import RunError
+from nlgmoe.validation import RunError, list_differences
 
 Shapes = dict[str, torch.Size]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # dtypes that a user may load or export weights in

@@ -11,9 +11,8 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.training_data import TrainingData
-from nlgmoe.differences import list_differences
 from nlgmoe.parts import ROUTER_FIELDS
-from nlgmoe.validation import RunError, SettingError, require
+from nlgmoe.validation import RunError, SettingError, list_differences, require
 
 # Fields of the model's configuration that may differ from the checkpoint's in evaluation.
 IGNORED_IN_EVALUATION = ROUTER_FIELDS - {"groups", "normalize_weights", "gate_scale"}

@@ -24,12 +24,12 @@ from nlgmoe.checkpoint.reading import (
 )
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TOKENIZER
-from nlgmoe.differences import list_differences
 from nlgmoe.model.gpt import GPT
-from nlgmoe.optim.param_groups import freeze
+from nlgmoe.optim.optimizer import freeze
 from nlgmoe.parts import ForeignCodeError, named_parts, without_parts
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.ranks import raise_on_all_ranks
+from nlgmoe.validation import list_differences
 
 
 def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:

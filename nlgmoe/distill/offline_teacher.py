@@ -29,12 +29,11 @@ from nlgmoe.checkpoint.reading import read_json
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import length_of, training_data
 from nlgmoe.device import to_device
-from nlgmoe.differences import list_differences
 from nlgmoe.distill.distiller import Distiller, RunPosition, distillation_end, find_teacher, samples_before_end
 from nlgmoe.layers.losses import TeacherTargets, TopTargets
 from nlgmoe.model.gpt import GPT
 from nlgmoe.ranks import raise_on_all_ranks
-from nlgmoe.validation import RunError, SettingError, error_type_like, require
+from nlgmoe.validation import RunError, SettingError, error_type_like, list_differences, require
 
 FORMAT, VERSION = "nlgmoe-teacher-logits", 3
 HEADER, RECORDS, POSITION = "header.json", "logits.bin", "position.json"

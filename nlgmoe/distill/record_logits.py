@@ -21,13 +21,12 @@ from torch import Tensor
 from nlgmoe.batch import Batch, token_mask_or_none
 from nlgmoe.checkpoint.writing import flush
 from nlgmoe.data import PileDataModule
-from nlgmoe.differences import list_differences
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import FORMAT, HEADER, POSITION, RECORDS, VERSION, read_header, record_type
 from nlgmoe.files import atomic_write
 from nlgmoe.layers.losses import SoftTargets
 from nlgmoe.non_finite import require_finite_logits
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.validation import RunError, SettingError, list_differences
 from nlgmoe.versions import versions
 
 SAMPLES_AT_RISK = 1000  # recorded before they are flushed to disk; rounded up to whole micro-batches

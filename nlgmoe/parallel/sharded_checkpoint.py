@@ -111,7 +111,7 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
 
 
 def optimizer_groups(model: nn.Module, engine: Any) -> list[dict[str, Any]]:
-    """Return AdamW's settings and parameter names, in the two groups of a single process (`optim/param_groups.py`)."""
+    """Return AdamW's settings and parameter names, in the two groups of a single process (`optim/optimizer.py`)."""
     base = getattr(engine.optimizer, "optimizer", engine.optimizer)
     groups = []
     for decay in (True, False):

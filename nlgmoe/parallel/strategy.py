@@ -28,7 +28,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.non_finite import StepGradients
-from nlgmoe.optim.param_groups import AdamWConfig, is_frozen
+from nlgmoe.optim.optimizer import AdamWConfig, is_frozen
 from nlgmoe.parallel.expert_groups import ExpertGroups, describe_degrees, expert_placements, layer_degrees, make_groups
 from nlgmoe.pyramid import ExpertPlacement
 from nlgmoe.ranks import AllRanksError, AllRanksSettingError

@@ -30,7 +30,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.training_data import TrainingData, training_data
 from nlgmoe.distill.distiller import End
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.pyramid import PlacesExperts
 from nlgmoe.ranks import AllRanksError

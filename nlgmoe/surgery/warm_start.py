@@ -22,11 +22,10 @@ from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.checkpoint.same_run import tokenizer_matches
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TokenizerFiles
-from nlgmoe.differences import list_differences
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parts import ForeignCodeError
 from nlgmoe.ranks import raise_on_all_ranks
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, list_differences
 
 _BLOCK = re.compile(r"blocks\.(?P<block>\d+)\.(?P<rest>.*)")
 

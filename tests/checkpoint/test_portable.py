@@ -18,7 +18,7 @@ from nlgmoe.checkpoint.same_run import check_same_run
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
 from tests.checkpoint.runs import ACCUMULATE, CONFIG, NEEDED, fit
 from tests.support.memory import peak_bytes

@@ -17,7 +17,7 @@ from nlgmoe.checkpoint.verify import describe
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from nlgmoe.pyramid import ExpertPlacement
 from nlgmoe.surgery.warm_start import WarmStart, load_initial_weights
