@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import require
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ RESERVED = 2 * 2**30
 
 def hardware(name: str) -> Hardware:
     """Return the GPU called `name`."""
-    if name not in HARDWARE:
-        raise SettingError(f"hardware={name} is not known; choose one of {', '.join(HARDWARE)}")
+    require(name in HARDWARE, f"hardware={name} is not known; choose one of {', '.join(HARDWARE)}")
     return HARDWARE[name]
 
 

@@ -30,15 +30,7 @@ from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.parallel.triton_product import hand_in_triton_product
 from nlgmoe.pyramid import ExpertPlacement, PlacesExperts, experts_per_layer
 from nlgmoe.ranks import AllRanksError
-from nlgmoe.run.checks import (
-    check_lengths,
-    check_new_run,
-    check_optimizer,
-    check_trainer,
-    check_vocabulary,
-    warn_about_end,
-    warn_about_rate,
-)
+from nlgmoe.run import checks
 from nlgmoe.run.signals import leave_signals_to_callbacks
 from nlgmoe.step import TrainingStep
 from nlgmoe.surgery.warm_start import WarmStart, load_initial_weights
@@ -101,12 +93,12 @@ class MoEGPTModule(TrainingStep):
         if trainer.fit_loop._data_source.instance is not trainer.datamodule:
             trainer.datamodule = None  # Lightning keeps it from an earlier call, and would save its state
         use_portable_checkpoints(self.trainer.strategy, to_train=stage == "fit")
-        check_trainer(self.trainer, stage)
+        checks.check_trainer(self.trainer, stage)
         leave_signals_to_callbacks(self.trainer)
-        check_lengths(self.config, self.seq_len, self.curriculum if stage == "fit" else None)
+        checks.check_lengths(self.config, self.seq_len, self.curriculum if stage == "fit" else None)
         data = training_data(self.trainer)
         if data is not None:
-            check_vocabulary(self.config, data)
+            checks.check_vocabulary(self.config, data)
         self._evaluation = Evaluation(data, self.config.vocab_size)
 
     @override
@@ -168,10 +160,10 @@ class MoEGPTModule(TrainingStep):
         Optimizer settings are those of the configuration, not of the checkpoint: a change takes effect on resume. A run
         that is resumed at its end is validated again.
         """
-        check_new_run(self.trainer, self.tokens_seen)
+        checks.check_new_run(self.trainer, self.tokens_seen)
         self.resuming.begin(self.trainer, self.tokens_seen, self.train_tokens, self.config.moe)
-        warn_about_end(self.seq_len, self.curriculum, self.schedule, self.train_tokens, self.trainer)
-        check_optimizer(self.trainer)
+        checks.warn_about_end(self.seq_len, self.curriculum, self.schedule, self.train_tokens, self.trainer)
+        checks.check_optimizer(self.trainer)
         self.begin_steps()
         if self.distiller is not None and not self.trainer.should_stop:
             self.distiller.start(self.gpt, self.trainer)
@@ -185,7 +177,7 @@ class MoEGPTModule(TrainingStep):
     def on_train_end(self) -> None:
         """Free the teacher, which evaluation does not need, and warn if the learning rate has not reached its final value."""
         self.clock.stop("run")
-        warn_about_rate(self.schedule, self.tokens_seen, self.train_tokens)
+        checks.warn_about_rate(self.schedule, self.tokens_seen, self.train_tokens)
         if self.distiller is not None:
             self.distiller.release()
 

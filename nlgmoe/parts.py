@@ -218,8 +218,7 @@ def require_paper_parts(config: Any, what: str, parts: Iterable[str] = PARTS) ->
     for path in parts:
         section, _, name = path.rpartition(".")
         part = getattr(config.moe if section else config, name, None)
-        if part is not None:
-            raise SettingError(f"{what} only the paper's {name}, not {type(part).__name__} (model.config.{path})")
+        require(part is None, f"{what} only the paper's {name}, not {type(part).__name__} (model.config.{path})")
 
 
 def named_parts(values: Mapping[str, Any]) -> dict[str, Any]:

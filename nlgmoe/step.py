@@ -42,7 +42,7 @@ from nlgmoe.ranks import sum_over_ranks
 from nlgmoe.run.checks import validate_by_steps
 from nlgmoe.run.clock import RunClock
 from nlgmoe.run.resume import Resuming, ends_step
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.validation import RunError, require
 
 
 class TrainingStep(LightningModule):
@@ -74,16 +74,13 @@ class TrainingStep(LightningModule):
         distiller: Distiller | None,
     ) -> None:
         super().__init__()
-        if loss_chunk_size < 1:
-            raise SettingError(f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
-        if seed < 0:
-            raise SettingError(f"seed={seed} must be at least 0")
-        if train_tokens is not None and train_tokens < 1:
-            raise SettingError(f"train_tokens={train_tokens} must be at least 1, or null")
-        if schedule.min_lr > optimizer.lr:
-            raise SettingError(
-                f"min_lr={schedule.min_lr} is above the peak, model.optimizer.lr={optimizer.lr}; lower it"
-            )
+        require(loss_chunk_size >= 1, f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
+        require(seed >= 0, f"seed={seed} must be at least 0")
+        require(train_tokens is None or train_tokens >= 1, f"train_tokens={train_tokens} must be at least 1, or null")
+        require(
+            schedule.min_lr <= optimizer.lr,
+            f"min_lr={schedule.min_lr} is above the peak, model.optimizer.lr={optimizer.lr}; lower it",
+        )
         self.optimizer_config, self.schedule, self.curriculum = optimizer, schedule, curriculum
         self.train_tokens, self.loss_chunk_size, self.seed = train_tokens, loss_chunk_size, seed
         self.distiller = copy(distiller)  # a fit changes it

@@ -31,7 +31,7 @@ from nlgmoe.pyramid import moe_blocks
 from nlgmoe.ranks import sum_over_ranks
 from nlgmoe.run.folder import cut_rows, is_logged, is_of_folder
 from nlgmoe.run.resume import ends_step
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import require
 
 ROWS_PER_DOUBLING = 128
 EVALUATED = ("load_max_over_mean", "load_cv", "dropped", "entropy", "expert_share")  # statistics that `validate` logs
@@ -97,8 +97,7 @@ class ExpertLoad(Callback):
     """
 
     def __init__(self, dead_window: int = 100) -> None:
-        if dead_window < 1:
-            raise SettingError(f"dead_window={dead_window} must be at least 1 step")
+        require(dead_window >= 1, f"dead_window={dead_window} must be at least 1 step")
         self.dead_window = dead_window
         self._experts: list[int] = []  # number of experts of each MoE layer
         self._components: list[list[nn.Parameter]] = []  # router and experts of each layer; last, all other parameters

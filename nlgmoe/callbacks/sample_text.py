@@ -15,7 +15,7 @@ from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.training_data import training_data
 from nlgmoe.eval.generation import Sampling, generate
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 
 class SampleText(Callback):
@@ -33,10 +33,8 @@ class SampleText(Callback):
     def __init__(
         self, prompts: list[str], max_new_tokens: int = 60, temperature: float = 0.8, top_k: int | None = 40
     ) -> None:
-        if not prompts or not all(prompts):
-            raise SettingError("SampleText: prompts must be a list of texts, none of them empty")
-        if max_new_tokens < 1:
-            raise SettingError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        require(bool(prompts) and all(prompts), "SampleText: prompts must be a list of texts, none of them empty")
+        require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
         self.prompts, self.max_new_tokens = prompts, max_new_tokens
         self.sampling = Sampling(temperature, top_k)
         self._samples: list[tuple[int, str]] = []  # step, prompts and texts

@@ -19,7 +19,7 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.ranks import sum_over_ranks
 from nlgmoe.run.folder import is_logged
 from nlgmoe.run.resume import ends_step
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import require
 
 PARTS = ("data", "forward", "backward", "optimizer")
 HOST = "data"  # the part that is timed on the host, not on the GPU
@@ -40,8 +40,7 @@ class Throughput(Callback):
     """
 
     def __init__(self, peak_tflops: float | None = None) -> None:
-        if peak_tflops is not None and not peak_tflops > 0:
-            raise SettingError(f"peak_tflops={peak_tflops} must be above 0, or null")
+        require(peak_tflops is None or peak_tflops > 0, f"peak_tflops={peak_tflops} must be above 0, or null")
         self.peak_tflops = peak_tflops
         self._peak: float | None = None  # FLOP/s of one device
 

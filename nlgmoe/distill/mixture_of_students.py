@@ -33,7 +33,7 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.parallel.triton_product import hand_in_triton_product
 from nlgmoe.pyramid import PlacesExperts, experts_per_layer, experts_per_position
 from nlgmoe.ranks import raise_on_all_ranks
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 
 class MixtureOfStudents(Distiller):
@@ -67,8 +67,7 @@ class MixtureOfStudents(Distiller):
         num_experts: int | list[int] | None = None,
     ) -> None:
         super().__init__(beta, temperature)
-        if precision not in (None, *PRECISIONS):
-            raise SettingError(f"precision={precision} must be fp32, bf16 or null")
+        require(precision in (None, *PRECISIONS), f"precision={precision} must be fp32, bf16 or null")
         self.teacher, self.precision = teacher, precision
         self.expected = {
             "num_layers": num_layers,

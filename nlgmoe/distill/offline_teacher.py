@@ -81,8 +81,7 @@ class TeacherLogits:
 def read_header(folder: Path) -> dict[str, Any]:
     """Read the `header.json` of a folder."""
     file = folder / HEADER
-    if not file.is_file():
-        raise SettingError(f"no teacher's logits at {folder}; record them with nlgmoe distill-logits")
+    require(file.is_file(), f"no teacher's logits at {folder}; record them with nlgmoe distill-logits")
     header = read_json(file, f"delete {folder} and record it again")
     if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
         raise RunError(
@@ -147,8 +146,7 @@ class OfflineTeacher(Distiller):
     def read(self, batch: Batch, mask: Tensor | None) -> TeacherTargets | None:
         if self._recording is None:
             return None
-        if "samples" not in batch:
-            raise SettingError(f"model.distiller.logits={self.logits}: {_UNNUMBERED}")
+        require("samples" in batch, f"model.distiller.logits={self.logits}: {_UNNUMBERED}")
         tokens = batch["tokens"]
         ids, log_probs = (
             to_device(torch.from_numpy(values), tokens.device).flatten(0, 1)

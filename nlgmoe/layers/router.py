@@ -322,8 +322,7 @@ def build_router(config: GPTConfig, block: int) -> Router:
     if settings is None:
         return TopKRouter(config.moe, config.hidden_size, num_experts, block)
     router, name = settings.build(config, block), type(settings).__name__
-    if not isinstance(router, Router):
-        raise SettingError(f"{name}.build returned a {type(router).__name__}; return a Router")
+    require(isinstance(router, Router), f"{name}.build returned a {type(router).__name__}; return a Router")
     require(
         router.num_experts == num_experts,
         f"{name}.build returned a Router of {router.num_experts} experts for a layer of {num_experts}; experts_at(config, "

@@ -88,8 +88,7 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         for classes, reason in CALLBACKS.items():
-            if isinstance(callback, classes):
-                raise SettingError(f"trainer.callbacks: {type(callback).__name__} {reason}")
+            require(not isinstance(callback, classes), f"trainer.callbacks: {type(callback).__name__} {reason}")
         if getattr(callback, "save_on_exception", False):
             name = type(callback).__name__
             raise SettingError(f"trainer.callbacks: {name}.save_on_exception saves within a step; set it to false")
