@@ -1,7 +1,5 @@
 """Files: atomic writing and checksums."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -6,8 +6,6 @@ Cross-entropy and KL divide by the mean number of counted tokens of a rank, so t
 batch.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 `step.py` has the steps of training and their hooks, `loss.py` the loss.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ that use them, and what for; the public way that is missing. Names of DeepSpeed'
 documentation either, are listed too.
 """
 
-from __future__ import annotations
-
 _LIST = """
 torch._C._distributed_c10d
     _resolve_process_group | tools/planner/simulate.py | the group of a collective by its name; a public getter

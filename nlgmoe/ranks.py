@@ -3,8 +3,6 @@
 Each function is the identity in a process without ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar

@@ -10,8 +10,6 @@ A module with parameters of its own declares them in an attribute `roles`, name 
 layers are known. Its attribute `init_std`, if it has one that is not None, replaces the model's.
 """
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Seeds and random numbers from names, so that random tensors, batches and routings do not depend on rank or process."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

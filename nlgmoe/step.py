@@ -14,8 +14,6 @@ on_train_batch_end            each micro-batch                              post
 A checkpoint that is saved within a step holds clocks and data position of the step's start, like its weights.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy

@@ -1,7 +1,5 @@
 """Errors; checks of settings by their type hints, else `noise="jiter"` would mean no noise, `"false"` true; their differences."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

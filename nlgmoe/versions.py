@@ -1,7 +1,5 @@
 """Versions of Python and the main packages, for checkpoints and run folders."""
 
-from __future__ import annotations
-
 import platform
 from importlib.metadata import PackageNotFoundError, version
 

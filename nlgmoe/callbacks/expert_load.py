@@ -1,7 +1,5 @@
 """Routing statistics of each MoE layer: in the logger and in `expert_load.csv`, whose rows thin out with the steps taken."""
 
-from __future__ import annotations
-
 import csv
 import math
 from collections.abc import Sequence

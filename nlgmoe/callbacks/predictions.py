@@ -1,7 +1,5 @@
 """Output file of `train.py predict`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The progress bar: position in tokens, tokens per second, time left, loss and learning rate."""
 
-from __future__ import annotations
-
 import io
 import sys
 import time

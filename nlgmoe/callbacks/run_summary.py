@@ -1,7 +1,5 @@
 """`summary.json`: the results of a run, in the run folder."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Text generated at each validation and at the end of training."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from textwrap import shorten
 from typing import Any

@@ -1,7 +1,5 @@
 """Expert specialisation by domain and token class, written at validation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

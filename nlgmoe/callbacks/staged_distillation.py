@@ -1,7 +1,5 @@
 """Staged distillation: end distillation before the end of the run."""
 
-from __future__ import annotations
-
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn

@@ -1,7 +1,5 @@
 """Throughput, step time by part, and memory of a run."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from typing import Any

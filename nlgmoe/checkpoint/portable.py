@@ -10,8 +10,6 @@
 Lightning's `CheckpointIO`, below; DeepSpeed's ranks each write and read their own entries (`parallel/sharded_checkpoint.py`).
 """
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any

@@ -13,8 +13,6 @@ A reader takes the union of the files; it does not matter which file holds an en
 detects damage, not tampering. `writing.py` writes the folder.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -4,8 +4,6 @@
 (`run/trainer.py`), so the newest checkpoint is the one with the highest number.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

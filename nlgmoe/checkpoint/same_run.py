@@ -1,7 +1,5 @@
 """Compare model, seed and tokenizer of a checkpoint with those of the run that reads it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Verify a checkpoint: on one process, or on all ranks together, each of which reads a share of the files. Describe it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path

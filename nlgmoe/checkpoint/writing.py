@@ -5,8 +5,6 @@ A folder is named `.name.ckpt.writing` while it is written, `.name.ckpt.replaced
 deleted when the name is used again, and at the next start of a run.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -6,8 +6,6 @@ The teacher is outside the student's module tree: checkpoints, optimizer and eng
 ends distillation.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path

@@ -11,8 +11,6 @@ T positions of a sample. A token takes K * (2 or 4) + 2 * (K + 1) bytes. A sampl
 its tokens, so they are the key. `nlgmoe distill-logits` writes the folder (`record_logits.py`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A chat model's prompts: its template, applied by `transformers`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import tokenizers

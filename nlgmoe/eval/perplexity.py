@@ -1,7 +1,5 @@
 """Loss, perplexity and bits per byte by domain, summed over batches and ranks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -9,8 +9,6 @@ micro-batch, and activation checkpointing does not repeat that.
 Letters: N tokens of this rank's micro-batch, E experts of a layer, k experts per token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

@@ -13,8 +13,6 @@ N * k. M rows, sorted by expert: on CPUs of the kept assignments, in half precis
 the last expert that nobody reads.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

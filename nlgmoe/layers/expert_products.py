@@ -10,8 +10,6 @@ dropless: CPUs in fp32, bf16, fp16       `grouped_mm`  `F.grouped_mm`
 On other GPUs and in other types `F.grouped_mm` is a loop too, in which the host waits at each call.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

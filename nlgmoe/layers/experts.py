@@ -8,8 +8,6 @@ name by the product that `expert_products.py` chooses: one product of all expert
 Letters: E experts held here, M rows (assignments sorted by expert), S slots for rows of each expert, H hidden size, F inner size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

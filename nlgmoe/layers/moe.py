@@ -10,8 +10,6 @@
 Letters: B sequences, T positions, N = B * T tokens, H hidden size, k experts per token.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

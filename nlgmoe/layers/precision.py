@@ -1,7 +1,5 @@
 """The types in which layers compute: autocast's; routers, their losses and the mix of residual layers in at least fp32."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 

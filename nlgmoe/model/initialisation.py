@@ -1,7 +1,5 @@
 """Initial weights, the same on any number of ranks."""
 
-from __future__ import annotations
-
 import math
 
 import torch

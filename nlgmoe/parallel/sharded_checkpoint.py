@@ -4,8 +4,6 @@ To save, an entry is gathered on one of the ranks that share it, which writes it
 the others, which keep their shards. No rank ever holds the whole model or optimizer.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from functools import partial

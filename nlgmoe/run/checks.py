@@ -5,8 +5,6 @@ check_...                         what does not fit together, or would be lost
 warn_...                          ends that come too early or too late, and a resumed run that differs from its beginning
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from typing import Any

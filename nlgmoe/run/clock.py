@@ -1,7 +1,5 @@
 """The clock of a run: seconds and FLOPs since its beginning, over all restarts. It is part of the module's state."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

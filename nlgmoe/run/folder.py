@@ -9,8 +9,6 @@
 `trainer.py` decides which of the checkpoints is resumed; TensorBoard's event files are continued too.
 """
 
-from __future__ import annotations
-
 import copy
 import csv
 import json

@@ -20,8 +20,6 @@ A checkpoint always holds the state after an optimizer step. A resumed run conti
 the last step runs first. A run resumed at its end validates again, and takes no step.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning import Trainer

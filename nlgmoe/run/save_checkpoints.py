@@ -8,8 +8,6 @@ Step N is saved at whichever of these comes first: a validation starts, the next
 ends. By then the row of step N is logged, every callback has processed the step, and none has begun the next one.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from pathlib import Path

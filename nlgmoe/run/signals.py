@@ -1,7 +1,5 @@
 """Signals of a run: SIGTERM, SIGUSR1 and Ctrl+C end it after a whole step, on all ranks after the same one."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -5,8 +5,6 @@ checkpoint begins a new run, in a folder without checkpoints; its starting step 
 the folder locks it. `validate`, `test` and `predict` take `last`, `best` or any path, and use neither lock nor tables.
 """
 
-from __future__ import annotations
-
 import shutil
 import socket
 import time

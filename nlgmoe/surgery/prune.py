@@ -4,8 +4,6 @@ With `groups` equal numbers of each group are kept. The kept experts keep their 
 biases. A softmax over fewer experts assigns larger probabilities, so that with `top_k` 1 the weights of the outputs increase.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

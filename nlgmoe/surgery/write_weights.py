@@ -1,7 +1,5 @@
 """Write a weights-only checkpoint from another source, for evaluation or for `model.warm_start`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
