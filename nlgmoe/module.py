@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from nlgmoe.batch import Batch, loss_mask
 from nlgmoe.checkpoint.portable import use_portable_checkpoints
-from nlgmoe.checkpoint.same_run import IGNORED_IN_EVALUATION, check_moments, check_same_run, check_tokenizer
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import training_data
 from nlgmoe.distill.distiller import Distiller
@@ -26,6 +25,7 @@ from nlgmoe.non_finite import NonFinite
 from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer, freeze
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.parallel.triton_product import hand_in_triton_product
+from nlgmoe.parts import IGNORED_IN_EVALUATION
 from nlgmoe.pyramid import ExpertPlacement, PlacesExperts, experts_per_layer
 from nlgmoe.ranks import AllRanksError
 from nlgmoe.run import checks
@@ -267,13 +267,13 @@ class MoEGPTModule(TrainingStep):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         fits = self.trainer.state.fn == TrainerFn.FITTING
-        check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
-        check_tokenizer(checkpoint, training_data(self.trainer))
+        checks.check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
+        checks.check_tokenizer(checkpoint, training_data(self.trainer))
         self.tokens_seen = checkpoint["tokens_seen"]
         self.started_from, self.family = checkpoint.get("started_from"), checkpoint.get("family")
         self.guard.load_state_dict(checkpoint["non_finite"])
         if fits:
-            check_moments(checkpoint, self.optimizer_config.frozen, self.optimizer_config.muon is not None)
+            checks.check_moments(checkpoint, self.optimizer_config.frozen, self.optimizer_config.muon is not None)
             self.clock.load_state_dict(checkpoint["clock"])
             self.resuming.load(checkpoint, self.trainer)
             if self.distiller is not None:

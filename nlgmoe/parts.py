@@ -40,6 +40,9 @@ ROUTER_FIELDS = frozenset(
 ATTENTION_FIELDS = frozenset(
     {"num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "rotary_dim", "attention_scale", "attention_dropout"}
 )  # fields of GPTConfig that only attention layers read
+# Fields of the model's configuration that may differ from a checkpoint's in its evaluation.
+IGNORED_IN_EVALUATION = ROUTER_FIELDS - {"groups", "normalize_weights", "gate_scale"}
+IGNORED_IN_EVALUATION |= {"hidden_dropout", "attention_dropout", "init_std"}
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,7 @@ from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.ranks import sum_over_ranks
 from nlgmoe.run.checks import validate_by_steps
-from nlgmoe.run.clock import RunClock
-from nlgmoe.run.resume import Resuming, ends_step
+from nlgmoe.run.resume import Resuming, RunClock, ends_step
 from nlgmoe.validation import RunError, require
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import BESIDE, TOKENIZER, TokenizerFiles
+from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.files import yaml_beside
 from nlgmoe.parts import ForeignCodeError
 from nlgmoe.validation import RunError, SettingError
@@ -86,6 +87,14 @@ def read_tokenizer(path: str | Path) -> TokenizerFiles | None:
         return None
     names = [name for name in (TOKENIZER, *BESIDE) if name in manifest]
     return {name: _check_bytes(Path(path) / name, manifest[name]).decode() for name in names}
+
+
+def tokenizer_matches(tokenizer: TokenizerFiles, path: str | Path) -> bool:
+    """Return True if `tokenizer` has the same ids as the checkpoint's, or the checkpoint has none."""
+    stored = read_tokenizer(path)
+    if stored is None or stored == tokenizer:
+        return True
+    return Tokenizer.from_files(tokenizer, "of the run").has_same_ids(Tokenizer.from_files(stored, "of the checkpoint"))
 
 
 def _check_bytes(file: Path, checksum: str) -> bytes:

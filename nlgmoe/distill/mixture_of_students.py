@@ -19,8 +19,7 @@ from typing_extensions import override
 
 from nlgmoe.batch import Batch
 from nlgmoe.checkpoint.entries import PRECISIONS, entry_shapes, local_entries, require_entries
-from nlgmoe.checkpoint.reading import TensorFiles
-from nlgmoe.checkpoint.same_run import tokenizer_matches
+from nlgmoe.checkpoint.reading import TensorFiles, tokenizer_matches
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import TrainingData, length_of, training_data
 from nlgmoe.distill.distiller import Distiller, find_teacher

@@ -7,6 +7,7 @@ warn_...                          ends that come too early or too late, and a re
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from lightning import Trainer
@@ -25,14 +26,16 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
+from nlgmoe.checkpoint.reading import tokenizer_matches
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.training_data import TrainingData, training_data
 from nlgmoe.distill.distiller import End
 from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
+from nlgmoe.parts import IGNORED_IN_EVALUATION
 from nlgmoe.pyramid import PlacesExperts
 from nlgmoe.ranks import AllRanksError
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import RunError, SettingError, list_differences, require
 
 Kinds = type | tuple[type, ...]
 _END = "continues a run after its end or a stop; leave it out"
@@ -244,6 +247,57 @@ def validate_by_steps(trainer: Trainer) -> None:
             f"trainer.val_check_interval={interval} steps are {batches} micro-batches, and an epoch has "
             f"{trainer.num_training_batches}: no epoch would have a validation; lower it, or set "
             "trainer.check_val_every_n_epoch=null to count steps over epochs",
+        )
+
+
+def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | None, path: Any) -> None:
+    """Check that a checkpoint belongs to this model and, in training, to this run.
+
+    Args:
+        seed: seed of this run; None in evaluation, which ignores settings that only affect training.
+    """
+    resumes = seed is not None
+    if resumes and "callbacks" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
+        raise SettingError(
+            f"{path} holds weights only: start a new run from it with model.warm_start.checkpoint={path}"
+        )
+    ignored = frozenset() if resumes else IGNORED_IN_EVALUATION
+    if not resumes and config.moe is not None and config.moe.router is not None:
+        ignored |= config.moe.router.ignored_in_evaluation
+    saved = GPTConfig.from_dict(checkpoint["model_config"]).to_dict()  # fields that it lacks get their defaults
+    if different := list_differences(saved, config.to_dict(), ignored):
+        shorter = "; data.seq_len makes sequences shorter" if saved["seq_len"] != config.seq_len else ""
+        raise SettingError(
+            f"the checkpoint's model differs from model.config: {', '.join(different)}; set model.config as the run had it"
+            + shorter
+        )
+    if resumes and checkpoint["seed"] != seed:
+        raise SettingError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to resume")
+
+
+def check_moments(checkpoint: dict[str, Any], frozen: Sequence[str], muon: bool) -> None:
+    """Check that a checkpoint has the moments that this run needs: of the components that it trains, of its optimizer."""
+    now, before = sorted(frozen), checkpoint.get("frozen", [])
+    require(
+        now == before,
+        f"model.optimizer.frozen={now} was {before} in the checkpoint's run, which has moments of the other components only; set "
+        "it as it was, or start a new run with model.warm_start",
+    )
+    setting, used = ("{}", "AdamW alone") if muon else ("null", "Muon")
+    require(
+        muon == checkpoint.get("muon", False),
+        f"model.optimizer.muon={setting}: the checkpoint's run had {used}, which has other moments; set it as it was, or start a "
+        "new run with model.warm_start",
+    )
+
+
+def check_tokenizer(checkpoint: dict[str, Any], data: TrainingData | None) -> None:
+    """Check the tokenizer of a checkpoint without a data module's state; with it, the data module compares the tokenizer."""
+    if data is None or type(data).__qualname__ in checkpoint:
+        return
+    if data.tokenizer is not None and not tokenizer_matches(data.tokenizer.files, checkpoint["path"]):
+        raise RunError(
+            f"{checkpoint['path']} has another tokenizer than data.tokenizer; set it to that of the checkpoint"
         )
 
 

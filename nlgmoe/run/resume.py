@@ -8,7 +8,7 @@ RunTrainer._run     run/trainer.py                   connects the ranks; all tak
 load_checkpoint     checkpoint/portable.py, under    `choose_checkpoint`: the newest valid one of a run folder; reads it,
                     DeepSpeed parallel/strategy.py   each rank its own entries
 on_load_checkpoint  module.py                        refuses another model, seed, tokenizer or frozen component
-                                                     (checkpoint/same_run.py); token clock, run clock, `Resuming.load`
+                                                     (run/checks.py); token clock, run clock, `Resuming.load`
 -                   then                             Lightning: weights
 load_state_dict     data/training_data.py            refuses other data; position in the data
 load_state_dict     callbacks                        rows of tables, best checkpoint, sums of a logging interval
@@ -20,6 +20,7 @@ A checkpoint always holds the state after an optimizer step. A resumed run conti
 the last step runs first. A run resumed at its end validates again, and takes no step.
 """
 
+import time
 from typing import Any
 
 from lightning import Trainer
@@ -46,10 +47,52 @@ from nlgmoe.run.checks import warn_of_another_size, warn_of_repeated_data
 #                               `max_steps`; to True in `begin` at a run's end; `step.py`: to True at `train_tokens`, and
 #                               postponed to the end of an accumulation window
 
+SPANS = ("run", "steps", "validation")  # of `RunClock`
+
 
 def ends_step(trainer: Trainer) -> bool:
     """Return True for the last micro-batch of an optimizer step."""
     return not trainer.fit_loop._should_accumulate()
+
+
+class RunClock:
+    """Seconds of a run by span, and the FLOPs of its finished steps, since its beginning, over all restarts.
+
+    Attributes:
+        flops: computed from the configuration (`model/counting.py`), over all ranks.
+
+    Spans:
+        run: from the start of training, with everything between steps.
+        steps: training steps, without waiting for data and without callbacks.
+        validation: validations of the fit.
+    """
+
+    def __init__(self) -> None:
+        self.flops = 0
+        self._seconds = dict.fromkeys(SPANS, 0.0)
+        self._started: dict[str, float] = {}
+
+    def start(self, span: str) -> None:
+        """Start a span."""
+        self._started[span] = time.perf_counter()
+
+    def stop(self, span: str) -> None:
+        """Stop a span, if it was started."""
+        if (started := self._started.pop(span, None)) is not None:
+            self._seconds[span] += time.perf_counter() - started
+
+    def seconds(self, span: str) -> float:
+        """Return the seconds of a span since the run began, up to now."""
+        started = self._started.get(span)
+        return self._seconds[span] + (0.0 if started is None else time.perf_counter() - started)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums so far."""
+        return {"flops": self.flops, "seconds": {span: self.seconds(span) for span in SPANS}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the sums of a checkpoint."""
+        self.flops, self._seconds, self._started = state["flops"], dict(state["seconds"]), {}
 
 
 class Resuming:

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import Entry, entry_shapes, local_entries
-from nlgmoe.checkpoint.reading import TensorFiles, read_document
+from nlgmoe.checkpoint.reading import TensorFiles, read_document, tokenizer_matches
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
-from nlgmoe.checkpoint.same_run import tokenizer_matches
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.model.gpt import GPT

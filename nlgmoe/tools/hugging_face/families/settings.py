@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from nlgmoe.checkpoint.same_run import IGNORED_IN_EVALUATION
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.attention import attention_config
-from nlgmoe.parts import ATTENTION_FIELDS, MOE_PARTS
+from nlgmoe.parts import ATTENTION_FIELDS, IGNORED_IN_EVALUATION, MOE_PARTS
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.hugging_face.families.rope import UnsupportedError, rope_fields, rope_settings, rope_temperature
 
