@@ -247,7 +247,6 @@ class GPTConfig:
         )
 
     def _check_attention(self) -> None:
-        """Check the fields of attention and positions."""
         require(
             self.head_dim is not None or self.attention is not None or self.hidden_size % self.num_heads == 0,
             f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}",

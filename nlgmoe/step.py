@@ -230,7 +230,6 @@ class TrainingStep(LightningModule):
         return StepGradients(self.gpt.parameters(), getattr(self.trainer.precision_plugin, "scaler", None))
 
     def _set_rate(self) -> None:
-        """Set the learning rate of the next step."""
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
         factor = learning_rate(self.tokens_seen, peak, self.schedule) / peak
         self.rate = peak * factor

@@ -181,13 +181,7 @@ class ExpertLoad(Callback):
 
     @override
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
         """Add the batch in `validate`; `fit` logs training steps instead."""
         assert isinstance(pl_module, MoEGPTModule)

@@ -83,7 +83,6 @@ class TokenProgressBar(TQDMProgressBar):
 
 
 def _writes_to_file() -> bool:
-    """Return whether standard output is neither a terminal nor a notebook."""
     return isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty()
 
 

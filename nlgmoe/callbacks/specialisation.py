@@ -36,21 +36,13 @@ class ExpertSpecialisation(Callback):
             return
         data = training_data(trainer)
         tokenizer = None if data is None else data.tokenizer
-        domains, spellings = (
-            ["all"] if data is None else data.domains,
-            None if tokenizer is None else tokenizer.spellings,
-        )
+        domains = ["all"] if data is None else data.domains
+        spellings = None if tokenizer is None else tokenizer.spellings
         self._counts = ExpertCounts(experts, domains, spellings).to(pl_module.device)
 
     @override
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
         assert isinstance(pl_module, MoEGPTModule)
         if self._counts is not None:

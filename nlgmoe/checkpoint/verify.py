@@ -66,7 +66,6 @@ def gather_problems(path: str | Path) -> list[str]:
 
 
 def _model_differences(path: str | Path, document: dict[str, Any], files: dict[str, Contents]) -> Iterator[str]:
-    """Compare the files' entries with those of the model that `checkpoint.json` describes."""
     try:
         with torch.device("meta"):
             model = GPT(GPTConfig.from_dict(document["model_config"]))

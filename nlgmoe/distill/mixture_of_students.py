@@ -88,9 +88,8 @@ class MixtureOfStudents(Distiller):
             config = GPTConfig.from_dict(document["model_config"])
             _check_shape(config, self.expected, path)
             _check_fit(config, student, data, path)
-        placements = (
-            strategy.expert_placements(config, model_name="teacher") if isinstance(strategy, PlacesExperts) else {}
-        )
+        divides = isinstance(strategy, PlacesExperts)
+        placements = strategy.expert_placements(config, model_name="teacher") if divides else {}
         with raise_on_all_ranks():
             self.model = _load(path, config, placements, like.device, PRECISIONS.get(self.precision or "", like.dtype))
             hand_in_triton_product(self.model, like.device)
@@ -167,21 +166,21 @@ def _check_shape(teacher: GPTConfig, expected: dict[str, Any], path: Path) -> No
 
 def _check_fit(teacher: GPTConfig, student: GPTConfig, data: TrainingData | None, path: Path) -> None:
     """Check that the teacher reads what the student does."""
-    seq_len, tokenizer = length_of(data, student.seq_len), None if data is None else data.tokenizer
-    if teacher.vocab_size != student.vocab_size:
-        raise SettingError(
-            f"model.distiller.teacher={path} has vocab_size={teacher.vocab_size}, the student {student.vocab_size}; use a "
-            "teacher with the student's tokenizer"
-        )
-    if teacher.seq_len < seq_len:
-        raise SettingError(
-            f"model.distiller.teacher={path} reads seq_len={teacher.seq_len} tokens, and a sequence has {seq_len}; use another "
-            "teacher, or lower data.seq_len"
-        )
-    if tokenizer is not None and not tokenizer_matches(tokenizer.files, path):
-        raise SettingError(
-            f"model.distiller.teacher={path} has another tokenizer than data.tokenizer; use a teacher with the student's"
-        )
+    setting, seq_len = f"model.distiller.teacher={path}", length_of(data, student.seq_len)
+    require(
+        teacher.vocab_size == student.vocab_size,
+        f"{setting} has vocab_size={teacher.vocab_size}, the student {student.vocab_size}; use a teacher with the student's "
+        "tokenizer",
+    )
+    require(
+        teacher.seq_len >= seq_len,
+        f"{setting} reads seq_len={teacher.seq_len} tokens, and a sequence has {seq_len}; use another, or lower data.seq_len",
+    )
+    tokenizer = None if data is None else data.tokenizer
+    require(
+        tokenizer is None or tokenizer_matches(tokenizer.files, path),
+        f"{setting} has another tokenizer than data.tokenizer; use a teacher with the student's",
+    )
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Record a teacher's logits for a run's training samples; see `teacher_logits.py`.
+"""Record a teacher's logits for a run's training samples; see `offline_teacher.py`.
 
 A process that is killed loses at most the last 1,000 samples; the same command records the rest, with the same bytes: it goes on
 after a whole micro-batch, so that each sample is computed together with the same others.
@@ -172,7 +172,6 @@ def likeliest(targets: SoftTargets, positions: slice, top_k: int, temperature: f
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON atomically, and flush it to the disk."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
         flush(temporary)

@@ -70,7 +70,6 @@ class _Layer:
 
 @contextmanager
 def _removed(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks at the end of the block."""
     try:
         yield
     finally:

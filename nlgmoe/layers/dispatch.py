@@ -78,25 +78,19 @@ class LocalDispatch:
         return Rows(self._tokens.index_select(0, token_of_row), rows_per_expert)
 
     def combine(self, y: Tensor) -> Tensor:
-        """Sum each token's weighted expert outputs.
-
-        Args:
-            y: `[M, H]` or `[e, S, H]`, in the order of `receive`.
+        """Sum each token's weighted expert outputs, `y` `[M, H]` or `[e, S, H]` in the order of `receive`.
 
         Returns:
             `[N, H]` in the dtype of the weights; 0 for a token that no expert kept.
         """
-        return self._sum(y.flatten(0, -2).index_select(0, self.row_of_assignment()))
+        by_choice = y.flatten(0, -2).index_select(0, self.row_of_assignment())  # [N * k, H]
+        if self._top_k == 1:
+            return by_choice * self.weight
+        return (by_choice.unflatten(0, self.weight.shape) * self.weight.unsqueeze(-1)).sum(dim=1)
 
     def row_of_assignment(self) -> Tensor:
         """Return the row of each assignment, `[N * k]`, after `receive`; any row where dropped, with weight 0."""
         return self.order.new_zeros(self.weight.numel()).index_copy_(0, self.order, self._row)
-
-    def _sum(self, by_choice: Tensor) -> Tensor:
-        """Sum the outputs of all assignments, `[N * k, H]`, by token."""
-        if self._top_k == 1:
-            return by_choice * self.weight
-        return (by_choice.unflatten(0, self.weight.shape) * self.weight.unsqueeze(-1)).sum(dim=1)
 
 
 def assign_slots(tokens_per_expert: Tensor, capacity: int, rows: int) -> tuple[Tensor, Tensor]:

@@ -73,8 +73,7 @@ class Experts(nn.Module):
             x: `[M, H]`: the first `tokens_per_expert[0]` rows are for expert 0 and so on; or `[E, S, H]` in slots.
             tokens_per_expert: `[E]` int64, M in all; None: `x` is in slots.
 
-        Returns:
-            As `x`, in the dtype of the computation.
+        Returns `y` of the shape of `x`, in the dtype of the computation.
         """
         x = cast_by_autocast(x)
         if torch.compiler.is_dynamo_compiling() and x.device.type == "cpu" and x.dtype != torch.bfloat16:

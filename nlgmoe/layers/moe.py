@@ -89,7 +89,6 @@ class MoELayer(nn.Module):
         return y.to(x.dtype).view_as(x), routing
 
     def _require_fit(self, routing: Any, num_tokens: int) -> Routing:
-        """Check a router's result against the layer; `Routing` has checked itself."""
         name, shape, num_experts = type(self.router).__name__, (num_tokens, self.top_k), self.router.num_experts
         if not isinstance(routing, Routing):
             raise RunError(f"{name} returned a {type(routing).__name__}; return an nlgmoe.Routing")
@@ -106,11 +105,7 @@ class MoELayer(nn.Module):
         return routing
 
     def _mix(self, x: Tensor, expert: Tensor, mlp: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix the experts and the shared MLP.
-
-        Returns:
-            `[N, H]` in the dtype of `expert`, and `Routing.expert_share`.
-        """
+        """Mix the experts and the shared MLP. Returns `[N, H]` in the dtype of `expert`, and `Routing.expert_share`."""
         assert self.coefficient is not None
         with without_autocast(x.device.type):
             with fp32_products():

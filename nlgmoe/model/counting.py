@@ -116,7 +116,6 @@ def parameters_of(model: nn.Module) -> tuple[int, int]:
 
 
 def _parameters(stacks: list[Stack], bias: bool) -> int:
-    """Count matrices and biases."""
     return sum(inputs * outputs + bias * outputs for inputs, outputs, _ in stacks)
 
 

@@ -74,7 +74,6 @@ class Block(nn.Module):
         return self._add(x, self.ffn(self.ffn_norm(x)))
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
-        """Add the output of a branch to the residual stream."""
         branch = self.dropout(branch)
         return x + (branch if self.scale == 1 else branch * self.scale)
 

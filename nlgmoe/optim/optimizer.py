@@ -244,11 +244,7 @@ class Muon(Optimizer):
 def orthogonal(matrices: Tensor, steps: int) -> Tensor:
     """Return the nearest orthogonal matrix of each, approximately: singular values of 0.7 to 1.2 after 5 steps.
 
-    Args:
-        matrices: `[m, n]`, or a stack of them, `[E, m, n]`.
-
-    Returns:
-        A tensor of the same shape in bf16; a matrix of zeros stays one.
+    `matrices` is `[m, n]`, or a stack `[E, m, n]`; the result has that shape in bf16. A matrix of zeros stays one.
     """
     a, b, c = COEFFICIENTS
     x = matrices.bfloat16()

@@ -134,8 +134,7 @@ def count_rows(table: Path) -> int:
 def cut_rows(table: Path, rows: int | None) -> int:
     """Keep the header and the first `rows` rows of a CSV file, None: all that are complete; without a row, remove it.
 
-    Returns:
-        The number of rows that the file has.
+    Returns the number of rows that it has then.
     """
     complete = count_rows(table)
     rows = complete if rows is None else min(rows, complete)

@@ -71,14 +71,11 @@ def prune(
     kept: Sequence[Sequence[int]],
     overwrite: bool = False,
 ) -> GPTConfig:
-    """Write the checkpoint.
+    """Write the checkpoint, and return its model's configuration.
 
     Args:
         kept: experts to keep, for each MoE layer.
         overwrite: replace an older checkpoint when the new one is complete.
-
-    Returns:
-        The new model's configuration.
     """
     document, files, tokenizer = read_document(source), TensorFiles(source, "model"), read_tokenizer(source)
     before = GPTConfig.from_dict(document["model_config"])

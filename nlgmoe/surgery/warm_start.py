@@ -118,7 +118,6 @@ def load_initial_weights(
 
 
 def _rename_blocks(names: dict[str, str], layers: list[int]) -> dict[str, str]:
-    """Map each entry of the model to its source in the checkpoint."""
     sources = {}
     for name in names:
         if match := _BLOCK.fullmatch(name):
