@@ -76,7 +76,6 @@ def peak_of(gpu: str, precision: str, tf32: bool) -> float | None:
     """Return the peak FLOP/s of matrix products in a precision; None for a GPU that is not in `BOARDS`.
 
     Args:
-        precision: Lightning's name, such as `bf16-mixed`.
         tf32: PyTorch computes fp32 products in TF32.
     """
     board = board_of(gpu)

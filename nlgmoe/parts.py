@@ -142,7 +142,6 @@ class RotaryScaling:
 
         Args:
             frequencies: `[R / 2]` fp32, `theta^(-2i / R)`, radians per position.
-            theta: `rope_theta`.
         """
         raise SettingError(f"{type(self).__name__} has no scale(frequencies, theta)")
 

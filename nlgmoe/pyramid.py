@@ -119,9 +119,6 @@ def expert_parallel_degree(num_experts: int, world_size: int, limit: int) -> int
 
     Each layer of a pyramid has its own degree (paper, section 4.1.3): on 128 ranks with `limit` 128, layers of 32, 64 and
     128 experts get degrees 32, 64 and 128, and so 4, 2 and 1 copies of each expert.
-
-    Args:
-        limit: the run's `expert_parallel_size`; 1 keeps all experts on every rank.
     """
     if min(num_experts, world_size, limit) < 1:
         raise SettingError(

@@ -74,7 +74,6 @@ def optimizer_to_entries(
     Args:
         state: the optimizer's. A parameter that never had a gradient has no entry: a callback has frozen it, or all steps were
             skipped.
-        weights: every parameter by name.
     """
     states: dict[str, dict[str, Tensor]] = {
         name: state["state"].get(index) or initial_state(weights[name], group.get("muon", False))
@@ -171,9 +170,6 @@ def optimizer_shapes(model: nn.Module, muon: Collection[str] = ()) -> Shapes:
     """Return the shapes of the optimizer's entries for the whole model.
 
     Of AdamW: both moments of each trained entry, and a step of each parameter. Of Muon: the momentum of each entry.
-
-    Args:
-        muon: names of the parameters that Muon steps.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = {id(trained[name]) for name in muon if name in trained}

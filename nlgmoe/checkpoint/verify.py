@@ -33,8 +33,7 @@ from nlgmoe.validation import list_differences
 def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:
     """Yield each defect of a checkpoint folder as a line. Raises an OSError if a file exists but cannot be read.
 
-    Args:
-        rank: number of the share of the files to read; rank 0 also compares names and shapes with the model's.
+    Reads the files of share `rank` of `ranks`; rank 0 also compares names and shapes with the model's.
     """
     try:
         path = resolve_link(Path(path))

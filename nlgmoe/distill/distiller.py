@@ -80,11 +80,7 @@ class Distiller(ABC):
 
 
 def find_teacher(teacher: str, remedy: str) -> tuple[Path, dict[str, Any], str]:
-    """Return a teacher's checkpoint, of a run the newest valid one; its document and the hash of its weights. A collective.
-
-    Args:
-        remedy: end of the message if there is none.
-    """
+    """Return a teacher's checkpoint, of a run the newest valid one; its document and the hash of its weights. A collective."""
     try:
         path = find_checkpoint(teacher)
         return path, read_document(path), hash_of_weights(path)
@@ -132,7 +128,6 @@ def samples_before_end(
 
     Args:
         batch_size_after: sequences of the step that follows that many samples, over all ranks.
-        curriculum: schedule of shorter sequences, each a cut sample; None: all are whole.
     """
     if end == End(None, None):
         return None

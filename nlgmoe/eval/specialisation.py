@@ -144,10 +144,6 @@ def overlap(first: np.ndarray, second: np.ndarray) -> float:
     """Return the share of assignments that two models give to the same experts: 1 if every group is routed alike.
 
     The mean over groups, weighted by the first model's assignments, of `sum_e min(p_1(e | group), p_2(e | group))`.
-
-    Args:
-        first: `[G, E]` assignments of a model.
-        second: `[G, E]` assignments of another one, on the same text.
     """
     seen = (first.sum(axis=1) > 0) & (second.sum(axis=1) > 0)
     first, second = first[seen], second[seen]

@@ -198,9 +198,6 @@ def attend(
         q: `[B, N, T, D]`.
         k: `[B, K, S, D]`; each of the K heads is for N / K query heads.
         v: `[B, K, S, D]`.
-        context: which keys a query sees.
-        scale: multiple of the products; None: 1 / sqrt(D).
-        dropout: dropout probability on the weights.
     """
     visible, shares_keys = context.visible, k.shape[1] != q.shape[1]
     if shares_keys and visible is not None:  # CUDA's fused kernels take no mask with shared keys

@@ -94,14 +94,9 @@ class LocalDispatch:
 
 
 def assign_slots(tokens_per_expert: Tensor, capacity: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Return the row of each slot, `[E * C]`, and the slot of each row, `[R]`, any slot for dropped ones.
+    """Return the row of each slot, `[E * C]`, and the slot of each of R rows, `[R]`, any slot for dropped ones, which come last.
 
     Empty slots get arbitrary rows, evenly spread: adding many gradients to one row would be slow.
-
-    Args:
-        tokens_per_expert: `[E]` int64, at most C each.
-        capacity: C.
-        rows: R, sorted by expert; dropped ones come last.
     """
     ends = tokens_per_expert.cumsum(0)
     first = ends - tokens_per_expert  # [E]

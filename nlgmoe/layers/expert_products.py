@@ -65,14 +65,9 @@ def has_slots(device: torch.device) -> bool:
 
 
 def fixed_slots(capacity: int | None, num_experts: int, assignments: int) -> int | None:
-    """Return the slots of each expert if its capacity leaves few of them empty; None: rows must be counted.
+    """Return the slots of each expert if its `capacity` leaves few of them empty; None: rows must be counted.
 
     Ranks whose micro-batches have equally many tokens get equal results.
-
-    Args:
-        capacity: C of an expert; None: none is known.
-        num_experts: E.
-        assignments: N * k.
     """
     return None if capacity is None or capacity * num_experts > MAX_SLOTS * assignments else capacity
 

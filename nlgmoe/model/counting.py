@@ -133,9 +133,6 @@ def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
     """Count the matrix-multiplication FLOPs of one token, forward and backward (3 times the forward), logits included.
 
     Attention counts the causal half of the score matrix. A multiply-add is two FLOPs; dropped assignments count as computed.
-
-    Args:
-        seq_len: tokens per sequence; the configuration's by default.
     """
     width, layers = config.hidden_size, config.num_layers
     length = config.seq_len if seq_len is None else seq_len

@@ -140,12 +140,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         register_world()
 
     def expert_placements(self, config: GPTConfig, model_name: str = "model") -> Mapping[int, ExpertPlacement]:
-        """Make the process groups and return this rank's experts in every MoE block, by block number. A collective.
-
-        Args:
-            config: configuration of the model to shard.
-            model_name: its name in the log and in errors: "model", or "teacher".
-        """
+        """Make the process groups and return this rank's experts in every MoE block, by block number. A collective."""
         from nlgmoe.parallel.engine import register_groups
 
         degrees = layer_degrees(config, self.world_size, self.expert_parallel_size, model_name)

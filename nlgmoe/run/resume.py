@@ -191,7 +191,6 @@ def set_progress(checkpoint: dict[str, Any], micro_batches: int, saved: bool = F
     """Set the progress of Lightning's loops in a checkpoint to the last optimizer step.
 
     Args:
-        micro_batches: accumulated micro-batches of a step in this run.
         saved: true after loading.
     """
     loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]

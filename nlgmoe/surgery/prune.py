@@ -52,7 +52,6 @@ def most_used(weights: Sequence[Tensor], config: GPTConfig) -> list[list[int]]:
 
     Args:
         weights: `[E]` of each MoE layer, or their saliency (`eval/importance.py`).
-        config: the result of `pruned_config`.
     """
     assert config.moe is not None
     groups, kept = config.moe.groups[0] if config.moe.groups is not None else 1, []

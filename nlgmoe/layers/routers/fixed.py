@@ -61,12 +61,7 @@ class _OneExpertConfig(RouterConfig):
 
 
 def route_to(expert: Tensor, x: Tensor, context: RoutingContext, num_experts: int) -> Routing:
-    """Return the routing to one expert per token, with weight 1 in at least fp32; all but padding is kept.
-
-    Args:
-        expert: `[B, T]` int64.
-        x: `[N, H]` hidden states, for their dtype.
-    """
+    """Return the routing of `x` `[N, H]` to `expert` `[B, T]`, with weight 1 in at least fp32; all but padding is kept."""
     expert = expert.reshape(-1, 1)  # [N, 1]
     mask = None if context.mask is None else context.mask.flatten()  # [N]
     kept = torch.ones_like(expert, dtype=torch.bool) if mask is None else mask.unsqueeze(-1)  # [N, 1]
