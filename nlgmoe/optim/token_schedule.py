@@ -113,7 +113,7 @@ def sequence_length(tokens: int, seq_len: int, curriculum: SequenceCurriculum) -
 
 
 def distillation_weight(clock: int, end: int, ramp: int = 0) -> float:
-    """Return the weight of the distillation loss after `clock` tokens (or steps): 1, at `end` 0, between them by a linear `ramp`."""
+    """Return the weight of the distillation loss after `clock` tokens (or steps): 1, at `end` 0, before it a linear `ramp`."""
     if clock >= end:
         return 0.0
     return min(1.0, (end - clock) / ramp) if ramp else 1.0
