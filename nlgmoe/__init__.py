@@ -38,9 +38,7 @@ if TYPE_CHECKING:
     from nlgmoe.tools.report.write_report import WriteReport
 
 _SOURCE = ast.parse(Path(__file__).read_text(encoding="utf-8"))
-_IMPORTS = [
-    node for node in ast.walk(_SOURCE) if isinstance(node, ast.ImportFrom) and str(node.module).startswith("nlgmoe.")
-]
+_IMPORTS = [n for n in ast.walk(_SOURCE) if isinstance(n, ast.ImportFrom) and str(n.module).startswith("nlgmoe.")]
 _MODULES = {alias.name: str(node.module) for node in _IMPORTS for alias in node.names}  # public name -> its module
 __all__ = sorted(_MODULES)
 

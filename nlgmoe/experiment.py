@@ -49,9 +49,7 @@ def load_config(*path: str | Path | Sequence[str | Path], **overrides: Any) -> E
     if (checkpoint := cli.config.get("ckpt_path")) is not None:
         from lightning.pytorch.utilities import rank_zero_warn
 
-        rank_zero_warn(
-            f"load_config resumes nothing: give ckpt_path={checkpoint} to experiment.trainer.fit or .validate"
-        )
+        rank_zero_warn(f"load_config resumes nothing: give ckpt_path={checkpoint} to the trainer's fit or validate")
     return Experiment(cli.model, cli.datamodule, cli.trainer)
 
 

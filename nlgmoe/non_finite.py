@@ -40,9 +40,7 @@ class NonFinite:
 
     def __post_init__(self) -> None:
         require(self.action in ("stop", "skip"), f"action={self.action} must be stop or skip")
-        require(
-            self.limit >= 1, f"limit={self.limit} must be at least 1 step; to stop at the first one set action to stop"
-        )
+        require(self.limit >= 1, f"limit={self.limit} must be at least 1 step; action=stop stops at the first one")
 
 
 class NonFiniteError(AllRanksError):
@@ -81,13 +79,10 @@ class StepGradients:
     def squared_norms(self, components: Sequence[Sequence[nn.Parameter]]) -> Tensor:
         """Return terms whose sum over ranks is each component's squared gradient norm, `[components]`. No collective."""
         ranks = distributed.get_world_size() if distributed.is_initialized() else 1
-        device = next(
-            parameter.device for component in components for parameter in component
-        )  # a router may have no parameters
-        return (
-            torch.stack([squared_norm((parameter.grad for parameter in component), device) for component in components])
-            / ranks
-        )
+        # A router may have no parameters.
+        device = next(parameter.device for component in components for parameter in component)
+        norms = [squared_norm((parameter.grad for parameter in component), device) for component in components]
+        return torch.stack(norms) / ranks
 
     def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the gradient of one parameter of this rank. A collective."""
@@ -104,9 +99,8 @@ class StepGradients:
         if algorithm == "value":
             torch.nn.utils.clip_grad_value_(self._parameters, value)
         else:
-            factor = torch.clamp(
-                value / (torch.tensor(norm, dtype=self._total_norm.dtype, device="cpu") + 1e-6), max=1.0
-            )
+            exact = torch.tensor(norm, dtype=self._total_norm.dtype, device="cpu")
+            factor = torch.clamp(value / (exact + 1e-6), max=1.0)
             torch._foreach_mul_(self._gradients, factor)
 
     def discard(self) -> None:

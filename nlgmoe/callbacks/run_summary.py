@@ -56,9 +56,8 @@ class RunSummary(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._losses = deque(
-            (math.nan if loss is None else float(loss) for loss in state_dict["losses"]), self._losses.maxlen
-        )
+        losses = (math.nan if loss is None else float(loss) for loss in state_dict["losses"])
+        self._losses = deque(losses, self._losses.maxlen)
         self._peak_memory = state_dict.get("peak_memory_bytes", 0)
 
     @override
@@ -150,11 +149,9 @@ def _products(trainer: Trainer, module: MoEGPTModule) -> str:
     tokens = module.seq_len * getattr(data, "micro_batch_size", 1)
     sends_slots = moes[0].dispatcher.equal_batches and any(moe.placement.group is not None for moe in moes)
     has_triton = moes[0].experts.triton_product is not None
-    capability = compute_capability(device)
-    text = describe_products(
-        module.config, tokens, trainer.precision, device.type == "cpu", capability, sends_slots, has_triton
-    )
-    return f"; experts: {text}"
+    on_cpu, capability, precision = device.type == "cpu", compute_capability(device), trainer.precision
+    products = describe_products(module.config, tokens, precision, on_cpu, capability, sends_slots, has_triton)
+    return f"; experts: {products}"
 
 
 def _leaves_out_domains(trainer: Trainer) -> bool:

@@ -34,9 +34,7 @@ def split_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:
     split: dict[str, Tensor] = {}
     for name, value in entries.items():
         if (match := _STACK.fullmatch(name)) and value.dim() > 0:
-            split |= {
-                f"{match['experts']}.{expert}.{match['parameter']}": value[expert] for expert in range(len(value))
-            }
+            split |= {f"{match['experts']}.{e}.{match['parameter']}": value[e] for e in range(len(value))}
         else:
             split[name] = value
     return split

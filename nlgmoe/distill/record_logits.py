@@ -126,9 +126,7 @@ def _check_same(header: dict[str, Any], settings: dict[str, Any], folder: Path) 
         for values in (earlier, settings)
     )
     if changes := list_differences(recorded, current):
-        raise SettingError(
-            f"{folder} was recorded with other settings: {', '.join(changes)}; name another output, or delete it"
-        )
+        raise SettingError(f"{folder} was recorded with other settings: {', '.join(changes)}; name another output")
     return earlier
 
 

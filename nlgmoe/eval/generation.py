@@ -240,9 +240,7 @@ def _stream(
 def _as_lists(prompts: Prompts) -> list[list[int]]:
     if isinstance(prompts, Tensor):
         if prompts.dim() != 2 or prompts.dtype != torch.long:
-            raise SettingError(
-                f"prompts must be [B, T] int64, or lists of ids, not {list(prompts.shape)} {prompts.dtype}"
-            )
+            raise SettingError(f"prompts are lists of ids or [B, T] int64, not {list(prompts.shape)} {prompts.dtype}")
         prompts = prompts.tolist()
     return [[int(token) for token in prompt] for prompt in prompts]
 

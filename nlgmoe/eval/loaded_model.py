@@ -61,9 +61,7 @@ def load_pretrained(
     given = None if tokenizer is None else load_tokenizer(tokenizer, Path(data_dir))
     chosen = choose_tokenizer(path, given, GPTConfig.from_dict(document["model_config"]))
     if chosen is None:
-        raise SettingError(
-            f"tokenizer=null: {path} holds none; set it to the tokenizer that the model was trained with"
-        )
+        raise SettingError(f"tokenizer=null: {path} holds none; set it to the one that the model was trained with")
     model = load_model(path).to(device, PRECISIONS.get(precision or ""))
     hand_in_triton_product(model, torch.device(device))
     return LoadedModel(path, model, chosen, document)
@@ -77,7 +75,7 @@ def choose_tokenizer(path: Path, given: Tokenizer | None, config: GPTConfig) -> 
         return None
     if given is not None and not given.has_same_ids(chosen):
         raise SettingError(
-            f"tokenizer={given.name} differs from the tokenizer that {path} was trained with; leave it out"
+            f"tokenizer={given.name} differs from the tokenizer that {path} was saved with; leave it out"
         )
     if chosen.vocab_size > config.vocab_size:
         raise SettingError(

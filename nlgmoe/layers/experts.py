@@ -89,9 +89,8 @@ class Experts(nn.Module):
     def _choose_product(self, x: Tensor) -> Product:
         if not torch.is_grad_enabled() and x.device.type == "cpu" and len(x) <= FEW_ROWS:
             return "loop"  # generation: reads the weights of the chosen experts only
-        return choose_product(
-            x.dtype, self.widths, compute_capability(x.device), False, self.triton_product is not None
-        )
+        has_triton = self.triton_product is not None
+        return choose_product(x.dtype, self.widths, compute_capability(x.device), False, has_triton)
 
     def _apply_network(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply the network, and check that it returned a row for each row of `x`, `[M, H]`."""

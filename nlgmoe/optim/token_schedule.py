@@ -47,9 +47,7 @@ class LearningRateSchedule:
             )
             return
         if decay is None or decay <= warmup:
-            raise SettingError(
-                f"shape={shape} needs decay_tokens above warmup_tokens={warmup}, got decay_tokens={decay}"
-            )
+            raise SettingError(f"shape={shape} needs decay_tokens={decay} to be above warmup_tokens={warmup}; set it")
         require(
             cooldown is None or 0 < cooldown <= decay - warmup,
             f"cooldown_tokens={cooldown} must be above 0 and fit between warmup_tokens={warmup} and decay_tokens={decay}",

@@ -80,9 +80,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         reason = "must be an even number of values, at least 2"
         require(bucket_size >= 2 and bucket_size % 2 == 0, f"trainer.strategy.bucket_size={bucket_size} {reason}")
         if stage == 0:
-            rank_zero_info(
-                "trainer.strategy.stage=0 is taken as 1: the same numbers, with the optimizer's states sharded"
-            )
+            rank_zero_info("trainer.strategy.stage=0 is taken as 1: the same numbers, with sharded optimizer states")
             stage = 1
         name_deepspeeds_device()
         self._collective_timeout = timedelta(seconds=timeout_seconds)

@@ -73,13 +73,9 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     if getattr(trainer, "_val_check_time_interval", None) is not None:
         raise SettingError("trainer.val_check_interval as a time depends on the machine's speed; give optimizer steps")
     if trainer.precision == "16-true":
-        raise SettingError(
-            "trainer.precision=16-true trains in fp16 alone, in which AdamW's eps is 0; use bf16-mixed or 16-mixed"
-        )
+        raise SettingError("trainer.precision=16-true trains in fp16 alone, where eps is 0; use bf16-mixed or 16-mixed")
     if trainer.gradient_clip_algorithm == "value" and isinstance(strategy, PlacesExperts):
-        raise SettingError(
-            "trainer.gradient_clip_algorithm=value: DeepSpeed does not clip by value; leave it out, or use ddp"
-        )
+        raise SettingError("trainer.gradient_clip_algorithm=value: DeepSpeed does not clip by value; use norm, or ddp")
     config: AdamWConfig | None = getattr(trainer.lightning_module, "optimizer_config", None)
     if config is not None and config.muon is not None and isinstance(strategy, PlacesExperts):
         raise SettingError(
@@ -296,9 +292,7 @@ def check_tokenizer(checkpoint: dict[str, Any], data: TrainingData | None) -> No
     if data is None or type(data).__qualname__ in checkpoint:
         return
     if data.tokenizer is not None and not tokenizer_matches(data.tokenizer.files, checkpoint["path"]):
-        raise RunError(
-            f"{checkpoint['path']} has another tokenizer than data.tokenizer; set it to that of the checkpoint"
-        )
+        raise RunError(f"{checkpoint['path']} has another tokenizer than data.tokenizer; set it to the checkpoint's")
 
 
 def check_new_run(trainer: Trainer, tokens: int) -> None:

@@ -166,9 +166,7 @@ class RunTrainer(Trainer):
         _check_warm_start(model, name)
         folder = Path(self.default_root_dir)
         if name in ("last", "auto"):
-            require(
-                bool(saved_steps(folder)), f"ckpt_path={name}: there is no checkpoint in {folder}; give the path of one"
-            )
+            require(bool(saved_steps(folder)), f"ckpt_path={name}: {folder} has no checkpoint; give the path of one")
             return str(folder)
         if name == "best":
             best = folder / FOLDER / "best.ckpt"

@@ -79,9 +79,7 @@ def upcycle(
     path = find_checkpoint(dense)
     document, files, tokenizer = read_document(path), TensorFiles(path, "model"), read_tokenizer(path)
     dense_config = GPTConfig.from_dict(document["model_config"])
-    require(
-        dense_config.moe is None, f"{path} is no dense model: it has experts; use the checkpoint of one with moe=null"
-    )
+    require(dense_config.moe is None, f"{path} is no dense model: it has experts; use a checkpoint with moe=null")
     for name in ("expert_ffn_size", "shared_ffn_size"):
         size = getattr(moe, name)
         require(
@@ -150,9 +148,8 @@ def _entry_reader(
         value = files.read(f"{block}.ffn.{matrix}.{kind}")
         value = value.t() if kind == "weight" else value  # expert stacks are [in, out], nn.Linear's weight [out, in]
         if noise and kind == "weight":
-            value = value + (draw_normal(value.shape, "upcycle", seed, name) * (noise * value.float().std())).to(
-                value.dtype
-            )
+            std = noise * value.float().std()
+            value = value + (draw_normal(value.shape, "upcycle", seed, name) * std).to(value.dtype)
         if matrix == "project":
             value = value * expert_factor(moe, experts_at(config, int(block.rpartition(".")[2])))
         return value.contiguous()
