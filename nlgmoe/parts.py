@@ -110,25 +110,15 @@ class AttentionConfig(_Part):
     def saved_bytes(self, config: Any, itemsize: int) -> int | None:
         """Return the bytes that the layer saves for the backward pass for each token, its input included.
 
-        Args:
-            config: the model's `GPTConfig`.
-            itemsize: bytes of an activation.
-
-        Returns:
-            None if that is not known: `nlgmoe inspect` then refuses the model.
+        An activation has `itemsize` bytes. None: that is not known, and `nlgmoe inspect` refuses the model.
         """
         return None
 
     def build(self, config: Any, block: int) -> Any:
-        """Make the attention layer of one block.
+        """Make the attention of one block, an `nn.Module` whose `forward(x, context)` maps `[B, T, H] -> [B, T, H]`.
 
-        Args:
-            config: the model's `GPTConfig`.
-            block: block number, counted from 0; the layer's key for `context.cache.extend`.
-
-        Returns:
-            An `nn.Module` whose `forward(x, context)` maps `[B, T, H] -> [B, T, H]`; `context` is a
-            `layers.attention.AttentionContext`.
+        `config` is the model's `GPTConfig`, `context` a `layers.attention.AttentionContext`. The block's number, counted from 0,
+        is the layer's key for `context.cache.extend`.
         """
         raise SettingError(f"{type(self).__name__} has no build(config, block)")
 
@@ -138,11 +128,7 @@ class RotaryScaling:
     """A change of the frequencies of rotary positions for texts longer than those of training; a subclass adds its fields."""
 
     def scale(self, frequencies: Tensor, theta: float) -> Tensor:
-        """Return the changed frequencies.
-
-        Args:
-            frequencies: `[R / 2]` fp32, `theta^(-2i / R)`, radians per position.
-        """
+        """Return the changed `frequencies`, `[R / 2]` fp32, which are `theta^(-2i / R)`, radians per position."""
         raise SettingError(f"{type(self).__name__} has no scale(frequencies, theta)")
 
 
@@ -153,15 +139,7 @@ class RouterConfig(_Part):
     known_fields = ROUTER_FIELDS
 
     def build(self, config: Any, block: int) -> Any:
-        """Make the router of one block.
-
-        Args:
-            config: the model's `GPTConfig`; `pyramid.experts_at(config, block)` is the number of experts.
-            block: block number, counted from 0.
-
-        Returns:
-            A `layers.router.Router`.
-        """
+        """Make the router of one block, counted from 0, a `layers.router.Router` of `pyramid.experts_at(config, block)` experts."""
         raise SettingError(f"{type(self).__name__} has no build(config, block)")
 
 
@@ -211,12 +189,7 @@ PARTS = (*MODEL_PARTS, *(f"moe.{name}" for name in MOE_PARTS))  # fields that na
 
 
 def require_paper_parts(config: Any, what: str, parts: Iterable[str] = PARTS) -> None:
-    """Check that parts of a model are the paper's.
-
-    Args:
-        what: subject and verb of the message, such as `the cost model supports`.
-        parts: names of the parts to check, of `PARTS`.
-    """
+    """Check that those parts of a model are the paper's; a message begins with `what`, such as `the cost model supports`."""
     for path in parts:
         section, _, name = path.rpartition(".")
         part = getattr(config.moe if section else config, name, None)

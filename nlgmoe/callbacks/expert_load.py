@@ -63,10 +63,8 @@ class LoadTable:
 
             step,tokens,moe_layer,dropped,expert_0,expert_1,...
 
-        Args:
-            step: the step of `metrics.csv`.
-            loads: `[E]` for each layer: assignments since the last row, before dropping, over all ranks.
-            dropped: fraction of each layer's assignments.
+        `step` is that of `metrics.csv`. `loads`, `[E]` for each layer, counts assignments since the last row, before dropping, over
+        all ranks; `dropped` is the fraction of each layer's.
         """
         width = max(map(len, loads))
         rows: list[list[object]] = []
