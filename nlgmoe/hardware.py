@@ -75,8 +75,7 @@ def board_of(gpu: str) -> str | None:
 def peak_of(gpu: str, precision: str, tf32: bool) -> float | None:
     """Return the peak FLOP/s of matrix products in a precision; None for a GPU that is not in `BOARDS`.
 
-    Args:
-        tf32: PyTorch computes fp32 products in TF32.
+    With `tf32` PyTorch computes fp32 products in TF32.
     """
     board = board_of(gpu)
     if board is None or "64" in precision:

@@ -89,12 +89,9 @@ class StepGradients:
         return parameter.grad
 
     def clip(self, norm: float, value: float, algorithm: str | None) -> None:
-        """Clip by Lightning's `gradient_clip_val` and `gradient_clip_algorithm`.
+        """Clip by Lightning's `gradient_clip_val` and `gradient_clip_algorithm`: to a norm, by default, or to absolute values.
 
-        Args:
-            norm: value of `norm()` on the host, so that the factor is no device tensor, which half-precision gradients round.
-            value: largest norm, or largest absolute value.
-            algorithm: `norm`, the default, or `value`.
+        `norm` is that of `norm()` on the host, so that the factor is no device tensor, which half-precision gradients round.
         """
         if algorithm == "value":
             torch.nn.utils.clip_grad_value_(self._parameters, value)

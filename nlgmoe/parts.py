@@ -139,7 +139,7 @@ class RouterConfig(_Part):
     known_fields = ROUTER_FIELDS
 
     def build(self, config: Any, block: int) -> Any:
-        """Make the router of one block, counted from 0, a `layers.router.Router` of `pyramid.experts_at(config, block)` experts."""
+        """Make the `layers.router.Router` of one block, counted from 0, which has `pyramid.experts_at(config, block)` experts."""
         raise SettingError(f"{type(self).__name__} has no build(config, block)")
 
 

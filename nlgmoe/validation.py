@@ -87,10 +87,7 @@ def list_differences(
 
     Values of nested mappings have dotted names. Lines with a missing value come last. Experts of a layer that differ alike share
     a line: `blocks.1.moe.experts.*.expand_bias (saved: missing, now: [64]; 4 experts)`.
-
-    Args:
-        ignore: names that are not compared, at any depth.
-        limit: number of lines, after which follows "and N more"; None: all lines.
+    Names to ignore are ignored at any depth. After `limit` lines follows "and N more"; None: all lines.
     """
     pairs = sorted(_pairs(saved, current, ignore, ""), key=lambda pair: _MISSING in pair[1:])
     counts = Counter((_EXPERT.sub(".experts.*.", name), old, new) for name, old, new in pairs)

@@ -63,8 +63,8 @@ class LoadTable:
 
             step,tokens,moe_layer,dropped,expert_0,expert_1,...
 
-        `step` is that of `metrics.csv`. `loads`, `[E]` for each layer, counts assignments since the last row, before dropping, over
-        all ranks; `dropped` is the fraction of each layer's.
+        `step` is that of `metrics.csv`. `loads`, `[E]` for each layer, counts assignments since the last row, before dropping,
+        over all ranks; `dropped` is the fraction of each layer's.
         """
         width = max(map(len, loads))
         rows: list[list[object]] = []

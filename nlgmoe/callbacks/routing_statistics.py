@@ -147,14 +147,9 @@ def requests_of(totals: Sequence[float]) -> np.ndarray:
 
 
 def routing_statistics(totals: Sequence[float], routing: Routing) -> dict[str, float]:
-    """Compute the statistics of a layer by name.
+    """Compute the statistics of a layer by name from the totals of an interval, `[E + 1 + S]`.
 
-    Args:
-        totals: `[E + 1 + S]`, those of an interval.
-        routing: any of the layer, which tells what its router knows.
-
-    Returns:
-        The statistics; all are NaN without a token, as in an interval of skipped steps.
+    Any routing of the layer tells what its router knows. All are NaN without a token, as in an interval of skipped steps.
     """
     tokens, *sums = totals[-1 - len(WITH_TOTAL) :]
     interval = Interval(requests_of(totals), tokens or math.nan)

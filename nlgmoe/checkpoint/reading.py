@@ -182,9 +182,7 @@ def unknown_files(folder: Path, files: dict[str, Contents]) -> Iterator[str]:
 def file_problems(file: Path, contents: Contents, read: bool = True) -> Iterator[str]:
     """Yield each defect of a tensor file, opened once: it is missing or unreadable, entries are missing, unknown or damaged.
 
-    Args:
-        contents: its entries in the manifest.
-        read: read the entries; if false, their names alone.
+    `contents` are its entries in the manifest; without `read`, only their names are compared.
     """
     if not file.exists():
         yield f"{file.parent} has no {file.name}, with {_abbreviate(contents)}"
@@ -205,12 +203,7 @@ def file_problems(file: Path, contents: Contents, read: bool = True) -> Iterator
 
 
 def entry_problem(kind: str, tensor: Tensor, recorded: list[Any]) -> str:
-    """Describe the defect of an entry that was read; empty if it has none.
-
-    Args:
-        kind: one of `KINDS`; weights and moments must be finite, state need not be.
-        recorded: its type, shape and checksum in the manifest.
-    """
+    """Describe the defect of an entry, by its record in the manifest; empty if it has none. Only `state` may be not finite."""
     for attribute, actual, expected in zip(("type", "shape", "checksum"), record_of(tensor), recorded, strict=True):
         if actual != expected:
             return f"is damaged (its {attribute} is {actual}, not {expected})"
@@ -227,9 +220,7 @@ def kind_of(file: str) -> str:
 def open_tensors(file: Path, backend: str = "mmap") -> Any:
     """Open a safetensors file for reading.
 
-    Args:
-        backend: `mmap`: tensors are views of the mapped file, which counts as memory of the process once it is read; `pread`:
-            each is a copy.
+    By `mmap` tensors are views of the file, which counts as memory of the process once it is read; by `pread` each is a copy.
     """
     try:
         return safe_open(file, framework="pt", backend=backend)

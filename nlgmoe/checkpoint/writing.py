@@ -67,9 +67,7 @@ def finish(
 ) -> None:
     """Write `checkpoint.json`, the tokenizer and `manifest.json`, then rename the folder to `path`, replacing an older one.
 
-    Args:
-        files: union of the results of `write_tensors`.
-        tokenizer: the tokenizer and the model's files beside it; None writes none.
+    `files` is the union of the results of `write_tensors`; the tokenizer has the model's files beside it.
     """
     texts = {"checkpoint.json": json.dumps(document, indent=1).encode()}
     texts |= {name: text.encode() for name, text in (tokenizer or {}).items()}

@@ -157,9 +157,8 @@ def _records(
 def likeliest(targets: SoftTargets, positions: slice, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Cut a teacher's distribution at C positions to its K likeliest tokens.
 
-    Returns:
-        int64 `[C, K]`, the likeliest tokens first; and in at least fp32 `[C, K + 1]`, their log-probabilities at the temperature
-        and the log of the remaining probability, -inf if that is 0.
+    Returns int64 `[C, K]`, the likeliest tokens first; and in at least fp32 `[C, K + 1]`, their log-probabilities at the
+    temperature and the log of the remaining probability, -inf if that is 0.
     """
     logits = targets.logits(positions)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

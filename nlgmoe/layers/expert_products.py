@@ -34,12 +34,9 @@ def choose_product(
     in_slots: bool,
     has_triton: bool,
 ) -> Product:
-    """Choose the product of the experts.
+    """Choose the product of the experts, by the input and output widths of the weights, in values.
 
-    Args:
-        widths: input and output widths of the weights, in values.
-        compute_capability: of the rows' CUDA device; None elsewhere.
-        has_triton: a product in Triton was handed in.
+    Only CUDA devices have a compute capability. With `has_triton` a product in Triton was handed in.
     """
     if in_slots:
         return "bmm"

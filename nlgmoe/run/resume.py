@@ -188,11 +188,7 @@ class Resuming:
 
 
 def set_progress(checkpoint: dict[str, Any], micro_batches: int, saved: bool = False) -> None:
-    """Set the progress of Lightning's loops in a checkpoint to the last optimizer step.
-
-    Args:
-        saved: true after loading.
-    """
+    """Set the progress of Lightning's loops in a checkpoint, which is `saved` after loading, to the last optimizer step."""
     loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
     steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
     # `current` counts this epoch, `total` all epochs. An epoch's last step may have fewer micro-batches.

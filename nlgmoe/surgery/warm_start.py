@@ -72,12 +72,9 @@ def load_initial_weights(
     on_entry: Callable[[Entry, Tensor], None] | None = None,
     tokenizer: TokenizerFiles | None = None,
 ) -> WarmStartResult:
-    """Load a checkpoint's weights into `model`. A collective.
+    """Load a checkpoint's weights into `model`, or this rank's shard of it. A collective.
 
-    Args:
-        model: the GPT, or this rank's shard of it.
-        on_entry: called with each loaded entry and its values in the stored dtype.
-        tokenizer: the data's, compared with the checkpoint's; None: not compared.
+    Calls `on_entry` with each entry and its values in the stored dtype. A tokenizer is compared with the checkpoint's.
     """
     blocks = "" if start.layers is None else f", blocks {', '.join(map(str, start.layers))} (counted from 0)"
     with raise_on_all_ranks():
