@@ -32,8 +32,8 @@ from benchmarks.timing import ROOT, Benchmark, Part, Table
 from nlgmoe import ExpertParallelStrategy
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.pyramid import ExpertPlacement
 from nlgmoe.tools.planner.inspect_config import read_settings
 from tests.support.devices import draw, error, seconds, synchronize
 from tests.support.spawn import spawn

@@ -23,7 +23,7 @@ from nlgmoe import generate, load_model
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
-from nlgmoe.optim.param_groups import AdamWConfig, build_optimizer
+from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer
 from tests.support.memory import peak_bytes
 
 TOKENS = 2048

@@ -1,12 +1,14 @@
 """nlgmoe: mixture-of-experts language models on PyTorch Lightning.
 
-The names below are the public interface. Each is imported at its first use: `import nlgmoe` is fast, and changes nothing in the
-process.
+The names below are the public interface. Each is imported at its first use, by this list: `import nlgmoe` is fast, and changes
+nothing in the process.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,10 +18,9 @@ if TYPE_CHECKING:
     from nlgmoe.data import PileDataModule
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
     from nlgmoe.distill.offline_teacher import OfflineTeacher
-    from nlgmoe.eval.expert_counts import count_experts
     from nlgmoe.eval.generation import generate
     from nlgmoe.eval.loaded_model import LoadedModel, load_pretrained
-    from nlgmoe.eval.specialisation import Specialisation
+    from nlgmoe.eval.specialisation import Specialisation, count_experts
     from nlgmoe.experiment import Experiment, load_config
     from nlgmoe.layers.attention import AttentionContext
     from nlgmoe.layers.mla import MLAConfig
@@ -36,34 +37,9 @@ if TYPE_CHECKING:
     from nlgmoe.tools.lm_eval.zero_shot_eval import ZeroShotEval
     from nlgmoe.tools.report.write_report import WriteReport
 
-_NAMES = {
-    "nlgmoe.callbacks.staged_distillation": "StagedDistillation",
-    "nlgmoe.checkpoint.portable": "load_model",
-    "nlgmoe.surgery.warm_start": "WarmStart",
-    "nlgmoe.config": "GPTConfig MoEConfig",
-    "nlgmoe.data": "PileDataModule",
-    "nlgmoe.distill.mixture_of_students": "MixtureOfStudents",
-    "nlgmoe.distill.offline_teacher": "OfflineTeacher",
-    "nlgmoe.eval.expert_counts": "count_experts",
-    "nlgmoe.eval.generation": "generate",
-    "nlgmoe.eval.loaded_model": "LoadedModel load_pretrained",
-    "nlgmoe.eval.specialisation": "Specialisation",
-    "nlgmoe.experiment": "Experiment load_config",
-    "nlgmoe.layers.attention": "AttentionContext",
-    "nlgmoe.layers.mla": "MLAConfig",
-    "nlgmoe.layers.moe": "MoELayer",
-    "nlgmoe.layers.rotary": "Llama3 Yarn",
-    "nlgmoe.layers.router": "Router Routing RoutingContext",
-    "nlgmoe.layers.routers": "FrozenRouterConfig HashRouterConfig SigmoidRouterConfig UniformRouterConfig",
-    "nlgmoe.model.gpt": "GPT GPTOutput",
-    "nlgmoe.module": "MoEGPTModule",
-    "nlgmoe.parallel.strategy": "ExpertParallelStrategy",
-    "nlgmoe.parts": "AttentionConfig ExpertConfig RotaryScaling RouterConfig",
-    "nlgmoe.pyramid": "experts_at student_config student_layers",
-    "nlgmoe.tools.lm_eval.zero_shot_eval": "ZeroShotEval",
-    "nlgmoe.tools.report.write_report": "WriteReport",
-}  # module -> its public names
-_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+_SOURCE = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+_IMPORTS = [n for n in ast.walk(_SOURCE) if isinstance(n, ast.ImportFrom) and str(n.module).startswith("nlgmoe.")]
+_MODULES = {alias.name: str(node.module) for node in _IMPORTS for alias in node.names}  # public name -> its module
 __all__ = sorted(_MODULES)
 
 

@@ -1,7 +1,5 @@
 """The interface between data and training: the batch."""
 
-from __future__ import annotations
-
 from typing import NotRequired, TypedDict, cast
 
 from torch import Tensor

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from nlgmoe.parts import AttentionConfig, ExpertConfig, RotaryScaling, RouterConfig, pack_parts, with_parts
-from nlgmoe.validation import SettingError, require, require_above, require_at_least, require_valid
+from nlgmoe.validation import require, require_above, require_at_least, require_valid
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,14 @@ class MoEConfig:
         require(1 <= self.top_k <= fewest, f"{top_k} must be between 1 and the smallest num_experts ({fewest})")
         if self.groups is not None:
             self._check_groups(self.groups, fewest, counts)
-        require_at_least(
-            1, self, "expert_ffn_size", "shared_ffn_size", remedy=", or null for the model's ffn_hidden_size"
-        )
+        widths = ("expert_ffn_size", "shared_ffn_size")
+        require_at_least(1, self, *widths, remedy=", or null for the model's ffn_hidden_size")
         require(
             self.shared_ffn_size is None or self.mlp_type == "residual",
             f"shared_ffn_size={self.shared_ffn_size} has no effect with mlp_type={self.mlp_type}; use mlp_type=residual, or null",
         )
-        require_above(
-            0, self, "train_capacity_factor", "eval_capacity_factor", remedy="; 1.0 is an expert's fair share"
-        )
+        factors = ("train_capacity_factor", "eval_capacity_factor")
+        require_above(0, self, *factors, remedy="; 1.0 is an expert's fair share")
         require_at_least(0, self, "min_capacity")
         require_at_least(0, self, "loss_coeff", "z_loss_coeff", remedy="; 0 turns that loss off")
         require(
@@ -249,7 +247,6 @@ class GPTConfig:
         )
 
     def _check_attention(self) -> None:
-        """Check the fields of attention and positions."""
         require(
             self.head_dim is not None or self.attention is not None or self.hidden_size % self.num_heads == 0,
             f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}",
@@ -324,14 +321,9 @@ class GPTConfig:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> GPTConfig:
-        """Build the configuration from `to_dict`'s values.
-
-        Raises:
-            ForeignCodeError: a part's class is in a module outside `nlgmoe` that is not imported.
-        """
+        """Build the configuration from `to_dict`'s values; see `part_from_dict` for classes outside `nlgmoe`."""
         moe = values.get("moe")
         if moe is not None:
-            if not isinstance(moe, dict):
-                raise SettingError(f"moe={moe!r} must hold settings by name, or be null for a dense model")
+            require(isinstance(moe, dict), f"moe={moe!r} must hold settings by name, or be null for a dense model")
             values = {**values, "moe": MoEConfig(**with_parts(moe))}
         return GPTConfig(**with_parts(values))

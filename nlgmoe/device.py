@@ -3,8 +3,6 @@
 `torch.accelerator` names the type of the accelerator, so that no accelerator is named here.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 import sys

@@ -1,7 +1,5 @@
 """Files: atomic writing and checksums."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -16,9 +14,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to, and rename it to `path` at the end of the block.
 
     An older `path` stays until then, and stays if the block raises.
-
-    Args:
-        path: path of the file, in an existing folder.
     """
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import require
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ RESERVED = 2 * 2**30
 
 def hardware(name: str) -> Hardware:
     """Return the GPU called `name`."""
-    if name not in HARDWARE:
-        raise SettingError(f"hardware={name} is not known; choose one of {', '.join(HARDWARE)}")
+    require(name in HARDWARE, f"hardware={name} is not known; choose one of {', '.join(HARDWARE)}")
     return HARDWARE[name]
 
 
@@ -76,10 +75,7 @@ def board_of(gpu: str) -> str | None:
 def peak_of(gpu: str, precision: str, tf32: bool) -> float | None:
     """Return the peak FLOP/s of matrix products in a precision; None for a GPU that is not in `BOARDS`.
 
-    Args:
-        gpu: CUDA's device name.
-        precision: Lightning's name, such as `bf16-mixed`.
-        tf32: PyTorch computes fp32 products in TF32.
+    With `tf32` PyTorch computes fp32 products in TF32.
     """
     board = board_of(gpu)
     if board is None or "64" in precision:

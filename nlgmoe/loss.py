@@ -6,8 +6,6 @@ Cross-entropy and KL divide by the mean number of counted tokens of a rank, so t
 batch.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -28,10 +26,7 @@ def training_loss(
     """Compute the loss of one micro-batch; a second call with the same arguments computes the same.
 
     Args:
-        gpt: the model.
-        batch: the micro-batch of this rank.
         noise_key: (seed, step, micro-batch index over all ranks) of every random draw.
-        chunk_size: tokens whose logits exist at a time.
         distiller: reads the teacher; None, or after its end: no distillation.
 
     Returns:

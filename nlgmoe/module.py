@@ -3,9 +3,7 @@
 `step.py` has the steps of training and their hooks, `loss.py` the loss.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,35 +14,25 @@ from typing_extensions import override
 
 from nlgmoe.batch import Batch, loss_mask
 from nlgmoe.checkpoint.portable import use_portable_checkpoints
-from nlgmoe.checkpoint.same_run import IGNORED_IN_EVALUATION, check_moments, check_same_run, check_tokenizer
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import training_data
-from nlgmoe.differences import list_differences
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.eval.perplexity import Evaluation, batch_losses
+from nlgmoe.layers.attention import AttentionContext
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
-from nlgmoe.model.compiling import compile_dense_parts
-from nlgmoe.model.gpt import GPT
+from nlgmoe.model.gpt import GPT, Block
 from nlgmoe.non_finite import NonFinite
-from nlgmoe.optim.param_groups import AdamWConfig, build_optimizer, freeze
+from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer, freeze
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.parallel.triton_product import hand_in_triton_product
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.parts import IGNORED_IN_EVALUATION
+from nlgmoe.pyramid import ExpertPlacement, PlacesExperts, experts_per_layer
 from nlgmoe.ranks import AllRanksError
-from nlgmoe.run.checks import (
-    check_lengths,
-    check_new_run,
-    check_optimizer,
-    check_trainer,
-    check_vocabulary,
-    warn_about_end,
-    warn_about_rate,
-)
+from nlgmoe.run import checks
 from nlgmoe.run.signals import leave_signals_to_callbacks
 from nlgmoe.step import TrainingStep
 from nlgmoe.surgery.warm_start import WarmStart, load_initial_weights
-from nlgmoe.validation import require
+from nlgmoe.validation import list_differences, require
 
 
 class MoEGPTModule(TrainingStep):
@@ -103,17 +91,16 @@ class MoEGPTModule(TrainingStep):
         if trainer.fit_loop._data_source.instance is not trainer.datamodule:
             trainer.datamodule = None  # Lightning keeps it from an earlier call, and would save its state
         use_portable_checkpoints(self.trainer.strategy, to_train=stage == "fit")
-        check_trainer(self.trainer, stage)
+        checks.check_trainer(self.trainer, stage)
         leave_signals_to_callbacks(self.trainer)
-        check_lengths(self.config, self.seq_len, self.curriculum if stage == "fit" else None)
+        checks.check_lengths(self.config, self.seq_len, self.curriculum if stage == "fit" else None)
         data = training_data(self.trainer)
         if data is not None:
-            check_vocabulary(self.config, data)
+            checks.check_vocabulary(self.config, data)
         self._evaluation = Evaluation(data, self.config.vocab_size)
 
     @override
     def configure_model(self) -> None:
-        """Build the GPT, once."""
         strategy = self._trainer.strategy if self._trainer is not None else None
         placed: Mapping[int, ExpertPlacement] = {}
         if isinstance(strategy, PlacesExperts):
@@ -147,7 +134,6 @@ class MoEGPTModule(TrainingStep):
     @property
     @override
     def gpt(self) -> GPT:
-        """Return the model; the first access builds it."""
         if self.model is None:
             self.configure_model()
         assert self.model is not None
@@ -172,10 +158,10 @@ class MoEGPTModule(TrainingStep):
         Optimizer settings are those of the configuration, not of the checkpoint: a change takes effect on resume. A run
         that is resumed at its end is validated again.
         """
-        check_new_run(self.trainer, self.tokens_seen)
+        checks.check_new_run(self.trainer, self.tokens_seen)
         self.resuming.begin(self.trainer, self.tokens_seen, self.train_tokens, self.config.moe)
-        warn_about_end(self.seq_len, self.curriculum, self.schedule, self.train_tokens, self.trainer)
-        check_optimizer(self.trainer)
+        checks.warn_about_end(self.seq_len, self.curriculum, self.schedule, self.train_tokens, self.trainer)
+        checks.check_optimizer(self.trainer)
         self.begin_steps()
         if self.distiller is not None and not self.trainer.should_stop:
             self.distiller.start(self.gpt, self.trainer)
@@ -189,7 +175,7 @@ class MoEGPTModule(TrainingStep):
     def on_train_end(self) -> None:
         """Free the teacher, which evaluation does not need, and warn if the learning rate has not reached its final value."""
         self.clock.stop("run")
-        warn_about_rate(self.schedule, self.tokens_seen, self.train_tokens)
+        checks.warn_about_rate(self.schedule, self.tokens_seen, self.train_tokens)
         if self.distiller is not None:
             self.distiller.release()
 
@@ -206,12 +192,10 @@ class MoEGPTModule(TrainingStep):
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add one micro-batch to the loss by domain."""
         self._evaluate(batch, self.trainer.num_val_batches)
 
     @override
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add one micro-batch to the loss by domain."""
         self._evaluate(batch, self.trainer.num_test_batches)
 
     @override
@@ -228,7 +212,6 @@ class MoEGPTModule(TrainingStep):
 
     @override
     def on_test_epoch_end(self) -> None:
-        """Log the same under `test/`."""
         self._log_evaluation("test")
 
     def _token_losses(self, batch: Batch) -> Tensor:
@@ -284,13 +267,13 @@ class MoEGPTModule(TrainingStep):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         fits = self.trainer.state.fn == TrainerFn.FITTING
-        check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
-        check_tokenizer(checkpoint, training_data(self.trainer))
+        checks.check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
+        checks.check_tokenizer(checkpoint, training_data(self.trainer))
         self.tokens_seen = checkpoint["tokens_seen"]
         self.started_from, self.family = checkpoint.get("started_from"), checkpoint.get("family")
         self.guard.load_state_dict(checkpoint["non_finite"])
         if fits:
-            check_moments(checkpoint, self.optimizer_config.frozen, self.optimizer_config.muon is not None)
+            checks.check_moments(checkpoint, self.optimizer_config.frozen, self.optimizer_config.muon is not None)
             self.clock.load_state_dict(checkpoint["clock"])
             self.resuming.load(checkpoint, self.trainer)
             if self.distiller is not None:
@@ -308,3 +291,20 @@ def _has_placements(model: GPT, placements: Mapping[int, ExpertPlacement]) -> bo
         if isinstance(moe, MoELayer) and (moe.placement.first, moe.placement.count) != (wanted.first, wanted.count):
             return False
     return True
+
+
+def compile_dense_parts(model: GPT) -> None:
+    """Compile attention and the dense feed-forward layers, whose shapes do not depend on the routing, at their first use.
+
+    Generation stays uncompiled: its shapes change with every token. Compiled dropout draws other random numbers.
+    """
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        vars(block)["attend"] = _compiled_unless_cached(block.attend)
+        if block.moe is None:
+            vars(block)["feed_forward"] = torch.compile(block.feed_forward)
+
+
+def _compiled_unless_cached(attend: Callable[[Tensor, AttentionContext], Tensor]) -> Callable[..., Tensor]:
+    compiled = torch.compile(attend)
+    return lambda x, context: attend(x, context) if context.cache is not None else compiled(x, context)

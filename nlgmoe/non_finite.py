@@ -40,9 +40,7 @@ class NonFinite:
 
     def __post_init__(self) -> None:
         require(self.action in ("stop", "skip"), f"action={self.action} must be stop or skip")
-        require(
-            self.limit >= 1, f"limit={self.limit} must be at least 1 step; to stop at the first one set action to stop"
-        )
+        require(self.limit >= 1, f"limit={self.limit} must be at least 1 step; action=stop stops at the first one")
 
 
 class NonFiniteError(AllRanksError):
@@ -55,7 +53,6 @@ class StepGradients:
     This class is for gradients that every rank holds whole: a single process, or `ddp`.
 
     Args:
-        parameters: parameters of the model.
         scaler: fp16's gradient scaler, which has no lower bound; a scale of 1 is taken as its lowest.
     """
 
@@ -82,32 +79,25 @@ class StepGradients:
     def squared_norms(self, components: Sequence[Sequence[nn.Parameter]]) -> Tensor:
         """Return terms whose sum over ranks is each component's squared gradient norm, `[components]`. No collective."""
         ranks = distributed.get_world_size() if distributed.is_initialized() else 1
-        device = next(
-            parameter.device for component in components for parameter in component
-        )  # a router may have no parameters
-        return (
-            torch.stack([squared_norm((parameter.grad for parameter in component), device) for component in components])
-            / ranks
-        )
+        # A router may have no parameters.
+        device = next(parameter.device for component in components for parameter in component)
+        norms = [squared_norm((parameter.grad for parameter in component), device) for component in components]
+        return torch.stack(norms) / ranks
 
     def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the gradient of one parameter of this rank. A collective."""
         return parameter.grad
 
     def clip(self, norm: float, value: float, algorithm: str | None) -> None:
-        """Clip by Lightning's `gradient_clip_val` and `gradient_clip_algorithm`.
+        """Clip by Lightning's `gradient_clip_val` and `gradient_clip_algorithm`: to a norm, by default, or to absolute values.
 
-        Args:
-            norm: value of `norm()` on the host, so that the factor is no device tensor, which half-precision gradients round.
-            value: largest norm, or largest absolute value.
-            algorithm: `norm`, the default, or `value`.
+        `norm` is that of `norm()` on the host, so that the factor is no device tensor, which half-precision gradients round.
         """
         if algorithm == "value":
             torch.nn.utils.clip_grad_value_(self._parameters, value)
         else:
-            factor = torch.clamp(
-                value / (torch.tensor(norm, dtype=self._total_norm.dtype, device="cpu") + 1e-6), max=1.0
-            )
+            exact = torch.tensor(norm, dtype=self._total_norm.dtype, device="cpu")
+            factor = torch.clamp(value / (exact + 1e-6), max=1.0)
             torch._foreach_mul_(self._gradients, factor)
 
     def discard(self) -> None:
@@ -131,9 +121,6 @@ def squared_norm(gradients: Iterable[Tensor | None], device: torch.device) -> Te
 class StepGuard:
     """Decide whether a step may be taken, and count skipped steps.
 
-    Args:
-        settings: the action for a step that is not finite.
-
     Attributes:
         skipped: skipped steps since the run began, including those whose gradients overflowed under fp16's loss scale.
         in_a_row: skipped steps since the last step that was taken, without overflows.
@@ -149,12 +136,7 @@ class StepGuard:
         """Return True if the step may be taken, False if it is to be skipped. A collective if loss or norm is not finite.
 
         Args:
-            step: its number, as in the logger.
             loss: sum of all logged losses, each the mean over micro-batches and ranks; only its finiteness is used.
-            norm: norm of its gradients.
-            model: the model with the weights before the step.
-            losses: losses of each micro-batch of this rank.
-            gradients: gradients of the step.
         """
         name, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
         if math.isfinite(value):

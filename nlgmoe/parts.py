@@ -40,6 +40,9 @@ ROUTER_FIELDS = frozenset(
 ATTENTION_FIELDS = frozenset(
     {"num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "rotary_dim", "attention_scale", "attention_dropout"}
 )  # fields of GPTConfig that only attention layers read
+# Fields of the model's configuration that may differ from a checkpoint's in its evaluation.
+IGNORED_IN_EVALUATION = ROUTER_FIELDS - {"groups", "normalize_weights", "gate_scale"}
+IGNORED_IN_EVALUATION |= {"hidden_dropout", "attention_dropout", "init_std"}
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,7 @@ class _Part:
     ignored_in_evaluation: ClassVar[frozenset[str]] = frozenset()
 
     def check_reads_fields(self) -> None:
-        """Check the declaration `reads_fields`: a misspelt name would turn a setting off.
-
-        Raises:
-            ValueError: it is no set of such names, or a field of the dataclass.
-        """
+        """Check the declaration `reads_fields`: a misspelt name would turn a setting off."""
         name = type(self).__name__
         if hasattr(self, "uses"):  # its name up to 0.6
             raise SettingError(f"{name}.uses has no effect; name it reads_fields")
@@ -111,25 +110,15 @@ class AttentionConfig(_Part):
     def saved_bytes(self, config: Any, itemsize: int) -> int | None:
         """Return the bytes that the layer saves for the backward pass for each token, its input included.
 
-        Args:
-            config: the model's `GPTConfig`.
-            itemsize: bytes of an activation.
-
-        Returns:
-            None if that is not known: `nlgmoe inspect` then refuses the model.
+        An activation has `itemsize` bytes. None: that is not known, and `nlgmoe inspect` refuses the model.
         """
         return None
 
     def build(self, config: Any, block: int) -> Any:
-        """Make the attention layer of one block.
+        """Make the attention of one block, an `nn.Module` whose `forward(x, context)` maps `[B, T, H] -> [B, T, H]`.
 
-        Args:
-            config: the model's `GPTConfig`.
-            block: block number, counted from 0; the layer's key for `context.cache.extend`.
-
-        Returns:
-            An `nn.Module` whose `forward(x, context)` maps `[B, T, H] -> [B, T, H]`; `context` is a
-            `layers.attention.AttentionContext`.
+        `config` is the model's `GPTConfig`, `context` a `layers.attention.AttentionContext`. The block's number, counted from 0,
+        is the layer's key for `context.cache.extend`.
         """
         raise SettingError(f"{type(self).__name__} has no build(config, block)")
 
@@ -139,12 +128,7 @@ class RotaryScaling:
     """A change of the frequencies of rotary positions for texts longer than those of training; a subclass adds its fields."""
 
     def scale(self, frequencies: Tensor, theta: float) -> Tensor:
-        """Return the changed frequencies.
-
-        Args:
-            frequencies: `[R / 2]` fp32, `theta^(-2i / R)`, radians per position.
-            theta: `rope_theta`.
-        """
+        """Return the changed `frequencies`, `[R / 2]` fp32, which are `theta^(-2i / R)`, radians per position."""
         raise SettingError(f"{type(self).__name__} has no scale(frequencies, theta)")
 
 
@@ -155,15 +139,7 @@ class RouterConfig(_Part):
     known_fields = ROUTER_FIELDS
 
     def build(self, config: Any, block: int) -> Any:
-        """Make the router of one block.
-
-        Args:
-            config: the model's `GPTConfig`; `pyramid.experts_at(config, block)` is the number of experts.
-            block: block number, counted from 0.
-
-        Returns:
-            A `layers.router.Router`.
-        """
+        """Make the `layers.router.Router` of one block, counted from 0, which has `pyramid.experts_at(config, block)` experts."""
         raise SettingError(f"{type(self).__name__} has no build(config, block)")
 
 
@@ -188,11 +164,7 @@ class ExpertConfig:
         raise SettingError(f"{type(self).__name__} has no weights(hidden_size, ffn_size)")
 
     def stacks(self, hidden_size: int, ffn_size: int) -> Mapping[str, Stack]:
-        """Return the matrices that `weights` declares.
-
-        Raises:
-            ValueError: the declaration has another form.
-        """
+        """Return the matrices that `weights` declares."""
         name, stacks = type(self).__name__, self.weights(hidden_size, ffn_size)
         require(isinstance(stacks, Mapping), f"{name}.weights returned a {type(stacks).__name__}; return a dictionary")
         for key, stack in stacks.items():
@@ -217,21 +189,11 @@ PARTS = (*MODEL_PARTS, *(f"moe.{name}" for name in MOE_PARTS))  # fields that na
 
 
 def require_paper_parts(config: Any, what: str, parts: Iterable[str] = PARTS) -> None:
-    """Check that parts of a model are the paper's.
-
-    Args:
-        config: its `GPTConfig`.
-        what: subject and verb of the message, such as `the cost model supports`.
-        parts: names of the parts to check, of `PARTS`.
-
-    Raises:
-        ValueError: one is not; the message names it.
-    """
+    """Check that those parts of a model are the paper's; a message begins with `what`, such as `the cost model supports`."""
     for path in parts:
         section, _, name = path.rpartition(".")
         part = getattr(config.moe if section else config, name, None)
-        if part is not None:
-            raise SettingError(f"{what} only the paper's {name}, not {type(part).__name__} (model.config.{path})")
+        require(part is None, f"{what} only the paper's {name}, not {type(part).__name__} (model.config.{path})")
 
 
 def named_parts(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,11 +213,7 @@ def without_parts(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ForeignCodeError(SettingError):
-    """A checkpoint names a class of a module that is not imported.
-
-    Args:
-        path: import path of the class.
-    """
+    """A checkpoint names a class of a module that is not imported."""
 
     def __init__(self, path: str) -> None:
         module = path.rpartition(".")[0]

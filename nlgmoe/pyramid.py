@@ -4,9 +4,12 @@ The paper finds that experts improve later layers more (section 4.1.1, "Phenomen
 `MoEConfig.num_experts` may grow with depth.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.validation import SettingError, require
@@ -45,9 +48,6 @@ def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
     """Return the student of a Mixture-of-Students (paper, section 4.2): fewer blocks, with the top of the teacher's pyramid.
 
     24 blocks with `num_experts` 10 x 32 and 2 x 64 become 21 with 8 x 32 and 2 x 64.
-
-    Raises:
-        ValueError: `num_layers` is not below the teacher's, or leaves no MoE block.
     """
     return config_of_blocks(teacher, student_layers(teacher, num_layers))
 
@@ -58,9 +58,6 @@ def student_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
     The student leaves out the lowest blocks, as many as contain the MoE layers that it lacks, and keeps the order of the others,
     so that the expert counts are those at the top of the pyramid. If the student ends in more dense blocks than the teacher has
     left, those take the teacher's last dense block: 24 blocks become 21 as 4, 5, ..., 23, 22.
-
-    Raises:
-        ValueError: `num_layers` is not below the teacher's.
     """
     _require_fewer(teacher, num_layers)
     interval = 1 if teacher.moe is None else teacher.moe.expert_interval
@@ -71,11 +68,7 @@ def student_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
 
 
 def evenly_spaced_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
-    """Return `num_layers` of the teacher's blocks, from 0, at equal distances: the first, the last and those between.
-
-    Raises:
-        ValueError: `num_layers` is not below the teacher's.
-    """
+    """Return `num_layers` of the teacher's blocks, from 0, at equal distances: the first, the last and those between."""
     _require_fewer(teacher, num_layers)
     return [round(block * (teacher.num_layers - 1) / max(1, num_layers - 1)) for block in range(num_layers)]
 
@@ -97,13 +90,6 @@ def config_of_blocks(teacher: GPTConfig, blocks: Sequence[int]) -> GPTConfig:
     """Return the configuration of a model that consists of these of the teacher's blocks, in this order.
 
     The teacher's `expert_interval` stays if it describes them; else it becomes 1, and `num_experts` has a 0 for each dense block.
-
-    Args:
-        teacher: the model that has the blocks.
-        blocks: the teacher's block, from 0, of each block.
-
-    Raises:
-        ValueError: the teacher is a mixture, and the blocks are all dense.
     """
     moe, counts = teacher.moe, [experts_at(teacher, block) for block in blocks]
     if moe is not None:
@@ -133,11 +119,6 @@ def expert_parallel_degree(num_experts: int, world_size: int, limit: int) -> int
 
     Each layer of a pyramid has its own degree (paper, section 4.1.3): on 128 ranks with `limit` 128, layers of 32, 64 and
     128 experts get degrees 32, 64 and 128, and so 4, 2 and 1 copies of each expert.
-
-    Args:
-        num_experts: experts of the layer, over all ranks.
-        world_size: ranks of the run.
-        limit: the run's `expert_parallel_size`; 1 keeps all experts on every rank.
     """
     if min(num_experts, world_size, limit) < 1:
         raise SettingError(
@@ -145,3 +126,30 @@ def expert_parallel_degree(num_experts: int, world_size: int, limit: int) -> int
         )
     common = math.gcd(num_experts, world_size)
     return max(degree for degree in range(1, min(common, limit) + 1) if common % degree == 0)
+
+
+@dataclass(frozen=True)
+class ExpertPlacement:
+    """The experts of a layer that this rank holds.
+
+    The ranks of `group` divide the layer's experts: the first rank holds the first `count`, the next rank the next, and so on.
+    The number of ranks is the layer's expert-parallel degree.
+
+    Attributes:
+        first: number of the first expert held here.
+        count: experts held here.
+        group: the ranks (a `torch.distributed.ProcessGroup`); None if this rank holds all experts of the layer.
+    """
+
+    first: int
+    count: int
+    group: Any = None
+
+
+@runtime_checkable
+class PlacesExperts(Protocol):
+    """A strategy that divides experts over ranks; `MoEGPTModule` builds its model accordingly."""
+
+    def expert_placements(self, config: GPTConfig, model_name: str = "model") -> Mapping[int, ExpertPlacement]:
+        """Return this rank's placement of every MoE block, by block number; `model_name` names the model in logs and errors."""
+        ...

@@ -3,8 +3,6 @@
 Each function is the identity in a process without ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -63,7 +61,4 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Average `value` over ranks, in place."""
-    if distributed.is_initialized():
-        distributed.all_reduce(value)
-        value /= distributed.get_world_size()
-    return value
+    return sum_over_ranks(value).div_(distributed.get_world_size()) if distributed.is_initialized() else value

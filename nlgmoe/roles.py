@@ -10,8 +10,6 @@ A module with parameters of its own declares them in an attribute `roles`, name 
 layers are known. Its attribute `init_std`, if it has one that is not None, replaces the model's.
 """
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 from torch import nn
@@ -23,20 +21,13 @@ DECAYED = frozenset({"weight", "project"})
 
 
 def role_of(name: str, module: nn.Module) -> Role:
-    """Return the role of a parameter.
-
-    Args:
-        name: full name, such as `blocks.0.ffn.project.weight`.
-        module: the module that owns it.
-    """
+    """Return the role of a parameter of `module` by its full name, such as `blocks.0.ffn.project.weight`."""
     leaf = name.rpartition(".")[2]
     declared: dict[str, Role] = getattr(module, "roles", {})
     if leaf in declared:
         if declared[leaf] not in get_args(Role):
-            known = ", ".join(get_args(Role))
-            raise SettingError(
-                f"{name}: {type(module).__name__} declares {leaf} as {declared[leaf]!r}; a role is one of {known}"
-            )
+            declaration = f"{type(module).__name__} declares {leaf} as {declared[leaf]!r}"
+            raise SettingError(f"{name}: {declaration}; a role is one of {', '.join(get_args(Role))}")
         return declared[leaf]
     if leaf == "bias" and isinstance(module, nn.Linear | nn.LayerNorm):
         return "bias"

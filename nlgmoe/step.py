@@ -14,8 +14,6 @@ on_train_batch_end            each micro-batch                              post
 A checkpoint that is saved within a step holds clocks and data position of the step's start, like its weights.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -36,13 +34,12 @@ from nlgmoe.loss import training_loss
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite, StepGradients, StepGuard
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.ranks import sum_over_ranks
 from nlgmoe.run.checks import validate_by_steps
-from nlgmoe.run.clock import RunClock
-from nlgmoe.run.resume import Resuming, ends_step
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.run.resume import Resuming, RunClock, ends_step
+from nlgmoe.validation import RunError, require
 
 
 class TrainingStep(LightningModule):
@@ -74,16 +71,13 @@ class TrainingStep(LightningModule):
         distiller: Distiller | None,
     ) -> None:
         super().__init__()
-        if loss_chunk_size < 1:
-            raise SettingError(f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
-        if seed < 0:
-            raise SettingError(f"seed={seed} must be at least 0")
-        if train_tokens is not None and train_tokens < 1:
-            raise SettingError(f"train_tokens={train_tokens} must be at least 1, or null")
-        if schedule.min_lr > optimizer.lr:
-            raise SettingError(
-                f"min_lr={schedule.min_lr} is above the peak, model.optimizer.lr={optimizer.lr}; lower it"
-            )
+        require(loss_chunk_size >= 1, f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
+        require(seed >= 0, f"seed={seed} must be at least 0")
+        require(train_tokens is None or train_tokens >= 1, f"train_tokens={train_tokens} must be at least 1, or null")
+        require(
+            schedule.min_lr <= optimizer.lr,
+            f"min_lr={schedule.min_lr} is above the peak, model.optimizer.lr={optimizer.lr}; lower it",
+        )
         self.optimizer_config, self.schedule, self.curriculum = optimizer, schedule, curriculum
         self.train_tokens, self.loss_chunk_size, self.seed = train_tokens, loss_chunk_size, seed
         self.distiller = copy(distiller)  # a fit changes it
@@ -199,11 +193,7 @@ class TrainingStep(LightningModule):
             self._end_step(self.trainer.global_step + 1)
 
     def _end_step(self, step: int) -> None:
-        """Advance clocks, data, routers and the learning rate; stop the trainer after the last step.
-
-        Args:
-            step: number of steps taken; Lightning counts this one after `optimizer_step`.
-        """
+        """Advance clocks, data, routers and the rate; stop the trainer after the last step. Lightning counts `step` later."""
         window, self.window = self.window, Window()
         self.tokens_seen += window.tokens
         if window.length not in self._flops:
@@ -221,11 +211,7 @@ class TrainingStep(LightningModule):
             self.trainer.should_stop = True
 
     def ends_run(self, step: int) -> bool:
-        """Return True if the run ends with this step, the micro-batches so far, whatever callbacks do.
-
-        Args:
-            step: the number of steps that are taken with it.
-        """
+        """Return True if the run ends with the micro-batches so far as its step number `step`, whatever callbacks do."""
         reached_train_tokens = self.train_tokens is not None and self.tokens_with_window >= self.train_tokens
         return self._stops_after_step or reached_train_tokens or 0 <= self.trainer.max_steps <= step
 
@@ -244,7 +230,6 @@ class TrainingStep(LightningModule):
         return StepGradients(self.gpt.parameters(), getattr(self.trainer.precision_plugin, "scaler", None))
 
     def _set_rate(self) -> None:
-        """Set the learning rate of the next step."""
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
         factor = learning_rate(self.tokens_seen, peak, self.schedule) / peak
         self.rate = peak * factor
@@ -300,12 +285,7 @@ class Window:
 
 
 def update_routers(routers: Sequence[Router], requests: Sequence[Tensor]) -> None:
-    """Update the routers that learn from steps with the requests of all ranks. A collective if there are any.
-
-    Args:
-        routers: those routers.
-        requests: `[E]` of each, of this rank's micro-batches of the step.
-    """
+    """Update the routers that learn from steps by the requests `[E]` to each of all ranks. A collective if there are any."""
     if not routers:
         return
     everywhere = sum_over_ranks(torch.cat(list(requests)))

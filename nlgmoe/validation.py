@@ -1,9 +1,9 @@
-"""Checks of settings by their type hints: otherwise `noise="jiter"` would mean no noise, and `"false"` true."""
-
-from __future__ import annotations
+"""Errors; checks of settings by their type hints, else `noise="jiter"` would mean no noise, `"false"` true; their differences."""
 
 import math
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -22,11 +22,7 @@ def error_type_like(error: Exception) -> type[ValueError]:
 
 
 def require_valid(settings: Any) -> None:
-    """Check the fields of a dataclass, whose values may come from Python or JSON.
-
-    Raises:
-        ValueError: a field is not of its type, NaN or infinite.
-    """
+    """Check the fields of a dataclass, whose values may come from Python or JSON."""
     hints = get_type_hints(type(settings))
     for field in fields(settings):
         value = getattr(settings, field.name)
@@ -56,11 +52,8 @@ def require_above(limit: float, settings: Any, *names: str, remedy: str = "") ->
 
 def is_finite(value: Any) -> bool:
     """Return False for a number that is NaN or infinite, or a list with one."""
-    return all(math.isfinite(number) for number in _values(value) if isinstance(number, float))
-
-
-def _values(value: Any) -> Iterable[Any]:
-    return value if isinstance(value, tuple | list) else [value]
+    values = value if isinstance(value, tuple | list) else [value]
+    return all(math.isfinite(number) for number in values if isinstance(number, float))
 
 
 def _has_type(value: Any, hint: Any) -> bool:
@@ -81,3 +74,42 @@ def _has_type(value: Any, hint: Any) -> bool:
     if hint in (int, float):  # of Python: a checkpoint's JSON takes no integer of NumPy
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+_MISSING = "missing"
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def list_differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any], ignore: Collection[str] = (), limit: int | None = 5
+) -> list[str]:
+    """Return `name (saved: value, now: value)` for each value that differs; one that a mapping lacks is "missing".
+
+    Values of nested mappings have dotted names. Lines with a missing value come last. Experts of a layer that differ alike share
+    a line: `blocks.1.moe.experts.*.expand_bias (saved: missing, now: [64]; 4 experts)`.
+    Names to ignore are ignored at any depth. After `limit` lines follows "and N more"; None: all lines.
+    """
+    pairs = sorted(_pairs(saved, current, ignore, ""), key=lambda pair: _MISSING in pair[1:])
+    counts = Counter((_EXPERT.sub(".experts.*.", name), old, new) for name, old, new in pairs)
+    lines = [
+        f"{name} (saved: {old}, now: {new}{f'; {count} experts' if '.*.' in name else ''})"
+        for (name, old, new), count in counts.items()
+    ]
+    return lines if limit is None or len(lines) <= limit else [*lines[:limit], f"and {len(lines) - limit} more"]
+
+
+def _pairs(
+    saved: Mapping[str, Any], current: Mapping[str, Any], ignore: Collection[str], prefix: str
+) -> Iterator[tuple[str, str, str]]:
+    """Yield the name and both values of each difference, as text."""
+    for name in {**current, **saved}:
+        if name in ignore:
+            continue
+        old, new = saved.get(name, _MISSING), current.get(name, _MISSING)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _pairs(old, new, ignore, f"{prefix}{name}.")
+        elif old != new:
+            old, new = (
+                str(list(value) if isinstance(value, tuple) else value) for value in (old, new)
+            )  # torch.Size too
+            yield prefix + name, old, new

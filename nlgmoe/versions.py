@@ -1,21 +1,10 @@
 """Versions of Python and the main packages, for checkpoints and run folders."""
 
-from __future__ import annotations
-
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
 __version__ = "0.10.0"  # pyproject.toml reads it, without importing this file
-PACKAGES = (
-    "torch",
-    "lightning",
-    "deepspeed",
-    "torchmetrics",
-    "datasets",
-    "transformers",
-    "tokenizers",
-    "jsonargparse",
-)
+PACKAGES = ("torch", "lightning", "deepspeed", "torchmetrics", "datasets", "transformers", "tokenizers", "jsonargparse")
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ import torch
 from nlgmoe.callbacks import Throughput
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from tests.support.curriculum import CLOCKS, CURRICULUM, LENGTHS, Fed
 from tests.support.synthetic import SyntheticData

@@ -17,7 +17,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.experiment import load_config
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
 from nlgmoe.versions import versions
 from tests.support.sentences import one_sentence_a_line

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
-from nlgmoe.run.loggers import RunCSVLogger, with_run_csv
+from nlgmoe.run.folder import RunCSVLogger, with_run_csv
 
 
 def log(folder: Path, *rows: dict[str, float]) -> str:

@@ -20,7 +20,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
-from nlgmoe.optim.param_groups import AdamWConfig, build_optimizer
+from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.step import Window
 from nlgmoe.validation import RunError

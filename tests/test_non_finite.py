@@ -20,8 +20,7 @@ from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite, NonFiniteError
-from nlgmoe.optim.muon import MuonConfig
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig, MuonConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from tests.support.non_finite import Spoils, Undo, output_of
 from tests.support.synthetic import SyntheticData

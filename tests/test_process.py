@@ -10,7 +10,7 @@ import torch
 
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.process import prepare_allocator
-from nlgmoe.run.folder import RunTrainer
+from nlgmoe.run.trainer import RunTrainer
 from tests.support.processes import python
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import CONFIG
@@ -89,7 +89,7 @@ load_config("configs/moe/laptop.yaml")
 """
     assert fresh(code) == "1000"
     prepared: list[torch.device] = []
-    monkeypatch.setattr("nlgmoe.run.folder.prepare_allocator", prepared.append)
+    monkeypatch.setattr("nlgmoe.run.trainer.prepare_allocator", prepared.append)
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     RunTrainer(default_root_dir=tmp_path, fast_dev_run=1, **quiet).fit(MoEGPTModule(CONFIG), SyntheticData())
     RunTrainer(default_root_dir=tmp_path, **quiet).validate(MoEGPTModule(CONFIG), SyntheticData(), verbose=False)

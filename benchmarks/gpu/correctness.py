@@ -18,7 +18,7 @@ from nlgmoe import load_config, load_model
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import QUIET

@@ -25,10 +25,9 @@ from nlgmoe.hardware import hardware, peak_of
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.expert_products import choose_product, compute_capability
 from nlgmoe.layers.losses import cross_entropy
-from nlgmoe.model.compiling import compile_dense_parts
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
-from nlgmoe.module import MoEGPTModule
+from nlgmoe.module import MoEGPTModule, compile_dense_parts
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from nlgmoe.parallel.triton_product import hand_in_triton_product, triton_product
 from nlgmoe.tools.planner.cost import estimate

@@ -1,7 +1,6 @@
-"""Routing statistics of each MoE layer: in the logger and in `expert_load.csv`."""
+"""Routing statistics of each MoE layer: in the logger and in `expert_load.csv`, whose rows thin out with the steps taken."""
 
-from __future__ import annotations
-
+import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.callbacks.load_table import LoadTable, has_row
 from nlgmoe.callbacks.routing_statistics import (
     WITH_TOTAL,
     requests_of,
@@ -29,12 +27,57 @@ from nlgmoe.layers.router import Routing
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.ranks import sum_over_ranks
-from nlgmoe.run.folder import is_of_folder
-from nlgmoe.run.loggers import is_logged
+from nlgmoe.run.folder import cut_rows, is_logged, is_of_folder
 from nlgmoe.run.resume import ends_step
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import require
 
+ROWS_PER_DOUBLING = 128
 EVALUATED = ("load_max_over_mean", "load_cv", "dropped", "entropy", "expert_share")  # statistics that `validate` logs
+
+
+def has_row(interval: int) -> bool:
+    """Return True if the table has a row for a logging interval: a rule of the step alone, which restarts do not change.
+
+    All of the first 256 intervals have one, every second of the next 256, every fourth of the next 512, and so on.
+    """
+    # The largest power of 2 up to interval / 128.
+    spacing = 1 << max(0, (interval // ROWS_PER_DOUBLING).bit_length() - 1)
+    return interval % spacing == 0
+
+
+class LoadTable:
+    """The file, on the process that writes it.
+
+    Args:
+        rows: of the checkpoint that is resumed; later rows are cut. None: the checkpoint does not count them, and all are kept.
+
+    Attributes:
+        rows: number of rows, without the header.
+    """
+
+    def __init__(self, path: Path, rows: int | None) -> None:
+        self.path, self.rows = path, cut_rows(path, rows)
+
+    def append(self, step: int, tokens: int, loads: Sequence[np.ndarray], dropped: Sequence[float]) -> None:
+        """Append a row for each MoE layer; cells are empty where a layer has fewer experts.
+
+            step,tokens,moe_layer,dropped,expert_0,expert_1,...
+
+        `step` is that of `metrics.csv`. `loads`, `[E]` for each layer, counts assignments since the last row, before dropping,
+        over all ranks; `dropped` is the fraction of each layer's.
+        """
+        width = max(map(len, loads))
+        rows: list[list[object]] = []
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            rows.append(["step", "tokens", "moe_layer", "dropped", *(f"expert_{index}" for index in range(width))])
+            self.rows = 0
+        for moe_layer, (load, share) in enumerate(zip(loads, dropped, strict=True)):
+            cells = [*(int(count) for count in load), *[""] * (width - len(load))]
+            rows.append([step, tokens, moe_layer, f"{share:.6g}", *cells])
+        with self.path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+        self.rows += len(loads)
 
 
 class ExpertLoad(Callback):
@@ -47,14 +90,10 @@ class ExpertLoad(Callback):
 
     Args:
         dead_window: an expert without tokens in the last `dead_window` steps, rounded up to logging intervals, is dead.
-
-    Raises:
-        ValueError: `dead_window` is below 1.
     """
 
     def __init__(self, dead_window: int = 100) -> None:
-        if dead_window < 1:
-            raise SettingError(f"dead_window={dead_window} must be at least 1 step")
+        require(dead_window >= 1, f"dead_window={dead_window} must be at least 1 step")
         self.dead_window = dead_window
         self._experts: list[int] = []  # number of experts of each MoE layer
         self._components: list[list[nn.Parameter]] = []  # router and experts of each layer; last, all other parameters
@@ -74,7 +113,6 @@ class ExpertLoad(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Reset the state; in a resumed run `load_state_dict` follows."""
         if stage == "fit":
             self._begin_run()
 
@@ -99,7 +137,6 @@ class ExpertLoad(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the first interval, or continue that of a checkpoint."""
         assert isinstance(pl_module, MoEGPTModule)
         self._experts = list(moe_blocks(pl_module.config).values())
         if not self._experts:
@@ -124,10 +161,7 @@ class ExpertLoad(Callback):
             self._squares = pl_module.step_gradients().squared_norms(self._components)
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        """Add the micro-batch, and the step that it ends; log once per interval."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, MoEGPTModule)
         if not self._experts:
             return
@@ -145,13 +179,7 @@ class ExpertLoad(Callback):
 
     @override
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
         """Add the batch in `validate`; `fit` logs training steps instead."""
         assert isinstance(pl_module, MoEGPTModule)
@@ -161,7 +189,6 @@ class ExpertLoad(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """In `validate`, log the statistics of the checkpoint."""
         assert isinstance(pl_module, MoEGPTModule)
         if trainer.state.fn != TrainerFn.VALIDATING or not pl_module.routings:
             return

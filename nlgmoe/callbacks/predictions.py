@@ -1,7 +1,5 @@
 """Output file of `train.py predict`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,6 @@ class PredictionFile(BasePredictionWriter):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Clear the checkpoint of an earlier call of the trainer."""
         self._metadata = {}
 
     @override

@@ -1,7 +1,5 @@
 """The progress bar: position in tokens, tokens per second, time left, loss and learning rate."""
 
-from __future__ import annotations
-
 import io
 import sys
 import time
@@ -79,14 +77,12 @@ class TokenProgressBar(TQDMProgressBar):
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the loss of the latest step, the latest validation loss and the learning rate."""
         loss = _module(trainer).losses.get("train/loss")
         lr = f"{_module(trainer).rate:.2e}" if trainer.optimizers else ""
         return ({} if loss is None else {"loss": f"{loss:.3f}"}) | self._validation | {"lr": lr}
 
 
 def _writes_to_file() -> bool:
-    """Return whether standard output is neither a terminal nor a notebook."""
     return isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ class Statistic:
     """
 
     value: Callable[[float, Interval], float]
-    total: Callable[[Routing], Tensor] | None = None
+    total: Callable[[Any], Tensor] | None = None  # of a `Routing`
     needs: tuple[str, ...] = ()
 
     def is_known(self, routing: Routing) -> bool:
@@ -66,36 +67,19 @@ class Statistic:
         return all(getattr(routing, name) is not None for name in self.needs)
 
 
-def _unpadded(values: Tensor, routing: Routing) -> Tensor:
-    """Return `values`, `[N]` or `[N, columns]`, with zeros for padding."""
-    mask = routing.token_mask
-    return values if mask is None else torch.where(mask if values.ndim == 1 else mask.unsqueeze(1), values, 0)
+def _entropy(routing: Any) -> Tensor:
+    """Sum the entropies of the gate's distributions, nats.
+
+    -sum p log p = log(sum exp(logits)) - sum p logits: one logarithm per token, of the largest probability.
+    """
+    log_total = routing.logits.amax(dim=1) - routing.probs.amax(dim=1).log()  # [N]
+    products = torch.dot(routing.unpadded(routing.probs).flatten(), routing.unpadded(routing.logits).flatten())
+    return routing.unpadded(log_total).sum() - products
 
 
-def _entropy(routing: Routing) -> Tensor:
-    """Sum the entropies of the gate's distributions, nats."""
-    probs, logits = routing.probs, routing.logits
-    assert probs is not None and logits is not None
-    # -sum p log p = log(sum exp(logits)) - sum p logits: one logarithm per token, of the largest probability.
-    log_total = logits.amax(dim=1) - probs.amax(dim=1).log()  # [N]
-    products = torch.dot(_unpadded(probs, routing).flatten(), _unpadded(logits, routing).flatten())
-    return _unpadded(log_total, routing).sum() - products
-
-
-def _confidence(routing: Routing) -> Tensor:
-    assert routing.probs is not None
-    return _unpadded(routing.probs.gather(1, routing.expert), routing).sum()
-
-
-def _logit_squares(routing: Routing) -> Tensor:
-    assert routing.logits is not None
-    logits = _unpadded(routing.logits, routing).flatten()
+def _logit_squares(routing: Any) -> Tensor:
+    logits = routing.unpadded(routing.logits).flatten()
     return torch.dot(logits, logits)
-
-
-def _expert_share(routing: Routing) -> Tensor:
-    assert routing.expert_share is not None
-    return _unpadded(routing.expert_share, routing).sum()
 
 
 GATE = ("probs", "logits")
@@ -107,8 +91,7 @@ STATISTICS: dict[str, Statistic] = {
     "load_p90_over_mean": Statistic(lambda _, interval: np.percentile(interval.load, 90)),
     "load_cv": Statistic(lambda _, interval: interval.load.std()),
     "dropped": Statistic(
-        lambda kept, interval: 1 - kept / interval.assignments,
-        total=lambda routing: routing.kept.sum(),
+        lambda kept, interval: 1 - kept / interval.assignments, total=lambda routing: routing.kept.sum()
     ),
     "entropy": Statistic(
         lambda entropy, interval: entropy / interval.tokens / math.log(max(2, interval.experts)),
@@ -117,7 +100,7 @@ STATISTICS: dict[str, Statistic] = {
     ),
     "confidence": Statistic(
         lambda probability, interval: probability / interval.assignments,
-        total=_confidence,
+        total=lambda routing: routing.unpadded(routing.probs.gather(1, routing.expert)).sum(),
         needs=GATE,
     ),
     "logit_rms": Statistic(
@@ -127,7 +110,7 @@ STATISTICS: dict[str, Statistic] = {
     ),
     "expert_share": Statistic(
         lambda share, interval: share / interval.tokens,
-        total=_expert_share,
+        total=lambda routing: routing.unpadded(routing.expert_share).sum(),
         needs=("expert_share",),
     ),
 }
@@ -149,12 +132,7 @@ def routing_totals(routing: Routing) -> Tensor:
 
 
 def split_totals(totals: Sequence[float], experts: Sequence[int]) -> list[Sequence[float]]:
-    """Split the totals of several layers, one after another, by layer.
-
-    Args:
-        totals: concatenation of the layers' `routing_totals`; more may follow.
-        experts: number of experts of each layer.
-    """
+    """Split concatenated totals, which more may follow, by layer; `experts` has each layer's number of experts."""
     layers, begin = [], 0
     for count in experts:
         end = begin + count + 1 + len(WITH_TOTAL)
@@ -169,14 +147,9 @@ def requests_of(totals: Sequence[float]) -> np.ndarray:
 
 
 def routing_statistics(totals: Sequence[float], routing: Routing) -> dict[str, float]:
-    """Compute the statistics of a layer by name.
+    """Compute the statistics of a layer by name from the totals of an interval, `[E + 1 + S]`.
 
-    Args:
-        totals: `[E + 1 + S]`, those of an interval.
-        routing: any of the layer, which tells what its router knows.
-
-    Returns:
-        The statistics; all are NaN without a token, as in an interval of skipped steps.
+    Any routing of the layer tells what its router knows. All are NaN without a token, as in an interval of skipped steps.
     """
     tokens, *sums = totals[-1 - len(WITH_TOTAL) :]
     interval = Interval(requests_of(totals), tokens or math.nan)

@@ -1,7 +1,5 @@
 """`summary.json`: the results of a run, in the run folder."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from pathlib import Path
@@ -45,7 +43,6 @@ class RunSummary(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Reset the state; in a resumed run `load_state_dict` follows."""
         if stage == "fit":
             self._begin_run()
 
@@ -59,14 +56,12 @@ class RunSummary(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._losses = deque(
-            (math.nan if loss is None else float(loss) for loss in state_dict["losses"]), self._losses.maxlen
-        )
+        losses = (math.nan if loss is None else float(loss) for loss in state_dict["losses"])
+        self._losses = deque(losses, self._losses.maxlen)
         self._peak_memory = state_dict.get("peak_memory_bytes", 0)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the parameter count, and start the wall clock."""
         assert isinstance(pl_module, MoEGPTModule)
         (total, active), formula = parameters_of(pl_module.gpt), count_parameters(pl_module.config).total
         rank_zero_info(f"{total:,} parameters, {active:,} of them active for a token{_products(trainer, pl_module)}")
@@ -90,9 +85,7 @@ class RunSummary(Callback):
         self._has_trained = True
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, MoEGPTModule)
         if ends_step(trainer):
             self._losses.append(pl_module.losses["train/loss"])
@@ -116,13 +109,14 @@ class RunSummary(Callback):
     def _peak_so_far(self) -> int:
         return self._peak_memory if self._device is None else max(self._peak_memory, peak_memory_bytes(self._device))
 
-    def _finite_losses(self) -> list[float]:
-        return [loss for loss in self._losses if math.isfinite(loss)]
-
     def _summary(self, trainer: Trainer, module: MoEGPTModule) -> dict[str, Any]:
-        metrics = {name: _finite(float(value)) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {
+            name: value for name, value in metrics.items() if math.isfinite(value)
+        }  # JSON lacks NaN and infinity
         total, active = parameters_of(module.gpt)
-        losses, step_seconds = self._finite_losses(), module.clock.seconds("steps")
+        losses = [loss for loss in self._losses if math.isfinite(loss)]
+        step_seconds = module.clock.seconds("steps")
         prefix = "val/bits_per_byte/"
         return {
             "steps": trainer.global_step,
@@ -155,11 +149,9 @@ def _products(trainer: Trainer, module: MoEGPTModule) -> str:
     tokens = module.seq_len * getattr(data, "micro_batch_size", 1)
     sends_slots = moes[0].dispatcher.equal_batches and any(moe.placement.group is not None for moe in moes)
     has_triton = moes[0].experts.triton_product is not None
-    capability = compute_capability(device)
-    text = describe_products(
-        module.config, tokens, trainer.precision, device.type == "cpu", capability, sends_slots, has_triton
-    )
-    return f"; experts: {text}"
+    on_cpu, capability, precision = device.type == "cpu", compute_capability(device), trainer.precision
+    products = describe_products(module.config, tokens, precision, on_cpu, capability, sends_slots, has_triton)
+    return f"; experts: {products}"
 
 
 def _leaves_out_domains(trainer: Trainer) -> bool:
@@ -173,11 +165,6 @@ def _baseline(trainer: Trainer, name: str) -> Any:
     """Return a baseline of the evaluated tokens; None if the data module has none or validation covers fewer tokens."""
     compute = getattr(trainer.datamodule, name, None)  # type: ignore[attr-defined]
     return compute() if compute is not None and not _leaves_out_domains(trainer) else None
-
-
-def _finite(value: float) -> float | None:
-    """Return None for NaN and infinity, which JSON lacks."""
-    return value if math.isfinite(value) else None
 
 
 def format_summary(summary: dict[str, Any], xz_bits_per_byte: dict[str, float], folder: Path) -> str:

@@ -1,7 +1,5 @@
 """Text generated at each validation and at the end of training."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -15,7 +13,7 @@ from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.training_data import training_data
 from nlgmoe.eval.generation import Sampling, generate
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 
 class SampleText(Callback):
@@ -33,10 +31,8 @@ class SampleText(Callback):
     def __init__(
         self, prompts: list[str], max_new_tokens: int = 60, temperature: float = 0.8, top_k: int | None = 40
     ) -> None:
-        if not prompts or not all(prompts):
-            raise SettingError("SampleText: prompts must be a list of texts, none of them empty")
-        if max_new_tokens < 1:
-            raise SettingError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        require(bool(prompts) and all(prompts), "SampleText: prompts must be a list of texts, none of them empty")
+        require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
         self.prompts, self.max_new_tokens = prompts, max_new_tokens
         self.sampling = Sampling(temperature, top_k)
         self._samples: list[tuple[int, str]] = []  # step, prompts and texts
@@ -51,12 +47,10 @@ class SampleText(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the texts of an earlier run; in a resumed run `load_state_dict` follows."""
         self._samples = []
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check before training that the prompts fit."""
         assert isinstance(pl_module, MoEGPTModule)
         if (tokenizer := _tokenizer(trainer)) is None:
             raise SettingError(
@@ -71,7 +65,6 @@ class SampleText(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate texts in `fit`, and print the first on one line."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             first = self._sample(trainer, pl_module)
             if trainer.progress_bar_callback is not None:
@@ -80,7 +73,6 @@ class SampleText(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate texts, unless the validation of this step did, and print them."""
         if not self._samples or self._samples[-1][0] != trainer.global_step:
             self._sample(trainer, pl_module)
         if trainer.is_global_zero:

@@ -1,7 +1,5 @@
 """Expert specialisation by domain and token class, written at validation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from typing_extensions import override
 from nlgmoe.batch import Batch
 from nlgmoe.checkpoint.reading import holds_run
 from nlgmoe.data.training_data import training_data
-from nlgmoe.eval.expert_counts import ExpertCounts
+from nlgmoe.eval.specialisation import ExpertCounts
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.pyramid import moe_blocks
 
@@ -38,21 +36,13 @@ class ExpertSpecialisation(Callback):
             return
         data = training_data(trainer)
         tokenizer = None if data is None else data.tokenizer
-        domains, spellings = (
-            ["all"] if data is None else data.domains,
-            None if tokenizer is None else tokenizer.spellings,
-        )
+        domains = ["all"] if data is None else data.domains
+        spellings = None if tokenizer is None else tokenizer.spellings
         self._counts = ExpertCounts(experts, domains, spellings).to(pl_module.device)
 
     @override
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
         assert isinstance(pl_module, MoEGPTModule)
         if self._counts is not None:
@@ -60,7 +50,6 @@ class ExpertSpecialisation(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sum over ranks, and write on rank 0."""
         if self._counts is None:
             return
         specialisation = self._counts.specialisation(trainer.global_step)

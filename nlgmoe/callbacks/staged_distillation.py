@@ -1,7 +1,5 @@
 """Staged distillation: end distillation before the end of the run."""
 
-from __future__ import annotations
-
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -27,17 +25,10 @@ class StagedDistillation(Callback):
         tokens: distillation ends with the first step that begins at or after this many tokens.
         fraction: distillation ends with the first step that begins at or after this fraction of `model.train_tokens` tokens.
         ramp_tokens: the weight falls linearly to 0 over this many tokens before the end; 0: at once. Not with `step`.
-
-    Raises:
-        ValueError: not exactly one of `step`, `tokens` and `fraction` is given, or a value is out of range.
     """
 
     def __init__(
-        self,
-        step: int | None = None,
-        tokens: int | None = None,
-        fraction: float | None = None,
-        ramp_tokens: int = 0,
+        self, step: int | None = None, tokens: int | None = None, fraction: float | None = None, ramp_tokens: int = 0
     ) -> None:
         given = {"step": step, "tokens": tokens, "fraction": fraction}
         if sum(value is not None for value in given.values()) != 1:
@@ -60,7 +51,6 @@ class StagedDistillation(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the settings against the module's."""
         assert isinstance(pl_module, MoEGPTModule)
         if stage != "fit":
             return

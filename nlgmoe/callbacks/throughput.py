@@ -1,7 +1,5 @@
 """Throughput, step time by part, and memory of a run."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from typing import Any
@@ -17,9 +15,9 @@ from nlgmoe.device import memory_bytes, product_name, time_stamp
 from nlgmoe.hardware import peak_of
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.ranks import sum_over_ranks
-from nlgmoe.run.loggers import is_logged
+from nlgmoe.run.folder import is_logged
 from nlgmoe.run.resume import ends_step
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import require
 
 PARTS = ("data", "forward", "backward", "optimizer")
 HOST = "data"  # the part that is timed on the host, not on the GPU
@@ -37,14 +35,10 @@ class Throughput(Callback):
     Args:
         peak_tflops: peak TFLOPs per second of one device, for `train/mfu`; null: the data sheet's value. If it is
             unknown, `train/mfu` is not logged.
-
-    Raises:
-        ValueError: `peak_tflops` is not above 0.
     """
 
     def __init__(self, peak_tflops: float | None = None) -> None:
-        if peak_tflops is not None and not peak_tflops > 0:
-            raise SettingError(f"peak_tflops={peak_tflops} must be above 0, or null")
+        require(peak_tflops is None or peak_tflops > 0, f"peak_tflops={peak_tflops} must be above 0, or null")
         self.peak_tflops = peak_tflops
         self._peak: float | None = None  # FLOP/s of one device
 
@@ -68,10 +62,7 @@ class Throughput(Callback):
         self._batch_started = time.perf_counter()
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        """Add the micro-batch, and the step that it ends; log once per interval."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, MoEGPTModule)
         self._seconds += time.perf_counter() - self._batch_started
         if not ends_step(trainer):
@@ -110,7 +101,6 @@ class Throughput(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop the clocks, within a micro-batch too."""
         self._stop(trainer)
 
     def _stop(self, trainer: Trainer) -> None:
@@ -123,7 +113,6 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """Return the peak FLOP/s of a device's matrix products by its data sheet; None if unknown.
 
     Args:
-        device: device of the run.
         precision: Lightning's name, such as `bf16-mixed`. fp32 means TF32 if PyTorch is set to use it.
     """
     name = product_name(device)
@@ -144,11 +133,7 @@ def _over_ranks(trainer: Trainer, times: list[float], memory: list[int]) -> tupl
 
 
 class Stopwatch:
-    """Sums seconds by part. On a GPU, time is measured between events in its queue and read by `seconds`.
-
-    Args:
-        device: the device that computes.
-    """
+    """Sums seconds by part. On a GPU, time is measured between events in its queue and read by `seconds`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -182,7 +167,6 @@ class StepProfiler(Profiler):
     """Times the parts of a step from Lightning's profiler calls, and forwards the calls to another profiler.
 
     Args:
-        profiler: the trainer's own profiler.
         stopwatch: gets the parts; `batch` is a whole micro-batch, with the optimizer's step.
     """
 

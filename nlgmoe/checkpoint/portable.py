@@ -10,8 +10,6 @@
 Lightning's `CheckpointIO`, below; DeepSpeed's ranks each write and read their own entries (`parallel/sharded_checkpoint.py`).
 """
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.entries import join_experts, optimizer_from_entries, optimizer_to_entries, split_experts
-from nlgmoe.checkpoint.layout import entry_shapes, require_entries
+from nlgmoe.checkpoint.entries import (
+    entry_shapes,
+    join_experts,
+    optimizer_from_entries,
+    optimizer_to_entries,
+    require_entries,
+    split_experts,
+)
 from nlgmoe.checkpoint.reading import FORMAT, VERSION, Contents, TensorFiles, read_document
 from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
 from nlgmoe.config import GPTConfig
@@ -88,15 +92,7 @@ class PortableCheckpointIO(CheckpointIO):
 
 
 def use_portable_checkpoints(strategy: Strategy, to_train: bool) -> None:
-    """Replace Lightning's default checkpoint format by the portable one.
-
-    Args:
-        strategy: the trainer's.
-        to_train: read the optimizer's state too.
-
-    Raises:
-        ValueError: the strategy has a format of the user's.
-    """
+    """Replace Lightning's default checkpoint format by the portable one."""
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = PortableCheckpointIO()
     checkpoint_io = strategy.checkpoint_io
@@ -107,11 +103,7 @@ def use_portable_checkpoints(strategy: Strategy, to_train: bool) -> None:
 
 
 def make_document(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Convert Lightning's dictionary to the content of `checkpoint.json` and the tensors that it refers to.
-
-    Args:
-        checkpoint: Lightning's dictionary, without weights and optimizer.
-    """
+    """Convert Lightning's dictionary, without weights and optimizer, to `checkpoint.json` and the tensors that it refers to."""
     tensors: dict[str, Tensor] = {}
     plain = _to_json(checkpoint, "", tensors)
     saved_at = datetime.now(UTC).isoformat(timespec="microseconds")

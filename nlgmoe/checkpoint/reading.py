@@ -13,8 +13,6 @@ A reader takes the union of the files; it does not matter which file holds an en
 detects damage, not tampering. `writing.py` writes the folder.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import math
@@ -32,6 +30,7 @@ from torch import Tensor
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import BESIDE, TOKENIZER, TokenizerFiles
+from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.files import yaml_beside
 from nlgmoe.parts import ForeignCodeError
 from nlgmoe.validation import RunError, SettingError
@@ -90,6 +89,14 @@ def read_tokenizer(path: str | Path) -> TokenizerFiles | None:
     return {name: _check_bytes(Path(path) / name, manifest[name]).decode() for name in names}
 
 
+def tokenizer_matches(tokenizer: TokenizerFiles, path: str | Path) -> bool:
+    """Return True if `tokenizer` has the same ids as the checkpoint's, or the checkpoint has none."""
+    stored = read_tokenizer(path)
+    if stored is None or stored == tokenizer:
+        return True
+    return Tokenizer.from_files(tokenizer, "of the run").has_same_ids(Tokenizer.from_files(stored, "of the checkpoint"))
+
+
 def _check_bytes(file: Path, checksum: str) -> bytes:
     if not file.exists():
         raise RunError(f"{file.parent} has no {file.name}; {REMEDY}")
@@ -103,7 +110,6 @@ class TensorFiles:
     """The entries of one kind in a folder, each read and checked on request.
 
     Args:
-        folder: the checkpoint.
         kind: one of `KINDS`.
         required: raise if there is no file.
         verified: the files' headers need no check here: ranks have verified them together, each a share.
@@ -176,10 +182,7 @@ def unknown_files(folder: Path, files: dict[str, Contents]) -> Iterator[str]:
 def file_problems(file: Path, contents: Contents, read: bool = True) -> Iterator[str]:
     """Yield each defect of a tensor file, opened once: it is missing or unreadable, entries are missing, unknown or damaged.
 
-    Args:
-        file: its path.
-        contents: its entries in the manifest.
-        read: read the entries; if false, their names alone.
+    `contents` are its entries in the manifest; without `read`, only their names are compared.
     """
     if not file.exists():
         yield f"{file.parent} has no {file.name}, with {_abbreviate(contents)}"
@@ -200,13 +203,7 @@ def file_problems(file: Path, contents: Contents, read: bool = True) -> Iterator
 
 
 def entry_problem(kind: str, tensor: Tensor, recorded: list[Any]) -> str:
-    """Describe the defect of an entry that was read; empty if it has none.
-
-    Args:
-        kind: one of `KINDS`; weights and moments must be finite, state need not be.
-        tensor: the entry.
-        recorded: its type, shape and checksum in the manifest.
-    """
+    """Describe the defect of an entry, by its record in the manifest; empty if it has none. Only `state` may be not finite."""
     for attribute, actual, expected in zip(("type", "shape", "checksum"), record_of(tensor), recorded, strict=True):
         if actual != expected:
             return f"is damaged (its {attribute} is {actual}, not {expected})"
@@ -223,10 +220,7 @@ def kind_of(file: str) -> str:
 def open_tensors(file: Path, backend: str = "mmap") -> Any:
     """Open a safetensors file for reading.
 
-    Args:
-        file: its path.
-        backend: `mmap`: tensors are views of the mapped file, which counts as memory of the process once it is read; `pread`:
-            each is a copy.
+    By `mmap` tensors are views of the file, which counts as memory of the process once it is read; by `pread` each is a copy.
     """
     try:
         return safe_open(file, framework="pt", backend=backend)

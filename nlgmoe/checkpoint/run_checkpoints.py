@@ -1,10 +1,8 @@
 """The checkpoints of a run folder, `checkpoints/step-N.ckpt`: their names, and the newest valid one.
 
 `checkpoints/last.ckpt` and `best.ckpt` are links to two of them. A step is written once and never replaced
-(`nlgmoe/run/folder.py`), so the newest checkpoint is the one with the highest number.
+(`run/trainer.py`), so the newest checkpoint is the one with the highest number.
 """
-
-from __future__ import annotations
 
 import os
 import re

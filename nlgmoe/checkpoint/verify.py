@@ -1,7 +1,5 @@
 """Verify a checkpoint: on one process, or on all ranks together, each of which reads a share of the files. Describe it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from nlgmoe.checkpoint.layout import Shapes, entry_shapes, optimizer_shapes
+from nlgmoe.checkpoint.entries import Shapes, entry_shapes, optimizer_shapes
 from nlgmoe.checkpoint.reading import (
     REMEDY,
     Contents,
@@ -24,21 +22,18 @@ from nlgmoe.checkpoint.reading import (
 )
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TOKENIZER
-from nlgmoe.differences import list_differences
 from nlgmoe.model.gpt import GPT
-from nlgmoe.optim.param_groups import freeze
+from nlgmoe.optim.optimizer import freeze
 from nlgmoe.parts import ForeignCodeError, named_parts, without_parts
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.ranks import raise_on_all_ranks
+from nlgmoe.validation import list_differences
 
 
 def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:
     """Yield each defect of a checkpoint folder as a line. Raises an OSError if a file exists but cannot be read.
 
-    Args:
-        path: the folder.
-        rank: number of the share of the files to read; rank 0 also compares names and shapes with the model's.
-        ranks: number of shares.
+    Reads the files of share `rank` of `ranks`; rank 0 also compares names and shapes with the model's.
     """
     try:
         path = resolve_link(Path(path))
@@ -70,7 +65,6 @@ def gather_problems(path: str | Path) -> list[str]:
 
 
 def _model_differences(path: str | Path, document: dict[str, Any], files: dict[str, Contents]) -> Iterator[str]:
-    """Compare the files' entries with those of the model that `checkpoint.json` describes."""
     try:
         with torch.device("meta"):
             model = GPT(GPTConfig.from_dict(document["model_config"]))

@@ -5,8 +5,6 @@ A folder is named `.name.ckpt.writing` while it is written, `.name.ckpt.replaced
 deleted when the name is used again, and at the next start of a run.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -21,11 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nlgmoe.checkpoint.reading import (
-    Contents,
-    checksum_of_manifest,
-    record_of,
-)
+from nlgmoe.checkpoint.reading import Contents, checksum_of_manifest, record_of
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.validation import RunError
 
@@ -52,15 +46,7 @@ def begin(path: Path) -> Path:
 def write_tensors(
     folder: Path, kind: str, entries: dict[str, Tensor], rank: int = 0, ranks: int = 1
 ) -> dict[str, Contents]:
-    """Write one file of entries, flush it to disk, and return its contents for `finish`.
-
-    Args:
-        folder: the folder that `begin` made.
-        kind: one of `reading.KINDS`.
-        entries: at least one, by name.
-        rank: number of the file.
-        ranks: number of files of this kind.
-    """
+    """Write file `rank` of `ranks` with one entry or more, flush it to disk, and return its contents for `finish`."""
     shard = f"-{rank:05}-of-{ranks:05}" if ranks > 1 else ""
     file = folder / f"{kind}{shard}.safetensors"
     entries = {name: value.detach().cpu().contiguous() for name, value in entries.items()}
@@ -81,12 +67,7 @@ def finish(
 ) -> None:
     """Write `checkpoint.json`, the tokenizer and `manifest.json`, then rename the folder to `path`, replacing an older one.
 
-    Args:
-        temporary: the folder that `begin` made.
-        path: its final name.
-        document: content of `checkpoint.json`.
-        files: union of the results of `write_tensors`.
-        tokenizer: the tokenizer and the model's files beside it; None writes none.
+    `files` is the union of the results of `write_tensors`; the tokenizer has the model's files beside it.
     """
     texts = {"checkpoint.json": json.dumps(document, indent=1).encode()}
     texts |= {name: text.encode() for name, text in (tokenizer or {}).items()}

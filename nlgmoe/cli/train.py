@@ -31,10 +31,10 @@ from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.files import expand_home
 from nlgmoe.layers import routers  # noqa: F401 (so that a configuration can name its routers by their class)
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.run.folder import RunFolder, RunTrainer, require_checkpoint
-from nlgmoe.run.loggers import run_folder_loggers, with_run_csv
+from nlgmoe.run.folder import RunFolder, run_folder_loggers, with_run_csv
 from nlgmoe.run.save_checkpoints import SaveCheckpoints
 from nlgmoe.run.signals import StopOnSignal
+from nlgmoe.run.trainer import RunTrainer, require_checkpoint
 from nlgmoe.validation import SettingError
 
 PACKAGE = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from nlgmoe.validation import RunError, SettingError
 if TYPE_CHECKING:
     from nlgmoe.batch import Batch
     from nlgmoe.config import GPTConfig
-    from nlgmoe.eval.expert_use import ExpertUse
+    from nlgmoe.eval.importance import ExpertUse
     from nlgmoe.surgery.upcycle import Upcycled
 
 
@@ -153,7 +153,7 @@ def prune_checkpoint(
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
     from nlgmoe.checkpoint.reading import run_config
     from nlgmoe.commands.measured_text import read_batches, with_progress
-    from nlgmoe.eval.expert_use import measure_use
+    from nlgmoe.eval.importance import measure_use
     from nlgmoe.eval.loaded_model import load_pretrained
     from nlgmoe.surgery.prune import most_used, prune, pruned_config
 
@@ -191,7 +191,7 @@ def _by_position(num_experts: int | list[int], before: GPTConfig) -> list[int]:
 
 def _loss_of(checkpoint: Path, device: str, batches: Iterable[Batch]) -> float:
     from nlgmoe.checkpoint.portable import load_model
-    from nlgmoe.eval.expert_use import measure_use
+    from nlgmoe.eval.importance import measure_use
 
     return measure_use(load_model(checkpoint).to(device), batches).loss
 

@@ -95,7 +95,7 @@ def _check_arguments(output: str, top_k: int, samples: int | None, temperature: 
 def _print_recorded(
     checkpoint: Path, document: dict[str, Any], recipe: dict[str, Any], output: str, done: Progress
 ) -> None:
-    from nlgmoe.distill.teacher_logits import record_type
+    from nlgmoe.distill.offline_teacher import record_type
 
     record_bytes, samples, seq_len = record_type(recipe).itemsize, recipe["samples"], recipe["seq_len"]
     print(f"teacher    {checkpoint}, step {document['global_step']:,}, {recipe['precision']}")

@@ -142,7 +142,7 @@ def _measure(
 ) -> list[float]:
     """Return the influence of each of the teacher's blocks."""
     from nlgmoe.commands.measured_text import read_batches, with_progress
-    from nlgmoe.eval.block_influence import measure_influence
+    from nlgmoe.eval.importance import measure_influence
     from nlgmoe.eval.loaded_model import load_pretrained
 
     check_device(device)

@@ -11,8 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.differences import list_differences
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, list_differences
 
 
 class TrainingData(LightningDataModule, ABC):

@@ -46,7 +46,6 @@ class Distiller(ABC):
         """Prepare for training, unless `loss_weight` is 0. A collective: all ranks call this.
 
         Args:
-            student: the model that learns, on its device.
             trainer: its trainer, with the student's data; its strategy may distribute the teacher's experts over ranks.
 
         Raises:
@@ -55,29 +54,14 @@ class Distiller(ABC):
 
     @abstractmethod
     def read(self, batch: Batch, mask: Tensor | None) -> TeacherTargets | None:
-        """Return the teacher's targets for a batch; None once distillation has ended.
-
-        Args:
-            batch: as the student reads it.
-            mask: its token mask; None if nothing is masked.
-
-        Raises:
-            ValueError: a recorded sample is missing or damaged.
-        """
+        """Return the teacher's targets for a batch; None once distillation has ended."""
 
     @abstractmethod
     def release(self) -> bool:
         """Free what `start` loaded. Returns whether anything was loaded."""
 
     def pin_teacher(self, name: str, value: str, checkpoint: str, weights: str) -> None:
-        """Note the teacher. That of a resumed run must have the same weights, unless the setting has another value.
-
-        Args:
-            name: of the setting that determines the teacher.
-            value: its value.
-            checkpoint: path of the teacher's checkpoint.
-            weights: hash of its weights.
-        """
+        """Note the teacher of the setting `name`; a resumed run's must have the same weights, unless the value is another one."""
         used = self._used
         if used.get("setting") == value and used["weights"] != weights:
             raise RunError(
@@ -96,12 +80,7 @@ class Distiller(ABC):
 
 
 def find_teacher(teacher: str, remedy: str) -> tuple[Path, dict[str, Any], str]:
-    """Return a teacher's checkpoint, of a run the newest valid one; its document and the hash of its weights. A collective.
-
-    Args:
-        teacher: path of a checkpoint or run folder.
-        remedy: end of the message if there is none.
-    """
+    """Return a teacher's checkpoint, of a run the newest valid one; its document and the hash of its weights. A collective."""
     try:
         path = find_checkpoint(teacher)
         return path, read_document(path), hash_of_weights(path)
@@ -148,11 +127,7 @@ def samples_before_end(
     """Return the samples consumed when a run ends, counted from its first; None if it has no end in tokens or steps.
 
     Args:
-        end: end of the run.
         batch_size_after: sequences of the step that follows that many samples, over all ranks.
-        seq_len: length of whole sequences.
-        curriculum: schedule of shorter sequences, each a cut sample; None: all are whole.
-        begin: position to start from.
     """
     if end == End(None, None):
         return None

@@ -6,8 +6,6 @@ The teacher is outside the student's module tree: checkpoints, optimizer and eng
 ends distillation.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,20 +18,19 @@ from torch import Tensor
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.checkpoint.layout import PRECISIONS, entry_shapes, local_entries, require_entries
-from nlgmoe.checkpoint.reading import TensorFiles
-from nlgmoe.checkpoint.same_run import tokenizer_matches
+from nlgmoe.checkpoint.entries import PRECISIONS, entry_shapes, local_entries, require_entries
+from nlgmoe.checkpoint.reading import TensorFiles, tokenizer_matches
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import TrainingData, length_of, training_data
 from nlgmoe.distill.distiller import Distiller, find_teacher
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import SoftTargets, TeacherTargets
-from nlgmoe.layers.placement import PlacesExperts
+from nlgmoe.layers.precision import cast_by_autocast
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parallel.triton_product import hand_in_triton_product
-from nlgmoe.pyramid import experts_per_layer, experts_per_position
+from nlgmoe.pyramid import PlacesExperts, experts_per_layer, experts_per_position
 from nlgmoe.ranks import raise_on_all_ranks
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 
 class MixtureOfStudents(Distiller):
@@ -67,10 +64,8 @@ class MixtureOfStudents(Distiller):
         num_experts: int | list[int] | None = None,
     ) -> None:
         super().__init__(beta, temperature)
-        if precision not in (None, *PRECISIONS):
-            raise SettingError(f"precision={precision} must be fp32, bf16 or null")
-        self.teacher = teacher
-        self.precision = precision
+        require(precision in (None, *PRECISIONS), f"precision={precision} must be fp32, bf16 or null")
+        self.teacher, self.precision = teacher, precision
         self.expected = {
             "num_layers": num_layers,
             "hidden_size": hidden_size,
@@ -87,26 +82,14 @@ class MixtureOfStudents(Distiller):
         self.load(student.config, student.token_embedding.weight, training_data(trainer), trainer.strategy)
 
     def load(self, student: GPTConfig, like: Tensor, data: Any, strategy: Any = None) -> tuple[Path, dict[str, Any]]:
-        """Load the teacher, with the device and dtype of `like`. Returns the checkpoint and its document.
-
-        Args:
-            student: configuration of the student.
-            like: one of the student's weights.
-            data: the student's data module, or None.
-            strategy: strategy of its trainer, which may distribute experts over ranks.
-
-        Raises:
-            ValueError: as `start`.
-        """
+        """Load the teacher, with the device and dtype of `like`. Returns the checkpoint and its document."""
         with raise_on_all_ranks():
             path, document = self._find()
             config = GPTConfig.from_dict(document["model_config"])
             _check_shape(config, self.expected, path)
-            _check(config, student, length_of(data, student.seq_len), path)
-            _check_tokenizer(data, path)
-        placements = (
-            strategy.expert_placements(config, model_name="teacher") if isinstance(strategy, PlacesExperts) else {}
-        )
+            _check_fit(config, student, data, path)
+        divides = isinstance(strategy, PlacesExperts)
+        placements = strategy.expert_placements(config, model_name="teacher") if divides else {}
         with raise_on_all_ranks():
             self.model = _load(path, config, placements, like.device, PRECISIONS.get(self.precision or "", like.dtype))
             hand_in_triton_product(self.model, like.device)
@@ -138,9 +121,8 @@ class MixtureOfStudents(Distiller):
         with self._own_precision():
             hidden = model(batch["tokens"], mask, documents=batch.get("document")).hidden.flatten(0, 1)
             unembedding = model.unembedding
-        device = hidden.device.type
-        if self.precision is None and torch.is_autocast_enabled(device):  # once, not for every chunk
-            hidden, unembedding = (t.to(torch.get_autocast_dtype(device)) for t in (hidden, unembedding))
+        if self.precision is None:  # once, not for every chunk
+            hidden, unembedding = cast_by_autocast(hidden), cast_by_autocast(unembedding)
 
         def logits(positions: slice) -> Tensor:
             with torch.no_grad(), self._own_precision():
@@ -182,39 +164,35 @@ def _check_shape(teacher: GPTConfig, expected: dict[str, Any], path: Path) -> No
             )
 
 
-def _check(teacher: GPTConfig, student: GPTConfig, seq_len: int, path: Path) -> None:
-    if teacher.vocab_size != student.vocab_size:
-        raise SettingError(
-            f"model.distiller.teacher={path} has vocab_size={teacher.vocab_size}, the student {student.vocab_size}; use a "
-            "teacher with the student's tokenizer"
-        )
-    if teacher.seq_len < seq_len:
-        raise SettingError(
-            f"model.distiller.teacher={path} reads seq_len={teacher.seq_len} tokens, and a sequence has {seq_len}; use another "
-            "teacher, or lower data.seq_len"
-        )
-
-
-def _check_tokenizer(data: TrainingData | None, path: Path) -> None:
+def _check_fit(teacher: GPTConfig, student: GPTConfig, data: TrainingData | None, path: Path) -> None:
+    """Check that the teacher reads what the student does."""
+    setting, seq_len = f"model.distiller.teacher={path}", length_of(data, student.seq_len)
+    require(
+        teacher.vocab_size == student.vocab_size,
+        f"{setting} has vocab_size={teacher.vocab_size}, the student {student.vocab_size}; use a teacher with the student's "
+        "tokenizer",
+    )
+    require(
+        teacher.seq_len >= seq_len,
+        f"{setting} reads seq_len={teacher.seq_len} tokens, and a sequence has {seq_len}; use another, or lower data.seq_len",
+    )
     tokenizer = None if data is None else data.tokenizer
-    if tokenizer is not None and not tokenizer_matches(tokenizer.files, path):
-        raise SettingError(
-            f"model.distiller.teacher={path} has another tokenizer than data.tokenizer; use a teacher with the student's"
-        )
+    require(
+        tokenizer is None or tokenizer_matches(tokenizer.files, path),
+        f"{setting} has another tokenizer than data.tokenizer; use a teacher with the student's",
+    )
 
 
 @torch.no_grad()
 def _load(path: Path, config: GPTConfig, placements: Any, device: torch.device, dtype: torch.dtype) -> GPT:
-    """Load this rank's shard of the teacher, frozen, entry by entry."""
+    """Load this rank's shard of the teacher, frozen and without token dropping, entry by entry."""
+    if config.moe is not None:
+        config = replace(config, moe=replace(config.moe, eval_token_dropping=False))
     with torch.device("meta"):
-        model = GPT(_without_dropping(config), placements=placements)
+        model = GPT(config, placements=placements)
     files = TensorFiles(path, "model")
     require_entries(files, entry_shapes(model))
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     for entry in local_entries(model):
         entry.copy_(files.read(entry.name))
     return model
-
-
-def _without_dropping(config: GPTConfig) -> GPTConfig:
-    return config if config.moe is None else replace(config, moe=replace(config.moe, eval_token_dropping=False))

@@ -1,9 +1,21 @@
-"""Distillation from precomputed teacher logits, which `nlgmoe distill-logits` records."""
+"""Distillation from recorded logits: at each position the log-probabilities of the K likeliest tokens and of all others together.
 
-from __future__ import annotations
+    FOLDER/header.json    teacher, data and settings of the recording
+    FOLDER/logits.bin     a record for each of the first training samples, in the order of the run
+    FOLDER/position.json  until the folder is complete: its progress, and the position in the data
 
+    record   ids             [T, K] uint16 (uint32 if there are more than 65,536 tokens), the likeliest first
+             log_probs       [T, K + 1] float16; the last one is the tail's: the log of all other tokens' probability
+
+T positions of a sample. A token takes K * (2 or 4) + 2 * (K + 1) bytes. A sample's number and the data's fingerprint determine
+its tokens, so they are the key. `nlgmoe distill-logits` writes the folder (`record_logits.py`).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -11,27 +23,76 @@ from torch import Tensor
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
+from nlgmoe.checkpoint.reading import read_json
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import length_of, training_data
 from nlgmoe.device import to_device
-from nlgmoe.differences import list_differences
-from nlgmoe.distill.distiller import (
-    Distiller,
-    RunPosition,
-    distillation_end,
-    find_teacher,
-    samples_before_end,
-)
-from nlgmoe.distill.teacher_logits import TeacherLogits
+from nlgmoe.distill.distiller import Distiller, RunPosition, distillation_end, find_teacher, samples_before_end
 from nlgmoe.layers.losses import TeacherTargets, TopTargets
 from nlgmoe.model.gpt import GPT
 from nlgmoe.ranks import raise_on_all_ranks
-from nlgmoe.validation import SettingError, error_type_like, require
+from nlgmoe.validation import RunError, SettingError, error_type_like, list_differences, require
 
+FORMAT, VERSION = "nlgmoe-teacher-logits", 3
+HEADER, RECORDS, POSITION = "header.json", "logits.bin", "position.json"
 _UNNUMBERED = (
     "the data module does not number its samples, so that nothing can be looked up; use nlgmoe.PileDataModule, or "
     "nlgmoe.MixtureOfStudents"
 )
+
+
+class TeacherLogits:
+    """A complete folder, memory-mapped.
+
+    Attributes:
+        header: the content of `header.json`.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self.header = read_header(self._folder)
+        if (self._folder / POSITION).exists():
+            raise RunError(f"{folder} is not finished; run the command that records it again")
+        file, dtype = self._folder / RECORDS, record_type(self.header)
+        size = len(self) * dtype.itemsize
+        if not file.is_file() or file.stat().st_size != size:
+            problem = f"has {file.stat().st_size:,} bytes, not {size:,}" if file.is_file() else "is missing"
+            raise RunError(f"{file} {problem}: it is damaged; delete {folder} and record it again")
+        self._records = np.memmap(file, dtype, "r")
+
+    def __len__(self) -> int:
+        return int(self.header["samples"])
+
+    def read(self, samples: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first positions of some samples: ids `[B, length, K]`, log-probabilities `[B, length, K + 1]`."""
+        if (last := max(samples)) >= len(self):
+            raise RunError(
+                f"{self._folder} holds {len(self):,} samples, training has come to sample {last:,}; record more, or end "
+                "distillation earlier"
+            )
+        records = self._records[list(samples)]
+        # contiguous copies: fields of records are strided, which the copy to a device would not take from pinned memory
+        ids, log_probs = (np.ascontiguousarray(records[name][:, :length]) for name in ("ids", "log_probs"))
+        return ids, log_probs
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """Read the `header.json` of a folder."""
+    file = folder / HEADER
+    require(file.is_file(), f"no teacher's logits at {folder}; record them with nlgmoe distill-logits")
+    header = read_json(file, f"delete {folder} and record it again")
+    if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
+        raise RunError(
+            f"{folder} is {header.get('format')} version {header.get('version')}; this nlgmoe reads {FORMAT} version {VERSION}"
+        )
+    return header
+
+
+def record_type(header: dict[str, Any]) -> np.dtype:
+    """Return the dtype of a sample's record; `header` has `vocab_size`, `seq_len` and `top_k`."""
+    length, top = header["seq_len"], header["top_k"]
+    ids = "<u2" if header["vocab_size"] <= 1 << 16 else "<u4"
+    return np.dtype([("ids", ids, (length, top)), ("log_probs", "<f2", (length, top + 1))], align=False)
 
 
 class OfflineTeacher(Distiller):
@@ -83,8 +144,7 @@ class OfflineTeacher(Distiller):
     def read(self, batch: Batch, mask: Tensor | None) -> TeacherTargets | None:
         if self._recording is None:
             return None
-        if "samples" not in batch:
-            raise SettingError(f"model.distiller.logits={self.logits}: {_UNNUMBERED}")
+        require("samples" in batch, f"model.distiller.logits={self.logits}: {_UNNUMBERED}")
         tokens = batch["tokens"]
         ids, log_probs = (
             to_device(torch.from_numpy(values), tokens.device).flatten(0, 1)

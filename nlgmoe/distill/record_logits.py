@@ -1,4 +1,4 @@
-"""Record a teacher's logits for a run's training samples; see `teacher_logits.py`.
+"""Record a teacher's logits for a run's training samples; see `offline_teacher.py`.
 
 A process that is killed loses at most the last 1,000 samples; the same command records the rest, with the same bytes: it goes on
 after a whole micro-batch, so that each sample is computed together with the same others.
@@ -21,21 +21,12 @@ from torch import Tensor
 from nlgmoe.batch import Batch, token_mask_or_none
 from nlgmoe.checkpoint.writing import flush
 from nlgmoe.data import PileDataModule
-from nlgmoe.differences import list_differences
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
-from nlgmoe.distill.teacher_logits import (
-    FORMAT,
-    HEADER,
-    POSITION,
-    RECORDS,
-    VERSION,
-    read_header,
-    record_type,
-)
+from nlgmoe.distill.offline_teacher import FORMAT, HEADER, POSITION, RECORDS, VERSION, read_header, record_type
 from nlgmoe.files import atomic_write
 from nlgmoe.layers.losses import SoftTargets
 from nlgmoe.non_finite import require_finite_logits
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.validation import RunError, SettingError, list_differences
 from nlgmoe.versions import versions
 
 SAMPLES_AT_RISK = 1000  # recorded before they are flushed to disk; rounded up to whole micro-batches
@@ -66,12 +57,10 @@ def record_logits(
     """Write a folder for `TeacherLogits`, or complete one that an earlier process began.
 
     Args:
-        teacher: the loaded teacher.
         data: data module at its first sample; its batches are `settings["micro_batch_size"]` sequences.
         settings: everything that determines the bytes, for the header: `teacher` (`checkpoint`, `weights`, and more), `data` (the
             fingerprint), `vocab_size`, `seq_len`, `top_k`,
             `temperature`, `samples`, `micro_batch_size`, `loss_chunk_size` (positions whose logits exist at a time), and more.
-        folder: folder to write.
         report: called with the progress at the start and after every batch.
     """
     header, position, total = folder / HEADER, folder / POSITION, settings["samples"]
@@ -137,9 +126,7 @@ def _check_same(header: dict[str, Any], settings: dict[str, Any], folder: Path) 
         for values in (earlier, settings)
     )
     if changes := list_differences(recorded, current):
-        raise SettingError(
-            f"{folder} was recorded with other settings: {', '.join(changes)}; name another output, or delete it"
-        )
+        raise SettingError(f"{folder} was recorded with other settings: {', '.join(changes)}; name another output")
     return earlier
 
 
@@ -170,15 +157,8 @@ def _records(
 def likeliest(targets: SoftTargets, positions: slice, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Cut a teacher's distribution at C positions to its K likeliest tokens.
 
-    Args:
-        targets: the teacher's, of all positions of a batch.
-        positions: the C positions.
-        top_k: K.
-        temperature: divides the logits.
-
-    Returns:
-        int64 `[C, K]`, the likeliest tokens first; and in at least fp32 `[C, K + 1]`, their log-probabilities at the temperature
-        and the log of the remaining probability, -inf if that is 0.
+    Returns int64 `[C, K]`, the likeliest tokens first; and in at least fp32 `[C, K + 1]`, their log-probabilities at the
+    temperature and the log of the remaining probability, -inf if that is 0.
     """
     logits = targets.logits(positions)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -189,7 +169,6 @@ def likeliest(targets: SoftTargets, positions: slice, top_k: int, temperature: f
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON atomically, and flush it to the disk."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
         flush(temporary)

@@ -1,7 +1,5 @@
 """A chat model's prompts: its template, applied by `transformers`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import tokenizers
@@ -26,11 +24,7 @@ def transformers_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def chat_prompts(tokenizer: Tokenizer, messages: list[str]) -> list[list[int]]:
-    """Return the token ids of conversations of one message of the user each, up to where the model's answer begins.
-
-    Raises:
-        SettingError: there is no template, it refuses a message, or a message has a byte without a token.
-    """
+    """Return the token ids of conversations of one message of the user each, up to where the model's answer begins."""
     theirs = transformers_tokenizer(tokenizer)
     if theirs.chat_template is None:
         raise SettingError(

@@ -23,7 +23,7 @@ from nlgmoe.layers.attention import KVCache
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import require_finite_logits
 from nlgmoe.seeding import derive_seed
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,7 @@ def complete(
     batch_size: int = 16,
 ) -> list[Completion]:
     """Generate a completion of each prompt, in batches of `batch_size` prompts of similar length; arguments as for `generate`."""
-    if batch_size < 1:
-        raise SettingError(f"batch_size={batch_size} must be at least 1")
+    require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
     texts = _as_lists(prompts)
     check_prompts(model, texts, max_new_tokens)
     generators = sampling.generators(texts)
@@ -174,11 +173,7 @@ def complete(
 
 
 def stream(
-    model: GPT,
-    prompts: Prompts,
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),
-    stop_ids: Collection[int] = (),
+    model: GPT, prompts: Prompts, max_new_tokens: int, sampling: Sampling = Sampling(), stop_ids: Collection[int] = ()
 ) -> Iterator[NewToken]:
     """Yield the tokens of one batch: one token of each unfinished sequence per forward pass; arguments as for `generate`."""
     texts = _as_lists(prompts)
@@ -189,13 +184,10 @@ def stream(
 def check_prompts(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Check that the model can continue the prompts."""
     config = model.config
-    if model.training:
-        raise SettingError("the model is in training mode; call model.eval() first")
-    if max_new_tokens < 1:
-        raise SettingError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    require(not model.training, "the model is in training mode; call model.eval() first")
+    require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
     for number, prompt in enumerate(prompts, 1):
-        if not prompt:
-            raise SettingError(f"prompt {number} is empty; begin a text with an end-of-document token")
+        require(bool(prompt), f"prompt {number} is empty; begin a text with an end-of-document token")
         if len(prompt) >= config.seq_len:
             raise SettingError(
                 f"prompt {number} has {len(prompt)} tokens, and with seq_len={config.seq_len} the model reads at most "
@@ -248,9 +240,7 @@ def _stream(
 def _as_lists(prompts: Prompts) -> list[list[int]]:
     if isinstance(prompts, Tensor):
         if prompts.dim() != 2 or prompts.dtype != torch.long:
-            raise SettingError(
-                f"prompts must be [B, T] int64, or lists of ids, not {list(prompts.shape)} {prompts.dtype}"
-            )
+            raise SettingError(f"prompts are lists of ids or [B, T] int64, not {list(prompts.shape)} {prompts.dtype}")
         prompts = prompts.tolist()
     return [[int(token) for token in prompt] for prompt in prompts]
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from nlgmoe.checkpoint.layout import PRECISIONS
+from nlgmoe.checkpoint.entries import PRECISIONS
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.checkpoint.reading import read_document, read_tokenizer
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
@@ -49,7 +49,6 @@ def load_pretrained(
     Args:
         checkpoint: the folder, `NAME.ckpt`, or a run folder: its newest valid checkpoint is loaded.
         tokenizer: as `data.tokenizer`, for a checkpoint without a tokenizer.
-        device: device of the model.
         precision: `fp32` or `bf16`, for weights and matrix products; None: the stored precision.
         data_dir: folder of tokenizers given by name.
 
@@ -62,9 +61,7 @@ def load_pretrained(
     given = None if tokenizer is None else load_tokenizer(tokenizer, Path(data_dir))
     chosen = choose_tokenizer(path, given, GPTConfig.from_dict(document["model_config"]))
     if chosen is None:
-        raise SettingError(
-            f"tokenizer=null: {path} holds none; set it to the tokenizer that the model was trained with"
-        )
+        raise SettingError(f"tokenizer=null: {path} holds none; set it to the one that the model was trained with")
     model = load_model(path).to(device, PRECISIONS.get(precision or ""))
     hand_in_triton_product(model, torch.device(device))
     return LoadedModel(path, model, chosen, document)
@@ -78,7 +75,7 @@ def choose_tokenizer(path: Path, given: Tokenizer | None, config: GPTConfig) -> 
         return None
     if given is not None and not given.has_same_ids(chosen):
         raise SettingError(
-            f"tokenizer={given.name} differs from the tokenizer that {path} was trained with; leave it out"
+            f"tokenizer={given.name} differs from the tokenizer that {path} was saved with; leave it out"
         )
     if chosen.vocab_size > config.vocab_size:
         raise SettingError(

@@ -1,7 +1,5 @@
 """Loss, perplexity and bits per byte by domain, summed over batches and ranks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -17,13 +15,7 @@ from nlgmoe.model.gpt import GPT
 
 
 def batch_losses(gpt: GPT, batch: Batch, chunk_size: int) -> tuple[Tensor, list[Routing]]:
-    """Compute the loss of every token of a batch, `[B, T]` nats, and the routings; masked tokens have a loss too.
-
-    Args:
-        gpt: the model.
-        batch: the batch.
-        chunk_size: tokens whose logits exist at a time.
-    """
+    """Compute the loss of every token of a batch, `[B, T]` nats, and the routings; masked tokens have a loss too."""
     output = gpt(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
     hidden, targets = output.hidden.flatten(0, 1), batch["targets"]
     losses = token_losses(hidden, gpt.unembedding, gpt.config.vocab_size, targets.flatten(), chunk_size)

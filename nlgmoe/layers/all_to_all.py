@@ -20,19 +20,15 @@ from torch import Tensor, distributed
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.nn import functional as F
 
-from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher, Rows, round_up_rows
-from nlgmoe.layers.expert_products import fixed_slots
-from nlgmoe.layers.feed_forward import computing_dtype
-from nlgmoe.layers.placement import ExpertPlacement
+from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher, Rows
+from nlgmoe.layers.expert_products import fixed_slots, round_up_rows
+from nlgmoe.layers.precision import computing_dtype
 from nlgmoe.layers.router import Routing
+from nlgmoe.pyramid import ExpertPlacement
 
 
 class AllToAllDispatcher(LocalDispatcher):
-    """Dispatches tokens to experts that are sharded over a group of ranks.
-
-    Args:
-        placement: placement of the layer's experts, with a group.
-    """
+    """Dispatches tokens to experts that are sharded over a group of ranks."""
 
     def __init__(self, placement: ExpertPlacement) -> None:
         super().__init__()
@@ -50,9 +46,6 @@ class AllToAllDispatch(LocalDispatch):
     """The exchange of a micro-batch's rows with the experts on the ranks of a group.
 
     Args:
-        tokens: `[N, H]`.
-        routing: their experts and weights.
-        placement: placement of the layer's experts, with a group.
         capacity: C, an upper bound of an expert's rows from each rank, the same on all ranks; None: rows are counted.
     """
 

@@ -140,11 +140,7 @@ def attention_config(config: GPTConfig) -> AttentionConfig:
 
 
 def build_attention(config: GPTConfig, block: int) -> nn.Module:
-    """Build the attention of a block.
-
-    Raises:
-        ValueError: a user's `build` returns no module.
-    """
+    """Build the attention of a block."""
     settings = attention_config(config)
     module = settings.build(config, block)
     if not isinstance(module, nn.Module):
@@ -155,13 +151,9 @@ def build_attention(config: GPTConfig, block: int) -> nn.Module:
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to a position itself and earlier ones.
 
-        q, k, v = x W_qkv                           N query heads and K key heads, each of them for N / K query heads
-        q, k    = rotate(norm(q)), rotate(norm(k))  with `qk_norm` and `rope_theta`
-        y       = softmax(q k^T * scale) v W_project    `attention_scale`, or 1 / sqrt(D)
-
-    Args:
-        config: configuration of the model.
-        block: block number.
+    q, k, v = x W_qkv                           N query heads and K key heads, each of them for N / K query heads
+    q, k    = rotate(norm(q)), rotate(norm(k))  with `qk_norm` and `rope_theta`
+    y       = softmax(q k^T * scale) v W_project    `attention_scale`, or 1 / sqrt(D)
     """
 
     def __init__(self, config: GPTConfig, block: int) -> None:
@@ -206,9 +198,6 @@ def attend(
         q: `[B, N, T, D]`.
         k: `[B, K, S, D]`; each of the K heads is for N / K query heads.
         v: `[B, K, S, D]`.
-        context: which keys a query sees.
-        scale: multiple of the products; None: 1 / sqrt(D).
-        dropout: dropout probability on the weights.
     """
     visible, shares_keys = context.visible, k.shape[1] != q.shape[1]
     if shares_keys and visible is not None:  # CUDA's fused kernels take no mask with shared keys
@@ -237,7 +226,6 @@ def visible_keys(
         token_mask: `[B, S]`, False at padding; None if there is none.
         new: number of new positions (T).
         cached: number of positions in the cache (S - T).
-        device: device of the mask.
         documents: `[B, T]`, the document of each position; attention ends at its borders. None: one document. Not with a cache.
 
     A padded query attends to itself, so that its softmax is defined; its output is not used.

@@ -9,8 +9,6 @@ micro-batch, and activation checkpointing does not repeat that.
 Letters: N tokens of this rank's micro-batch, E experts of a layer, k experts per token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 
@@ -18,7 +16,6 @@ import torch
 from torch import Tensor, distributed
 
 from nlgmoe.config import MoEConfig
-from nlgmoe.layers.counts import requests_per_expert
 from nlgmoe.layers.router import Routing
 
 
@@ -30,12 +27,11 @@ def router_losses(routings: Sequence[Routing], aux_scope: Literal["rank", "globa
     without logits no z-loss.
 
     Args:
-        routings: routing of each MoE layer, at least one.
         aux_scope: `rank` uses this rank's loads; `global` uses the loads of all ranks together: the mean of the ranks' losses
             is then the loss of their whole batch, and so is its gradient. A collective.
     """
     dtype = routings[0].weight.dtype
-    loads = [_counted(routing).to(dtype) for routing in routings]  # [E] each
+    loads = [routing.requests(_choices_counted(routing)).to(dtype) for routing in routings]  # [E] each
     tokens = routings[0].num_tokens.to(dtype)
     if aux_scope == "global" and distributed.is_initialized():
         # The mean of the ranks' losses is the loss of the whole batch if each rank takes its own probabilities, the mean load
@@ -49,20 +45,15 @@ def router_losses(routings: Sequence[Routing], aux_scope: Literal["rank", "globa
     for routing, load in zip(routings, loads, strict=True):
         if routing.probs is not None:
             fraction = load / (_choices_counted(routing) * tokens)
-            mean_prob = _unpadded(routing.probs, routing).sum(dim=0) / tokens
+            mean_prob = routing.unpadded(routing.probs).sum(dim=0) / tokens
             balance.append(len(load) * (mean_prob * fraction).sum())
         if routing.logits is not None:
-            z.append(_unpadded(routing.logits.logsumexp(dim=-1, keepdim=True).square(), routing).sum() / tokens)
+            z.append(routing.unpadded(routing.logits.logsumexp(dim=-1).square()).sum() / tokens)
     return torch.stack(balance).sum(), torch.stack(z).sum()
 
 
 def add_router_losses(loss: Tensor, moe: MoEConfig, routings: Sequence[Routing]) -> tuple[Tensor, dict[str, Tensor]]:
     """Add all losses of the routers to `loss`. A collective with `aux_scope` global.
-
-    Args:
-        loss: scalar.
-        moe: settings with the coefficients.
-        routings: routing of each MoE layer, at least one.
 
     Returns:
         The sum, and the losses by name without their coefficients.
@@ -85,16 +76,3 @@ def _choices_counted(routing: Routing) -> int:
     """Return how many of a token's choices the loads count."""
     top_k = routing.expert.shape[1]
     return 1 if top_k <= 2 else top_k
-
-
-def _counted(routing: Routing) -> Tensor:
-    """Count those choices, `[E]` int64."""
-    counted = _choices_counted(routing)
-    if counted == routing.expert.shape[1]:
-        return routing.tokens_per_expert
-    return requests_per_expert(routing.expert[:, :counted], routing.token_mask, routing.num_experts)
-
-
-def _unpadded(values: Tensor, routing: Routing) -> Tensor:
-    """Set padding to 0, `[N, ...]`."""
-    return values if routing.token_mask is None else torch.where(routing.token_mask.unsqueeze(-1), values, 0)

@@ -13,19 +13,14 @@ N * k. M rows, sorted by expert: on CPUs of the kept assignments, in half precis
 the last expert that nobody reads.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nlgmoe.layers.counts import count
-from nlgmoe.layers.expert_products import fixed_slots, has_slots
-from nlgmoe.layers.feed_forward import computing_dtype
-from nlgmoe.layers.router import Routing
-
-ROW_MULTIPLE = 32  # of an expert, on CPUs in half precision (docs/performance.md)
+from nlgmoe.layers.expert_products import fixed_slots, has_slots, round_up_rows
+from nlgmoe.layers.precision import computing_dtype
+from nlgmoe.layers.router import Routing, count
 
 
 class Rows(NamedTuple):
@@ -46,7 +41,6 @@ class LocalDispatch:
 
     Args:
         tokens: `[N, H]`.
-        routing: their experts and weights.
         capacity: C slots for each expert, an upper bound of its rows; None: its rows are counted.
 
     Attributes:
@@ -84,62 +78,25 @@ class LocalDispatch:
         return Rows(self._tokens.index_select(0, token_of_row), rows_per_expert)
 
     def combine(self, y: Tensor) -> Tensor:
-        """Sum each token's weighted expert outputs.
-
-        Args:
-            y: `[M, H]` or `[e, S, H]`, in the order of `receive`.
+        """Sum each token's weighted expert outputs, `y` `[M, H]` or `[e, S, H]` in the order of `receive`.
 
         Returns:
             `[N, H]` in the dtype of the weights; 0 for a token that no expert kept.
         """
-        return self._sum(y.flatten(0, -2).index_select(0, self.row_of_assignment()))
+        by_choice = y.flatten(0, -2).index_select(0, self.row_of_assignment())  # [N * k, H]
+        if self._top_k == 1:
+            return by_choice * self.weight
+        return (by_choice.unflatten(0, self.weight.shape) * self.weight.unsqueeze(-1)).sum(dim=1)
 
     def row_of_assignment(self) -> Tensor:
         """Return the row of each assignment, `[N * k]`, after `receive`; any row where dropped, with weight 0."""
         return self.order.new_zeros(self.weight.numel()).index_copy_(0, self.order, self._row)
 
-    def _sum(self, by_choice: Tensor) -> Tensor:
-        """Sum the outputs of all assignments, `[N * k, H]`, by token."""
-        if self._top_k == 1:
-            return by_choice * self.weight
-        return (by_choice.unflatten(0, self.weight.shape) * self.weight.unsqueeze(-1)).sum(dim=1)
-
-
-def round_up_rows(index: Tensor, tokens_per_expert: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Repeat the last row of each expert until their number is round, on CPUs in half precision.
-
-    oneDNN compiles a kernel for each number of rows there, and each keeps memory. Round is a multiple of `ROW_MULTIPLE`, or of a
-    quarter of the largest power of two in the number if that is less: 9 -> 10, 17 -> 20, 65 -> 80, 129 -> 160. So an expert gets
-    at most a quarter more rows, and none below 9, as in generation. The outputs of repeated rows are not read, so that their
-    gradients are zero.
-
-    Args:
-        index: `[R]` of the rows to gather, sorted by expert.
-        tokens_per_expert: `[e]` int64, R in all.
-        dtype: of the computation.
-
-    Returns:
-        `index` with repetitions, `[M]`; the place of each row in it, `[R]`; rows per expert, `[e]`. Elsewhere M is R.
-    """
-    if index.device.type != "cpu" or dtype.itemsize != 2:
-        return index, torch.arange(len(index), device=index.device), tokens_per_expert
-    exponent = torch.frexp(tokens_per_expert.float()).exponent  # 2^(exponent - 1) <= rows < 2^exponent
-    multiple = (2 ** (exponent - 3).clamp_min(0)).clamp_max(ROW_MULTIPLE)
-    repeated = -tokens_per_expert % multiple  # [e]
-    last = (tokens_per_expert.cumsum(0) - 1).clamp_min(0)
-    times = torch.ones_like(index).index_add_(0, last, repeated)  # [R]
-    return index.repeat_interleave(times), times.cumsum(0) - times, tokens_per_expert + repeated
-
 
 def assign_slots(tokens_per_expert: Tensor, capacity: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Return the row of each slot, `[E * C]`, and the slot of each row, `[R]`, any slot for dropped ones.
+    """Return the row of each slot, `[E * C]`, and the slot of each of R rows, `[R]`, any slot for dropped ones, which come last.
 
     Empty slots get arbitrary rows, evenly spread: adding many gradients to one row would be slow.
-
-    Args:
-        tokens_per_expert: `[E]` int64, at most C each.
-        capacity: C.
-        rows: R, sorted by expert; dropped ones come last.
     """
     ends = tokens_per_expert.cumsum(0)
     first = ends - tokens_per_expert  # [E]

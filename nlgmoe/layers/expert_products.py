@@ -10,11 +10,10 @@ dropless: CPUs in fp32, bf16, fp16       `grouped_mm`  `F.grouped_mm`
 On other GPUs and in other types `F.grouped_mm` is a loop too, in which the host waits at each call.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.router import capacity
@@ -22,6 +21,7 @@ from nlgmoe.pyramid import moe_blocks
 
 Product = Literal["bmm", "grouped_mm", "triton", "loop"]
 
+ROW_MULTIPLE = 32  # of an expert, on CPUs in half precision (docs/performance.md)
 MAX_SLOTS = 1.25  # per assignment; with more, padding costs more than what slots save
 HALF = (torch.bfloat16, torch.float16)
 TYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
@@ -34,14 +34,9 @@ def choose_product(
     in_slots: bool,
     has_triton: bool,
 ) -> Product:
-    """Choose the product of the experts.
+    """Choose the product of the experts, by the input and output widths of the weights, in values.
 
-    Args:
-        dtype: dtype of the computation.
-        widths: input and output widths of the weights, in values.
-        compute_capability: of the rows' CUDA device; None elsewhere.
-        in_slots: the rows are in slots.
-        has_triton: a product in Triton was handed in.
+    Only CUDA devices have a compute capability. With `has_triton` a product in Triton was handed in.
     """
     if in_slots:
         return "bmm"
@@ -67,16 +62,37 @@ def has_slots(device: torch.device) -> bool:
 
 
 def fixed_slots(capacity: int | None, num_experts: int, assignments: int) -> int | None:
-    """Return the slots of each expert if its capacity leaves few of them empty; None: rows must be counted.
+    """Return the slots of each expert if its `capacity` leaves few of them empty; None: rows must be counted.
 
     Ranks whose micro-batches have equally many tokens get equal results.
-
-    Args:
-        capacity: C of an expert; None: none is known.
-        num_experts: E.
-        assignments: N * k.
     """
     return None if capacity is None or capacity * num_experts > MAX_SLOTS * assignments else capacity
+
+
+def round_up_rows(index: Tensor, tokens_per_expert: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Repeat the last row of each expert until their number is round, on CPUs in half precision.
+
+    oneDNN compiles a kernel for each number of rows there, and each keeps memory. Round is a multiple of `ROW_MULTIPLE`, or of a
+    quarter of the largest power of two in the number if that is less: 9 -> 10, 17 -> 20, 65 -> 80, 129 -> 160. So an expert gets
+    at most a quarter more rows, and none below 9, as in generation. The outputs of repeated rows are not read, so that their
+    gradients are zero.
+
+    Args:
+        index: `[R]` of the rows to gather, sorted by expert.
+        tokens_per_expert: `[e]` int64, R in all.
+        dtype: of the computation.
+
+    Returns:
+        `index` with repetitions, `[M]`; the place of each row in it, `[R]`; rows per expert, `[e]`. Elsewhere M is R.
+    """
+    if index.device.type != "cpu" or dtype.itemsize != 2:
+        return index, torch.arange(len(index), device=index.device), tokens_per_expert
+    exponent = torch.frexp(tokens_per_expert.float()).exponent  # 2^(exponent - 1) <= rows < 2^exponent
+    multiple = (2 ** (exponent - 3).clamp_min(0)).clamp_max(ROW_MULTIPLE)
+    repeated = -tokens_per_expert % multiple  # [e]
+    last = (tokens_per_expert.cumsum(0) - 1).clamp_min(0)
+    times = torch.ones_like(index).index_add_(0, last, repeated)  # [R]
+    return index.repeat_interleave(times), times.cumsum(0) - times, tokens_per_expert + repeated
 
 
 def training_slots(config: GPTConfig, num_experts: int, tokens: int) -> int | None:
@@ -102,13 +118,9 @@ def describe_products(
     """Name the products of training and evaluation, by `choose_product`.
 
     Args:
-        config: of the model, which has MoE layers.
         tokens: N of a micro-batch.
         precision: Lightning's name, such as `bf16-mixed`.
-        is_cpu: the run's device is a CPU.
-        compute_capability: of its CUDA device; None elsewhere.
         is_sharded: experts are sharded over ranks.
-        has_triton: a product in Triton is handed in.
     """
     in_slots = [
         (is_sharded or not is_cpu) and training_slots(config, experts, tokens) is not None

@@ -8,8 +8,6 @@ name by the product that `expert_products.py` chooses: one product of all expert
 Letters: E experts held here, M rows (assignments sorted by expert), S slots for rows of each expert, H hidden size, F inner size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +17,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nlgmoe.layers.expert_products import Product, choose_product, compute_capability
-from nlgmoe.layers.feed_forward import NETWORKS, cast_by_autocast
+from nlgmoe.layers.feed_forward import NETWORKS
+from nlgmoe.layers.precision import cast_by_autocast
 from nlgmoe.parts import ExpertConfig, Linear
 from nlgmoe.roles import Role
 from nlgmoe.validation import RunError
@@ -41,8 +40,6 @@ class Experts(nn.Module):
         hidden_size: H.
         ffn_size: F.
         first: number of the first one in the layer; under expert parallelism a rank holds a slice.
-        network: network of each expert.
-        bias: its matrices have biases.
 
     Attributes:
         triton_product: `(rows [M, in], weight [E, in, out], ends [E]) -> [M, out]` for GPUs; None unless it is handed in.
@@ -76,8 +73,7 @@ class Experts(nn.Module):
             x: `[M, H]`: the first `tokens_per_expert[0]` rows are for expert 0 and so on; or `[E, S, H]` in slots.
             tokens_per_expert: `[E]` int64, M in all; None: `x` is in slots.
 
-        Returns:
-            As `x`, in the dtype of the computation.
+        Returns `y` of the shape of `x`, in the dtype of the computation.
         """
         x = cast_by_autocast(x)
         if torch.compiler.is_dynamo_compiling() and x.device.type == "cpu" and x.dtype != torch.bfloat16:
@@ -93,9 +89,8 @@ class Experts(nn.Module):
     def _choose_product(self, x: Tensor) -> Product:
         if not torch.is_grad_enabled() and x.device.type == "cpu" and len(x) <= FEW_ROWS:
             return "loop"  # generation: reads the weights of the chosen experts only
-        return choose_product(
-            x.dtype, self.widths, compute_capability(x.device), False, self.triton_product is not None
-        )
+        has_triton = self.triton_product is not None
+        return choose_product(x.dtype, self.widths, compute_capability(x.device), False, has_triton)
 
     def _apply_network(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply the network, and check that it returned a row for each row of `x`, `[M, H]`."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.layers.precision import cast_by_autocast
 from nlgmoe.parts import ExpertConfig, Linear, Stack
 
 
@@ -57,24 +57,8 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def computing_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a network is applied to `x`: autocast's if it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def cast_by_autocast(x: Tensor) -> Tensor:
-    """Cast to autocast's dtype if it is on: once, instead of a cast and a copy for each matrix."""
-    return x.to(computing_dtype(x))
-
-
 class FeedForward(nn.Module):
-    """A network applied to every position, `[..., H] -> [..., F] -> [..., H]`; one `nn.Linear` for each of its matrices.
-
-    Args:
-        config: configuration of the model.
-        ffn_size: F.
-    """
+    """A network applied to every position, `[..., H] -> [..., F] -> [..., H]`; one `nn.Linear` for each of its matrices."""
 
     def __init__(self, config: GPTConfig, ffn_size: int) -> None:
         super().__init__()

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from nlgmoe.layers.precision import cast_by_autocast
+
 
 @dataclass(frozen=True)
 class SoftTargets:
@@ -188,9 +190,7 @@ def token_losses(hidden: Tensor, unembedding: Tensor, vocab_size: int, targets: 
 
 def _for_product(hidden: Tensor, unembedding: Tensor) -> tuple[Tensor, Tensor]:
     """Cast both to autocast's dtype, if any, or to that of `hidden`: once, where autocast would cast for every chunk."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+    hidden = cast_by_autocast(hidden)
     return hidden, unembedding.to(hidden.dtype)
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.attention import AttentionContext, attend
-from nlgmoe.layers.feed_forward import cast_by_autocast
+from nlgmoe.layers.precision import cast_by_autocast
 from nlgmoe.layers.rotary import rotate
 from nlgmoe.parts import AttentionConfig
 from nlgmoe.validation import require, require_above, require_at_least, require_valid
@@ -88,13 +88,7 @@ class MLAConfig(AttentionConfig):
 
 
 class LatentAttention(nn.Module):
-    """The layer.
-
-    Args:
-        settings: widths of the parts.
-        config: configuration of the model.
-        block: block number.
-    """
+    """The attention layer of `MLAConfig`."""
 
     def __init__(self, settings: MLAConfig, config: GPTConfig, block: int) -> None:
         super().__init__()

@@ -10,8 +10,6 @@
 Letters: B sequences, T positions, N = B * T tokens, H hidden size, k experts per token.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +21,9 @@ from nlgmoe.layers.all_to_all import AllToAllDispatcher
 from nlgmoe.layers.dispatch import LocalDispatcher
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward, expert_network
-from nlgmoe.layers.placement import ExpertPlacement
-from nlgmoe.layers.router import Routing, RoutingContext, build_router, fp32_products, without_autocast
-from nlgmoe.pyramid import experts_at
+from nlgmoe.layers.precision import fp32_products, without_autocast
+from nlgmoe.layers.router import Routing, RoutingContext, build_router
+from nlgmoe.pyramid import ExpertPlacement, experts_at
 from nlgmoe.validation import RunError
 
 
@@ -41,7 +39,6 @@ class MoELayer(nn.Module):
     """A feed-forward layer made of experts.
 
     Args:
-        config: the model's configuration; `config.moe` must be set.
         block: block number, counted from 0; `pyramid.experts_at` gives its number of experts.
         placement: the experts that this rank holds; None: all.
     """
@@ -76,9 +73,6 @@ class MoELayer(nn.Module):
 
         Returns:
             `y` `[B, T, H]` in the dtype of `x`, and the routing.
-
-        Raises:
-            ValueError: the router did not return a `Routing` that fits the layer.
         """
         tokens = x.flatten(0, 1)  # [N, H]
         routing = self._require_fit(self.router(tokens, context), len(tokens))
@@ -95,7 +89,6 @@ class MoELayer(nn.Module):
         return y.to(x.dtype).view_as(x), routing
 
     def _require_fit(self, routing: Any, num_tokens: int) -> Routing:
-        """Check a router's result against the layer; `Routing` has checked itself."""
         name, shape, num_experts = type(self.router).__name__, (num_tokens, self.top_k), self.router.num_experts
         if not isinstance(routing, Routing):
             raise RunError(f"{name} returned a {type(routing).__name__}; return an nlgmoe.Routing")
@@ -112,11 +105,7 @@ class MoELayer(nn.Module):
         return routing
 
     def _mix(self, x: Tensor, expert: Tensor, mlp: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix the experts and the shared MLP.
-
-        Returns:
-            `[N, H]` in the dtype of `expert`, and `Routing.expert_share`.
-        """
+        """Mix the experts and the shared MLP. Returns `[N, H]` in the dtype of `expert`, and `Routing.expert_share`."""
         assert self.coefficient is not None
         with without_autocast(x.device.type):
             with fp32_products():

@@ -102,14 +102,7 @@ def _check(scaling: Yarn | Llama3) -> None:
 def rotations(
     positions: Tensor, size: int, theta: float, scaling: RotaryScaling | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines of the angles, each `[1 or B, 1, T, R]` in fp32.
-
-    Args:
-        positions: `[1 or B, T]` int64.
-        size: R.
-        theta: `rope_theta`.
-        scaling: change of the frequencies.
-    """
+    """Return cosines and sines of the angles of `positions` `[1 or B, T]`, each `[1 or B, 1, T, R]` in fp32; R is `size`."""
     # [R / 2], on the CPU: a difference in the last bit of a frequency rotates position 4,096 by 2e-4.
     frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size))
     if scaling is not None:

@@ -18,8 +18,7 @@ Letters: N tokens of this rank's micro-batch, E experts, k experts per token, H 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
@@ -29,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.counts import count, requests_per_expert
-from nlgmoe.layers.noise import RoutingNoise
+from nlgmoe.layers.precision import fp32_products, without_autocast
 from nlgmoe.pyramid import experts_at
 from nlgmoe.roles import Role
+from nlgmoe.seeding import RoutingNoise
 from nlgmoe.validation import RunError, SettingError, require
 
 JITTER = 1e-2  # half-width of the multiplicative noise, DeepSpeed's default
@@ -107,8 +106,22 @@ class Routing:
 
     @cached_property
     def tokens_per_expert(self) -> Tensor:
-        """Assignments requested of each expert, before dropping, `[E]`."""
-        return requests_per_expert(self.expert, self.token_mask, self.num_experts)
+        """Assignments requested of each expert, before dropping, `[E]` int64."""
+        return self._requests(self.expert)
+
+    def requests(self, choices: int) -> Tensor:
+        """Count the requests by the first `choices` of each token, `[E]` int64."""
+        return self.tokens_per_expert if choices == self.expert.shape[1] else self._requests(self.expert[:, :choices])
+
+    def _requests(self, expert: Tensor) -> Tensor:
+        if self.token_mask is None:
+            return count(expert, self.num_experts)
+        return count(torch.where(self.token_mask.unsqueeze(-1), expert, self.num_experts), self.num_experts + 1)[:-1]
+
+    def unpadded(self, values: Tensor) -> Tensor:
+        """Return `values`, `[N]` or `[N, columns]`, with zeros for padding."""
+        mask = self.token_mask
+        return values if mask is None else torch.where(mask if values.dim() == 1 else mask.unsqueeze(-1), values, 0)
 
     @property
     def num_tokens(self) -> Tensor:
@@ -116,6 +129,11 @@ class Routing:
         if self.token_mask is None:
             return self.expert.new_full((), len(self.expert))
         return self.token_mask.sum()
+
+
+def count(values: Tensor, kinds: int) -> Tensor:
+    """Count each of 0, ..., `kinds` - 1 in `values`, int64, without the synchronisation of `bincount`."""
+    return values.new_zeros(kinds).scatter_add_(0, values.flatten(), values.new_ones(()).expand(values.numel()))
 
 
 def capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, minimum: int) -> int:
@@ -183,14 +201,7 @@ class Router(nn.Module):
 
 
 class TopKRouter(Router):
-    """The paper's router: a linear gate, its top-k experts, and a capacity.
-
-    Args:
-        config: routing settings.
-        hidden_size: H.
-        num_experts: E of the layer, over all ranks.
-        block: block number, so that layers draw different random numbers.
-    """
+    """The paper's router: a linear gate, its top-k experts, and a capacity."""
 
     roles: ClassVar[dict[str, Role]] = {"weight": "weight"}
 
@@ -262,12 +273,7 @@ class TopKRouter(Router):
         return torch.cat([first, second], dim=-1)
 
     def _within_groups(self, scores: Tensor, summed: int = 1) -> Tensor:
-        """Replace the scores of experts outside a token's best groups by -inf, `[N, E]`.
-
-        Args:
-            scores: `[N, E]`.
-            summed: number of a group's highest scores whose sum is the group's.
-        """
+        """Replace the scores of experts outside a token's best groups by -inf, `[N, E]`; a group's is the sum of its highest."""
         if self.config.groups is None:
             return scores
         number, chosen = self.config.groups
@@ -310,46 +316,16 @@ class TopKRouter(Router):
 
 
 def build_router(config: GPTConfig, block: int) -> Router:
-    """Build the router of a block: the paper's, or the one that `config.moe.router` names.
-
-    Raises:
-        ValueError: a user's `build` returns no `Router` of the block's experts.
-    """
+    """Build the router of a block: the paper's, or the one that `config.moe.router` names."""
     assert config.moe is not None
     num_experts, settings = experts_at(config, block), config.moe.router
     if settings is None:
         return TopKRouter(config.moe, config.hidden_size, num_experts, block)
     router, name = settings.build(config, block), type(settings).__name__
-    if not isinstance(router, Router):
-        raise SettingError(f"{name}.build returned a {type(router).__name__}; return a Router")
+    require(isinstance(router, Router), f"{name}.build returned a {type(router).__name__}; return a Router")
     require(
         router.num_experts == num_experts,
         f"{name}.build returned a Router of {router.num_experts} experts for a layer of {num_experts}; experts_at(config, "
         "block) is their number",
     )
     return router
-
-
-def without_autocast(device_type: str) -> AbstractContextManager:
-    """Return a context without autocast; a null context if it is off, which costs less."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
-
-
-@contextmanager
-def fp32_products() -> Iterator[None]:
-    """Compute products of fp32 matrices in fp32, also where `torch.set_float32_matmul_precision` allows TF32 or bf16.
-
-    The setting is the process's: it is restored before the other products and the backward pass, which follow it.
-    """
-    try:
-        allowed = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the precision of one backend is set: `torch.backends.cuda.matmul.fp32_precision`
-        allowed = "highest"
-    if allowed == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(allowed)

@@ -46,7 +46,6 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
     """Count the parameters of `GPT(config)`.
 
     Args:
-        config: the model.
         padded: count the padding rows of the embedding table (they exist); the paper's sizes leave them out.
     """
     width, layers = config.hidden_size, config.num_layers
@@ -117,7 +116,6 @@ def parameters_of(model: nn.Module) -> tuple[int, int]:
 
 
 def _parameters(stacks: list[Stack], bias: bool) -> int:
-    """Count matrices and biases."""
     return sum(inputs * outputs + bias * outputs for inputs, outputs, _ in stacks)
 
 
@@ -135,10 +133,6 @@ def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
     """Count the matrix-multiplication FLOPs of one token, forward and backward (3 times the forward), logits included.
 
     Attention counts the causal half of the score matrix. A multiply-add is two FLOPs; dropped assignments count as computed.
-
-    Args:
-        config: the model.
-        seq_len: tokens per sequence; the configuration's by default.
     """
     width, layers = config.hidden_size, config.num_layers
     length = config.seq_len if seq_len is None else seq_len

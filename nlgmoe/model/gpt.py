@@ -17,10 +17,9 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.layers.attention import AttentionContext, KVCache, build_attention, build_norm
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Routing, RoutingContext
 from nlgmoe.model.initialisation import initialise
-from nlgmoe.pyramid import experts_at
+from nlgmoe.pyramid import ExpertPlacement, experts_at
 
 NoiseKey = tuple[int, ...]
 
@@ -75,7 +74,6 @@ class Block(nn.Module):
         return self._add(x, self.ffn(self.ffn_norm(x)))
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
-        """Add the output of a branch to the residual stream."""
         branch = self.dropout(branch)
         return x + (branch if self.scale == 1 else branch * self.scale)
 
@@ -87,7 +85,6 @@ class GPT(nn.Module):
         block_class: class of the blocks.
 
     Args:
-        config: settings of the model.
         seed: seed of the initial weights (`initialisation.py`).
         activation_checkpointing: keep only each block's input for the backward pass, and recompute the rest.
         placements: the experts that this rank holds, by block number; a block that is not named holds all of its experts.

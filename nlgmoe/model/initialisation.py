@@ -1,16 +1,14 @@
 """Initial weights, the same on any number of ranks."""
 
-from __future__ import annotations
-
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.experts import Experts
 from nlgmoe.roles import role_of
-from nlgmoe.seeding import derive_seed
+from nlgmoe.seeding import draw_normal
 
 
 @torch.no_grad()
@@ -30,17 +28,7 @@ def initialise(model: nn.Module, config: GPTConfig, seed: int) -> None:
             if role == "project":
                 std /= math.sqrt(2 * config.num_layers)
             if isinstance(module, Experts):
-                for index in range(len(parameter)):
-                    _normal(parameter[index], std, derive_seed(seed, name, module.first + index))
+                for index, expert in enumerate(parameter):
+                    expert.copy_(draw_normal(expert.shape, seed, name, module.first + index) * std)
             else:
-                _normal(parameter, std, derive_seed(seed, name))
-
-
-def _normal(tensor: Tensor, std: float, seed: int) -> None:
-    """Fill with N(0, std), drawn in fp32 on the CPU so that the numbers do not depend on device and dtype.
-
-    Device and dtype are explicit because Lightning sets other defaults while it builds the model.
-    """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    draw = torch.randn(tensor.shape, generator=generator, device="cpu", dtype=torch.float32)
-    tensor.copy_(draw * std)
+                parameter.copy_(draw_normal(parameter.shape, seed, name) * std)

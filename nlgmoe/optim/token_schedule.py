@@ -47,9 +47,7 @@ class LearningRateSchedule:
             )
             return
         if decay is None or decay <= warmup:
-            raise SettingError(
-                f"shape={shape} needs decay_tokens above warmup_tokens={warmup}, got decay_tokens={decay}"
-            )
+            raise SettingError(f"shape={shape} needs decay_tokens={decay} to be above warmup_tokens={warmup}; set it")
         require(
             cooldown is None or 0 < cooldown <= decay - warmup,
             f"cooldown_tokens={cooldown} must be above 0 and fit between warmup_tokens={warmup} and decay_tokens={decay}",
@@ -57,13 +55,7 @@ class LearningRateSchedule:
 
 
 def learning_rate(tokens: int, peak: float, schedule: LearningRateSchedule) -> float:
-    """Return the learning rate of the step after the first `tokens` tokens of training.
-
-    Args:
-        tokens: tokens trained on so far.
-        peak: learning rate after the warm-up.
-        schedule: the shape.
-    """
+    """Return the learning rate of the step after the first `tokens` tokens of training."""
     if tokens < schedule.warmup_tokens:
         return peak * tokens / schedule.warmup_tokens
     if schedule.shape == "constant":
@@ -111,8 +103,6 @@ def sequence_length(tokens: int, seq_len: int, curriculum: SequenceCurriculum) -
 
     Args:
         tokens: tokens trained on so far; a truncated sequence counts with its truncated length.
-        seq_len: full length of sequences, at least `curriculum.start`.
-        curriculum: the settings.
     """
     if tokens >= curriculum.tokens:
         return seq_len
@@ -121,13 +111,7 @@ def sequence_length(tokens: int, seq_len: int, curriculum: SequenceCurriculum) -
 
 
 def distillation_weight(clock: int, end: int, ramp: int = 0) -> float:
-    """Return the weight of the distillation loss, from 1 to 0, in the step after the first `clock` tokens (or steps).
-
-    Args:
-        clock: tokens (or steps) trained on so far.
-        end: the weight is 0 from here on.
-        ramp: the weight falls linearly from 1 over this many before `end`; 0: at once.
-    """
+    """Return the weight of the distillation loss after `clock` tokens (or steps): 1, at `end` 0, before it a linear `ramp`."""
     if clock >= end:
         return 0.0
     return min(1.0, (end - clock) / ramp) if ramp else 1.0

@@ -21,8 +21,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, distributed, nn
 from typing_extensions import override
 
-from nlgmoe.checkpoint.entries import initial_state
-from nlgmoe.checkpoint.layout import Entry
+from nlgmoe.checkpoint.entries import Entry, initial_state
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.non_finite import StepGradients, squared_norm
 from nlgmoe.parallel.expert_groups import ExpertGroups
@@ -91,12 +90,9 @@ def use_device(device: torch.device) -> None:
 
 
 class EngineState:
-    """Gather and load the fp32 weights and Adam moments of an engine, by checkpoint entry (`checkpoint/layout.py`).
+    """Gather and load the fp32 weights and Adam moments of an engine, by checkpoint entry (`checkpoint/entries.py`).
 
     At any precision and expert-parallel degree.
-
-    Args:
-        engine: a DeepSpeed engine with its optimizer.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -139,7 +135,6 @@ class EngineState:
         Parameters in fp32. A frozen one, and a buffer, is whole on every rank.
 
         Args:
-            entry: a slice of a parameter or buffer.
             key: name of a moment; None: the value.
             owner: rank in the group of `ranks_of`.
         """
@@ -205,9 +200,6 @@ class EngineGradients(StepGradients):
 
     The engine skips a step whose norm is not finite, as after an fp16 overflow. Here the norm is computed once, before the step;
     the engine is given that norm, or infinity if the step is to be skipped.
-
-    Args:
-        engine: a DeepSpeed engine with its optimizer.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -233,7 +225,6 @@ class EngineGradients(StepGradients):
 
     @override
     def can_lower_loss_scale(self) -> bool | None:
-        """Return True if DeepSpeed's loss scale is above its lowest value; None if there is no loss scale."""
         return None if self._loss_scaler is None else bool(self._loss_scaler.cur_scale > self._loss_scaler.min_scale)
 
     @override
@@ -252,7 +243,6 @@ class EngineGradients(StepGradients):
 
     @override
     def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the gradient of one parameter, gathered from the ranks that share it. A collective."""
         gradient: Tensor | None = safe_get_full_grad(parameter)
         return gradient
 

@@ -13,9 +13,8 @@ from torch import distributed
 from torch.distributed import ProcessGroup
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.model.counting import expert_parameters
-from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer, moe_blocks
+from nlgmoe.pyramid import ExpertPlacement, expert_parallel_degree, experts_per_layer, moe_blocks
 from nlgmoe.ranks import AllRanksSettingError
 
 
@@ -40,14 +39,7 @@ class ExpertGroups:
 
 
 def layer_degrees(config: GPTConfig, world_size: int, limit: int, model_name: str = "model") -> dict[int, int]:
-    """Return the degree of each MoE block, by block number; empty for a dense model.
-
-    Args:
-        config: configuration of the model.
-        world_size: ranks of the run.
-        limit: the run's `expert_parallel_size`.
-        model_name: the model in errors: "model", or "teacher".
-    """
+    """Return the degree of each MoE block, by block number; empty for a dense model."""
     if limit > world_size:
         raise AllRanksSettingError(
             f"trainer.strategy.expert_parallel_size={limit} is above the number of ranks, {world_size}; lower it to "
@@ -92,13 +84,7 @@ def _make_group(members: list[list[int]], timeout: timedelta) -> ProcessGroup:
 def expert_placements(
     config: GPTConfig, degrees: dict[int, int], groups: dict[int, ExpertGroups]
 ) -> dict[int, ExpertPlacement]:
-    """Return the experts of this rank in every MoE block, by block number.
-
-    Args:
-        config: configuration of the model.
-        degrees: the result of `layer_degrees`.
-        groups: the groups of each degree above 1.
-    """
+    """Return the experts of this rank in every MoE block, by block number."""
     placements = {}
     for block, degree in degrees.items():
         count = experts_per_layer(config)[block] // degree
@@ -111,14 +97,7 @@ def expert_placements(
 
 
 def describe_degrees(config: GPTConfig, degrees: dict[int, int], world_size: int, model_name: str = "model") -> str:
-    """Describe each kind of layer in a line: blocks (counted from 0), degree, experts of a rank, ranks of an expert.
-
-    Args:
-        config: configuration of the model.
-        degrees: the result of `layer_degrees`.
-        world_size: ranks of the run.
-        model_name: its name in the lines: "model", or "teacher".
-    """
+    """Describe each kind of layer in a line: blocks (counted from 0), degree, experts of a rank, ranks of an expert."""
     experts = experts_per_layer(config)
     kinds: dict[tuple[int, int], list[int]] = {}  # (experts, degree) -> blocks
     for block, degree in degrees.items():

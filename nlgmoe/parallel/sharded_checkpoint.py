@@ -4,8 +4,6 @@ To save, an entry is gathered on one of the ranks that share it, which writes it
 the others, which keep their shards. No rank ever holds the whole model or optimizer.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -17,8 +15,15 @@ import torch
 from torch import Tensor, distributed, nn
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.entries import MOMENTS
-from nlgmoe.checkpoint.layout import Entry, Shapes, entry_shapes, local_entries, optimizer_shapes, require_entries
+from nlgmoe.checkpoint.entries import (
+    MOMENTS,
+    Entry,
+    Shapes,
+    entry_shapes,
+    local_entries,
+    optimizer_shapes,
+    require_entries,
+)
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.checkpoint.reading import Contents, TensorFiles
 from nlgmoe.parallel.engine import EngineState, loss_scaler
@@ -37,11 +42,6 @@ def gather_owned_entries(
     """Return the `model` and `optimizer` entries that this rank writes; each entry has one writer. A collective.
 
     Among the ranks that share a parameter, entries go to the one with the fewest values so far.
-
-    Args:
-        model: the GPT.
-        engine: DeepSpeed's engine.
-        with_moments: False leaves `optimizer` empty.
     """
     state = EngineState(engine)
     if with_moments and not state.has_moments:  # all steps were skipped
@@ -67,14 +67,7 @@ def gather_owned_entries(
 
 
 def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) -> None:
-    """Write the folder `path`: every rank its entries, rank 0 the rest. A collective.
-
-    Args:
-        path: the checkpoint, the same on every rank.
-        checkpoint: Lightning's dictionary, without weights.
-        model: the GPT, with this rank's experts.
-        engine: DeepSpeed's engine.
-    """
+    """Write the folder `path`: every rank its entries, rank 0 the rest. A collective."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     with raise_on_all_ranks():
         if checkpoint.get("state_dict"):
@@ -116,7 +109,7 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
 
 
 def optimizer_groups(model: nn.Module, engine: Any) -> list[dict[str, Any]]:
-    """Return AdamW's settings and parameter names, in the two groups of a single process (`optim/param_groups.py`)."""
+    """Return AdamW's settings and parameter names, in the two groups of a single process (`optim/optimizer.py`)."""
     base = getattr(engine.optimizer, "optimizer", engine.optimizer)
     groups = []
     for decay in (True, False):
@@ -146,14 +139,7 @@ def restore_loss_scale(engine: Any, state: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, engine: Any | None, path: Path, device: torch.device) -> None:
-    """Load this rank's weights, and its shard of the engine's fp32 copies. A collective.
-
-    Args:
-        model: the GPT, with this rank's experts.
-        engine: None in evaluation.
-        path: the checkpoint, which ranks have verified.
-        device: this rank's, of collectives.
-    """
+    """Load this rank's weights, and its shard of the engine's fp32 copies; in evaluation there is no engine. A collective."""
     files = _open(path, "model", entry_shapes(model))
     state = EngineState(engine) if engine is not None else None
 
@@ -170,14 +156,7 @@ def load_weights(model: nn.Module, engine: Any | None, path: Path, device: torch
 
 @torch.no_grad()
 def load_moments(model: nn.Module, engine: Any, path: Path, device: torch.device) -> None:
-    """Load this rank's shard of AdamW's state. A collective.
-
-    Args:
-        model: the GPT, with this rank's experts.
-        engine: DeepSpeed's engine, before or after its first step.
-        path: the checkpoint, which ranks have verified.
-        device: this rank's, of collectives.
-    """
+    """Load this rank's shard of AdamW's state. A collective."""
     files = _open(path, "optimizer", optimizer_shapes(model))
     state = EngineState(engine)
     state.init_moments()
@@ -205,9 +184,7 @@ def read_shared(files: TensorFiles, wanted: Wanted, device: torch.device) -> Non
     that cannot read sends zeros, so that none waits for it; in the end all ranks raise its error.
 
     Args:
-        files: the checkpoint's entries of a kind.
         wanted: the entries of this rank, by group; all ranks have the same kinds of groups in the same order.
-        device: this rank's, of collectives.
     """
     failure: Exception | None = None
     for ranks, receivers in wanted.items():

@@ -27,16 +27,10 @@ from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers.moe import moe_layers
-from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.non_finite import StepGradients
-from nlgmoe.optim.param_groups import AdamWConfig, is_frozen
-from nlgmoe.parallel.expert_groups import (
-    ExpertGroups,
-    describe_degrees,
-    expert_placements,
-    layer_degrees,
-    make_groups,
-)
+from nlgmoe.optim.optimizer import AdamWConfig, is_frozen
+from nlgmoe.parallel.expert_groups import ExpertGroups, describe_degrees, expert_placements, layer_degrees, make_groups
+from nlgmoe.pyramid import ExpertPlacement
 from nlgmoe.ranks import AllRanksError, AllRanksSettingError
 from nlgmoe.surgery.warm_start import load_initial_weights
 from nlgmoe.validation import RunError, require
@@ -62,9 +56,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         min_loss_scale: fp16 only: the loss scale never falls below this.
         timeout_seconds: seconds that a rank waits for another one before the run ends.
         bucket_size: values per collective of ZeRO's reductions and gathers.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     def __init__(
@@ -89,9 +80,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         reason = "must be an even number of values, at least 2"
         require(bucket_size >= 2 and bucket_size % 2 == 0, f"trainer.strategy.bucket_size={bucket_size} {reason}")
         if stage == 0:
-            rank_zero_info(
-                "trainer.strategy.stage=0 is taken as 1: the same numbers, with the optimizer's states sharded"
-            )
+            rank_zero_info("trainer.strategy.stage=0 is taken as 1: the same numbers, with sharded optimizer states")
             stage = 1
         name_deepspeeds_device()
         self._collective_timeout = timedelta(seconds=timeout_seconds)
@@ -149,15 +138,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         register_world()
 
     def expert_placements(self, config: GPTConfig, model_name: str = "model") -> Mapping[int, ExpertPlacement]:
-        """Make the process groups and return this rank's experts in every MoE block, by block number. A collective.
-
-        Args:
-            config: configuration of the model to shard.
-            model_name: its name in the log and in errors: "model", or "teacher".
-
-        Raises:
-            ValueError: `expert_parallel_size` does not fit the model and the number of ranks.
-        """
+        """Make the process groups and return this rank's experts in every MoE block, by block number. A collective."""
         from nlgmoe.parallel.engine import register_groups
 
         degrees = layer_degrees(config, self.world_size, self.expert_parallel_size, model_name)

@@ -1,7 +1,5 @@
 """DeepSpeed's product of rows with their experts' matrices in Triton, for GPUs on which PyTorch's makes the host wait."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -5,10 +5,9 @@ check_...                         what does not fit together, or would be lost
 warn_...                          ends that come too early or too late, and a resumed run that differs from its beginning
 """
 
-from __future__ import annotations
-
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from lightning import Trainer
@@ -27,14 +26,16 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
+from nlgmoe.checkpoint.reading import tokenizer_matches
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.training_data import TrainingData, training_data
 from nlgmoe.distill.distiller import End
-from nlgmoe.layers.placement import PlacesExperts
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
+from nlgmoe.parts import IGNORED_IN_EVALUATION
+from nlgmoe.pyramid import PlacesExperts
 from nlgmoe.ranks import AllRanksError
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import RunError, SettingError, list_differences, require
 
 Kinds = type | tuple[type, ...]
 _END = "continues a run after its end or a stop; leave it out"
@@ -72,13 +73,9 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     if getattr(trainer, "_val_check_time_interval", None) is not None:
         raise SettingError("trainer.val_check_interval as a time depends on the machine's speed; give optimizer steps")
     if trainer.precision == "16-true":
-        raise SettingError(
-            "trainer.precision=16-true trains in fp16 alone, in which AdamW's eps is 0; use bf16-mixed or 16-mixed"
-        )
+        raise SettingError("trainer.precision=16-true trains in fp16 alone, where eps is 0; use bf16-mixed or 16-mixed")
     if trainer.gradient_clip_algorithm == "value" and isinstance(strategy, PlacesExperts):
-        raise SettingError(
-            "trainer.gradient_clip_algorithm=value: DeepSpeed does not clip by value; leave it out, or use ddp"
-        )
+        raise SettingError("trainer.gradient_clip_algorithm=value: DeepSpeed does not clip by value; use norm, or ddp")
     config: AdamWConfig | None = getattr(trainer.lightning_module, "optimizer_config", None)
     if config is not None and config.muon is not None and isinstance(strategy, PlacesExperts):
         raise SettingError(
@@ -88,8 +85,7 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         for classes, reason in CALLBACKS.items():
-            if isinstance(callback, classes):
-                raise SettingError(f"trainer.callbacks: {type(callback).__name__} {reason}")
+            require(not isinstance(callback, classes), f"trainer.callbacks: {type(callback).__name__} {reason}")
         if getattr(callback, "save_on_exception", False):
             name = type(callback).__name__
             raise SettingError(f"trainer.callbacks: {name}.save_on_exception saves within a step; set it to false")
@@ -164,15 +160,7 @@ def warn_about_end(
 def warn_about_distillation(
     end: End, seq_len: int, curriculum: SequenceCurriculum | None, train_tokens: int | None, trainer: Trainer
 ) -> None:
-    """Warn if training ends before distillation does, so that no step is on text alone.
-
-    Args:
-        end: end of distillation.
-        seq_len: length of whole sequences, in tokens.
-        curriculum: schedule of shorter sequences.
-        train_tokens: tokens at which training ends.
-        trainer: the run's, with its `max_steps` and its data.
-    """
+    """Warn if training ends before distillation does, so that no step is on text alone."""
     steps = float(trainer.max_steps if trainer.max_steps >= 0 else math.inf)
     tokens = float(math.inf if train_tokens is None else train_tokens)
     if (data := training_data(trainer)) is not None:  # the most tokens and steps that the run can have
@@ -190,13 +178,7 @@ def warn_about_distillation(
 
 
 def warn_about_rate(schedule: LearningRateSchedule, tokens: int, train_tokens: int | None) -> None:
-    """Warn if training has ended, by `max_steps`, `max_time` or a callback, before the learning rate has fallen to its end.
-
-    Args:
-        schedule: the learning rate over tokens.
-        tokens: tokens that the run has trained on.
-        train_tokens: tokens at which it ends; `warn_about_end` has warned of too few.
-    """
+    """Warn if training has ended, by `max_steps`, `max_time` or a callback, before the learning rate has fallen to its end."""
     warned = train_tokens is not None and schedule.decay_tokens is not None and train_tokens < schedule.decay_tokens
     if schedule.decay_tokens is not None and tokens < schedule.decay_tokens and not warned:
         rank_zero_warn(
@@ -264,13 +246,57 @@ def validate_by_steps(trainer: Trainer) -> None:
         )
 
 
-def check_new_run(trainer: Trainer, tokens: int) -> None:
-    """Check that a run that resumes nothing begins at the beginning.
+def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | None, path: Any) -> None:
+    """Check that a checkpoint belongs to this model and, in training, to this run.
 
     Args:
-        trainer: trainer of the fit.
-        tokens: tokens that its module has trained on.
+        seed: seed of this run; None in evaluation, which ignores settings that only affect training.
     """
+    resumes = seed is not None
+    if resumes and "callbacks" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
+        raise SettingError(
+            f"{path} holds weights only: start a new run from it with model.warm_start.checkpoint={path}"
+        )
+    ignored = frozenset() if resumes else IGNORED_IN_EVALUATION
+    if not resumes and config.moe is not None and config.moe.router is not None:
+        ignored |= config.moe.router.ignored_in_evaluation
+    saved = GPTConfig.from_dict(checkpoint["model_config"]).to_dict()  # fields that it lacks get their defaults
+    if different := list_differences(saved, config.to_dict(), ignored):
+        shorter = "; data.seq_len makes sequences shorter" if saved["seq_len"] != config.seq_len else ""
+        raise SettingError(
+            f"the checkpoint's model differs from model.config: {', '.join(different)}; set model.config as the run had it"
+            + shorter
+        )
+    if resumes and checkpoint["seed"] != seed:
+        raise SettingError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to resume")
+
+
+def check_moments(checkpoint: dict[str, Any], frozen: Sequence[str], muon: bool) -> None:
+    """Check that a checkpoint has the moments that this run needs: of the components that it trains, of its optimizer."""
+    now, before = sorted(frozen), checkpoint.get("frozen", [])
+    require(
+        now == before,
+        f"model.optimizer.frozen={now} was {before} in the checkpoint's run, which has moments of the other components only; set "
+        "it as it was, or start a new run with model.warm_start",
+    )
+    setting, used = ("{}", "AdamW alone") if muon else ("null", "Muon")
+    require(
+        muon == checkpoint.get("muon", False),
+        f"model.optimizer.muon={setting}: the checkpoint's run had {used}, which has other moments; set it as it was, or start a "
+        "new run with model.warm_start",
+    )
+
+
+def check_tokenizer(checkpoint: dict[str, Any], data: TrainingData | None) -> None:
+    """Check the tokenizer of a checkpoint without a data module's state; with it, the data module compares the tokenizer."""
+    if data is None or type(data).__qualname__ in checkpoint:
+        return
+    if data.tokenizer is not None and not tokenizer_matches(data.tokenizer.files, checkpoint["path"]):
+        raise RunError(f"{checkpoint['path']} has another tokenizer than data.tokenizer; set it to the checkpoint's")
+
+
+def check_new_run(trainer: Trainer, tokens: int) -> None:
+    """Check that a run that resumes nothing begins at the beginning."""
     data = training_data(trainer)
     samples = 0 if data is None else data.samples_consumed
     if trainer.ckpt_path is None and (trainer.global_step or tokens or samples):

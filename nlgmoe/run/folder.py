@@ -6,257 +6,32 @@
     checkpoints/step-N.ckpt          written once, never replaced; last.ckpt and best.ckpt are links to two of them
     summary.json                     results of a run that has ended
 
-`fit` starts a run if the folder has no checkpoint, and resumes its newest valid one with `ckpt_path` `last` or `auto`. Any other
-checkpoint begins a new run, in a folder without checkpoints; its starting step is saved first. A process that trains in
-the folder locks it. `validate`, `test` and `predict` take `last`, `best` or any path, and use neither lock nor tables.
+`trainer.py` decides which of the checkpoints is resumed; TensorBoard's event files are continued too.
 """
 
-from __future__ import annotations
-
 import copy
+import csv
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from filelock import FileLock, Timeout
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from nlgmoe.checkpoint.reading import read_document
-from nlgmoe.checkpoint.run_checkpoints import FOLDER, checkpoint_path, is_checkpoint, saved_steps
+from nlgmoe.checkpoint.run_checkpoints import FOLDER
 from nlgmoe.files import atomic_write, write_json
-from nlgmoe.process import prepare_allocator
-from nlgmoe.ranks import of_rank_zero, raise_on_all_ranks
-from nlgmoe.run.shared_folder import require_shared_folder
-from nlgmoe.validation import SettingError, require
 from nlgmoe.versions import versions
 
-LOCK_SECONDS = 10.0  # of waiting for a process that is about to end
 METRICS = "metrics.csv"
-
-
-class RunTrainer(Trainer):
-    """Lightning's trainer for a run folder, `default_root_dir`; see the head of this file for its rule.
-
-    `weights_only` has no effect: checkpoints here hold no pickled objects.
-    """
-
-    _refusal: Exception | None = None  # of rank 0 to train in the folder, before the ranks are connected
-    _shared: Path | None = None  # the run folder, which all ranks must see; None: `fit` has none
-
-    @override
-    def fit(
-        self,
-        model: LightningModule,
-        train_dataloaders: Any = None,
-        val_dataloaders: Any = None,
-        datamodule: Any = None,
-        ckpt_path: str | Path | None = None,
-        weights_only: bool | None = None,
-    ) -> None:
-        """Train.
-
-        Args:
-            ckpt_path: checkpoint to resume: last, the newest valid one of the run folder; auto, like last, or a new run if
-                there is none; or a path, which begins a new run in a folder without checkpoints.
-        """
-        prepare_allocator(self.strategy.root_device)
-        folder = Path(self.default_root_dir)
-        if self.fast_dev_run:  # type: ignore[attr-defined]
-            with TemporaryDirectory(prefix="fast_dev_run-") as temporary:
-                checkpoint = None if ckpt_path is None else checkpoint_to_resume(folder, ckpt_path)
-                _check_warm_start(model, checkpoint)
-                self._default_root_dir = temporary
-                try:
-                    super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint)
-                finally:
-                    self._default_root_dir = str(folder)
-            return
-        self._refusal, self._shared, checkpoint = None, folder, None
-        with ExitStack() as held:
-            if self.is_global_zero:  # `_run` tells the others
-                try:
-                    held.enter_context(run_lock(folder))
-                    checkpoint = checkpoint_to_resume(folder, ckpt_path)
-                    _check_warm_start(model, checkpoint)
-                    _sweep(folder)
-                except (ValueError, OSError) as error:
-                    if self._is_alone():
-                        raise
-                    self._refusal = error
-            super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint)
-
-    @override
-    def _run(
-        self, model: LightningModule, ckpt_path: str | Path | None = None, weights_only: bool | None = None
-    ) -> Any:
-        """Connect the ranks before Lightning does, and begin what rank 0 has decided to, or raise its error on all ranks."""
-        if self.state.fn == TrainerFn.FITTING and self.world_size > 1:
-            self.strategy.setup_environment()
-            refusal, ckpt_path = of_rank_zero((self._refusal, ckpt_path))
-            with raise_on_all_ranks():
-                if refusal is not None:
-                    raise refusal
-            if self._shared is not None:
-                require_shared_folder(self._shared)
-        if ckpt_path is not None:
-            model.warm_start = None  # type: ignore[assignment]
-        return super()._run(model, ckpt_path, weights_only)
-
-    def _is_alone(self) -> bool:
-        """Return True on rank 0 if no other process runs: there is none, or Lightning starts them all from this one."""
-        if self.world_size == 1:
-            return True
-        environment: Any = self.strategy.cluster_environment  # type: ignore[attr-defined]
-        return self.num_nodes == 1 and not environment.creates_processes_externally
-
-    @override
-    def validate(
-        self,
-        model: LightningModule | None = None,
-        dataloaders: Any = None,
-        ckpt_path: str | Path | None = None,
-        verbose: bool = True,
-        datamodule: Any = None,
-        weights_only: bool | None = None,
-    ) -> Any:
-        """Evaluate on validation data.
-
-        Args:
-            ckpt_path: checkpoint to evaluate: last or best of the run folder, a path, or a run's folder (its newest one).
-            verbose: print the results.
-        """
-        return super().validate(model, dataloaders, self._to_evaluate(model, ckpt_path), verbose, datamodule)
-
-    @override
-    def test(
-        self,
-        model: LightningModule | None = None,
-        dataloaders: Any = None,
-        ckpt_path: str | Path | None = None,
-        verbose: bool = True,
-        datamodule: Any = None,
-        weights_only: bool | None = None,
-    ) -> Any:
-        """Evaluate on test data.
-
-        Args:
-            ckpt_path: checkpoint to evaluate: last or best of the run folder, a path, or a run's folder (its newest one).
-            verbose: print the results.
-        """
-        return super().test(model, dataloaders, self._to_evaluate(model, ckpt_path), verbose, datamodule)
-
-    @override
-    def predict(
-        self,
-        model: LightningModule | None = None,
-        dataloaders: Any = None,
-        datamodule: Any = None,
-        return_predictions: bool | None = None,
-        ckpt_path: str | Path | None = None,
-        weights_only: bool | None = None,
-    ) -> Any:
-        """Compute the loss of every token.
-
-        Args:
-            return_predictions: return them, beside what callbacks write.
-            ckpt_path: checkpoint to evaluate: last or best of the run folder, a path, or a run's folder (its newest one).
-        """
-        path = self._to_evaluate(model, ckpt_path)
-        return super().predict(model, dataloaders, datamodule, return_predictions, path)
-
-    def _to_evaluate(self, model: LightningModule | None, name: str | Path | None) -> str | Path | None:
-        prepare_allocator(self.strategy.root_device)
-        _check_warm_start(model, name)
-        folder = Path(self.default_root_dir)
-        if name in ("last", "auto"):
-            require(
-                bool(saved_steps(folder)), f"ckpt_path={name}: there is no checkpoint in {folder}; give the path of one"
-            )
-            return str(folder)
-        if name == "best":
-            best = folder / FOLDER / "best.ckpt"
-            require(best.exists(), f"ckpt_path=best: {folder} has no best checkpoint yet; use last, or the path of one")
-            return str(best)
-        if name is not None:
-            require_checkpoint(name)
-        return name
-
-
-def checkpoint_to_resume(folder: Path, name: str | Path | None) -> str | None:
-    """Return the checkpoint that `fit` resumes: the run folder (its newest valid one), a path, or None for a new run.
-
-    Args:
-        folder: the run folder.
-        name: `ckpt_path` as it was given.
-    """
-    steps = saved_steps(folder)
-    if name is None or (name == "auto" and not steps):
-        require(
-            not steps,
-            f"trainer.default_root_dir={folder} has a run with checkpoints up to step {max(steps, default=0)}: resume it with "
-            "ckpt_path=last, or choose another folder",
-        )
-        return None
-    if name in ("last", "auto"):
-        require(
-            bool(steps),
-            f"ckpt_path=last: there is no checkpoint in {folder}; leave ckpt_path out to start a run, or set it to auto",
-        )
-        return str(folder)
-    require(name != "best", "ckpt_path=best is for validate, test and predict; fit takes last, auto, or a path")
-    require_checkpoint(name)
-    if steps and not any(_same(Path(name), own) for own in (folder, checkpoint_path(folder, steps[-1]))):
-        raise SettingError(
-            f"ckpt_path={name} is not the newest checkpoint of trainer.default_root_dir={folder}, which is of step {steps[-1]}: "
-            "resume that with ckpt_path=last, or choose another folder to begin a new run from this one"
-        )
-    return str(name)
-
-
-def _check_warm_start(model: Any, checkpoint: str | Path | None) -> None:
-    """Check the checkpoint of `warm_start` before a corpus is tokenised, unless another is resumed or evaluated."""
-    if checkpoint is None and (start := getattr(model, "warm_start", None)) is not None:
-        require_checkpoint(start.checkpoint)
-
-
-def require_checkpoint(path: str | Path) -> None:
-    """Check that there is a checkpoint at `path`, or that it is a run folder with some; reading it verifies it."""
-    if is_checkpoint(path):
-        read_document(path)
-    elif not saved_steps(Path(path)):
-        raise SettingError(f"no checkpoint at {path}: expected one, or a run's folder with some in it")
-
-
-@contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Lock a run folder; the operating system releases the lock when the process ends."""
-    lock = FileLock(folder / ".run.lock", timeout=LOCK_SECONDS)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise SettingError(
-            f"another process trains in trainer.default_root_dir={folder}: wait for its end, or choose another folder; if its "
-            f"host has crashed, delete {folder}/.run.lock"
-        ) from error
-    except OSError as error:
-        raise SettingError(
-            f"trainer.default_root_dir={folder} cannot be written ({error.strerror}); choose another folder"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class RunFolder(SaveConfigCallback):
@@ -272,13 +47,11 @@ class RunFolder(SaveConfigCallback):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the number of rows from a checkpoint of this folder."""
         if trainer.state.fn == TrainerFn.FITTING and is_of_folder(checkpoint["path"], trainer.default_root_dir):
             self._rows = checkpoint.get("rows", count_rows(Path(trainer.default_root_dir, METRICS)))
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Count the rows of `metrics.csv`."""
         if trainer.is_global_zero:  # whose number is saved
             checkpoint["rows"] = count_rows(Path(trainer.default_root_dir, METRICS))
 
@@ -350,7 +123,7 @@ def starts_of(folder: Path) -> list[tuple[int, Path]]:
 
 def is_of_folder(checkpoint: str | Path, folder: str | Path) -> bool:
     """Return True if a checkpoint is one of a run folder's own; False if the run in this folder is a fork of another."""
-    return _same(Path(checkpoint).parent, Path(folder, FOLDER))
+    return is_same_path(Path(checkpoint).parent, Path(folder, FOLDER))
 
 
 def count_rows(table: Path) -> int:
@@ -361,8 +134,7 @@ def count_rows(table: Path) -> int:
 def cut_rows(table: Path, rows: int | None) -> int:
     """Keep the header and the first `rows` rows of a CSV file, None: all that are complete; without a row, remove it.
 
-    Returns:
-        The number of rows that the file has.
+    Returns the number of rows that it has then.
     """
     complete = count_rows(table)
     rows = complete if rows is None else min(rows, complete)
@@ -376,15 +148,76 @@ def cut_rows(table: Path, rows: int | None) -> int:
     return rows
 
 
-def _sweep(folder: Path) -> None:
-    """Delete unfinished files of killed processes: while the folder is locked, no other process writes there."""
-    unfinished = (".*.writing-*", "starts/.*.writing-*", f"{FOLDER}/.*.ckpt.*")
-    for leftover in (path for pattern in unfinished for path in folder.glob(pattern)):
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink()
-
-
-def _same(path: Path, other: Path) -> bool:
+def is_same_path(path: str | Path, other: str | Path) -> bool:
+    """Return True if two paths lead to the same file."""
     return os.path.realpath(path) == os.path.realpath(other)
+
+
+def run_folder_loggers(folder: str | Path) -> list[Logger]:
+    """Return the loggers that `train.py` uses if the configuration names none."""
+    return [RunCSVLogger(folder), TensorBoardLogger(folder, name="", version="", default_hp_metric=False)]
+
+
+def with_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path, trains: bool) -> list[Logger]:
+    """Replace loggers of the run folder's `metrics.csv`, which would delete the rows of a resumed run, by `RunCSVLogger`.
+
+    Args:
+        trains: if false, the file gets no logger, since its rows belong to training.
+    """
+    others = [
+        logger
+        for logger in ([loggers] if isinstance(loggers, Logger) else loggers)
+        if not (isinstance(logger, CSVLogger) and is_same_path(logger.log_dir, folder))
+    ]
+    return [*others, RunCSVLogger(folder)] if trains else others
+
+
+class RunCSVLogger(CSVLogger):
+    """Writes `metrics.csv` into `folder` and continues an existing file (Lightning's own logger deletes it).
+
+    Attributes:
+        records: if false, rows are not written: evaluations of other checkpoints or text are not rows of the run.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder, name="", version="")
+        self.records = True
+
+    @override
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if self.records:
+            super().log_metrics(metrics, step)
+
+    @property
+    @override
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            os.makedirs(self.log_dir, exist_ok=True)
+            self._experiment = _AppendingWriter(self.log_dir)
+        return self._experiment
+
+
+class _AppendingWriter(ExperimentWriter):
+    @override
+    def _check_log_dir_exists(self) -> None:
+        """Read the columns of an existing file, and discard an incomplete last row."""
+        if os.path.exists(self.metrics_file_path):
+            with open(self.metrics_file_path, "rb+") as binary_file:
+                binary_file.truncate(binary_file.read().rfind(b"\n") + 1)
+            with open(self.metrics_file_path, newline="") as file:
+                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+
+    @override
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Add columns atomically: the base class empties the file first, so a crash would lose all rows."""
+        path = Path(self.metrics_file_path)
+        with atomic_write(path) as temporary, path.open(newline="") as file, temporary.open("w", newline="") as wider:
+            writer = csv.DictWriter(wider, fieldnames)
+            writer.writeheader()
+            writer.writerows(csv.DictReader(file))
+
+
+def is_logged(trainer: Trainer) -> bool:
+    """Return True for a step that Lightning logs; the last step of a run too, once it is known to be the last."""
+    return trainer._logger_connector.should_update_logs

@@ -2,13 +2,13 @@
 
 hook                where                            what it does
 ------------------  -------------------------------  ---------------------------------------------------------------------
-RunTrainer.fit      run/folder.py                    rank 0 locks the folder; `checkpoint_to_resume` decides which checkpoint
-RunTrainer._run     run/folder.py                    connects the ranks; all take rank 0's decision, or raise its error, and see
-                                                     its folder (run/shared_folder.py)
+RunTrainer.fit      run/trainer.py                   rank 0 locks the folder; `checkpoint_to_resume` decides which checkpoint
+RunTrainer._run     run/trainer.py                   connects the ranks; all take rank 0's decision, or raise its error, and see
+                                                     its folder (`require_shared_folder`)
 load_checkpoint     checkpoint/portable.py, under    `choose_checkpoint`: the newest valid one of a run folder; reads it,
                     DeepSpeed parallel/strategy.py   each rank its own entries
 on_load_checkpoint  module.py                        refuses another model, seed, tokenizer or frozen component
-                                                     (checkpoint/same_run.py); token clock, run clock, `Resuming.load`
+                                                     (run/checks.py); token clock, run clock, `Resuming.load`
 -                   then                             Lightning: weights
 load_state_dict     data/training_data.py            refuses other data; position in the data
 load_state_dict     callbacks                        rows of tables, best checkpoint, sums of a logging interval
@@ -20,8 +20,7 @@ A checkpoint always holds the state after an optimizer step. A resumed run conti
 the last step runs first. A run resumed at its end validates again, and takes no step.
 """
 
-from __future__ import annotations
-
+import time
 from typing import Any
 
 from lightning import Trainer
@@ -48,10 +47,52 @@ from nlgmoe.run.checks import warn_of_another_size, warn_of_repeated_data
 #                               `max_steps`; to True in `begin` at a run's end; `step.py`: to True at `train_tokens`, and
 #                               postponed to the end of an accumulation window
 
+SPANS = ("run", "steps", "validation")  # of `RunClock`
+
 
 def ends_step(trainer: Trainer) -> bool:
     """Return True for the last micro-batch of an optimizer step."""
     return not trainer.fit_loop._should_accumulate()
+
+
+class RunClock:
+    """Seconds of a run by span, and the FLOPs of its finished steps, since its beginning, over all restarts.
+
+    Attributes:
+        flops: computed from the configuration (`model/counting.py`), over all ranks.
+
+    Spans:
+        run: from the start of training, with everything between steps.
+        steps: training steps, without waiting for data and without callbacks.
+        validation: validations of the fit.
+    """
+
+    def __init__(self) -> None:
+        self.flops = 0
+        self._seconds = dict.fromkeys(SPANS, 0.0)
+        self._started: dict[str, float] = {}
+
+    def start(self, span: str) -> None:
+        """Start a span."""
+        self._started[span] = time.perf_counter()
+
+    def stop(self, span: str) -> None:
+        """Stop a span, if it was started."""
+        if (started := self._started.pop(span, None)) is not None:
+            self._seconds[span] += time.perf_counter() - started
+
+    def seconds(self, span: str) -> float:
+        """Return the seconds of a span since the run began, up to now."""
+        started = self._started.get(span)
+        return self._seconds[span] + (0.0 if started is None else time.perf_counter() - started)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums so far."""
+        return {"flops": self.flops, "seconds": {span: self.seconds(span) for span in SPANS}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the sums of a checkpoint."""
+        self.flops, self._seconds, self._started = state["flops"], dict(state["seconds"]), {}
 
 
 class Resuming:
@@ -102,14 +143,7 @@ class Resuming:
             trainer.fit_loop.epoch_loop.max_steps = -1
 
     def begin(self, trainer: Trainer, tokens: int, train_tokens: int | None, moe: MoEConfig | None) -> None:
-        """Run a pending validation of the last step. A run that is resumed at its end is validated, and stops.
-
-        Args:
-            trainer: trainer of the fit, in `on_train_start`.
-            tokens: tokens that the run has trained on.
-            train_tokens: tokens at which it ends; None: never.
-            moe: MoE settings of the model.
-        """
+        """Run a pending validation of the last step. A run that is resumed at its end is validated, and stops."""
         end = self._end(trainer, tokens, train_tokens)
         if self._max_steps is not None:
             trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
@@ -154,13 +188,7 @@ class Resuming:
 
 
 def set_progress(checkpoint: dict[str, Any], micro_batches: int, saved: bool = False) -> None:
-    """Set the progress of Lightning's loops in a checkpoint to the last optimizer step.
-
-    Args:
-        checkpoint: Lightning's dictionary, before saving or after loading.
-        micro_batches: accumulated micro-batches of a step in this run.
-        saved: true after loading.
-    """
+    """Set the progress of Lightning's loops in a checkpoint, which is `saved` after loading, to the last optimizer step."""
     loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
     steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
     # `current` counts this epoch, `total` all epochs. An epoch's last step may have fewer micro-batches.

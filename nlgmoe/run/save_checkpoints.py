@@ -8,8 +8,6 @@ Step N is saved at whichever of these comes first: a validation starts, the next
 ends. By then the row of step N is logged, every callback has processed the step, and none has begun the next one.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from pathlib import Path
@@ -143,17 +141,13 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
             self._finish_step(trainer, save=self.save_before_validation or ends)
 
     @override
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """End the run within a validation."""
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self._training and self.save_before_validation and (agreed := self._agree(trainer)) > _SAVE:
             self._agreed = agreed
             self._finish_step(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the step's score with the best one."""
         if not self._training:
             return
         self._agreed = max(self._agreed, self._agree(trainer))
@@ -162,7 +156,6 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step of an epoch, if that is due."""
         self._finish_step(trainer)
 
     @override

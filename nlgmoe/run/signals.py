@@ -1,7 +1,5 @@
 """Signals of a run: SIGTERM, SIGUSR1 and Ctrl+C end it after a whole step, on all ranks after the same one."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -136,13 +134,7 @@ class StopOnSignal(Callback):
     # ---- the end
 
     def _end(self, trainer: Trainer, number: int, saved: str | None) -> NoReturn:
-        """End the run.
-
-        Args:
-            trainer: trainer of the fit.
-            number: agreed request of all ranks.
-            saved: the checkpoint to resume; None: nothing was saved.
-        """
+        """End the run, by the agreed request of all ranks; `saved` is the checkpoint to resume, or None."""
         number %= _FIRST
         done, code = f"{signal.Signals(number).name}: ended after step {trainer.global_step:,}", 0
         if saved is not None:
@@ -189,9 +181,5 @@ def leave_signals_to_callbacks(trainer: Trainer) -> None:
     that wait in another collective; `_broadcast_sigterm_tensor` is a blocking broadcast in every micro-batch, after which
     SIGTERM ends the run with exit code 0 and nothing saved.
     """
-    vars(trainer._signal_connector)["register_signal_handlers"] = _do_nothing
-    vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = _do_nothing
-
-
-def _do_nothing() -> None:
-    pass
+    vars(trainer._signal_connector)["register_signal_handlers"] = lambda: None
+    vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None

@@ -4,8 +4,6 @@ With `groups` equal numbers of each group are kept. The kept experts keep their 
 biases. A softmax over fewer experts assigns larger probabilities, so that with `top_k` 1 the weights of the outputs increase.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,16 +22,7 @@ from nlgmoe.validation import require
 
 
 def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
-    """Return the configuration with other numbers of experts.
-
-    Args:
-        config: configuration of an MoE model.
-        num_experts: number of experts at each MoE position.
-
-    Raises:
-        ValueError: there are too few or too many numbers, one of them is larger than before, below `top_k` or not divided by the
-            number of groups, or the router has no row for each expert.
-    """
+    """Return the configuration with other numbers of experts."""
     require(config.moe is not None, "num_experts: a dense model has no experts; prune a mixture")
     assert config.moe is not None
     before, setting = experts_per_position(config), f"num_experts={list(num_experts)}"
@@ -62,8 +51,7 @@ def most_used(weights: Sequence[Tensor], config: GPTConfig) -> list[list[int]]:
     """Return the experts to keep in each MoE layer, in order: those with the largest weights, with `groups` of each group.
 
     Args:
-        weights: `[E]` of each MoE layer, or their saliency (`eval/expert_use.py`).
-        config: the result of `pruned_config`.
+        weights: `[E]` of each MoE layer, or their saliency (`eval/importance.py`).
     """
     assert config.moe is not None
     groups, kept = config.moe.groups[0] if config.moe.groups is not None else 1, []
@@ -82,20 +70,11 @@ def prune(
     kept: Sequence[Sequence[int]],
     overwrite: bool = False,
 ) -> GPTConfig:
-    """Write the checkpoint.
+    """Write the checkpoint, and return its model's configuration.
 
     Args:
-        source: a checkpoint's folder.
-        checkpoint: `NAME.ckpt`.
-        num_experts: number of experts at each MoE position.
         kept: experts to keep, for each MoE layer.
         overwrite: replace an older checkpoint when the new one is complete.
-
-    Returns:
-        The new model's configuration.
-
-    Raises:
-        ValueError: see `pruned_config`; `checkpoint` exists and `overwrite` is false; a file cannot be read or written.
     """
     document, files, tokenizer = read_document(source), TensorFiles(source, "model"), read_tokenizer(source)
     before = GPTConfig.from_dict(document["model_config"])

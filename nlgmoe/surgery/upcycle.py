@@ -28,15 +28,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.layout import Shapes
+from nlgmoe.checkpoint.entries import EXPERT, Shapes
 from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.routers.sigmoid import SigmoidRouterConfig
 from nlgmoe.parts import require_paper_parts
 from nlgmoe.pyramid import experts_at
-from nlgmoe.seeding import derive_seed
+from nlgmoe.seeding import draw_normal
 from nlgmoe.surgery.write_weights import weight_shapes, write_weights
 from nlgmoe.validation import require
 
@@ -71,26 +70,16 @@ def upcycle(
 
     Args:
         dense: checkpoint of a dense model; of a run's folder, the newest valid one.
-        checkpoint: `NAME.ckpt`.
-        moe: the experts.
         noise: standard deviation of independent normal values added to each expert's matrices, as a multiple of the matrix's
             own. 0: experts are equal at first, and diverge as they learn from different tokens.
         seed: seed of the noise and the gates.
-        overwrite: replace an older checkpoint when the new one is complete.
-
-    Raises:
-        ValueError: `checkpoint` exists and `overwrite` is false; there is no dense checkpoint, it is damaged, or its model is not
-            dense; the experts do not fit it; the router is neither the paper's nor `SigmoidRouterConfig`'s, or the experts'
-            network is not the paper's.
     """
     require(noise >= 0, f"noise={noise} must be at least 0; 0 makes exact copies")
     require(seed >= 0, f"seed={seed} must be at least 0")
     path = find_checkpoint(dense)
     document, files, tokenizer = read_document(path), TensorFiles(path, "model"), read_tokenizer(path)
     dense_config = GPTConfig.from_dict(document["model_config"])
-    require(
-        dense_config.moe is None, f"{path} is no dense model: it has experts; use the checkpoint of one with moe=null"
-    )
+    require(dense_config.moe is None, f"{path} is no dense model: it has experts; use a checkpoint with moe=null")
     for name in ("expert_ffn_size", "shared_ffn_size"):
         size = getattr(moe, name)
         require(
@@ -152,21 +141,17 @@ def _entry_reader(
         if rest.endswith("bias") or (gated and rest.startswith("coefficient")):
             return torch.zeros(shapes[name], dtype=dtype)
         std = _gate_std(config, dtype) if rest.startswith("router") else config.init_std
-        return (_normal(shapes[name], seed, name) * std).to(dtype)
+        return (draw_normal(shapes[name], "upcycle", seed, name) * std).to(dtype)
 
     def expert(name: str, block: str, parameter: str) -> Tensor:
         matrix, kind = parameter.rsplit("_", 1)  # expand or project, weight or bias
         value = files.read(f"{block}.ffn.{matrix}.{kind}")
         value = value.t() if kind == "weight" else value  # expert stacks are [in, out], nn.Linear's weight [out, in]
         if noise and kind == "weight":
-            value = value + (_normal(value.shape, seed, name) * (noise * value.float().std())).to(value.dtype)
+            std = noise * value.float().std()
+            value = value + (draw_normal(value.shape, "upcycle", seed, name) * std).to(value.dtype)
         if matrix == "project":
             value = value * expert_factor(moe, experts_at(config, int(block.rpartition(".")[2])))
         return value.contiguous()
 
     return read
-
-
-def _normal(shape: torch.Size, seed: int, name: str) -> Tensor:
-    """Draw from N(0, 1), as a function of `seed` and `name`."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(derive_seed("upcycle", seed, name)))

@@ -16,17 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlgmoe.checkpoint.layout import Entry, entry_shapes, local_entries
-from nlgmoe.checkpoint.reading import TensorFiles, read_document
+from nlgmoe.checkpoint.entries import Entry, entry_shapes, local_entries
+from nlgmoe.checkpoint.reading import TensorFiles, read_document, tokenizer_matches
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
-from nlgmoe.checkpoint.same_run import tokenizer_matches
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TokenizerFiles
-from nlgmoe.differences import list_differences
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parts import ForeignCodeError
 from nlgmoe.ranks import raise_on_all_ranks
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, list_differences
 
 _BLOCK = re.compile(r"blocks\.(?P<block>\d+)\.(?P<rest>.*)")
 
@@ -74,13 +72,9 @@ def load_initial_weights(
     on_entry: Callable[[Entry, Tensor], None] | None = None,
     tokenizer: TokenizerFiles | None = None,
 ) -> WarmStartResult:
-    """Load a checkpoint's weights into `model`. A collective.
+    """Load a checkpoint's weights into `model`, or this rank's shard of it. A collective.
 
-    Args:
-        model: the GPT, or this rank's shard of it.
-        start: the settings.
-        on_entry: called with each loaded entry and its values in the stored dtype.
-        tokenizer: the data's, compared with the checkpoint's; None: not compared.
+    Calls `on_entry` with each entry and its values in the stored dtype. A tokenizer is compared with the checkpoint's.
     """
     blocks = "" if start.layers is None else f", blocks {', '.join(map(str, start.layers))} (counted from 0)"
     with raise_on_all_ranks():
@@ -121,7 +115,6 @@ def load_initial_weights(
 
 
 def _rename_blocks(names: dict[str, str], layers: list[int]) -> dict[str, str]:
-    """Map each entry of the model to its source in the checkpoint."""
     sources = {}
     for name in names:
         if match := _BLOCK.fullmatch(name):

@@ -1,7 +1,5 @@
 """Write a weights-only checkpoint from another source, for evaluation or for `model.warm_start`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.layout import Shapes, entry_shapes
+from nlgmoe.checkpoint.entries import Shapes, entry_shapes
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.checkpoint.reading import Contents, read_document, run_config
 from nlgmoe.config import GPTConfig
@@ -49,11 +47,7 @@ def write_weights(
         path: the checkpoint, `NAME.ckpt`.
         read: returns an entry by its name, such as `blocks.1.moe.experts.3.expand_weight`; called once for each, and
             consecutively for those of one expert.
-        config: configuration of the model.
         tokenizer: the tokenizer and the model's files beside it; None writes no tokenizer.
-        global_step: optimizer steps that the weights were trained for.
-        tokens_seen: tokens that the weights were trained on.
-        overwrite: replace an older one.
         started_from: the checkpoint that this training started from; None: random weights.
         origin: source of the weights in words, the first line of `NAME.yaml`, which has settings to use the checkpoint with;
             None: no such file.

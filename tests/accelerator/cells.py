@@ -38,7 +38,7 @@ from nlgmoe.distill.offline_teacher import OfflineTeacher
 from nlgmoe.distill.record_logits import record_logits
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite, NonFiniteError
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from nlgmoe.surgery.warm_start import WarmStart
 from nlgmoe.surgery.write_weights import write_weights

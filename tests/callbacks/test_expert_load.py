@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import Tensor
 
 from nlgmoe.callbacks import ExpertLoad
-from nlgmoe.callbacks.load_table import has_row
+from nlgmoe.callbacks.expert_load import has_row
 from nlgmoe.callbacks.routing_statistics import WITH_TOTAL, routing_statistics, routing_totals
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.router import Routing, TopKRouter
@@ -199,7 +199,7 @@ def test_expert_load_row_covers_all_steps_since_the_last_one(tmp_path: Path, mon
         return rows_of(tmp_path / folder / "expert_load.csv")
 
     every = fit("every")
-    monkeypatch.setattr("nlgmoe.callbacks.load_table.ROWS_PER_DOUBLING", 2)
+    monkeypatch.setattr("nlgmoe.callbacks.expert_load.ROWS_PER_DOUBLING", 2)
     saved = tmp_path / "thin/checkpoints/step-7.ckpt"
     thin = fit("thin", SaveAt(7, saved))
     assert [int(row["step"]) for row in thin[::2]] == [0, 1, 2, 3, 5, 7, 11]

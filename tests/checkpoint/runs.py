@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import QUIET

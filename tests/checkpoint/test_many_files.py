@@ -13,7 +13,7 @@ from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nlgmoe.checkpoint import reading, writing
-from nlgmoe.checkpoint.layout import entry_shapes, optimizer_shapes
+from nlgmoe.checkpoint.entries import entry_shapes, optimizer_shapes
 from nlgmoe.checkpoint.portable import make_document, read_checkpoint
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.verify import find_problems

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.entries import join_experts, split_experts
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
-from nlgmoe.checkpoint.same_run import check_same_run
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
+from nlgmoe.run.checks import check_same_run
 from tests.checkpoint.runs import ACCUMULATE, CONFIG, NEEDED, fit
 from tests.support.memory import peak_bytes
 from tests.support.synthetic import SyntheticData

@@ -18,7 +18,7 @@ from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.eval.expert_use import measure_use
+from nlgmoe.eval.importance import measure_use
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.surgery.prune import most_used, prune, pruned_config
 from tests.support.checkpoints import TOKENIZER, write

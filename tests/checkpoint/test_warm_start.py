@@ -11,15 +11,15 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 
-from nlgmoe.checkpoint.layout import Entry
+from nlgmoe.checkpoint.entries import Entry
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.verify import describe
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
+from nlgmoe.pyramid import ExpertPlacement
 from nlgmoe.surgery.warm_start import WarmStart, load_initial_weights
 from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.export import export

@@ -13,7 +13,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from nlgmoe.callbacks import StagedDistillation
-from nlgmoe.checkpoint.layout import entry_shapes
+from nlgmoe.checkpoint.entries import entry_shapes
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.config import GPTConfig, MoEConfig
@@ -21,7 +21,7 @@ from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.layers.losses import SoftTargets
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum, distillation_weight
 from nlgmoe.pyramid import experts_per_layer, student_config, student_layers
 from tests.support.distillation import STUDENT, TEACHER, trained

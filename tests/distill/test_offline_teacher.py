@@ -21,10 +21,9 @@ from nlgmoe.data.sampling import BatchRampUp, batch_size_after
 from nlgmoe.distill import record_logits as recording
 from nlgmoe.distill.distiller import Distiller, End, RunPosition, samples_before_end
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
-from nlgmoe.distill.offline_teacher import OfflineTeacher
-from nlgmoe.distill.teacher_logits import HEADER, POSITION, RECORDS, TeacherLogits, record_type
+from nlgmoe.distill.offline_teacher import HEADER, POSITION, RECORDS, OfflineTeacher, TeacherLogits, record_type
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from nlgmoe.validation import RunError
 from tests.support.distillation import SAMPLES, STUDENT, TEACHER, record, trained

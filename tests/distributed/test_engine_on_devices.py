@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, distributed, nn
 
-from nlgmoe.checkpoint.layout import Entry
+from nlgmoe.checkpoint.entries import Entry
 from nlgmoe.parallel.engine import EngineState
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
 

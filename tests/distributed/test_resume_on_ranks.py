@@ -18,7 +18,7 @@ from torch import distributed
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, choose_checkpoint, saved_steps
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
-from nlgmoe.run.folder import run_lock
+from nlgmoe.run.trainer import run_lock
 from nlgmoe.validation import RunError
 from tests.support.jobs import error_of
 from tests.support.run_folders import make_trainer, module
@@ -65,13 +65,13 @@ def job(folder: Path, ranks: int) -> dict[str, Any]:
     with (
         stale(),
         reads(note),
-        patch("nlgmoe.run.folder.saved_steps", (lambda folder: []) if rank == 1 else saved_steps),
+        patch("nlgmoe.run.trainer.saved_steps", (lambda folder: []) if rank == 1 else saved_steps),
     ):
         found["resumed"] = fit(folder, ranks, steps=5)
     found["read"] = read
-    with run_lock(folder) if rank == 0 else nullcontext(), patch("nlgmoe.run.folder.LOCK_SECONDS", 0.1):
+    with run_lock(folder) if rank == 0 else nullcontext(), patch("nlgmoe.run.trainer.LOCK_SECONDS", 0.1):
         found["locked"] = error_of(lambda: fit(folder, ranks))
-    with patch("nlgmoe.run.shared_folder.PATIENCE", 0.1):
+    with patch("nlgmoe.run.trainer.PATIENCE", 0.1):
         found["local"] = error_of(lambda: fit(folder / "local" if rank == 1 else folder, ranks))
 
     def fail(files: TensorFiles, name: str) -> torch.Tensor:

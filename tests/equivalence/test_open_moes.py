@@ -20,7 +20,7 @@ from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.router import TopKRouter
 from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.model.counting import count_parameters, parameters_of
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import FAMILIES, family_of

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nlgmoe import GPT
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.eval.block_influence import measure_influence
+from nlgmoe.eval.importance import measure_influence
 from nlgmoe.validation import RunError
 
 CONFIG = GPTConfig(61, 16, 3, 16, 2, init_std=0.3, moe=MoEConfig(4))

@@ -11,7 +11,7 @@ from lightning import Trainer
 
 from nlgmoe import MoEGPTModule, ZeroShotEval
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.tools.lm_eval.harness import EvaluatedGPT
 from tests.support.ranks import SAMPLES, Cell, make_trainer, strategy_of
 from tests.support.spawn import spawn

@@ -9,11 +9,12 @@ import torch
 
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule
 from nlgmoe.callbacks import ExpertSpecialisation
-from nlgmoe.eval.expert_counts import ExpertCounts, count_experts
 from nlgmoe.eval.specialisation import (
     CLASSES,
     FILE,
+    ExpertCounts,
     Specialisation,
+    count_experts,
     entropy,
     mutual_information,
     overlap,

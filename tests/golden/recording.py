@@ -23,7 +23,7 @@ from nlgmoe.distill.offline_teacher import OfflineTeacher
 from nlgmoe.layers.router import RoutingContext, TopKRouter
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from tests.support.trainers import Losses, trainer
 
 GOLDEN = Path("tests/golden")  # from the repository's root: the run's configuration names its corpus so

@@ -20,10 +20,10 @@ from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import SoftTargets, TopTargets, cross_entropy, distilled_cross_entropy
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import RoutingContext, TopKRouter
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parallel.triton_product import triton_product
+from nlgmoe.pyramid import ExpertPlacement
 from tests.gpu.conftest import DRY
 from tests.support.devices import draw, error
 

@@ -17,8 +17,8 @@ from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.expert_products import choose_product, describe_products
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import cross_entropy
-from nlgmoe.model.compiling import compile_dense_parts
 from nlgmoe.model.gpt import GPT
+from nlgmoe.module import compile_dense_parts
 from nlgmoe.seeding import derive_seed
 from tests.support.programs import needs
 

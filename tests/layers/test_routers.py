@@ -26,7 +26,7 @@ from nlgmoe import (
 )
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.layers.router import Router
-from nlgmoe.layers.routers.hash import balanced_table
+from nlgmoe.layers.routers.fixed import balanced_table
 from nlgmoe.layers.routers.sigmoid import sequence_balance
 from nlgmoe.loss import training_loss
 from nlgmoe.model.counting import count_parameters, flops_per_token, parameters_of

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers import dispatch
-from nlgmoe.layers.dispatch import round_up_rows
+from nlgmoe.layers import expert_products
+from nlgmoe.layers.expert_products import round_up_rows
 from nlgmoe.layers.experts import FEW_ROWS
 from nlgmoe.layers.moe import MoELayer
 from tests.support.processes import python
@@ -92,7 +92,7 @@ def test_row_numbers_do_not_change_the_layers_result(
     assert kept[-1] == 0 < min(kept[:-1]) and sum(kept) < 620 if dropping else sum(kept) == 620
     numbers = [-(-n // step) * step for n in kept for step in [min(32, 2 ** max(0, n.bit_length() - 3))]]
     assert computed == (numbers if precision in HALF else kept) and (numbers != kept)
-    monkeypatch.setattr(dispatch, "ROW_MULTIPLE", 1)
+    monkeypatch.setattr(expert_products, "ROW_MULTIPLE", 1)
     expected, computed, _ = results(precision, dropping)
     assert computed == kept
     for value, exact in zip(ours, expected, strict=True):

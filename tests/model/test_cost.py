@@ -9,8 +9,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.hardware import HARDWARE, Hardware
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
-from nlgmoe.optim.muon import MuonConfig
-from nlgmoe.optim.param_groups import AdamWConfig, build_optimizer
+from nlgmoe.optim.optimizer import AdamWConfig, MuonConfig, build_optimizer
 from nlgmoe.tools.planner.cost import BUCKET, UTILISATION, estimate, memory_options
 from nlgmoe.tools.planner.topology import Topology
 

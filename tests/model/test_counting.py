@@ -10,10 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.mla import MLAConfig
-from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.model.counting import count_parameters, flops_per_token, parameters_of
 from nlgmoe.model.gpt import GPT
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.pyramid import ExpertPlacement, experts_per_layer
 
 SMALL = [
     GPTConfig(61, 16, 4, 16, 2),

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nlgmoe.checkpoint.layout import entry_shapes, local_entries
+from nlgmoe.checkpoint.entries import entry_shapes, local_entries
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.model.initialisation import initialise
-from nlgmoe.optim.param_groups import AdamWConfig, build_optimizer
+from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer
 
 CONFIG = GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(4))
 

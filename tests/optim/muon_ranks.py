@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nlgmoe.optim.muon import MuonConfig
+from nlgmoe.optim.optimizer import MuonConfig
 from tests.support.ranks import Cell, Outcome, on_ranks
 from tests.support.trainers import SaveAt
 

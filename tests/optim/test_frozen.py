@@ -13,7 +13,7 @@ from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.param_groups import AdamWConfig, Component
+from nlgmoe.optim.optimizer import AdamWConfig, Component
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import SaveAt, trainer
 

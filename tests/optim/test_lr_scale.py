@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.param_groups import AdamWConfig, is_frozen
+from nlgmoe.optim.optimizer import AdamWConfig, is_frozen
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import SaveAt, trainer
 

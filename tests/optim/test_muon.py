@@ -16,8 +16,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.mla import MLAConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.muon import Muon, MuonConfig
-from nlgmoe.optim.param_groups import AdamWConfig, build_optimizer
+from nlgmoe.optim.optimizer import AdamWConfig, Muon, MuonConfig, build_optimizer
 from tests.optim.muon_ranks import CELL, resumed
 from tests.support.ranks import SAMPLES, train
 from tests.support.spawn import spawn

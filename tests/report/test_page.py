@@ -14,7 +14,7 @@ import yaml
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, WriteReport
 from nlgmoe.callbacks import ExpertLoad, ExpertSpecialisation, RunSummary, Throughput
 from nlgmoe.commands.main import main
-from nlgmoe.run.loggers import RunCSVLogger
+from nlgmoe.run.folder import RunCSVLogger
 from nlgmoe.tools.report.figures import experts, training
 from nlgmoe.tools.report.runs import read_runs
 from nlgmoe.tools.report.specialisation_figures import specialisation

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nlgmoe.callbacks.load_table import has_row
+from nlgmoe.callbacks.expert_load import has_row
 from nlgmoe.commands.main import main
 from nlgmoe.tools.report.drawing import thinned
 from nlgmoe.tools.report.figures import experts

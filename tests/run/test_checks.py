@@ -12,8 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from nlgmoe.checkpoint.portable import use_portable_checkpoints
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.muon import MuonConfig
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig, MuonConfig
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from nlgmoe.run.checks import check_trainer
 from tests.support.trainers import CONFIG

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, saved_steps
-from nlgmoe.run import folder as folder_module
+from nlgmoe.run import trainer as trainer_module
 from nlgmoe.run.folder import starts_of
 from tests.support.run_folders import Send, assert_equal, fit, in_process, make_trainer, module, outcome
 from tests.support.synthetic import SyntheticData
@@ -74,7 +74,7 @@ def test_a_fork_is_a_new_run_that_saves_its_starting_step_first(ended: Path, tmp
 
 
 def test_run_folder_refuses_a_second_process_while_one_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_module, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(trainer_module, "LOCK_SECONDS", 0.1)
     with FileLock(tmp_path / ".run.lock"), pytest.raises(ValueError, match="another process trains in "):
         fit(tmp_path)
     fit(tmp_path, max_steps=1)

@@ -17,7 +17,7 @@ from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, saved_steps
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import MoEConfig
 from nlgmoe.run.checks import warn_of_another_size
-from nlgmoe.run.loggers import RunCSVLogger
+from nlgmoe.run.folder import RunCSVLogger
 from tests.support.run_folders import SETTINGS, Send, assert_equal, fit, in_process, make_trainer, module, outcome, run
 from tests.support.synthetic import SyntheticData
 

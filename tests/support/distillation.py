@@ -12,7 +12,7 @@ from nlgmoe.distill import record_logits as recording
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.record_logits import record_logits
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from tests.support.synthetic import NumberedData, SyntheticData
 from tests.support.trainers import trainer
 

@@ -17,7 +17,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.experts import Experts
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
-from nlgmoe.optim.param_groups import AdamWConfig, Component
+from nlgmoe.optim.optimizer import AdamWConfig, Component
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import QUIET
 

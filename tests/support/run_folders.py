@@ -23,10 +23,10 @@ from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
-from nlgmoe.run.folder import RunFolder, RunTrainer
-from nlgmoe.run.loggers import RunCSVLogger
+from nlgmoe.run.folder import RunCSVLogger, RunFolder
+from nlgmoe.run.trainer import RunTrainer
 from tests.support.synthetic import SyntheticData
 
 CONFIG = GPTConfig(61, 16, 2, 16, 2, hidden_dropout=0.1, moe=MoEConfig(2, mlp_type="residual", noise="jitter"))

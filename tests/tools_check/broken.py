@@ -12,8 +12,8 @@ from torch import Tensor, distributed, nn
 from nlgmoe import GPTConfig, MoEConfig, MoELayer, Router, Routing, RoutingContext
 from nlgmoe.layers import dispatch
 from nlgmoe.layers.experts import Experts
-from nlgmoe.layers.noise import RoutingNoise
 from nlgmoe.layers.router import TopKRouter
+from nlgmoe.seeding import RoutingNoise
 from nlgmoe.tools.check.layer import Layer
 from nlgmoe.tools.check.own import OwnLayer, own_layer
 

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.noise import RoutingNoise
 from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter
 from nlgmoe.parts import RouterConfig
 from nlgmoe.pyramid import experts_at
+from nlgmoe.seeding import RoutingNoise
 from nlgmoe.validation import require, require_at_least, require_valid
 
 

@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import add_router_losses, router_losses
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.pyramid import ExpertPlacement, experts_per_layer
 from nlgmoe.tools.check.layer import Batch, Layer, Output
 from nlgmoe.validation import SettingError
 

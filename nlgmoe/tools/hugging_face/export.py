@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nlgmoe.checkpoint.layout import PRECISIONS, entry_shapes, require_entries
+from nlgmoe.checkpoint.entries import PRECISIONS, entry_shapes, require_entries
 from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_manifest
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.checkpoint.writing import new_folder, write_error_reason

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
-from nlgmoe.checkpoint.layout import Shapes
+from nlgmoe.checkpoint.entries import Shapes
 from nlgmoe.checkpoint.reading import open_tensors, read_json
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TOKENIZER, TokenizerFiles

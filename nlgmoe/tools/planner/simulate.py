@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from nlgmoe import loss
-from nlgmoe.checkpoint.layout import local_entries
+from nlgmoe.checkpoint.entries import local_entries
 from nlgmoe.config import GPTConfig
 from nlgmoe.data import PileDataModule, TrainingData
 from nlgmoe.experiment import Experiment, load_config

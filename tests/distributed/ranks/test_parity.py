@@ -33,7 +33,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data import BatchRampUp, PileDataModule
 from nlgmoe.eval.specialisation import Specialisation
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.param_groups import AdamWConfig, is_frozen
+from nlgmoe.optim.optimizer import AdamWConfig, is_frozen
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from tests.support.cells import CELLS, DROPLESS, FROZEN
 from tests.support.jobs import Found, Jobs, cases

@@ -14,10 +14,9 @@ from typing import Any
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from nlgmoe.checkpoint.same_run import IGNORED_IN_EVALUATION
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.attention import attention_config
-from nlgmoe.parts import ATTENTION_FIELDS, MOE_PARTS
+from nlgmoe.parts import ATTENTION_FIELDS, IGNORED_IN_EVALUATION, MOE_PARTS
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.hugging_face.families.settings import REQUIRED, UnsupportedError, check_required
 from nlgmoe.tools.hugging_face.families.tensors import Layout, Table

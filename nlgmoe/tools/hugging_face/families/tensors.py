@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nlgmoe.checkpoint.layout import Shapes
+from nlgmoe.checkpoint.entries import Shapes
 from nlgmoe.config import GPTConfig
 from nlgmoe.surgery.write_weights import weight_shapes
 

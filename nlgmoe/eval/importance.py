@@ -1,0 +1,127 @@
+"""The importance of experts and blocks on a text, by which `nlgmoe prune` and `nlgmoe student` choose what to keep.
+
+    weight     sum over tokens of the expert's weight in the output
+    saliency   mean over the expert's tokens of weight * L2 norm of its output, 0 without tokens      REAP, arXiv 2510.13999
+    influence  1 - mean over tokens of cos(x_i, x_{i+1}), of the input and output of block i          ShortGPT, arXiv 2403.03853
+
+A block with an influence of 0 passes its input on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from torch.utils.hooks import RemovableHandle
+
+from nlgmoe.batch import Batch, loss_mask, token_mask_or_none
+from nlgmoe.eval.perplexity import batch_losses
+from nlgmoe.layers.dispatch import LocalDispatch
+from nlgmoe.layers.moe import MoELayer, moe_layers
+from nlgmoe.layers.router import Routing
+from nlgmoe.model.gpt import GPT, Block
+from nlgmoe.validation import RunError
+
+CHUNK = 1024  # tokens whose logits exist at a time
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """The loss of a text, and the use of each expert.
+
+    Attributes:
+        loss: mean over tokens, nats.
+        tokens: number of these tokens.
+        weights: `[E]` for each MoE layer.
+        saliency: `[E]` for each MoE layer.
+    """
+
+    loss: float
+    tokens: int
+    weights: list[Tensor]
+    saliency: list[Tensor]
+
+
+class _Layer:
+    """Sums of weights, of weights times norms of outputs, and the number of the rows of one MoE layer: fp64, each `[E]`."""
+
+    def __init__(self, layer: MoELayer) -> None:
+        device = next(layer.experts.parameters()).device
+        self.sums = torch.zeros(3, layer.experts.count, dtype=torch.float64, device=device)
+        self._routing: Routing | None = None
+        self._dispatch: LocalDispatch | None = None
+
+    def dispatched(self, module: Any, inputs: tuple[Tensor, Routing], dispatch: LocalDispatch) -> None:
+        self._routing, self._dispatch = inputs[1], dispatch
+
+    def computed(self, module: Any, inputs: Any, y: Tensor) -> None:
+        assert self._routing is not None and self._dispatch is not None
+        weight = self._routing.weight.flatten().double()  # [N * k], 0 where dropped
+        norm = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float64)[self._dispatch.row_of_assignment()]
+        kept = self._routing.kept.flatten().double()
+        self.sums.index_add_(1, self._routing.expert.flatten(), torch.stack([weight, weight * norm, kept]))
+
+
+@contextmanager
+def _removed(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def measure_use(model: GPT, batches: Iterable[Batch]) -> ExpertUse:
+    """Read text with a model in evaluation mode."""
+    total, tokens = 0.0, 0
+    layers, handles = [], []
+    for moe in moe_layers(model):
+        layers.append(layer := _Layer(moe))
+        handles += [moe.dispatcher.register_forward_hook(layer.dispatched)]
+        handles += [moe.experts.register_forward_hook(layer.computed)]
+    with _removed(handles):
+        for batch in (move_data_to_device(batch, model.unembedding.device) for batch in batches):
+            losses, _ = batch_losses(model, batch, CHUNK)
+            counted = loss_mask(batch)
+            total += float(losses[counted].sum(dtype=torch.float64))
+            tokens += int(counted.sum())
+    if not tokens:
+        raise RunError("there is no text to measure the use of experts on; give some")
+    weights, saliency = [], []
+    for layer in layers:
+        weight, weighted_norm, rows = layer.sums
+        weights.append(weight)
+        saliency.append(weighted_norm / rows.clamp_min(1))
+    return ExpertUse(total / tokens, tokens, weights, saliency)
+
+
+@torch.no_grad()
+def measure_influence(model: GPT, batches: Iterable[Batch]) -> list[float]:
+    """Read text with a model in evaluation mode, and return the influence of each block, from 0 to 2."""
+    device = model.unembedding.device
+    sums = torch.zeros(len(model.blocks), dtype=torch.float64, device=device)
+    tokens, mask = 0, torch.empty(0)
+
+    def measured(index: int) -> Any:
+        def add(block: Block, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> None:
+            similarity = cosine_similarity(inputs[0].float(), output[0].float(), dim=-1)  # [B, T]
+            sums[index] += ((1 - similarity.double()).clamp_min(0) * mask).sum()  # rounding: cos > 1
+
+        return add
+
+    with _removed([block.register_forward_hook(measured(index)) for index, block in enumerate(model.blocks)]):
+        for batch in (move_data_to_device(batch, device) for batch in batches):
+            mask = batch["token_mask"]
+            model(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
+            tokens += int(mask.sum())
+    if not tokens:
+        raise RunError("there is no text to measure the influence of blocks on; give some")
+    influence: list[float] = (sums / tokens).tolist()
+    return influence
