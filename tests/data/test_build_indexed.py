@@ -158,15 +158,6 @@ def test_build_goes_on_after_a_kill_at_its_end(
     assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED and done.documents == 90
 
 
-def test_build_ends_at_bad_data_with_their_place(
-    tokenizer: Tokenizer, files: list[str], wanted: Content, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 11: not JSON .*--on-bad-data skip"):
-        build(files, tmp_path / "pile", tokenizer, Fields(), 1, lambda done: None)
-    done = build(files, tmp_path / "pile", tokenizer, Fields(), 1, lambda done: None, skip)  # as the message says
-    assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED
-
-
 def test_build_leaves_out_and_counts_once_documents_without_text(
     tokenizer: Tokenizer, wanted: Content, tmp_path: Path
 ) -> None:

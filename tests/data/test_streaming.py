@@ -27,10 +27,9 @@ from torch import distributed
 
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, PileDataModule
 from nlgmoe.cli.errors import describe
-from nlgmoe.data import PocketPile, StreamedText
+from nlgmoe.data import StreamedText
 from nlgmoe.data.blend import BlendedSource
 from nlgmoe.data.documents import Fields
-from nlgmoe.data.pocket.build import write_corpus
 from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.samples import Sample
 from nlgmoe.data.sampling import TrainingSampler
@@ -41,7 +40,7 @@ from nlgmoe.data.streaming.streams import Cursor, Cursors, Stream, StreamConfig,
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.validation import SettingError
-from tests.support.corpora import WORDS, make_documents, make_trainer, rows, tokens_of
+from tests.support.corpora import WORDS, make_trainer, rows, tokens_of
 
 SEQ_LEN = 16
 Config = Callable[..., StreamConfig]
@@ -608,25 +607,6 @@ def test_stream_reads_special_tokens_on_request_alone(tiny_corpus: Path, tmp_pat
         and ends["read"][1] > 1.5 * ends["text"][1] > 0
     )
     assert fingerprints[1] == fingerprints[0] | {"special_tokens": "read"}
-
-
-def test_stream_names_a_byte_without_a_token_with_its_place(
-    tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer
-) -> None:
-    kept = json.loads(tokenizer.files["tokenizer.json"])
-    kept["model"]["vocab"] = {token: number for token, number in kept["model"]["vocab"].items() if token != "~"}
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(kept))
-    for split in ("train", "validation"):
-        write(tmp_path / f"{split}.jsonl", [*make_texts(3, split), "about ~ here"])
-    with pytest.raises(
-        ValueError, match=r"train.jsonl, line 4: a byte without a token \(0x7E, at byte 6 of the text\); repair"
-    ):
-        StreamedText(str(tmp_path)).prepare(tmp_path / "built", str(tmp_path / "tokenizer"))
-    documents = [replace(document, text=f"~ {document.text}") for document in make_documents(20, "own", 1)]
-    write_corpus(tmp_path / "own", "own", documents, {})
-    with pytest.raises(ValueError, match=r"own.train.jsonl, line 1: a byte without a token \(0x7E, at byte 0"):
-        PocketPile().prepare(tmp_path / "own", str(tmp_path / "tokenizer"))
 
 
 def test_stream_refuses_ids_of_another_tokenizer(tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:

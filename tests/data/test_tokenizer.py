@@ -14,15 +14,12 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, t
 
 from nlgmoe.data.byte_level import BYTE_OF
 from nlgmoe.data.corpus import build_lock
-from nlgmoe.data.pocket import build
-from nlgmoe.data.pocket.build import write_corpus
 from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.tokenizer import EOD, Tokenizer
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe, train_tokenizer
 from nlgmoe.experiment import parse_config
-from nlgmoe.files import sha256_of
 from nlgmoe.validation import SettingError
-from tests.support.corpora import make_documents, small, write_tiny_corpus
+from tests.support.corpora import small
 
 SMALL = small()
 
@@ -298,20 +295,6 @@ def test_end_of_document_token_is_named_by_the_models_settings() -> None:
         assert (entry in tokenizer.stop_ids) == (name == "generation_config.json")
     with pytest.raises(ValueError, match="has no end-of-document token"):
         Tokenizer.from_files({"tokenizer.json": text}, "unnamed")
-
-
-def test_a_pocket_tokenizer_is_loaded_without_checking_the_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every rank loads it; `prepare` checks the text, and one process trains on it."""
-    write_tiny_corpus(tmp_path)
-    hashed: list[Path] = []
-    monkeypatch.setattr(build, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
-    first = load_tokenizer("pocket-1k", tmp_path)
-    assert len(hashed) == 4
-    assert load_tokenizer("pocket-1k", tmp_path).fingerprint == first.fingerprint and len(hashed) == 4
-    write_corpus(tmp_path, "tiny", make_documents(40, "prose", 3), {})
-    assert load_tokenizer("pocket-1k", tmp_path).fingerprint != first.fingerprint and len(hashed) > 4
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EROFS])

@@ -22,7 +22,7 @@ from nlgmoe.distill import record_logits as recording
 from nlgmoe.distill.distiller import Distiller, End, RunPosition, samples_before_end
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import OfflineTeacher
-from nlgmoe.distill.teacher_logits import HEADER, POSITION, RECORDS, TeacherLogits, record_type
+from nlgmoe.distill.teacher_logits import HEADER, POSITION, RECORDS, TeacherLogits
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
@@ -304,9 +304,3 @@ def test_recording_samples_of_a_run_by_hand() -> None:
     assert samples_before_end(End(97, None), batch, 8, grown, RunPosition(32, 2, 8)) == 24
     assert samples_before_end(End(20, None), batch, 8, grown, RunPosition(32, 2, 8)) == 8
     assert StagedDistillation(fraction=0.7).distillation_end(1000) == End(700, None)
-
-
-def test_recorded_bytes_of_a_token() -> None:
-    small = {"vocab_size": 65_536, "seq_len": 128, "top_k": 64}
-    assert record_type(small).itemsize == 128 * (64 * 2 + 65 * 2)
-    assert record_type(small | {"vocab_size": 65_537}).itemsize == 128 * (64 * 4 + 65 * 2)

@@ -304,23 +304,6 @@ def test_routers_learn_resume_exactly_and_are_counted(
         export(tmp_path / "half.ckpt", tmp_path / "export")
 
 
-@each
-def test_routers_train_beside_a_gated_shared_expert_and_in_groups(name: str, tmp_path: Path) -> None:
-    moe = replace(MOES[name], mlp_type="residual", residual_mix="sigmoid", shared_ffn_size=24)
-    if name in ("softmax", "sigmoid", "frozen"):
-        moe = replace(moe, top_k=2, groups=[2, 1])
-    module = MoEGPTModule(model(moe))
-    start = {key: value.clone() for key, value in module.gpt.state_dict().items()}
-    made = trainer(tmp_path, max_steps=3)
-    made.fit(module, SyntheticData())
-    changed = {key for key, value in module.gpt.state_dict().items() if not torch.equal(value, start[key])}
-    assert "blocks.1.moe.coefficient.weight" in changed and "blocks.1.moe.mlp.expand.weight" in changed
-    assert "blocks.1.moe.coefficient.bias" not in start and made.callback_metrics["train/loss"].isfinite()
-    chosen = module.gpt(torch.arange(16).view(1, 16)).routings[0].expert
-    if moe.groups is not None:
-        assert torch.equal(chosen[:, 0] // 2, chosen[:, 1] // 2)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -129,16 +129,6 @@ def test_activation_checkpointing_gives_the_same_loss_and_gradients_to_the_bit(
         assert not routing.kept[mask.flatten()].all(), "nothing was dropped"
 
 
-def test_moe_blocks_get_the_mask_and_the_noise_key() -> None:
-    model, tokens = GPT(replace(SMALL, init_std=0.3)), torch.arange(32).view(2, 16)
-    mask = torch.rand(2, 16, generator=torch.Generator().manual_seed(1)) < 0.7
-    first, again, other = (model(tokens, token_mask=mask, noise_key=(0, 0, micro)) for micro in (1, 1, 2))
-    assert torch.equal(first.hidden, again.hidden)
-    for one, two, three in zip(first.routings, again.routings, other.routings, strict=True):
-        assert one.num_tokens == mask.sum() and not one.kept[~mask.flatten()].any()
-        assert torch.equal(one.kept, two.kept) and not torch.equal(one.kept, three.kept)
-
-
 def test_a_layer_map_is_the_model_that_it_describes() -> None:
     """Zeros in `num_experts` with `expert_interval` 1 give the same weights and outputs as the interval, to the bit."""
     by_interval = GPT(replace(WIDE, moe=MoEConfig([2, 3], 2, mlp_type="residual")))

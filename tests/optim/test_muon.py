@@ -144,19 +144,6 @@ def test_muon_resumes_exactly_from_one_entry_per_expert(run: str, tmp_path: Path
     assert ("exp_avg/token_embedding.weight" in stored) == ("embeddings" not in settings.get("frozen", ()))
 
 
-@pytest.mark.parametrize("muon", [None, MuonConfig()])
-def test_muon_and_adamw_refuse_each_others_checkpoints(muon: MuonConfig | None, tmp_path: Path) -> None:
-    other = MuonConfig() if muon is None else None
-    run = trainer(tmp_path, SaveAt(1, tmp_path / "one.ckpt"), max_steps=1)
-    run.fit(MoEGPTModule(CONFIG, AdamWConfig(muon=other)), SyntheticData())
-    module, name = MoEGPTModule(CONFIG, AdamWConfig(muon=muon)), "null" if muon is None else r"\{\}"
-    with pytest.raises(
-        ValueError, match=rf"^model.optimizer.muon={name}: the checkpoint's run had .*; set it as it was, or"
-    ) as e:
-        trainer(tmp_path, max_steps=2).fit(module, SyntheticData(), ckpt_path=tmp_path / "one.ckpt")
-    assert "\n" not in str(e.value)
-
-
 def test_muon_on_ranks_resumes_a_run_of_one_process_and_its_own_exactly(tmp_path: Path) -> None:
     whole = train(CELL, 1, tmp_path, SAMPLES, 1, SaveAt(3, tmp_path / "alone.ckpt"))
     by_rank = spawn(2, resumed, tmp_path / "alone.ckpt", tmp_path, folder=tmp_path)
