@@ -64,18 +64,6 @@ def test_verdict_of_the_gate_is_its_rule_on_differences_computed_by_hand() -> No
     assert alone["reading"] == UNRESOLVED and alone["low"] is alone["resolution"] is None
 
 
-@pytest.mark.parametrize(
-    ("mean", "reading", "share"), [(0.0, BETTER, 0.025), (0.0, WORSE, 0.025), (0.02, AS_GOOD, 0.05), (-0.05, BETTER, 1)]
-)
-def test_verdict_of_the_gate_is_wrong_as_often_as_its_rule_says(mean: float, reading: str, share: float) -> None:
-    random, tries = np.random.default_rng(0), 2000
-    drawn = random.normal(mean, 0.02 if reading != AS_GOOD else 0.005, size=(tries, 8))
-    found = [verdict(row, np.zeros(8))["reading"] for row in drawn]
-    if reading == WORSE:  # of equal models some are worse, but within the margin
-        found = [WORSE if row.mean() - 2.3646 * row.std(ddof=1) / 8**0.5 > 0 else "" for row in drawn]
-    assert found.count(reading) / tries == pytest.approx(share, abs=0.012)
-
-
 def test_gate_gives_the_costlier_side_fewer_tokens_and_starts_at_a_constant_rate() -> None:
     assert [steps_at_equal_cost(ratio, 2400) for ratio in (1.0, 1.019, 0.981)] == [(2400, 2400)] * 3
     assert [steps_at_equal_cost(ratio, 2400) for ratio in (1.2, 0.5)] == [(2000, 2400), (2400, 1200)]
@@ -91,16 +79,9 @@ def test_gate_gives_the_costlier_side_fewer_tokens_and_starts_at_a_constant_rate
     ("text", "line"),
     [
         ("data: {seed: 5}", "data.seed=5: the gate holds it fixed; an overlay sets model.config, but for vocab_size, seq_len, "),
-        ("model: {config: {moe: {eval_capacity_factor: 2.0}}}", "model.config.moe.eval_capacity_factor=2.0: the gate holds"),
         ("model: {config: {seq_len: 64}}", "model.config.seq_len=64: the gate holds"),
         ("model: {config: '{\"seq_len\": 64}'}", "model.config.seq_len=64: the gate holds"),
-        ("model.train_tokens: 99", "model.train_tokens=99: the gate holds"),
-        ("model: {schedule: {min_lr: 1.0e-4}}", "model.schedule.min_lr=0.0001: the gate holds"),
-        ("trainer: {gradient_clip_val: 0.5}", "trainer.gradient_clip_val=0.5: the gate holds"),
-        ("trainer: {gradient_clip_val: null}", "trainer.gradient_clip_val=None: the gate holds"),
         ("model: {curriculum: {tokens: 9, start: 8}}", "model.curriculum.increment=8: the gate holds"),
-        ("trainer: {max_steps: 9}", "trainer.max_steps=9: the gate holds"),
-        ("model: {optimizer: {lr_scale: {gate: 2.0}}}", "model.optimizer.lr_scale.gate=2.0 ("),
     ],
 )  # fmt: skip
 def test_gate_refuses_an_overlay_of_what_is_held_fixed_by_name(text: str, line: str, tmp_path: Path) -> None:

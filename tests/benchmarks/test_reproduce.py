@@ -84,14 +84,6 @@ def test_campaign_files_are_models_of_the_intended_size(tmp_path: Path) -> None:
                for cell in {cell for question in LARGER for cell in (question.first, question.second)})  # fmt: skip
 
 
-def test_campaign_model_is_that_of_the_code_that_trains(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / CONFIGS, tmp_path / CONFIGS)
-    file = tmp_path / CONFIGS / "moe_16.yaml"
-    file.write_text(file.read_text().replace("num_experts: 16", "num_experts: 2"))
-    campaign = Campaign(tmp_path / "runs", tmp_path / "results.json", "abc", tmp_path, CPU)
-    assert campaign.shape("moe_16").moe.num_experts == 2
-
-
 def test_campaign_refuses_a_folder_of_another_commit_or_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

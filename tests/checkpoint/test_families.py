@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nlgmoe import MoEGPTModule, WarmStart
 from nlgmoe.checkpoint.reading import read_document
@@ -80,36 +80,6 @@ def test_family_of_an_export_is_chosen_by_name(
 
 
 # ---- import
-
-
-def test_import_leaves_out_blocks_that_predict_further_tokens(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "theirs"
-    config = transformers.LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=None,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
-    more = {
-        "model.layers.2.eh_proj.weight": torch.zeros(32, 64),
-        "model.layers.2.mlp.up_proj.weight": torch.zeros(24, 32),
-    }
-    save_file(tensors | more, folder / "model.safetensors")
-    with pytest.raises(
-        ValueError, match=r"has model\.layers\.2\.eh_proj\.weight, which its config\.json does not describe"
-    ):
-        import_model(str(folder), tmp_path / "made.ckpt")
-    values = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
-    (folder / "config.json").write_text(json.dumps(values))
-    main(["import", str(folder), str(tmp_path / "made.ckpt")])
-    said = "without block 2, which predicts further tokens (MTP): 2 tensors, such as model.layers.2.eh_proj.weight"
-    assert said in capsys.readouterr().out.splitlines()
 
 
 def test_quantised_files_are_refused_in_a_line(tmp_path: Path) -> None:

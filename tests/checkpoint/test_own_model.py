@@ -72,15 +72,11 @@ def test_own_model_refuses_other_positions_by_value() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"cache_position": torch.arange(10) + 1}, r"cache_position=\[1, 2, .* is not \[0, 1,"),
         (
             {"cu_seq_lens_q": torch.tensor([0, 5, 20])},
             r"cu_seq_lens_q=\[0, 5, 20\] is not supported: pass position_ids",
         ),
-        ({"seq_idx": torch.arange(10).expand(2, 10)}, "seq_idx=.* is not supported: pass position_ids"),
         ({"is_causal": False}, "is_causal=False is not supported"),
-        ({"output_attentions": True}, "output_attentions=True is not supported"),
-        ({"token_type_ids": torch.zeros(2, 10)}, "token_type_ids="),
         ({"inputs_embeds": torch.zeros(2, 10, 16)}, "pass either input_ids or inputs_embeds"),
         ({"attention_mask": torch.ones(2, 9)}, r"attention_mask is \[2, 9\], not .* \[2, 10\]"),
     ],
@@ -100,17 +96,6 @@ def test_own_model_takes_arguments_that_change_nothing() -> None:
     assert torch.equal(model(IDS, position_ids=PACKED, **described).logits, model(IDS, position_ids=PACKED).logits)
     with pytest.raises(ValueError, match=r"cu_seq_lens_q=.*; by position_ids it is \[0, 10, 20\]"):
         model(IDS, **described)
-
-
-def test_own_model_returns_a_cache_unless_the_configuration_says_otherwise() -> None:
-    model = build()
-    first, whole = model(IDS[:, :6]), model(IDS)
-    assert cache_of(first).get_seq_length() == 6 and cache_of(model(IDS, use_cache=False)) is None
-    torch.testing.assert_close(model(IDS[:, 6:], cache=cache_of(first)).logits, whole.logits[:, 6:])
-    again = cache_of(model(IDS[:, :6]))
-    torch.testing.assert_close(model(IDS[:, 6:], past_key_values=again).logits, whole.logits[:, 6:])
-    assert cache_of(build(use_cache=False)(IDS)) is None
-    assert model(IDS, return_dict=False)[0].shape == (2, 10, 99)
 
 
 def test_own_model_gives_trainers_settings_of_the_balance_loss_or_the_reason() -> None:
@@ -174,27 +159,6 @@ def test_own_model_gives_adapters_of_every_linear_layer_a_gradient() -> None:
         adapter = model.get_submodule(name)
         for part in (adapter.up, adapter.down):
             assert part.weight.grad is not None and bool(part.weight.grad.ne(0).any()), name
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_own_model_runs_with_dynamic_int8_in_every_linear_layer() -> None:
-    model = build(hidden_size=64)
-    expected = model(IDS).logits
-    eight = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    assert not isinstance(eight.lm_head, nn.Linear)
-    assert float((eight(IDS).logits - expected).norm()) < 0.2 * float(expected.norm())
-
-
-def test_own_model_recomputation_refuses_what_it_would_compute_wrongly() -> None:
-    model = build().train()
-    with pytest.raises(ValueError, match="use_reentrant=True is not supported"):
-        model.gradient_checkpointing_enable({"use_reentrant": True})
-    model.gradient_checkpointing_enable()
-    assert cache_of(model(IDS)) is None
-    with torch.no_grad():
-        cache = cache_of(model(IDS[:, :5]))
-    with pytest.raises(ValueError, match="a cache does not go with gradient checkpointing"):
-        model(IDS[:, 5:], cache=cache)
 
 
 @pytest.mark.filterwarnings("ignore")

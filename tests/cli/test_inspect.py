@@ -141,10 +141,7 @@ def on_machine(monkeypatch: pytest.MonkeyPatch, gpu: str | None) -> None:
     ("gpu", "files", "name", "memory", "timed"),  # accelerator: cpu, gpu, auto
     [
         (None, [LAPTOP], "this machine's CPU", MEMORY - RESERVED, False),
-        (None, [LAPTOP, "--gpus=2"], "this machine's CPU", MEMORY // 2 - RESERVED, False),
         (None, CLUSTER, "GPU", None, False),
-        (None, [*CLUSTER[:1], "--gpus=8"], "GPU", None, False),
-        (None, CLUSTER[:1], "this machine's CPU", MEMORY - RESERVED, False),
         ("NVIDIA A100-SXM4-80GB", CLUSTER, "this machine's NVIDIA A100-SXM4-80GB", MEMORY - RESERVED, True),
         ("NVIDIA L4", CLUSTER[:1], "this machine's NVIDIA L4", MEMORY - RESERVED, False),
         ("NVIDIA L4", [LAPTOP], "this machine's CPU", MEMORY - RESERVED, False),

@@ -98,15 +98,11 @@ def without(pattern: object, invert: bool = False) -> pre_tokenizers.PreTokenize
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("normalizer", normalizers.NFKC(), "it has NFKC"),
         ("normalizer", normalizers.Sequence([normalizers.NFC(), normalizers.Strip()]), "it has NFC, Strip"),
-        ("pre_tokenizer", without("<br>"), "it has Split"),
         ("pre_tokenizer", without(Regex("[^q]+"), invert=True), "'ghijklmnopqrst.*' came back as 'ghijklmnoprst"),
         ("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True), "it has ByteLevel with a prefix space"),
         ("model", models.Unigram([("a", 0.0)], byte_fallback=True), "it is a Unigram model"),
         ("model", models.BPE(CHARACTERS, [], byte_fallback=True), "it is a BPE model with byte_fallback"),
-        ("model", models.WordPiece(CHARACTERS), "it is a WordPiece model"),
-        ("model", models.BPE(CHARACTERS, [], end_of_word_suffix="</w>"), "came back as"),
         ("model", models.BPE({EOD: 0, "ab": 1}, []), "its tokens are not those of the byte-level alphabet"),
     ],
     ids=str,

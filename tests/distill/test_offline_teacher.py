@@ -26,7 +26,6 @@ from nlgmoe.distill.teacher_logits import HEADER, POSITION, RECORDS, TeacherLogi
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
-from nlgmoe.validation import RunError
 from tests.support.distillation import SAMPLES, STUDENT, TEACHER, record, trained
 from tests.support.synthetic import NumberedData, SyntheticData
 from tests.support.trainers import SaveAt, trainer
@@ -168,16 +167,6 @@ def test_distillation_resumes_with_the_teacher_it_had(logits: Path, tmp_path: Pa
     assert other.losses != whole.losses[4:]
 
 
-def test_recorded_logits_are_read_by_ranks_for_their_own_samples(logits: Path) -> None:
-    """In any order, a part of each."""
-    recorded = TeacherLogits(logits)
-    ids, log_probs = recorded.read([5, 3, 30], 7)
-    assert ids.shape == (3, 7, 8) and log_probs.shape == (3, 7, 9)
-    for index, sample in enumerate([5, 3, 30]):
-        whole = recorded.read([sample], 16)
-        assert (ids[index] == whole[0][0, :7]).all() and (log_probs[index] == whole[1][0, :7]).all()
-
-
 def die_before(call: int) -> None:
     """Have SIGKILL strike before the so-manieth of the calls by which a recording computes, writes and names things."""
     left = [call]
@@ -216,21 +205,6 @@ def test_recording_killed_anywhere_ends_with_the_same_bytes(
     assert call > 10
 
 
-def test_a_recording_that_has_lost_records_is_not_continued(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(progress: recording.Progress) -> None:
-        if progress.samples == 8:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(recording, "SAMPLES_AT_RISK", 1)
-    with pytest.raises(KeyboardInterrupt):
-        record(teacher, tmp_path, report=stop, samples=12)
-    (tmp_path / RECORDS).unlink()
-    with pytest.raises(RunError, match=r"logits.bin has lost records that .*position.json counts; delete"):
-        record(teacher, tmp_path, samples=12)
-
-
 def test_recording_leaves_a_folder_of_something_else_as_it_is(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / ".gitignore").write_text("*")
     with pytest.raises(ValueError, match="exists already, and holds no teacher's logits"):
@@ -242,8 +216,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, "no teacher's logits at .*; record them with nlgmoe distill-logits"),
     "unfinished": (lambda folder: (folder / POSITION).touch(), "is not finished; run the"),
     "cut off": (lambda folder: os.truncate(folder / RECORDS, 1000), r"logits.bin has 1,000 bytes, not "),
-    "no records": (lambda folder: (folder / RECORDS).unlink(), r"logits.bin is missing: it is damaged; delete"),
-    "header": (lambda folder: os.truncate(folder / HEADER, 100), r"header.json is damaged \(.*\); delete"),
 }
 
 

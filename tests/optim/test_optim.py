@@ -96,9 +96,7 @@ def test_constant_and_wsd_schedules_by_hand() -> None:
         {"shape": "Cosine", "decay_tokens": 100},
         {"shape": "cosine", "warmup_tokens": 10, "decay_tokens": 10},
         {"shape": "constant", "decay_tokens": 10},
-        {"shape": "constant", "min_lr": 0.1},
         {"shape": "wsd", "decay_tokens": 100, "cooldown_tokens": 200},
-        {"shape": "cosine", "decay_tokens": 100, "cooldown_tokens": 20},
     ],
 )
 def test_schedule_refuses_contradictory_settings(settings: dict) -> None:
@@ -125,28 +123,17 @@ def test_curriculum_has_the_lengths_of_the_tutorial(tokens: int, expected: int) 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SequenceCurriculum(tokens=0), "tokens=0 must be at least 1"),
         (lambda: SequenceCurriculum(tokens=True), "tokens=True must be of the type int"),
         (lambda: SequenceCurriculum(tokens=1000.5), "tokens=1000.5 must be of the type int"),  # type: ignore[arg-type]
         (lambda: SequenceCurriculum(1, start=84), "start=84 must be a multiple of increment=8: set it to 80 or 88"),
         (lambda: AdamWConfig(lr=0.0), "lr=0.0"),
-        (lambda: AdamWConfig(betas=(0.9, 1.0)), "betas="),
-        (lambda: AdamWConfig(weight_decay=-0.1), "weight_decay=-0.1"),
         (lambda: AdamWConfig(lr_scale={"gate": 2.0}), "gate=2.0 in lr_scale names no component; use router, experts, "),
         (lambda: AdamWConfig(lr_scale={"router": 0.0}), "router=0.0 in lr_scale must be above 0 and finite"),
-        (lambda: AdamWConfig(lr_scale={"router": math.inf}), "router=inf in lr_scale must be above 0 and finite"),
-        (lambda: AdamWConfig(lr_scale={"router": math.nan}), "router=nan in lr_scale must be above 0 and finite"),
-        (
-            lambda: AdamWConfig(lr_scale={"router": "x"}),
-            r"lr_scale=\{'router': 'x'\} must be of the type dict\[str, float\]",
-        ),  # type: ignore[dict-item]
         (
             lambda: AdamWConfig(lr_scale={"norms": 2.0}, frozen=("norms",)),
             "norms=2.0 in lr_scale has no effect on what is frozen",
         ),
         (lambda: MuonConfig(momentum=1.0), "momentum=1.0 must be in"),
-        (lambda: MuonConfig(ns_steps=0), "ns_steps=0 must be between 1 and 99"),
-        (lambda: MuonConfig(adjust_lr="spectral"), "adjust_lr='spectral' must be of the type"),  # type: ignore[arg-type]
     ],
 )
 def test_curriculum_and_optimizer_refuse_impossible_settings(build: Callable[[], Any], message: str) -> None:

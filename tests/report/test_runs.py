@@ -94,8 +94,6 @@ def test_missing_files_of_a_run_are_named(tmp_path: Path) -> None:
     ("name", "text", "reason"),
     [
         ("metrics.csv", "step,train/loss\n0,1.5\n2,x\n", "could not convert string to float: 'x'"),
-        ("expert_load.csv", "step,moe_layer,expert_0\n1,0,?\n", "could not convert"),
-        ("summary.json", "[1]", "no settings by name"),
         ("config.yaml", "model: [", "while parsing"),
         ("specialisation.safetensors", "x", "validate the run again"),
     ],

@@ -98,7 +98,6 @@ class Refusing(AttentionConfig):
     [
         ("nlgmoe.MLAConfig", "'v_head_dim'); give a function that makes one, or a configuration that names it"),
         (f"{__name__}.Refusing", "Refusing takes no model of width 16 with 4 heads: hidden_size=16: too narrow"),
-        ("nlgmoe.MoEConfig", "makes a MoEConfig; give a RouterConfig, ExpertConfig, AttentionConfig or nn.Module"),
     ],
 )
 def test_check_answers_a_wrong_target_with_one_line(
