@@ -17,7 +17,7 @@ from benchmarks.gate import page
 from benchmarks.gate.__main__ import main as gate
 from benchmarks.gate.__main__ import seeds_of
 from benchmarks.gate.candidate import Side, check, costs, memory, read_candidate
-from benchmarks.gate.runs import Run, series, train
+from benchmarks.gate.runs import series
 from benchmarks.gate.verdict import AS_GOOD, BETTER, UNRESOLVED, WORSE, steps_at_equal_cost, verdict
 from benchmarks.reproduce.campaign import CPU, TINY
 from docs.examples.cosine_router import CosineRouter, CosineRouterConfig
@@ -91,26 +91,6 @@ def test_gate_refuses_an_overlay_of_what_is_held_fixed_by_name(text: str, line: 
     assert line in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_gate_takes_classes_of_three_kinds_and_overlays(tmp_path: Path) -> None:
-    found = read_candidate("docs.examples.hash_router.HashRouterConfig", None, CPU)
-    assert (
-        found.name == "HashRouterConfig" and found.config.moe.token_dropping
-    )  # its default, which the router does not read
-    assert (
-        type(read_candidate("nlgmoe.layers.feed_forward.SwiGLUNetwork", "x", CPU).config.moe.expert).__name__
-        == "SwiGLUNetwork"
-    )
-    assert read_candidate("nlgmoe.layers.attention.MultiHead", "y", CPU).config.attention is not None
-    (tmp_path / "slow.yaml").write_text("model: {optimizer: {lr: 1.0e-3}}")
-    (tmp_path / "dense.yaml").write_text("model: {config: {moe: null}}")
-    assert read_candidate(str(tmp_path / "dense.yaml"), None, CPU).config.moe is None
-    slow = read_candidate(str(tmp_path / "slow.yaml"), None, CPU)
-    assert (slow.name, slow.learning_rate, found.learning_rate) == ("slow", 1e-3, pytest.approx(0.00599, abs=1e-5))
-    for text, name in (("nlgmoe.GPTConfig", None), ("hash", None), (str(tmp_path / "slow.yaml"), "baseline")):
-        with pytest.raises(SettingError):
-            read_candidate(text, name, CPU)
-
-
 def test_gate_runs_no_candidate_that_fails_a_property_or_needs_too_much_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -122,20 +102,6 @@ def test_gate_runs_no_candidate_that_fails_a_property_or_needs_too_much_memory(
     monkeypatch.setattr(candidates, "available_memory", lambda: 10**9)
     with pytest.raises(SettingError, match=r"--jobs=2: 1.\d GB predicted for 2 runs of baseline, 1.0 GB available"):
         memory(BASELINE, 2)
-
-
-def test_gate_ends_at_a_failed_run(tmp_path: Path) -> None:
-    commands: list[list[str]] = []
-
-    def run(words: list[str], log: Path, tree: Path) -> int:
-        commands.append(words)
-        log.write_text("...\nerror: step 12: the loss is nan")
-        return 1
-
-    lines = [[Run(replace(BASELINE, home=tmp_path), seed, 20)] for seed in range(1, 9)]
-    with pytest.raises(RunError, match=r"baseline: seed. ended with exit code 1: error: step 12: the loss is nan"):
-        train(lines, 1, run)
-    assert len(commands) == 1
 
 
 def test_gate_names_a_loss_that_is_not_finite_in_one_line(

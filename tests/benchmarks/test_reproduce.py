@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from filelock import FileLock
 
-from benchmarks.reproduce.__main__ import main as reproduce
 from benchmarks.reproduce.campaign import CONFIGS, CPU, TINY, Campaign, best_rate
 from benchmarks.reproduce.cells import GROWTH, WIDER, Cell
 from benchmarks.reproduce.questions import AGREES, DIFFERS, LARGER, QUESTIONS, UNRESOLVED, readings, runs_of
@@ -82,20 +80,6 @@ def test_campaign_files_are_models_of_the_intended_size(tmp_path: Path) -> None:
     assert 2 < standard / pyramid < 3
     assert all(active[cell.config] == pytest.approx(2 * active[cell.config.removesuffix("_2x")], rel=0.1)
                for cell in {cell for question in LARGER for cell in (question.first, question.second)})  # fmt: skip
-
-
-def test_campaign_refuses_a_folder_of_another_commit_or_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    results = tmp_path / "results.json"
-    results.write_text('{"commit": "0123456789abc"}')
-    (tmp_path / "code-9876543210").mkdir()
-    arguments = ["reproduce", f"--out={tmp_path}", f"--results={results}"]
-    monkeypatch.setattr("sys.argv", arguments)
-    with pytest.raises(SystemExit, match="has runs of code-9876543210, not of code-0123456789; name another --out"):
-        reproduce()
-    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit, match="another process works in"):
-        reproduce()
 
 
 def test_campaign_puts_a_run_after_those_that_it_goes_on_from() -> None:

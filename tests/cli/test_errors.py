@@ -68,7 +68,9 @@ class Place:
         return f"--config={self.folder / 'bad.yaml'}"
 
     def filled(self, text: str) -> str:
-        return text.replace("FOLDER", str(self.folder)).replace("LAST", str(self.last))
+        return (
+            text.replace("FOLDER", str(self.folder)).replace("LAST", str(self.last)).replace("RUN", str(self.trained))
+        )
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,7 @@ def place(trained: Place, tmp_path: Path) -> Place:
     return Place(trained.trained, trained.data, tmp_path)
 
 
+LAPTOP = "configs/pr_moe/laptop.yaml"
 CALLBACK = "yaml: trainer: {{callbacks: [{{class_path: nlgmoe.callbacks.{}, init_args: {{{}}}}}]}}"
 # What follows `fit` or `validate` of the base, the text of a further file (`yaml: `), or a whole command; a part of the line.
 WRONG = {
@@ -165,6 +168,42 @@ WRONG = {
     ),
     "misspelt option": ("nlgmoe prepare-data --data_dri=x", "unknown option --data-dri; did you mean --data-dir?"),
     "misspelt name": ("nlgmoe configs copy quickstrt.yaml", "did you mean quickstart.yaml?"),
+    "prompt too long": ("nlgmoe generate LAST --prompt=" + "queen-" * 40, "with seq_len=16 the model reads at most 15"),
+    "no such device": ("nlgmoe generate LAST --prompt=a --device=abacus", "device=abacus cannot be used"),
+    "nothing to check": (
+        "nlgmoe check configs/dense/laptop.yaml",
+        "laptop.yaml has no MoE layer and names no attention; set",
+    ),
+    "no layer": (
+        "nlgmoe check torch.nn.Identity",
+        "torch.nn.Identity makes a module without the attribute hidden_size",
+    ),
+    "half a layer": (
+        "nlgmoe check nlgmoe.MLAConfig",
+        "'v_head_dim'); give a function that makes one, or a configuration",
+    ),
+    "too many blocks": (
+        f"nlgmoe student {LAPTOP} --num-layers=6",
+        "num_layers=6 must be at least 1 and below the teacher's 6",
+    ),
+    "other blocks": (
+        f"nlgmoe student {LAPTOP} --num-layers=5 --blocks=lower",
+        "blocks=lower is not influence, even, upper,",
+    ),
+    "two ends": (f"nlgmoe student {LAPTOP} --num-layers=5 --step=5 --fraction=0.5", "fraction=0.5; give one of them"),
+    "no run folder": ("nlgmoe report FOLDER", "is no run folder: it has no metrics.csv, summary.json or config.yaml"),
+    "no page": (
+        "nlgmoe report RUN --output RUN/metrics.csv",
+        "metrics.csv is not a name of a page; let it end in .html",
+    ),
+    "no shard": (
+        "nlgmoe prepare-data --input=RUN --output=FOLDER/own --shard=5/4",
+        "shard=5/4 is not I/N with I from 1 to N",
+    ),
+    "a tokenizer of one shard": (
+        "nlgmoe prepare-data --input=RUN --output=FOLDER/own --shard=1/4 --vocab-size=300",
+        "shard=1/4 takes a tokenizer that all shards share; train it first",
+    ),
     "option twice": (
         "nlgmoe evaluate x --output=x --output y",
         "--output is given more than once, and only one of them would count; give it once",

@@ -166,14 +166,3 @@ def test_inspect_without_hardware_judges_by_this_machine(
     for part in ("params", "flops_per_token", "communication"):
         assert found[part] == named[part]
     assert found["memory"] | {"available": 0} == named["memory"] | {"available": 0}
-
-
-def test_inspect_says_what_is_not_known_of_this_machine(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    on_machine(monkeypatch, None)
-    large, *cluster = (str(ROOT / path) for path in ("configs/moe/1.3b_moe_128.yaml", *CLUSTER))
-    text = inspect(capsys, large)
-    assert "step time              predicted only with --hardware v100-32, " in text and "tokens/s" not in text
-    assert "of the 62.00 GiB available on this machine's CPU\noptions " in text
-    assert "fits v100-32, a100-40, a100-80, h100, h200; this machine has no accelerator" in inspect(capsys, *cluster)

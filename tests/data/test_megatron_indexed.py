@@ -12,7 +12,7 @@ import pytest
 
 from nlgmoe import PileDataModule
 from nlgmoe.data import IndexedWriter, MegatronIndexed
-from nlgmoe.data.chained import ChainedTokens, Piece
+from nlgmoe.data.chained import ChainedTokens
 from nlgmoe.data.megatron_indexed import split_documents
 from nlgmoe.data.prefix import Sidecar, describe
 from nlgmoe.data.samples import EvaluationSource, PackedSource
@@ -264,20 +264,6 @@ def test_index_is_checked_as_a_whole_by_one_process_per_node(write: Write, open_
     with pytest.raises(ValueError, match=r"pile\.idx is damaged: sequence 3 has"):
         data.prepare_data()
     data.corpus.open(data.data_dir, data._named_tokenizer())  # headers, sizes and a sample alone: no rank reads it all
-
-
-def test_slice_of_prefixes_is_that_of_the_whole(tmp_path: Path) -> None:
-    whole, pieces = [], []
-    for number, (first, length) in enumerate([(0, 3), (2, 0), (1, 1), (4, 5)]):
-        content = np.arange(10, dtype=np.int32) + 10 * number
-        content.tofile(tmp_path / str(number))
-        whole += content[first : first + length].tolist()
-        pieces.append(Piece(tmp_path / str(number), first, length))
-    chained = ChainedTokens(pieces, np.dtype(np.int32), {})
-    for start in range(-1, 11):
-        for stop in (None, *range(-2, 12)):
-            assert chained[start:stop].tolist() == whole[start:stop]
-    assert [chained.first(count)[:].tolist() for count in range(11)] == [whole[:count] for count in range(11)]
 
 
 def test_prefix_pattern_reads_all_shards_or_names_the_missing_one(

@@ -3,13 +3,10 @@
 import json
 import multiprocessing
 import os
-import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -33,7 +30,6 @@ from nlgmoe.data.documents import Fields
 from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.samples import Sample
 from nlgmoe.data.sampling import TrainingSampler
-from nlgmoe.data.source_files import DataFile
 from nlgmoe.data.streaming import prepared_files
 from nlgmoe.data.streaming import streams as streams_module
 from nlgmoe.data.streaming.streams import Cursor, Cursors, Stream, StreamConfig, StreamedSource, Window
@@ -415,32 +411,6 @@ def test_stream_evaluates_the_first_documents_of_each_domain(open_corpus: Open) 
     assert data.unigram_entropy() > 0 and set(data.xz_bits_per_byte()) == {"domain 1", "other", "all"}
 
 
-def test_tokenizer_sample_of_a_stream_has_the_shares_of_all_files(
-    open_corpus: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a file for each domain, one with long documents."""
-    texts = [
-        [f"{i} {' '.join(random.Random(i).choices(WORDS, k=words))}" for i in range(count)]
-        for words, count in ((400, 40), (10, 400))
-    ]
-    for i in range(6):
-        records = [{"text": text, "meta": {"name": f"domain {i % 2}"}} for text in texts[i % 2]]
-        path = tmp_path / "pile/grouped" / f"{i}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    options = {"data_files": {"train": "grouped/*.jsonl", "validation": "val.jsonl.zst"}}
-
-    def sizes(evaluation_tokens: int) -> np.ndarray:  # each number has a cache of its own
-        data = open_corpus(**options, evaluation_tokens=evaluation_tokens)
-        return np.array([len(tokens) for tokens in tokens_of(data, "train")])
-
-    whole = sizes(60)
-    monkeypatch.setattr(prepared_files, "TRAINING_BYTES", 25_000)
-    part = sizes(61)
-    assert part.sum() < whole.sum() / 3 and whole[2] == part[2] == 0
-    assert part[0] / part.sum() == pytest.approx(whole[0] / whole.sum(), abs=0.05)
-
-
 def test_stream_ends_its_search_for_an_absent_domain(
     open_corpus: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -478,28 +448,6 @@ def test_streamed_files_are_hashed_once_and_without_the_lock(
     assert open_corpus().fingerprint() != first and len(hashed) == 1 + 5  # another number of pieces for each
 
 
-def test_streamed_files_on_the_hub_are_listed_again_only_for_another_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str | None] = []
-
-    def dataset_info(self: Any, path: str, revision: str | None) -> Any:
-        asked.append(revision)
-        return SimpleNamespace(sha="c" * 40)
-
-    def list_files(*arguments: Any) -> Any:
-        raise SettingError("listed again")
-
-    monkeypatch.setattr(prepared_files.HfApi, "dataset_info", dataset_info)
-    monkeypatch.setattr(prepared_files, "_find_by_datasets", list_files)
-    known = {"train": [DataFile(f"hf://datasets/owner/name@{'c' * 40}/train/00.jsonl", 5)]}
-    for revision in (None, "main", "c" * 40):
-        assert prepared_files.find_files("owner/name", None, revision, known) == known
-    assert asked == [None, "main"]
-    for path, revision in (("owner/name", "d" * 40), ("owner/other", None)):
-        known["train"][0] = replace(known["train"][0], path=f"hf://datasets/owner/name@{'e' * 40}/train/00.jsonl")
-        with pytest.raises(SettingError, match="listed again"):
-            prepared_files.find_files(path, None, revision, known)
-
-
 def test_stream_reads_an_object_store_like_a_folder(open_corpus: Open, tmp_path: Path) -> None:
     store = fsspec.filesystem("memory")
     for file in (tmp_path / "pile").rglob("*.zst"):
@@ -513,14 +461,6 @@ def test_stream_reads_an_object_store_like_a_folder(open_corpus: Open, tmp_path:
     store.pipe("/bucket/train/00.jsonl.zst", (tmp_path / "pile/train/01.jsonl.zst").read_bytes())
     with pytest.raises(ValueError, match=r"these differ: .*corpus\.00\.jsonl\.zst"):
         open_corpus(path="memory://bucket").load_state_dict(before)
-    with pytest.raises(
-        SettingError, match=r"path=memory://bucket has no files for validation: name them in data_files"
-    ):
-        open_corpus(path="memory://bucket", data_files={"train": "train/*", "validation": "absent/*"})
-    with pytest.raises(
-        SettingError, match=r"other://bucket/t\*\.jsonl cannot be read here \(.*; give paths, or addresses"
-    ):
-        open_corpus(path="other://bucket", data_files={"train": "t*.jsonl", "validation": "val.jsonl"})
 
 
 def test_stream_ends_at_bad_data_with_one_line_from_workers_too(

@@ -1,4 +1,3 @@
-import errno
 import json
 import os
 from pathlib import Path
@@ -7,13 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 
 from nlgmoe.data.byte_level import BYTE_OF
-from nlgmoe.data.corpus import build_lock
 from nlgmoe.data.pocket.tokenizers import load_tokenizer
 from nlgmoe.data.tokenizer import EOD, Tokenizer
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe, train_tokenizer
@@ -291,15 +288,3 @@ def test_end_of_document_token_is_named_by_the_models_settings() -> None:
         assert (entry in tokenizer.stop_ids) == (name == "generation_config.json")
     with pytest.raises(ValueError, match="has no end-of-document token"):
         Tokenizer.from_files({"tokenizer.json": text}, "unnamed")
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EROFS])
-def test_tokenizer_is_built_on_a_file_system_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    def refuse(*arguments: object, **options: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(FileLock, "acquire", refuse)
-    with build_lock(tmp_path / "data"):
-        assert (tmp_path / "data").is_dir()

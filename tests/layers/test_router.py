@@ -119,21 +119,6 @@ def test_a_token_chooses_within_its_best_groups(
     expect(routing.weight[0], (weight / (weight.sum() if top_k > 1 else sum(SIX))).tolist())
 
 
-def test_groups_exclude_experts_outside_where_those_within_have_probability_0() -> None:
-    logits = torch.full((1, 8), -2000.0)
-    logits[0, 5] = 0
-    for top_k in (2, 3):
-        router = TopKRouter(replace(PLAIN, num_experts=8, top_k=top_k, groups=[2, 1]), 8, 8, block=0)
-        torch.nn.init.eye_(router.weight)
-        assert router(logits).expert.min() >= 4
-
-
-def test_groups_respect_the_capacity() -> None:
-    config = replace(PLAIN, num_experts=6, top_k=2, groups=[3, 1], train_capacity_factor=1.5)  # a capacity of 1
-    routing = route(config, [SIX, SIX])
-    assert routing.expert.tolist() == [[1, 0]] * 2 and routing.kept.tolist() == [[True, True], [False, False]]
-
-
 @pytest.mark.parametrize(
     "config",
     [

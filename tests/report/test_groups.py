@@ -10,7 +10,6 @@ import pytest
 import yaml
 from scipy import stats
 
-from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.tools.report.groups import chart, group_runs, table
 from nlgmoe.tools.report.page import page
 from nlgmoe.tools.report.runs import read_runs
@@ -126,20 +125,6 @@ def test_losses_of_other_tokens_are_named(runs: list[Path]) -> None:
     assert f"{words}data.micro_batch_size and data.tokenizer and trainer.limit_val_batches differ.<" in page(
         read_runs(runs)
     )
-
-
-def test_tokenizer_under_two_paths_is_one(runs: list[Path], tmp_path: Path) -> None:
-    """That of a data folder by its name, and a checkpoint's copy."""
-    words, tokenizer = "may not be comparable", train_byte_level_bpe(iter(["the king"] * 3), 270)
-    for folder in ("tokenizers/pocket-1k", "copy.ckpt"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "tokenizer.json").write_text(tokenizer.to_str())
-    for run in runs:
-        change(run, "data", tokenizer="pocket-1k", data_dir=str(tmp_path))
-    change(runs[0], "data", tokenizer=str(tmp_path / "copy.ckpt"))
-    assert words not in page(read_runs(runs))
-    (tmp_path / "copy.ckpt/tokenizer.json").write_text(train_byte_level_bpe(iter(["queen"] * 3), 270).to_str())
-    assert words in page(read_runs(runs))
 
 
 def test_groups_refuse_runs_that_cannot_be_compared(runs: list[Path], tmp_path: Path) -> None:
