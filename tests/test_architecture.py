@@ -153,7 +153,7 @@ def test_class_paths_of_yaml_files_and_docs_resolve() -> None:
 
 
 FROM = re.compile(r"^ *from ((?:tests|benchmarks)\S*) import \(?\s*(.*)", re.MULTILINE)
-NAMES = re.compile(r"\b(?:tests|benchmarks)(?:\.\w+)+")
+NAMES = re.compile(r"(?:[\"']|^ *import )((?:tests|benchmarks)(?:\.\w+)+)", re.MULTILINE)
 
 
 def test_tests_and_benchmarks_share_the_support_package_alone() -> None:
@@ -161,7 +161,7 @@ def test_tests_and_benchmarks_share_the_support_package_alone() -> None:
     for file in (file for part in ("tests", "benchmarks") for file in (ROOT.parent / part).rglob("*.py")):
         *folder, name = file.relative_to(ROOT.parent).with_suffix("").parts
         text, own = file.read_text(), ".".join([*folder, name])  # its own classes are named in settings
-        known = {"tests.support", ".".join(folder[:2])} - {"tests"}
+        known = {"tests.support", ".".join(folder[:2]) if folder[0] == "tests" else "benchmarks"} - {"tests"}
         known |= {"benchmarks"} if folder == ["tests", "benchmarks"] else set()
         used = {f"{module}.{one}" for module, names in FROM.findall(text) for one in names.split(", ")}
         for one in used | set(NAMES.findall(text)):
