@@ -40,6 +40,16 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
         3.35,
     ),
     "mixtral": ({}, 46.70, 12.88),  # Mixtral-8x7B
+    "deepseek_v3, Moonlight-16B-A3B": (
+        HUB
+        | {"vocab_size": 163_840, "hidden_size": 2048, "intermediate_size": 11_264, "moe_intermediate_size": 1408}
+        | {"num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 2}
+        | {"n_routed_experts": 64, "routed_scaling_factor": 2.446, "q_lora_rank": None, "n_group": 1, "topk_group": 1}
+        | {"num_experts_per_tok": 6, "first_k_dense_replace": 1, "max_position_embeddings": 8192}
+        | {"rope_theta": 50_000.0, "rms_norm_eps": 1e-5},
+        15.96,
+        2.91,
+    ),
     "deepseek_v3": (  # DeepSeek-V3, without the block that predicts a further token
         HUB | {"max_position_embeddings": 163_840, "rope_theta": 10_000.0, "rope_scaling": HUB_YARN},
         671.03,
@@ -81,6 +91,13 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
         | GRANITE_3,
         1.33,
         0.43,
+    ),
+    "granitemoe, 3B": (  # granite-3.0-3b-a800m
+        {"vocab_size": 49_155, "hidden_size": 1536, "intermediate_size": 512, "num_hidden_layers": 32}
+        | {"num_attention_heads": 24, "num_key_value_heads": 8, "num_local_experts": 40, "num_experts_per_tok": 8}
+        | GRANITE_3,
+        3.3,
+        0.88,
     ),
     "granitemoeshared": (  # the shape of granite-3.0-3b-a800m, and a shared MLP: no published model's settings were at hand
         {"vocab_size": 49_155, "hidden_size": 1536, "intermediate_size": 512, "num_hidden_layers": 32}
