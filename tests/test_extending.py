@@ -1,7 +1,5 @@
 """Routers, experts and attentions in a user's own files: trained, resumed, read, and refused where they are not known."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """`make gate` at its smallest, its rule on differences computed by hand and drawn, and what it refuses."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, replace
 from functools import partial

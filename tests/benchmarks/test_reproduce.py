@@ -1,7 +1,5 @@
 """`make reproduce` at its smallest, and its readings of losses that were made up."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
@@ -11,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.reproduce.campaign import CONFIGS, CPU, TINY, Campaign, best_rate
+from benchmarks.reproduce.campaign import CONFIGS, CPU, TINY, Campaign
 from benchmarks.reproduce.cells import GROWTH, WIDER, Cell
 from benchmarks.reproduce.questions import AGREES, DIFFERS, LARGER, QUESTIONS, UNRESOLVED, readings, runs_of
 from benchmarks.reproduce.readings import MISSING, answers, cost_at_equal_loss
@@ -88,12 +86,6 @@ def test_campaign_puts_a_run_after_those_that_it_goes_on_from() -> None:
     for place, (cell, seed) in enumerate(runs):
         needed = [cell.trunk, Cell("pr_moe") if cell.distilled else None]
         assert all(one is None or (one, seed) in runs[:place] for one in needed)
-
-
-def test_the_best_learning_rate_is_the_minimum_of_a_parabola() -> None:
-    rates = (1.0, 2.0, 4.0)
-    assert best_rate(rates, [(np.log(rate) - 0.9) ** 2 for rate in rates]) == pytest.approx(np.exp(0.9))
-    assert best_rate(rates, [3, 2, 1]) == 4.0 and best_rate(rates, [1, 2, 1.5]) == 1.0
 
 
 def made_up(pairs: int = 16, **losses: float) -> dict[str, Any]:

@@ -69,8 +69,6 @@ def test_expert_load_statistics_by_hand() -> None:
 
 
 class Routings(Callback):
-    """All routings of a run, and what was logged after each step."""
-
     def __init__(self) -> None:
         self.seen: list[list[Routing]] = []
         self.logged: list[dict[str, float]] = []

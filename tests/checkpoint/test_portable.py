@@ -35,7 +35,6 @@ SAVED_AFTER = [9, 11, 12]  # micro-batches; 9: the end of a step; 11: within one
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder, Trainer]:
-    """A run that is saved after each of `SAVED_AFTER`."""
     folder, recorder = tmp_path_factory.mktemp("saved"), Recorder()
     saves = [SaveAt(micro_batch, folder / f"{micro_batch}.ckpt") for micro_batch in SAVED_AFTER]
     return folder, recorder, fit(folder, recorder, *saves)

@@ -1,7 +1,5 @@
 """Pruning: which experts stay, that nothing else changes, and that a run heals the result with the whole model as teacher."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every mistake ends as one line that says what to change, and with the exit code of its kind."""
 
-from __future__ import annotations
-
 import errno
 import json
 import re
@@ -196,6 +194,7 @@ WRONG = {
         "nlgmoe report RUN --output RUN/metrics.csv",
         "metrics.csv is not a name of a page; let it end in .html",
     ),
+    "a script for its words": ("nlgmoe from-megatron run.sh", "unrecognized arguments: run.sh"),
     "no shard": (
         "nlgmoe prepare-data --input=RUN --output=FOLDER/own --shard=5/4",
         "shard=5/4 is not I/N with I from 1 to N",
@@ -348,8 +347,6 @@ def test_a_bug_ends_with_its_traceback(place: Place, monkeypatch: pytest.MonkeyP
 
 
 class Broken(Dataset):
-    """Raises in the process that loads it."""
-
     def __getitem__(self, index: int) -> None:
         raise RunError("sample 0 is damaged;\n  make the corpus anew")
 

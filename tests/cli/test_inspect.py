@@ -128,7 +128,6 @@ MEMORY = 64 * 2**30  # of the machine in the tests below
 
 
 def on_machine(monkeypatch: pytest.MonkeyPatch, gpu: str | None) -> None:
-    """Make this machine one with a GPU of this name, or without."""
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": MEMORY // 4096}
     monkeypatch.setattr("nlgmoe.tools.planner.machine.os.sysconf", pages.__getitem__)
     monkeypatch.setattr("nlgmoe.tools.planner.machine.default_device", lambda: "cuda" if gpu else "cpu")

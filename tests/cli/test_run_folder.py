@@ -1,7 +1,5 @@
 """What a run records of its starts, and where its checkpoints go, whatever loggers and callbacks a configuration names."""
 
-from __future__ import annotations
-
 import json
 import socket
 from pathlib import Path

@@ -72,8 +72,6 @@ def test_ramp_up_has_the_same_samples_on_any_ranks_and_resumes_in_its_middle(
 
 
 class Steps(lightning.Callback):
-    """Records after which micro-batch of the fit a step was taken, and when validation ran."""
-
     def __init__(self) -> None:
         self.micro_batches, self.steps, self.validated = 0, [0], []  # type: ignore[var-annotated]
 

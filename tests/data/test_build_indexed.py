@@ -288,22 +288,6 @@ def test_own_text_is_prepared_and_trained_on_with_its_own_tokenizer(tmp_path: Pa
     assert f"training   1 documents, {tokens[0]:,} tokens" in out and f" 1 documents, {tokens[1]:,} tokens" in out
 
 
-def test_build_cuts_a_single_text_into_documents_of_bounded_size(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr("nlgmoe.commands.prepare_text.PIECE_BYTES", 100)
-    (tmp_path / "text.txt").write_text("reading books\n" * 800)
-    main(
-        [
-            "prepare-data",
-            "--vocab-size=280",
-            f"--input={tmp_path}/text.txt",
-            f"--output={tmp_path}/cut",
-            "--domain=prose",
-        ]
-    )
-    assert '"domain": "prose"' in (tmp_path / "cut.json").read_text()
-    assert "documents  89\n" in capsys.readouterr().out  # of 9 lines each; without the bound there would be 20
-
-
 @pytest.mark.parametrize(
     ("lengths", "held_out", "split"),
     [([1100] * 200, 4, [196, 4, 0]), ([1100] * 200, 0, [198, 2, 0]), ([90, 5, 5], 1, [1, 2, 0])],

@@ -235,8 +235,6 @@ def test_stream_reads_a_block_and_tokenises_less_to_resume(
 
 
 class NotStreamed:
-    """Samples without a cursor."""
-
     seq_len = SEQ_LEN
 
     def sample(self, index: int) -> Sample:
@@ -522,31 +520,6 @@ def test_stream_of_ids_is_trained_on_as_their_text_is(
         source = opened.training_source(SEQ_LEN, 1)
         loaded.append(([source.sample(i)["targets"].tolist() for i in range(30)], evaluated[0].tolist()))
     assert loaded[0] == loaded[1]
-
-
-def test_stream_reads_special_tokens_on_request_alone(tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Neither their tokens nor their runs are mixed with those of the names as text."""
-    name = tokenizer.decode([tokenizer.eod_id])
-    texts = {split: [f"{text}{name}." for text in make_texts(40, split)] for split in ("train", "validation")}
-    for split in texts:
-        write(tmp_path / f"{split}.jsonl", texts[split])
-    ends, fingerprints = {}, []
-    for mode in ("text", "read"):
-        corpus = StreamedText(str(tmp_path), num_streams=3, special_tokens=mode)  # type: ignore[arg-type]
-        corpus.prepare(tmp_path / "built", str(tiny_corpus / "tokenizer"))
-        opened = corpus.open(tmp_path / "built", str(tiny_corpus / "tokenizer"))
-        evaluated = opened.evaluation_tokens("validation")
-        assert evaluated is not None
-        source = opened.training_source(SEQ_LEN, 1)
-        trained = torch.cat([source.sample(number)["targets"] for number in range(60)])
-        ends[mode] = [int((evaluated[0] == tokenizer.eod_id).sum()), int((trained == tokenizer.eod_id).sum())]
-        fingerprints.append(opened.fingerprint)
-    assert (
-        ends["text"][0] == 40
-        and ends["read"][0] == 40 + "".join(texts["validation"]).count(name)
-        and ends["read"][1] > 1.5 * ends["text"][1] > 0
-    )
-    assert fingerprints[1] == fingerprints[0] | {"special_tokens": "read"}
 
 
 def test_stream_refuses_ids_of_another_tokenizer(tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:

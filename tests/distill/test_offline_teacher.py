@@ -44,22 +44,16 @@ def logits(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Longer(NumberedData):
-    """Another corpus."""
-
     def fingerprint(self) -> dict[str, str | int]:
         return super().fingerprint() | {"corpus": "a longer walk"}
 
 
 class Unnumbered(SyntheticData):
-    """The same samples, without their numbers."""
-
     def fingerprint(self) -> dict[str, str | int]:
         return NumberedData().fingerprint()
 
 
 class Losses(Callback):
-    """Of each micro-batch all, and of each step the distillation loss where there is one."""
-
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.distilled: list[float] = []

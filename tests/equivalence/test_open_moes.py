@@ -79,7 +79,6 @@ def test_logits_show_a_wrong_name_order_scale_or_epsilon(name: str, tmp_path: Pa
 
 
 def broken_logits(model: GPT, fault: Fault) -> Tensor:
-    """The logits of a model with a fault."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     broken = GPT(fault(model.config, state)).eval()
     broken.load_state_dict({name: state[name] for name in broken.state_dict()})  # a fault may lack biases

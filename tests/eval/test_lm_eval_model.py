@@ -66,7 +66,6 @@ PAIRS = [
 
 
 def exported(gpt: GPT, folder: Path) -> HFLM:
-    """Return lm-eval's `hf` model of an exported folder."""
     entries = split_experts(gpt.state_dict())
     write_weights(folder / "a.ckpt", entries.__getitem__, gpt.config, TOKENIZER.files)
     export(folder / "a.ckpt", folder / "exported")

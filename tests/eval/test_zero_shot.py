@@ -36,7 +36,6 @@ def lm() -> EvaluatedGPT:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `prepare-eval` writes it."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "piqa.jsonl").write_text("".join(json.dumps(each) + "\n" for each in PIQA))
     write_task(folder / "piqa.yaml", "piqa", "piqa/piqa.yaml")

@@ -57,7 +57,6 @@ def router_of(moe: MoEConfig, layer: int = 1, **settings: Any) -> Any:
 
 
 def gated(moe: MoEConfig, logits: list[list[float]], context: RoutingContext = RoutingContext()) -> Routing:  # noqa: B008
-    """Route by a gate that is the identity."""
     table = torch.tensor(logits, dtype=torch.float64)
     router = router_of(moe, hidden_size=table.shape[1], num_heads=1).double()
     torch.nn.init.eye_(router.weight)

@@ -195,7 +195,6 @@ CURRICULUM = '{"curriculum_learning": {"enabled": true, "curriculum_type": "seql
 
 
 def configured(flags: str, config: str, folder: Path) -> list[str]:
-    """A launch with a DeepSpeed configuration."""
     (folder / "c.json").write_text(config)
     return launched(f"{flags} --deepspeed_config {folder / 'c.json'}")
 

@@ -19,7 +19,6 @@ LENGTHS = [[3, 8, 1, 12], [24, 0, 0, 0]]  # of the documents in each sequence
 
 
 def packed(lengths: list[list[int]] = LENGTHS) -> tuple[Tensor, Tensor]:
-    """Tokens and documents, `[B, T]`."""
     tokens = torch.randint(50, (len(lengths), sum(lengths[0])), generator=torch.Generator().manual_seed(0))
     numbers = torch.arange(len(lengths[0]))
     return tokens, torch.stack([numbers.repeat_interleave(torch.tensor(row)) for row in lengths])

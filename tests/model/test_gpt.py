@@ -13,7 +13,6 @@ from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT, GPTOutput
 from nlgmoe.model.initialisation import initialise
-from nlgmoe.pyramid import experts_per_layer
 
 WIDE = GPTConfig(  # wide enough for a standard deviation to be measured to a few percent
     512, 64, 4, 64, 4, init_std=0.05, moe=MoEConfig([2, 3], 2, mlp_type="residual")
@@ -80,20 +79,6 @@ def test_expert_weights_differ_and_are_the_same_in_a_larger_stack() -> None:
         a, b = (model.blocks[1].moe.experts.get_parameter(leaf) for model in (few, many))
         assert torch.equal(a, b[:3])
         assert all((b[i] - b[j]).abs().max() > 0.01 for i in range(5) for j in range(i))
-
-
-def test_the_model_has_the_pyramids_experts_and_reports_one_routing_per_moe_block() -> None:
-    for layers, experts, interval, expected in (
-        (5, 8, 2, [0, 8, 0, 8, 0]),
-        (6, 8, 3, [0, 0, 8, 0, 0, 8]),
-        (7, [2, 3, 4], 2, [0, 2, 0, 3, 0, 4, 0]),
-    ):
-        config = replace(SMALL, num_layers=layers, moe=MoEConfig(experts, interval))
-        model = GPT(config)
-        assert experts_per_layer(config) == expected
-        assert [len(b.moe.experts.expand_weight) if b.moe else 0 for b in model.blocks] == expected
-        routings = model(torch.zeros(2, 8, dtype=torch.long)).routings
-        assert [routing.tokens_per_expert.numel() for routing in routings] == [number for number in expected if number]
 
 
 @pytest.mark.parametrize("noise_key", [None, (0, 3, 1)], ids=["keyless", "keyed"])

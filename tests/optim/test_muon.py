@@ -37,7 +37,6 @@ LATENT = replace(
 
 
 def steps(weight: Tensor, gradients: list[Tensor], config: MuonConfig, lr: float = 0.1) -> Tensor:
-    """Return the weight after Muon's steps with weight decay."""
     parameter = nn.Parameter(weight.clone())
     group = {"params": [("weight", parameter)], "muon": True}
     optimizer = Muon(torch.optim.AdamW([group], lr=lr, weight_decay=0.3), config)
@@ -48,7 +47,6 @@ def steps(weight: Tensor, gradients: list[Tensor], config: MuonConfig, lr: float
 
 
 def torch_steps(weight: Tensor, gradients: list[Tensor], config: MuonConfig, lr: float = 0.1) -> Tensor:
-    """Return the weight `[out, in]` after as many steps of torch's optimizer."""
     parameter = nn.Parameter(weight.clone())
     settings = {"momentum": config.momentum, "nesterov": config.nesterov, "ns_steps": config.ns_steps}
     optimizer = torch.optim.Muon([parameter], lr, 0.3, adjust_lr_fn=config.adjust_lr, **settings)

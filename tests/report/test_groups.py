@@ -35,7 +35,6 @@ def write(folder: Path, model: str, seed: int, loss: float) -> Path:
 
 
 def change(run: Path, section: str, **settings: Any) -> None:
-    """Change settings of a run in a dotted section."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     part = config
     for name in section.split("."):
@@ -45,7 +44,6 @@ def change(run: Path, section: str, **settings: Any) -> None:
 
 
 def shown(html: str) -> str:
-    """Text of the cells, separated by bars."""
     return re.sub(r"(<[^>]+>)+", "|", html)
 
 

@@ -1,7 +1,5 @@
 """`nlgmoe check` of attention: it finds each seeded defect by one property, and passes the attentions of the package."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
