@@ -3,7 +3,6 @@
 import gzip
 import json
 import re
-import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,16 +173,6 @@ def test_a_wrong_command_is_one_line(
         main(["evaluate", str(run), *arguments])
     error = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == code and error.startswith("error: ") and message in error
-
-
-def test_zero_shot_without_lm_eval_names_the_remedy(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "nlgmoe.tools.lm_eval.lm_eval_model")
-    with pytest.raises(SystemExit):
-        main(["evaluate", str(run)])
-    assert "needs lm-eval (lm_eval is missing): pip install -e '.[eval]'" in capsys.readouterr().err
 
 
 def test_prepared_tasks_are_written_from_published_sets(

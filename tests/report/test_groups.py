@@ -14,7 +14,6 @@ from nlgmoe.tools.report.groups import chart, group_runs, table
 from nlgmoe.tools.report.page import page
 from nlgmoe.tools.report.runs import read_runs
 from nlgmoe.tools.statistics import paired_difference
-from nlgmoe.validation import SettingError
 
 LOSSES = {"dense": [3.80, 3.90, 3.70], "moe": [3.74, 3.80, 3.68]}
 
@@ -123,14 +122,6 @@ def test_losses_of_other_tokens_are_named(runs: list[Path]) -> None:
     assert f"{words}data.micro_batch_size and data.tokenizer and trainer.limit_val_batches differ.<" in page(
         read_runs(runs)
     )
-
-
-def test_groups_refuse_runs_that_cannot_be_compared(runs: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="group_by=sead: dense-0 has no setting whose name ends so"):
-        group_runs(read_runs(runs), "sead")
-    (again := tmp_path / "again").mkdir()
-    with pytest.raises(SettingError, match="have the same settings and seed; leave one out"):
-        group_runs(read_runs([*runs, write(again, "moe", 2, 3.0)]), "seed")
 
 
 def test_paired_differences_are_scipys() -> None:
