@@ -127,12 +127,6 @@ def test_accumulation_set_by_trainer_and_data_must_agree(make_data: Make, tmp_pa
     assert fit(tmp_path, data, 2, accumulate_grad_batches=2).steps == [0, 2, 4] and data.batch_size_after(0) == 8
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"micro_batch_size": 2}, "^start=4 must be a multiple of the 6 micro-batches"),
-    ],
-)
-def test_a_ramp_up_that_micro_batches_cannot_make_up_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingError, match=message):
-        PileDataModule(**{"global_batch_size": 12, "batch_ramp_up": RAMP_UP, "micro_batch_size": 3} | options)
+def test_a_ramp_up_that_micro_batches_cannot_make_up_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"^start=4 must be a multiple of the 6 micro-batches"):
+        PileDataModule(global_batch_size=12, batch_ramp_up=RAMP_UP, micro_batch_size=2)
