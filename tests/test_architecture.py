@@ -152,78 +152,24 @@ def test_class_paths_of_yaml_files_and_docs_resolve() -> None:
         assert isinstance(pkgutil.resolve_name(path), type)
 
 
-MODULES = re.compile(r"\b(?:tests|benchmarks)(?:\.\w+)+")
-
-
-def used_of_tests_and_benchmarks(file: Path) -> set[str]:
-    """Modules of the two that a file imports or names in its texts, and names that it takes from them, as dotted paths."""
-    tree, folder = ast.parse(file.read_text()), file.relative_to(ROOT.parent).parts[:-1]
-    found, alias_of = set(), {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-            alias_of |= {alias.asname: alias.name for alias in node.names if alias.asname}
-        elif isinstance(node, ast.ImportFrom):
-            package = ".".join([*folder[: len(folder) + 1 - node.level], *filter(None, [node.module])])
-            for alias in node.names:
-                name = f"{package if node.level else node.module}.{alias.name}"
-                found.add(name)
-                alias_of[alias.asname or alias.name] = name
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found |= set(MODULES.findall(node.value))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and (owner := alias_of.get(ast.unparse(node.value))):
-            found.add(f"{owner}.{node.attr}")
-    return {name for name in found if name.partition(".")[0] in {"tests", "benchmarks"}}
-
-
-def problems_of_use(file: Path) -> list[str]:
-    """What a test or a benchmark may not use of the others."""
-    here = file.relative_to(ROOT.parent).parts[:-1]
-    known = [("tests", "support"), here[:2] if here[0] == "tests" else ("benchmarks",)]
-    if here == ("tests", "benchmarks"):
-        known.append(("benchmarks",))
-    problems = []
-    for name in used_of_tests_and_benchmarks(file):
-        parts = tuple(name.split("."))
-        if parts[: len(here) + 1] == (*here, file.stem):  # itself
-            continue
-        if not any(parts[: len(place)] == place for place in known if place != ("tests",)):
-            problems.append(f"{file} uses {name}, of another folder")
-        if any(part.startswith("test_") for part in parts):
-            problems.append(f"{file} uses {name}, a test")
-        if any(re.match(r"_[a-z]", part) for part in parts) and parts[:-1] != (*here, file.stem):
-            problems.append(f"{file} uses {name}, a private name")
-    return problems
+FROM = re.compile(r"^ *from ((?:tests|benchmarks)\S*) import \(?\s*(.*)", re.MULTILINE)
+NAMES = re.compile(r"(?:[\"']|^ *import )((?:tests|benchmarks)(?:\.\w+)+)", re.MULTILINE)
 
 
 def test_tests_and_benchmarks_share_the_support_package_alone() -> None:
     """Other modules beside tests are for the tests of their folder; `tests/benchmarks` imports what it tests."""
-    files = [file for part in ("tests", "benchmarks") for file in (ROOT.parent / part).rglob("*.py")]
-    # A module of the tests of transformers, and the cases below.
-    others = {ROOT.parent / "tests/checkpoint/transformers_common.py", Path(__file__)}
-    assert [problem for file in files if file not in others for problem in problems_of_use(file)] == []
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("from tests.report.groups import made_up", "of another folder"),
-        ("callback = 'tests.report.cells.Raises'", "of another folder"),
-        ("from benchmarks import timing", "of another folder"),
-        ("from ..run import test_resume", "of another folder"),
-        ("from .test_muon import CELL", "a test"),
-        ("import tests.optim.test_muon as muon", "a test"),
-        ("from tests.support.ranks import _share", "a private name"),
-        ("from tests.support import ranks\nranks._share()", "a private name"),
-        ("from tests.support.ranks import Cell", ""),
-    ],
-)
-def test_rule_of_what_tests_share_finds_each_breach(
-    text: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path / "nlgmoe")
-    (file := tmp_path / "tests/optim/test_new.py").parent.mkdir(parents=True)
-    file.write_text(text)
-    found = problems_of_use(file)
-    assert any(line.endswith(problem) for line in found) if problem else not found
+    for file in (file for part in ("tests", "benchmarks") for file in (ROOT.parent / part).rglob("*.py")):
+        *folder, name = file.relative_to(ROOT.parent).with_suffix("").parts
+        text, own = file.read_text(), ".".join([*folder, name])  # its own classes are named in settings
+        known = {"tests.support", ".".join(folder[:2]) if folder[0] == "tests" else "benchmarks"} - {"tests"}
+        known |= {"benchmarks"} if folder == ["tests", "benchmarks"] else set()
+        used = {f"{module}.{one}" for module, names in FROM.findall(text) for one in names.split(", ")}
+        for one in used | set(NAMES.findall(text)):
+            if one != own and not one.startswith(f"{own}."):
+                assert f"{one}.".startswith(tuple(f"{part}." for part in known)), (
+                    f"{file} uses {one}, of another folder"
+                )
+                assert not re.search(r"\.(_[a-z]|test_)", one), f"{file} uses {one}, a test or a private name"
+        assert not re.search(r"^ *from \.", text, re.MULTILINE) or name == "transformers_common", (
+            f"{file}: a relative name"
+        )

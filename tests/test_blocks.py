@@ -42,8 +42,6 @@ PARTNERS: dict[str, dict[str, Any]] = {
 
 
 class Reached(Callback):
-    """Names of the parameters that had a gradient other than 0."""
-
     def __init__(self) -> None:
         self.names: set[str] = set()
 

@@ -89,7 +89,6 @@ def test_configs_have_every_row_of_the_paper_and_a_twin_of_every_family() -> Non
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_block_config_goes_with_any_model(block: str) -> None:
-    """A block with a mixture's settings goes with any model that has experts."""
     overlay = read(f"block/{block}")["model"]["config"]
     for name in ("moe/laptop", "pr_moe/laptop") if "moe" in overlay else ("pr_moe/laptop", "dense/laptop"):
         config = GPTConfig.from_dict(parse(name, f"block/{block}")["model"]["config"])

@@ -120,7 +120,6 @@ def commands_in(text: str) -> list[list[str]]:
 
 @lru_cache
 def options_of(command: str) -> frozenset[str]:
-    """Options that the help of a command names."""
     text = StringIO()
     with redirect_stdout(text), suppress(SystemExit):
         nlgmoe([command, "--help"])

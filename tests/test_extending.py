@@ -1,7 +1,5 @@
 """Routers, experts and attentions in a user's own files: trained, resumed, read, and refused where they are not known."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys
@@ -111,22 +109,14 @@ def test_own_file_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: None, "returned a NoneType; return an nlgmoe.Routing"),
         (lambda r: replace(r, weight=r.weight.bfloat16()), "returned weights of torch.bfloat16; compute them in fp32"),
         (
             lambda r: replace(r, kept=r.kept[:, :1]),
             "Routing has kept of [32, 1], and expert of [32, 2]; both are [tokens, top_k]",
         ),
-        (lambda r: replace(r, num_experts=3), "Routing has logits of [32, 4], not [tokens, num_experts] = [32, 3]"),
-        (lambda r: replace(r, expert=r.expert.float()), "Routing has expert of torch.float32; give numbers of experts"),
-        (lambda r: replace(r, kept=r.kept.long()), "Routing has kept of torch.int64, not torch.bool"),
         (
             lambda r: Routing(r.expert[:, :1], r.weight[:, :1], r.kept[:, :1], 4),
             "CosineRouter returned expert of [32, 1], not [tokens, top_k] = [32, 2]; set model.config.moe.top_k",
-        ),
-        (
-            lambda r: replace(r, num_experts=3, logits=None, probs=None),
-            "CosineRouter returned num_experts=3 in a layer of 4 experts",
         ),
     ],
 )
@@ -145,8 +135,6 @@ def test_own_router_is_checked_for_what_it_returns(change: Any, message: str, mo
             {"reads_fields": frozenset({"los_coeff"})},
             "Wrong.reads_fields names los_coeff; it may read aux_scope,",
         ),
-        ({"reads_fields": {"loss_coeff"}}, "Wrong.reads_fields must be a frozenset, without an annotation"),
-        ({"uses": frozenset({"loss_coeff"})}, "Wrong.uses has no effect; name it reads_fields"),
         (
             {"build": lambda self, config, block: torch.nn.Identity()},
             "Wrong.build returned a Identity; return a Router",

@@ -1,7 +1,5 @@
 """The recipes for changed routings, against models that are changed in the same way by hand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

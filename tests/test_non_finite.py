@@ -28,8 +28,6 @@ from tests.support.trainers import CONFIG, SaveAt, trainer
 
 
 def gradient_of(part: str, value: float) -> Callable[[GPT, Tensor], Undo]:
-    """One value of one parameter's gradient."""
-
     def put(gradient: Tensor) -> Tensor:
         changed = gradient.clone()
         changed.view(-1)[3] = value

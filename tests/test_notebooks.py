@@ -102,7 +102,6 @@ def test_notebook_runs(
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_has_no_paths_of_a_machine_and_no_errors(path: Path) -> None:
-    """No paths of a machine, in sources or outputs; outputs that a forge shows; no error."""
     text = path.read_text()
     lines = text.replace("\\n", " ")  # as JSON writes the ends of lines
     assert not re.findall(r"(?<![\w.])/(?:home|root|tmp|work|usr|opt|Users)/", lines)

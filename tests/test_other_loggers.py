@@ -1,7 +1,5 @@
 """Weights & Biases (offline) and MLflow get the metrics of `metrics.csv`, and the files of the run."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

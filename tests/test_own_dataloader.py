@@ -37,7 +37,6 @@ class Stateful:
 
 
 def fit(folder: Path, resume: Path | None = None) -> int:
-    """Two epochs of 6 steps, of 2 micro-batches each; steps at the end."""
     keeper = SaveCheckpoints(every_n_steps=1, keep=100, monitor=None)
     run = trainer(folder, keeper, max_epochs=2, accumulate_grad_batches=2, enable_checkpointing=True)
     run.fit(MoEGPTModule(CONFIG), Stateful(), ckpt_path=resume)

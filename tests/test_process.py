@@ -48,7 +48,6 @@ def test_cuda_segments_grow_unless_the_environment_says_otherwise(monkeypatch: p
 
 
 def fresh(code: str, **given: str) -> str:
-    """Output of code in a process that has imported nothing."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     }

@@ -3,8 +3,6 @@
 Each cell is a function of `CELLS`; its result is JSON: what it returns, or the traceback that it ended with.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import re
@@ -221,7 +219,6 @@ def train(
 
 
 def on_both(precision: str, root: Path, model: GPTConfig, *args: Any, **module: Any) -> dict[str, Any]:
-    """The run on the accelerator, and what the CPU makes of it."""
     found, *_ = train(FAKE, precision, root / "fake", model, *args, **module)
     return found | {"expected": train(CPU, precision, root / "cpu", model, *args, **module)[0]}
 
@@ -333,7 +330,6 @@ class Spoil(Callback):
 
 
 def non_finite(root: Path) -> dict[str, Any]:
-    """Skipped, and named."""
     found = on_both("32-true", root, config({}), None, None, Spoil(), non_finite=NonFinite("skip"))
     try:
         train(FAKE, "32-true", root, config({}), None, None, Spoil())

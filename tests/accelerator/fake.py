@@ -3,8 +3,6 @@
 `install` is for a process of its own: PyTorch lets a process name its private device once, and has one accelerator.
 """
 
-from __future__ import annotations
-
 import hashlib
 import types
 from collections.abc import Iterator
@@ -44,7 +42,6 @@ def install() -> None:
 
 
 def take_reads() -> list[str]:
-    """The reads of the device by the host since the last call."""
     return torch.ops.fake_accelerator.take_reads()
 
 
@@ -85,8 +82,6 @@ def _device_module() -> types.ModuleType:
 
 
 class FakeAccelerator(Accelerator):
-    """Lightning's view of it."""
-
     def setup_device(self, device: torch.device) -> None:
         pass
 

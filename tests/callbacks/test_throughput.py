@@ -22,8 +22,6 @@ from tests.support.trainers import CONFIG, SaveAt, trainer
 
 
 class Logged(Callback):
-    """What was logged after each step."""
-
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self.profiler: Any = None

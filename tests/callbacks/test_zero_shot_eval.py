@@ -9,7 +9,6 @@ from lightning.pytorch.loggers import CSVLogger
 
 from nlgmoe import MoEGPTModule, ZeroShotEval
 from nlgmoe.config import GPTConfig
-from tests.support.synthetic import SyntheticData
 from tests.support.tasks import CONFIG, TASKS, TokenizedData, write_tasks
 from tests.support.trainers import trainer
 
@@ -87,16 +86,3 @@ def test_zero_shot_eval_counts_a_failing_task_and_training_goes_on(tmp_path: Pat
     assert run.global_step == 4
     assert [set(found) for found in logged] == [{"zero_shot/tiny_word/perplexity", "zero_shot/failed_tasks"}] * 2
     assert logged[1]["zero_shot/failed_tasks"] == 1
-
-
-def test_zero_shot_eval_finds_mistakes_before_training(tmp_path: Path) -> None:
-    for zero_shot, data, words in (
-        (
-            ZeroShotEval(["tiny_choice"], include_path="nowhere"),
-            TokenizedData(),
-            "include_path=nowhere is not a folder",
-        ),
-        (ZeroShotEval(["tiny_choice"]), SyntheticData(), "needs a data module with a tokenizer"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            trainer(tmp_path, zero_shot, max_steps=1).fit(MoEGPTModule(CONFIG), data)

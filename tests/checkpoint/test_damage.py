@@ -1,7 +1,5 @@
 """Whatever is wrong with a checkpoint is found and named, alone and while loading."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -35,7 +33,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flip(file: Path, entry: str) -> None:
-    """One bit of one value."""
     content = bytearray(file.read_bytes())
     header = int.from_bytes(content[:8], "little")
     begin, end = json.loads(content[8 : 8 + header])[entry]["data_offsets"]

@@ -1,27 +1,21 @@
 """Families of `transformers`: places of tensors in both directions, the choice of a family, and what an import leaves out."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nlgmoe import MoEGPTModule, WarmStart
-from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.routers.sigmoid import SigmoidRouterConfig
-from nlgmoe.model.gpt import GPT
 from nlgmoe.surgery.prune import prune
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
-from nlgmoe.tools.hugging_face.families.llama import BLOCK
-from nlgmoe.tools.hugging_face.families.tensors import Layout, Slot, Slots, key_rows, query_rows
 from nlgmoe.tools.hugging_face.importing import import_model
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import SaveAt, trainer
@@ -33,76 +27,6 @@ CONFIG = GPTConfig(
 
 
 # ---- places
-
-
-def reversed_heads(config: GPTConfig) -> Sequence[int]:
-    return [
-        head * config.head_size + row for head in reversed(range(config.num_heads)) for row in range(config.head_size)
-    ]
-
-
-STACKED: dict[str, Slots] = BLOCK | {
-    "blocks.#.attention.qkv.weight": [
-        Slot("{}.q", rows=query_rows, order=reversed_heads),
-        Slot("{}.kv", rows=key_rows),
-        Slot("{}.kv", rows=key_rows, part=1),
-    ],
-    "blocks.#.attention.project.weight": Slot("{}.o", in_out=True),
-    "blocks.#.moe.experts.#.gate_weight": "{}.input",
-    "blocks.#.moe.experts.#.expand_weight": Slot("{}.input", part=1),
-    "blocks.#.moe.experts.#.project_weight": Slot("{}.output", in_out=True),
-    "blocks.#.moe.router.bias": "{}.e_score_correction_bias",
-}
-
-
-def test_family_places_stacked_fused_and_reordered_tensors_in_both_directions() -> None:
-    moe = replace(CONFIG.moe, router=SigmoidRouterConfig())  # type: ignore[type-var]
-    config = replace(CONFIG, moe=moe)
-    entries = split_experts(GPT(config).state_dict())
-    entries["blocks.1.moe.router.bias"] = torch.randn(4)
-    layout = Layout(config, STACKED)
-    tensors = {name: layout.tensor(name, entries.__getitem__, torch.float32) for name in layout.shapes}
-    assert {name: value.shape for name, value in tensors.items()} == layout.shapes
-
-    qkv, heads = (
-        entries["blocks.1.attention.qkv.weight"],
-        entries["blocks.1.attention.qkv.weight"][:32].unflatten(0, (4, 8)),
-    )
-    assert torch.equal(tensors["1.q"], heads.flip(0).flatten(0, 1)) and torch.equal(tensors["1.kv"], qkv[32:])
-    assert torch.equal(tensors["1.o"], entries["blocks.1.attention.project.weight"].t())
-    gate, expand, project = (
-        torch.stack([entries[f"blocks.1.moe.experts.{expert}.{name}_weight"] for expert in range(4)])
-        for name in ("gate", "expand", "project")
-    )  # [E, H, F], [E, H, F], [E, F, H]
-    assert torch.equal(tensors["1.input"], torch.cat([gate, expand], dim=2).transpose(1, 2))  # [E, 2F, H]
-    assert torch.equal(tensors["1.output"], project)
-    assert torch.equal(tensors["1.e_score_correction_bias"], entries["blocks.1.moe.router.bias"])
-    assert len(tensors["lm_head.weight"]) == 61 and len(entries["head.weight"]) == 128
-
-    read = []
-    for name, value in entries.items():
-        made = layout.entry(name, lambda tensor, where: read.append(tensors[tensor][where]) or read[-1])  # type: ignore[func-returns-value]
-        assert torch.equal(made[:61], value[:61]), name  # padding is zero
-    assert sum(part.numel() for part in read) == sum(value.numel() for value in tensors.values())
-
-
-def test_a_bias_of_the_router_keeps_its_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else bf16 would round the differences between experts away."""
-    router = SigmoidRouterConfig()
-    mixtral = FAMILIES["mixtral"]
-
-    def read(theirs: object) -> GPTConfig:
-        config = mixtral.read(theirs)
-        return replace(config, moe=replace(config.moe, router=router, second_expert="sample"))  # type: ignore[type-var]
-
-    table = {**mixtral.table, "blocks.#.moe.router.bias": "{}.e_score_correction_bias"}
-    monkeypatch.setitem(FAMILIES, "sigmoid", replace(mixtral, name="sigmoid", table=table, read=read))
-    config = replace(CONFIG, moe=replace(CONFIG.moe, router=router))  # type: ignore[type-var]
-    trainer(tmp_path, SaveAt(1, tmp_path / "a.ckpt"), max_steps=1).fit(MoEGPTModule(config), SyntheticData())
-    assert export(tmp_path / "a.ckpt", tmp_path / "made", precision="bf16").family == "sigmoid"
-    made = load_file(tmp_path / "made" / "model.safetensors")
-    types = {str(value.dtype) for name, value in made.items() if "correction" not in name}
-    assert types == {"torch.bfloat16"} and made["0.e_score_correction_bias"].dtype == torch.float32
 
 
 # ---- choice
@@ -155,44 +79,7 @@ def test_family_of_an_export_is_chosen_by_name(
     assert not (tmp_path / "refused").exists()
 
 
-def test_family_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = replace(FAMILIES["mixtral"], read=lambda theirs: theirs.no_such_setting)
-    monkeypatch.setitem(FAMILIES, "mixtral", broken)
-    with pytest.raises(AttributeError, match="no_such_setting"):
-        family_of(CONFIG)
-
-
 # ---- import
-
-
-def test_import_leaves_out_blocks_that_predict_further_tokens(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "theirs"
-    config = transformers.LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=None,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
-    more = {
-        "model.layers.2.eh_proj.weight": torch.zeros(32, 64),
-        "model.layers.2.mlp.up_proj.weight": torch.zeros(24, 32),
-    }
-    save_file(tensors | more, folder / "model.safetensors")
-    with pytest.raises(
-        ValueError, match=r"has model\.layers\.2\.eh_proj\.weight, which its config\.json does not describe"
-    ):
-        import_model(str(folder), tmp_path / "made.ckpt")
-    values = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
-    (folder / "config.json").write_text(json.dumps(values))
-    main(["import", str(folder), str(tmp_path / "made.ckpt")])
-    said = "without block 2, which predicts further tokens (MTP): 2 tensors, such as model.layers.2.eh_proj.weight"
-    assert said in capsys.readouterr().out.splitlines()
 
 
 def test_quantised_files_are_refused_in_a_line(tmp_path: Path) -> None:
@@ -205,10 +92,3 @@ def test_quantised_files_are_refused_in_a_line(tmp_path: Path) -> None:
         message = f"model.norm.weight is of {kind}, and nlgmoe reads no quantised files; name a conversion to bf16"
         with pytest.raises(ValueError, match=message):
             import_model(str(folder), tmp_path / "made.ckpt")
-    values = json.loads((folder / "config.json").read_text())
-    values["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (folder / "config.json").write_text(json.dumps(values))
-    with pytest.raises(
-        ValueError, match=r"quantization_config=fp8 of .* does not support it; name a conversion to bf16"
-    ):
-        import_model(str(folder), tmp_path / "made.ckpt")

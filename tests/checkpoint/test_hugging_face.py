@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,6 @@ from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.tokenizer import PROBE
 from nlgmoe.data.tokenizer_loading import load_tokenizer
-from nlgmoe.layers.attention import MultiHead
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.layers.router import Router
@@ -76,18 +75,6 @@ def test_export_writes_bf16_on_request_and_keeps_it(
     assert all(torch.equal(half["model.gpt." + name], value.to(torch.bfloat16)) for name, value in whole.items())
     assert all(again[name].dtype == torch.bfloat16 and torch.equal(again[name], value) for name, value in half.items())
     assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == "bfloat16"
-
-
-@dataclass(frozen=True)
-class OwnAttention(MultiHead):
-    """A user's."""
-
-
-def test_export_refuses_own_parts_of_a_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = write(tmp_path / "own.ckpt", replace(CONFIGS["latent"], attention=OwnAttention()))
-    assert "holds only the paper's attention, not OwnAttention (model.config.attention)" in error_of(
-        capsys, "export", checkpoint, tmp_path / "own"
-    )
 
 
 def test_exported_tokenizer_gives_our_ids(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -188,23 +175,6 @@ def test_export_has_a_finite_loss_without_z_loss_where_its_logits_overflow() -> 
         next(part for part in model.modules() if isinstance(part, Router)).weight.normal_(std=1e25)  # squared: infinite
     tokens = torch.arange(8)[None]
     assert bool(model.train()(tokens, labels=tokens).loss.isfinite())
-
-
-def test_export_has_hidden_states_logits_and_a_larger_vocabulary(folders: dict[str, Path], tmp_path: Path) -> None:
-    model = NlgmoeForCausalLM.from_pretrained(folders["pr_moe"])
-    tokens = torch.arange(12).view(2, 6)
-    output = model(tokens, output_hidden_states=True, output_router_logits=True)
-    assert len(output.hidden_states) == 5 and [tuple(t.shape) for t in output.router_logits] == [(12, 2), (12, 4)]
-    assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
-    assert torch.equal(model(tokens, logits_to_keep=2).logits, output.logits[:, -2:])
-    with pytest.raises(ValueError, match="longer than seq_len=24"):
-        model.generate(tokens, max_new_tokens=30, eos_token_id=None)
-
-    model.resize_token_embeddings(TOKENIZER.vocab_size + 3)
-    model.save_pretrained(tmp_path)
-    larger = NlgmoeForCausalLM.from_pretrained(tmp_path)
-    assert larger(tokens).logits.shape[-1] == TOKENIZER.vocab_size + 3
-    torch.testing.assert_close(larger(tokens).logits[..., : TOKENIZER.vocab_size], output.logits)
 
 
 def test_export_and_import_refuse_damage_and_write_nothing(

@@ -1,7 +1,5 @@
 """A checkpoint of many ranks is opened file by file by the rank that needs it, not by every rank."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path

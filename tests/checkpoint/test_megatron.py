@@ -230,8 +230,6 @@ def test_import_megatron_refuses_a_pipeline_by_name(theirs: Path, tmp_path: Path
 
 
 class Runs:
-    """Runs a command when it is unpickled the careless way."""
-
     def __init__(self, command: str) -> None:
         self.command = command
 

@@ -1,17 +1,15 @@
 """The class of exported folders takes what `transformers`' own models take, or refuses it by name and value."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import NlgmoeConfig
-from nlgmoe.tools.hugging_face.modeling_nlgmoe import CACHE, NlgmoeForCausalLM, NlgmoeModel
+from nlgmoe.tools.hugging_face.modeling_nlgmoe import CACHE, NlgmoeForCausalLM
 
 MOE = {"num_experts": [2, 4], "mlp_type": "residual", "expert_interval": 1, "loss_coeff": 0.1, "z_loss_coeff": 0.2}
 SMALL = {"vocab_size": 99, "seq_len": 12, "num_layers": 2, "hidden_size": 16, "num_heads": 2, "moe": MOE}
@@ -74,15 +72,11 @@ def test_own_model_refuses_other_positions_by_value() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"cache_position": torch.arange(10) + 1}, r"cache_position=\[1, 2, .* is not \[0, 1,"),
         (
             {"cu_seq_lens_q": torch.tensor([0, 5, 20])},
             r"cu_seq_lens_q=\[0, 5, 20\] is not supported: pass position_ids",
         ),
-        ({"seq_idx": torch.arange(10).expand(2, 10)}, "seq_idx=.* is not supported: pass position_ids"),
         ({"is_causal": False}, "is_causal=False is not supported"),
-        ({"output_attentions": True}, "output_attentions=True is not supported"),
-        ({"token_type_ids": torch.zeros(2, 10)}, "token_type_ids="),
         ({"inputs_embeds": torch.zeros(2, 10, 16)}, "pass either input_ids or inputs_embeds"),
         ({"attention_mask": torch.ones(2, 9)}, r"attention_mask is \[2, 9\], not .* \[2, 10\]"),
     ],
@@ -102,59 +96,6 @@ def test_own_model_takes_arguments_that_change_nothing() -> None:
     assert torch.equal(model(IDS, position_ids=PACKED, **described).logits, model(IDS, position_ids=PACKED).logits)
     with pytest.raises(ValueError, match=r"cu_seq_lens_q=.*; by position_ids it is \[0, 10, 20\]"):
         model(IDS, **described)
-
-
-def test_own_model_takes_embeddings_for_tokens() -> None:
-    model = build()
-    table = model.get_input_embeddings()
-    assert torch.equal(model(inputs_embeds=table(IDS)).logits, model(IDS).logits)
-    embeddings = table(IDS).detach().requires_grad_()
-    model(inputs_embeds=embeddings, labels=IDS).loss.backward()
-    assert embeddings.grad is not None and bool(embeddings.grad.ne(0).any())
-    settings = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
-    text = model.generate(IDS, **settings)
-    assert torch.equal(model.generate(inputs_embeds=table(IDS), **settings), text[:, 10:])
-
-
-def test_own_model_returns_a_cache_unless_the_configuration_says_otherwise() -> None:
-    model = build()
-    first, whole = model(IDS[:, :6]), model(IDS)
-    assert cache_of(first).get_seq_length() == 6 and cache_of(model(IDS, use_cache=False)) is None
-    torch.testing.assert_close(model(IDS[:, 6:], cache=cache_of(first)).logits, whole.logits[:, 6:])
-    again = cache_of(model(IDS[:, :6]))
-    torch.testing.assert_close(model(IDS[:, 6:], past_key_values=again).logits, whole.logits[:, 6:])
-    assert cache_of(build(use_cache=False)(IDS)) is None
-    assert model(IDS, return_dict=False)[0].shape == (2, 10, 99)
-
-
-def test_own_model_has_a_head_that_is_tied_where_the_configuration_says_so(tmp_path: Path) -> None:
-    for tied in (True, False):
-        model = build(tied_embeddings=tied)
-        head, table = model.get_output_embeddings(), model.get_input_embeddings()
-        assert head.weight.shape == (99, 16) and (head.weight is table.weight) == tied
-        model.save_pretrained(tmp_path / str(tied))
-        loaded = NlgmoeForCausalLM.from_pretrained(tmp_path / str(tied))
-        assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
-        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-    base = NlgmoeModel.from_pretrained(tmp_path / "True")
-    hidden = base(IDS, output_hidden_states=True, output_router_logits=True)
-    expected = loaded.model(IDS).last_hidden_state
-    assert hidden.last_hidden_state.shape == expected.shape and len(hidden.hidden_states) == 3
-    assert [logits.shape[1] for logits in hidden.router_logits] == [2, 4] and cache_of(hidden).get_seq_length() == 10
-
-
-def test_own_model_configuration_has_values() -> None:
-    config = NlgmoeConfig(vocab_size=99, hidden_size=32, num_heads=4)
-    assert config.gpt_config() == GPTConfig(99, hidden_size=32, num_heads=4)
-    assert (config.num_hidden_layers, config.max_position_embeddings, config.initializer_range) == (24, 2048, 0.014)
-    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (4, 4, 128)
-    assert (config.use_cache, config.tie_word_embeddings) == (True, True)
-    config = NlgmoeConfig(
-        vocab_size=99, num_heads=4, num_key_value_heads=2, intermediate_size=48, initializer_range=0.1
-    )
-    assert config.gpt_config() == GPTConfig(99, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, init_std=0.1)
-    assert NlgmoeConfig.from_dict(config.to_dict()).gpt_config() == config.gpt_config()
-    assert not hasattr(config, "router_aux_loss_coef") and not hasattr(config, "num_experts_per_tok")
 
 
 def test_own_model_gives_trainers_settings_of_the_balance_loss_or_the_reason() -> None:
@@ -220,34 +161,6 @@ def test_own_model_gives_adapters_of_every_linear_layer_a_gradient() -> None:
             assert part.weight.grad is not None and bool(part.weight.grad.ne(0).any()), name
 
 
-def test_own_model_computes_coefficients_in_fp32_whatever_the_weights() -> None:
-    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
-    layer = moe_layers(build().to(torch.bfloat16))[0].coefficient
-    assert layer is not None and layer(x).dtype == torch.float32
-    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight.float(), layer.bias.float()))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_own_model_runs_with_dynamic_int8_in_every_linear_layer() -> None:
-    model = build(hidden_size=64)
-    expected = model(IDS).logits
-    eight = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    assert not isinstance(eight.lm_head, nn.Linear)
-    assert float((eight(IDS).logits - expected).norm()) < 0.2 * float(expected.norm())
-
-
-def test_own_model_recomputation_refuses_what_it_would_compute_wrongly() -> None:
-    model = build().train()
-    with pytest.raises(ValueError, match="use_reentrant=True is not supported"):
-        model.gradient_checkpointing_enable({"use_reentrant": True})
-    model.gradient_checkpointing_enable()
-    assert cache_of(model(IDS)) is None
-    with torch.no_grad():
-        cache = cache_of(model(IDS[:, :5]))
-    with pytest.raises(ValueError, match="a cache does not go with gradient checkpointing"):
-        model(IDS[:, 5:], cache=cache)
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_own_model_computes_the_same_when_compiled(dtype: torch.dtype) -> None:
@@ -263,9 +176,3 @@ def test_own_model_computes_the_same_when_compiled(dtype: torch.dtype) -> None:
     torch.testing.assert_close(loss, model(IDS, labels=IDS).loss, **close)
     settings = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(compiled.generate(IDS, **settings), model.generate(IDS, **settings))
-
-
-def test_own_model_configuration_has_the_sizes_of_the_checkpoints_model() -> None:
-    config = NlgmoeConfig(**SMALL)
-    assert config.vocab_size_multiple == 128 and config.gpt_config().moe == MoEConfig(**MOE)
-    assert NlgmoeForCausalLM(config).model.gpt.token_embedding.num_embeddings == 99

@@ -35,7 +35,6 @@ SAVED_AFTER = [9, 11, 12]  # micro-batches; 9: the end of a step; 11: within one
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder, Trainer]:
-    """A run that is saved after each of `SAVED_AFTER`."""
     folder, recorder = tmp_path_factory.mktemp("saved"), Recorder()
     saves = [SaveAt(micro_batch, folder / f"{micro_batch}.ckpt") for micro_batch in SAVED_AFTER]
     return folder, recorder, fit(folder, recorder, *saves)
@@ -132,16 +131,6 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 
 
-def test_checkpoint_is_overwritten_and_removed(tmp_path: Path) -> None:
-    """Of a link, the link alone."""
-    io = PortableCheckpointIO()
-    io.save_checkpoint(NEEDED | {"state_dict": {"model.x": torch.ones(1)}}, tmp_path / "a.ckpt")
-    for end in (io.remove_checkpoint, lambda link: io.save_checkpoint(NEEDED | {"state_dict": {}}, link)):
-        (tmp_path / "link.ckpt").symlink_to("a.ckpt")
-        end(tmp_path / "link.ckpt")
-        assert io.load_checkpoint(tmp_path / "a.ckpt")["state_dict"]["model.x"].item() == 1.0
-
-
 def test_a_callbacks_state_survives_or_is_refused_by_name(tmp_path: Path) -> None:
     state = {"t": torch.tensor([1.5]), "inf": float("inf"), "nested": [{"x": torch.tensor(3)}, None, True]}
     io, model = PortableCheckpointIO(), {"state_dict": {"model.x": torch.ones(1)}}
@@ -187,16 +176,6 @@ def test_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.json").write_text('{"format": "nlgmoe-portable", "version": 99}')
     with pytest.raises(ValueError, match="version 99; this nlgmoe reads nlgmoe-portable version 3"):
         load_model(tmp_path)
-
-
-def test_checkpoint_of_another_length_is_refused_with_the_setting_to_change() -> None:
-    for rope_theta in (1e4, None):
-        config = GPTConfig(61, 16, 2, 16, 2, rope_theta=rope_theta)
-        shorter, saved = replace(config, seq_len=8), {"model_config": config.to_dict()}
-        with pytest.raises(
-            ValueError, match=r"seq_len \(saved: 16, now: 8\); .*; data.seq_len makes sequences shorter"
-        ):
-            check_same_run(saved, shorter, None, "NAME.ckpt")
 
 
 def test_evaluation_may_change_how_the_gate_begins_and_not_its_weights() -> None:

@@ -1,7 +1,5 @@
 """A kill at any moment of writing or deleting leaves a valid checkpoint, and the newest valid one is chosen."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

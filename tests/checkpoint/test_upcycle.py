@@ -34,10 +34,8 @@ SIGMOID = SigmoidRouterConfig()
 FREE = {"normalize_weights": False, "expert_interval": 1}  # weights that are not normalised
 KINDS = {
     "top-1, layer map": (DENSE, MoEConfig([0, 3, 0, 4], expert_interval=1)),
-    "top-3, pyramid": (DENSE, MoEConfig([3, 6], top_k=3)),
     "residual top-2": (DENSE, MoEConfig(4, top_k=2, mlp_type="residual", normalize_weights=True, gate_init_std=0.2)),
     "summed top-2": (DENSE, MoEConfig(4, top_k=2, mlp_type="residual", residual_mix="sum")),
-    "gated top-2": (DENSE, MoEConfig(4, top_k=2, mlp_type="residual", residual_mix="sigmoid")),
     "gated top-1, groups": (DENSE, MoEConfig([4, 6], groups=[2, 1], mlp_type="residual", residual_mix="sigmoid")),
     "top-3, groups": (DENSE, MoEConfig(8, top_k=3, groups=[4, 2])),
     "an open model": (OPEN, MoEConfig(4, expert_interval=1, top_k=2)),
@@ -49,20 +47,10 @@ KINDS = {
         LATENT,
         MoEConfig([0, 8, 8, 8], expert_interval=1, top_k=3, gate_scale=2.5, groups=[4, 2], router=SIGMOID),
     ),
-    "DeepSeek-V3, summed": (
-        LATENT,
-        MoEConfig(4, top_k=2, gate_scale=2.5, mlp_type="residual", residual_mix="sum", router=SIGMOID),
-    ),
     "OLMoE": (OPEN, MoEConfig(8, top_k=4, token_dropping=False, **FREE)),
-    "free top-2, pyramid, summed": (
-        DENSE,
-        MoEConfig([4, 4, 6, 6], top_k=2, mlp_type="residual", residual_mix="sum", **FREE),
-    ),
     "free top-3, learned": (DENSE, MoEConfig(4, top_k=3, gate_scale=0.3, mlp_type="residual", **FREE)),
-    "free top-3, gated": (DENSE, MoEConfig(4, top_k=3, mlp_type="residual", residual_mix="sigmoid", **FREE)),
     "scaled top-2": (DENSE, MoEConfig(4, top_k=2, gate_scale=0.3)),
     "sigmoid top-1": (DENSE, MoEConfig(4, router=SIGMOID)),
-    "sigmoid, free top-3, scaled": (OPEN, MoEConfig(8, top_k=3, gate_scale=1.5, router=SIGMOID, **FREE)),
     "sigmoid, free, gated, groups": (
         DENSE,
         MoEConfig(8, top_k=2, groups=[4, 1], mlp_type="residual", residual_mix="sigmoid", router=SIGMOID, **FREE),
@@ -107,15 +95,8 @@ def test_upcycled_mixture_computes_what_the_dense_model_does(kind: str, tmp_path
         assert family_of(model.config) == (NATIVE[kind], "")
 
 
-@pytest.mark.parametrize(
-    "moe",
-    [
-        MoEConfig([2, 4], mlp_type="residual"),
-        MoEConfig(4, top_k=2, router=SIGMOID, normalize_weights=False),
-        MoEConfig(6, top_k=3, normalize_weights=False),
-    ],
-)
-def test_upcycled_experts_differ_after_training(moe: MoEConfig, dense: Path, tmp_path: Path) -> None:
+def test_upcycled_experts_differ_after_training(dense: Path, tmp_path: Path) -> None:
+    moe = MoEConfig(4, top_k=2, router=SIGMOID, normalize_weights=False)
     upcycle(dense, tmp_path / "moe.ckpt", moe)
     module = MoEGPTModule(replace(DENSE, moe=moe), warm_start=WarmStart(str(tmp_path / "moe.ckpt")))
     trainer(tmp_path, max_steps=2).fit(module, SyntheticData())
@@ -155,20 +136,12 @@ def test_upcycling_noise_is_as_large_as_its_setting(dense: Path, tmp_path: Path)
     [
         (LLAMA, "", ("mixtral", 1, 2), "writes it as MixtralForCausalLM of transformers"),
         (OPEN, "", ("qwen3_moe", 1, 2), "writes it as Qwen3MoeForCausalLM of transformers"),
-        (OPEN, "--expert-interval 2", ("qwen3_moe", 2, 2), "writes it as Qwen3MoeForCausalLM of transformers"),
         (
             LLAMA,
             "--expert-interval 2",
             (None, 2, 2),
             "no class of transformers has qk_norm=null (the nearest family is qwen3_moe): nlgmoe",
         ),
-        (
-            LLAMA,
-            "--mlp-type residual",
-            (None, 2, 1),
-            "has residual_mix=learned (the nearest family is qwen2_moe): nlgmoe export",
-        ),
-        (LLAMA_3, "", ("mixtral", 1, 2), "writes it as MixtralForCausalLM of transformers"),
         (GRANITE, "", ("granitemoe", 1, 2), "writes it as GraniteMoeForCausalLM of transformers"),
         (DENSE, "", (None, 2, 1), ""),
     ],

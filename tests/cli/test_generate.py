@@ -68,27 +68,3 @@ def test_generate_continues_prompts_in_their_order(
     assert shown == "".join(f"--- {ask!r}\n{ask}{answer}\n\n" for ask, answer in zip(TEXTS, texts, strict=True))
     monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffthe king\nand\n"))  # a piped text is a prompt
     assert run(capsys, *args)[0] == run(capsys, *args, "--prompt=the king\nand")[0]
-
-
-@pytest.mark.parametrize(
-    ("args", "code", "message"),
-    [
-        (("CKPT", "--prompt", "queen " * 40), 2, "with seq_len=32 the model reads at most 31"),
-        (("CKPT", "--prompt=a", "--device=abacus"), 2, "device=abacus cannot be used"),
-        (("TMP", "--prompt=a"), 1, "no valid checkpoint"),
-        (("CKPT",), 2, "give a text with --prompt"),
-    ],
-)
-def test_generate_ends_with_one_line_on_mistakes(
-    args: tuple[str, ...], code: int, message: str, checkpoint: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    (tmp_path / "checkpoints/step-1.ckpt").mkdir(parents=True)  # damaged
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr(sys, "stdin", terminal)
-    with pytest.raises(SystemExit) as end:
-        run(capsys, *(arg.replace("CKPT", str(checkpoint)).replace("TMP", str(tmp_path)) for arg in args))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and message in line
-    assert end.value.code == code

@@ -1,7 +1,5 @@
 """What a run records of its starts, and where its checkpoints go, whatever loggers and callbacks a configuration names."""
 
-from __future__ import annotations
-
 import json
 import socket
 from pathlib import Path
@@ -55,15 +53,6 @@ def test_the_home_folder_is_that_of_a_shell(tmp_path: Path, monkeypatch: pytest.
     assert found["model"]["warm_start"]["checkpoint"] == f"{tmp_path}/a.ckpt"
     nlgmoe_command.main(["configs", "copy", "quickstart.yaml", "--output=~/mine"])
     assert (tmp_path / "mine/quickstart.yaml").is_file()
-
-
-def test_settings_that_load_config_cannot_obey_are_named() -> None:
-    for settings, words in (
-        ({"ckpt_path": "last"}, "resumes nothing: give ckpt_path=last to"),
-        ({"seed_everything": 0}, r"seed_everything=0 changes nothing .* set those"),
-    ):
-        with pytest.warns(UserWarning, match=words):
-            load_config(ROOT / "configs/quickstart.yaml", **settings)
 
 
 class OwnLoad(ExpertLoad):

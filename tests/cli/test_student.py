@@ -15,7 +15,6 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.experiment import parse_config
 from nlgmoe.surgery.write_weights import write_weights
 from tests.support.checkpoints import TOKENIZER
-from tests.support.commands import error_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -69,27 +68,6 @@ def test_student_leaves_out_settings_of_the_teacher_alone(tmp_path: Path) -> Non
     assert callbacks[0]["init_args"]["fraction"] == 0.5
     (tmp_path / "student.yaml").unlink()
     assert written(tmp_path, source, "--num-layers=4", "--teacher=other.ckpt")["model"]["warm_start"] is None
-
-
-@pytest.mark.parametrize(
-    ("source", "options", "message"),
-    [
-        ("pr_moe/laptop.yaml", ["--num-layers=6"], "num_layers=6 must be at least 1 and below the teacher's 6"),
-        (
-            "pr_moe/laptop.yaml",
-            ["--num-layers=5", "--step=5", "--fraction=0.5"],
-            "step=5, tokens=None, fraction=0.5; give one of them",
-        ),
-        ("pr_moe", ["--num-layers=5"], "is in no run's folder: there is no config.yaml above it"),
-    ],
-)
-def test_student_command_names_what_makes_no_student(
-    source: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["student", str(CONFIGS / source), *options])
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -177,30 +155,3 @@ def test_a_student_trains_from_its_blocks_by_the_printed_command(
         for name, value in ours.blocks[block].state_dict().items():
             torch.testing.assert_close(value, theirs.blocks[layer].state_dict()[name], rtol=0, atol=1e-6)
     assert ours.config.moe.num_experts == [4, 4, 0]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            ["--num-layers=5", "--blocks=lower"],
-            "blocks=lower is not influence, even, upper, or a list of num_layers=5 of the teacher's blocks",
-        ),
-        (["--num-layers=2", "--blocks=[1,0]"], "blocks from 0 to 5, in their order, such as [0, 5]; give one of these"),
-        (["--num-layers=2", "--blocks=[1,1]"], "blocks=[1, 1] is not influence"),
-        (["--num-layers=2", "--blocks=[0,6]"], "blocks=[0, 6] is not influence"),
-        (["--num-layers=3", "--blocks=[0,1]"], "or a list of num_layers=3 of the teacher's blocks from 0 to 5"),
-        (["--num-layers=6", "--blocks=[0,1,2,3,4,5]"], "num_layers=6 must be at least 1 and below the teacher's 6"),
-        (
-            ["--num-layers=2", "--blocks=[0,2]"],
-            "num_layers=2 leaves no MoE block of the teacher's num_experts=4: 0, 2 are",
-        ),
-        (["--num-layers=6"], "num_layers=6 must be at least 1 and below the teacher's 6"),
-        (["--num-layers=5", "--windows=0", "--text=x"], "windows=0 must be at least 1"),
-        (["--num-layers=5", "--device=abacus"], "device=abacus cannot be used here"),
-    ],
-)
-def test_student_command_names_blocks_that_make_no_student(
-    options: list[str], message: str, checkpoints: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert message in error_of(capsys, "student", checkpoints / "mixture.ckpt", *options)

@@ -1,7 +1,5 @@
 """DeepSpeed's grouped product in Triton, for GPUs other than Hopper, interpreted on a CPU: against the loop over experts."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

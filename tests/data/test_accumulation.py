@@ -72,8 +72,6 @@ def test_ramp_up_has_the_same_samples_on_any_ranks_and_resumes_in_its_middle(
 
 
 class Steps(lightning.Callback):
-    """Records after which micro-batch of the fit a step was taken, and when validation ran."""
-
     def __init__(self) -> None:
         self.micro_batches, self.steps, self.validated = 0, [0], []  # type: ignore[var-annotated]
 
@@ -129,16 +127,6 @@ def test_accumulation_set_by_trainer_and_data_must_agree(make_data: Make, tmp_pa
     assert fit(tmp_path, data, 2, accumulate_grad_batches=2).steps == [0, 2, 4] and data.batch_size_after(0) == 8
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"global_batch_size": 18, "micro_batch_size": 9},
-            "^start=4 does not reach global_batch_size=18 by increment=4",
-        ),
-        ({"micro_batch_size": 2}, "^start=4 must be a multiple of the 6 micro-batches"),
-    ],
-)
-def test_a_ramp_up_that_micro_batches_cannot_make_up_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingError, match=message):
-        PileDataModule(**{"global_batch_size": 12, "batch_ramp_up": RAMP_UP, "micro_batch_size": 3} | options)
+def test_a_ramp_up_that_micro_batches_cannot_make_up_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"^start=4 must be a multiple of the 6 micro-batches"):
+        PileDataModule(global_batch_size=12, batch_ramp_up=RAMP_UP, micro_batch_size=2)

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from nlgmoe.cli.train import main
 from nlgmoe.config import GPTConfig
-from nlgmoe.data import Blend, BlendPart, Corpus, MegatronIndexed, PileDataModule, PocketPile, TokenArrays
+from nlgmoe.data import Blend, BlendPart, Corpus, MegatronIndexed, PileDataModule, PocketPile
 from nlgmoe.data.blend import Interleaving, integer_weights
 from nlgmoe.data.pocket_pile import token_folder
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.seeding import derive_seed
-from nlgmoe.validation import RunError, SettingError
-from tests.support.corpora import Ranks, make_trainer, small, tokens_of
+from nlgmoe.validation import SettingError
+from tests.support.corpora import Ranks, make_trainer, tokens_of
 
 # ---- whose turn it is
 
@@ -193,17 +193,6 @@ def test_blend_is_trained_on_and_resumed(make_data: Make, indexed: MegatronIndex
 # ---- mistakes
 
 
-class Other:
-    """A corpus that does not mind which tokenizer it is asked for."""
-
-    def prepare(self, data_dir: Path, tokenizer: str) -> None:
-        """Nothing to do."""
-
-    def open(self, data_dir: Path, tokenizer: str) -> TokenArrays:
-        """Five tokens of another tokenizer."""
-        return TokenArrays(small(), ["other"], {"train": [np.zeros(5, int)], "validation": [np.zeros(5, int)]}, {})
-
-
 @pytest.mark.parametrize(("weight", "warned"), [(0.01, True), (0.1, False)])
 def test_blend_warns_of_a_part_that_the_run_does_not_come_to(
     weight: float, warned: bool, make_blend: Make, indexed: MegatronIndexed, tmp_path: Path
@@ -222,23 +211,8 @@ def test_blend_names_the_part_that_it_cannot_take(make_blend: Make, indexed: Meg
     cases: list[tuple[list[tuple[float, str, Any]], str]] = [
         ([(1, "a", indexed), (0, "b", indexed)], "weight=0 of the part 'b' must be a number above 0"),
         ([(1, "a", indexed), (1, "a", indexed)], "name=a is empty or used twice: losses are logged by it"),
-        ([(1, "a", PocketPile()), (1, "a/prose", indexed)], "two domains of the blend are called a/prose"),
-        (
-            [(1, "a", indexed), (1, "b", Other())],
-            r"part 'b' is tokenised with small, 'a' with .*: give .* one tokenizer",
-        ),
         ([(1, "a", indexed), (1, "b", PocketPile(["opera"]))], r"In the part 'b' of the blend: domains=.*no opera"),
     ]
     for parts, words in cases:
         with pytest.raises(SettingError, match=words):
             make_blend(*parts)
-
-
-def test_blend_names_a_damaged_part_and_ends_the_run(
-    make_blend: Make, indexed: MegatronIndexed, tmp_path: Path
-) -> None:
-    for ending in (".idx", ".bin"):
-        content = Path(indexed.prefix[0] + ending).read_bytes()
-        (tmp_path / f"damaged{ending}").write_bytes(content if ending == ".idx" else content[:-2])
-    with pytest.raises(RunError, match=r"In the part 'b' of the blend: .*\.bin has \d+ bytes, .*: cut off\?"):
-        make_blend((1, "a", indexed), (1, "b", MegatronIndexed(str(tmp_path / "damaged"))))

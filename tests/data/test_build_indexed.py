@@ -28,7 +28,6 @@ from nlgmoe.data.megatron_indexed import split_of
 from nlgmoe.data.prefix import Sidecar
 from nlgmoe.data.source_files import input_files
 from nlgmoe.experiment import load_config
-from nlgmoe.validation import SettingError
 from tests.data.oracles import MegatronDataset
 from tests.support.corpora import saved_tokenizer, tokens_of
 
@@ -158,15 +157,6 @@ def test_build_goes_on_after_a_kill_at_its_end(
     assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED and done.documents == 90
 
 
-def test_build_ends_at_bad_data_with_their_place(
-    tokenizer: Tokenizer, files: list[str], wanted: Content, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 11: not JSON .*--on-bad-data skip"):
-        build(files, tmp_path / "pile", tokenizer, Fields(), 1, lambda done: None)
-    done = build(files, tmp_path / "pile", tokenizer, Fields(), 1, lambda done: None, skip)  # as the message says
-    assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED
-
-
 def test_build_leaves_out_and_counts_once_documents_without_text(
     tokenizer: Tokenizer, wanted: Content, tmp_path: Path
 ) -> None:
@@ -199,18 +189,6 @@ def test_build_reads_addresses_like_files_and_notices_changes(
         file.write(lines(["more"]))
     with pytest.raises(ValueError, match=r"other settings \(files\)"):
         build(input_files(folder), tmp_path / "pile", tokenizer, Fields(), 1, lambda done: None, skip)
-    for given, reason in (
-        (f"{folder}/absent*.jsonl", "matches no file; give a path"),
-        (
-            "nosuch://bucket/a.jsonl",
-            "cannot be read here (Protocol not known: nosuch); give paths, or addresses such as s3:",
-        ),
-        ("simplecache::memory://text/*.jsonl", "cannot be read here (patterns and folders of chained addresses"),
-    ):
-        with pytest.raises(SettingError) as error:
-            build_files = input_files(given)
-            build(build_files, tmp_path / "none", tokenizer, Fields(), 1, lambda done: None)
-        assert reason in str(error.value) and "\n" not in str(error.value)
 
 
 def test_build_trains_its_tokenizer_on_the_first_documents_of_each_file(
@@ -308,22 +286,6 @@ def test_own_text_is_prepared_and_trained_on_with_its_own_tokenizer(tmp_path: Pa
     assert next(iter(data.train_dataloader())) and next(iter(data.val_dataloader())) and 256 < data.vocab_size <= 280
     tokens = [len(tokens_of(data, split)[0]) for split in ("train", "validation")]
     assert f"training   1 documents, {tokens[0]:,} tokens" in out and f" 1 documents, {tokens[1]:,} tokens" in out
-
-
-def test_build_cuts_a_single_text_into_documents_of_bounded_size(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr("nlgmoe.commands.prepare_text.PIECE_BYTES", 100)
-    (tmp_path / "text.txt").write_text("reading books\n" * 800)
-    main(
-        [
-            "prepare-data",
-            "--vocab-size=280",
-            f"--input={tmp_path}/text.txt",
-            f"--output={tmp_path}/cut",
-            "--domain=prose",
-        ]
-    )
-    assert '"domain": "prose"' in (tmp_path / "cut.json").read_text()
-    assert "documents  89\n" in capsys.readouterr().out  # of 9 lines each; without the bound there would be 20
 
 
 @pytest.mark.parametrize(

@@ -50,15 +50,6 @@ def test_an_epoch_visits_every_window_of_every_domain_once_in_a_new_order() -> N
         assert int(sample["domain"]) == int(sample["targets"][0] >= 1000)
 
 
-def test_evaluation_cut_short_keeps_the_first_windows_of_each_domain() -> None:
-    source = EvaluationSource([np.arange(1, 26), np.arange(50, 53)], seq_len=10, eod_id=EOD, max_windows=2)
-    assert len(source) == 3
-    assert source.evaluated_tokens(0).tolist() == list(range(1, 21))
-    assert source.evaluated_tokens(1).tolist() == [50, 51, 52]
-    assert source.sample(2)["targets"].tolist() == [50, 51, 52] + [EOD] * 7
-    assert not source.sample(-1)["token_mask"].any()
-
-
 def test_evaluation_takes_no_memory_for_its_windows() -> None:
     """2% of 300 billion tokens are 3 million windows of 2,048; here 10 million are counted in less than a megabyte."""
     tokens = [np.broadcast_to(np.int32(7), 4 * 10**7 - 1), np.broadcast_to(np.int32(8), 9)]

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,17 +122,6 @@ def test_shards_divide_bytes_without_gaps(tmp_path: Path) -> None:
     ]
 
 
-def test_an_empty_file_is_refused_by_one_shard(tokenizer: Tokenizer, folder: Path, tmp_path: Path) -> None:
-    (folder / "bb.jsonl").touch()
-    refused = []
-    for number in (1, 2, 3):
-        try:
-            build(folder, tmp_path / str(number), tokenizer, Shard(number, 3))
-        except RunError as error:
-            refused.append(str(error))
-    assert len(refused) == 1 and "bb.jsonl: empty file" in refused[0]
-
-
 def test_a_killed_shard_resumes_with_the_same_input_alone(
     tokenizer: Tokenizer, folder: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -168,27 +156,6 @@ def test_shards_of_a_folder_that_changed_are_refused(tokenizer: Tokenizer, folde
         (folder / "aa.jsonl").write_bytes(lines(TEXTS[:50]))
     with pytest.raises(SettingError, match=r"own-2-of-2: other files were divided than for the first shard of .*own;"):
         MegatronIndexed(str(tmp_path / "own")).open(tmp_path, tokenizer.name)
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ("--shard=5/4", r"shard=5/4 is not I/N with I from 1 to N; give 1/4 to 4/4"),
-        ("--shard=0/4", r"shard=0/4 is not I/N"),
-        ("--shard=one", r"shard=one is not I/N"),
-        ("--shard=1/4 --vocab-size=300", r"shard=1/4 takes a tokenizer that all shards share; train it first"),
-        ("--shard=1/4 --existing", r"output=.*/own: .*own\.idx exists already; name another output"),
-    ],
-)
-def test_shards_refuse_options_that_make_none(
-    options: str, reason: str, folder: Path, tmp_path: Path, capsys: Any
-) -> None:
-    if "--existing" in options:
-        (tmp_path / "own.idx").touch()
-    words = [word for word in options.split() if word != "--existing"]
-    with pytest.raises(SystemExit):
-        main(["prepare-data", f"--input={folder}", f"--output={tmp_path}/own", *words])
-    assert re.search(f"error: {reason}", error := capsys.readouterr().err) and error.count("\n") == 1
 
 
 def test_array_job_prepares_shards_with_a_tokenizer_that_is_trained_once(

@@ -3,13 +3,10 @@
 import json
 import multiprocessing
 import os
-import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -27,20 +24,18 @@ from torch import distributed
 
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, PileDataModule
 from nlgmoe.cli.errors import describe
-from nlgmoe.data import PocketPile, StreamedText
+from nlgmoe.data import StreamedText
 from nlgmoe.data import streamed_files as prepared_files
 from nlgmoe.data import streams as streams_module
 from nlgmoe.data.blend import BlendedSource
 from nlgmoe.data.documents import Fields
-from nlgmoe.data.pocket_build import write_corpus
 from nlgmoe.data.samples import Sample
 from nlgmoe.data.sampling import TrainingSampler
-from nlgmoe.data.source_files import DataFile
 from nlgmoe.data.streams import Cursor, Cursors, Stream, StreamConfig, StreamedSource, Window
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe
 from nlgmoe.validation import SettingError
-from tests.support.corpora import WORDS, make_documents, make_trainer, rows, tokens_of
+from tests.support.corpora import WORDS, make_trainer, rows, tokens_of
 
 SEQ_LEN = 16
 Config = Callable[..., StreamConfig]
@@ -239,8 +234,6 @@ def test_stream_reads_a_block_and_tokenises_less_to_resume(
 
 
 class NotStreamed:
-    """Samples without a cursor."""
-
     seq_len = SEQ_LEN
 
     def sample(self, index: int) -> Sample:
@@ -415,32 +408,6 @@ def test_stream_evaluates_the_first_documents_of_each_domain(open_corpus: Open) 
     assert data.unigram_entropy() > 0 and set(data.xz_bits_per_byte()) == {"domain 1", "other", "all"}
 
 
-def test_tokenizer_sample_of_a_stream_has_the_shares_of_all_files(
-    open_corpus: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a file for each domain, one with long documents."""
-    texts = [
-        [f"{i} {' '.join(random.Random(i).choices(WORDS, k=words))}" for i in range(count)]
-        for words, count in ((400, 40), (10, 400))
-    ]
-    for i in range(6):
-        records = [{"text": text, "meta": {"name": f"domain {i % 2}"}} for text in texts[i % 2]]
-        path = tmp_path / "pile/grouped" / f"{i}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    options = {"data_files": {"train": "grouped/*.jsonl", "validation": "val.jsonl.zst"}}
-
-    def sizes(evaluation_tokens: int) -> np.ndarray:  # each number has a cache of its own
-        data = open_corpus(**options, evaluation_tokens=evaluation_tokens)
-        return np.array([len(tokens) for tokens in tokens_of(data, "train")])
-
-    whole = sizes(60)
-    monkeypatch.setattr(prepared_files, "TRAINING_BYTES", 25_000)
-    part = sizes(61)
-    assert part.sum() < whole.sum() / 3 and whole[2] == part[2] == 0
-    assert part[0] / part.sum() == pytest.approx(whole[0] / whole.sum(), abs=0.05)
-
-
 def test_stream_ends_its_search_for_an_absent_domain(
     open_corpus: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -478,28 +445,6 @@ def test_streamed_files_are_hashed_once_and_without_the_lock(
     assert open_corpus().fingerprint() != first and len(hashed) == 1 + 5  # another number of pieces for each
 
 
-def test_streamed_files_on_the_hub_are_listed_again_only_for_another_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str | None] = []
-
-    def dataset_info(self: Any, path: str, revision: str | None) -> Any:
-        asked.append(revision)
-        return SimpleNamespace(sha="c" * 40)
-
-    def list_files(*arguments: Any) -> Any:
-        raise SettingError("listed again")
-
-    monkeypatch.setattr(prepared_files.HfApi, "dataset_info", dataset_info)
-    monkeypatch.setattr(prepared_files, "_find_by_datasets", list_files)
-    known = {"train": [DataFile(f"hf://datasets/owner/name@{'c' * 40}/train/00.jsonl", 5)]}
-    for revision in (None, "main", "c" * 40):
-        assert prepared_files.find_files("owner/name", None, revision, known) == known
-    assert asked == [None, "main"]
-    for path, revision in (("owner/name", "d" * 40), ("owner/other", None)):
-        known["train"][0] = replace(known["train"][0], path=f"hf://datasets/owner/name@{'e' * 40}/train/00.jsonl")
-        with pytest.raises(SettingError, match="listed again"):
-            prepared_files.find_files(path, None, revision, known)
-
-
 def test_stream_reads_an_object_store_like_a_folder(open_corpus: Open, tmp_path: Path) -> None:
     store = fsspec.filesystem("memory")
     for file in (tmp_path / "pile").rglob("*.zst"):
@@ -513,14 +458,6 @@ def test_stream_reads_an_object_store_like_a_folder(open_corpus: Open, tmp_path:
     store.pipe("/bucket/train/00.jsonl.zst", (tmp_path / "pile/train/01.jsonl.zst").read_bytes())
     with pytest.raises(ValueError, match=r"these differ: .*corpus\.00\.jsonl\.zst"):
         open_corpus(path="memory://bucket").load_state_dict(before)
-    with pytest.raises(
-        SettingError, match=r"path=memory://bucket has no files for validation: name them in data_files"
-    ):
-        open_corpus(path="memory://bucket", data_files={"train": "train/*", "validation": "absent/*"})
-    with pytest.raises(
-        SettingError, match=r"other://bucket/t\*\.jsonl cannot be read here \(.*; give paths, or addresses"
-    ):
-        open_corpus(path="other://bucket", data_files={"train": "t*.jsonl", "validation": "val.jsonl"})
 
 
 def test_stream_ends_at_bad_data_with_one_line_from_workers_too(
@@ -582,50 +519,6 @@ def test_stream_of_ids_is_trained_on_as_their_text_is(
         source = opened.training_source(SEQ_LEN, 1)
         loaded.append(([source.sample(i)["targets"].tolist() for i in range(30)], evaluated[0].tolist()))
     assert loaded[0] == loaded[1]
-
-
-def test_stream_reads_special_tokens_on_request_alone(tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Neither their tokens nor their runs are mixed with those of the names as text."""
-    name = tokenizer.decode([tokenizer.eod_id])
-    texts = {split: [f"{text}{name}." for text in make_texts(40, split)] for split in ("train", "validation")}
-    for split in texts:
-        write(tmp_path / f"{split}.jsonl", texts[split])
-    ends, fingerprints = {}, []
-    for mode in ("text", "read"):
-        corpus = StreamedText(str(tmp_path), num_streams=3, special_tokens=mode)  # type: ignore[arg-type]
-        corpus.prepare(tmp_path / "built", str(tiny_corpus / "tokenizer"))
-        opened = corpus.open(tmp_path / "built", str(tiny_corpus / "tokenizer"))
-        evaluated = opened.evaluation_tokens("validation")
-        assert evaluated is not None
-        source = opened.training_source(SEQ_LEN, 1)
-        trained = torch.cat([source.sample(number)["targets"] for number in range(60)])
-        ends[mode] = [int((evaluated[0] == tokenizer.eod_id).sum()), int((trained == tokenizer.eod_id).sum())]
-        fingerprints.append(opened.fingerprint)
-    assert (
-        ends["text"][0] == 40
-        and ends["read"][0] == 40 + "".join(texts["validation"]).count(name)
-        and ends["read"][1] > 1.5 * ends["text"][1] > 0
-    )
-    assert fingerprints[1] == fingerprints[0] | {"special_tokens": "read"}
-
-
-def test_stream_names_a_byte_without_a_token_with_its_place(
-    tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer
-) -> None:
-    kept = json.loads(tokenizer.files["tokenizer.json"])
-    kept["model"]["vocab"] = {token: number for token, number in kept["model"]["vocab"].items() if token != "~"}
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(kept))
-    for split in ("train", "validation"):
-        write(tmp_path / f"{split}.jsonl", [*make_texts(3, split), "about ~ here"])
-    with pytest.raises(
-        ValueError, match=r"train.jsonl, line 4: a byte without a token \(0x7E, at byte 6 of the text\); repair"
-    ):
-        StreamedText(str(tmp_path)).prepare(tmp_path / "built", str(tmp_path / "tokenizer"))
-    documents = [replace(document, text=f"~ {document.text}") for document in make_documents(20, "own", 1)]
-    write_corpus(tmp_path / "own", "own", documents, {})
-    with pytest.raises(ValueError, match=r"own.train.jsonl, line 1: a byte without a token \(0x7E, at byte 0"):
-        PocketPile().prepare(tmp_path / "own", str(tmp_path / "tokenizer"))
 
 
 def test_stream_refuses_ids_of_another_tokenizer(tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:

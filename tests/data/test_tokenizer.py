@@ -1,4 +1,3 @@
-import errno
 import json
 import os
 from pathlib import Path
@@ -7,20 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 
-from nlgmoe.data import pocket_build as build
-from nlgmoe.data.corpus import build_lock
-from nlgmoe.data.pocket_build import write_corpus
 from nlgmoe.data.tokenizer import BYTE_OF, EOD, Tokenizer
 from nlgmoe.data.tokenizer_loading import load_tokenizer, train_byte_level_bpe, train_tokenizer
 from nlgmoe.experiment import parse_config
-from nlgmoe.files import sha256_of
 from nlgmoe.validation import SettingError
-from tests.support.corpora import make_documents, small, write_tiny_corpus
+from tests.support.corpora import small
 
 SMALL = small()
 
@@ -99,15 +93,11 @@ def without(pattern: object, invert: bool = False) -> pre_tokenizers.PreTokenize
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("normalizer", normalizers.NFKC(), "it has NFKC"),
         ("normalizer", normalizers.Sequence([normalizers.NFC(), normalizers.Strip()]), "it has NFC, Strip"),
-        ("pre_tokenizer", without("<br>"), "it has Split"),
         ("pre_tokenizer", without(Regex("[^q]+"), invert=True), "'ghijklmnopqrst.*' came back as 'ghijklmnoprst"),
         ("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True), "it has ByteLevel with a prefix space"),
         ("model", models.Unigram([("a", 0.0)], byte_fallback=True), "it is a Unigram model"),
         ("model", models.BPE(CHARACTERS, [], byte_fallback=True), "it is a BPE model with byte_fallback"),
-        ("model", models.WordPiece(CHARACTERS), "it is a WordPiece model"),
-        ("model", models.BPE(CHARACTERS, [], end_of_word_suffix="</w>"), "came back as"),
         ("model", models.BPE({EOD: 0, "ab": 1}, []), "its tokens are not those of the byte-level alphabet"),
     ],
     ids=str,
@@ -296,29 +286,3 @@ def test_end_of_document_token_is_named_by_the_models_settings() -> None:
         assert (entry in tokenizer.stop_ids) == (name == "generation_config.json")
     with pytest.raises(ValueError, match="has no end-of-document token"):
         Tokenizer.from_files({"tokenizer.json": text}, "unnamed")
-
-
-def test_a_pocket_tokenizer_is_loaded_without_checking_the_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every rank loads it; `prepare` checks the text, and one process trains on it."""
-    write_tiny_corpus(tmp_path)
-    hashed: list[Path] = []
-    monkeypatch.setattr(build, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
-    first = load_tokenizer("pocket-1k", tmp_path)
-    assert len(hashed) == 4
-    assert load_tokenizer("pocket-1k", tmp_path).fingerprint == first.fingerprint and len(hashed) == 4
-    write_corpus(tmp_path, "tiny", make_documents(40, "prose", 3), {})
-    assert load_tokenizer("pocket-1k", tmp_path).fingerprint != first.fingerprint and len(hashed) > 4
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EROFS])
-def test_tokenizer_is_built_on_a_file_system_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    def refuse(*arguments: object, **options: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(FileLock, "acquire", refuse)
-    with build_lock(tmp_path / "data"):
-        assert (tmp_path / "data").is_dir()

@@ -209,19 +209,6 @@ def test_distillation_weight_by_the_clock() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"step": 1, "tokens": 1}, "step=1, tokens=1, fraction=None; give one of them"),
-        ({"fraction": 1.5}, "fraction=1.5 must be at most 1"),
-        ({"tokens": 5, "ramp_tokens": 6}, "ramp_tokens=6 is above tokens=5"),
-    ],
-)
-def test_distillation_refuses_impossible_ends(settings: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
-        StagedDistillation(**settings)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
     ("end", "run", "late"),
     [
         (
@@ -230,9 +217,7 @@ def test_distillation_refuses_impossible_ends(settings: dict[str, float], messag
             "after 3 steps, and the run before that, by model.train_tokens=None or trainer.max_steps=2",
         ),
         ({"tokens": 2 * TOKENS + 1}, {"steps": 2}, f"after {2 * TOKENS + 1} tokens"),  # the other clock
-        ({"step": 4}, {"steps": -1, "train_tokens": 2 * TOKENS}, "after 4 steps"),
         ({"step": 2}, {"steps": 2}, ""),
-        ({"fraction": 1.0}, {"steps": -1, "train_tokens": 2 * TOKENS}, ""),
     ],
 )
 def test_a_distillation_that_outlasts_its_run_is_warned_of(
@@ -253,20 +238,6 @@ def test_distillation_end_by_share_needs_a_run_with_a_length(teacher: Path, tmp_
         fit(tmp_path, teacher, StagedDistillation(fraction=0.5))
 
 
-def test_a_teacher_that_lacks_experts_or_is_not_there_is_refused(tmp_path: Path) -> None:
-    module, path = MoEGPTModule(TEACHER), tmp_path / "other.ckpt"
-    run = trainer(tmp_path, max_steps=1)
-    run.fit(module, SyntheticData())
-    module.config = replace(TEACHER, moe=MoEConfig([2, 5], mlp_type="residual"))
-    run.save_checkpoint(path)
-    with pytest.raises(
-        ValueError, match=r"other.ckpt does not .*moe\.experts\.\*\..* \(saved: missing, now: \[.*; \d experts\)"
-    ):
-        fit(tmp_path, path)
-    with pytest.raises(ValueError, match=r"model.distiller.teacher=.*nothing.*set it to a trained checkpoint"):
-        fit(tmp_path, tmp_path / "nothing")
-
-
 def test_evaluation_does_not_load_the_teacher(tmp_path: Path) -> None:
     module = MoEGPTModule(STUDENT, distiller=MixtureOfStudents("nowhere"))
     run = trainer(tmp_path, limit_val_batches=1.0)
@@ -274,7 +245,6 @@ def test_evaluation_does_not_load_the_teacher(tmp_path: Path) -> None:
 
 
 def test_teacher_in_fp32_has_its_logits_bit_for_bit_under_bf16(teacher: Path, tmp_path: Path) -> None:
-    """Its logits are the checkpoint's in fp32, bit for bit, where the student computes in bf16."""
     watch = Watch()
     module = MoEGPTModule(STUDENT, distiller=MixtureOfStudents(str(teacher), precision="fp32"))
     trainer(tmp_path, watch, max_steps=1, precision="bf16-mixed").fit(module, SyntheticData())

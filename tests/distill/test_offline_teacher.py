@@ -21,11 +21,10 @@ from nlgmoe.data.sampling import BatchRampUp, batch_size_after
 from nlgmoe.distill import record_logits as recording
 from nlgmoe.distill.distiller import Distiller, End, RunPosition, samples_before_end
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
-from nlgmoe.distill.offline_teacher import HEADER, POSITION, RECORDS, OfflineTeacher, TeacherLogits, record_type
+from nlgmoe.distill.offline_teacher import HEADER, POSITION, RECORDS, OfflineTeacher, TeacherLogits
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
-from nlgmoe.validation import RunError
 from tests.support.distillation import SAMPLES, STUDENT, TEACHER, record, trained
 from tests.support.synthetic import NumberedData, SyntheticData
 from tests.support.trainers import SaveAt, trainer
@@ -44,22 +43,16 @@ def logits(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Longer(NumberedData):
-    """Another corpus."""
-
     def fingerprint(self) -> dict[str, str | int]:
         return super().fingerprint() | {"corpus": "a longer walk"}
 
 
 class Unnumbered(SyntheticData):
-    """The same samples, without their numbers."""
-
     def fingerprint(self) -> dict[str, str | int]:
         return NumberedData().fingerprint()
 
 
 class Losses(Callback):
-    """Of each micro-batch all, and of each step the distillation loss where there is one."""
-
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.distilled: list[float] = []
@@ -167,16 +160,6 @@ def test_distillation_resumes_with_the_teacher_it_had(logits: Path, tmp_path: Pa
     assert other.losses != whole.losses[4:]
 
 
-def test_recorded_logits_are_read_by_ranks_for_their_own_samples(logits: Path) -> None:
-    """In any order, a part of each."""
-    recorded = TeacherLogits(logits)
-    ids, log_probs = recorded.read([5, 3, 30], 7)
-    assert ids.shape == (3, 7, 8) and log_probs.shape == (3, 7, 9)
-    for index, sample in enumerate([5, 3, 30]):
-        whole = recorded.read([sample], 16)
-        assert (ids[index] == whole[0][0, :7]).all() and (log_probs[index] == whole[1][0, :7]).all()
-
-
 def die_before(call: int) -> None:
     """Have SIGKILL strike before the so-manieth of the calls by which a recording computes, writes and names things."""
     left = [call]
@@ -215,21 +198,6 @@ def test_recording_killed_anywhere_ends_with_the_same_bytes(
     assert call > 10
 
 
-def test_a_recording_that_has_lost_records_is_not_continued(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(progress: recording.Progress) -> None:
-        if progress.samples == 8:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(recording, "SAMPLES_AT_RISK", 1)
-    with pytest.raises(KeyboardInterrupt):
-        record(teacher, tmp_path, report=stop, samples=12)
-    (tmp_path / RECORDS).unlink()
-    with pytest.raises(RunError, match=r"logits.bin has lost records that .*position.json counts; delete"):
-        record(teacher, tmp_path, samples=12)
-
-
 def test_recording_leaves_a_folder_of_something_else_as_it_is(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / ".gitignore").write_text("*")
     with pytest.raises(ValueError, match="exists already, and holds no teacher's logits"):
@@ -241,8 +209,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, "no teacher's logits at .*; record them with nlgmoe distill-logits"),
     "unfinished": (lambda folder: (folder / POSITION).touch(), "is not finished; run the"),
     "cut off": (lambda folder: os.truncate(folder / RECORDS, 1000), r"logits.bin has 1,000 bytes, not "),
-    "no records": (lambda folder: (folder / RECORDS).unlink(), r"logits.bin is missing: it is damaged; delete"),
-    "header": (lambda folder: os.truncate(folder / HEADER, 100), r"header.json is damaged \(.*\); delete"),
 }
 
 
@@ -303,9 +269,3 @@ def test_recording_samples_of_a_run_by_hand() -> None:
     assert samples_before_end(End(97, None), batch, 8, grown, RunPosition(32, 2, 8)) == 24
     assert samples_before_end(End(20, None), batch, 8, grown, RunPosition(32, 2, 8)) == 8
     assert StagedDistillation(fraction=0.7).distillation_end(1000) == End(700, None)
-
-
-def test_recorded_bytes_of_a_token() -> None:
-    small = {"vocab_size": 65_536, "seq_len": 128, "top_k": 64}
-    assert record_type(small).itemsize == 128 * (64 * 2 + 65 * 2)
-    assert record_type(small | {"vocab_size": 65_537}).itemsize == 128 * (64 * 4 + 65 * 2)

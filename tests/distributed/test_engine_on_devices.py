@@ -1,7 +1,5 @@
 """DeepSpeed's engine where its ranks compute on a device; here `meta` takes the device's place."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

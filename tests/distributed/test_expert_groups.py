@@ -17,9 +17,7 @@ def pyramid(*experts: int) -> GPTConfig:
     ("experts", "ranks", "limit", "degrees"),
     [
         ([32, 64, 128], 128, 128, [32, 64, 128]),  # the paper's example
-        ([32, 64, 128], 128, 64, [32, 64, 64]),
         ([32, 64], 64, 64, [32, 64]),  # where Megatron-DeepSpeed's scripts cannot start
-        ([6, 4], 3, 3, [3, 1]),
         ([8, 8], 4, 3, [2, 2]),  # a limit, not a demand
     ],
 )

@@ -1,7 +1,5 @@
 """Nightly: 8 and 16 ranks against one process, and what they save, resumed on 1, 4 and 6."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What ranks resume, and how they read it: rank 0 decides, each entry is read once, and what fails is an error of all."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -95,14 +93,12 @@ def job(folder: Path, ranks: int) -> dict[str, Any]:
 
 
 def results(ranks: int, folder: Path) -> list[dict[str, Any]]:
-    """What each rank has found in the folder `run`."""
     run = folder / "run"
     return [result | {"folder": run} for result in spawn(ranks, job, run, ranks, folder=folder)]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two ranks have found."""
     return results(2, tmp_path_factory.mktemp("resumed"))
 
 

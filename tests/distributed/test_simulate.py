@@ -1,7 +1,5 @@
 """Up to 512 ranks in one process: groups and placements of all, and steps of some, whose collectives do nothing."""
 
-from __future__ import annotations
-
 import json
 from datetime import timedelta
 from pathlib import Path

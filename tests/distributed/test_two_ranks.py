@@ -1,7 +1,5 @@
 """Two ranks in seconds: the parts of `ranks/` that a change of exchange, gradients or clocks breaks first."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,6 @@ CELLS = [
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
-    """The outcome of each rank by the name of the cell."""
     folder = tmp_path_factory.mktemp("ranks")
     by_rank = spawn(2, train_all, CELLS, 2, folder, folder=folder)
     return {cell.name: [rank[index] for rank in by_rank] for index, cell in enumerate(CELLS)}

@@ -55,6 +55,5 @@ def test_distillation_trains_a_student_with_its_teacher_and_then_without(
 
 
 def distilled(run: Path) -> list[str]:
-    """The distillation loss of each step, as logged."""
     with (run / "metrics.csv").open() as file:
         return [row["train/distillation_loss"] for row in csv.DictReader(file) if row["train/loss"]]

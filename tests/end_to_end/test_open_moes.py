@@ -17,7 +17,6 @@ LEFT_OUT = ("configs/pr_moe", "allenai/")  # another model's; a hub's
 
 @pytest.fixture(scope="module")
 def walked(pocket_pile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which all commands were run, in order."""
     folder = tmp_path_factory.mktemp("open")
     for name in ("train.py", "docs", "configs"):
         (folder / name).symlink_to(ROOT / name)

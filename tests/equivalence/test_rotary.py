@@ -1,12 +1,10 @@
 """Scaled rotary positions against `transformers`: frequencies, angles at real sizes, and config.json for readers of version 4."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nlgmoe.layers.rotary import rotations
@@ -58,24 +56,3 @@ def test_rotary_frequencies_are_those_of_transformers_at_real_sizes(name: str) -
     ):
         torch.testing.assert_close(cos[0, 0, :, :64], angles.cos().float(), rtol=0, atol=bound)
         torch.testing.assert_close(sin[0, 0, :, :64], angles.sin().float(), rtol=0, atol=bound)
-
-
-@pytest.mark.parametrize("name", SCALINGS)
-def test_config_json_says_the_same_to_readers_of_version_4(name: str, tmp_path: Path) -> None:
-    config = FAMILIES["llama"].read(config_of(name))
-    settings = FAMILIES["llama"].settings(config)
-    assert settings["rope_scaling"] == settings["rope_parameters"] and settings["rope_theta"] == config.rope_theta
-    old = {key: value for key, value in settings.items() if key != "rope_parameters"}
-    frequencies = []
-    for number, values in enumerate((settings, old)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(values))
-        read = AutoConfig.from_pretrained(folder)
-        assert read.rope_parameters == settings["rope_parameters"]
-        assert FAMILIES["llama"].read(read) == config
-        frequencies.append(ROPE_INIT_FUNCTIONS[read.rope_parameters["rope_type"]](read))
-    (made, temperature), (expected, expected_temperature) = frequencies[0], frequencies[1]
-    assert torch.equal(made, expected) and temperature == expected_temperature
-    first, factor = ROPE_INIT_FUNCTIONS[settings["rope_parameters"]["rope_type"]](config_of(name))
-    assert torch.equal(made, first) and temperature == pytest.approx(factor, rel=1e-12)

@@ -1,6 +1,5 @@
 """Log-likelihoods and generated texts, compared with lm-eval's `hf` model with the same weights and with forward passes."""
 
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.model.gpt import GPT
 from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.export import export
@@ -68,7 +66,6 @@ PAIRS = [
 
 
 def exported(gpt: GPT, folder: Path) -> HFLM:
-    """Return lm-eval's `hf` model of an exported folder."""
     entries = split_experts(gpt.state_dict())
     write_weights(folder / "a.ckpt", entries.__getitem__, gpt.config, TOKENIZER.files)
     export(folder / "a.ckpt", folder / "exported")
@@ -102,19 +99,6 @@ def test_whole_texts_are_those_of_lm_evals_hf_model(pair: tuple[EvaluatedGPT, HF
     (long, _), (short, _) = pair[0].loglikelihood(requests(("", texts[3].args[0]), PAIRS[0]), disable_tqdm=True)
     ((expected_short, _),) = pair[1].loglikelihood(requests(PAIRS[0]), disable_tqdm=True)
     assert (long, short) == pytest.approx((expected[3], expected_short), rel=1e-6)
-
-
-def test_a_text_with_a_byte_without_a_token_is_refused() -> None:
-    kept = json.loads(TOKENIZER.files["tokenizer.json"])
-    del kept["model"]["vocab"]["~"]
-    lacking = Tokenizer.from_files({"tokenizer.json": json.dumps(kept)}, "lacking")
-    model = EvaluatedGPT(randomised(PR_MOE), lacking, batch_size=4)
-    for evaluated in (
-        lambda: model.loglikelihood(requests(("the king", " ~")), disable_tqdm=True),
-        lambda: model.generate_until(requests(("a ~", UNTIL)), disable_tqdm=True),
-    ):
-        with pytest.raises(ValueError, match=r"has a byte without a token \(0x7E, at byte"):
-            evaluated()
 
 
 def test_generated_texts_are_those_of_lm_evals_hf_model(pair: tuple[EvaluatedGPT, HFLM]) -> None:

@@ -18,8 +18,8 @@ from lm_eval.tasks import TaskManager
 from nlgmoe import MoEGPTModule
 from nlgmoe.commands.main import main
 from nlgmoe.model.gpt import GPT
-from nlgmoe.tools.lm_eval import harness, prepare_eval
-from nlgmoe.tools.lm_eval.evaluate import Results, merge_results, metrics, results_table
+from nlgmoe.tools.lm_eval import prepare_eval
+from nlgmoe.tools.lm_eval.evaluate import Results, metrics, results_table
 from nlgmoe.tools.lm_eval.harness import EvaluatedGPT, Tasks
 from nlgmoe.tools.lm_eval.prepare_eval import write_task
 from nlgmoe.validation import SettingError
@@ -35,7 +35,6 @@ def lm() -> EvaluatedGPT:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `prepare-eval` writes it."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "piqa.jsonl").write_text("".join(json.dumps(each) + "\n" for each in PIQA))
     write_task(folder / "piqa.yaml", "piqa", "piqa/piqa.yaml")
@@ -64,19 +63,6 @@ def test_a_prepared_task_scores_its_documents(lm: EvaluatedGPT, prepared: Path) 
     assert line.split()[:2] == ["piqa", "acc"] and line.split()[4:] == (
         ["50.0", "69.31", "74.59", "73.99", "73.34", "73.39", "76.71", "77.75", "77.69"]
     )
-
-
-def test_tasks_of_every_kind_run_from_a_users_folder(lm: EvaluatedGPT, tmp_path: Path) -> None:
-    folder = write_tasks(tmp_path)
-    results = merge_results([run_task(lm, name, folder, limit=3, shots=1) for name in TASKS])
-    found = {(task, name): value for task, name, value, _ in metrics(results)}
-    assert set(found) == {
-        ("tiny_choice", "acc"), ("tiny_word", "perplexity"), ("tiny_answer", "exact_match"), ("tiny_text", "bits_per_byte"),
-    }  # fmt: skip
-    assert found["tiny_text", "bits_per_byte"] > 0 and found["tiny_word", "perplexity"] > 1
-    assert results["chance"]["tiny_choice"]["guess"] == pytest.approx(1 / 3)
-    assert {samples["effective"] for samples in results["n-samples"].values()} == {3}
-    assert set(results["n-shot"].values()) == {1}
 
 
 def test_zero_shot_results_are_those_of_lm_evals_simple_evaluate(lm: EvaluatedGPT, tmp_path: Path) -> None:
@@ -143,15 +129,6 @@ def test_a_prepared_task_of_another_installation_is_refused(tmp_path: Path) -> N
         SettingError, match=r"include_path=.*piqa.yaml cannot be read .*run `nlgmoe prepare-eval` again"
     ):
         Tasks(["piqa"], str(tmp_path))
-
-
-def test_a_misspelt_task_gets_its_name_suggested(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Among the tasks of a folder; `misspelt task` below reads those of lm-eval, which takes 20 seconds."""
-    monkeypatch.setattr(
-        harness, "TaskManager", lambda include_path, **_: TaskManager(include_path=include_path, include_defaults=False)
-    )
-    with pytest.raises(SettingError, match=r"tasks=piqua: lm-eval has no such task; did you mean piqa\?"):
-        Tasks(["piqua"], str(prepared))
 
 
 @pytest.fixture(scope="module")

@@ -79,13 +79,11 @@ class Run:
         return Launched(started, output, lambda: [int(path.name) for path in processes_of_group(started.pid)]).wait()
 
     def arguments(self) -> list[str]:
-        """Of train.py."""
         timeout = f"--trainer.strategy.init_args.timeout_seconds={self.timeout_seconds}"
         places = [f"--data.data_dir={self.data}", f"--trainer.default_root_dir={self.folder}"]
         return ["fit", *SETTINGS, timeout, *places, "--ckpt_path=auto"]
 
     def next_output(self) -> Path:
-        """File for what a start prints."""
         self.starts += 1
         return self.folder.with_name(f"{self.folder.name}.{self.starts}.txt")
 
@@ -95,7 +93,6 @@ class Run:
         return max((PortableCheckpointIO().load_checkpoint(path)["global_step"] for path in paths), default=0)
 
     def leftovers(self) -> set[str]:
-        """Names of folders that a process did not live to finish or to delete."""
         return {path.name for path in self.folder.rglob(".*.ckpt.*")}
 
     def rows(self) -> list[dict[str, float]]:
@@ -129,7 +126,6 @@ class Launched:
     processes: Callable[[], list[int]]
 
     def wait(self, timeout: float = 300) -> Ended:
-        """Wait until none of its processes is left; those that run after `timeout` seconds are killed, which fails."""
         until = time.monotonic() + timeout
         try:
             code = self.process.wait(timeout)
@@ -146,7 +142,6 @@ class Launched:
         return Ended(code, re.findall(r"^(?:\[.*?\]:)?error: (.*)", text, re.MULTILINE), text, after)
 
     def kill(self) -> None:
-        """Send SIGKILL to all of its processes."""
         for number in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)

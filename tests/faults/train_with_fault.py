@@ -4,8 +4,6 @@ Python reports a file-system call before it makes it (audit events, PEP 578). Th
 are counted. Lightning starts further ranks by the name of this script, so each of them counts its own.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -1,7 +1,5 @@
 """Two hosts on one machine: network namespaces, joined by a switch that can be turned off."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -63,7 +61,6 @@ class Cluster:
 
 
 def wait(launched: list[Launched], timeout: float = 300) -> list[Ended]:
-    """Wait until both hosts have ended."""
     try:
         return [each.wait(timeout) for each in launched]
     finally:
@@ -87,5 +84,4 @@ def processes_on(host: str) -> list[int]:
 
 
 def ip(*args: str) -> None:
-    """Run `ip`."""
     subprocess.run(["ip", *args], env=os.environ | _PATH, capture_output=True, check=True)

@@ -4,8 +4,6 @@ The files that are committed were made by the code of commit 338e1af, one thread
 Make them again only when a change of the format or of the numbers is intended, and say so in CHANGELOG.md.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -53,14 +51,12 @@ def write_corpus() -> None:
 
 
 def run(folder: Path, *extra: str) -> None:
-    """train.py, as its user starts it."""
     words = ["fit", f"--config={golden.GOLDEN / 'run.yaml'}", f"--trainer.default_root_dir={folder}", *extra]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     subprocess.run([sys.executable, "train.py", *words], check=True, env=environment)
 
 
 def make(scratch: Path) -> None:
-    """Write everything but this folder's sources."""
     for path in (golden.CORPUS, golden.TEACHER_LOGITS, *golden.CHECKPOINTS.values()):
         shutil.rmtree(path, ignore_errors=True)
     write_corpus()

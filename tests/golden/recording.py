@@ -1,7 +1,5 @@
 """What is recorded of the code, and compared with the record: runs, initial weights, batches and noise."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,7 +52,6 @@ def family_losses(name: str, config: GPTConfig, folder: Path) -> list[float]:
 
 
 def offline_losses(config: GPTConfig, folder: Path) -> list[float]:
-    """Losses of a student of the recorded logits."""
     distiller = OfflineTeacher(str(TEACHER_LOGITS), temperature=2.0, teacher=str(TEACHER))
     return train(config, folder, OFFLINE_STEPS, distiller=distiller)
 
@@ -62,7 +59,6 @@ def offline_losses(config: GPTConfig, folder: Path) -> list[float]:
 def train(
     config: GPTConfig, folder: Path, steps: int, *callbacks: Callback, distiller: Distiller | None = None
 ) -> list[float]:
-    """Losses of the micro-batches of a run, one a step."""
     losses = Losses()
     run = trainer(folder, losses, *callbacks, max_steps=steps, gradient_clip_val=1.0)
     run.fit(MoEGPTModule(config, AdamWConfig(lr=3e-3), distiller=distiller), blend(folder))

@@ -1,7 +1,5 @@
 """The numbers are still the same as when `tests/golden/make.py` wrote these files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The networks of experts against the dense layer, which tests/equivalence compares with `transformers`."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

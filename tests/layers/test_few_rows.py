@@ -1,12 +1,9 @@
 """The few rows of generation, which experts compute one by one, against one grouped product."""
 
-import pytest
 import torch
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers import experts
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.router import RoutingContext
 from nlgmoe.model.gpt import GPT
 
 
@@ -16,30 +13,6 @@ def layer(moe: MoEConfig) -> MoELayer:
     for parameter in built.parameters():  # biases too
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)) * 0.3
     return built
-
-
-@pytest.mark.parametrize(
-    "moe",
-    [
-        MoEConfig(8, top_k=3, mlp_type="residual", residual_mix="sum"),
-        MoEConfig(2, eval_token_dropping=True, eval_capacity_factor=0.5, min_capacity=1),
-    ],
-)
-@pytest.mark.parametrize("half", [False, True])
-@torch.no_grad()
-def test_moe_layer_computes_few_rows_as_it_does_many(
-    moe: MoEConfig, half: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x, mask = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([[True], [False]])
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        results = []
-        for few in (8, 0):
-            monkeypatch.setattr(experts, "FEW_ROWS", few)
-            assert layer(moe).experts._choose_product(x[0]) == ("loop" if few else "grouped_mm")
-            results += [layer(moe)(x)[0], layer(moe)(x, RoutingContext(mask=mask))[0]]
-    for few_rows, many in zip(results[:2], results[2:], strict=True):
-        assert few_rows.dtype == many.dtype
-        torch.testing.assert_close(few_rows, many, rtol=2e-2 if half else 1e-6, atol=2e-2 if half else 1e-6)
 
 
 @torch.no_grad()

@@ -59,8 +59,6 @@ def test_routing_under_autocast_is_the_fp32_routers_bit_for_bit(name: str) -> No
 
 
 class Softmaxes(TorchFunctionMode):
-    """Notes the dtype of every softmax's input."""
-
     def __init__(self) -> None:
         self.dtypes: list[torch.dtype] = []
 
@@ -98,8 +96,6 @@ def expert(experts: Experts, e: int, x: Tensor) -> Tensor:
 
 
 class Products(TorchFunctionMode):
-    """The precision that each weight's product is computed in."""
-
     def __init__(self) -> None:
         super().__init__()
         self.of: dict[int, str] = {}
@@ -135,11 +131,6 @@ def test_a_precision_of_one_backend_is_left_as_it_is() -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
 
-
-def test_layer_in_fp64_computes_in_fp64() -> None:
-    with precision("fp64") as (moe, x):
-        y, routing = moe(x)
-    assert {value.dtype for value in (y, routing.weight, routing.probs, *router_losses([routing]))} == {torch.float64}
     # That nothing on the way is fp32 either, test_moe_properties shows: there the layer equals a loop to 1e-10.
 
 
@@ -231,7 +222,6 @@ def head(dtype: torch.dtype, kind: str, autocast: bool, scale: float) -> list[Te
 
 
 def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """`KL(teacher || student)` of logits, per row."""
     return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
 

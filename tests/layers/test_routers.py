@@ -57,7 +57,6 @@ def router_of(moe: MoEConfig, layer: int = 1, **settings: Any) -> Any:
 
 
 def gated(moe: MoEConfig, logits: list[list[float]], context: RoutingContext = RoutingContext()) -> Routing:  # noqa: B008
-    """Route by a gate that is the identity."""
     table = torch.tensor(logits, dtype=torch.float64)
     router = router_of(moe, hidden_size=table.shape[1], num_heads=1).double()
     torch.nn.init.eye_(router.weight)
@@ -86,30 +85,6 @@ def test_a_router_s_modules_move_with_it_and_its_buffers_keep_their_dtype() -> N
 # ---- by hand
 
 
-@pytest.mark.parametrize(
-    ("top_k", "settings", "weights"),
-    [
-        (1, {}, [0.6]),
-        (1, {"gate_scale": 2.0}, [1.2]),
-        (2, {}, [2 / 3, 1 / 3]),
-        (2, {"normalize_weights": False}, [0.6, 0.3]),
-        (2, {"gate_scale": 2.0, "normalize_weights": True}, [4 / 3, 2 / 3]),
-    ],
-)
-def test_softmax_router_scales_and_normalises(top_k: int, settings: dict[str, Any], weights: list[float]) -> None:
-    moe = MoEConfig(3, top_k=top_k, second_expert="argmax", **settings, **DROPLESS)
-    routing = gated(moe, [[math.log(0.3), math.log(0.6), math.log(0.1)]])
-    assert routing.expert.tolist() == [[1, 0][:top_k]]
-    expect(routing.weight, [weights])
-
-
-def test_gate_is_drawn_with_its_init_std() -> None:
-    plain, wide = router_of(MoEConfig(4)), router_of(MoEConfig(4, gate_init_std=0.3))
-    torch.testing.assert_close(wide.weight, plain.weight * 6)  # 0.3 / 0.05: the same draw
-    sigmoid = router_of(MoEConfig(4, gate_init_std=0.3, router=SigmoidRouterConfig()))
-    assert torch.equal(sigmoid.weight, wide.weight)
-
-
 def logit(score: float) -> float:
     return math.log(score / (1 - score))
 
@@ -129,20 +104,6 @@ def test_sigmoid_router_chooses_by_biased_scores_and_weighs_by_scores() -> None:
     router.bias.zero_()
     router.after_step(torch.tensor([5, 3, 4]))  # the mean is 4
     expect(router.bias, [-1e-3, 1e-3, 0.0])
-
-
-def test_sigmoid_router_scores_a_group_by_the_sum_of_its_two_highest_biased_scores() -> None:
-    moe = MoEConfig(6, top_k=2, groups=[2, 1], router=SigmoidRouterConfig(), **DROPLESS)
-    router = GPT(model(moe, hidden_size=6, num_heads=1)).blocks[1].moe.router.double()
-    torch.nn.init.eye_(router.weight)
-    x = torch.tensor([[logit(score) for score in (0.9, 0.1, 0.05, 0.6, 0.3, 0.55)]], dtype=torch.float64)
-    routing = router(x)  # 1.0 against 1.15, though the highest score is in the first group
-    assert routing.expert.tolist() == [[3, 5]]
-    expect(routing.weight, [[0.6 / 1.15, 0.55 / 1.15]])
-    router.bias.copy_(torch.tensor([0.0, 0.3, 0.0, 0.0, 0.0, 0.0]))
-    routing = router(x)  # 1.3
-    assert routing.expert.tolist() == [[0, 1]]
-    expect(routing.weight, [[0.9, 0.1]])
 
 
 def test_sequence_balance_is_computed_for_each_sequence_without_padding() -> None:
@@ -304,23 +265,6 @@ def test_routers_learn_resume_exactly_and_are_counted(
         export(tmp_path / "half.ckpt", tmp_path / "export")
 
 
-@each
-def test_routers_train_beside_a_gated_shared_expert_and_in_groups(name: str, tmp_path: Path) -> None:
-    moe = replace(MOES[name], mlp_type="residual", residual_mix="sigmoid", shared_ffn_size=24)
-    if name in ("softmax", "sigmoid", "frozen"):
-        moe = replace(moe, top_k=2, groups=[2, 1])
-    module = MoEGPTModule(model(moe))
-    start = {key: value.clone() for key, value in module.gpt.state_dict().items()}
-    made = trainer(tmp_path, max_steps=3)
-    made.fit(module, SyntheticData())
-    changed = {key for key, value in module.gpt.state_dict().items() if not torch.equal(value, start[key])}
-    assert "blocks.1.moe.coefficient.weight" in changed and "blocks.1.moe.mlp.expand.weight" in changed
-    assert "blocks.1.moe.coefficient.bias" not in start and made.callback_metrics["train/loss"].isfinite()
-    chosen = module.gpt(torch.arange(16).view(1, 16)).routings[0].expert
-    if moe.groups is not None:
-        assert torch.equal(chosen[:, 0] // 2, chosen[:, 1] // 2)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -329,23 +273,13 @@ def test_routers_train_beside_a_gated_shared_expert_and_in_groups(name: str, tmp
             r"groups=\[4, 2\] must leave 2 experts a group with SigmoidRouterConfig \(num_experts=\[8, 4\]\)",
         ),
         (
-            lambda: MoEConfig(4, groups=[2, 1], router=HashRouterConfig()),
-            r"groups=\[2, 1\] has no effect with HashRouterConfig",
-        ),
-        (
-            lambda: MoEConfig(4, normalize_weights=True, router=SigmoidRouterConfig()),
-            "normalize_weights=True with top_k=1",
-        ),
-        (
             lambda: MoEConfig(4, gate_scale=2.0, router=HashRouterConfig()),
             "gate_scale=2.0 has no effect with HashRouter",
         ),
-        (lambda: SigmoidRouterConfig(update_rate=-1.0), "update_rate=-1.0 must be at least 0"),
         (
             lambda: MoEConfig(4, loss_coeff=0.1, router=SigmoidRouterConfig()),
             "loss_coeff=0.1 has no effect with SigmoidRouter",
         ),
-        (lambda: MoEConfig(4, top_k=2, router=HashRouterConfig()), "top_k=2 must be 1 with HashRouterConfig"),
     ],
 )
 def test_routers_refuse_wrong_settings_by_name(settings: Any, message: str) -> None:

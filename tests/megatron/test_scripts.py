@@ -167,12 +167,3 @@ def test_from_megatron_writes_notes_defaults_and_skipped_flags(
     assert "    lr: 0.001\n" in printed
     assert "      loss_coeff: 0.1\n" in printed
     assert "# Not given, so Megatron-DeepSpeed's default: " in printed and "--moe-loss-coeff 0.1" in printed
-
-
-@pytest.mark.parametrize(("words", "message"), [([], "after --"), (["run.sh"], "unrecognized arguments: run.sh")])
-def test_script_with_anything_but_words_is_refused(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as error:
-        main(["from-megatron", *words])
-    assert error.value.code == 2 and message in capsys.readouterr().err

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.attention import positions_of, visible_keys
 from nlgmoe.model.gpt import GPT
 
 DROPLESS = MoEConfig(4, top_k=2, second_expert="argmax", mlp_type="residual", token_dropping=False)
@@ -20,7 +19,6 @@ LENGTHS = [[3, 8, 1, 12], [24, 0, 0, 0]]  # of the documents in each sequence
 
 
 def packed(lengths: list[list[int]] = LENGTHS) -> tuple[Tensor, Tensor]:
-    """Tokens and documents, `[B, T]`."""
     tokens = torch.randint(50, (len(lengths), sum(lengths[0])), generator=torch.Generator().manual_seed(0))
     numbers = torch.arange(len(lengths[0]))
     return tokens, torch.stack([numbers.repeat_interleave(torch.tensor(row)) for row in lengths])
@@ -71,13 +69,3 @@ def test_a_single_document_is_the_plain_sequence_at_capacity_too() -> None:
     assert not plain.routings[0].kept.all()
     for one, other in zip(plain.routings, marked.routings, strict=True):
         assert torch.equal(one.kept, other.kept)
-
-
-def test_visible_keys_and_positions_of_documents_by_hand() -> None:
-    documents = torch.tensor([[0, 0, 1, 1]])
-    seen = visible_keys(None, 4, 0, documents.device, documents)
-    assert seen is not None
-    assert seen[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert positions_of(None, 4, 0, documents.device, documents).tolist() == [[0, 1, 0, 1]]
-    first_is_padding = torch.tensor([[True, True, False, True]])
-    assert positions_of(first_is_padding, 4, 0, documents.device, documents)[0, 3] == 0

@@ -154,7 +154,6 @@ def same(a: Any, b: Any) -> bool:
 
 
 def loss_of(config: GPTConfig) -> Tensor:
-    """What a step minimises."""
     tokens = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
     batch: Any = {
         "tokens": tokens[:, :-1],

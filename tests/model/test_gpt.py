@@ -13,7 +13,6 @@ from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT, GPTOutput
 from nlgmoe.model.initialisation import initialise
-from nlgmoe.pyramid import experts_per_layer
 
 WIDE = GPTConfig(  # wide enough for a standard deviation to be measured to a few percent
     512, 64, 4, 64, 4, init_std=0.05, moe=MoEConfig([2, 3], 2, mlp_type="residual")
@@ -82,20 +81,6 @@ def test_expert_weights_differ_and_are_the_same_in_a_larger_stack() -> None:
         assert all((b[i] - b[j]).abs().max() > 0.01 for i in range(5) for j in range(i))
 
 
-def test_the_model_has_the_pyramids_experts_and_reports_one_routing_per_moe_block() -> None:
-    for layers, experts, interval, expected in (
-        (5, 8, 2, [0, 8, 0, 8, 0]),
-        (6, 8, 3, [0, 0, 8, 0, 0, 8]),
-        (7, [2, 3, 4], 2, [0, 2, 0, 3, 0, 4, 0]),
-    ):
-        config = replace(SMALL, num_layers=layers, moe=MoEConfig(experts, interval))
-        model = GPT(config)
-        assert experts_per_layer(config) == expected
-        assert [len(b.moe.experts.expand_weight) if b.moe else 0 for b in model.blocks] == expected
-        routings = model(torch.zeros(2, 8, dtype=torch.long)).routings
-        assert [routing.tokens_per_expert.numel() for routing in routings] == [number for number in expected if number]
-
-
 @pytest.mark.parametrize("noise_key", [None, (0, 3, 1)], ids=["keyless", "keyed"])
 @pytest.mark.parametrize(
     "moe",
@@ -127,16 +112,6 @@ def test_activation_checkpointing_gives_the_same_loss_and_gradients_to_the_bit(
     for routing, reference in zip(recomputed.routings, output.routings, strict=True):
         assert torch.equal(routing.kept, reference.kept)
         assert not routing.kept[mask.flatten()].all(), "nothing was dropped"
-
-
-def test_moe_blocks_get_the_mask_and_the_noise_key() -> None:
-    model, tokens = GPT(replace(SMALL, init_std=0.3)), torch.arange(32).view(2, 16)
-    mask = torch.rand(2, 16, generator=torch.Generator().manual_seed(1)) < 0.7
-    first, again, other = (model(tokens, token_mask=mask, noise_key=(0, 0, micro)) for micro in (1, 1, 2))
-    assert torch.equal(first.hidden, again.hidden)
-    for one, two, three in zip(first.routings, again.routings, other.routings, strict=True):
-        assert one.num_tokens == mask.sum() and not one.kept[~mask.flatten()].any()
-        assert torch.equal(one.kept, two.kept) and not torch.equal(one.kept, three.kept)
 
 
 def test_a_layer_map_is_the_model_that_it_describes() -> None:

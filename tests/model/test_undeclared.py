@@ -25,10 +25,6 @@ class Scale(nn.Module):
         return x * self.gain
 
 
-class DeclaredScale(Scale):
-    roles = {"gain": "scale"}  # noqa: RUF012
-
-
 def with_norm(norm: nn.Module) -> GPT:
     model = GPT(CONFIG)
     model.blocks[0].ffn_norm = norm
@@ -43,15 +39,6 @@ def test_undeclared_parameter_is_refused_by_name(use: Callable[[GPT], Any]) -> N
         ValueError, match=r"^blocks.0.ffn_norm.gain: Scale does not declare its parameter gain; add roles = "
     ):
         use(with_norm(Scale()))
-
-
-def test_declared_parameter_is_initialised_and_not_decayed() -> None:
-    model = with_norm(DeclaredScale())
-    initialise(model, CONFIG, 0)
-    assert model.get_parameter("blocks.0.ffn_norm.gain").tolist() == [1.0] * 16
-    decayed, other = build_optimizer(model, AdamWConfig()).param_groups
-    assert "blocks.0.ffn_norm.gain" in other["param_names"]
-    assert "blocks.0.ffn_norm.gain" not in decayed["param_names"]
 
 
 def test_buffer_that_no_checkpoint_would_hold_is_refused_by_name() -> None:

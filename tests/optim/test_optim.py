@@ -6,8 +6,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nlgmoe.checkpoint.entries import optimizer_from_entries, optimizer_to_entries
 from nlgmoe.config import GPTConfig, MoEConfig
@@ -97,9 +95,7 @@ def test_constant_and_wsd_schedules_by_hand() -> None:
         {"shape": "Cosine", "decay_tokens": 100},
         {"shape": "cosine", "warmup_tokens": 10, "decay_tokens": 10},
         {"shape": "constant", "decay_tokens": 10},
-        {"shape": "constant", "min_lr": 0.1},
         {"shape": "wsd", "decay_tokens": 100, "cooldown_tokens": 200},
-        {"shape": "cosine", "decay_tokens": 100, "cooldown_tokens": 20},
     ],
 )
 def test_schedule_refuses_contradictory_settings(settings: dict) -> None:
@@ -123,50 +119,20 @@ def test_curriculum_has_the_lengths_of_the_tutorial(tokens: int, expected: int) 
     assert sequence_length(tokens, 2048, SequenceCurriculum(tokens=60_000_000_000)) == expected
 
 
-@given(
-    increments=st.integers(1, 12),
-    increment=st.integers(1, 16),
-    longer=st.integers(0, 300),
-    tokens=st.integers(1, 10**12),
-    shares=st.lists(st.fractions(0, 1), min_size=2, max_size=8),
-)
-def test_curriculum_grows_from_its_start_to_the_whole_sequence(
-    increments: int, increment: int, longer: int, tokens: int, shares: list
-) -> None:
-    start = increments * increment
-    curriculum, seq_len = SequenceCurriculum(tokens, start, increment), start + longer
-    lengths = [sequence_length(int(share * (tokens - 1)), seq_len, curriculum) for share in sorted(shares)]
-    assert lengths == sorted(lengths)
-    assert all(start <= length <= seq_len and length % increment == 0 for length in lengths)
-    assert sequence_length(0, seq_len, curriculum) == start
-    assert sequence_length(tokens, seq_len, curriculum) == seq_len  # also where that is no multiple
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SequenceCurriculum(tokens=0), "tokens=0 must be at least 1"),
         (lambda: SequenceCurriculum(tokens=True), "tokens=True must be of the type int"),
         (lambda: SequenceCurriculum(tokens=1000.5), "tokens=1000.5 must be of the type int"),  # type: ignore[arg-type]
         (lambda: SequenceCurriculum(1, start=84), "start=84 must be a multiple of increment=8: set it to 80 or 88"),
         (lambda: AdamWConfig(lr=0.0), "lr=0.0"),
-        (lambda: AdamWConfig(betas=(0.9, 1.0)), "betas="),
-        (lambda: AdamWConfig(weight_decay=-0.1), "weight_decay=-0.1"),
         (lambda: AdamWConfig(lr_scale={"gate": 2.0}), "gate=2.0 in lr_scale names no component; use router, experts, "),
         (lambda: AdamWConfig(lr_scale={"router": 0.0}), "router=0.0 in lr_scale must be above 0 and finite"),
-        (lambda: AdamWConfig(lr_scale={"router": math.inf}), "router=inf in lr_scale must be above 0 and finite"),
-        (lambda: AdamWConfig(lr_scale={"router": math.nan}), "router=nan in lr_scale must be above 0 and finite"),
-        (
-            lambda: AdamWConfig(lr_scale={"router": "x"}),
-            r"lr_scale=\{'router': 'x'\} must be of the type dict\[str, float\]",
-        ),  # type: ignore[dict-item]
         (
             lambda: AdamWConfig(lr_scale={"norms": 2.0}, frozen=("norms",)),
             "norms=2.0 in lr_scale has no effect on what is frozen",
         ),
         (lambda: MuonConfig(momentum=1.0), "momentum=1.0 must be in"),
-        (lambda: MuonConfig(ns_steps=0), "ns_steps=0 must be between 1 and 99"),
-        (lambda: MuonConfig(adjust_lr="spectral"), "adjust_lr='spectral' must be of the type"),  # type: ignore[arg-type]
     ],
 )
 def test_curriculum_and_optimizer_refuse_impossible_settings(build: Callable[[], Any], message: str) -> None:
@@ -188,27 +154,3 @@ def test_biases_and_norms_do_not_decay_and_everything_else_does() -> None:
     for name in ("token_embedding.weight", "position_embedding.weight", "blocks.1.moe.router.weight"):
         assert name in groups["decay"]
     assert all(name.endswith("bias") or "norm" in name for name in groups["no_decay"])
-
-
-def test_optimizer_settings_reach_adamw() -> None:
-    optimizer = build_optimizer(torch.nn.Linear(2, 2), AdamWConfig(lr=0.5, betas=(0.1, 0.2), eps=0.3, weight_decay=0.4))
-    decay, no_decay = optimizer.param_groups
-    assert (decay["lr"], decay["betas"], decay["eps"], decay["weight_decay"]) == (0.5, (0.1, 0.2), 0.3, 0.4)
-    assert no_decay["weight_decay"] == 0.0
-
-
-def test_optimizer_state_restores_moments_and_no_settings() -> None:
-    model = GPT(GPTConfig(11, 8, 1, 8, 1))
-    saved = build_optimizer(model, AdamWConfig(lr=1e-3))
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    saved.step()
-    state = saved.state_dict()
-    for group in state["param_groups"]:
-        group |= {"betas": (0.5, 0.5), "amsgrad": True, "maximize": {}, "lr": "x"}
-    restored = build_optimizer(model, AdamWConfig(lr=2e-3, weight_decay=0.3))
-    fresh = [{k: v for k, v in group.items() if k != "params"} for group in restored.param_groups]
-    restored.load_state_dict(state)
-    assert [{k: v for k, v in group.items() if k != "params"} for group in restored.param_groups] == fresh
-    for parameter in model.parameters():
-        assert torch.equal(restored.state[parameter]["exp_avg"], saved.state[parameter]["exp_avg"])

@@ -7,8 +7,6 @@ First all named tests run on the unchanged copy and must pass. Then each fault r
 test must fail. Exit code 1 if a test fails without its fault, or a fault goes unnoticed; 2 if a fault cannot be planted.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re
@@ -59,14 +57,12 @@ class Fault:
         return "the fault changes nothing" if self.old == self.new else None
 
     def plant(self, tree: Path) -> None:
-        """Change the file in `tree`."""
         file = tree / self.file
         file.write_text(file.read_text().replace(self.old, self.new))
         now = time.time() + 10  # Python compares the source's time with that in its cached bytecode
         os.utime(file, (now, now))
 
     def remove(self, tree: Path) -> None:
-        """Restore the file in `tree`."""
         shutil.copy2(ROOT / self.file, tree / self.file)
 
 
@@ -121,7 +117,6 @@ def reason(output: str) -> str:
 
 
 def main() -> int:
-    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="WORDS", help="part of an area, description or file")
     parser.add_argument("--workers", type=int, default=2, help="faults at a time, each in a copy of its own")

@@ -71,20 +71,17 @@ class Browser:
         os.close(self._from)
 
     def open(self, file: Path) -> None:
-        """Go to a file, and wait until it has loaded."""
         self._loaded, self._page = False, file.resolve().as_uri()
         self.ask("Page.navigate", url=self._page)
         while not self._loaded:
             self._hear()
 
     def evaluate(self, script: str) -> Any:
-        """Evaluate an expression in the page, and await a promise."""
         answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def ask(self, method: str, **params: Any) -> dict[str, Any]:
-        """Call a method of the DevTools protocol."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         os.write(

@@ -10,12 +10,10 @@ import pytest
 import yaml
 from scipy import stats
 
-from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.tools.report.groups import chart, group_runs, table
 from nlgmoe.tools.report.page import page
 from nlgmoe.tools.report.runs import read_runs
 from nlgmoe.tools.statistics import paired_difference
-from nlgmoe.validation import SettingError
 
 LOSSES = {"dense": [3.80, 3.90, 3.70], "moe": [3.74, 3.80, 3.68]}
 
@@ -36,7 +34,6 @@ def write(folder: Path, model: str, seed: int, loss: float) -> Path:
 
 
 def change(run: Path, section: str, **settings: Any) -> None:
-    """Change settings of a run in a dotted section."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     part = config
     for name in section.split("."):
@@ -46,7 +43,6 @@ def change(run: Path, section: str, **settings: Any) -> None:
 
 
 def shown(html: str) -> str:
-    """Text of the cells, separated by bars."""
     return re.sub(r"(<[^>]+>)+", "|", html)
 
 
@@ -126,28 +122,6 @@ def test_losses_of_other_tokens_are_named(runs: list[Path]) -> None:
     assert f"{words}data.micro_batch_size and data.tokenizer and trainer.limit_val_batches differ.<" in page(
         read_runs(runs)
     )
-
-
-def test_tokenizer_under_two_paths_is_one(runs: list[Path], tmp_path: Path) -> None:
-    """That of a data folder by its name, and a checkpoint's copy."""
-    words, tokenizer = "may not be comparable", train_byte_level_bpe(iter(["the king"] * 3), 270)
-    for folder in ("tokenizers/pocket-1k", "copy.ckpt"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "tokenizer.json").write_text(tokenizer.to_str())
-    for run in runs:
-        change(run, "data", tokenizer="pocket-1k", data_dir=str(tmp_path))
-    change(runs[0], "data", tokenizer=str(tmp_path / "copy.ckpt"))
-    assert words not in page(read_runs(runs))
-    (tmp_path / "copy.ckpt/tokenizer.json").write_text(train_byte_level_bpe(iter(["queen"] * 3), 270).to_str())
-    assert words in page(read_runs(runs))
-
-
-def test_groups_refuse_runs_that_cannot_be_compared(runs: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="group_by=sead: dense-0 has no setting whose name ends so"):
-        group_runs(read_runs(runs), "sead")
-    (again := tmp_path / "again").mkdir()
-    with pytest.raises(SettingError, match="have the same settings and seed; leave one out"):
-        group_runs(read_runs([*runs, write(again, "moe", 2, 3.0)]), "seed")
 
 
 def test_paired_differences_are_scipys() -> None:

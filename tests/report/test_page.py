@@ -65,7 +65,6 @@ def opened(browser: Browser, page: Path) -> dict[str, dict]:
 
 
 def choose(browser: Browser, selector: str, value: str = "") -> dict[str, dict]:
-    """Change a control."""
     browser.evaluate(
         f"(() => {{ const it = document.querySelector('{selector}');"
         f"it.type === 'radio' ? it.checked = true : it.value = '{value}';"

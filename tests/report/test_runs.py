@@ -8,10 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nlgmoe.callbacks.expert_load import has_row
 from nlgmoe.commands.main import main
 from nlgmoe.tools.report.drawing import thinned
-from nlgmoe.tools.report.figures import experts
 from nlgmoe.tools.report.page import clock_values, page
 from nlgmoe.tools.report.runs import loads_of, metrics_of, read_runs
 from nlgmoe.tools.report.tables import differences
@@ -60,21 +58,6 @@ def test_loads_of_experts_are_read_without_an_incomplete_row() -> None:
     assert loads_of(rows[0] + "\n") == []
 
 
-def test_columns_of_a_heat_map_are_of_equal_steps_also_where_rows_thin_out(tmp_path: Path) -> None:
-    steps = [10 * interval - 1 for interval in range(1, 5000) if has_row(interval)]
-    rows = "\n".join(f"{step},{step},0,0,{step},{step + 1}" for step in steps)
-    folder(
-        tmp_path / "a",
-        summary__json="{}",
-        expert_load__csv=f"step,tokens,moe_layer,dropped,expert_0,expert_1\n{rows}\n",
-    )
-    (chart,) = experts(read_runs([tmp_path / "a"]))
-    ends = chart.panels[0].traces[0]["x"]
-    assert (
-        len(ends) == 156 and ends[0] == 320 and set(np.diff(ends)) == {320}
-    )  # 32 intervals of 10 steps; rows come every 32 at most
-
-
 def test_missing_files_of_a_run_are_named(tmp_path: Path) -> None:
     folder(tmp_path / "x/run", config__yaml="model: {}")
     folder(tmp_path / "y/run", metrics__csv="step,train/loss\n0,inf\n")
@@ -94,8 +77,6 @@ def test_missing_files_of_a_run_are_named(tmp_path: Path) -> None:
     ("name", "text", "reason"),
     [
         ("metrics.csv", "step,train/loss\n0,1.5\n2,x\n", "could not convert string to float: 'x'"),
-        ("expert_load.csv", "step,moe_layer,expert_0\n1,0,?\n", "could not convert"),
-        ("summary.json", "[1]", "no settings by name"),
         ("config.yaml", "model: [", "while parsing"),
         ("specialisation.safetensors", "x", "validate the run again"),
     ],
@@ -152,26 +133,6 @@ def test_report_escapes_all_text_of_a_run(tmp_path: Path) -> None:
     parser.feed(html)
     assert "texts by step</summary><pre>&lt;/script&gt;&lt;img" in html
     assert "script" in tags and "table" in tags and "img" not in tags
-
-
-def test_a_wrong_command_ends_with_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder(tmp_path / "empty")
-    folder(tmp_path / "run", metrics__csv=METRICS)
-    for arguments, words in (
-        (["run", "empty"], "empty is no run folder: it has no metrics.csv, summary.json or config.yaml"),
-        (
-            ["run", "--output", "run/metrics.csv"],
-            "output=run/metrics.csv is not a name of a page; let it end in .html",
-        ),
-    ):
-        with pytest.raises(SystemExit) as end:
-            main(["report", *arguments])
-        (line,) = capsys.readouterr().err.strip().splitlines()
-        assert end.value.code == 2 and words in line
-    assert (tmp_path / "run/metrics.csv").read_text() == METRICS
 
 
 def test_report_shows_experts_of_a_router_that_is_not_imported(tmp_path: Path) -> None:

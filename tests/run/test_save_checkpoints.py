@@ -14,8 +14,6 @@ from tests.support.run_folders import fit
 
 
 class Score(Callback):
-    """Logs the score of each validation."""
-
     def __init__(self, *scores: float) -> None:
         self.scores = list(scores)
 

@@ -16,7 +16,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def stopped(folder: Path, *callbacks: Callback, **settings: Any) -> int:
-    """The exit code."""
     with pytest.raises(SystemExit) as end:
         fit(folder, *callbacks, **settings)
     assert isinstance(end.value.code, int)

@@ -4,8 +4,6 @@
 to `CELLS` under its number of ranks: tests/distributed/ranks/test_parity.py compares it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from hash_router import HashRouterConfig

@@ -1,7 +1,5 @@
 """Time, errors and weights on any device."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 
@@ -16,13 +14,11 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device to finish its queue."""
     if device.type != "cpu":
         torch.cuda.synchronize(device)
 
 
 def seconds(device: torch.device, run: Callable[[], object]) -> float:
-    """Return the seconds of `run` on the device."""
     synchronize(device)
     started = time.perf_counter()
     run()

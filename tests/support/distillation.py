@@ -16,15 +16,8 @@ from nlgmoe.optim.optimizer import AdamWConfig
 from tests.support.synthetic import NumberedData, SyntheticData
 from tests.support.trainers import trainer
 
-TEACHER = GPTConfig(
-    61,
-    16,
-    4,
-    48,
-    3,
-    hidden_dropout=0.2,
-    moe=MoEConfig([2, 4], mlp_type="residual", noise="jitter", eval_token_dropping=True),
-)
+DROPS = MoEConfig([2, 4], mlp_type="residual", noise="jitter", eval_token_dropping=True)
+TEACHER = GPTConfig(61, 16, 4, 48, 3, hidden_dropout=0.2, moe=DROPS)
 STUDENT = GPTConfig(61, 16, 2, 32, 2, hidden_dropout=0.1, moe=MoEConfig(4, noise="jitter"))
 
 

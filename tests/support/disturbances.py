@@ -1,7 +1,5 @@
 """Callbacks that disturb a run on ranks, named by their paths in settings."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

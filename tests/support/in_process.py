@@ -1,7 +1,5 @@
 """Commands of the benchmarks' runs, without a process for each."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Jobs on ranks: functions `job(cell, ranks, folder)` that every rank runs, and what those of several files share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from inspect import Parameter, signature
 from pathlib import Path
@@ -31,7 +29,6 @@ def run_all(jobs: list[tuple[Callable[..., Any], Cell]], ranks: int, folder: Pat
 
 
 def cases(table: dict[int, list[Cell]]) -> Any:
-    """Parameters `ranks, cell`."""
     pairs = [(ranks, cell) for ranks, cells in table.items() for cell in cells]
     return pytest.mark.parametrize(("ranks", "cell"), pairs, ids=[cell.name for _, cell in pairs])
 
@@ -53,7 +50,6 @@ def allow_fp16() -> None:
 
 
 def saves_at_start(path: Path) -> Callback:
-    """A callback that saves what has just been loaded."""
     return LambdaCallback(on_train_start=lambda trainer, module: trainer.save_checkpoint(path))
 
 

@@ -1,7 +1,5 @@
 """Processes of tests, forked from one that has imported torch, Lightning, DeepSpeed and nlgmoe, which takes 8 s of CPU time."""
 
-from __future__ import annotations
-
 import atexit
 import multiprocessing
 import os
@@ -48,11 +46,9 @@ class Started:
 
     @property
     def returncode(self) -> int | None:
-        """Exit code; None while it runs."""
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end; returns its exit code."""
         if not wait([self._process.sentinel], timeout):
             raise subprocess.TimeoutExpired(self.args, timeout or 0)
         self._process.join()

@@ -1,7 +1,5 @@
 """One training run, on ranks or on the one process it is compared with."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,7 +181,6 @@ def alone(cell: Cell, ranks: int, folder: Path) -> Outcome:
 
 
 def strategy_of(cell: Cell) -> Any:
-    """The cell's strategy."""
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
 
     if cell.strategy != "expert_parallel":
@@ -199,7 +196,6 @@ def on_ranks(cell: Cell, ranks: int, folder: Path, *callbacks: Callback, checkpo
 
 
 def train_all(cells: list[Cell], ranks: int, folder: Path) -> list[Outcome]:
-    """Each on this rank as one of `ranks`, one after the other."""
     return [on_ranks(cell, ranks, folder) for cell in cells]
 
 

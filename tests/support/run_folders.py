@@ -1,7 +1,5 @@
 """Small runs in a run folder, in a process of their own that may be killed at any file-system call."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -135,7 +133,6 @@ def outcome(folder: Path, step: int = 10) -> dict[str, Any]:
 
 
 def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Equal bit for bit."""
     for name in expected:
         if name != "tensors":
             assert found[name] == expected[name], name
@@ -163,8 +160,6 @@ def run(folder: Path, *callbacks: Callback, stops: bool = False, **settings: Any
 
 
 class Send(Callback):
-    """Sends a signal to this process in a hook at a step."""
-
     def __init__(self, hook: str, step: int, *numbers: int) -> None:
         self.step, self.numbers = step, numbers
         setattr(self, hook, self._send)

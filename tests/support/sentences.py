@@ -1,7 +1,5 @@
 """One sentence a line: the lines of Markdown prose."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

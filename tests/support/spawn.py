@@ -1,7 +1,5 @@
 """Jobs on several gloo ranks of this machine."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import socket

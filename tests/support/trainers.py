@@ -50,8 +50,6 @@ def run_validation(module: MoEGPTModule, root: Path, **settings: Any) -> float:
 
 
 class SaveAt(Callback):
-    """Saves after the given micro-batch, wherever in an accumulation window that is."""
-
     def __init__(self, micro_batch: int, path: Path) -> None:
         self.micro_batch, self.path = micro_batch, path
 
@@ -61,8 +59,6 @@ class SaveAt(Callback):
 
 
 class Losses(Callback):
-    """The loss of every micro-batch."""
-
     def __init__(self) -> None:
         self.found: list[float] = []
 

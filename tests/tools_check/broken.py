@@ -1,7 +1,5 @@
 """Our layer with one defect, of the kinds that other code bases had; each is found by the property that it is listed under."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any

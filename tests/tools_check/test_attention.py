@@ -1,10 +1,7 @@
 """`nlgmoe check` of attention: it finds each seeded defect by one property, and passes the attentions of the package."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -86,25 +83,3 @@ def test_check_covers_the_attention_of_a_configuration_beside_its_experts(
     nlgmoe(["check", "configs/dense/laptop.yaml", str(file)])
     out = capsys.readouterr().out
     assert "latent.yaml, MLAConfig: attention of 4 blocks, 2 heads, width 64\n  pass            a cache changes" in out
-
-
-class Refusing(AttentionConfig):
-    def check(self, config: Any) -> None:
-        raise ValueError("hidden_size=16: too narrow")
-
-
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        ("nlgmoe.MLAConfig", "'v_head_dim'); give a function that makes one, or a configuration that names it"),
-        (f"{__name__}.Refusing", "Refusing takes no model of width 16 with 4 heads: hidden_size=16: too narrow"),
-        ("nlgmoe.MoEConfig", "makes a MoEConfig; give a RouterConfig, ExpertConfig, AttentionConfig or nn.Module"),
-    ],
-)
-def test_check_answers_a_wrong_target_with_one_line(
-    target: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as end:
-        nlgmoe(["check", target])
-    error = capsys.readouterr().err
-    assert (end.value.code, error.count("\n"), message in error) == (2, 1, True), error

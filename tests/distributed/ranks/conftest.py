@@ -9,8 +9,6 @@ A job of 1 rank runs in this process, before the spawns. A job that requires a p
 `LAST_JOBS` come after those of all files. Only the jobs of files with chosen tests run: one file alone takes less time.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

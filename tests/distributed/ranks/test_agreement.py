@@ -5,8 +5,6 @@ done the same. To add one, add it to `SPOILT` (a bad expert) or to `INTERRUPTED`
 end); a disturbance of another kind is a job, a function that returns what each rank saw, and a line in `JOBS`.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -5,8 +5,6 @@ checkpoint that one process has saved (the fixture `checkpoint`). To add one, ad
 ranks, or to `THROUGH_HALF` if only its weights are compared.
 """
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

@@ -4,8 +4,6 @@ A cell here is a student (`Cell` in tests/support/ranks.py); its teacher is the 
 `(taught, cell)` to `JOBS`, and the cell to the parameters of the test that compares it with one process.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ line to `CELLS` in tests/support/cells.py under its number of ranks; nothing els
 a cell here, a line in `JOBS`, and a test.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 from pathlib import Path

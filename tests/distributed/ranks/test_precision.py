@@ -4,8 +4,6 @@ A cell here is a run (`Cell` in tests/support/ranks.py) in some precision. To ad
 tests/support/cells.py if its losses follow those of fp32 too; its row in docs/numerics.md is what the test expects.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

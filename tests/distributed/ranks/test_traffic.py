@@ -3,8 +3,6 @@
 A cell here is a run (`Cell` in tests/support/ranks.py) whose bytes are those of the cost model. To add one, add it to `TRAFFIC`.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Callable
