@@ -1,5 +1,7 @@
 """`make gate` at its smallest, its rule on differences computed by hand and drawn, and what it refuses."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +17,7 @@ from benchmarks.gate import page
 from benchmarks.gate.__main__ import main as gate
 from benchmarks.gate.__main__ import seeds_of
 from benchmarks.gate.candidate import Side, check, costs, memory, read_candidate
-from benchmarks.gate.runs import series
+from benchmarks.gate.runs import Run, series, train
 from benchmarks.gate.verdict import AS_GOOD, BETTER, UNRESOLVED, WORSE, steps_at_equal_cost, verdict
 from benchmarks.reproduce.launching import CPU, TINY
 from docs.examples.cosine_router import CosineRouter, CosineRouterConfig
@@ -62,6 +64,18 @@ def test_verdict_of_the_gate_is_its_rule_on_differences_computed_by_hand() -> No
     assert alone["reading"] == UNRESOLVED and alone["low"] is alone["resolution"] is None
 
 
+@pytest.mark.parametrize(
+    ("mean", "reading", "share"), [(0.0, BETTER, 0.025), (0.0, WORSE, 0.025), (0.02, AS_GOOD, 0.05), (-0.05, BETTER, 1)]
+)
+def test_verdict_of_the_gate_is_wrong_as_often_as_its_rule_says(mean: float, reading: str, share: float) -> None:
+    random, tries = np.random.default_rng(0), 2000
+    drawn = random.normal(mean, 0.02 if reading != AS_GOOD else 0.005, size=(tries, 8))
+    found = [verdict(row, np.zeros(8))["reading"] for row in drawn]
+    if reading == WORSE:  # of equal models some are worse, but within the margin
+        found = [WORSE if row.mean() - 2.3646 * row.std(ddof=1) / 8**0.5 > 0 else "" for row in drawn]
+    assert found.count(reading) / tries == pytest.approx(share, abs=0.012)
+
+
 def test_gate_gives_the_costlier_side_fewer_tokens_and_starts_at_a_constant_rate() -> None:
     assert [steps_at_equal_cost(ratio, 2400) for ratio in (1.0, 1.019, 0.981)] == [(2400, 2400)] * 3
     assert [steps_at_equal_cost(ratio, 2400) for ratio in (1.2, 0.5)] == [(2000, 2400), (2400, 1200)]
@@ -77,9 +91,16 @@ def test_gate_gives_the_costlier_side_fewer_tokens_and_starts_at_a_constant_rate
     ("text", "line"),
     [
         ("data: {seed: 5}", "data.seed=5: the gate holds it fixed; an overlay sets model.config, but for vocab_size, seq_len, "),
+        ("model: {config: {moe: {eval_capacity_factor: 2.0}}}", "model.config.moe.eval_capacity_factor=2.0: the gate holds"),
         ("model: {config: {seq_len: 64}}", "model.config.seq_len=64: the gate holds"),
         ("model: {config: '{\"seq_len\": 64}'}", "model.config.seq_len=64: the gate holds"),
+        ("model.train_tokens: 99", "model.train_tokens=99: the gate holds"),
+        ("model: {schedule: {min_lr: 1.0e-4}}", "model.schedule.min_lr=0.0001: the gate holds"),
+        ("trainer: {gradient_clip_val: 0.5}", "trainer.gradient_clip_val=0.5: the gate holds"),
+        ("trainer: {gradient_clip_val: null}", "trainer.gradient_clip_val=None: the gate holds"),
         ("model: {curriculum: {tokens: 9, start: 8}}", "model.curriculum.increment=8: the gate holds"),
+        ("trainer: {max_steps: 9}", "trainer.max_steps=9: the gate holds"),
+        ("model: {optimizer: {lr_scale: {gate: 2.0}}}", "model.optimizer.lr_scale.gate=2.0 ("),
     ],
 )  # fmt: skip
 def test_gate_refuses_an_overlay_of_what_is_held_fixed_by_name(text: str, line: str, tmp_path: Path) -> None:
@@ -87,6 +108,26 @@ def test_gate_refuses_an_overlay_of_what_is_held_fixed_by_name(text: str, line: 
     with pytest.raises(SettingError) as refusal:
         read_candidate(str(tmp_path / "mine.yaml"), None, TINY)
     assert line in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_gate_takes_classes_of_three_kinds_and_overlays(tmp_path: Path) -> None:
+    found = read_candidate("docs.examples.hash_router.HashRouterConfig", None, CPU)
+    assert (
+        found.name == "HashRouterConfig" and found.config.moe.token_dropping
+    )  # its default, which the router does not read
+    assert (
+        type(read_candidate("nlgmoe.layers.feed_forward.SwiGLUNetwork", "x", CPU).config.moe.expert).__name__
+        == "SwiGLUNetwork"
+    )
+    assert read_candidate("nlgmoe.layers.attention.MultiHead", "y", CPU).config.attention is not None
+    (tmp_path / "slow.yaml").write_text("model: {optimizer: {lr: 1.0e-3}}")
+    (tmp_path / "dense.yaml").write_text("model: {config: {moe: null}}")
+    assert read_candidate(str(tmp_path / "dense.yaml"), None, CPU).config.moe is None
+    slow = read_candidate(str(tmp_path / "slow.yaml"), None, CPU)
+    assert (slow.name, slow.learning_rate, found.learning_rate) == ("slow", 1e-3, pytest.approx(0.00599, abs=1e-5))
+    for text, name in (("nlgmoe.GPTConfig", None), ("hash", None), (str(tmp_path / "slow.yaml"), "baseline")):
+        with pytest.raises(SettingError):
+            read_candidate(text, name, CPU)
 
 
 def test_gate_runs_no_candidate_that_fails_a_property_or_needs_too_much_memory(
@@ -100,6 +141,20 @@ def test_gate_runs_no_candidate_that_fails_a_property_or_needs_too_much_memory(
     monkeypatch.setattr(candidates, "available_memory", lambda: 10**9)
     with pytest.raises(SettingError, match=r"--jobs=2: 1.\d GB predicted for 2 runs of baseline, 1.0 GB available"):
         memory(BASELINE, 2)
+
+
+def test_gate_ends_at_a_failed_run(tmp_path: Path) -> None:
+    commands: list[list[str]] = []
+
+    def run(words: list[str], log: Path, tree: Path) -> int:
+        commands.append(words)
+        log.write_text("...\nerror: step 12: the loss is nan")
+        return 1
+
+    lines = [[Run(replace(BASELINE, home=tmp_path), seed, 20)] for seed in range(1, 9)]
+    with pytest.raises(RunError, match=r"baseline: seed. ended with exit code 1: error: step 12: the loss is nan"):
+        train(lines, 1, run)
+    assert len(commands) == 1
 
 
 def test_gate_names_a_loss_that_is_not_finite_in_one_line(

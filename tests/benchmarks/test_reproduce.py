@@ -1,5 +1,7 @@
 """`make reproduce` at its smallest, and its readings of losses that were made up."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import shutil
@@ -8,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
-from benchmarks.reproduce.campaign import Campaign
+from benchmarks.reproduce.__main__ import main as reproduce
+from benchmarks.reproduce.campaign import Campaign, best_rate
 from benchmarks.reproduce.cells import GROWTH, WIDER, Cell
 from benchmarks.reproduce.launching import CONFIGS, CPU, TINY
 from benchmarks.reproduce.questions import AGREES, DIFFERS, LARGER, QUESTIONS, UNRESOLVED, readings, runs_of
@@ -81,12 +85,40 @@ def test_campaign_files_are_models_of_the_intended_size(tmp_path: Path) -> None:
                for cell in {cell for question in LARGER for cell in (question.first, question.second)})  # fmt: skip
 
 
+def test_campaign_model_is_that_of_the_code_that_trains(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / CONFIGS, tmp_path / CONFIGS)
+    file = tmp_path / CONFIGS / "moe_16.yaml"
+    file.write_text(file.read_text().replace("num_experts: 16", "num_experts: 2"))
+    campaign = Campaign(tmp_path / "runs", tmp_path / "results.json", "abc", tmp_path, CPU)
+    assert campaign.shape("moe_16").moe.num_experts == 2
+
+
+def test_campaign_refuses_a_folder_of_another_commit_or_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "results.json"
+    results.write_text('{"commit": "0123456789abc"}')
+    (tmp_path / "code-9876543210").mkdir()
+    arguments = ["reproduce", f"--out={tmp_path}", f"--results={results}"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit, match="has runs of code-9876543210, not of code-0123456789; name another --out"):
+        reproduce()
+    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit, match="another process works in"):
+        reproduce()
+
+
 def test_campaign_puts_a_run_after_those_that_it_goes_on_from() -> None:
     runs = runs_of(QUESTIONS)
     assert len(set(runs)) == len(runs)
     for place, (cell, seed) in enumerate(runs):
         needed = [cell.trunk, Cell("pr_moe") if cell.distilled else None]
         assert all(one is None or (one, seed) in runs[:place] for one in needed)
+
+
+def test_the_best_learning_rate_is_the_minimum_of_a_parabola() -> None:
+    rates = (1.0, 2.0, 4.0)
+    assert best_rate(rates, [(np.log(rate) - 0.9) ** 2 for rate in rates]) == pytest.approx(np.exp(0.9))
+    assert best_rate(rates, [3, 2, 1]) == 4.0 and best_rate(rates, [1, 2, 1.5]) == 1.0
 
 
 def made_up(pairs: int = 16, **losses: float) -> dict[str, Any]:
