@@ -124,3 +124,12 @@ def test_trial_of_a_few_batches_writes_nothing(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     main([*command, *tried, f"--trainer.default_root_dir={run}", "--ckpt_path=last"])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_settings_that_load_config_cannot_obey_are_named() -> None:
+    for settings, words in (
+        ({"ckpt_path": "last"}, "resumes nothing: give ckpt_path=last to"),
+        ({"seed_everything": 0}, r"seed_everything=0 changes nothing .* set those"),
+    ):
+        with pytest.warns(UserWarning, match=words):
+            load_config(ROOT / "configs/quickstart.yaml", **settings)

@@ -159,3 +159,14 @@ def test_a_student_whose_tail_is_nothing_learns_without_nan() -> None:
     actual = offline(logits, torch.eye(6), target, None, teacher, top_k=2, half=True, beta=1.0, temperature=1.0)
     (gradient,) = torch.autograd.grad(actual.loss, logits)
     assert actual.loss.isfinite() and gradient.isfinite().all() and gradient[0, 0] > 0.5
+
+
+def test_distillation_loss_stays_in_fp32_under_autocast() -> None:
+    hidden, unembedding, targets, mask, teacher = inputs(torch.float32)
+    exact = distilled(hidden, unembedding, targets, mask, teacher, beta=1.0, temperature=2.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = distilled(hidden, unembedding, targets, mask, teacher.bfloat16(), beta=1.0, temperature=2.0)
+    assert {value.dtype for value in half} == {torch.float32}
+    torch.testing.assert_close(tuple(half[:3]), tuple(exact[:3]), rtol=0.02, atol=0.02)
+    actual, expected = (torch.autograd.grad(result.loss, hidden)[0] for result in (half, exact))
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.02)

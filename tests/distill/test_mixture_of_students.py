@@ -272,3 +272,30 @@ def test_a_student_keeps_the_top_of_the_pyramid() -> None:
     for layers in (0, 24):
         with pytest.raises(ValueError, match=f"num_layers={layers} must be at least 1 and below the teacher's 24"):
             student_config(paper, layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"step": 1, "tokens": 1}, "step=1, tokens=1, fraction=None; give one of them"),
+        ({"fraction": 1.5}, "fraction=1.5 must be at most 1"),
+        ({"tokens": 5, "ramp_tokens": 6}, "ramp_tokens=6 is above tokens=5"),
+    ],
+)
+def test_distillation_refuses_impossible_ends(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        StagedDistillation(**settings)  # type: ignore[arg-type]
+
+
+def test_a_teacher_that_lacks_experts_or_is_not_there_is_refused(tmp_path: Path) -> None:
+    module, path = MoEGPTModule(TEACHER), tmp_path / "other.ckpt"
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, SyntheticData())
+    module.config = replace(TEACHER, moe=MoEConfig([2, 5], mlp_type="residual"))
+    run.save_checkpoint(path)
+    with pytest.raises(
+        ValueError, match=r"other.ckpt does not .*moe\.experts\.\*\..* \(saved: missing, now: \[.*; \d experts\)"
+    ):
+        fit(tmp_path, path)
+    with pytest.raises(ValueError, match=r"model.distiller.teacher=.*nothing.*set it to a trained checkpoint"):
+        fit(tmp_path, tmp_path / "nothing")

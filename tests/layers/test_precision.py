@@ -237,3 +237,9 @@ def test_head_gradient_loses_no_row_under_a_loss_scale(dtype: torch.dtype, limit
                 assert (ours - expected).norm() / expected.norm() < limit, (name, autocast, scale)
                 worst = ((ours - expected).norm(dim=-1) / expected.norm(dim=-1)).max()
                 assert worst < 0.1, (name, autocast, scale, worst)
+
+
+def test_layer_in_fp64_computes_in_fp64() -> None:
+    with precision("fp64") as (moe, x):
+        y, routing = moe(x)
+    assert {value.dtype for value in (y, routing.weight, routing.probs, *router_losses([routing]))} == {torch.float64}

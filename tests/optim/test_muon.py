@@ -151,3 +151,16 @@ def test_muon_on_ranks_resumes_a_run_of_one_process_and_its_own_exactly(tmp_path
         assert again.losses == undisturbed.losses[3:] and again.validation == undisturbed.validation
     ends = [TensorFiles(tmp_path / run / f"{CELL.name} at the end.ckpt", "model") for run in ("whole", "resumed")]
     assert all(torch.equal(ends[0].read(name), ends[1].read(name)) for name in ends[0].shapes)
+
+
+@pytest.mark.parametrize("muon", [None, MuonConfig()])
+def test_muon_and_adamw_refuse_each_others_checkpoints(muon: MuonConfig | None, tmp_path: Path) -> None:
+    other = MuonConfig() if muon is None else None
+    run = trainer(tmp_path, SaveAt(1, tmp_path / "one.ckpt"), max_steps=1)
+    run.fit(MoEGPTModule(CONFIG, AdamWConfig(muon=other)), SyntheticData())
+    module, name = MoEGPTModule(CONFIG, AdamWConfig(muon=muon)), "null" if muon is None else r"\{\}"
+    with pytest.raises(
+        ValueError, match=rf"^model.optimizer.muon={name}: the checkpoint's run had .*; set it as it was, or"
+    ) as e:
+        trainer(tmp_path, max_steps=2).fit(module, SyntheticData(), ckpt_path=tmp_path / "one.ckpt")
+    assert "\n" not in str(e.value)
