@@ -18,7 +18,7 @@ from nlgmoe.tools.check.attention import ATTENTIONS, attention_layer, layers_of_
 from nlgmoe.tools.check.foreign import ADAPTERS, ForeignLayer
 from nlgmoe.tools.check.layer import Batch, Layer, Target
 from nlgmoe.tools.check.own import own_layer
-from nlgmoe.tools.planner.inspect_config import read_settings
+from nlgmoe.tools.planner.topology import read_settings
 from nlgmoe.validation import SettingError
 
 KINDS = "RouterConfig, ExpertConfig, AttentionConfig or nn.Module"

@@ -1,11 +1,19 @@
-"""The layout of a run over ranks and the bytes per value: with `GPTConfig`, the input of the cost model."""
+"""The layout of a run over ranks and what each rank runs on, as train.py's settings have them: the input of the cost model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
 
+import torch
+
+from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.config import GPTConfig
+from nlgmoe.device import default_device, product_name
+from nlgmoe.hardware import HARDWARE, RESERVED, Hardware, board_of, hardware
 from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer
 from nlgmoe.validation import SettingError, require_at_least
 
@@ -125,3 +133,129 @@ class Topology:
             expert_parallel_degree(experts, self.gpus, self.expert_parallel_size) if experts else 0
             for experts in experts_per_layer(config)
         ]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What each rank runs on.
+
+    Attributes:
+        name: in words.
+        memory: bytes for tensors; None: unknown.
+        rates: published rates; None: unknown, so that no time is predicted.
+        is_cpu: it is a CPU.
+    """
+
+    name: str
+    memory: int | None
+    rates: Hardware | None
+    is_cpu: bool = False
+
+
+def named_machine(name: str) -> Machine:
+    """Return a GPU of `HARDWARE`."""
+    gpu = hardware(name)
+    return Machine(name, int(gpu.memory - RESERVED), gpu)
+
+
+def machine_of(settings: dict[str, Any], topology: Topology, name: str | None) -> Machine:
+    """Return what each rank runs on: the GPU called `name`, or this machine's, with as many GPUs in a node as the run has."""
+    trainer = settings.get("trainer", {})
+    nodes, devices = trainer.get("num_nodes") or 1, _named_devices(trainer.get("devices"))
+    if name is None:
+        machine = _this_machine(trainer.get("accelerator") or "auto", max(1, topology.gpus // nodes))
+    else:
+        machine = named_machine(name)
+    if machine.rates is None or devices is None:
+        return machine
+    joined = devices if nodes > 1 else max(devices, machine.rates.gpus_per_node)
+    return replace(machine, rates=replace(machine.rates, gpus_per_node=joined))
+
+
+def _this_machine(accelerator: str, ranks_per_node: int) -> Machine:
+    """Return this machine's accelerator or CPU; a GPU of which nothing is known if the run needs one and there is none.
+
+    Args:
+        accelerator: Lightning's `accelerator`; `auto` means a CPU only for one rank.
+        ranks_per_node: ranks that share a CPU's memory.
+    """
+    device = torch.device(default_device())
+    if accelerator == "cpu" or (device.type == "cpu" and accelerator == "auto" and ranks_per_node == 1):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Machine("this machine's CPU", memory // ranks_per_node - RESERVED, None, is_cpu=True)
+    if device.type == "cpu":
+        return Machine("GPU", None, None)
+    name = product_name(device) or device.type
+    memory, board = torch.get_device_module(device).get_device_properties(device).total_memory, board_of(name)
+    return Machine(f"this machine's {name}", memory - RESERVED, None if board is None else HARDWARE[board])
+
+
+def read_settings(paths: Sequence[str]) -> tuple[GPTConfig, dict[str, Any]]:
+    """Read the model and train.py's settings; a checkpoint or a run's folder has no settings."""
+    if len(paths) == 1 and (Path(paths[0]).is_dir() or paths[0].endswith(".ckpt")):
+        from nlgmoe.checkpoint.run_checkpoints import find_checkpoint  # imports Lightning, which takes seconds
+
+        return GPTConfig.from_dict(read_document(find_checkpoint(paths[0]))["model_config"]), {}
+    # train.py's parser, for the same defaults and errors; its imports take seconds.
+    from nlgmoe.experiment import parse_config
+
+    settings = parse_config(paths)
+    return GPTConfig.from_dict(settings["model"]["config"]), settings
+
+
+def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
+    """Return the topology of train.py's `settings`, overridden by the options `given` on the command line."""
+    trainer, data, module = (settings.get(part, {}) for part in ("trainer", "data", "model"))
+    strategy = trainer.get("strategy") or "auto"
+    name, init = (
+        (strategy["class_path"], strategy.get("init_args") or {}) if isinstance(strategy, dict) else (strategy, {})
+    )
+    devices = _named_devices(trainer.get("devices"))
+    # A model's file without a file of configs/hardware: Lightning's default, fp32, is not the precision of training.
+    no_hardware = trainer.get("accelerator", "auto") == "auto"
+
+    values: dict[str, Any] = {
+        "gpus": (1 if devices is None else devices) * (trainer.get("num_nodes") or 1),
+        "expert_parallel_size": init.get("expert_parallel_size", 1),
+        "zero_stage": init.get("stage", 0),
+        "offload_optimizer": init.get("offload_optimizer", False),
+        "seq_len": data.get("seq_len"),
+        "micro_batch_size": data.get("micro_batch_size", 1),
+        "activation_checkpointing": module.get("activation_checkpointing", False),
+        "loss_chunk_size": module.get("loss_chunk_size", 1024),
+        "muon": bool((module.get("optimizer") or {}).get("muon")),
+        "precision": trainer.get("precision") or ("bf16-mixed" if no_hardware else "32-true"),
+    } | given
+    values["precision"] = _precision(values["precision"])
+    if "gpus" in given and "expert_parallel_size" not in given:
+        # Files for a larger cluster than --gpus: limit the strategy's bound.
+        values["expert_parallel_size"] = min(values["expert_parallel_size"], given["gpus"])
+    accumulation = trainer.get("accumulate_grad_batches") or 1
+    global_batch = data.get("global_batch_size") or values["micro_batch_size"] * values["gpus"] * accumulation
+    values.setdefault("global_batch_size", global_batch)
+    # --gpus without a strategy: assume this project's strategy. For `devices` in the files, "auto" is ddp, as in train.py.
+    assumed = name == "auto" and given.get("gpus", 1) > 1
+    engine = "deepspeed" in name.lower() or "ExpertParallel" in name or assumed
+    values["deepspeed"] = engine or values["zero_stage"] > 0 or values["expert_parallel_size"] > 1
+    values["zero_stage"] = max(values["zero_stage"], int(values["deepspeed"]))  # the strategy takes 0 as 1
+    return Topology(**values)
+
+
+def _named_devices(devices: Any) -> int | None:
+    """Return the ranks per node of Lightning's `devices`: a number, indices, or text of either; None for "auto" and -1."""
+    words = devices if isinstance(devices, list) else str(devices or "auto").strip("[] ").rstrip(",").split(",")
+    if words in (["auto"], ["-1"], [-1]):
+        return None
+    if not all(str(word).strip().isdigit() for word in words):
+        raise SettingError(f"trainer.devices={devices} is no number of GPUs and no list of indices; correct it")
+    return len(words) if isinstance(devices, list) or "," in str(devices) else int(words[0])
+
+
+def _precision(name: Any) -> Precision:
+    """Expand Lightning's short names of precisions."""
+    precision: Precision = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}.get(str(name), str(name))  # type: ignore[assignment]
+    if precision not in get_args(Precision):
+        raise SettingError(
+            f"precision={name} is not supported by the cost model; choose one of {', '.join(get_args(Precision))}"
+        )
+    return precision
