@@ -21,6 +21,7 @@ from nlgmoe.tools.check.layer import (
     collapsed,
     gradients,
     require_close,
+    trained,
 )  # fmt: skip
 from nlgmoe.tools.check.training import Training
 
@@ -31,9 +32,9 @@ def evaluation_does_not_see_neighbours(layer: Layer) -> str:
         raise NotApplicable("the layer is set to drop tokens in evaluation")
     module, batch = layer.make(training=False), Batch.random(layer, 4, 12)
     with torch.no_grad():
-        alone = layer.run(module, batch.sequences([0])).y
+        alone = layer.run(module, batch[[0]]).y
         for order, name in (([0, 1, 2, 3], "others"), ([1, 2, 3, 0], "others"), ([0, 0, 0, 0], "copies of itself")):
-            y = layer.run(module, batch.sequences(order), seed=1).y
+            y = layer.run(module, batch[order], seed=1).y
             for place in (place for place, sequence in enumerate(order) if sequence == 0):
                 require_close(f"a sequence among {name}, against alone", y[place : place + 1], alone, 1e-5)
     return "alone, among 3 others and 3 copies"
@@ -144,7 +145,7 @@ def _require_finite(layer: Layer, module: nn.Module, batch: Batch) -> None:
         if output.y.shape != batch.x.shape:
             raise Failed(f"the output has the shape {list(output.y.shape)}")
         values = {"the output": output.y}
-        values |= {f"the gradient of {name}": value for name, value in gradients(module, output.loss).items()}
+        values |= {f"the gradient of {name}": value for name, value in gradients(trained(module), output.loss).items()}
         if output.aux is not None:
             values["the auxiliary loss"] = output.aux
         if wrong := [name for name, value in values.items() if not bool(value.isfinite().all())]:
@@ -164,18 +165,18 @@ def micro_batches_add_up(layer: Layer) -> str:
         y = layer.run(module, batch).y
         if not torch.equal(y, layer.run(module, batch, seed=1).y):
             raise NotApplicable("the layer draws noise in training")
-        parts = torch.cat([layer.run(module, batch.sequences(half)).y for half in halves])
+        parts = torch.cat([layer.run(module, batch[half]).y for half in halves])
         if layer.drops is None and not torch.allclose(parts, y):
             raise NotApplicable("outputs depend on the batch, as with a capacity, and the layer declares none")
 
     def grads(batch: Batch) -> dict[str, torch.Tensor]:
-        return gradients(module, layer.run(module, batch).y.square().sum())
+        return gradients(trained(module), layer.run(module, batch).y.square().sum())
 
-    whole, (first, second) = grads(batch), (grads(batch.sequences(half)) for half in halves)
+    whole, (first, second) = grads(batch), (grads(batch[half]) for half in halves)
     errors = [
         require_close(f"gradient of {name}", first[name] + second[name], value, 1e-5) for name, value in whole.items()
     ]
-    one, two = (layer.run(module, batch.sequences(order)).aux for order in ([0, 1, 2, 3], [0, 1, 2, 3] * 2))
+    one, two = (layer.run(module, batch[order]).aux for order in ([0, 1, 2, 3], [0, 1, 2, 3] * 2))
     if one is not None and two is not None:
         require_close("the auxiliary loss of two copies of a batch, against one", two, one, 1e-5)
     return f"worst relative error {max(errors):.0e}"

@@ -55,18 +55,10 @@ class Batch:
         tokens = torch.randint(VOCABULARY, (sequences, length), generator=generator)
         return Batch(x.to(dtype), tokens)
 
-    def sequences(self, index: slice | list[int]) -> Batch:
-        """Return some of the sequences."""
-        return self._of(index)
-
-    def positions(self, index: slice) -> Batch:
-        """Return some of the positions."""
-        return self._of((slice(None), index))
-
-    def _of(self, index: Any) -> Batch:
-        masks = {name: getattr(self, name) for name in ("mask", "documents")}
-        chosen: dict[str, Any] = {name: value if value is None else value[index] for name, value in masks.items()}
-        return replace(self, x=self.x[index], tokens=self.tokens[index], **chosen)
+    def __getitem__(self, index: Any) -> Batch:
+        """Return some of the sequences, or of `[sequences, positions]`."""
+        mask, documents = (value if value is None else value[index] for value in (self.mask, self.documents))
+        return replace(self, x=self.x[index], tokens=self.tokens[index], mask=mask, documents=documents)
 
     def tracked(self) -> Batch:
         """Return the batch with an `x` that gets a gradient."""
@@ -252,7 +244,7 @@ def scores_for(experts: Tensor, num_experts: int, top: float, gap: float) -> Ten
     return logits.scatter_(1, experts, top - gap * torch.arange(top_k, dtype=torch.float64).expand_as(experts))
 
 
-def batch_of_logits(layer: Layer, module: nn.Module, logits: Tensor, sequences: int = 1, seed: int = 0) -> Batch:
+def batch_of_logits(layer: Layer, module: nn.Module, logits: Tensor, sequences: int = 1) -> Batch:
     """Return a batch for which a linear gate computes `logits`, `[N, E]`; other directions of its tokens are random."""
     weight = layer.gate_weight(module)
     if weight is None:
@@ -263,16 +255,20 @@ def batch_of_logits(layer: Layer, module: nn.Module, logits: Tensor, sequences: 
     if (bias := layer.gate_bias(module)) is not None:
         logits = logits - bias.detach().double().cpu()
     inverse = torch.linalg.pinv(weight)  # [H, E]
-    free = Batch.random(layer, 1, len(logits), seed).x[0]
+    free = Batch.random(layer, 1, len(logits)).x[0]
     x = logits @ inverse.T + (free - free @ weight.T @ inverse.T)
-    batch = Batch.random(layer, sequences, len(logits) // sequences, seed)
+    batch = Batch.random(layer, sequences, len(logits) // sequences)
     return replace(batch, x=x.view_as(batch.x).to(next(module.parameters()).dtype))
 
 
-def collapsed(layer: Layer, module: nn.Module, tokens: int, sequences: int = 1) -> Batch:
+def batch_of_choices(layer: Layer, module: nn.Module, experts: Tensor) -> Batch:
+    """Return a batch whose tokens choose `experts`, `[N, k]`, in this order, by logits far apart."""
+    return batch_of_logits(layer, module, scores_for(experts, layer.num_experts, 5.0, 10.0))
+
+
+def collapsed(layer: Layer, module: nn.Module, tokens: int) -> Batch:
     """Return a batch whose tokens all choose the first k experts."""
-    experts = torch.arange(layer.top_k).expand(tokens, -1)
-    return batch_of_logits(layer, module, scores_for(experts, layer.num_experts, 5.0, 10.0), sequences)
+    return batch_of_choices(layer, module, torch.arange(layer.top_k).expand(tokens, -1))
 
 
 def require_close(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> float:
@@ -284,10 +280,16 @@ def require_close(what: str, actual: Tensor, expected: Tensor, tolerance: float)
     return error
 
 
-def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Return the gradient of each parameter; zeros where there is none."""
-    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if not loss.requires_grad or not named:
-        return {name: torch.zeros_like(parameter) for name, parameter in named.items()}
-    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(named, grads, strict=True))
+def trained(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that get a gradient."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def gradients(tensors: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+    """Return the gradient of each tensor; zeros where there is none."""
+    if not loss.requires_grad or not tensors:
+        return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    grads = torch.autograd.grad(
+        loss, list(tensors.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(tensors, grads, strict=True))

@@ -20,7 +20,7 @@ from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter
 from nlgmoe.pyramid import experts_per_layer
-from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, Output, gradients, require_close
+from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, Output, gradients, require_close, trained
 from nlgmoe.validation import SettingError
 
 MOST_EXPERTS = 8  # of a layer under test, unless `top_k` is larger
@@ -67,7 +67,7 @@ class OwnLayer(Layer):
     def _output(self, y: Tensor, routing: Routing) -> Output:
         aux, _ = add_router_losses(y.new_zeros((), dtype=routing.weight.dtype), self.moe, [routing])
         other = self.moe.z_loss_coeff * router_losses([routing])[1]
-        if self._reads("loss_coeff") and self.moe.loss_coeff and routing.probs is not None:
+        if _reads(self.moe, "loss_coeff") and self.moe.loss_coeff and routing.probs is not None:
             other = other + sum(routing.losses.values())  # the router's own losses need not balance
         return Output(y, routing, aux, other)
 
@@ -83,14 +83,12 @@ class OwnLayer(Layer):
         """
         shape, router = (self.num_experts, self.hidden_size), module.router
         tensors: list[Tensor] = [*router.parameters(), *router.buffers()]  # type: ignore[union-attr]
-        weight = next((tensor for tensor in tensors if tuple(tensor.shape) == shape), None)
+        weight = next((tensor for tensor in tensors if tensor.shape == shape), None)
         if weight is None:
             return None
-        zero = torch.zeros(1, len(weight), dtype=torch.long)
-        context = RoutingContext(zero, noise_key=(0, 0, 0), positions=zero)
         with torch.no_grad():
-            one, two = (router(scale * weight, context).logits for scale in (1, 2))  # type: ignore[operator]  # [E, E]
-            if one is None:
+            one, two = (_logits(module, scale * weight) for scale in (1, 2))  # [E, E]
+            if one is None or two is None:
                 return weight
             pair = torch.stack([one.flatten(), (weight @ weight.t()).flatten()])  # [2, E * E]
         linear = len(weight) == 1 or torch.corrcoef(pair)[0, 1] > 0.5
@@ -98,10 +96,7 @@ class OwnLayer(Layer):
 
     def gate_bias(self, module: nn.Module) -> Tensor | None:
         """See `Layer`: the logits of a token of zeros."""
-        zero = torch.zeros(1, 1, dtype=torch.long)
-        x = torch.zeros(1, self.hidden_size, dtype=next(module.parameters()).dtype)
-        with torch.no_grad():
-            logits = module.router(x, RoutingContext(zero, noise_key=(0, 0, 0), positions=zero)).logits  # type: ignore[operator]
+        logits = _logits(module, torch.zeros(1, self.hidden_size, dtype=next(module.parameters()).dtype))
         return None if logits is None else logits[0]
 
     def gate(self, module: nn.Module) -> list[nn.Parameter]:
@@ -148,8 +143,8 @@ class OwnLayer(Layer):
         multiple = math.lcm(RANKED_EXPERTS, _groups(self.moe)[0])
         experts = multiple * -(-_fewest_experts(self.moe) // multiple)
         quiet = {} if self.drops else {"noise": None, "second_expert": "argmax"}
-        quiet = {name: value for name, value in quiet.items() if self._reads(name)}
-        scope = {"aux_scope": "rank"} if self.accumulates and self._reads("aux_scope") else {}
+        quiet = {name: value for name, value in quiet.items() if _reads(self.moe, name)}
+        scope = {"aux_scope": "rank"} if self.accumulates and _reads(self.moe, "aux_scope") else {}
         moe = replace(self.moe, num_experts=experts, **quiet, **scope)  # type: ignore[arg-type]
         return own_layer(replace(self.config, moe=moe), self.name, most=experts)
 
@@ -171,8 +166,13 @@ class OwnLayer(Layer):
         share.to(next(whole.parameters()).dtype).load_state_dict(values)
         return share.train(whole.training)
 
-    def _reads(self, field: str) -> bool:
-        return _reads(self.moe, field)
+
+@torch.no_grad()
+def _logits(module: nn.Module, x: Tensor) -> Tensor | None:
+    """Return the router's logits of tokens of one sequence, `[N, H] -> [N, E]`; None: it has none."""
+    zero = torch.zeros(1, len(x), dtype=torch.long)
+    routing: Routing = module.router(x, RoutingContext(zero, noise_key=(0, 0, 0), positions=zero))  # type: ignore[operator]
+    return routing.logits
 
 
 def _reads(moe: MoEConfig, *fields: str) -> bool:
@@ -272,7 +272,7 @@ def _rank(rank: int, layer: OwnLayer, folder: Path) -> None:
 def _compare(layer: OwnLayer, rank: int, ranks: int, folder: Path) -> None:
     placed = layer.on_ranks()
     whole, batch = placed.make(), Batch.random(placed, 2 * ranks, 8)
-    parts = [batch.sequences(slice(2 * part, 2 * part + 2)) for part in range(ranks)]
+    parts = [batch[2 * part : 2 * part + 2] for part in range(ranks)]
     if placed.accumulates:
         runs = [_step(placed, whole, part, seed) for seed, part in enumerate(parts)]
         y = runs[rank][0]
@@ -300,4 +300,4 @@ def _compare(layer: OwnLayer, rank: int, ranks: int, folder: Path) -> None:
 def _step(layer: Layer, module: nn.Module, batch: Batch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
     output = layer.run(module, batch, seed)
     loss = output.y.square().mean() + (0 if output.aux is None else output.aux)
-    return output.y.detach(), gradients(module, loss)
+    return output.y.detach(), gradients(trained(module), loss)

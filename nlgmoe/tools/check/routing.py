@@ -14,6 +14,7 @@ from nlgmoe.tools.check.layer import (
     Failed,
     Layer,
     NotApplicable,
+    batch_of_choices,
     batch_of_logits,
     collapsed,
     require_choice,
@@ -116,8 +117,8 @@ def _tokens_of_expert_0(routing: Routing) -> set[int]:
 def _first_choices_before_second(layer: Layer, module: nn.Module, capacity: int) -> None:
     """Check it with tokens of which the first half choose expert 0 second, and the others first."""
     half = TOKENS // 2
-    scores = scores_for(torch.tensor([[1, 0]] * half + [[0, 2]] * half), layer.num_experts, 5.0, 10.0)
-    kept = _tokens_of_expert_0(layer.routing(layer.run(module, batch_of_logits(layer, module, scores))))
+    batch = batch_of_choices(layer, module, torch.tensor([[1, 0]] * half + [[0, 2]] * half))
+    kept = _tokens_of_expert_0(layer.routing(layer.run(module, batch)))
     left = max(0, capacity - half)  # after all first choices
     if early := {token for token in kept if left <= token < half}:
         raise Failed(f"tokens {sorted(early)[:8]} keep a second choice; first choices leave {left}")
@@ -221,8 +222,8 @@ def balance_loss_sees_a_collapse(layer: Layer) -> str:
     spread = (first + torch.arange(layer.top_k)) % layer.num_experts
     values = []
     for experts in (spread, torch.arange(layer.top_k).expand(tokens, -1)):
-        batch = batch_of_logits(layer, module, scores_for(experts, layer.num_experts, 5.0, 10.0))
-        values.append(float(layer.run(module, batch).balance.detach()))
+        output = layer.run(module, batch_of_choices(layer, module, experts))
+        values.append(float(output.balance.detach()))
     ratio, least = values[1] / values[0], 0.9 * layer.num_experts / layer.top_k
     if not ratio >= least:
         raise Failed(

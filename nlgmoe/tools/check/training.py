@@ -18,7 +18,9 @@ from nlgmoe.tools.check.layer import (
     Output,
     Target,
     batch_of_logits,
+    gradients,
     require_choice,
+    trained,
 )  # fmt: skip
 
 # Of the finite differences: some layers compute parts in fp32, others have kinks (ReLU) or choices of their own.
@@ -42,16 +44,14 @@ def gradients_are_finite_differences(layer: Target) -> str:
         return (output.y * probe).sum() + (0 if output.aux is None else output.aux), output
 
     loss, base = value()
-    named: dict[str, Tensor] = {"the input": batch.x}
-    named |= {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    without = ""
+    named, without = {"the input": batch.x, **trained(module)}, ""
     if isinstance(layer, Layer) and layer.estimated_gradient:
         gate = {id(parameter) for parameter in layer.gate(module)} | {id(batch.x)}
         named = {name: value for name, value in named.items() if id(value) not in gate}
         without = "; not of input and gate, whose gradients are declared an estimate"
-    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
     generator = torch.Generator("cpu").manual_seed(2)
-    for (name, tensor), gradient in zip(named.items(), grads, strict=True):
+    for name, gradient in gradients(named, loss).items():
+        tensor = named[name]
         direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         actual = float((gradient * direction).sum())
         differences = []
@@ -101,28 +101,23 @@ def _separated(layer: Target, module: nn.Module, tokens: int = 24) -> Batch:
 def _choices_differ(one: Output, other: Output) -> bool:
     if one.routing is None or other.routing is None:
         return False
-    same = torch.equal(one.routing.expert, other.routing.expert) and torch.equal(one.routing.kept, other.routing.kept)
-    return not same
+    pairs = (one.routing.expert, other.routing.expert), (one.routing.kept, other.routing.kept)
+    return not all(torch.equal(*pair) for pair in pairs)
 
 
-def _gate_and_output(layer: Layer) -> tuple[dict[str, nn.Parameter], Output]:
+def _gate_and_output(layer: Layer) -> tuple[dict[str, Tensor], Output]:
     """Return the gate's parameters by name, and the output of a training batch."""
     require_choice(layer)
     module = layer.make()
     gate = {id(parameter) for parameter in layer.gate(module)}
     if not gate:
         raise NotApplicable("the router has no parameter that learns")
-    named = {name: parameter for name, parameter in module.named_parameters() if id(parameter) in gate}
+    named = {name: parameter for name, parameter in trained(module).items() if id(parameter) in gate}
     return named, layer.run(module, _separated(layer, module))
 
 
-def _norms(loss: Tensor, named: dict[str, nn.Parameter]) -> dict[str, float]:
-    if not loss.requires_grad:
-        return dict.fromkeys(named, 0.0)
-    grads = torch.autograd.grad(
-        loss, list(named.values()), retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    norms = {name: float(gradient.norm()) for name, gradient in zip(named, grads, strict=True)}
+def _norms(loss: Tensor, named: dict[str, Tensor]) -> dict[str, float]:
+    norms = {name: float(gradient.norm()) for name, gradient in gradients(named, loss).items()}
     if any(map(math.isnan, norms.values())):
         raise Failed("the gradient in the gate is NaN")
     return norms
@@ -227,7 +222,7 @@ class Training:
 
     def __init__(self, layer: Target, module: nn.Module) -> None:
         self.layer, self.module = layer, module
-        self.optimizer = torch.optim.Adam([value for value in module.parameters() if value.requires_grad], lr=1e-2)
+        self.optimizer = torch.optim.Adam(trained(module).values(), lr=1e-2)
 
     def steps(self, numbers: range, batch: Batch | None = None, task: bool = True) -> bool:
         """Take some steps; without `task` with the balancing losses alone. Returns False if the layer has no `after_step`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
@@ -10,12 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from plotly.colors import hex_to_rgb
+from scipy import stats
 
 from nlgmoe.run.folder import flattened
 from nlgmoe.tools.report import tables
 from nlgmoe.tools.report.drawing import Chart, Panel, Trace, line
 from nlgmoe.tools.report.runs import PALETTE, Run, finite_number
-from nlgmoe.tools.statistics import PairedDifference, paired_difference
 from nlgmoe.validation import SettingError
 
 PLACES = ("default_root_dir", "dirpath", "save_dir", "ckpt_path")  # settings of where a run writes, by their last part
@@ -224,3 +225,40 @@ def _verdict(difference: PairedDifference | None, losses: dict[Key, float], refe
         return f"no pairs: {reason}"
     low, high = difference.interval()
     return "lower" if high < 0 else "higher" if low > 0 else "unresolved"
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean of the differences within pairs, and its standard error.
+
+    A seed fixes the order of the data and the initial dense weights of both models, so what varies in both alike cancels.
+
+    Attributes:
+        mean: over pairs.
+        error: standard error of the mean; NaN for one pair.
+        pairs: number of pairs.
+    """
+
+    mean: float
+    error: float
+    pairs: int
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Return the confidence interval of the mean, by Student's t; infinite for one pair."""
+        if self.pairs < 2:
+            return -math.inf, math.inf
+        half = float(stats.t.ppf((1 + confidence) / 2, self.pairs - 1)) * self.error
+        return self.mean - half, self.mean + half
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> PairedDifference:
+    """Compute `first - second` pair by pair.
+
+    Args:
+        first: a value for each seed.
+        second: the other model's, of the same seeds in the same order.
+    """
+    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    pairs = len(differences)
+    error = float(differences.std(ddof=1) / math.sqrt(pairs)) if pairs > 1 else math.nan
+    return PairedDifference(float(differences.mean()), error, pairs)

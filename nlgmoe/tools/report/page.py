@@ -18,7 +18,6 @@ from nlgmoe.files import atomic_write
 from nlgmoe.tools.report import figures, groups, tables
 from nlgmoe.tools.report.drawing import Chart, rounded
 from nlgmoe.tools.report.runs import CLOCKS, Run
-from nlgmoe.tools.report.specialisation_figures import specialisation
 from nlgmoe.validation import RunError, SettingError
 
 MAX_KNOTS = 400  # steps with stored tokens, FLOPs and time; the page interpolates between them
@@ -75,7 +74,7 @@ def page(runs: Sequence[Run], group_by: str | None = None) -> str:
         section("Groups", [overlaid] if overlaid else []),
         section("Training", figures.training(curves), tables.step_times(runs)),
         section("Experts", figures.experts(curves)),
-        section("Specialisation", specialisation(runs)),
+        section("Specialisation", figures.specialisation(runs)),
         tables.samples(runs),
         "<section><h2>Settings</h2>",
         f"<h3>What differs</h3>{tables.differences(runs)}" if len(runs) > 1 else "",
