@@ -33,11 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class AttentionLayer(Target):
-    """The attention of some blocks, each adding its output to the residual stream.
-
-    Attributes:
-        config: of a model without experts, and without dropout.
-    """
+    """The attention of some blocks of a model without experts and dropout, each adding to the residual stream."""
 
     config: GPTConfig = GPTConfig(1)  # noqa: RUF009 (frozen)
 

@@ -29,23 +29,14 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of a layer.
+    """Inputs of a layer."""
 
-    Attributes:
-        x: `[B, T, H]` hidden states.
-        tokens: `[B, T]` ids, for routers that read them.
-        mask: `[B, T]` bool, False at padding; None: no padding.
-        documents: `[B, T]` int64, for attention: `GPT.forward`; None: one document.
-        first_position: of each sequence.
-        noise_key: `RoutingContext.noise_key`; None: draw from torch's global generator.
-    """
-
-    x: Tensor
-    tokens: Tensor
-    mask: Tensor | None = None
-    documents: Tensor | None = None
-    first_position: int = 0
-    noise_key: tuple[int, ...] | None = None
+    x: Tensor  # `[B, T, H]` hidden states
+    tokens: Tensor  # `[B, T]` ids, for routers that read them
+    mask: Tensor | None = None  # `[B, T]` bool, False at padding; None: no padding
+    documents: Tensor | None = None  # `[B, T]` int64, for attention: `GPT.forward`; None: one document
+    first_position: int = 0  # of each sequence
+    noise_key: tuple[int, ...] | None = None  # `RoutingContext.noise_key`; None: draw from torch's global generator
 
     @staticmethod
     def random(layer: Target, sequences: int, length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
@@ -67,19 +58,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Output:
-    """Outputs of a layer.
+    """Outputs of a layer."""
 
-    Attributes:
-        y: `[B, T, H]`.
-        routing: choices, weights and kept assignments; None: the layer does not return them.
-        aux: auxiliary loss, coefficients applied; None: the layer has none.
-        other: its terms that do not balance, such as a z-loss.
-    """
-
-    y: Tensor
-    routing: Routing | None = None
-    aux: Tensor | None = None
-    other: Tensor | None = None
+    y: Tensor  # `[B, T, H]`
+    routing: Routing | None = None  # choices, weights and kept assignments; None: the layer does not return them
+    aux: Tensor | None = None  # auxiliary loss, coefficients applied; None: the layer has none
+    other: Tensor | None = None  # its terms that do not balance, such as a z-loss
 
     @property
     def balance(self) -> Tensor:
@@ -99,17 +83,11 @@ class Output:
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of layer, with experts or of attention; a subclass builds and calls it.
+    """A kind of layer, with experts or of attention; a subclass builds and calls it."""
 
-    Attributes:
-        name: in the table.
-        hidden_size: H.
-        takes_key: `forward` passes `Batch.noise_key` on; random numbers then depend on nothing else.
-    """
-
-    name: str
-    hidden_size: int = 16
-    takes_key: bool = False
+    name: str  # in the table
+    hidden_size: int = 16  # H
+    takes_key: bool = False  # `forward` passes `Batch.noise_key` on; random numbers then depend on nothing else
 
     @property
     def sizes(self) -> str:
@@ -156,28 +134,18 @@ class Target:
 
 @dataclass(frozen=True)
 class Layer(Target):
-    """A kind of MoE layer. Properties that need a fact it leaves out are "not applicable".
+    """A kind of MoE layer. Properties that need a fact it leaves out are "not applicable"."""
 
-    Attributes:
-        num_experts: E.
-        top_k: k.
-        weight_sum: sum of a token's weights over kept choices; `free` where they are not normalised; None: not declared.
-        order: in which assignments take the capacity of an expert: `random`, `position` (first choices of all tokens first), or
-            `score`; None: not declared.
-        takes_mask: `forward` reads `Batch.mask`.
-        drops: training has a capacity, `capacity`, or drops nothing; None: not declared.
-        drops_in_evaluation: evaluation is declared to drop tokens.
-        estimated_gradient: the gradients of the gate and through it are declared an estimate, not those of the values.
-    """
-
-    num_experts: int = 8
-    top_k: int = 1
+    num_experts: int = 8  # E
+    top_k: int = 1  # k
+    # Sum of a token's weights over kept choices; `free` where they are not normalised; None: not declared.
     weight_sum: float | Literal["free"] | None = None
-    order: Literal["random", "position", "score"] | None = None
-    takes_mask: bool = False
-    drops: bool | None = None
-    drops_in_evaluation: bool = False
-    estimated_gradient: bool = False
+    # Order in which assignments take the capacity of an expert: `position` has the first choices of all tokens first.
+    order: Literal["random", "position", "score"] | None = None  # None: not declared
+    takes_mask: bool = False  # `forward` reads `Batch.mask`
+    drops: bool | None = None  # training has a capacity, `capacity`, or drops nothing; None: not declared
+    drops_in_evaluation: bool = False  # evaluation is declared to drop tokens
+    estimated_gradient: bool = False  # gradients of the gate, and through it, are declared an estimate
 
     @property
     def sizes(self) -> str:

@@ -30,11 +30,7 @@ WORLDS = (2, 3)  # ranks
 
 @dataclass(frozen=True)
 class OwnLayer(Layer):
-    """The layer of a configuration.
-
-    Attributes:
-        config: of one MoE block, number 0.
-    """
+    """The layer of a configuration of one MoE block, number 0."""
 
     config: GPTConfig = GPTConfig(1)  # noqa: RUF009 (frozen)
 

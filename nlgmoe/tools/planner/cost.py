@@ -34,59 +34,35 @@ class Parts:
 
 @dataclass(frozen=True)
 class Communication(Parts):
-    """Bytes that one rank sends in one optimizer step.
+    """Bytes that one rank sends in one optimizer step."""
 
-    Attributes:
-        all_to_all: tokens to their experts and back, forward and backward.
-        dense_gradients: all-reduce over all ranks.
-        expert_gradients: all-reduce over the ranks that hold the same experts.
-        gathered_weights: ZeRO's all-gather of updated weights.
-    """
-
-    all_to_all: int
-    dense_gradients: int
-    expert_gradients: int
-    gathered_weights: int
+    all_to_all: int  # tokens to their experts and back, forward and backward
+    dense_gradients: int  # all-reduce over all ranks
+    expert_gradients: int  # all-reduce over the ranks that hold the same experts
+    gathered_weights: int  # ZeRO's all-gather of updated weights
 
 
 @dataclass(frozen=True)
 class StepTime(Parts):
-    """Seconds of one optimizer step by part; parts do not overlap.
+    """Seconds of one optimizer step by part; parts do not overlap."""
 
-    Attributes:
-        compute: forward and backward passes of all micro-batches, and recomputation.
-        all_to_all: exchange of tokens.
-        gradients: reduction of gradients beyond the backward pass that hides it.
-        gathered_weights: ZeRO's all-gather of updated weights.
-        optimizer: AdamW's update.
-    """
-
-    compute: float
-    all_to_all: float
-    gradients: float
-    gathered_weights: float
-    optimizer: float
+    compute: float  # forward and backward passes of all micro-batches, and recomputation
+    all_to_all: float  # exchange of tokens
+    gradients: float  # reduction of gradients beyond the backward pass that hides it
+    gathered_weights: float  # ZeRO's all-gather of updated weights
+    optimizer: float  # AdamW's update
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of an optimizer step on a machine.
+    """Cost of an optimizer step on a machine."""
 
-    Attributes:
-        memory: of a rank.
-        communication: of a rank.
-        time: None, and the rates too: the machine's are unknown.
-        samples_per_second: of all ranks.
-        tokens_per_second: of all ranks.
-        fits: the machine has the memory; None: unknown.
-    """
-
-    memory: Memory
-    communication: Communication
-    time: StepTime | None
-    samples_per_second: float | None
-    tokens_per_second: float | None
-    fits: bool | None
+    memory: Memory  # of a rank
+    communication: Communication  # of a rank
+    time: StepTime | None  # None, and the rates too: the machine's are unknown
+    samples_per_second: float | None  # of all ranks
+    tokens_per_second: float | None  # of all ranks
+    fits: bool | None  # the machine has the memory; None: unknown
 
 
 def estimate(config: GPTConfig, topology: Topology, machine: Machine, utilisation: float = UTILISATION) -> Cost:

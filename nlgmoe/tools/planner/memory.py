@@ -35,27 +35,16 @@ INDICES = 13 * 8
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. Gradients and activations are added, although their peaks are at different times.
+    """Bytes on one rank. Gradients and activations are added, although their peaks are at different times."""
 
-    Attributes:
-        weights: weights used in computation, and autocast's copies.
-        gradients: gradients of the weights that are there in every micro-batch: ZeRO 1 keeps, without accumulation, its shard.
-        optimizer: Adam's moments and fp32 master weights.
-        forward: activations in the forward pass.
-        backward: activations while there are buckets: in the backward pass; with accumulation also in the next forward pass.
-        buckets: ZeRO's reduction buffers.
-        step: flat copies of gradients in ZeRO's optimizer step, after activations and buckets are freed.
-        host: offloaded optimizer state in host memory; not part of `total`.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    forward: int
-    backward: int
-    buckets: int
-    step: int
-    host: int
+    weights: int  # weights used in computation, and autocast's copies
+    gradients: int  # of the weights, as they are in every micro-batch: ZeRO 1 keeps, without accumulation, its shard
+    optimizer: int  # Adam's moments and fp32 master weights
+    forward: int  # activations in the forward pass
+    backward: int  # activations beside buckets: in the backward pass; with accumulation also in the next forward pass
+    buckets: int  # ZeRO's reduction buffers
+    step: int  # flat copies of gradients in ZeRO's optimizer step, after activations and buckets are freed
+    host: int  # offloaded optimizer state in host memory; not part of `total`
 
     @property
     def total(self) -> int:

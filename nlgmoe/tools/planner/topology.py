@@ -22,27 +22,16 @@ Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
 
 @dataclass(frozen=True)
 class BytesPer:
-    """Bytes per parameter of training state, and per value of activations.
+    """Bytes per parameter of training state, and per value of activations."""
 
-    Attributes:
-        weight: weights used in computation.
-        gradient: gradients, as reduced over ranks.
-        accumulated: gradients, as accumulated over micro-batches.
-        master: the optimizer's fp32 copy of the weights; 0 if it updates the weights themselves.
-        moments: Adam's two moments.
-        cast: autocast's half-precision copies of weight matrices, saved for the backward pass.
-        residual: values of the residual stream.
-        compute: values inside attention, feed-forward layers and experts.
-    """
-
-    weight: int
-    gradient: int
-    accumulated: int
-    master: int
-    moments: int
-    cast: int
-    residual: int
-    compute: int
+    weight: int  # weights used in computation
+    gradient: int  # gradients, as reduced over ranks
+    accumulated: int  # gradients, as accumulated over micro-batches
+    master: int  # the optimizer's fp32 copy of the weights; 0 if it updates the weights themselves
+    moments: int  # Adam's two moments
+    cast: int  # autocast's half-precision copies of weight matrices, saved for the backward pass
+    residual: int  # values of the residual stream
+    compute: int  # values inside attention, feed-forward layers and experts
 
 
 @dataclass(frozen=True)
@@ -51,14 +40,13 @@ class Topology:
 
     Attributes:
         gpus: ranks; all are data-parallel.
-        expert_parallel_size: upper bound of each MoE layer's expert-parallel degree (`pyramid.expert_parallel_degree`).
+        expert_parallel_size: upper bound of each MoE layer's degree (`pyramid.expert_parallel_degree`).
         zero_stage: 1 or 2; 0: without ZeRO, as `ddp`.
         micro_batch_size: sequences per rank and forward pass.
         global_batch_size: sequences per optimizer step over all ranks; a multiple of `micro_batch_size * gpus`.
         activation_checkpointing: each block is recomputed in the backward pass.
         precision: Lightning's name.
-        deepspeed: the run uses DeepSpeed's engine, which computes with half-precision weights under `*-mixed` too. Without it
-            `*-mixed` is autocast over fp32 weights.
+        deepspeed: the engine, with half-precision weights under `*-mixed`; without it autocast over fp32 ones.
         offload_optimizer: master weights and moments are in host memory (ZeRO-Offload).
         loss_chunk_size: tokens whose logits are computed at a time.
         seq_len: tokens of a sequence; None: as many as the model reads.
@@ -137,19 +125,12 @@ class Topology:
 
 @dataclass(frozen=True)
 class Machine:
-    """What each rank runs on.
+    """What each rank runs on."""
 
-    Attributes:
-        name: in words.
-        memory: bytes for tensors; None: unknown.
-        rates: published rates; None: unknown, so that no time is predicted.
-        is_cpu: it is a CPU.
-    """
-
-    name: str
-    memory: int | None
-    rates: Hardware | None
-    is_cpu: bool = False
+    name: str  # in words
+    memory: int | None  # bytes for tensors; None: unknown
+    rates: Hardware | None  # published rates; None: unknown, so that no time is predicted
+    is_cpu: bool = False  # it is a CPU
 
 
 def named_machine(name: str) -> Machine:
@@ -175,9 +156,7 @@ def machine_of(settings: dict[str, Any], topology: Topology, name: str | None) -
 def _this_machine(accelerator: str, ranks_per_node: int) -> Machine:
     """Return this machine's accelerator or CPU; a GPU of which nothing is known if the run needs one and there is none.
 
-    Args:
-        accelerator: Lightning's `accelerator`; `auto` means a CPU only for one rank.
-        ranks_per_node: ranks that share a CPU's memory.
+    Lightning's `accelerator` `auto` means a CPU only for one rank. Ranks of a node share a CPU's memory.
     """
     device = torch.device(default_device())
     if accelerator == "cpu" or (device.type == "cpu" and accelerator == "auto" and ranks_per_node == 1):

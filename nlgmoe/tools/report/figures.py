@@ -281,13 +281,7 @@ def _preferences(run: Run, counted: Specialisation) -> Chart:
 
 
 def _preference(title: str, names: np.ndarray, counts: np.ndarray) -> Panel:
-    """Return a heat map of preferences.
-
-    Args:
-        title: of the panel.
-        names: `[G]` names of domains or classes.
-        counts: `[G, E]` assignments.
-    """
+    """Return a heat map of the preferences of domains or classes, `names` `[G]`, with the assignments `counts` `[G, E]`."""
     seen = counts.sum(axis=1) > 0
     names, counts = names[seen], counts[seen]
     ratio = preference(counts)  # [G, E]

@@ -24,15 +24,7 @@ MAX_KNOTS = 400  # steps with stored tokens, FLOPs and time; the page interpolat
 
 
 def write_report(runs: Sequence[Run], output: str | Path | None = None, group_by: str | None = None) -> Path:
-    """Write the report of one or several runs.
-
-    Args:
-        runs: the runs, from `read_runs`.
-        output: HTML file; None: `report.html`, in the run folder or, for several runs, in the working directory.
-        group_by: setting in which alone the runs of a group differ, such as `seed`; None: no groups.
-
-    Returns:
-        The file.
+    """Write the report of runs from `read_runs`, and return its file; the command documents `output` and `group_by`.
 
     Raises:
         SettingError: `output` is a folder, is in none, or does not end in .html; or the runs cannot be grouped.

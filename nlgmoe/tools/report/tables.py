@@ -30,14 +30,7 @@ Row = tuple[str, Callable[[Any], str], list[Any]]  # name, format, and a value o
 
 
 def table(name: str, runs: Sequence[Run], rows: Sequence[Row], kind: str = "facts") -> str:
-    """Return a table with a column for each run or group, and a link to its values as CSV.
-
-    Args:
-        name: of the CSV file.
-        runs: the columns.
-        rows: the rows.
-        kind: CSS class, facts or settings.
-    """
+    """Return a table with a column for each run or group, and a link to its values as NAME.csv; `kind` is its CSS class."""
     head = "".join(f"<th>{run_label(run)}</th>" for run in runs)
     body = "".join(
         f"<tr><th>{escape(label)}</th>"
