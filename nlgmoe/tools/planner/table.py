@@ -9,7 +9,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.hardware import HARDWARE, RESERVED
 from nlgmoe.layers.expert_products import describe_products
 from nlgmoe.model.counting import count_parameters, flops_per_token
-from nlgmoe.pyramid import expert_parallel_degree, moe_blocks
+from nlgmoe.pyramid import moe_blocks
 from nlgmoe.tools.planner.cost import Cost, Parts
 from nlgmoe.tools.planner.memory import Memory
 from nlgmoe.tools.planner.topology import Machine, Topology
@@ -89,12 +89,8 @@ def _products(config: GPTConfig, topology: Topology, machine: Machine) -> list[t
     if config.moe is None or (machine.rates is None and not machine.is_cpu):
         return []
     capability = None if machine.rates is None else machine.rates.compute_capability
-    tokens = topology.micro_batch_size * topology.length(config)
-    degrees = [
-        expert_parallel_degree(count, topology.gpus, topology.expert_parallel_size)
-        for count in moe_blocks(config).values()
-    ]
-    text = describe_products(config, tokens, topology.precision, machine.is_cpu, capability, max(degrees) > 1)
+    tokens, shared = topology.micro_batch_size * topology.length(config), max(topology.degrees(config)) > 1
+    text = describe_products(config, tokens, topology.precision, machine.is_cpu, capability, shared)
     return [("experts", f"{text} (docs/performance.md)")]
 
 

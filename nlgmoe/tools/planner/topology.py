@@ -36,35 +36,20 @@ class BytesPer:
 
 @dataclass(frozen=True)
 class Topology:
-    """The layout of a run over ranks.
+    """The layout of a run over ranks."""
 
-    Attributes:
-        gpus: ranks; all are data-parallel.
-        expert_parallel_size: upper bound of each MoE layer's degree (`pyramid.expert_parallel_degree`).
-        zero_stage: 1 or 2; 0: without ZeRO, as `ddp`.
-        micro_batch_size: sequences per rank and forward pass.
-        global_batch_size: sequences per optimizer step over all ranks; a multiple of `micro_batch_size * gpus`.
-        activation_checkpointing: each block is recomputed in the backward pass.
-        precision: Lightning's name.
-        deepspeed: the engine, with half-precision weights under `*-mixed`; without it autocast over fp32 ones.
-        offload_optimizer: master weights and moments are in host memory (ZeRO-Offload).
-        loss_chunk_size: tokens whose logits are computed at a time.
-        seq_len: tokens of a sequence; None: as many as the model reads.
-        muon: Muon steps the matrices of hidden layers, with one moment instead of two.
-    """
-
-    gpus: int = 1
-    expert_parallel_size: int = 1
-    zero_stage: int = 0
-    micro_batch_size: int = 8
-    global_batch_size: int = 8
-    activation_checkpointing: bool = False
-    precision: Precision = "bf16-mixed"
-    deepspeed: bool = True
-    offload_optimizer: bool = False
-    loss_chunk_size: int = 1024
-    seq_len: int | None = None
-    muon: bool = False
+    gpus: int = 1  # ranks; all are data-parallel
+    expert_parallel_size: int = 1  # upper bound of each MoE layer's degree (`pyramid.expert_parallel_degree`)
+    zero_stage: int = 0  # 1 or 2; 0: without ZeRO, as `ddp`
+    micro_batch_size: int = 8  # sequences per rank and forward pass
+    global_batch_size: int = 8  # sequences per optimizer step over all ranks; a multiple of `micro_batch_size * gpus`
+    activation_checkpointing: bool = False  # each block is recomputed in the backward pass
+    precision: Precision = "bf16-mixed"  # Lightning's name
+    deepspeed: bool = True  # its engine, with half-precision weights under `*-mixed`; else autocast over fp32
+    offload_optimizer: bool = False  # master weights and moments are in host memory (ZeRO-Offload)
+    loss_chunk_size: int = 1024  # tokens whose logits are computed at a time
+    seq_len: int | None = None  # tokens of a sequence; None: as many as the model reads
+    muon: bool = False  # Muon steps the matrices of hidden layers, with one moment instead of two
 
     def __post_init__(self) -> None:
         sizes = ("gpus", "expert_parallel_size", "micro_batch_size", "global_batch_size", "loss_chunk_size")

@@ -115,10 +115,8 @@ def other_tokens(runs: Sequence[Run]) -> str:
     flat = [flattened(run.config) for run in runs if run.config]
     limited = any(settings.get("trainer.limit_val_batches") is not None for settings in flat)
     evaluated = EVALUATED + OF_BATCHES * limited
-    names = [
-        name for name in dict.fromkeys(name for settings in flat for name in settings) if name.startswith(evaluated)
-    ]
-    names = [name for name in names if len({str(settings.get(name)) for settings in flat}) > 1]
+    known = dict.fromkeys(name for settings in flat for name in settings if name.startswith(evaluated))
+    names = [name for name in known if len({str(settings.get(name)) for settings in flat}) > 1]
     if any(name in TOKENIZER for name in names) and len({_tokenizer(run) for run in runs if run.config}) == 1:
         names = [name for name in names if name not in TOKENIZER]  # one tokenizer under several names
     if not names:
