@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import ROOT, Benchmark, Part, Table
-from nlgmoe.hardware import HARDWARE
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.tools.planner.cost import estimate
-from nlgmoe.tools.planner.inspect_config import layout, read_settings
-from nlgmoe.tools.planner.topology import Topology
+from nlgmoe.tools.planner.topology import Topology, layout, named_machine, read_settings
 
-GPU, GPUS = HARDWARE["a100-40"], (64, 128)
+GPU, GPUS = named_machine("a100-40"), (64, 128)
 
 
 def spread(settings: dict[str, Any], gpus: int) -> Topology:

@@ -15,8 +15,8 @@ from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.experiment import load_config, parse_config
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.optim.token_schedule import SequenceCurriculum
-from nlgmoe.tools.planner.activation_memory import activation_bytes
-from nlgmoe.tools.planner.inspect_config import layout
+from nlgmoe.tools.planner.memory import activations_by_pass
+from nlgmoe.tools.planner.topology import layout
 from tests.support.checkpoints import write
 from tests.support.curriculum import CURRICULUM, LENGTHS, Fed
 from tests.support.synthetic import SyntheticData
@@ -65,7 +65,7 @@ def test_planner_and_curriculum_follow_the_datas_length(tmp_path: Path) -> None:
     config = GPTConfig.from_dict(settings["model"]["config"])
     short, whole = layout(settings, {}), layout(parse_config("configs/moe/laptop.yaml"), {})
     assert (short.length(config), whole.length(config)) == (32, 128)
-    assert activation_bytes(config, short) < activation_bytes(config, whole)
+    assert max(activations_by_pass(config, short)) < max(activations_by_pass(config, whole))
     assert flops_per_token(config, 32) < flops_per_token(config)
     fed, one = Fed(), MoEGPTModule(GPTConfig(61, 64, 2, 16, 2), curriculum=CURRICULUM)
     trainer(tmp_path, fed, max_steps=6, accumulate_grad_batches=2).fit(one, SyntheticData(micro_batch_size=2))

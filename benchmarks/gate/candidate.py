@@ -32,8 +32,8 @@ from nlgmoe.run.folder import flattened
 from nlgmoe.tools.check.attention import attention_layer
 from nlgmoe.tools.check.own import own_layer
 from nlgmoe.tools.check.properties import check_layer
-from nlgmoe.tools.planner.cost import memory_of
-from nlgmoe.tools.planner.inspect_config import layout
+from nlgmoe.tools.planner.memory import memory_of
+from nlgmoe.tools.planner.topology import layout
 from nlgmoe.validation import RunError, SettingError, require
 
 # The learning rate of the claims' MoE-16, which was interpolated between searched ones.

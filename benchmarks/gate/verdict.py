@@ -1,7 +1,7 @@
 """The rule of the verdicts. It was committed before any candidate was trained.
 
 d = loss of the candidate - loss of the baseline, final validation losses in nats per token, one pair for each seed. Its intervals
-are Student's (`nlgmoe.tools.statistics`, as for the claims). The first line that holds is the verdict:
+are Student's (`nlgmoe.tools.report.groups`, as for the claims). The first line that holds is the verdict:
 
     better       the 95% interval lies below 0
     as good as   the upper end of the 90% interval lies below 0.02 nats: a one-sided test at 5% of being worse by the margin
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.reproduce.cells import MARGIN
-from nlgmoe.tools.statistics import PairedDifference, paired_difference
+from nlgmoe.tools.report.groups import PairedDifference, paired_difference
 
 PLANNED_PAIRS = 8
 SAME_COST = 0.02

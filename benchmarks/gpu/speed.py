@@ -21,7 +21,7 @@ from benchmarks.gpu.run import Run, sync_debug, waits
 from benchmarks.runs import ROOT
 from nlgmoe.callbacks import ExpertLoad, StopOnSignal, Throughput
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.hardware import hardware, peak_of
+from nlgmoe.hardware import peak_of
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.expert_products import choose_product, compute_capability
 from nlgmoe.layers.losses import cross_entropy
@@ -31,7 +31,7 @@ from nlgmoe.module import MoEGPTModule, compile_dense_parts
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from nlgmoe.parallel.triton_product import hand_in_triton_product, triton_product
 from nlgmoe.tools.planner.cost import estimate
-from nlgmoe.tools.planner.topology import Topology
+from nlgmoe.tools.planner.topology import Topology, named_machine
 from tests.support.devices import synchronize
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import QUIET
@@ -154,7 +154,9 @@ class Modes(Callback):
         if not self.run.dry:
             recomputed = mode == "recomputed"
             topology = Topology(1, 1, 1, SEQUENCES, SEQUENCES * self.accumulated, activation_checkpointing=recomputed)
-            share = torch.cuda.max_memory_allocated() / estimate(self.config, topology, hardware("h100")).memory.total
+            share = (
+                torch.cuda.max_memory_allocated() / estimate(self.config, topology, named_machine("h100")).memory.total
+            )
             self.run.goal(f"peak memory over nlgmoe inspect, {mode}", share, at_least=0.8, at_most=1.0)
 
 

@@ -31,7 +31,7 @@ from typing import Literal
 from scipy import stats
 
 from benchmarks.reproduce.cells import MARGIN, SEEDS, TABLES, TEACHER, Cell
-from nlgmoe.tools.statistics import PairedDifference
+from nlgmoe.tools.report.groups import PairedDifference
 
 LEVEL = 0.05  # of a test, and of all of them together
 AGREES, DIFFERS, UNRESOLVED, UNTESTABLE = "agrees", "differs here", "unresolved", "cannot be tested here"

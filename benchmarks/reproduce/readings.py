@@ -20,7 +20,7 @@ from benchmarks.reproduce.questions import (
     Question,
     readings,
 )
-from nlgmoe.tools.statistics import PairedDifference, paired_difference
+from nlgmoe.tools.report.groups import PairedDifference, paired_difference
 
 Runs = dict[str, dict[str, Any]]
 MAX_SEED = max(question.pairs for question in QUESTIONS)

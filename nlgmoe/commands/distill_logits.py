@@ -140,7 +140,7 @@ def _count_distilled_samples(experiment: Experiment, settings: dict[str, Any]) -
     from nlgmoe.data import BatchRampUp
     from nlgmoe.data.sampling import batch_size_after
     from nlgmoe.distill.distiller import distillation_end, samples_before_end
-    from nlgmoe.tools.planner.inspect_config import layout
+    from nlgmoe.tools.planner.topology import layout
 
     module, seq_len = experiment.module, experiment.data.seq_len
     growth = settings["data"]["batch_ramp_up"]

@@ -29,8 +29,8 @@ COMMANDS = {
     "student": ("commands.student", "write a student's YAML, to be used with its teacher's"),
     "evaluate": ("tools.lm_eval.evaluate", "evaluate a checkpoint on zero-shot tasks with lm-eval"),
     "prepare-eval": ("tools.lm_eval.prepare_eval", "write evaluation sets for `evaluate` without a network"),
-    "report": ("tools.report.command:report", "draw run folders as one HTML page"),
-    "check": ("tools.check.command:check", "test a MoE layer or an attention for known defects"),
+    "report": ("tools.report", "draw run folders as one HTML page"),
+    "check": ("tools.check", "test a MoE layer or an attention for known defects"),
 }  # name -> module below `nlgmoe` (and its function, if that has another name), help
 
 

@@ -20,7 +20,7 @@ from benchmarks.reproduce.questions import AGREES, DIFFERS, LARGER, QUESTIONS, U
 from benchmarks.reproduce.readings import MISSING, answers, cost_at_equal_loss
 from benchmarks.reproduce.tables import BEGIN, END, write
 from nlgmoe.model.counting import count_parameters
-from nlgmoe.tools.statistics import PairedDifference
+from nlgmoe.tools.report.groups import PairedDifference
 from nlgmoe.validation import RunError
 from tests.support.in_process import Here
 

@@ -13,7 +13,7 @@ from nlgmoe.commands.main import main
 from nlgmoe.experiment import load_config
 from nlgmoe.hardware import HARDWARE, RESERVED
 from nlgmoe.model.counting import count_parameters
-from nlgmoe.tools.planner.inspect_config import layout
+from nlgmoe.tools.planner.topology import layout
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = str(ROOT / "configs" / "pr_moe" / "laptop.yaml")
@@ -129,9 +129,9 @@ MEMORY = 64 * 2**30  # of the machine in the tests below
 
 def on_machine(monkeypatch: pytest.MonkeyPatch, gpu: str | None) -> None:
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": MEMORY // 4096}
-    monkeypatch.setattr("nlgmoe.tools.planner.machine.os.sysconf", pages.__getitem__)
-    monkeypatch.setattr("nlgmoe.tools.planner.machine.default_device", lambda: "cuda" if gpu else "cpu")
-    monkeypatch.setattr("nlgmoe.tools.planner.machine.product_name", lambda device: gpu)
+    monkeypatch.setattr("nlgmoe.tools.planner.topology.os.sysconf", pages.__getitem__)
+    monkeypatch.setattr("nlgmoe.tools.planner.topology.default_device", lambda: "cuda" if gpu else "cpu")
+    monkeypatch.setattr("nlgmoe.tools.planner.topology.product_name", lambda device: gpu)
     properties = SimpleNamespace(get_device_properties=lambda device: SimpleNamespace(total_memory=MEMORY))
     monkeypatch.setattr("torch.get_device_module", lambda device: properties)
 

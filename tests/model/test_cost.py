@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.hardware import HARDWARE, Hardware
+from nlgmoe.hardware import Hardware
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.optimizer import AdamWConfig, MuonConfig, build_optimizer
-from nlgmoe.tools.planner.cost import BUCKET, UTILISATION, estimate, memory_options
-from nlgmoe.tools.planner.topology import Topology
+from nlgmoe.tools.planner.cost import UTILISATION, estimate
+from nlgmoe.tools.planner.memory import BUCKET, memory_options
+from nlgmoe.tools.planner.topology import Machine, Topology, named_machine
 
-A100 = HARDWARE["a100-40"]
+A100 = named_machine("a100-40")
 PYRAMID = GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([4, 8], mlp_type="residual"))
 SMALL = {"dense": GPTConfig(61, 16, 3, 16, 2), "pyramid": PYRAMID, "top-2": replace(PYRAMID, moe=MoEConfig(3, top_k=2))}
 
@@ -110,7 +111,7 @@ def test_step_times_by_hand() -> None:
     gpu = Hardware(1e12, 1e11, 1e9, 1e10, nvlink=1e9, network=1e8, compute_capability=(9, 0), gpus_per_node=4)
     config = replace(PYRAMID, moe=MoEConfig(8))
     topology = Topology(8, 8, 0, micro_batch_size=4, global_batch_size=32)
-    cost = estimate(config, topology, gpu, utilisation=0.5)
+    cost = estimate(config, topology, Machine("", None, gpu), utilisation=0.5)
     exchange = 2 * 4 * (4 * 16) * (16 * 2)  # two layers; 7 of 8 rows leave the rank, 4 of 8 the node
     assert cost.communication.all_to_all == exchange * 7 // 8
     assert cost.time.all_to_all == pytest.approx(exchange * 4 / 8 / 1e8)
@@ -121,7 +122,7 @@ def test_step_times_by_hand() -> None:
     held = sum(size for size, _ in cut_up(config, 8, {1: 8, 3: 8}))
     assert cost.time.optimizer == pytest.approx(held * (2 * 12 + 2 + 2) / 1e10)
     assert cost.tokens_per_second == pytest.approx(32 * 16 / cost.time.total)
-    faster = estimate(config, topology, gpu, utilisation=1.0)
+    faster = estimate(config, topology, Machine("", None, gpu), utilisation=1.0)
     assert faster.time.compute == pytest.approx(cost.time.compute / 2)
 
 

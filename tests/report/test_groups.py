@@ -10,10 +10,9 @@ import pytest
 import yaml
 from scipy import stats
 
-from nlgmoe.tools.report.groups import chart, group_runs, table
+from nlgmoe.tools.report.groups import chart, group_runs, paired_difference, table
 from nlgmoe.tools.report.page import page
 from nlgmoe.tools.report.runs import read_runs
-from nlgmoe.tools.statistics import paired_difference
 
 LOSSES = {"dense": [3.80, 3.90, 3.70], "moe": [3.74, 3.80, 3.68]}
 

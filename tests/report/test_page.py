@@ -15,9 +15,8 @@ from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, WriteReport
 from nlgmoe.callbacks import ExpertLoad, ExpertSpecialisation, RunSummary, Throughput
 from nlgmoe.commands.main import main
 from nlgmoe.run.folder import RunCSVLogger
-from nlgmoe.tools.report.figures import experts, training
+from nlgmoe.tools.report.figures import experts, specialisation, training
 from nlgmoe.tools.report.runs import read_runs
-from nlgmoe.tools.report.specialisation_figures import specialisation
 from tests.report.browser import Browser
 from tests.support.programs import needs
 from tests.support.synthetic import Spelt

@@ -16,8 +16,8 @@ from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, RouterConfig, SigmoidRout
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import RoutingContext
-from nlgmoe.tools.check.batches import unusual_sizes_work
 from nlgmoe.tools.check.foreign import ADAPTERS, ForeignLayer
+from nlgmoe.tools.check.inputs import unusual_sizes_work
 from nlgmoe.tools.check.layer import Layer
 from nlgmoe.tools.check.own import own_layer
 from nlgmoe.tools.check.properties import PROPERTIES, check_layer

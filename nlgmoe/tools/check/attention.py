@@ -18,7 +18,7 @@ from nlgmoe.layers.attention import AttentionContext, KVCache, MultiHead, attent
 from nlgmoe.layers.mla import MLAConfig
 from nlgmoe.model.initialisation import initialise
 from nlgmoe.parts import ATTENTION_FIELDS, AttentionConfig
-from nlgmoe.tools.check.layer import Batch, Failed, Output, Target, gradients, require_close
+from nlgmoe.tools.check.layer import Batch, Failed, Output, Target, gradients, require_close, trained
 from nlgmoe.validation import SettingError
 
 TOKENS = 48  # of a sequence
@@ -33,11 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class AttentionLayer(Target):
-    """The attention of some blocks, each adding its output to the residual stream.
-
-    Attributes:
-        config: of a model without experts, and without dropout.
-    """
+    """The attention of some blocks of a model without experts and dropout, each adding to the residual stream."""
 
     config: GPTConfig = GPTConfig(1)  # noqa: RUF009 (frozen)
 
@@ -115,12 +111,12 @@ def cache_changes_nothing(layer: AttentionLayer) -> str:
     mask[0, :5] = False
     pieces = {"token by token": [1] * TOKENS, "in pieces": [7, 1, 16, 2, TOKENS - 26], "at once": [TOKENS]}
     for padded in (False, True):
-        batch = replace(_batch(layer), mask=mask if padded else None)
+        batch = replace(Batch.random(layer, 2, TOKENS), mask=mask if padded else None)
         whole = layer.run(module, batch).y
         for name, sizes in pieces.items():
             cache, order, outputs = KVCache(TOKENS), [0, 1], []
             for size in sizes:
-                piece = batch.positions(slice(cache.length, cache.length + size)).sequences(order)
+                piece = batch[:, cache.length : cache.length + size][order]
                 outputs.append(layer.attend(module, piece, cache)[order])
                 if len(outputs) == 1:
                     order = [1, 0]
@@ -136,7 +132,7 @@ def padding_is_not_seen(layer: AttentionLayer) -> str:
     mask[0, :9] = False
     mask[1, -7:] = False
     mask[2, 11:30] = False
-    module, batch = layer.make(training=False), replace(_batch(layer, 3), mask=mask).tracked()
+    module, batch = layer.make(training=False), replace(Batch.random(layer, 3, TOKENS), mask=mask).tracked()
     y = _compare_parts(layer, module, batch, mask.long() - 1, "real tokens")
     y[mask].square().sum().backward()
     assert batch.x.grad is not None
@@ -149,13 +145,9 @@ def documents_are_apart(layer: AttentionLayer) -> str:
     """Compare the outputs of each document of a sequence with those of the document alone."""
     documents = torch.stack([torch.arange(TOKENS) >= border for border in (5, 20, 1)]).long()
     documents[0, 6:] += 1  # one token alone
-    batch = replace(_batch(layer, 3), documents=documents)
+    batch = replace(Batch.random(layer, 3, TOKENS), documents=documents)
     _compare_parts(layer, layer.make(training=False), batch, documents, "a document")
     return "documents of 1 to 47 tokens"
-
-
-def _batch(layer: AttentionLayer, sequences: int = 2, seed: int = 0) -> Batch:
-    return Batch.random(layer, sequences, TOKENS, seed)
 
 
 def _compare_parts(layer: AttentionLayer, module: nn.Module, batch: Batch, parts: Tensor, what: str) -> Tensor:
@@ -180,7 +172,7 @@ def autocast_is_close(layer: AttentionLayer) -> str:
         if not bool(y.isfinite().all()):
             raise Failed(f"the output is not finite under autocast to {dtype}")
         require_close(f"the output under autocast to {dtype}", y, expected, tolerance)
-        for name, gradient in gradients(module, y.float().square().mean()).items():
+        for name, gradient in gradients(trained(module), y.float().square().mean()).items():
             if gradient.dtype != torch.float32 or not bool(gradient.isfinite().all()):
                 raise Failed(f"the gradient of {name} under autocast to {dtype} is {gradient.dtype}, or not finite")
     return "fp32 under autocast to bf16 and fp16"
@@ -197,12 +189,7 @@ def recomputation_changes_nothing(layer: AttentionLayer) -> str:
             with torch.random.fork_rng([]):
                 torch.manual_seed(0)
                 y = used.attend(module, batch, recomputed=recomputed)
-                y.square().sum().backward()
-            values = {name: value.grad for name, value in module.named_parameters()} | {"the input": batch.x.grad}
-            results.append(
-                {name: torch.zeros(()) if value is None else value.clone() for name, value in values.items()}
-            )
-            module.zero_grad()
+                results.append(gradients(trained(module) | {"the input": batch.x}, y.square().sum()))
         if different := [name for name, value in results[0].items() if not torch.equal(value, results[1][name])]:
             raise Failed(f"with attention_dropout={dropout:g} the gradient of {different[0]} differs")
     return "without dropout" + ", and with it" * reads

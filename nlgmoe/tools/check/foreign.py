@@ -24,12 +24,9 @@ class ForeignLayer(Layer):
     """A module that takes `x`, and `mask` if its `forward` has one, and returns `y`, or a tuple that begins with `y`.
 
     A scalar tensor among the others is the auxiliary loss, a `Routing` the routing. Its gate is its child `router` or `gate`.
-
-    Attributes:
-        factory: makes the module.
     """
 
-    factory: Callable[[], nn.Module] | None = None
+    factory: Callable[[], nn.Module] | None = None  # makes the module
 
     def build(self) -> nn.Module:
         """See `Layer`."""
@@ -131,18 +128,12 @@ class DeepSpeedLayer(Layer):
 
 @dataclass(frozen=True)
 class TransformersLayer(Layer):
-    """A sparse block of `transformers`, which is dropless, with the balance loss of its model.
-
-    Attributes:
-        family: the model's module; its classes begin with the same words, such as `Qwen3Moe`.
-        settings: of the configuration, whose names differ between families.
-        coefficient: of the model's balance loss, 0: it has none.
-    """
+    """A sparse block of `transformers`, which is dropless, with the balance loss of its model."""
 
     drops: bool | None = False
-    family: str = "mixtral"
-    settings: dict[str, Any] = field(default_factory=dict)
-    coefficient: float = 0.0
+    family: str = "mixtral"  # the model's module; its classes begin with the same words, such as `Qwen3Moe`
+    settings: dict[str, Any] = field(default_factory=dict)  # of the configuration, whose names differ between families
+    coefficient: float = 0.0  # of the model's balance loss, 0: it has none
 
     def _modeling(self) -> Any:
         return importlib.import_module(f"transformers.models.{self.family}.modeling_{self.family}")

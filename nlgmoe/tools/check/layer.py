@@ -29,23 +29,14 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of a layer.
+    """Inputs of a layer."""
 
-    Attributes:
-        x: `[B, T, H]` hidden states.
-        tokens: `[B, T]` ids, for routers that read them.
-        mask: `[B, T]` bool, False at padding; None: no padding.
-        documents: `[B, T]` int64, for attention: `GPT.forward`; None: one document.
-        first_position: of each sequence.
-        noise_key: `RoutingContext.noise_key`; None: draw from torch's global generator.
-    """
-
-    x: Tensor
-    tokens: Tensor
-    mask: Tensor | None = None
-    documents: Tensor | None = None
-    first_position: int = 0
-    noise_key: tuple[int, ...] | None = None
+    x: Tensor  # `[B, T, H]` hidden states
+    tokens: Tensor  # `[B, T]` ids, for routers that read them
+    mask: Tensor | None = None  # `[B, T]` bool, False at padding; None: no padding
+    documents: Tensor | None = None  # `[B, T]` int64, for attention: `GPT.forward`; None: one document
+    first_position: int = 0  # of each sequence
+    noise_key: tuple[int, ...] | None = None  # `RoutingContext.noise_key`; None: draw from torch's global generator
 
     @staticmethod
     def random(layer: Target, sequences: int, length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
@@ -55,18 +46,10 @@ class Batch:
         tokens = torch.randint(VOCABULARY, (sequences, length), generator=generator)
         return Batch(x.to(dtype), tokens)
 
-    def sequences(self, index: slice | list[int]) -> Batch:
-        """Return some of the sequences."""
-        return self._of(index)
-
-    def positions(self, index: slice) -> Batch:
-        """Return some of the positions."""
-        return self._of((slice(None), index))
-
-    def _of(self, index: Any) -> Batch:
-        masks = {name: getattr(self, name) for name in ("mask", "documents")}
-        chosen: dict[str, Any] = {name: value if value is None else value[index] for name, value in masks.items()}
-        return replace(self, x=self.x[index], tokens=self.tokens[index], **chosen)
+    def __getitem__(self, index: Any) -> Batch:
+        """Return some of the sequences, or of `[sequences, positions]`."""
+        mask, documents = (value if value is None else value[index] for value in (self.mask, self.documents))
+        return replace(self, x=self.x[index], tokens=self.tokens[index], mask=mask, documents=documents)
 
     def tracked(self) -> Batch:
         """Return the batch with an `x` that gets a gradient."""
@@ -75,19 +58,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Output:
-    """Outputs of a layer.
+    """Outputs of a layer."""
 
-    Attributes:
-        y: `[B, T, H]`.
-        routing: choices, weights and kept assignments; None: the layer does not return them.
-        aux: auxiliary loss, coefficients applied; None: the layer has none.
-        other: its terms that do not balance, such as a z-loss.
-    """
-
-    y: Tensor
-    routing: Routing | None = None
-    aux: Tensor | None = None
-    other: Tensor | None = None
+    y: Tensor  # `[B, T, H]`
+    routing: Routing | None = None  # choices, weights and kept assignments; None: the layer does not return them
+    aux: Tensor | None = None  # auxiliary loss, coefficients applied; None: the layer has none
+    other: Tensor | None = None  # its terms that do not balance, such as a z-loss
 
     @property
     def balance(self) -> Tensor:
@@ -107,17 +83,11 @@ class Output:
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of layer, with experts or of attention; a subclass builds and calls it.
+    """A kind of layer, with experts or of attention; a subclass builds and calls it."""
 
-    Attributes:
-        name: in the table.
-        hidden_size: H.
-        takes_key: `forward` passes `Batch.noise_key` on; random numbers then depend on nothing else.
-    """
-
-    name: str
-    hidden_size: int = 16
-    takes_key: bool = False
+    name: str  # in the table
+    hidden_size: int = 16  # H
+    takes_key: bool = False  # `forward` passes `Batch.noise_key` on; random numbers then depend on nothing else
 
     @property
     def sizes(self) -> str:
@@ -164,28 +134,18 @@ class Target:
 
 @dataclass(frozen=True)
 class Layer(Target):
-    """A kind of MoE layer. Properties that need a fact it leaves out are "not applicable".
+    """A kind of MoE layer. Properties that need a fact it leaves out are "not applicable"."""
 
-    Attributes:
-        num_experts: E.
-        top_k: k.
-        weight_sum: sum of a token's weights over kept choices; `free` where they are not normalised; None: not declared.
-        order: in which assignments take the capacity of an expert: `random`, `position` (first choices of all tokens first), or
-            `score`; None: not declared.
-        takes_mask: `forward` reads `Batch.mask`.
-        drops: training has a capacity, `capacity`, or drops nothing; None: not declared.
-        drops_in_evaluation: evaluation is declared to drop tokens.
-        estimated_gradient: the gradients of the gate and through it are declared an estimate, not those of the values.
-    """
-
-    num_experts: int = 8
-    top_k: int = 1
+    num_experts: int = 8  # E
+    top_k: int = 1  # k
+    # Sum of a token's weights over kept choices; `free` where they are not normalised; None: not declared.
     weight_sum: float | Literal["free"] | None = None
-    order: Literal["random", "position", "score"] | None = None
-    takes_mask: bool = False
-    drops: bool | None = None
-    drops_in_evaluation: bool = False
-    estimated_gradient: bool = False
+    # Order in which assignments take the capacity of an expert: `position` has the first choices of all tokens first.
+    order: Literal["random", "position", "score"] | None = None  # None: not declared
+    takes_mask: bool = False  # `forward` reads `Batch.mask`
+    drops: bool | None = None  # training has a capacity, `capacity`, or drops nothing; None: not declared
+    drops_in_evaluation: bool = False  # evaluation is declared to drop tokens
+    estimated_gradient: bool = False  # gradients of the gate, and through it, are declared an estimate
 
     @property
     def sizes(self) -> str:
@@ -252,7 +212,7 @@ def scores_for(experts: Tensor, num_experts: int, top: float, gap: float) -> Ten
     return logits.scatter_(1, experts, top - gap * torch.arange(top_k, dtype=torch.float64).expand_as(experts))
 
 
-def batch_of_logits(layer: Layer, module: nn.Module, logits: Tensor, sequences: int = 1, seed: int = 0) -> Batch:
+def batch_of_logits(layer: Layer, module: nn.Module, logits: Tensor, sequences: int = 1) -> Batch:
     """Return a batch for which a linear gate computes `logits`, `[N, E]`; other directions of its tokens are random."""
     weight = layer.gate_weight(module)
     if weight is None:
@@ -263,16 +223,20 @@ def batch_of_logits(layer: Layer, module: nn.Module, logits: Tensor, sequences: 
     if (bias := layer.gate_bias(module)) is not None:
         logits = logits - bias.detach().double().cpu()
     inverse = torch.linalg.pinv(weight)  # [H, E]
-    free = Batch.random(layer, 1, len(logits), seed).x[0]
+    free = Batch.random(layer, 1, len(logits)).x[0]
     x = logits @ inverse.T + (free - free @ weight.T @ inverse.T)
-    batch = Batch.random(layer, sequences, len(logits) // sequences, seed)
+    batch = Batch.random(layer, sequences, len(logits) // sequences)
     return replace(batch, x=x.view_as(batch.x).to(next(module.parameters()).dtype))
 
 
-def collapsed(layer: Layer, module: nn.Module, tokens: int, sequences: int = 1) -> Batch:
+def batch_of_choices(layer: Layer, module: nn.Module, experts: Tensor) -> Batch:
+    """Return a batch whose tokens choose `experts`, `[N, k]`, in this order, by logits far apart."""
+    return batch_of_logits(layer, module, scores_for(experts, layer.num_experts, 5.0, 10.0))
+
+
+def collapsed(layer: Layer, module: nn.Module, tokens: int) -> Batch:
     """Return a batch whose tokens all choose the first k experts."""
-    experts = torch.arange(layer.top_k).expand(tokens, -1)
-    return batch_of_logits(layer, module, scores_for(experts, layer.num_experts, 5.0, 10.0), sequences)
+    return batch_of_choices(layer, module, torch.arange(layer.top_k).expand(tokens, -1))
 
 
 def require_close(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> float:
@@ -284,10 +248,16 @@ def require_close(what: str, actual: Tensor, expected: Tensor, tolerance: float)
     return error
 
 
-def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Return the gradient of each parameter; zeros where there is none."""
-    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if not loss.requires_grad or not named:
-        return {name: torch.zeros_like(parameter) for name, parameter in named.items()}
-    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(named, grads, strict=True))
+def trained(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that get a gradient."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def gradients(tensors: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+    """Return the gradient of each tensor; zeros where there is none."""
+    if not loss.requires_grad or not tensors:
+        return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    grads = torch.autograd.grad(
+        loss, list(tensors.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(tensors, grads, strict=True))

@@ -1,14 +1,17 @@
-"""A MoE layer of this project, from a configuration, at small widths."""
+"""A MoE layer of this project, from a configuration, at small widths: in one process, and divided over 2 and 3 ranks."""
 
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig, MoEConfig
@@ -16,20 +19,17 @@ from nlgmoe.layers.balance import add_router_losses, router_losses
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter
 from nlgmoe.pyramid import ExpertPlacement, experts_per_layer
-from nlgmoe.tools.check.layer import Batch, Layer, Output
+from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, Output, gradients, require_close, trained
 from nlgmoe.validation import SettingError
 
 MOST_EXPERTS = 8  # of a layer under test, unless `top_k` is larger
 RANKED_EXPERTS = 6  # which 2 and 3 ranks divide; with groups a multiple
+WORLDS = (2, 3)  # ranks
 
 
 @dataclass(frozen=True)
 class OwnLayer(Layer):
-    """The layer of a configuration.
-
-    Attributes:
-        config: of one MoE block, number 0.
-    """
+    """The layer of a configuration of one MoE block, number 0."""
 
     config: GPTConfig = GPTConfig(1)  # noqa: RUF009 (frozen)
 
@@ -62,7 +62,7 @@ class OwnLayer(Layer):
     def _output(self, y: Tensor, routing: Routing) -> Output:
         aux, _ = add_router_losses(y.new_zeros((), dtype=routing.weight.dtype), self.moe, [routing])
         other = self.moe.z_loss_coeff * router_losses([routing])[1]
-        if self._reads("loss_coeff") and self.moe.loss_coeff and routing.probs is not None:
+        if _reads(self.moe, "loss_coeff") and self.moe.loss_coeff and routing.probs is not None:
             other = other + sum(routing.losses.values())  # the router's own losses need not balance
         return Output(y, routing, aux, other)
 
@@ -78,14 +78,12 @@ class OwnLayer(Layer):
         """
         shape, router = (self.num_experts, self.hidden_size), module.router
         tensors: list[Tensor] = [*router.parameters(), *router.buffers()]  # type: ignore[union-attr]
-        weight = next((tensor for tensor in tensors if tuple(tensor.shape) == shape), None)
+        weight = next((tensor for tensor in tensors if tensor.shape == shape), None)
         if weight is None:
             return None
-        zero = torch.zeros(1, len(weight), dtype=torch.long)
-        context = RoutingContext(zero, noise_key=(0, 0, 0), positions=zero)
         with torch.no_grad():
-            one, two = (router(scale * weight, context).logits for scale in (1, 2))  # type: ignore[operator]  # [E, E]
-            if one is None:
+            one, two = (_logits(module, scale * weight) for scale in (1, 2))  # [E, E]
+            if one is None or two is None:
                 return weight
             pair = torch.stack([one.flatten(), (weight @ weight.t()).flatten()])  # [2, E * E]
         linear = len(weight) == 1 or torch.corrcoef(pair)[0, 1] > 0.5
@@ -93,10 +91,7 @@ class OwnLayer(Layer):
 
     def gate_bias(self, module: nn.Module) -> Tensor | None:
         """See `Layer`: the logits of a token of zeros."""
-        zero = torch.zeros(1, 1, dtype=torch.long)
-        x = torch.zeros(1, self.hidden_size, dtype=next(module.parameters()).dtype)
-        with torch.no_grad():
-            logits = module.router(x, RoutingContext(zero, noise_key=(0, 0, 0), positions=zero)).logits  # type: ignore[operator]
+        logits = _logits(module, torch.zeros(1, self.hidden_size, dtype=next(module.parameters()).dtype))
         return None if logits is None else logits[0]
 
     def gate(self, module: nn.Module) -> list[nn.Parameter]:
@@ -143,8 +138,8 @@ class OwnLayer(Layer):
         multiple = math.lcm(RANKED_EXPERTS, _groups(self.moe)[0])
         experts = multiple * -(-_fewest_experts(self.moe) // multiple)
         quiet = {} if self.drops else {"noise": None, "second_expert": "argmax"}
-        quiet = {name: value for name, value in quiet.items() if self._reads(name)}
-        scope = {"aux_scope": "rank"} if self.accumulates and self._reads("aux_scope") else {}
+        quiet = {name: value for name, value in quiet.items() if _reads(self.moe, name)}
+        scope = {"aux_scope": "rank"} if self.accumulates and _reads(self.moe, "aux_scope") else {}
         moe = replace(self.moe, num_experts=experts, **quiet, **scope)  # type: ignore[arg-type]
         return own_layer(replace(self.config, moe=moe), self.name, most=experts)
 
@@ -166,8 +161,13 @@ class OwnLayer(Layer):
         share.to(next(whole.parameters()).dtype).load_state_dict(values)
         return share.train(whole.training)
 
-    def _reads(self, field: str) -> bool:
-        return _reads(self.moe, field)
+
+@torch.no_grad()
+def _logits(module: nn.Module, x: Tensor) -> Tensor | None:
+    """Return the router's logits of tokens of one sequence, `[N, H] -> [N, E]`; None: it has none."""
+    zero = torch.zeros(1, len(x), dtype=torch.long)
+    routing: Routing = module.router(x, RoutingContext(zero, noise_key=(0, 0, 0), positions=zero))  # type: ignore[operator]
+    return routing.logits
 
 
 def _reads(moe: MoEConfig, *fields: str) -> bool:
@@ -226,3 +226,71 @@ def own_layer(config: GPTConfig, name: str, width: int = 16, most: int = MOST_EX
         estimated_gradient=router.estimated_gradient,
         config=small,
     )
+
+
+def ranks_equal_one_process(layer: Layer) -> str:
+    """Compare outputs and averaged gradients of 2 and of 3 gloo ranks with those of one process.
+
+    By default of one that accumulates the ranks' micro-batches; dropless with `aux_scope: global`, of one with the whole batch.
+    """
+    if not isinstance(layer, OwnLayer):
+        raise NotApplicable("the layer does not declare how its experts are divided over ranks")
+    placed = layer.on_ranks()
+    if scalars := [name for name, parameter in placed.make().named_parameters() if parameter.dim() == 0]:
+        raise Failed(f"{scalars[0]} has no dimension: DeepSpeed cannot send it to other ranks; give it the shape [1]")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            multiprocessing.spawn(_rank, (layer, Path(folder)), nprocs=max(WORLDS), daemon=True)
+        except Exception as error:
+            files = sorted(Path(folder).glob("*.failed"), key=lambda file: file.stat().st_mtime_ns)
+            if not files:
+                raise
+            raise Failed(files[0].read_text(encoding="utf-8")) from error  # the other ranks fail as a consequence
+    return f"2 and 3 ranks, one process with {'their micro-batches' if placed.accumulates else 'the whole batch'}"
+
+
+def _rank(rank: int, layer: OwnLayer, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    for ranks in (world for world in WORLDS if rank < world):
+        try:
+            _compare(layer, rank, ranks, folder)
+        except Exception as error:
+            kind = "" if isinstance(error, Failed) else f"{type(error).__name__}: "
+            reason = " ".join(f"{ranks} ranks, rank {rank}: {kind}{error}".split())[:200]
+            (folder / f"{ranks}-{rank}.failed").write_text(reason, encoding="utf-8")
+            os._exit(1)  # the other ranks may wait in a collective
+
+
+def _compare(layer: OwnLayer, rank: int, ranks: int, folder: Path) -> None:
+    placed = layer.on_ranks()
+    whole, batch = placed.make(), Batch.random(placed, 2 * ranks, 8)
+    parts = [batch[2 * part : 2 * part + 2] for part in range(ranks)]
+    if placed.accumulates:
+        runs = [_step(placed, whole, part, seed) for seed, part in enumerate(parts)]
+        y = runs[rank][0]
+        expected = {name: torch.stack([grads[name] for _, grads in runs]).mean(0) for name in runs[0][1]}
+    else:
+        y, expected = _step(placed, whole, batch, 0)
+        y = y[2 * rank : 2 * rank + 2]
+    store = distributed.FileStore(str(folder / f"store-{ranks}"), ranks)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    try:
+        actual, grads = _step(placed, placed.build_on_rank(whole), parts[rank], rank)
+        require_close("output", actual, y, 1e-6)
+        for name, gradient in grads.items():
+            wanted = expected[name]
+            if gradient.shape == wanted.shape:
+                distributed.all_reduce(gradient)
+            else:  # a rank's experts have seen the tokens of all ranks
+                wanted = wanted[rank * len(gradient) : (rank + 1) * len(gradient)]
+            require_close(f"gradient of {name}", gradient / ranks, wanted, 1e-6)
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
+
+
+def _step(layer: Layer, module: nn.Module, batch: Batch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    output = layer.run(module, batch, seed)
+    loss = output.y.square().mean() + (0 if output.aux is None else output.aux)
+    return output.y.detach(), gradients(trained(module), loss)

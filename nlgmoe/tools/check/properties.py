@@ -7,56 +7,56 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nlgmoe.tools.check import attention, batches, capacity, devices, gradients, ranks, state, weights
+from nlgmoe.tools.check import attention, inputs, own, routing, training
 from nlgmoe.tools.check.layer import Failed, Layer, NotApplicable, Target
 
 Test = Callable[[Any], str]  # takes the layer, returns the reason of a pass, and raises `Failed` or `NotApplicable`
 PROPERTIES: dict[str, tuple[Test, ...]] = {
-    "gradients equal finite differences": (gradients.gradients_are_finite_differences,),
+    "gradients equal finite differences": (training.gradients_are_finite_differences,),
     "the losses reach the gate": (
-        gradients.output_reaches_the_gate,
-        gradients.own_losses_are_named_scalars,
-        gradients.auxiliary_loss_reaches_the_gate,
+        training.output_reaches_the_gate,
+        training.own_losses_are_named_scalars,
+        training.auxiliary_loss_reaches_the_gate,
     ),
-    "output = sum of weight * expert(x)": (weights.output_is_the_weighted_sum,),
-    "weights sum as declared": (weights.weights_sum_as_declared,),
-    "weights follow the logits": (weights.weights_follow_the_logits,),
-    "the balance loss sees a collapse": (weights.balance_loss_sees_a_collapse,),
-    "capacity is the formula": (capacity.capacity_is_the_formula,),
-    "the declared tokens are dropped": (capacity.the_declared_tokens_are_dropped,),
-    "padding counts in no output or loss": (capacity.padding_counts_nowhere,),
+    "output = sum of weight * expert(x)": (routing.output_is_the_weighted_sum,),
+    "weights sum as declared": (routing.weights_sum_as_declared,),
+    "weights follow the logits": (routing.weights_follow_the_logits,),
+    "the balance loss sees a collapse": (routing.balance_loss_sees_a_collapse,),
+    "capacity is the formula": (routing.capacity_is_the_formula,),
+    "the declared tokens are dropped": (routing.the_declared_tokens_are_dropped,),
+    "padding counts in no output or loss": (routing.padding_counts_nowhere,),
     "evaluation does not see neighbours": (
-        batches.evaluation_does_not_see_neighbours,
-        batches.permuted_tokens_give_permuted_outputs,
+        inputs.evaluation_does_not_see_neighbours,
+        inputs.permuted_tokens_give_permuted_outputs,
     ),
-    "a token sees no later one": (batches.sees_no_later_token,),
-    "evaluation chooses as training does": (batches.evaluation_chooses_as_training_does,),
-    "unusual sizes work": (batches.unusual_sizes_work,),
-    "micro-batches add up": (batches.micro_batches_add_up,),
-    "ranks equal one process": (ranks.ranks_equal_one_process,),
-    "forward writes no state": (state.forward_writes_no_state,),
-    "steps follow the requests": (state.steps_follow_the_requests,),
-    "a resumed run is the same to the bit": (state.a_resumed_run_is_the_same,),
-    "50 steps balance the load": (state.no_expert_is_dead, state.balancing_lowers_imbalance),
-    "types are kept": (devices.half_precision_is_close, devices.types_do_not_leak),
-    "the host reads no device": (devices.host_reads_nothing,),
-    "the GPU agrees with the CPU": (devices.gpu_agrees_with_cpu,),
+    "a token sees no later one": (inputs.sees_no_later_token,),
+    "evaluation chooses as training does": (inputs.evaluation_chooses_as_training_does,),
+    "unusual sizes work": (inputs.unusual_sizes_work,),
+    "micro-batches add up": (inputs.micro_batches_add_up,),
+    "ranks equal one process": (own.ranks_equal_one_process,),
+    "forward writes no state": (training.forward_writes_no_state,),
+    "steps follow the requests": (training.steps_follow_the_requests,),
+    "a resumed run is the same to the bit": (training.a_resumed_run_is_the_same,),
+    "50 steps balance the load": (training.no_expert_is_dead, training.balancing_lowers_imbalance),
+    "types are kept": (inputs.half_precision_is_close, inputs.types_do_not_leak),
+    "the host reads no device": (inputs.host_reads_nothing,),
+    "the GPU agrees with the CPU": (inputs.gpu_agrees_with_cpu,),
 }
 OF_ATTENTION: dict[str, tuple[Test, ...]] = {
-    "gradients equal finite differences": (gradients.gradients_are_finite_differences,),
-    "a token sees no later one": (batches.sees_no_later_token,),
+    "gradients equal finite differences": (training.gradients_are_finite_differences,),
+    "a token sees no later one": (inputs.sees_no_later_token,),
     "a cache changes no output": (attention.cache_changes_nothing,),
     "padding changes no output": (attention.padding_is_not_seen,),
     "documents do not see each other": (attention.documents_are_apart,),
-    "types are kept": (devices.half_precision_is_close, devices.types_do_not_leak, attention.autocast_is_close),
+    "types are kept": (inputs.half_precision_is_close, inputs.types_do_not_leak, attention.autocast_is_close),
     "recomputation changes no gradient": (attention.recomputation_changes_nothing,),
-    "the host reads no device": (devices.host_reads_nothing,),
+    "the host reads no device": (inputs.host_reads_nothing,),
     "a resumed run is the same to the bit": (
-        state.forward_writes_no_state,
-        state.a_resumed_run_is_the_same,
+        training.forward_writes_no_state,
+        training.a_resumed_run_is_the_same,
         attention.settings_give_the_layer,
     ),
-    "the GPU agrees with the CPU": (devices.gpu_agrees_with_cpu,),
+    "the GPU agrees with the CPU": (inputs.gpu_agrees_with_cpu,),
 }
 
 

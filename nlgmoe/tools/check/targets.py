@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from nlgmoe.tools.check.attention import ATTENTIONS, attention_layer, layers_of_
 from nlgmoe.tools.check.foreign import ADAPTERS, ForeignLayer
 from nlgmoe.tools.check.layer import Batch, Layer, Target
 from nlgmoe.tools.check.own import own_layer
-from nlgmoe.tools.planner.inspect_config import read_settings
-from nlgmoe.validation import SettingError
+from nlgmoe.tools.planner.topology import read_settings
+from nlgmoe.validation import SettingError, require
 
 KINDS = "RouterConfig, ExpertConfig, AttentionConfig or nn.Module"
 
@@ -28,8 +28,7 @@ def find_layers(words: Sequence[str]) -> Sequence[Target]:
     """Return the layers to test."""
     if all(word.endswith((".yaml", ".yml", ".json")) for word in words):
         return _of_config(" ".join(words), read_settings(words)[0])
-    if len(words) > 1:
-        raise SettingError(f"{' '.join(words)}: give YAML files, or one checkpoint, class_path or name")
+    require(len(words) == 1, f"{' '.join(words)}: give YAML files, or one checkpoint, class_path or name")
     (word,) = words
     if word in ADAPTERS:
         return ADAPTERS[word]
@@ -45,8 +44,7 @@ def _of_config(name: str, config: GPTConfig) -> list[Target]:
     layers: list[Target] = [own_layer(config, name)] if config.moe is not None else []
     if config.attention is not None:
         layers.append(attention_layer(config, f"{name}, {type(config.attention).__name__}"))
-    if not layers:
-        raise SettingError(f"{name} has no MoE layer and names no attention; set model.config.moe, or check multi-head")
+    require(bool(layers), f"{name} has no MoE layer and names no attention; set model.config.moe, or check multi-head")
     return layers
 
 
@@ -63,9 +61,14 @@ def _import(path: str) -> Any:
 
 
 def _of_class(path: str, kind: Any) -> Sequence[Target]:
-    if not callable(kind):
-        raise SettingError(f"{path} is no class and no function; give one that makes a {KINDS}")
-    part = _make(path, kind)
+    require(callable(kind), f"{path} is no class and no function; give one that makes a {KINDS}")
+    try:
+        part = kind()
+    except Exception as error:
+        raise SettingError(
+            f"{path} cannot be made without arguments ({type(error).__name__}: {error}); give a function that makes one, or a "
+            "configuration that names it"
+        ) from error
     if isinstance(part, Target):
         return [part]
     if isinstance(part, AttentionConfig):
@@ -75,8 +78,7 @@ def _of_class(path: str, kind: Any) -> Sequence[Target]:
     if isinstance(part, ExpertConfig):
         moe = MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", expert=part)
         return [own_layer(GPTConfig(512, moe=moe), path)]
-    if not isinstance(part, nn.Module):
-        raise SettingError(f"{path} makes a {type(part).__name__}; give a {KINDS}")
+    require(isinstance(part, nn.Module), f"{path} makes a {type(part).__name__}; give a {KINDS}")
     sizes = {name: getattr(part, name, None) for name in ("hidden_size", "num_experts", "top_k")}
     if missing := [name for name, value in sizes.items() if not isinstance(value, int)]:
         raise SettingError(f"{path} makes a module without the attribute {missing[0]}, a number; add it")
@@ -89,16 +91,6 @@ def _of_class(path: str, kind: Any) -> Sequence[Target]:
             f"{path} cannot be called with x of [2, 8, {layer.hidden_size}]: {type(error).__name__}: {one_line(str(error))}"
         ) from error
     return [layer]
-
-
-def _make(path: str, factory: Callable[[], Any]) -> Any:
-    try:
-        return factory()
-    except Exception as error:
-        raise SettingError(
-            f"{path} cannot be made without arguments ({type(error).__name__}: {error}); give a function that makes one, or a "
-            "configuration that names it"
-        ) from error
 
 
 def _of_router(path: str, router: RouterConfig) -> list[Layer]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.counting import count_parameters, flops_per_token
 from nlgmoe.pyramid import experts_per_layer
-from nlgmoe.tools.planner.cost import UTILISATION, memory_options
-from nlgmoe.tools.planner.machine import Machine, Prediction, named_machine, predict, this_machine
-from nlgmoe.tools.planner.table import Options, as_text, gpus_that_fit
-from nlgmoe.tools.planner.topology import Precision, Topology
-from nlgmoe.validation import SettingError, require
+from nlgmoe.tools.planner.cost import UTILISATION, Cost, estimate
+from nlgmoe.tools.planner.memory import memory_options
+from nlgmoe.tools.planner.table import Options, as_text, gpus_that_fit, simulation_as_text
+from nlgmoe.tools.planner.topology import Machine, Topology, layout, machine_of, read_settings
+from nlgmoe.validation import require
+
+if TYPE_CHECKING:
+    from nlgmoe.tools.planner.simulate import Simulated
+
+COMMUNICATOR = 688e6
+"""Bytes of a NCCL communicator, on A100s (github.com/NVIDIA/nccl/issues/964); an estimate, as `hardware.RESERVED` is."""
 
 
 def inspect_config(
@@ -56,157 +59,42 @@ def inspect_config(
         json: print one JSON object instead of a table.
     """
     model, settings = read_settings(files)
-    names = ("gpus", "expert_parallel_size", "zero_stage", "micro_batch_size", "global_batch_size")
-    given = dict(zip(names, (gpus, expert_parallel, zero, micro_batch, global_batch), strict=True))
-    given |= {"activation_checkpointing": activation_checkpointing or None}
-    given |= {"precision": None if precision is None else _precision(precision)}  # type: ignore[dict-item]
+    given = {
+        "gpus": gpus,
+        "expert_parallel_size": expert_parallel,
+        "zero_stage": zero,
+        "micro_batch_size": micro_batch,
+        "global_batch_size": global_batch,
+        "activation_checkpointing": activation_checkpointing or None,
+        "precision": precision,
+    }
     topology = layout(settings, {name: value for name, value in given.items() if value is not None})
-    machine = _machine_of(settings, topology, hardware)
-    prediction = predict(model, topology, machine, utilisation)
-    options = [] if prediction.fits is not False else _options_of(model, topology, machine, utilisation)
-    report = _rehearse(files, model, settings, topology, prediction, rank, disk) if simulate else {}
+    machine = machine_of(settings, topology, hardware)
+    cost = estimate(model, topology, machine, utilisation)
+    changes = memory_options(model, topology) if cost.fits is False else []
+    options = [(change, estimate(model, replace(topology, **change), machine, utilisation)) for change in changes]
+    simulation = {}
+    if simulate:
+        from nlgmoe.tools.planner.simulate import simulate as simulate_rank  # imports DeepSpeed, which takes seconds
+
+        require(disk > 0, f"--disk={disk} must be above 0 GB/s")
+        simulation = simulation_as_json(model, topology, cost, simulate_rank(files, settings, topology, rank), disk)
     if json:
         inputs = {"files": files, "hardware": machine.name, "utilisation": utilisation}
-        print(json_format.dumps(as_json(model, topology, machine, prediction, options, inputs) | report, indent=2))
+        print(json_format.dumps(as_json(model, topology, machine, cost, options, inputs) | simulation, indent=2))
         return
-    if hardware is not None and _of_trainer(settings, "accelerator", "auto") == "cpu":
+    if hardware is not None and settings.get("trainer", {}).get("accelerator") == "cpu":
         print(f"note                   the files set a CPU; speed and memory below are those of {hardware}")
-    print(as_text(model, topology, machine, prediction, options, utilisation))
+    print(as_text(model, topology, machine, cost, options, utilisation))
     if simulate:
-        from nlgmoe.tools.planner.rehearsal import as_text as rehearsal_as_text
-
-        print(rehearsal_as_text(report, topology))
-
-
-def _rehearse(
-    files: list[str],
-    model: GPTConfig,
-    settings: dict[str, Any],
-    topology: Topology,
-    prediction: Prediction,
-    rank: int,
-    disk: float,
-) -> dict[str, Any]:
-    """Simulate a step of one rank, and compare it with the prediction."""
-    from nlgmoe.tools.planner import rehearsal  # imports DeepSpeed, which takes seconds
-
-    require(disk > 0, f"--disk={disk} must be above 0 GB/s")
-    simulated = rehearsal.simulate(files, settings, topology, rank)
-    return rehearsal.as_json(model, topology, prediction, simulated, disk)
-
-
-def _options_of(model: GPTConfig, topology: Topology, machine: Machine, utilisation: float) -> Options:
-    """Return the predictions with each change that saves memory."""
-    changes = memory_options(model, topology)
-    return [(change, predict(model, replace(topology, **change), machine, utilisation)) for change in changes]
-
-
-def _machine_of(settings: dict[str, Any], topology: Topology, hardware: str | None) -> Machine:
-    """Return what each rank runs on: the machine that is named, or this one, with the run's GPUs of a node."""
-    accelerator, nodes = _of_trainer(settings, "accelerator", "auto"), _of_trainer(settings, "num_nodes", 1)
-    ranks = max(1, topology.gpus // nodes)
-    machine = this_machine(accelerator, ranks) if hardware is None else named_machine(hardware)
-    if machine.rates is None:
-        return machine
-    rates = replace(machine.rates, gpus_per_node=gpus_per_node(settings, machine.rates.gpus_per_node))
-    return replace(machine, rates=rates)
-
-
-def read_settings(paths: Sequence[str]) -> tuple[GPTConfig, dict[str, Any]]:
-    """Read the model and train.py's settings; a checkpoint or a run's folder has no settings."""
-    if len(paths) == 1 and (Path(paths[0]).is_dir() or paths[0].endswith(".ckpt")):
-        from nlgmoe.checkpoint.run_checkpoints import find_checkpoint  # imports Lightning, which takes seconds
-
-        return GPTConfig.from_dict(read_document(find_checkpoint(paths[0]))["model_config"]), {}
-    # train.py's parser, for the same defaults and errors; its imports take seconds.
-    from nlgmoe.experiment import parse_config
-
-    settings = parse_config(paths)
-    return GPTConfig.from_dict(settings["model"]["config"]), settings
-
-
-def _of_trainer(settings: dict[str, Any], name: str, default: Any) -> Any:
-    return settings.get("trainer", {}).get(name) or default
-
-
-def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
-    """Return the topology of train.py's `settings`, overridden by the options `given` on the command line."""
-    trainer, data, module = (settings.get(part, {}) for part in ("trainer", "data", "model"))
-    strategy = trainer.get("strategy") or "auto"
-    name = strategy["class_path"] if isinstance(strategy, dict) else strategy
-    init = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
-    devices = _named_devices(trainer.get("devices"))
-    # A model's file without a file of configs/hardware: Lightning's default, fp32, is not the precision of training.
-    no_hardware = trainer.get("accelerator", "auto") == "auto"
-
-    values: dict[str, Any] = {
-        "gpus": (1 if devices is None else devices) * (trainer.get("num_nodes") or 1),
-        "expert_parallel_size": init.get("expert_parallel_size", 1),
-        "zero_stage": init.get("stage", 0),
-        "offload_optimizer": init.get("offload_optimizer", False),
-        "seq_len": data.get("seq_len"),
-        "micro_batch_size": data.get("micro_batch_size", 1),
-        "activation_checkpointing": module.get("activation_checkpointing", False),
-        "loss_chunk_size": module.get("loss_chunk_size", 1024),
-        "muon": bool((module.get("optimizer") or {}).get("muon")),
-        "precision": _precision(trainer.get("precision") or ("bf16-mixed" if no_hardware else "32-true")),
-    } | given
-    if "gpus" in given and "expert_parallel_size" not in given:
-        # Files for a larger cluster than --gpus: limit the strategy's bound.
-        values["expert_parallel_size"] = min(values["expert_parallel_size"], given["gpus"])
-    accumulation = trainer.get("accumulate_grad_batches") or 1
-    global_batch = data.get("global_batch_size") or values["micro_batch_size"] * values["gpus"] * accumulation
-    values.setdefault("global_batch_size", global_batch)
-    # --gpus without a strategy: assume this project's strategy. For `devices` in the files, "auto" is ddp, as in train.py.
-    assumed = name == "auto" and given.get("gpus", 1) > 1
-    engine = "deepspeed" in name.lower() or "ExpertParallel" in name or assumed
-    values["deepspeed"] = engine or values["zero_stage"] > 0 or values["expert_parallel_size"] > 1
-    values["zero_stage"] = max(values["zero_stage"], int(values["deepspeed"]))  # the strategy takes 0 as 1
-    return Topology(**values)
-
-
-def gpus_per_node(settings: dict[str, Any], usual: int) -> int:
-    """Return the GPUs that are joined in a node: the devices of each of several nodes, else `usual` or all that one has."""
-    trainer = settings.get("trainer", {})
-    devices, several = _named_devices(trainer.get("devices")), (trainer.get("num_nodes") or 1) > 1
-    return usual if devices is None else devices if several else max(devices, usual)
-
-
-def _named_devices(devices: Any) -> int | None:
-    """Return the ranks per node of Lightning's `devices`: a number, indices, or text of either; None for "auto" and -1."""
-    words = devices if isinstance(devices, list) else str(devices or "auto").strip("[] ").rstrip(",").split(",")
-    if words in (["auto"], ["-1"], [-1]):
-        return None
-    if not all(str(word).strip().isdigit() for word in words):
-        raise SettingError(f"trainer.devices={devices} is no number of GPUs and no list of indices; correct it")
-    return len(words) if isinstance(devices, list) or "," in str(devices) else int(words[0])
-
-
-def _precision(name: Any) -> Precision:
-    """Expand Lightning's short names of precisions."""
-    precision: Precision = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}.get(str(name), str(name))  # type: ignore[assignment]
-    if precision not in get_args(Precision):
-        raise SettingError(
-            f"precision={name} is not supported by the cost model; choose one of {', '.join(get_args(Precision))}"
-        )
-    return precision
+        print(simulation_as_text(simulation, topology))
 
 
 def as_json(
-    config: GPTConfig,
-    topology: Topology,
-    machine: Machine,
-    prediction: Prediction,
-    options: Options,
-    inputs: dict[str, Any],
+    config: GPTConfig, topology: Topology, machine: Machine, cost: Cost, options: Options, inputs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return all results, in bytes, seconds, FLOPs and counts; null where the machine's memory or rates are unknown."""
-    count, memory, communication, cost = (
-        count_parameters(config),
-        prediction.memory,
-        prediction.communication,
-        prediction.cost,
-    )
+    count, memory, sent, time = count_parameters(config), cost.memory, cost.communication, cost.time
     return {
         "inputs": inputs | {"model": config.to_dict(), "topology": asdict(topology)},
         "params_total": count.total,
@@ -217,19 +105,38 @@ def as_json(
         "expert_parallel_degrees": topology.degrees(config),
         "memory": asdict(memory)
         | {"activations": memory.activations, "total": memory.total, "available": machine.memory},
-        "communication": asdict(communication) | {"total": communication.total},
-        "step_seconds": cost and cost.time.total,
-        "step_seconds_by_part": cost and asdict(cost.time),
-        "samples_per_second": cost and cost.samples_per_second,
-        "tokens_per_second": cost and cost.tokens_per_second,
-        "fits": prediction.fits,
+        "communication": asdict(sent) | {"total": sent.total},
+        "step_seconds": time and time.total,
+        "step_seconds_by_part": time and asdict(time),
+        "samples_per_second": cost.samples_per_second,
+        "tokens_per_second": cost.tokens_per_second,
+        "fits": cost.fits,
         "options": [
             {
                 "changes": change,
                 "memory_total": changed.memory.total,
-                "tokens_per_second": changed.cost and changed.cost.tokens_per_second,
+                "tokens_per_second": changed.tokens_per_second,
                 "fits_on": gpus_that_fit(changed.memory),
             }
             for change, changed in options
         ],
     }
+
+
+def simulation_as_json(
+    config: GPTConfig, topology: Topology, cost: Cost, simulated: Simulated, disk: float
+) -> dict[str, Any]:
+    """Return prediction and simulation under the same keys; bytes, seconds and counts."""
+    groups = topology.communicators(config)
+    predicted: dict[str, Any] = {
+        "peak_bytes": cost.memory.total,
+        "bytes": asdict(cost.communication),
+        "communicators": groups,
+        "communicator_bytes": int(COMMUNICATOR * len(groups)),
+    }
+    found = asdict(simulated) | {
+        "bytes": dict.fromkeys(predicted["bytes"], 0) | simulated.bytes,
+        "save_seconds": simulated.checkpoint_bytes / (disk * 1e9),
+        "resume_seconds": simulated.resume_bytes * topology.gpus / (disk * 1e9),
+    }
+    return {"predicted": predicted, "simulated": found}

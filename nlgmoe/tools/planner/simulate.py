@@ -55,44 +55,37 @@ C10D, FUNCTIONAL = torch.ops.c10d, torch.ops._c10d_functional
 
 @dataclass(frozen=True)
 class Simulated:
-    """What one rank did.
-
-    Attributes:
-        rank: its number.
-        groups: ranks of each process group that had a collective, those of one rank aside.
-        calls: collectives of the step by kind.
-        sent: bytes that the rank sends in them by kind, as rings send them.
-        peak_bytes: of tensors, in the step.
-        checkpoint_bytes: of weights and moments, of all ranks.
-        resume_opens: files of the checkpoint that the rank opens in a resume, computed from their layout.
-        resume_bytes: bytes that it reads from them, likewise.
-    """
+    """What one rank did."""
 
     rank: int
-    groups: list[int]
-    calls: dict[str, int]
-    sent: dict[str, int]
-    peak_bytes: int
-    checkpoint_bytes: int
-    resume_opens: int
-    resume_bytes: int
+    peak_bytes: int  # of tensors, in the step
+    bytes: dict[str, int]  # that the rank sends in the step by kind of collective, as rings send them
+    calls: dict[str, int]  # of collectives by kind
+    communicators: list[int]  # ranks of each process group that had a collective, those of one rank aside
+    resume_opens: int  # files of the checkpoint that the rank opens in a resume, computed from their layout
+    resume_bytes: int  # that it reads from them, likewise
+    checkpoint_bytes: int  # of weights and moments, of all ranks
 
 
 class Recorder(TorchDispatchMode):
-    """Counts the bytes of living tensors and of collectives.
-
-    Attributes:
-        live: bytes now.
-        peak: their maximum since it was set to 0.
-    """
+    """Counts the bytes of living tensors and of collectives."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = 0  # bytes now, and their maximum since `begin`
         self.calls: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
         self.groups: dict[str, int] = {}  # name -> ranks
         self._known: set[int] = set()  # storages
+
+    def begin(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
+        """Before the step, give the optimizer the moments of a resumed run, and forget what happened so far."""
+        if batch_idx == 0:
+            EngineState(trainer.strategy._engine).init_moments()  # type: ignore[attr-defined]
+            gc.collect()
+            self.peak = 0
+            self.calls.clear()
+            self.sent.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:  # the host reads a value
@@ -100,7 +93,7 @@ class Recorder(TorchDispatchMode):
             return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else MANY
         result = func(*args, **(kwargs or {}))
         if func.namespace in ("c10d", "_c10d_functional") and func is not FUNCTIONAL.wait_tensor.default:
-            self._count(func, args, result)
+            self._count(func, args)
         for tensor in tree_iter(result):
             if isinstance(tensor, FakeTensor) and tensor.fake_device.type != "meta":
                 self._hold(tensor.untyped_storage())
@@ -121,17 +114,13 @@ class Recorder(TorchDispatchMode):
         self._known.discard(key)
         self.live -= size
 
-    def _count(self, func: Any, args: Any, result: Any) -> None:
+    def _count(self, func: Any, args: Any) -> None:
+        tensor = next(value for value in tree_iter(args) if isinstance(value, Tensor))
         if func is FUNCTIONAL.all_to_all_single.default:
-            group, tensor = torch._C._distributed_c10d._resolve_process_group(args[3]), args[0]
+            group = torch._C._distributed_c10d._resolve_process_group(args[3])
         else:
-            boxed = next(
-                arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())
-            )
-            group, tensor = (
-                distributed.ProcessGroup.unbox(boxed),
-                next(x for x in tree_iter(args) if isinstance(x, Tensor)),
-            )
+            objects = (arg for arg in args if isinstance(arg, torch.ScriptObject))
+            group = distributed.ProcessGroup.unbox(next(arg for arg in objects if "ProcessGroup" in str(arg._type())))
         ranks, size = group.size(), tensor.numel() * tensor.element_size()
         if ranks < 2:
             return
@@ -151,13 +140,7 @@ class Recorder(TorchDispatchMode):
 
 
 def simulate(files: list[str], settings: dict[str, Any], topology: Topology, rank: int) -> Simulated:
-    """Simulate a rank of a run of train.py.
-
-    Args:
-        files: its YAML files.
-        settings: what they contain.
-        topology: the layout, which overrides theirs.
-        rank: number of the rank.
+    """Simulate a rank of a run of train.py: of its YAML `files`, whose `settings` are overridden by `topology`.
 
     Raises:
         SettingError: the run would not start, or cannot be simulated.
@@ -178,13 +161,13 @@ def simulate(files: list[str], settings: dict[str, Any], topology: Topology, ran
                 stack.enter_context(patch)
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(recorder)
-            run.module.on_train_batch_start = partial(_begin, run, recorder)  # type: ignore[method-assign]
+            run.module.on_train_batch_start = partial(recorder.begin, run.trainer)  # type: ignore[method-assign]
             Trainer.fit(run.trainer, run.module, datamodule=data)  # not `RunTrainer`'s, which makes a folder
             engine = run.trainer.strategy._engine  # type: ignore[attr-defined]
             resumed = _resume(run.module.gpt, engine, topology.gpus)
         gc.unfreeze()
     groups = sorted(recorder.groups.values(), reverse=True)
-    return Simulated(rank, groups, dict(recorder.calls), dict(recorder.sent), recorder.peak, *resumed)
+    return Simulated(rank, recorder.peak, dict(recorder.sent), dict(recorder.calls), groups, *resumed)
 
 
 @contextmanager
@@ -196,15 +179,18 @@ def simulated_rank(rank: int, ranks: int) -> Iterator[None]:
 
     tables = [table for name, table in vars(groups).items() if name.startswith("_EXPERT_") and isinstance(table, dict)]
     address = {"NODE_RANK": str(rank), "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    patches: list[Any] = [
+        mock.patch.dict(os.environ, address),
+        mock.patch.object(rank_zero_only, "rank", rank),  # Lightning sets it, for the whole process
+        *(mock.patch.dict(table, clear=True) for table in tables),
+        mock.patch.object(groups, "_WORLD_GROUP", None),
+        mock.patch.object(comm.comm, "cdb", None),
+        mock.patch.object(distributed, "all_gather_object", _say_the_same),
+        mock.patch.object(distributed, "broadcast_object_list", lambda *args, **kwargs: None),
+    ]
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, address))
-        stack.enter_context(mock.patch.object(rank_zero_only, "rank", rank))  # Lightning sets it, for the whole process
-        for table in tables:
-            stack.enter_context(mock.patch.dict(table, clear=True))
-        stack.enter_context(mock.patch.object(groups, "_WORLD_GROUP", None))
-        stack.enter_context(mock.patch.object(comm.comm, "cdb", None))
-        stack.enter_context(mock.patch.object(distributed, "all_gather_object", _say_the_same))
-        stack.enter_context(mock.patch.object(distributed, "broadcast_object_list", lambda *args, **kwargs: None))
+        for patch in patches:
+            stack.enter_context(patch)
         distributed.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
         try:
             yield
@@ -245,70 +231,36 @@ def _load(files: list[str], settings: dict[str, Any], topology: Topology) -> Exp
 
 
 class _NoText(TrainingData):
-    """The sizes of a data module's batches.
-
-    Args:
-        data: the run's.
-        config: the model's.
-    """
+    """The sizes of the batches of a run's data module, and of a model's vocabulary."""
 
     def __init__(self, data: PileDataModule, config: GPTConfig) -> None:
         super().__init__()
-        self.data, self.seq_len, self.ids = data, data.seq_len, config.vocab_size
+        self.data, self.seq_len, self.config = data, data.seq_len, config
         self.has_equal_batches = data.has_equal_batches  # type: ignore[method-assign]
 
-    def setup(self, stage: str) -> None:
-        """Divide the batch among ranks, or refuse it, as the data module does."""
+    def setup(self, stage: str) -> None:  # divide the batch among ranks, or refuse it, as the data module does
         self.data.trainer = self.trainer
-        if self.data.global_batch_size is not None:
-            self.trainer.accumulate_grad_batches = self.data._accumulation(self.data.global_batch_size)  # type: ignore[union-attr]
+        self.trainer.accumulate_grad_batches = self.data._accumulation(self.data.global_batch_size)  # type: ignore
 
     def train_dataloader(self) -> Any:
-        """Return endless micro-batches."""
         return repeat(None)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Make the micro-batch."""
         tokens = torch.zeros(self.data.micro_batch_size, self.data.seq_len, dtype=torch.int64)
         whole = torch.ones_like(tokens, dtype=torch.bool)
-        made: dict[str, Any] = {
-            "tokens": tokens,
-            "targets": torch.zeros_like(tokens),
-            "token_mask": whole,
-            "padded": False,
-        }
-        made["domain"] = tokens.new_zeros(len(tokens))
-        if self.data.document_attention:
-            made["document"] = torch.zeros_like(tokens)
+        made: dict[str, Any] = {"tokens": tokens, "targets": torch.zeros_like(tokens)}
+        made |= {"token_mask": whole, "padded": False, "domain": tokens.new_zeros(len(tokens))}
+        made |= {"document": torch.zeros_like(tokens)} if self.data.document_attention else {}
         return made | ({"loss_mask": torch.ones_like(whole)} if self.data.mask_eod_loss else {})
 
-    @property
-    def domains(self) -> list[str]:
-        """Return one name."""
-        return ["text"]
-
-    @property
-    def vocab_size(self) -> int:
-        """Return the model's number of ids."""
-        return self.ids
+    domains = property(lambda self: ["text"])
+    vocab_size = property(lambda self: self.config.vocab_size)
 
     def fingerprint(self) -> dict[str, str | int]:
-        """Return nothing."""
         return {}
 
     def batch_size_after(self, samples: int) -> int:
-        """Return the batch of every step."""
         return self.data.batch_size_after(samples)
-
-
-def _begin(run: Experiment, recorder: Recorder, batch: Any, batch_idx: int) -> None:
-    """Give the optimizer the moments that it has after its first step, and forget what happened before this one."""
-    if batch_idx == 0:
-        EngineState(run.trainer.strategy._engine).init_moments()  # type: ignore[attr-defined]
-        gc.collect()
-        recorder.peak = 0
-        recorder.calls.clear()
-        recorder.sent.clear()
 
 
 def _patches(topology: Topology, module: MoEGPTModule) -> Iterator[Any]:
@@ -322,15 +274,16 @@ def _patches(topology: Topology, module: MoEGPTModule) -> Iterator[Any]:
             return [[rows // tensor.shape[1]] * tensor.shape[1]] * len(tensor)
         return [1.0] * tensor.numel()
 
+    def without_dropout(*args: Any, dropout_p: float = 0.0, **more: Any) -> Tensor:
+        return attention(*args, **more)
+
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         return torch.native_dropout(x, p, True)[0] if training and p else x  # its mask has a byte per value
 
     def keep_rows(index: Tensor, tokens_per_expert: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         return index, torch.arange(len(index)), tokens_per_expert
 
-    def in_place(
-        module: nn.Module, convert: Any, recurse: bool = True
-    ) -> nn.Module:  # the original one swaps FakeTensors
+    def in_place(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:
         for part in module.modules():
             for tensor in [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
                 tensor.data = convert(tensor)
@@ -339,12 +292,10 @@ def _patches(topology: Topology, module: MoEGPTModule) -> Iterator[Any]:
     def capacity(tokens: int, experts: int, top_k: int, factor: float, minimum: int) -> int:
         return max(minimum, math.ceil(np.float32(tokens / experts) * np.float32(factor * top_k)))
 
-    yield mock.patch.object(nn.Module, "_apply", in_place)
+    yield mock.patch.object(nn.Module, "_apply", in_place)  # the original one swaps FakeTensors
     yield mock.patch.object(FakeTensor, "tolist", read)
     yield mock.patch.object(F, "dropout", dropout)
-    yield mock.patch.object(
-        F, "scaled_dot_product_attention", lambda *args, dropout_p=0.0, **more: attention(*args, **more)
-    )
+    yield mock.patch.object(F, "scaled_dot_product_attention", without_dropout)
     yield mock.patch.object(Experts, "_gather_bias", Experts._multiply_bias)
     yield mock.patch.object(dispatch, "has_slots", lambda device: True)
     yield mock.patch.object(router, "capacity", capacity)
@@ -370,7 +321,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _resume(model: nn.Module, engine: Any, ranks: int) -> tuple[int, int, int]:
-    """Return bytes of a checkpoint, files that this rank opens in a resume, and bytes that it reads, by the layout.
+    """Return files that this rank opens in a resume, bytes that it reads, and bytes of a checkpoint, by the layout.
 
     Every rank writes a file of weights and one of moments. In a resume it verifies two whole files, then reads of the entries
     that its groups share consecutive ones, and sends them to the others.
@@ -392,4 +343,4 @@ def _resume(model: nn.Module, engine: Any, ranks: int) -> tuple[int, int, int]:
         read += 12 * (last - first)
         written += 12 * load[own]
         total += 12 * values * ranks // group.size()
-    return total, opens, read + written
+    return opens, read + written, total

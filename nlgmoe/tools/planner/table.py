@@ -1,4 +1,4 @@
-"""The table of `nlgmoe inspect`."""
+"""The tables of `nlgmoe inspect` and of its `--simulate`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.hardware import HARDWARE
+from nlgmoe.hardware import HARDWARE, RESERVED
 from nlgmoe.layers.expert_products import describe_products
 from nlgmoe.model.counting import count_parameters, flops_per_token
-from nlgmoe.pyramid import expert_parallel_degree, moe_blocks
-from nlgmoe.tools.planner.cost import Cost, Memory, Parts, fits_on
-from nlgmoe.tools.planner.machine import Machine, Prediction
-from nlgmoe.tools.planner.topology import Topology
+from nlgmoe.pyramid import moe_blocks
+from nlgmoe.tools.planner.cost import Cost, Parts
+from nlgmoe.tools.planner.memory import Memory
+from nlgmoe.tools.planner.topology import Machine, Topology
 
 OPTIONS = {
     "zero_stage": "--zero",
@@ -22,19 +22,17 @@ OPTIONS = {
 }
 """The command-line option for each setting that `memory_options` changes."""
 
-Options = list[tuple[dict[str, Any], Prediction]]  # changes of the topology, and the prediction with them
+NOT_SHOWN = (
+    "not simulated: kernels and their speed, stragglers, NCCL's own memory, bandwidth, a teacher, text, callbacks"
+)
+Options = list[tuple[dict[str, Any], Cost]]  # changes of the topology, and the cost with them
 
 
 def as_text(
-    config: GPTConfig,
-    topology: Topology,
-    machine: Machine,
-    prediction: Prediction,
-    options: Options,
-    utilisation: float,
+    config: GPTConfig, topology: Topology, machine: Machine, cost: Cost, options: Options, utilisation: float
 ) -> str:
     """Format the results as a table."""
-    memory, sent, count = prediction.memory, prediction.communication, count_parameters(config)
+    memory, sent, count = cost.memory, cost.communication, count_parameters(config)
     parts = {"embedding": count.embedding, "attention": count.attention, "norms": count.norms}
     parts |= {"dense FFN": count.dense_ffn, "router": count.router, "experts": count.experts}
     memory_parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
@@ -51,11 +49,39 @@ def as_text(
         *_table("memory per rank", memory.total, memory_parts, _bytes),
         *([("", f"and {_bytes(memory.host)} of optimizer in the host's memory")] if memory.host else []),
         *_table("sent per rank and step", sent.total, _named(sent), _bytes),
-        *_speed(prediction.cost, utilisation),
-        ("result", _verdict(prediction, machine)),
-        *(_option_rows(prediction, options) if options else []),
+        *_speed(cost, utilisation),
+        ("result", _verdict(cost, machine)),
+        *(_option_rows(cost, options) if options else []),
     ]
     return "\n".join(f"{title:<23}{text}" for title, text in lines)
+
+
+def simulation_as_text(report: dict[str, Any], topology: Topology) -> str:
+    """Format the result of `simulation_as_json`."""
+    predicted, found = report["predicted"], report["simulated"]
+    lines = [("", f"{'predicted':>14}{'simulated':>14}")]
+    for index, (kind, sent) in enumerate(found["bytes"].items()):
+        title = f"sent by rank {found['rank']}, MB" if index == 0 else ""
+        expected = f"{predicted['bytes'][kind] / 1e6:,.3f}" if kind in predicted["bytes"] else ""
+        calls = f"{found['calls'].get(kind, 0):>6} calls  {kind.replace('_', ' ')}"
+        lines.append((title, f"{expected:>14}{sent / 1e6:>14,.3f}{calls}"))
+    peaks = [values["peak_bytes"] for values in (predicted, found)]
+    lines.append(
+        ("peak memory, GiB", "".join(f"{peak / 2**30:>14.2f}" for peak in peaks) + f"  {peaks[0] / peaks[1] - 1:+.1%}")
+    )
+    sizes = ["".join(f"{len(values['communicators']):>14}") for values in (predicted, found)]
+    ranks = ", ".join(map(str, found["communicators"]))
+    gib = predicted["communicator_bytes"] / 2**30
+    lines += [
+        ("communicators", f"{''.join(sizes)}  of {ranks} ranks; about {gib:.1f} GiB of NCCL's, beyond the tensors"),
+        ("save", f"{found['checkpoint_bytes'] / 1e9:,.1f} GB of all ranks, {found['save_seconds']:,.0f} s"),
+        (
+            "resume",
+            f"{found['resume_opens']} files opened and {found['resume_bytes'] / 1e9:,.2f} GB read by this rank, by the layout; "
+            f"{found['resume_seconds']:,.0f} s for all {topology.gpus} ranks",
+        ),
+    ]
+    return "\n".join(f"{title:<23}{text}" for title, text in lines) + f"\n{NOT_SHOWN}"
 
 
 def _products(config: GPTConfig, topology: Topology, machine: Machine) -> list[tuple[str, str]]:
@@ -63,17 +89,13 @@ def _products(config: GPTConfig, topology: Topology, machine: Machine) -> list[t
     if config.moe is None or (machine.rates is None and not machine.is_cpu):
         return []
     capability = None if machine.rates is None else machine.rates.compute_capability
-    tokens = topology.micro_batch_size * topology.length(config)
-    degrees = [
-        expert_parallel_degree(count, topology.gpus, topology.expert_parallel_size)
-        for count in moe_blocks(config).values()
-    ]
-    text = describe_products(config, tokens, topology.precision, machine.is_cpu, capability, max(degrees) > 1)
+    tokens, shared = topology.micro_batch_size * topology.length(config), max(topology.degrees(config)) > 1
+    text = describe_products(config, tokens, topology.precision, machine.is_cpu, capability, shared)
     return [("experts", f"{text} (docs/performance.md)")]
 
 
-def _speed(cost: Cost | None, utilisation: float) -> list[tuple[str, str]]:
-    if cost is None:
+def _speed(cost: Cost, utilisation: float) -> list[tuple[str, str]]:
+    if cost.time is None or cost.tokens_per_second is None:
         return [("step time", f"predicted only with --hardware {', '.join(HARDWARE)}, whose rates are published")]
     return [
         *_table("step time", cost.time.total, _named(cost.time), _seconds, f"at {utilisation:.0%} of peak"),
@@ -81,29 +103,31 @@ def _speed(cost: Cost | None, utilisation: float) -> list[tuple[str, str]]:
     ]
 
 
-def _verdict(prediction: Prediction, machine: Machine) -> str:
-    total = prediction.memory.total
+def _verdict(cost: Cost, machine: Machine) -> str:
+    total = cost.memory.total
     if machine.memory is None:
-        fitting = ", ".join(gpus_that_fit(prediction.memory)) or "no GPU that is known"
+        fitting = ", ".join(gpus_that_fit(cost.memory)) or "no GPU that is known"
         return f"fits {fitting}; this machine has no accelerator, name the run's with --hardware"
     place = f"of the {_bytes(machine.memory)} available on {machine.name}"
-    return f"{f'fits: uses {total / machine.memory:.0%}' if prediction.fits else f'does not fit: needs {_bytes(total)}'} {place}"
+    return (
+        f"{f'fits: uses {total / machine.memory:.0%}' if cost.fits else f'does not fit: needs {_bytes(total)}'} {place}"
+    )
 
 
 def gpus_that_fit(memory: Memory) -> list[str]:
     """Return the GPUs of `HARDWARE` that have this memory."""
-    return [name for name, gpu in HARDWARE.items() if fits_on(memory, gpu)]
+    return [name for name, gpu in HARDWARE.items() if memory.total <= gpu.memory - RESERVED]
 
 
 def _spelled(change: dict[str, Any]) -> str:
     return " ".join(OPTIONS[name] if value is True else f"{OPTIONS[name]} {value}" for name, value in change.items())
 
 
-def _option_rows(prediction: Prediction, options: Options) -> list[tuple[str, str]]:
+def _option_rows(cost: Cost, options: Options) -> list[tuple[str, str]]:
     """Return a row for the run as given and one for each option: memory, speed, GPU with the least memory that it fits."""
-    rows = [("as given", prediction), *((_spelled(change), changed) for change, changed in options)]
+    rows = [("as given", cost), *((_spelled(change), changed) for change, changed in options)]
     texts = [
-        f"{_bytes(row.memory.total):>10}  {f'{_si(row.cost.tokens_per_second):>6}tokens/s  ' if row.cost else ''}"
+        f"{_bytes(row.memory.total):>10}  {f'{_si(row.tokens_per_second):>6}tokens/s  ' if row.tokens_per_second else ''}"
         f"{next(iter(gpus_that_fit(row.memory)), 'fits none'):<9}  {name}"
         for name, row in rows
     ]

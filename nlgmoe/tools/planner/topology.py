@@ -1,11 +1,19 @@
-"""The layout of a run over ranks and the bytes per value: with `GPTConfig`, the input of the cost model."""
+"""The layout of a run over ranks and what each rank runs on, as train.py's settings have them: the input of the cost model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
 
+import torch
+
+from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.config import GPTConfig
+from nlgmoe.device import default_device, product_name
+from nlgmoe.hardware import HARDWARE, RESERVED, Hardware, board_of, hardware
 from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer
 from nlgmoe.validation import SettingError, require_at_least
 
@@ -14,61 +22,34 @@ Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
 
 @dataclass(frozen=True)
 class BytesPer:
-    """Bytes per parameter of training state, and per value of activations.
+    """Bytes per parameter of training state, and per value of activations."""
 
-    Attributes:
-        weight: weights used in computation.
-        gradient: gradients, as reduced over ranks.
-        accumulated: gradients, as accumulated over micro-batches.
-        master: the optimizer's fp32 copy of the weights; 0 if it updates the weights themselves.
-        moments: Adam's two moments.
-        cast: autocast's half-precision copies of weight matrices, saved for the backward pass.
-        residual: values of the residual stream.
-        compute: values inside attention, feed-forward layers and experts.
-    """
-
-    weight: int
-    gradient: int
-    accumulated: int
-    master: int
-    moments: int
-    cast: int
-    residual: int
-    compute: int
+    weight: int  # weights used in computation
+    gradient: int  # gradients, as reduced over ranks
+    accumulated: int  # gradients, as accumulated over micro-batches
+    master: int  # the optimizer's fp32 copy of the weights; 0 if it updates the weights themselves
+    moments: int  # Adam's two moments
+    cast: int  # autocast's half-precision copies of weight matrices, saved for the backward pass
+    residual: int  # values of the residual stream
+    compute: int  # values inside attention, feed-forward layers and experts
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The layout of a run over ranks.
+    """The layout of a run over ranks."""
 
-    Attributes:
-        gpus: ranks; all are data-parallel.
-        expert_parallel_size: upper bound of each MoE layer's expert-parallel degree (`pyramid.expert_parallel_degree`).
-        zero_stage: 1 or 2; 0: without ZeRO, as `ddp`.
-        micro_batch_size: sequences per rank and forward pass.
-        global_batch_size: sequences per optimizer step over all ranks; a multiple of `micro_batch_size * gpus`.
-        activation_checkpointing: each block is recomputed in the backward pass.
-        precision: Lightning's name.
-        deepspeed: the run uses DeepSpeed's engine, which computes with half-precision weights under `*-mixed` too. Without it
-            `*-mixed` is autocast over fp32 weights.
-        offload_optimizer: master weights and moments are in host memory (ZeRO-Offload).
-        loss_chunk_size: tokens whose logits are computed at a time.
-        seq_len: tokens of a sequence; None: as many as the model reads.
-        muon: Muon steps the matrices of hidden layers, with one moment instead of two.
-    """
-
-    gpus: int = 1
-    expert_parallel_size: int = 1
-    zero_stage: int = 0
-    micro_batch_size: int = 8
-    global_batch_size: int = 8
-    activation_checkpointing: bool = False
-    precision: Precision = "bf16-mixed"
-    deepspeed: bool = True
-    offload_optimizer: bool = False
-    loss_chunk_size: int = 1024
-    seq_len: int | None = None
-    muon: bool = False
+    gpus: int = 1  # ranks; all are data-parallel
+    expert_parallel_size: int = 1  # upper bound of each MoE layer's degree (`pyramid.expert_parallel_degree`)
+    zero_stage: int = 0  # 1 or 2; 0: without ZeRO, as `ddp`
+    micro_batch_size: int = 8  # sequences per rank and forward pass
+    global_batch_size: int = 8  # sequences per optimizer step over all ranks; a multiple of `micro_batch_size * gpus`
+    activation_checkpointing: bool = False  # each block is recomputed in the backward pass
+    precision: Precision = "bf16-mixed"  # Lightning's name
+    deepspeed: bool = True  # its engine, with half-precision weights under `*-mixed`; else autocast over fp32
+    offload_optimizer: bool = False  # master weights and moments are in host memory (ZeRO-Offload)
+    loss_chunk_size: int = 1024  # tokens whose logits are computed at a time
+    seq_len: int | None = None  # tokens of a sequence; None: as many as the model reads
+    muon: bool = False  # Muon steps the matrices of hidden layers, with one moment instead of two
 
     def __post_init__(self) -> None:
         sizes = ("gpus", "expert_parallel_size", "micro_batch_size", "global_batch_size", "loss_chunk_size")
@@ -125,3 +106,120 @@ class Topology:
             expert_parallel_degree(experts, self.gpus, self.expert_parallel_size) if experts else 0
             for experts in experts_per_layer(config)
         ]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What each rank runs on."""
+
+    name: str  # in words
+    memory: int | None  # bytes for tensors; None: unknown
+    rates: Hardware | None  # published rates; None: unknown, so that no time is predicted
+    is_cpu: bool = False  # it is a CPU
+
+
+def named_machine(name: str) -> Machine:
+    """Return a GPU of `HARDWARE`."""
+    gpu = hardware(name)
+    return Machine(name, int(gpu.memory - RESERVED), gpu)
+
+
+def machine_of(settings: dict[str, Any], topology: Topology, name: str | None) -> Machine:
+    """Return what each rank runs on: the GPU called `name`, or this machine's, with as many GPUs in a node as the run has."""
+    trainer = settings.get("trainer", {})
+    nodes, devices = trainer.get("num_nodes") or 1, _named_devices(trainer.get("devices"))
+    if name is None:
+        machine = _this_machine(trainer.get("accelerator") or "auto", max(1, topology.gpus // nodes))
+    else:
+        machine = named_machine(name)
+    if machine.rates is None or devices is None:
+        return machine
+    joined = devices if nodes > 1 else max(devices, machine.rates.gpus_per_node)
+    return replace(machine, rates=replace(machine.rates, gpus_per_node=joined))
+
+
+def _this_machine(accelerator: str, ranks_per_node: int) -> Machine:
+    """Return this machine's accelerator or CPU; a GPU of which nothing is known if the run needs one and there is none.
+
+    Lightning's `accelerator` `auto` means a CPU only for one rank. Ranks of a node share a CPU's memory.
+    """
+    device = torch.device(default_device())
+    if accelerator == "cpu" or (device.type == "cpu" and accelerator == "auto" and ranks_per_node == 1):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Machine("this machine's CPU", memory // ranks_per_node - RESERVED, None, is_cpu=True)
+    if device.type == "cpu":
+        return Machine("GPU", None, None)
+    name = product_name(device) or device.type
+    memory, board = torch.get_device_module(device).get_device_properties(device).total_memory, board_of(name)
+    return Machine(f"this machine's {name}", memory - RESERVED, None if board is None else HARDWARE[board])
+
+
+def read_settings(paths: Sequence[str]) -> tuple[GPTConfig, dict[str, Any]]:
+    """Read the model and train.py's settings; a checkpoint or a run's folder has no settings."""
+    if len(paths) == 1 and (Path(paths[0]).is_dir() or paths[0].endswith(".ckpt")):
+        from nlgmoe.checkpoint.run_checkpoints import find_checkpoint  # imports Lightning, which takes seconds
+
+        return GPTConfig.from_dict(read_document(find_checkpoint(paths[0]))["model_config"]), {}
+    # train.py's parser, for the same defaults and errors; its imports take seconds.
+    from nlgmoe.experiment import parse_config
+
+    settings = parse_config(paths)
+    return GPTConfig.from_dict(settings["model"]["config"]), settings
+
+
+def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
+    """Return the topology of train.py's `settings`, overridden by the options `given` on the command line."""
+    trainer, data, module = (settings.get(part, {}) for part in ("trainer", "data", "model"))
+    strategy = trainer.get("strategy") or "auto"
+    name, init = (
+        (strategy["class_path"], strategy.get("init_args") or {}) if isinstance(strategy, dict) else (strategy, {})
+    )
+    devices = _named_devices(trainer.get("devices"))
+    # A model's file without a file of configs/hardware: Lightning's default, fp32, is not the precision of training.
+    no_hardware = trainer.get("accelerator", "auto") == "auto"
+
+    values: dict[str, Any] = {
+        "gpus": (1 if devices is None else devices) * (trainer.get("num_nodes") or 1),
+        "expert_parallel_size": init.get("expert_parallel_size", 1),
+        "zero_stage": init.get("stage", 0),
+        "offload_optimizer": init.get("offload_optimizer", False),
+        "seq_len": data.get("seq_len"),
+        "micro_batch_size": data.get("micro_batch_size", 1),
+        "activation_checkpointing": module.get("activation_checkpointing", False),
+        "loss_chunk_size": module.get("loss_chunk_size", 1024),
+        "muon": bool((module.get("optimizer") or {}).get("muon")),
+        "precision": trainer.get("precision") or ("bf16-mixed" if no_hardware else "32-true"),
+    } | given
+    values["precision"] = _precision(values["precision"])
+    if "gpus" in given and "expert_parallel_size" not in given:
+        # Files for a larger cluster than --gpus: limit the strategy's bound.
+        values["expert_parallel_size"] = min(values["expert_parallel_size"], given["gpus"])
+    accumulation = trainer.get("accumulate_grad_batches") or 1
+    global_batch = data.get("global_batch_size") or values["micro_batch_size"] * values["gpus"] * accumulation
+    values.setdefault("global_batch_size", global_batch)
+    # --gpus without a strategy: assume this project's strategy. For `devices` in the files, "auto" is ddp, as in train.py.
+    assumed = name == "auto" and given.get("gpus", 1) > 1
+    engine = "deepspeed" in name.lower() or "ExpertParallel" in name or assumed
+    values["deepspeed"] = engine or values["zero_stage"] > 0 or values["expert_parallel_size"] > 1
+    values["zero_stage"] = max(values["zero_stage"], int(values["deepspeed"]))  # the strategy takes 0 as 1
+    return Topology(**values)
+
+
+def _named_devices(devices: Any) -> int | None:
+    """Return the ranks per node of Lightning's `devices`: a number, indices, or text of either; None for "auto" and -1."""
+    words = devices if isinstance(devices, list) else str(devices or "auto").strip("[] ").rstrip(",").split(",")
+    if words in (["auto"], ["-1"], [-1]):
+        return None
+    if not all(str(word).strip().isdigit() for word in words):
+        raise SettingError(f"trainer.devices={devices} is no number of GPUs and no list of indices; correct it")
+    return len(words) if isinstance(devices, list) or "," in str(devices) else int(words[0])
+
+
+def _precision(name: Any) -> Precision:
+    """Expand Lightning's short names of precisions."""
+    precision: Precision = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}.get(str(name), str(name))  # type: ignore[assignment]
+    if precision not in get_args(Precision):
+        raise SettingError(
+            f"precision={name} is not supported by the cost model; choose one of {', '.join(get_args(Precision))}"
+        )
+    return precision

@@ -7,7 +7,7 @@ group and `runs` for a run, of which the page shows either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,29 +52,6 @@ class Chart:
     text: str
     panels: list[Panel]
     width: int = 320  # least width of a panel in pixels; as many stand in a row as fit
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A metric with its own panel."""
-
-    name: str  # in `metrics.csv`, without `experts/LAYER/` for a metric of MoE layers
-    title: str
-    log: bool = False  # y axis
-    zero: bool = False  # y axis starts at 0
-    form: str = ""  # d3 format of the numbers on the y axis
-    smooth: bool = True  # by the page's smoothing
-
-
-def metric_panels(metrics: Iterable[Metric], traces: Callable[[Metric], list[Trace]]) -> list[Panel]:
-    """Return a panel for each metric that has traces."""
-    panels = []
-    for metric in metrics:
-        kind, mode = "log" if metric.log else "linear", "tozero" if metric.zero else "normal"
-        layout = {"yaxis": {"type": kind, "rangemode": mode, "tickformat": metric.form}}
-        if drawn := traces(metric):
-            panels.append(Panel(metric.title, drawn, layout))
-    return panels
 
 
 def points_of(lines: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
@@ -10,12 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from plotly.colors import hex_to_rgb
+from scipy import stats
 
 from nlgmoe.run.folder import flattened
 from nlgmoe.tools.report import tables
 from nlgmoe.tools.report.drawing import Chart, Panel, Trace, line
 from nlgmoe.tools.report.runs import PALETTE, Run, finite_number
-from nlgmoe.tools.statistics import PairedDifference, paired_difference
 from nlgmoe.validation import SettingError
 
 PLACES = ("default_root_dir", "dirpath", "save_dir", "ckpt_path")  # settings of where a run writes, by their last part
@@ -25,23 +26,16 @@ Key = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Group:
-    """Runs with the same settings but for one.
+    """Runs with the same settings but for one."""
 
-    Attributes:
-        runs: by the values of the setting; their colours are shades of the group's.
-        mean: a run with the name of what sets the group apart, and the means of its metrics at the steps that its runs share.
-    """
-
-    runs: dict[Key, Run]
-    mean: Run
+    runs: dict[Key, Run]  # by the values of the setting; their colours are shades of the group's
+    mean: Run  # named by what sets the group apart, with means of metrics at the steps that the runs share
 
 
 def group_runs(runs: Sequence[Run], setting: str) -> list[Group]:
     """Group runs whose settings differ in `setting` alone, and in where they write.
 
-    Args:
-        runs: of the page.
-        setting: its name, or the end of it, such as `seed` for both `model.seed` and `data.seed`.
+    The end of a setting's name is enough, such as `seed` for both `model.seed` and `data.seed`.
 
     Raises:
         SettingError: a run has no such setting, or two runs of a group have the same.
@@ -132,12 +126,7 @@ def chart(groups: Sequence[Group]) -> Chart | None:
 
 
 def table(groups: Sequence[Group], reference: int = 0) -> str:
-    """Return the size, cost and validation loss of each group, and the difference from a reference group, paired by seed.
-
-    Args:
-        groups: from `group_runs`.
-        reference: index of the group that is subtracted.
-    """
+    """Return size, cost and validation loss of each group, and the difference from group number `reference`, paired by seed."""
     runs = [list(group.runs.values()) for group in groups]
     facts: dict[str, Callable[[Run], float | None]] = {
         "parameters": lambda run: run.summary.get("params_total"),
@@ -224,3 +213,30 @@ def _verdict(difference: PairedDifference | None, losses: dict[Key, float], refe
         return f"no pairs: {reason}"
     low, high = difference.interval()
     return "lower" if high < 0 else "higher" if low > 0 else "unresolved"
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean of the differences within pairs, and its standard error.
+
+    A seed fixes the order of the data and the initial dense weights of both models, so what varies in both alike cancels.
+    """
+
+    mean: float  # over pairs
+    error: float  # standard error of the mean; NaN for one pair
+    pairs: int  # number of pairs
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Return the confidence interval of the mean, by Student's t; infinite for one pair."""
+        if self.pairs < 2:
+            return -math.inf, math.inf
+        half = float(stats.t.ppf((1 + confidence) / 2, self.pairs - 1)) * self.error
+        return self.mean - half, self.mean + half
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> PairedDifference:
+    """Compute `first - second` pair by pair: a value of each model for each seed, in the same order."""
+    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    pairs = len(differences)
+    error = float(differences.std(ddof=1) / math.sqrt(pairs)) if pairs > 1 else math.nan
+    return PairedDifference(float(differences.mean()), error, pairs)

@@ -18,22 +18,13 @@ from nlgmoe.files import atomic_write
 from nlgmoe.tools.report import figures, groups, tables
 from nlgmoe.tools.report.drawing import Chart, rounded
 from nlgmoe.tools.report.runs import CLOCKS, Run
-from nlgmoe.tools.report.specialisation_figures import specialisation
 from nlgmoe.validation import RunError, SettingError
 
 MAX_KNOTS = 400  # steps with stored tokens, FLOPs and time; the page interpolates between them
 
 
 def write_report(runs: Sequence[Run], output: str | Path | None = None, group_by: str | None = None) -> Path:
-    """Write the report of one or several runs.
-
-    Args:
-        runs: the runs, from `read_runs`.
-        output: HTML file; None: `report.html`, in the run folder or, for several runs, in the working directory.
-        group_by: setting in which alone the runs of a group differ, such as `seed`; None: no groups.
-
-    Returns:
-        The file.
+    """Write the report of runs from `read_runs`, and return its file; the command documents `output` and `group_by`.
 
     Raises:
         SettingError: `output` is a folder, is in none, or does not end in .html; or the runs cannot be grouped.
@@ -75,7 +66,7 @@ def page(runs: Sequence[Run], group_by: str | None = None) -> str:
         section("Groups", [overlaid] if overlaid else []),
         section("Training", figures.training(curves), tables.step_times(runs)),
         section("Experts", figures.experts(curves)),
-        section("Specialisation", specialisation(runs)),
+        section("Specialisation", figures.specialisation(runs)),
         tables.samples(runs),
         "<section><h2>Settings</h2>",
         f"<h3>What differs</h3>{tables.differences(runs)}" if len(runs) > 1 else "",

@@ -29,14 +29,7 @@ Row = tuple[str, Callable[[Any], str], list[Any]]  # name, format, and a value o
 
 
 def table(name: str, runs: Sequence[Run], rows: Sequence[Row], kind: str = "facts") -> str:
-    """Return a table with a column for each run or group, and a link to its values as CSV.
-
-    Args:
-        name: of the CSV file.
-        runs: the columns.
-        rows: the rows.
-        kind: CSS class, facts or settings.
-    """
+    """Return a table with a column for each run or group, and a link to its values as NAME.csv; `kind` is its CSS class."""
     head = "".join(f"<th>{run_label(run)}</th>" for run in runs)
     body = "".join(
         f"<tr><th>{escape(label)}</th>"
@@ -121,10 +114,8 @@ def other_tokens(runs: Sequence[Run]) -> str:
     flat = [flattened(run.config) for run in runs if run.config]
     limited = any(settings.get("trainer.limit_val_batches") is not None for settings in flat)
     evaluated = EVALUATED + OF_BATCHES * limited
-    names = [
-        name for name in dict.fromkeys(name for settings in flat for name in settings) if name.startswith(evaluated)
-    ]
-    names = [name for name in names if len({str(settings.get(name)) for settings in flat}) > 1]
+    known = dict.fromkeys(name for settings in flat for name in settings if name.startswith(evaluated))
+    names = [name for name in known if len({str(settings.get(name)) for settings in flat}) > 1]
     if any(name in TOKENIZER for name in names) and len({_tokenizer(run) for run in runs if run.config}) == 1:
         names = [name for name in names if name not in TOKENIZER]  # one tokenizer under several names
     if not names:

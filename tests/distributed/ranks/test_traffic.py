@@ -16,10 +16,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, distributed
 
 from nlgmoe.callbacks import StopOnSignal
-from nlgmoe.hardware import hardware
 from nlgmoe.layers import all_to_all
 from nlgmoe.tools.planner.cost import estimate
-from nlgmoe.tools.planner.topology import Topology
+from nlgmoe.tools.planner.topology import Topology, named_machine
 from tests.support.cells import CAPACITY, DROPLESS, PLAIN
 from tests.support.jobs import Found, Jobs
 from tests.support.ranks import SAMPLES, Cell, make_trainer, on_ranks, strategy_of
@@ -125,7 +124,7 @@ def test_step_sends_the_bytes_of_the_cost_model_and_the_host_waits_once(cell: Ce
         precision=cell.precision,  # type: ignore[arg-type]
         deepspeed=True,
     )
-    predicted = estimate(cell.module().config, topology, hardware("a100-80")).communication
+    predicted = estimate(cell.module().config, topology, named_machine("a100-80")).communication
     counted = found[traffic, cell.name]
     rows, assignments, elsewhere = (
         sum(rank[name] for rank in counted) for name in ("rows", "assignments", "elsewhere")

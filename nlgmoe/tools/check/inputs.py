@@ -1,12 +1,16 @@
-"""Batches: neighbours, later tokens, order, odd sizes, and micro-batches."""
+"""Inputs: neighbours, later tokens, order, sizes, micro-batches, types and devices."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from nlgmoe.device import default_device
 from nlgmoe.tools.check.layer import (
     Batch,
     Failed,
@@ -17,8 +21,9 @@ from nlgmoe.tools.check.layer import (
     collapsed,
     gradients,
     require_close,
+    trained,
 )  # fmt: skip
-from nlgmoe.tools.check.state import Training
+from nlgmoe.tools.check.training import Training
 
 
 def evaluation_does_not_see_neighbours(layer: Layer) -> str:
@@ -27,9 +32,9 @@ def evaluation_does_not_see_neighbours(layer: Layer) -> str:
         raise NotApplicable("the layer is set to drop tokens in evaluation")
     module, batch = layer.make(training=False), Batch.random(layer, 4, 12)
     with torch.no_grad():
-        alone = layer.run(module, batch.sequences([0])).y
+        alone = layer.run(module, batch[[0]]).y
         for order, name in (([0, 1, 2, 3], "others"), ([1, 2, 3, 0], "others"), ([0, 0, 0, 0], "copies of itself")):
-            y = layer.run(module, batch.sequences(order), seed=1).y
+            y = layer.run(module, batch[order], seed=1).y
             for place in (place for place, sequence in enumerate(order) if sequence == 0):
                 require_close(f"a sequence among {name}, against alone", y[place : place + 1], alone, 1e-5)
     return "alone, among 3 others and 3 copies"
@@ -106,7 +111,7 @@ def evaluation_chooses_as_training_does(layer: Layer) -> str:
 def unusual_sizes_work(layer: Layer) -> str:
     """Check outputs and gradients with empty and overfull experts, one token, no token, odd widths, and zero and large values."""
     module, odd, tokens = layer.make(), layer.odd(), Batch.random(layer, 1, 37)
-    cases: dict[str, Callable[[], tuple[Layer, torch.nn.Module, Batch]]] = {
+    cases: dict[str, Callable[[], tuple[Layer, nn.Module, Batch]]] = {
         "one token": lambda: (layer, module, Batch.random(layer, 1, 1)),
         "0 sequences": lambda: (layer, module, Batch.random(layer, 0, 8)),
         "0 positions": lambda: (layer, module, Batch.random(layer, 2, 0)),
@@ -133,14 +138,14 @@ def unusual_sizes_work(layer: Layer) -> str:
     return ", ".join(tried)
 
 
-def _require_finite(layer: Layer, module: torch.nn.Module, batch: Batch) -> None:
+def _require_finite(layer: Layer, module: nn.Module, batch: Batch) -> None:
     """Check shape, finite output, and finite gradients of one step and of evaluation."""
     for training in (True, False):
         output = layer.run(module.train(training), batch.tracked())
         if output.y.shape != batch.x.shape:
             raise Failed(f"the output has the shape {list(output.y.shape)}")
         values = {"the output": output.y}
-        values |= {f"the gradient of {name}": value for name, value in gradients(module, output.loss).items()}
+        values |= {f"the gradient of {name}": value for name, value in gradients(trained(module), output.loss).items()}
         if output.aux is not None:
             values["the auxiliary loss"] = output.aux
         if wrong := [name for name, value in values.items() if not bool(value.isfinite().all())]:
@@ -160,18 +165,124 @@ def micro_batches_add_up(layer: Layer) -> str:
         y = layer.run(module, batch).y
         if not torch.equal(y, layer.run(module, batch, seed=1).y):
             raise NotApplicable("the layer draws noise in training")
-        parts = torch.cat([layer.run(module, batch.sequences(half)).y for half in halves])
+        parts = torch.cat([layer.run(module, batch[half]).y for half in halves])
         if layer.drops is None and not torch.allclose(parts, y):
             raise NotApplicable("outputs depend on the batch, as with a capacity, and the layer declares none")
 
     def grads(batch: Batch) -> dict[str, torch.Tensor]:
-        return gradients(module, layer.run(module, batch).y.square().sum())
+        return gradients(trained(module), layer.run(module, batch).y.square().sum())
 
-    whole, (first, second) = grads(batch), (grads(batch.sequences(half)) for half in halves)
+    whole, (first, second) = grads(batch), (grads(batch[half]) for half in halves)
     errors = [
         require_close(f"gradient of {name}", first[name] + second[name], value, 1e-5) for name, value in whole.items()
     ]
-    one, two = (layer.run(module, batch.sequences(order)).aux for order in ([0, 1, 2, 3], [0, 1, 2, 3] * 2))
+    one, two = (layer.run(module, batch[order]).aux for order in ([0, 1, 2, 3], [0, 1, 2, 3] * 2))
     if one is not None and two is not None:
         require_close("the auxiliary loss of two copies of a batch, against one", two, one, 1e-5)
     return f"worst relative error {max(errors):.0e}"
+
+
+def half_precision_is_close(layer: Target) -> str:
+    """Compare outputs in bf16 and fp16 with those in fp32."""
+    with torch.no_grad():
+        expected = layer.run(
+            layer.make(torch.float32, training=False), Batch.random(layer, 4, 16, dtype=torch.float32)
+        ).y
+    errors = []
+    for dtype, tolerance in ((torch.bfloat16, 3e-2), (torch.float16, 5e-3)):
+        name = str(dtype).removeprefix("torch.")
+        with torch.no_grad():
+            y = layer.run(layer.make(dtype, training=False), Batch.random(layer, 4, 16, dtype=dtype)).y
+        if y.dtype != dtype:
+            raise Failed(f"the output of {name} inputs is {y.dtype}")
+        if not bool(y.isfinite().all()):
+            raise Failed(f"the output is not finite in {name}")
+        relative = (y.float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
+        # The median: rounding changes a choice here and there.
+        if (error := float(relative.median())) > tolerance:
+            raise Failed(f"relative error {error:.2g} of a token in {name}, above {tolerance:g}")
+        errors.append(f"{name} {error:.0e}")
+    return f"median relative error: {', '.join(errors)}"
+
+
+def types_do_not_leak(layer: Target) -> str:
+    """Check the types of outputs, gradients, weights and auxiliary loss, with each type and under autocast."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        batch = Batch.random(layer, 2, 16, dtype=dtype).tracked()
+        output = layer.run(layer.make(dtype), batch)
+        if output.y.dtype != dtype:
+            raise Failed(f"the output of {dtype} inputs is {output.y.dtype}")
+        if output.aux is not None and output.aux.dtype.itemsize < 4:
+            raise Failed(f"the auxiliary loss is {output.aux.dtype} with {dtype}: sums over tokens need fp32")
+        if output.routing is not None and output.routing.weight.dtype.itemsize < 4:
+            raise Failed(f"weights are {output.routing.weight.dtype} with {dtype}: their sums need fp32")
+        output.y.float().square().sum().backward()
+        assert batch.x.grad is not None
+        if batch.x.grad.dtype != dtype:
+            raise Failed(f"the gradient of {dtype} inputs is {batch.x.grad.dtype}")
+    module, batch = layer.make(torch.float32), Batch.random(layer, 2, 16, dtype=torch.float32)
+    plain = layer.run(module, batch).routing
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = layer.run(module, batch).routing
+    if plain is None or mixed is None:
+        return "fp64, fp32 and bf16"
+    if mixed.weight.dtype.itemsize < 4:
+        raise Failed(f"under autocast weights are {mixed.weight.dtype}: their sums need fp32")
+    if (same := float((plain.expert == mixed.expert).double().mean())) < 1:
+        raise Failed(f"autocast changes {1 - same:.0%} of the choices: the gate is not computed in fp32")
+    return "fp64, fp32, bf16, and fp32 under autocast to bf16"
+
+
+def host_reads_nothing(layer: Target) -> str:
+    """Run forward, backward and `after_step` on fake tensors, which have no values: reading one is an error.
+
+    They are on a CPU, because PyTorch has no autocast for `meta`. A foreign layer may read values in
+    a branch for CPUs: that fails only if it reads on `meta` too.
+    """
+    for training in (True, False):
+        place = _place_of_read(layer, training, "cpu")
+        if place and type(layer).without_dispatch is Target.without_dispatch:
+            place = _place_of_read(layer, training, "meta")
+        if place:
+            raise Failed(f"the host reads the device ({place})")
+    return "forward and backward, on tensors without values"
+
+
+def _place_of_read(layer: Target, training: bool, device: str) -> str:
+    """Return the line that reads a value; empty: none does."""
+    module, mode = layer.make(torch.bfloat16, training), FakeTensorMode(allow_non_fake_inputs=True)
+    batch = Batch.random(layer, 2, 16, dtype=torch.bfloat16)
+    try:
+        layer.run(module, batch)  # a distribution checks its arguments on the host where it is made: once is enough
+        fakes = {name: mode.from_tensor(value.to(device)) for name, value in module.state_dict().items()}
+        module.load_state_dict(fakes, assign=True)
+        with mode:
+            output = layer.without_dispatch(module, Batch(batch.x.to(device), batch.tokens.to(device)).tracked())
+            output.loss.backward()
+            layer.after_step(module, [] if output.routing is None else [output.routing])
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+        place = f"{frames[-1].filename.rpartition('/')[2]}, line {frames[-1].lineno}: {frames[-1].line}"
+        if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+            return place
+        raise NotApplicable(f"the layer does not run without values ({place}: {str(error)[:100]})") from None
+    return ""
+
+
+def gpu_agrees_with_cpu(layer: Target) -> str:
+    """Compare output and gradient of the input with those of the CPU, in fp32."""
+    device = default_device()
+    if device == "cpu":
+        raise NotApplicable("no GPU")
+    results = []
+    for target in ("cpu", device):
+        module = layer.make(torch.float32, training=False).to(target)
+        batch = Batch.random(layer, 4, 16, dtype=torch.float32)
+        batch = Batch(batch.x.to(target), batch.tokens.to(target)).tracked()
+        y = layer.run(module, batch).y
+        y.square().sum().backward()
+        assert batch.x.grad is not None
+        results.append((y, batch.x.grad))
+    for name, actual, expected in zip(("output", "gradient of the input"), results[1], results[0], strict=True):
+        require_close(f"{name} on {device}", actual, expected, 1e-2)
+    return f"{device} in fp32"
