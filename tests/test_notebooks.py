@@ -13,7 +13,6 @@ from jupyter_core.utils import run_sync
 
 from nlgmoe.commands.main import main
 from notebooks.execute import FOLDER, parameters_cell, run, with_parameters
-from tests.real import CUT
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 TINY = {
@@ -55,7 +54,7 @@ def parameters(name: str, data: Path, runs: Path) -> dict[str, Any]:
     """Tiny values for the notebook `name`: 8 steps of 64 tokens."""
     if name == "05_real_model":
         dense, mixture = str(runs / "cut.ckpt"), str(runs / "mixture.ckpt")
-        main(["import", str(CUT), dense])
+        main(["import", str(FOLDER.parent / "tests/real/smollm2_cut.gguf"), dense])
         main(["upcycle", dense, mixture, "--num-experts=4", "--expert-interval=2", "--top-k=2"])
         return {"MODEL": dense, "MIXTURE": mixture}
     values = {"DATA": str(data), "TOKENS": 512}
