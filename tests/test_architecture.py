@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,18 @@ def test_imports_go_downwards() -> None:
                 assert RANKS[other] <= RANKS["config"], (
                     f"{file}: {here} stands beside the model, must not import {other}"
                 )
+
+
+def test_picture_of_the_architecture_has_these_levels() -> None:
+    picture = (ROOT.parent / "docs/architecture.svg").read_text().partition("<!-- one optimizer step -->")[0]
+    heights = {
+        name: int(y)
+        for y, text in re.findall(r'<text x="\d+" y="(\d+)">(.*)</text>', picture)
+        for name in re.findall(r"(\w+)(?:/|\.py)", text.partition("<tspan")[0])
+    }
+    assert heights.keys() == RANKS.keys() - {"__main__"}
+    lines = [{heights[name] for name in line.split()} for line in LINES.strip().splitlines()[:-1]]
+    assert all(min(lower) > max(upper) for lower, upper in pairwise(lines))
 
 
 # Package -> the parts that may import it.
