@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from nlgmoe.parts import AttentionConfig, ExpertConfig, RotaryScaling, RouterConfig, pack_parts, with_parts
-from nlgmoe.validation import require, require_above, require_at_least, require_valid
+from nlgmoe.validation import SettingError, require, require_above, require_at_least, require_valid
 
 
 @dataclass(frozen=True)
@@ -324,6 +324,7 @@ class GPTConfig:
         """Build the configuration from `to_dict`'s values; see `part_from_dict` for classes outside `nlgmoe`."""
         moe = values.get("moe")
         if moe is not None:
-            require(isinstance(moe, dict), f"moe={moe!r} must hold settings by name, or be null for a dense model")
+            if not isinstance(moe, dict):
+                raise SettingError(f"moe={moe!r} must hold settings by name, or be null for a dense model")
             values = {**values, "moe": MoEConfig(**with_parts(moe))}
         return GPTConfig(**with_parts(values))

@@ -183,6 +183,7 @@ def test_pruning_refuses_models_and_numbers_that_do_not_fit(tmp_path: Path, caps
     config = GPTConfig(61, 16, 6, 16, 2, moe=GROUPS)
     for numbers, message in (
         (
+            [4, 0, 5],
             r"^num_experts=\[4, 0, 5\] cannot be divided into the 2 equal groups of groups=\[2, 1\]; use multiples of 2$",
         ),
         ([2, 0, 4], "^top_k=2 must be at most 1, the experts in 1 of the 2 groups"),

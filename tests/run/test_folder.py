@@ -98,7 +98,7 @@ def test_an_evaluation_touches_neither_tables_nor_lock(ended: Path) -> None:
 
 
 def test_evaluation_names_what_it_cannot_evaluate(tmp_path: Path) -> None:
-    for name, words in {"last": "no checkpoint in", "best": "no best checkpoint yet", "a": "no checkpoint at"}.items():
+    for name, words in {"last": "has no checkpoint", "best": "no best checkpoint yet", "a": "no checkpoint at"}.items():
         with pytest.raises(ValueError, match=words):
             make_trainer(tmp_path, save={}).validate(module(), datamodule=SyntheticData(), ckpt_path=name)
     other = make_trainer(tmp_path, ModelCheckpoint(tmp_path / "other"), enable_checkpointing=True)
