@@ -200,8 +200,8 @@ def named_parts(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parts in the values of `GPTConfig.to_dict` that are not the paper's, by the names of `PARTS`."""
     moe = values.get("moe") or {}
     sections = {path: moe if path.startswith("moe.") else values for path in PARTS}
-    found = {path: section.get(path.removeprefix("moe.")) for path, section in sections.items()}
-    return {path: part for path, part in found.items() if part is not None}
+    parts = {path: section.get(path.removeprefix("moe.")) for path, section in sections.items()}
+    return {path: part for path, part in parts.items() if part is not None}
 
 
 def without_parts(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,14 +61,14 @@ def choose_checkpoint(path: str | Path) -> Path:
     while reading it.
     """
     path = Path(path)
-    found = of_rank_zero(resolve_link(path) if is_checkpoint(path) else saved_steps(path))
-    if isinstance(found, Path):
-        path = found
+    checkpoint_or_steps = of_rank_zero(resolve_link(path) if is_checkpoint(path) else saved_steps(path))
+    if isinstance(checkpoint_or_steps, Path):
+        path = checkpoint_or_steps
         if distributed.is_initialized() and (problems := gather_problems(path)):
             raise AllRanksError(f"{_summary(problems)}; use another checkpoint")
         return path
     skipped = []
-    for step in reversed(found):
+    for step in reversed(checkpoint_or_steps):
         problems = gather_problems(checkpoint_path(path, step))
         if not problems:
             rank_zero_info(f"newest checkpoint: {checkpoint_path(path, step)}")

@@ -49,10 +49,10 @@ class Sidecar:
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
             if (number := facts.pop("format")) == FORMAT:
-                found = cls(**facts)
-                if not 0 <= found.held_out <= found.documents:
-                    raise ValueError(f"{found.held_out} of {found.documents} documents are held out")
-                return found
+                sidecar = cls(**facts)
+                if not 0 <= sidecar.held_out <= sidecar.documents:
+                    raise ValueError(f"{sidecar.held_out} of {sidecar.documents} documents are held out")
+                return sidecar
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -105,27 +105,27 @@ def find_prefixes(given: Sequence[str]) -> list[Path]:
     Args:
         given: each a prefix, a prefix whose files are shards (`PREFIX-1-of-4.idx`, ...), or a pattern such as `data/pile/*`.
     """
-    found: dict[str, Path] = {}
+    prefix_of_file: dict[str, Path] = {}
     for prefix in (prefix for word in given for prefix in _matching(word)):
-        if (other := found.setdefault(os.path.realpath(f"{prefix}.bin"), prefix)) is not prefix:
+        if (other := prefix_of_file.setdefault(os.path.realpath(f"{prefix}.bin"), prefix)) is not prefix:
             raise SettingError(f"prefix names one file twice, as {other} and as {prefix}; name it once")
-    return list(found.values())
+    return list(prefix_of_file.values())
 
 
 def _matching(word: str) -> list[Path]:
     if os.path.exists(f"{word}.idx"):
         return [Path(word)]
     pattern = word if has_magic(word) else f"{escape(word)}-*-of-*"
-    found = [(*_shard(name), Path(name)) for file in glob(f"{pattern}.idx") for name in [file.removesuffix(".idx")]]
+    matches = [(*_shard(name), Path(name)) for file in glob(f"{pattern}.idx") for name in [file.removesuffix(".idx")]]
     if not has_magic(word):
-        found = [(base, number, count, prefix) for base, number, count, prefix in found if base == word and count]
-    if not found:
+        matches = [(base, number, count, prefix) for base, number, count, prefix in matches if base == word and count]
+    if not matches:
         raise SettingError(
             f"{word}.idx is missing: set `prefix` of the corpus to files that `nlgmoe prepare-data --input` or Megatron's "
             "tools/preprocess_data.py --append-eod has written, without the .bin."
         )
     shards: dict[str, dict[int, set[int]]] = {}
-    for base, number, count, _ in found:
+    for base, number, count, _ in matches:
         if count:
             shards.setdefault(base, {}).setdefault(count, set()).add(number)
     for base, divisions in shards.items():
@@ -141,7 +141,7 @@ def _matching(word: str) -> list[Path]:
     for file in glob(f"{pattern}.bin"):
         if not os.path.exists(index := f"{file.removesuffix('.bin')}.idx"):
             raise SettingError(f"prefix={word}: {index} is missing; wait for it, or write it again, or move {file}")
-    return [prefix for *_, prefix in sorted(found)]
+    return [prefix for *_, prefix in sorted(matches)]
 
 
 def check_inputs(inputs: Iterable[tuple[Path, str | None]]) -> None:

@@ -74,8 +74,8 @@ def find_addressed(source: str) -> list[str]:
             return [source]  # a folder of http is told from a file by reading all of it
         if "::" in source:
             raise ValueError("patterns and folders of chained addresses are not read, only single files")
-        found = file_system.glob(name) if glob.has_magic(name) else file_system.ls(name, detail=False)
-        return sorted(str(file_system.unstrip_protocol(file)) for file in found)
+        files = file_system.glob(name) if glob.has_magic(name) else file_system.ls(name, detail=False)
+        return sorted(str(file_system.unstrip_protocol(file)) for file in files)
     return []
 
 

@@ -51,15 +51,15 @@ class ChainedTokens:
 
     def __getitem__(self, index: slice) -> np.ndarray:
         start, stop, _ = index.indices(len(self))
-        found = []
+        pieces = []
         number = bisect_right(self._starts, start) - 1
         while start < stop:
             path, first, length = self._pieces[number]
             offset = start - self._starts[number]
-            found.append(self._map(path)[first + offset : first + min(length, stop - self._starts[number])])
+            pieces.append(self._map(path)[first + offset : first + min(length, stop - self._starts[number])])
             number += 1
             start = self._starts[number]
-        return found[0] if len(found) == 1 else np.concatenate(found or [np.zeros(0, self.dtype)])
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.zeros(0, self.dtype)])
 
     def first(self, count: int) -> ChainedTokens:
         """Return the first `count` tokens, without reading them."""

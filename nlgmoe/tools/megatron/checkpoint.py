@@ -166,29 +166,29 @@ class Weights:
         if match := EXPERT.fullmatch(name):
             layer, (part, kind) = match["experts"], match["parameter"].split("_")
             their_part = f"{_EXPERT_PARTS[part]}.{kind}"
-            file, found = self._experts.read(int(layer.split(".")[1]), int(match["expert"]), their_part)
-            _check_shape(file, their_part, found, list(reversed(shape)))
+            file, tensor = self._experts.read(int(layer.split(".")[1]), int(match["expert"]), their_part)
+            _check_shape(file, their_part, tensor, list(reversed(shape)))
             if part == "project" and kind == "bias":
                 return torch.zeros(shape)
-            return found.t().to(torch.float32, copy=True).contiguous()  # `t` leaves a bias as it is
+            return tensor.t().to(torch.float32, copy=True).contiguous()  # `t` leaves a bias as it is
         theirs = megatron_name(name)
-        found = _tensor(self._dense, theirs)
+        tensor = _tensor(self._dense, theirs)
         if theirs in (_WORDS, _POSITIONS):
-            found = found[: shape[0]]
-        _check_shape(self._dense.file, theirs, found, list(shape))
+            tensor = tensor[: shape[0]]
+        _check_shape(self._dense.file, theirs, tensor, list(shape))
         if ".attention.qkv." in name:
-            found = self._reorder_qkv(found)
+            tensor = self._reorder_qkv(tensor)
         if name.endswith(".moe.mlp.project.bias"):
-            found = torch.zeros(shape)
-        return found.to(torch.float32, copy=True)  # not the file's memory
+            tensor = torch.zeros(shape)
+        return tensor.to(torch.float32, copy=True)  # not the file's memory
 
-    def _reorder_qkv(self, found: Tensor) -> Tensor:
+    def _reorder_qkv(self, tensor: Tensor) -> Tensor:
         """Reorder `[3 * N * D]` or `[3 * N * D, H]` to all queries, all keys, all values."""
         heads = self._config.num_heads
         size = {"Q": 3, "N": heads, "D": self._config.hidden_size // heads}
-        split = found.view(*(size[letter] for letter in self._qkv_order), *found.shape[1:])
+        split = tensor.view(*(size[letter] for letter in self._qkv_order), *tensor.shape[1:])
         rest = range(3, split.dim())
-        return split.permute(*(self._qkv_order.index(letter) for letter in "QND"), *rest).reshape(found.shape)
+        return split.permute(*(self._qkv_order.index(letter) for letter in "QND"), *rest).reshape(tensor.shape)
 
 
 def megatron_name(name: str) -> str:
@@ -218,10 +218,10 @@ def _tensor(dense: Dense, name: str) -> Tensor:
     return dense.tensors[name]
 
 
-def _check_shape(file: Path, name: str, found: Tensor, expected: list[int]) -> None:
-    if not found.is_floating_point():
-        raise RunError(f"{file}: {name} is of type {found.dtype}, not floating point; use another checkpoint")
-    if list(found.shape) != expected:
+def _check_shape(file: Path, name: str, tensor: Tensor, expected: list[int]) -> None:
+    if not tensor.is_floating_point():
+        raise RunError(f"{file}: {name} is of type {tensor.dtype}, not floating point; use another checkpoint")
+    if list(tensor.shape) != expected:
         raise RunError(
-            f"{file}: {name} has shape {list(found.shape)}, its arguments say {expected}; use another checkpoint"
+            f"{file}: {name} has shape {list(tensor.shape)}, its arguments say {expected}; use another checkpoint"
         )

@@ -129,13 +129,13 @@ def read_dense(folder: Path) -> Dense:
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
     """Flatten nested dictionaries to dotted names."""
-    found: dict[str, Tensor] = {}
+    flat: dict[str, Tensor] = {}
     for name, value in nested.items():
         if isinstance(value, dict):
-            found |= _flatten(value, f"{prefix}{name}.")
+            flat |= _flatten(value, f"{prefix}{name}.")
         elif isinstance(value, Tensor):
-            found[prefix + name] = value
-    return found
+            flat[prefix + name] = value
+    return flat
 
 
 class ExpertFiles:
@@ -172,9 +172,9 @@ class ExpertFiles:
 
     @staticmethod
     def _read_file(file: Path, block: int, expert: int) -> dict[str, Tensor]:
-        found = load(file)
+        content = load(file)
         tensors: dict[str, Tensor] = {}
-        for name, value in found.items() if isinstance(found, dict) else ():
+        for name, value in content.items() if isinstance(content, dict) else ():
             match = _EXPERT.fullmatch(name)
             if match is None or (int(match[1]), int(match[2])) != (block, expert) or not isinstance(value, Tensor):
                 raise RunError(

@@ -134,9 +134,9 @@ def simulation_as_json(
         "communicators": groups,
         "communicator_bytes": int(COMMUNICATOR * len(groups)),
     }
-    found = asdict(simulated) | {
+    measured = asdict(simulated) | {
         "bytes": dict.fromkeys(predicted["bytes"], 0) | simulated.bytes,
         "save_seconds": simulated.checkpoint_bytes / (disk * 1e9),
         "resume_seconds": simulated.resume_bytes * topology.gpus / (disk * 1e9),
     }
-    return {"predicted": predicted, "simulated": found}
+    return {"predicted": predicted, "simulated": measured}

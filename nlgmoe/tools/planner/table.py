@@ -58,27 +58,27 @@ def as_text(
 
 def simulation_as_text(report: dict[str, Any], topology: Topology) -> str:
     """Format the result of `simulation_as_json`."""
-    predicted, found = report["predicted"], report["simulated"]
+    predicted, simulated = report["predicted"], report["simulated"]
     lines = [("", f"{'predicted':>14}{'simulated':>14}")]
-    for index, (kind, sent) in enumerate(found["bytes"].items()):
-        title = f"sent by rank {found['rank']}, MB" if index == 0 else ""
+    for index, (kind, sent) in enumerate(simulated["bytes"].items()):
+        title = f"sent by rank {simulated['rank']}, MB" if index == 0 else ""
         expected = f"{predicted['bytes'][kind] / 1e6:,.3f}" if kind in predicted["bytes"] else ""
-        calls = f"{found['calls'].get(kind, 0):>6} calls  {kind.replace('_', ' ')}"
+        calls = f"{simulated['calls'].get(kind, 0):>6} calls  {kind.replace('_', ' ')}"
         lines.append((title, f"{expected:>14}{sent / 1e6:>14,.3f}{calls}"))
-    peaks = [values["peak_bytes"] for values in (predicted, found)]
+    peaks = [values["peak_bytes"] for values in (predicted, simulated)]
     lines.append(
         ("peak memory, GiB", "".join(f"{peak / 2**30:>14.2f}" for peak in peaks) + f"  {peaks[0] / peaks[1] - 1:+.1%}")
     )
-    sizes = ["".join(f"{len(values['communicators']):>14}") for values in (predicted, found)]
-    ranks = ", ".join(map(str, found["communicators"]))
+    sizes = ["".join(f"{len(values['communicators']):>14}") for values in (predicted, simulated)]
+    ranks = ", ".join(map(str, simulated["communicators"]))
     gib = predicted["communicator_bytes"] / 2**30
     lines += [
         ("communicators", f"{''.join(sizes)}  of {ranks} ranks; about {gib:.1f} GiB of NCCL's, beyond the tensors"),
-        ("save", f"{found['checkpoint_bytes'] / 1e9:,.1f} GB of all ranks, {found['save_seconds']:,.0f} s"),
+        ("save", f"{simulated['checkpoint_bytes'] / 1e9:,.1f} GB of all ranks, {simulated['save_seconds']:,.0f} s"),
         (
             "resume",
-            f"{found['resume_opens']} files opened and {found['resume_bytes'] / 1e9:,.2f} GB read by this rank, by the layout; "
-            f"{found['resume_seconds']:,.0f} s for all {topology.gpus} ranks",
+            f"{simulated['resume_opens']} files opened and {simulated['resume_bytes'] / 1e9:,.2f} GB read by this rank, by the "
+            f"layout; {simulated['resume_seconds']:,.0f} s for all {topology.gpus} ranks",
         ),
     ]
     return "\n".join(f"{title:<23}{text}" for title, text in lines) + f"\n{NOT_SHOWN}"

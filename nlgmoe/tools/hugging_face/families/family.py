@@ -130,11 +130,11 @@ _REPLACED = (IGNORED_IN_EVALUATION - {"eval_token_dropping"}) | {
 def _computation(config: GPTConfig) -> dict[str, Any]:
     """Return the settings that decide the computation in evaluation, those of `moe` too, by name, with nulls resolved."""
     moe, counts = config.moe, experts_per_layer(config)
-    found: dict[str, Any] = config.to_dict()
-    found |= found.pop("moe") or {}
-    # Parts that are null are not in `found`.
+    given: dict[str, Any] = config.to_dict()
+    given |= given.pop("moe") or {}
+    # Parts that are null are not in `given`.
     null = dict.fromkeys((*(field.name for field in fields(config)), *MOE_PARTS))
-    values = {name: value for name, value in {**null, **found}.items() if name not in _REPLACED}
+    values = {name: value for name, value in {**null, **given}.items() if name not in _REPLACED}
     attention = attention_config(config)
     width, _ = attention.score_widths(config)
     values |= {"num_kv_heads": config.kv_heads, "head_dim": config.head_size, "rotary_dim": config.rotary_size}
