@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.accelerator.cells import CELLS, HALF
+from tests.accelerator.cells import CELLS
+from tests.accelerator.training import HALF
 from tests.support.processes import python
 from tests.support.programs import needs
 

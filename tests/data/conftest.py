@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from nlgmoe.data import PileDataModule
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.tokenizer_loading import load_tokenizer
 from tests.support.corpora import write_tiny_corpus
 
 
@@ -27,3 +29,8 @@ def make_data(tiny_corpus: Path) -> Callable[..., PileDataModule]:
         return data
 
     return make
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_corpus: Path) -> Tokenizer:
+    return load_tokenizer(str(tiny_corpus / "tokenizer"), tiny_corpus)

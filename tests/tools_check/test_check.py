@@ -23,9 +23,9 @@ from nlgmoe.tools.check.own import own_layer
 from nlgmoe.tools.check.properties import PROPERTIES, check_layer
 from nlgmoe.tools.check.targets import find_layers
 from tests.support.synthetic import SyntheticData
-from tests.tools_check.broken import (
+from tests.tools_check.broken import DEFECTS
+from tests.tools_check.defects import (
     CAPACITY,
-    DEFECTS,
     DROPLESS,
     TWO,
     broken,

@@ -1,0 +1,245 @@
+"""What is native to a family of `transformers`, and what an import refuses by name."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nlgmoe import GPTConfig, MoEGPTModule, Router, RouterConfig, experts_at
+from nlgmoe.config import MoEConfig
+from nlgmoe.layers.router import TopKRouter
+from nlgmoe.layers.routers import SigmoidRouterConfig
+from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.tools.hugging_face.export import export
+from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
+from nlgmoe.tools.hugging_face.importing import import_model
+from nlgmoe.tools.hugging_face.model_card import client_limits
+from tests.support.open_models import LATENT_YARN, SHAPE, their_model
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import SaveAt, trainer
+
+NATIVE = GPTConfig(
+    50, 32, 4, 32, 4, norm="rmsnorm", rope_theta=1e4, bias=False, ffn_network="swiglu",
+    moe=MoEConfig(4, expert_interval=1, top_k=2),
+)  # fmt: skip
+
+DEEPSEEK = {"mlp_type": "residual", "residual_mix": "sum", "groups": [2, 1], "router": SigmoidRouterConfig()}
+
+
+@pytest.mark.parametrize(
+    ("change", "family", "reason"),
+    [
+        ({}, "mixtral", ""),
+        ({"qk_norm": "head"}, "qwen3_moe", ""),
+        ({"qk_norm": "projection"}, "olmoe", ""),
+        ({"moe": None}, "llama", ""),
+        ({"moe": None, "qk_norm": "head"}, "qwen3", ""),
+        ({"moe": None, "qk_norm": "projection"}, None, "qk_norm=projection (the nearest family is llama)"),
+        ({"rotary_dim": 4}, None, "rotary_dim=4 (the nearest family is mixtral)"),
+        ({"rope_theta": None}, None, "rope_theta=null (the nearest family is mixtral)"),
+        ({"moe": {"num_experts": [2, 2, 4, 4]}}, None, "num_experts=[2, 2, 4, 4] (the nearest family is mixtral)"),
+        ({"moe": {"num_experts": [0, 4, 4, 4]}}, None, "qk_norm=null (the nearest family is qwen3_moe)"),
+        (
+            {"moe": {"normalize_weights": False}},
+            None,
+            "qk_norm=null (the nearest family is olmoe)",
+        ),
+        ({"moe": {"normalize_weights": False}, "qk_norm": "projection"}, "olmoe", ""),
+        ({"moe": {"gate_scale": 2.0}}, None, "gate_scale=2.0 (the nearest family is mixtral)"),
+        ({"qkv_bias": True, "moe": {"mlp_type": "residual", "residual_mix": "sigmoid"}}, "qwen2_moe", ""),
+        ({"qk_norm": "head", "moe": DEEPSEEK}, "dots1", ""),
+        ({"qk_norm": "projection", "rotary_dim": 4, "moe": {"router": SigmoidRouterConfig()}}, "minimax_m2", ""),
+        ({"qk_norm": "head", "qkv_bias": False, "rotary_dim": 4, "moe": DEEPSEEK}, "glm4_moe", ""),
+        (
+            {"qk_norm": "head", "rotary_dim": 4, "moe": {**DEEPSEEK, "num_experts": [0, 4, 0, 4]}},
+            None,
+            "num_experts=[0, 4, 0, 4] (the nearest family is glm4_moe)",
+        ),
+        (
+            {"qk_norm": "head", "moe": {**DEEPSEEK, "shared_ffn_size": 100}},
+            None,
+            "shared_ffn_size=100 (the nearest family is dots1)",
+        ),
+        ({"moe": {"eval_token_dropping": True}}, None, "eval_token_dropping=true (the nearest family is mixtral)"),
+    ],
+)
+def test_a_model_is_native_only_if_a_family_computes_it(
+    change: dict[str, Any], family: str | None, reason: str
+) -> None:
+    if isinstance(change.get("moe"), dict):
+        change = {**change, "moe": replace(NATIVE.moe, **change["moe"])}
+    config = replace(NATIVE, **change)
+    assert family_of(config) == (family, reason)
+    if family is not None:
+        made = FAMILIES[family].config(FAMILIES[family].settings(config), Path("made"))
+        assert experts_per_layer(made) == experts_per_layer(config)
+        assert config.moe is None or made.moe.normalizes == config.moe.normalizes
+        assert replace(made, moe=None, init_std=config.init_std, num_kv_heads=None, ffn_hidden_size=None) == replace(
+            config, moe=None
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"qk_norm": "projection", "moe": {"normalize_weights": False}}, []),
+        ({"qk_norm": "projection"}, ["norm_topk_prob=true"]),
+        ({"qk_norm": "projection", "tied_embeddings": True}, ["norm_topk_prob=true", "tied embeddings"]),
+        ({"qk_norm": "head"}, []),
+        ({"qk_norm": "head", "moe": {"num_experts": [0, 4, 4, 4]}}, ["dense blocks"]),
+        ({"head_dim": 12}, ["mlx-lm refuses the model: for mixtral it takes no head_dim=12"]),
+        ({"moe": {"gate_scale": 2.0}}, ["llama.cpp, vLLM and mlx-lm refuse"]),
+    ],
+)
+def test_limits_of_other_programs_are_named_where_they_concern_the_model(
+    change: dict[str, Any], words: list[str]
+) -> None:
+    if isinstance(change.get("moe"), dict):
+        change = {**change, "moe": replace(NATIVE.moe, **change["moe"])}
+    config = replace(NATIVE, **{"tied_embeddings": False} | change)
+    lines = list(client_limits(config, family_of(config)[0], own_tokenizer=False))
+    assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True)), lines
+    own = list(client_limits(config, family_of(config)[0], own_tokenizer=True))
+    assert len(own) - len(lines) == (family_of(config)[0] is not None)
+
+
+class SquaredRouter(TopKRouter):
+    def _scores(self, logits: Tensor, probs: Tensor) -> Tensor:
+        return probs.square()
+
+
+@dataclass(frozen=True)
+class SquaredRouterConfig(RouterConfig):
+    """A user's router that computes other weights than the paper's, from which it derives."""
+
+    def build(self, config: GPTConfig, block: int) -> Router:
+        assert config.moe is not None
+        return SquaredRouter(config.moe, config.hidden_size, experts_at(config, block), block)
+
+
+def test_router_that_derives_from_the_papers_is_not_native(tmp_path: Path) -> None:
+    moe = replace(NATIVE.moe, router=SquaredRouterConfig())
+    config = replace(NATIVE, vocab_size=61, qk_norm="projection", moe=moe)
+    trainer(tmp_path, SaveAt(1, tmp_path / "own.ckpt"), max_steps=1).fit(MoEGPTModule(config), SyntheticData())
+    with pytest.raises(ValueError, match="holds only the paper's router, not SquaredRouterConfig"):
+        export(tmp_path / "own.ckpt", tmp_path / "export")
+    assert family_of(config) == (None, "router=SquaredRouterConfig (the nearest family is olmoe)")
+
+
+REFUSED = {
+    "clip_qkv": ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 of"),
+    "attention_bias": ("llama", {"attention_bias": True}, "attention_bias=True of"),
+    "sliding window": ("mixtral", {"sliding_window": 512}, "sliding_window=512 of"),
+    "scaled rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        "rope_type=linear of",
+    ),
+    "a part that turns, which the class ignores": (
+        "llama",
+        {"partial_rotary_factor": 0.5},
+        "partial_rotary_factor=0.5 of",
+    ),
+    "no shared expert": ("granitemoeshared", {"shared_intermediate_size": 0}, "shared_intermediate_size=0 of"),
+    "another activation": ("granitemoeshared", {"hidden_act": "gelu"}, "hidden_act=gelu of"),
+    "jitter": ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 of"),
+    "one normalised weight": (
+        "mixtral",
+        {"num_experts_per_tok": 1},
+        "num_experts_per_tok=1 with normalised weights of",
+    ),
+    "settings by layer": (
+        "qwen3_moe",
+        {"per_layer_config": {0: {"num_experts": 4}}, "intermediate_size": 40},
+        "per_layer_config of",
+    ),
+    "a window in some layers": ("qwen2_moe", {"use_sliding_window": True}, "layer_types=.* of"),
+    "latents and two temperatures": (
+        "deepseek_v2",
+        {"num_experts_per_tok": 2, "rope_parameters": LATENT_YARN | {"mscale": 1.0}},
+        r"attention_factor=1.0.* \(mscale / mscale_all_dim\) of",
+    ),
+    "latents and YaRN's own temperature": (
+        "glm4_moe_lite",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+        r"attention_factor=1.138.* of",
+    ),
+    "another choice": ("deepseek_v3", {"topk_method": "greedy"}, "topk_method=greedy of"),
+    "an unknown choice": ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method=noaux_tc of"),
+    "rotation in halves": ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False of"),
+    "every second block": ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq=2 of"),
+    "scores of another router": ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func=softmax of"),
+    "norms of heads": ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type=per_head of"),
+    "a shared expert of another family": (
+        "minimax_m2",
+        {"shared_intermediate_size": 40},
+        "shared_intermediate_size=40 of",
+    ),
+    "FP8": ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config=fp8 of .* bf16"),
+    "GPT-2's activation": ("gpt2", {"activation_function": "relu"}, "activation_function=relu of"),
+    "scale by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True of"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_import_refuses_features_that_are_not_computed_by_name(case: str, tmp_path: Path) -> None:
+    family, values, message = REFUSED[case]
+    config = getattr(transformers, f"{FAMILIES[family].classes}Config")(**{**SHAPE, "intermediate_size": 40, **values})
+    config.save_pretrained(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message) as raised:
+        import_model(str(tmp_path), tmp_path / "made.ckpt")
+    assert "\n" not in str(raised.value) and not (tmp_path / "made.ckpt").exists()
+
+
+def test_folders_that_do_not_fit_their_config_are_refused_by_name(tmp_path: Path) -> None:
+    theirs, folder, gate = their_model("olmoe"), tmp_path / "theirs", "model.layers.2.mlp.gate.weight"
+    theirs.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for message, damaged in {
+        f"lacks {gate}": {name: value for name, value in tensors.items() if name != gate},
+        rf"{gate} is \[7, 48\], by config.json it is \[8, 48\]": tensors | {gate: torch.zeros(7, 48)},
+        "has stray, which its config.json does not describe": tensors | {"stray": torch.zeros(1)},
+    }.items():
+        save_file(damaged, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            import_model(str(folder), tmp_path / "made.ckpt")
+    (folder / "config.json").write_text('{"model_type": "gemma"}')
+    with pytest.raises(ValueError, match=r"model_type=gemma of .* cannot be imported; supported are nlgmoe .*mixtral"):
+        import_model(str(folder), tmp_path / "made.ckpt")
+    theirs.save_pretrained(tmp_path / "fused", save_original_format=False)
+    with pytest.raises(ValueError, match="fused format"):
+        import_model(str(tmp_path / "fused"), tmp_path / "made.ckpt")
+    assert not (tmp_path / "made.ckpt").exists()
+
+
+def test_import_leaves_out_blocks_that_predict_further_tokens(tmp_path: Path) -> None:
+    """GLM-4.5's files have one, after the model's own; `num_nextn_predict_layers` counts them."""
+    their_model("glm4_moe, half of a head turns").save_pretrained(tmp_path / "theirs")
+    file, further = tmp_path / "theirs" / "model.safetensors", "model.layers.4.eh_proj.weight"
+    save_file(load_file(file) | {further: torch.zeros(48, 96)}, file)
+    assert import_model(str(tmp_path / "theirs"), tmp_path / "ours.ckpt").dropped == [further]
+    done = export(tmp_path / "ours.ckpt", tmp_path / "back")
+    assert done.family == "glm4_moe"
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_folder_of_two_precisions_survives_import_and_export_to_the_bit(tmp_path: Path) -> None:
+    """Some models keep their routers in fp32."""
+    theirs = their_model("olmoe").bfloat16()
+    for block in theirs.model.layers:
+        block.mlp.gate.float().weight.data += 1e-4
+    theirs.save_pretrained(tmp_path / "theirs")
+    import_model(str(tmp_path / "theirs"), tmp_path / "ours.ckpt")
+    export(tmp_path / "ours.ckpt", tmp_path / "back")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "back"))
+    assert {value.dtype for value in before.values()} == {torch.bfloat16, torch.float32}
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert after[name].dtype == value.dtype and torch.equal(after[name], value), name
