@@ -8,162 +8,106 @@ from torch import Tensor, nn
 
 from nlgmoe import MoEConfig, MoELayer
 from nlgmoe.layers.router import TopKRouter
-from tests.tools_check.defects import (
-    CAPACITY,
-    DROPLESS,
-    TWO,
-    add_load,
-    add_lost_state,
-    after_step,
-    batch_normalised,
-    capacity_of_training,
-    clipped,
-    copy_dropped,
-    counted_in_bf16,
-    even_widths,
-    experts,
-    first_tokens_stay,
-    layer,
-    lost_expert,
-    normalised_before_dropping,
-    of_a_pool,
-    one_more,
-    other_experts_in_evaluation,
-    own_loss,
-    padding_in_the_queue,
-    padding_kept,
-    read_on_host,
-    routed,
-    router,
-    shifted,
-    token_by_token,
-    without_gradients_of_expert_0,
-    without_last_expert,
-)
+from tests.tools_check import defects
+from tests.tools_check.defects import CAPACITY, DROPLESS, TWO, after_step, experts, layer, own_loss, routed, router
 
 Defect = tuple[MoEConfig, Callable[[MoELayer], None]]
-DEFECTS: dict[str, tuple[str, Defect]] = {
-    # defect -> the property that finds it, and the layer
-    "double softmax": (
-        "weights follow the logits",
-        (CAPACITY, router(_scores=lambda self, logits, probs: probs.softmax(-1))),
-    ),
-    "double softmax, normalised": (
-        "weights follow the logits",
-        (TWO, router(_scores=lambda self, logits, probs: probs.softmax(-1))),
-    ),
-    "double softmax in the balance loss": (
-        "the balance loss sees a collapse",
-        (TWO, routed(lambda routing, x: replace(routing, probs=routing.probs.softmax(-1)))),
-    ),
-    "detached auxiliary loss": (
-        "the losses reach the gate",
-        (TWO, routed(lambda routing, x: replace(routing, probs=routing.probs.detach()))),
-    ),
-    "detached weights": (
-        "the losses reach the gate",
-        (CAPACITY, routed(lambda routing, x: replace(routing, weight=routing.weight.detach()))),
-    ),
-    "weights renormalised before dropping": ("weights sum as declared", (TWO, router(forward=normalised_before_dropping))),
-    "capacity off by one": ("capacity is the formula", (CAPACITY, router(_capacity=one_more))),
-    "tokens dropped without a capacity": ("capacity is the formula", (DROPLESS, router(_capacity=lambda self, tokens: 5))),
-    "the first tokens stay": ("the declared tokens are dropped", (CAPACITY, router(_within_capacity=first_tokens_stay))),
-    "second choices before first": ("the declared tokens are dropped", (TWO, router(_within_capacity=token_by_token))),
-    "padding takes capacity": ("capacity is the formula", (CAPACITY, router(_within_capacity=padding_in_the_queue))),
-    "padding is computed": ("capacity is the formula", (DROPLESS, router(_within_capacity=padding_kept))),
-    "padding in the balance loss": (
-        "padding counts in no output or loss",
-        (CAPACITY, routed(lambda routing, x: replace(routing, token_mask=None))),
-    ),
-    "evaluation drops tokens": ("evaluation does not see neighbours", (CAPACITY, router(_capacity=capacity_of_training))),
-    "tokens mixed up": ("evaluation does not see neighbours", (DROPLESS, layer(shifted))),
-    "a pool of experts for a sequence": ("a token sees no later one", (TWO, of_a_pool(always=True))),
-    "a pool of experts in training": ("a token sees no later one", (DROPLESS, of_a_pool(always=False))),
-    "statistics of the micro-batch": ("micro-batches add up", (DROPLESS, layer(batch_normalised))),
-    "dropped tokens copied": ("output = sum of weight * expert(x)", (CAPACITY, layer(copy_dropped))),
-    "no gradient of an expert": (
-        "gradients equal finite differences",
-        (CAPACITY, experts(without_gradients_of_expert_0)),
-    ),
-    "a lost expert": ("output = sum of weight * expert(x)", (DROPLESS, experts(lost_expert))),
-    "state written in forward": ("forward writes no state", (CAPACITY, add_load)),
-    "state that no checkpoint holds": ("a resumed run is the same to the bit", (CAPACITY, add_lost_state)),
-    "output in fp32": ("types are kept", (CAPACITY, layer(lambda self, x, y, routing: y.float()))),
-    "weights in half precision": (
-        "types are kept",
-        (CAPACITY, routed(lambda routing, x: replace(routing, weight=routing.weight.to(x.dtype)))),
-    ),
-    "overflow in fp16": (
-        "types are kept",
-        (CAPACITY, layer(lambda self, x, y, routing: (y * 3e5) * torch.tensor(1 / 3e5, dtype=y.dtype))),
-    ),
-    "an expert out of reach": ("50 steps balance the load", (TWO, router(_logits=without_last_expert))),
-    "balance loss with the wrong sign": (
-        "50 steps balance the load",
-        (TWO, routed(lambda routing, x: replace(routing, probs=-routing.probs))),
-    ),
-    "even widths only": ("unusual sizes work", (CAPACITY, layer(even_widths))),
-    "a parameter that nothing uses": (
-        "the losses reach the gate",
-        (TWO, lambda module: module.router.register_parameter("idle", nn.Parameter(torch.zeros(8)))),
-    ),
-    "a detached loss beside the balance loss": (
-        "the losses reach the gate",
-        (TWO, own_loss(lambda log_z: log_z.detach().square().mean())),
-    ),
-    "a loss under another metric's name": (
-        "the losses reach the gate",
-        (TWO, routed(lambda routing, x: replace(routing, losses={"balance_loss": routing.logits.logsumexp(-1).mean()}))),
-    ),
-    "a loss for each token": ("the losses reach the gate", (TWO, own_loss(lambda log_z: log_z.square()))),
-    "a loss that is a sum over tokens": (
-        "micro-batches add up",
-        (DROPLESS, own_loss(lambda log_z: log_z.square().sum())),
-    ),
-    "an expert twice": (
-        "weights follow the logits",
-        (DROPLESS, routed(lambda routing, x: replace(routing, expert=routing.expert[:, :1].expand_as(routing.expert)))),
-    ),
-    "weights in another order than experts": (
-        "weights follow the logits",
-        (DROPLESS, routed(lambda routing, x: replace(routing, weight=routing.weight.flip(1)))),
-    ),
-    "capacity counted in bf16": ("capacity is the formula", (TWO, router(_within_capacity=counted_in_bf16))),
-    "all_kept of padding": (
-        "capacity is the formula",
-        (DROPLESS, routed(lambda routing, x: replace(routing, all_kept=True))),
-    ),
-    "a capacity below the kept tokens": (
-        "capacity is the formula",
-        (TWO, routed(lambda routing, x: replace(routing, capacity=4))),
-    ),
-    "overflow of large logits": (
-        "unusual sizes work",
-        (DROPLESS, router(_scores=lambda self, logits, probs: logits.exp() / logits.exp().sum(-1, keepdim=True))),
-    ),
-    "other experts in evaluation": (
-        "evaluation chooses as training does",
-        (TWO, router(_logits=other_experts_in_evaluation)),
-    ),
-    "noise of the global generator": (
-        "forward writes no state",
-        (TWO, router(_logits=lambda self, x: TopKRouter._logits(self, x) + torch.randn(8, dtype=x.dtype))),
-    ),
-    "the load of the last micro-batch": (
-        "steps follow the requests",
-        (TWO, after_step(lambda self, requests: self.seen)),
-    ),
-    "loads counted in the weights' type": (
-        "steps follow the requests",
-        (TWO, after_step(lambda self, requests: requests.to(self.weight.dtype))),
-    ),
-    "shares of no request": (
-        "steps follow the requests",
-        (TWO, after_step(lambda self, requests: requests / requests.sum())),
-    ),
-    "a read by the host after a step": ("the host reads no device", (TWO, after_step(clipped))),
-    "a read by the host": ("the host reads no device", (CAPACITY, routed(read_on_host))),
+BY_PROPERTY: dict[str, dict[str, Defect]] = {  # that finds them
+    "weights follow the logits": {
+        "double softmax": (CAPACITY, router(_scores=lambda self, logits, probs: probs.softmax(-1))),
+        "double softmax, normalised": (TWO, router(_scores=lambda self, logits, probs: probs.softmax(-1))),
+        "an expert twice":
+            (DROPLESS, routed(lambda routing, x: replace(routing, expert=routing.expert[:, :1].expand_as(routing.expert)))),
+        "weights in another order than experts":
+            (DROPLESS, routed(lambda routing, x: replace(routing, weight=routing.weight.flip(1)))),
+    },
+    "the balance loss sees a collapse": {
+        "double softmax in the balance loss": (TWO, routed(lambda routing, x: replace(routing, probs=routing.probs.softmax(-1)))),
+    },
+    "the losses reach the gate": {
+        "detached auxiliary loss": (TWO, routed(lambda routing, x: replace(routing, probs=routing.probs.detach()))),
+        "detached weights": (CAPACITY, routed(lambda routing, x: replace(routing, weight=routing.weight.detach()))),
+        "a parameter that nothing uses":
+            (TWO, lambda module: module.router.register_parameter("idle", nn.Parameter(torch.zeros(8)))),
+        "a detached loss beside the balance loss": (TWO, own_loss(lambda log_z: log_z.detach().square().mean())),
+        "a loss under another metric's name":
+            (TWO, routed(lambda routing, x: replace(routing, losses={"balance_loss": routing.logits.logsumexp(-1).mean()}))),
+        "a loss for each token": (TWO, own_loss(lambda log_z: log_z.square())),
+    },
+    "weights sum as declared": {
+        "weights renormalised before dropping": (TWO, router(forward=defects.normalised_before_dropping)),
+    },
+    "capacity is the formula": {
+        "capacity off by one": (CAPACITY, router(_capacity=defects.one_more)),
+        "tokens dropped without a capacity": (DROPLESS, router(_capacity=lambda self, tokens: 5)),
+        "padding takes capacity": (CAPACITY, router(_within_capacity=defects.padding_in_the_queue)),
+        "padding is computed": (DROPLESS, router(_within_capacity=defects.padding_kept)),
+        "capacity counted in bf16": (TWO, router(_within_capacity=defects.counted_in_bf16)),
+        "all_kept of padding": (DROPLESS, routed(lambda routing, x: replace(routing, all_kept=True))),
+        "a capacity below the kept tokens": (TWO, routed(lambda routing, x: replace(routing, capacity=4))),
+    },
+    "the declared tokens are dropped": {
+        "the first tokens stay": (CAPACITY, router(_within_capacity=defects.first_tokens_stay)),
+        "second choices before first": (TWO, router(_within_capacity=defects.token_by_token)),
+    },
+    "padding counts in no output or loss": {
+        "padding in the balance loss": (CAPACITY, routed(lambda routing, x: replace(routing, token_mask=None))),
+    },
+    "evaluation does not see neighbours": {
+        "evaluation drops tokens": (CAPACITY, router(_capacity=defects.capacity_of_training)),
+        "tokens mixed up": (DROPLESS, layer(defects.shifted)),
+    },
+    "a token sees no later one": {
+        "a pool of experts for a sequence": (TWO, defects.of_a_pool(always=True)),
+        "a pool of experts in training": (DROPLESS, defects.of_a_pool(always=False)),
+    },
+    "micro-batches add up": {
+        "statistics of the micro-batch": (DROPLESS, layer(defects.batch_normalised)),
+        "a loss that is a sum over tokens": (DROPLESS, own_loss(lambda log_z: log_z.square().sum())),
+    },
+    "output = sum of weight * expert(x)": {
+        "dropped tokens copied": (CAPACITY, layer(defects.copy_dropped)),
+        "a lost expert": (DROPLESS, experts(defects.lost_expert)),
+    },
+    "gradients equal finite differences": {
+        "no gradient of an expert": (CAPACITY, experts(defects.without_gradients_of_expert_0)),
+    },
+    "forward writes no state": {
+        "state written in forward": (CAPACITY, defects.add_load),
+        "noise of the global generator":
+            (TWO, router(_logits=lambda self, x: TopKRouter._logits(self, x) + torch.randn(8, dtype=x.dtype))),
+    },
+    "a resumed run is the same to the bit": {
+        "state that no checkpoint holds": (CAPACITY, defects.add_lost_state),
+    },
+    "types are kept": {
+        "output in fp32": (CAPACITY, layer(lambda self, x, y, routing: y.float())),
+        "weights in half precision": (CAPACITY, routed(lambda routing, x: replace(routing, weight=routing.weight.to(x.dtype)))),
+        "overflow in fp16": (CAPACITY, layer(lambda self, x, y, routing: (y * 3e5) * torch.tensor(1 / 3e5, dtype=y.dtype))),
+    },
+    "50 steps balance the load": {
+        "an expert out of reach": (TWO, router(_logits=defects.without_last_expert)),
+        "balance loss with the wrong sign": (TWO, routed(lambda routing, x: replace(routing, probs=-routing.probs))),
+    },
+    "unusual sizes work": {
+        "even widths only": (CAPACITY, layer(defects.even_widths)),
+        "overflow of large logits":
+            (DROPLESS, router(_scores=lambda self, logits, probs: logits.exp() / logits.exp().sum(-1, keepdim=True))),
+    },
+    "evaluation chooses as training does": {
+        "other experts in evaluation": (TWO, router(_logits=defects.other_experts_in_evaluation)),
+    },
+    "steps follow the requests": {
+        "the load of the last micro-batch": (TWO, after_step(lambda self, requests: self.seen)),
+        "loads counted in the weights' type": (TWO, after_step(lambda self, requests: requests.to(self.weight.dtype))),
+        "shares of no request": (TWO, after_step(lambda self, requests: requests / requests.sum())),
+    },
+    "the host reads no device": {
+        "a read by the host after a step": (TWO, after_step(defects.clipped)),
+        "a read by the host": (CAPACITY, routed(defects.read_on_host)),
+    },
 }  # fmt: skip
+DEFECTS = {defect: (name, made) for name, those in BY_PROPERTY.items() for defect, made in those.items()}
 
 
 class PlainMoE(nn.Module):

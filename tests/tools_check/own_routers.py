@@ -57,9 +57,8 @@ class OwnCapacity(Router):
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)) / self.temperature.to(
-                dtype
-            )  # [N, E]
+            logits = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))  # [N, E]
+            logits = logits / self.temperature.to(dtype)
             probs = logits.softmax(dim=-1)
         weight, expert = probs.topk(self.moe.top_k, dim=-1)  # [N, k]
         mask = None if context.mask is None else context.mask.flatten()

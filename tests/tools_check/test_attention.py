@@ -45,12 +45,7 @@ LATENT = replace(BIG, attention=MLAConfig(512, 128, 64, 128, q_lora_rank=96))
 
 @pytest.mark.parametrize(
     ("target", "layers"),
-    [
-        ("multi-head", 3),
-        ("mla", 1),
-        ("window_attention.WindowAttentionConfig", 2),
-        (f"{__name__}.window", 1),
-    ],
+    [("multi-head", 3), ("mla", 1), ("window_attention.WindowAttentionConfig", 2), (f"{__name__}.window", 1)],
 )
 def test_check_attention_passes_correct_attentions(target: str, layers: int) -> None:
     found = find_layers([target])
