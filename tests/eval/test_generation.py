@@ -11,15 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.data.tokenizer import PROBE, StreamingDetokenizer, Tokenizer, detokenize
-from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
+from nlgmoe.data.tokenizer import PROBE, StreamingDetokenizer, detokenize
 from nlgmoe.eval.generation import Completion, Sampling, complete, generate, stream
 from nlgmoe.model.gpt import GPT
+from tests.support.checkpoints import TOKENIZER
 
 VOCAB, SEQ_LEN = 61, 24
-MODEL = GPT(
-    GPTConfig(VOCAB, SEQ_LEN, 4, 32, 2, init_std=0.1, moe=MoEConfig([2, 4], mlp_type="residual")), seed=3
-).eval()
+CONFIG = GPTConfig(VOCAB, SEQ_LEN, 4, 32, 2, init_std=0.1, moe=MoEConfig([2, 4], mlp_type="residual"))
+MODEL = GPT(CONFIG, seed=3).eval()
 PROMPTS = [[5, 9, 2], [7, 7, 1, 30, 2, 8], [4], [5, 9, 2]]
 GREEDY = Sampling(temperature=0)
 
@@ -77,17 +76,15 @@ def test_sampled_texts_of_equal_prompts_differ_and_follow_the_seed() -> None:
     assert len({tuple(completion.tokens) for completion in one + two}) == 6
 
 
-def test_generated_tokens_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    forward = MODEL.forward
-    monkeypatch.setattr(
-        MODEL, "forward", lambda *args, **kwargs: (calls.append(args[0].shape), forward(*args, **kwargs))[1]
-    )
+def test_generated_tokens_come_one_by_one() -> None:
+    calls: list[torch.Size] = []
+    handle = MODEL.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape))
     tokens = stream(MODEL, PROMPTS[:2], 3, GREEDY)
     first = [next(tokens), next(tokens)]
     assert ([new.sequence for new in first], calls) == ([0, 1], [(2, 6)])
     assert len(list(tokens)) == 4
     assert calls == [(2, 6), (2, 1), (2, 1)]  # nothing is read twice
+    handle.remove()
 
 
 def test_sampling_follows_the_distribution() -> None:
@@ -134,20 +131,18 @@ def test_generation_ends_at_logits_that_are_not_finite_and_names_the_weight() ->
     broken = copy.deepcopy(MODEL)
     with torch.no_grad():
         broken.blocks[1].moe.experts.project_bias[:, 3] = math.nan
-    with pytest.raises(
-        ValueError, match=r"logits are NaN or infinite: the weight blocks.1.moe.experts.project_bias is not"
-    ):
+    message = r"logits are NaN or infinite: the weight blocks.1.moe.experts.project_bias is not"
+    with pytest.raises(ValueError, match=message):
         generate(broken, PROMPTS, 1)
 
 
 def test_streamed_text_has_only_complete_characters() -> None:
-    tokenizer = Tokenizer(train_byte_level_bpe(iter(["the king and the queen"] * 3), 300), "tiny")  # bytes, mostly
-    ids = tokenizer.encode(PROBE)
-    assert b"".join(map(tokenizer.spell, ids)) == PROBE.encode()
-    assert [len(tokenizer.spell(i)) for i in range(tokenizer.vocab_size)] == tokenizer.token_bytes.tolist()
-    detokenizer = StreamingDetokenizer(tokenizer)
+    ids = TOKENIZER.encode(PROBE)  # bytes, mostly
+    assert b"".join(map(TOKENIZER.spell, ids)) == PROBE.encode()
+    assert [len(TOKENIZER.spell(i)) for i in range(TOKENIZER.vocab_size)] == TOKENIZER.token_bytes.tolist()
+    detokenizer = StreamingDetokenizer(TOKENIZER)
     pieces = [detokenizer.add(token) for token in ids]
     assert "".join(pieces) == PROBE and "" in pieces
     for length in range(len(ids)):  # cut within a character: that one is left out
-        assert PROBE.startswith(detokenize(tokenizer, ids[:length]))
-    assert detokenize(tokenizer, [tokenizer.eod_id, *tokenizer.encode("a"), 9999]) == "a"
+        assert PROBE.startswith(detokenize(TOKENIZER, ids[:length]))
+    assert detokenize(TOKENIZER, [TOKENIZER.eod_id, *TOKENIZER.encode("a"), 9999]) == "a"

@@ -12,12 +12,12 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from nlgmoe.checkpoint.entries import split_experts
+from nlgmoe import load_model
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.model.gpt import GPT
-from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.lm_eval.harness import EvaluatedGPT
+from tests.support.checkpoints import write
 from tests.support.gpt2 import as_theirs, our_name
 from tests.support.tasks import TOKENIZER, WORDS, text
 
@@ -25,15 +25,6 @@ SEQ_LEN = 24
 DENSE = GPTConfig(TOKENIZER.vocab_size, SEQ_LEN, 2, 32, 2, vocab_size_multiple=1)
 PR_MOE = replace(DENSE, moe=MoEConfig([4], mlp_type="residual"))
 UNTIL = {"until": ["e", " q"], "max_gen_toks": 7, "do_sample": False}
-
-
-def randomised(config: GPTConfig) -> GPT:
-    gpt = GPT(config)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in gpt.named_parameters():  # far from the initial values, so that every one of them matters
-        noise = torch.randn(parameter.shape, generator=generator) * 0.2
-        parameter.data = 1 + noise if "norm.weight" in name else noise
-    return gpt.eval()
 
 
 def theirs(gpt: GPT) -> HFLM:
@@ -65,20 +56,17 @@ PAIRS = [
 ]
 
 
-def exported(gpt: GPT, folder: Path) -> HFLM:
-    entries = split_experts(gpt.state_dict())
-    write_weights(folder / "a.ckpt", entries.__getitem__, gpt.config, TOKENIZER.files)
-    export(folder / "a.ckpt", folder / "exported")
-    return HFLM(
-        pretrained=str(folder / "exported"), trust_remote_code=True, batch_size=3, device="cpu", dtype="float32"
-    )
+def exported(checkpoint: Path) -> HFLM:
+    folder = checkpoint.with_suffix("")
+    export(checkpoint, folder)
+    return HFLM(pretrained=str(folder), trust_remote_code=True, batch_size=3, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module", params=["GPT-2", "an exported PR-MoE"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluatedGPT, HFLM]:
-    gpt = randomised(DENSE if request.param == "GPT-2" else PR_MOE)
-    expected = theirs(gpt) if request.param == "GPT-2" else exported(gpt, tmp_path_factory.mktemp("exported"))
-    return EvaluatedGPT(gpt, TOKENIZER, batch_size=4), expected
+    dense, path = request.param == "GPT-2", tmp_path_factory.mktemp("models") / "a.ckpt"
+    gpt = load_model(write(path, DENSE if dense else PR_MOE, tokenizer=TOKENIZER.files)).eval()
+    return EvaluatedGPT(gpt, TOKENIZER, batch_size=4), theirs(gpt) if dense else exported(path)
 
 
 def test_log_likelihoods_are_those_of_lm_evals_hf_model(pair: tuple[EvaluatedGPT, HFLM]) -> None:

@@ -1,7 +1,6 @@
 """Zero-shot tasks on two ranks with shared experts."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,19 +36,11 @@ class Remembers(ZeroShotEval):
         return self.values
 
 
-@dataclass
-class Outcome:
-    """Metrics of one rank: of all documents; of one per task; while training, where the last rank cannot read a task's
-    documents. The number of forward passes for texts of two lengths.
+def zero_shot(ranks: int, folder: Path) -> tuple[list[dict[str, float]], list[int]]:
+    """Return metrics of one rank, and the numbers of forward passes for texts of two lengths.
+
+    The metrics are of all documents; of one per task; while training, where the last rank cannot read a task's documents.
     """
-
-    all_documents: dict[str, float]
-    one_document: dict[str, float]
-    damaged: dict[str, float]
-    passes: list[int]
-
-
-def zero_shot(ranks: int, folder: Path) -> Outcome:
     rank = int(os.environ["RANK"]) if ranks > 1 else 0
     own = write_tasks(folder / f"tasks {rank}")
     passes = []
@@ -67,14 +58,12 @@ def zero_shot(ranks: int, folder: Path) -> Outcome:
     whole, first = run(None), run(1)
     if rank == ranks - 1:
         (own / "tiny_choice_documents.jsonl").write_text('{"question": "no choices"}\n')
-    return Outcome(whole, first, run(None, train=True), passes)
+    return [whole, first, run(None, train=True)], passes
 
 
 def test_zero_shot_on_ranks_finds_what_one_process_finds(tmp_path: Path) -> None:
-    expected = zero_shot(1, tmp_path / "alone")
-    assert (len(expected.all_documents), expected.damaged["zero_shot/failed_tasks"]) == (4, 1)
-    for outcome in spawn(RANKS, zero_shot, RANKS, tmp_path / "ranks", folder=tmp_path / "results"):
-        assert outcome.passes == [9, 9, 9]
-        assert outcome.all_documents == pytest.approx(expected.all_documents, rel=1e-4)
-        assert outcome.one_document == pytest.approx(expected.one_document, rel=1e-4)
-        assert outcome.damaged == pytest.approx(expected.damaged, rel=1e-4)
+    alone, _ = zero_shot(1, tmp_path / "alone")
+    assert (len(alone[0]), alone[2]["zero_shot/failed_tasks"]) == (4, 1)
+    for metrics, passes in spawn(RANKS, zero_shot, RANKS, tmp_path / "ranks", folder=tmp_path / "results"):
+        assert passes == [9, 9, 9]
+        assert metrics == [pytest.approx(expected, rel=1e-4) for expected in alone]

@@ -7,20 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
 
 from nlgmoe import GPTConfig, MixtureOfStudents, MoEConfig, MoEGPTModule, WarmStart, generate, load_pretrained
-from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
 from nlgmoe.data.tokenizer import PROBE, Tokenizer
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
-from nlgmoe.model.gpt import GPT
 from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.export import export
+from tests.support.checkpoints import TOKENIZER, write
 from tests.support.synthetic import SyntheticData
+from tests.support.trainers import trainer
 
-TOKENIZER = Tokenizer(train_byte_level_bpe(iter(["the king and the queen"] * 3), 300), "tiny")
 OTHER = Tokenizer(train_byte_level_bpe(iter(["THE KING AND THE QUEEN"] * 3), 300), "other")
 CONFIG = GPTConfig(TOKENIZER.vocab_size, 16, 2, 16, 2, moe=MoEConfig(4))
 
@@ -32,10 +30,9 @@ class WithTokenizer(SyntheticData):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    settings = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(default_root_dir=folder, max_steps=1, max_epochs=-1, accelerator="cpu", logger=False, **settings)
-    trainer.fit(MoEGPTModule(CONFIG), WithTokenizer())
-    trainer.save_checkpoint(folder / "last.ckpt")
+    run = trainer(folder, max_steps=1)
+    run.fit(MoEGPTModule(CONFIG), WithTokenizer())
+    run.save_checkpoint(folder / "last.ckpt")
     return folder / "last.ckpt"
 
 
@@ -66,8 +63,7 @@ def test_loaded_model_finds_a_damaged_or_missing_tokenizer(checkpoint: Path, tmp
 
 
 def test_loaded_model_without_a_tokenizer_needs_one(checkpoint: Path, tmp_path: Path) -> None:
-    config = GPTConfig(260, 16, 2, 16, 2)
-    write_weights(tmp_path / "a.ckpt", split_experts(GPT(config).state_dict()).__getitem__, config, None)
+    write(tmp_path / "a.ckpt", GPTConfig(260, 16, 2, 16, 2))
     with pytest.raises(ValueError, match=r"tokenizer=null: .* holds none; set it"):
         load_pretrained(tmp_path / "a.ckpt")
     (tmp_path / "tokenizer.json").write_text(TOKENIZER.files["tokenizer.json"])
@@ -88,15 +84,14 @@ def test_loaded_model_refuses_another_tokenizer_of_the_same_size(
     other.tokenizer = OTHER
 
     def validate(data: SyntheticData, module: MoEGPTModule, **options: Any) -> None:
-        trainer = Trainer(accelerator="cpu", logger=False, limit_val_batches=1)
-        trainer.validate(module, data, verbose=False, **options)
+        trainer(tmp_path, limit_val_batches=1).validate(module, data, verbose=False, **options)
 
     def warm_start(**options: Any) -> MoEGPTModule:
         return MoEGPTModule(CONFIG, warm_start=WarmStart(str(checkpoint), **options))
 
     def distil() -> None:
-        trainer = Trainer(accelerator="cpu", logger=False, max_steps=1, enable_checkpointing=False)
-        trainer.fit(MoEGPTModule(CONFIG, distiller=MixtureOfStudents(str(weights))), other)
+        module = MoEGPTModule(CONFIG, distiller=MixtureOfStudents(str(weights)))
+        trainer(tmp_path, max_steps=1).fit(module, other)
 
     validate(own, warm_start())
     validate(own, MoEGPTModule(CONFIG), ckpt_path=weights)
