@@ -22,16 +22,8 @@ from tests.support.trainers import CONFIG, SaveAt, trainer
 
 def test_a_run_logs_experts_speed_and_learning_rate_and_ends_with_a_summary(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
-    run = trainer(
-        tmp_path,
-        ExpertLoad(),
-        Throughput(),
-        RunSummary(),
-        max_steps=6,
-        logger=logger,
-        log_every_n_steps=2,
-        limit_val_batches=1.0,
-    )
+    settings = {"max_steps": 6, "logger": logger, "log_every_n_steps": 2, "limit_val_batches": 1.0}
+    run = trainer(tmp_path, ExpertLoad(), Throughput(), RunSummary(), **settings)
     run.fit(MoEGPTModule(CONFIG, curriculum=SequenceCurriculum(tokens=200, start=4, increment=4)), SyntheticData())
     header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
     expected = {"train/loss", "train/balance_loss", "train/lr", "train/tokens", "train/tokens_per_second"}
@@ -61,10 +53,8 @@ def test_a_model_that_was_changed_in_code_is_counted_as_it_is(tmp_path: Path) ->
 
 def test_the_summary_has_the_validation_loss_and_continues_when_resumed(tmp_path: Path) -> None:
     validation = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
-    first = RunSummary()
-    trainer(tmp_path, first, SaveAt(3, tmp_path / "a.ckpt"), max_steps=3, **validation).fit(
-        MoEGPTModule(CONFIG), SyntheticData()
-    )
+    saves = SaveAt(3, tmp_path / "a.ckpt")
+    trainer(tmp_path, RunSummary(), saves, max_steps=3, **validation).fit(MoEGPTModule(CONFIG), SyntheticData())
     second, module = RunSummary(), MoEGPTModule(CONFIG)
     there: list[bool] = []
     look = LambdaCallback(on_train_batch_end=lambda *_: there.append((tmp_path / "summary.json").exists()))
@@ -127,9 +117,6 @@ def test_progress_counts_tokens_to_the_end(tmp_path: Path) -> None:
     for tokens, steps, end in ((300, -1, 320), (None, 3, 192)):
         bar, module = TokenProgressBar(), MoEGPTModule(CONFIG, train_tokens=tokens)
         trainer(tmp_path, bar, enable_progress_bar=True, max_steps=steps).fit(module, SyntheticData())
-        assert (bar.train_progress_bar.n, bar.train_progress_bar.total, bar.train_progress_bar.unit) == (
-            end,
-            end,
-            " tok",
-        )
+        shown = bar.train_progress_bar
+        assert (shown.n, shown.total, shown.unit) == (end, end, " tok")
         assert set(bar.get_metrics(bar.trainer, module)) == {"loss", "lr"}

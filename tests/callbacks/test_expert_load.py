@@ -45,22 +45,12 @@ def test_expert_load_statistics_by_hand() -> None:
     entropy = -0.97 * math.log(0.97) - 0.03 * math.log(0.01) + math.log(4)
     squares = (math.log(0.97) + 1) ** 2 + 3 * (math.log(0.01) + 1) ** 2 + 4 * (math.log(0.25) + 1) ** 2
     sums = routing_totals(routing).tolist()
-    assert routing_statistics(sums, routing) == pytest.approx(
-        {
-            "load_max_over_mean": 4.0,
-            "load_min_over_mean": 0.0,
-            "load_p10_over_mean": 0.0,
-            "load_p50_over_mean": 0.0,
-            "load_p90_over_mean": 2.8,  # 0.7 of the way from the third to the fourth
-            "load_cv": math.sqrt(3),
-            "dropped": 0.5,
-            "entropy": entropy / 2 / math.log(4),
-            "confidence": (0.97 + 0.25) / 2,
-            "logit_rms": math.sqrt(squares / 8),
-            "expert_share": 0.5,
-        },
-        rel=1e-5,
-    )
+    # The 90th percentile is 0.7 of the way from the third expert to the fourth.
+    load = {"max": 4.0, "min": 0.0, "p10": 0.0, "p50": 0.0, "p90": 2.8}
+    expected = {f"load_{name}_over_mean": value for name, value in load.items()}
+    expected |= {"load_cv": math.sqrt(3), "dropped": 0.5, "entropy": entropy / 2 / math.log(4), "expert_share": 0.5}
+    expected |= {"confidence": (0.97 + 0.25) / 2, "logit_rms": math.sqrt(squares / 8)}
+    assert routing_statistics(sums, routing) == pytest.approx(expected, rel=1e-5)
     without = replace(routing, probs=None, logits=None, expert_share=None)
     lacking = {"entropy", "confidence", "logit_rms", "expert_share"}
     assert routing_statistics(sums, routing).keys() - routing_statistics(sums, without).keys() == lacking
@@ -77,6 +67,13 @@ class Routings(Callback):
         self.seen.append(pl_module.routings)
         if not trainer.fit_loop._should_accumulate():
             self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def fit(folder: Path, *callbacks: Callback, module: Any = None, checkpoint: Any = None, **settings: Any) -> Routings:
+    seen = Routings()
+    run = trainer(folder, *callbacks, seen, **settings)
+    run.fit(module or MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=checkpoint)
+    return seen
 
 
 def test_expert_load_covers_all_micro_batches_of_an_interval(tmp_path: Path) -> None:
@@ -96,9 +93,7 @@ def test_expert_load_covers_all_micro_batches_of_an_interval(tmp_path: Path) -> 
             load = torch.bincount(chosen.flatten(), minlength=probs.shape[1])
             row = rows[2 * interval + layer]
             assert [row[f"expert_{e}"] for e in range(4)] == [*map(str, load.tolist()), *[""] * (4 - len(load))]
-            found = {
-                name.split("/")[2]: value for name, value in logged.items() if name.startswith(f"experts/{layer}/")
-            }
+            found = {name.rpartition("/")[2]: logged[name] for name in logged if name.startswith(f"experts/{layer}/")}
             assert found["load_max_over_mean"] == pytest.approx(float(load.max() / load.double().mean()))
             assert found["load_cv"] == pytest.approx(float(load.double().std(correction=0) / load.double().mean()))
             assert found["confidence"] == pytest.approx(float(probs.gather(1, chosen).mean().detach()), rel=1e-5)
@@ -112,20 +107,18 @@ def test_expert_load_covers_all_micro_batches_of_an_interval(tmp_path: Path) -> 
 @pytest.mark.parametrize(("steps", "tokens"), [(2, None), (3, None), (-1, 3 * 64)], ids=["logged", "steps", "tokens"])
 def test_gradient_norms_of_parts_make_the_whole(steps: int, tokens: int | None, tmp_path: Path) -> None:
     """In the row of a run's last step too, which may be between two logging intervals."""
-    seen = Routings()
-    run = trainer(tmp_path, ExpertLoad(), seen, max_steps=steps, log_every_n_steps=2, gradient_clip_val=0.1)
-    run.fit(MoEGPTModule(CONFIG, train_tokens=tokens), SyntheticData())
+    module = MoEGPTModule(CONFIG, train_tokens=tokens)
+    seen = fit(tmp_path, ExpertLoad(), module=module, max_steps=steps, log_every_n_steps=2, gradient_clip_val=0.1)
     parts = [value for name, value in seen.logged[-1].items() if "/grad_norm_" in name]
     assert len(parts) == 5 and min(parts) > 0
     assert math.hypot(*parts) == pytest.approx(seen.logged[-1]["train/grad_norm"], rel=1e-5)
 
 
 def test_expert_load_does_not_count_a_skipped_step(tmp_path: Path) -> None:
-    seen, module = Routings(), MoEGPTModule(CONFIG, non_finite=NonFinite("skip"))
+    module = MoEGPTModule(CONFIG, non_finite=NonFinite("skip"))
     breaks = Spoils({1}, output_of("blocks.0.ffn_norm", lambda out: out * torch.nan))
-    run = trainer(tmp_path, breaks, ExpertLoad(), seen, max_steps=4, log_every_n_steps=2)
     with pytest.warns(UserWarning, match="skipped"):
-        run.fit(module, SyntheticData())
+        seen = fit(tmp_path, breaks, ExpertLoad(), module=module, max_steps=4, log_every_n_steps=2)
     first, second = seen.logged[1], seen.logged[3]
     assert math.isfinite(first["experts/0/entropy"]) and math.isnan(first["experts/0/grad_norm_router"])
     assert all(math.isfinite(value) for name, value in second.items() if name.startswith("experts/"))
@@ -140,30 +133,24 @@ def test_dead_experts_had_no_token_in_a_window_also_over_a_restart(
         return torch.zeros(len(logits), 1, dtype=torch.long)
 
     monkeypatch.setattr(TopKRouter, "_choose", first)
-
-    def fit(steps: int, *callbacks: Callback, **settings: Any) -> list[float]:
-        seen = Routings()
-        run = trainer(tmp_path, ExpertLoad(dead_window=3), seen, *callbacks, max_steps=steps, log_every_n_steps=1)
-        run.fit(MoEGPTModule(CONFIG), SyntheticData(), **settings)
-        return [logged["experts/1/dead"] for logged in seen.logged]
-
-    assert fit(4, SaveAt(2, tmp_path / "two.ckpt")) == [0, 0, 3, 3]
-    assert fit(4, ckpt_path=tmp_path / "two.ckpt") == [3, 3]
+    saved, often = tmp_path / "two.ckpt", {"max_steps": 4, "log_every_n_steps": 1}
+    whole = fit(tmp_path, ExpertLoad(dead_window=3), SaveAt(2, saved), **often)
+    rest = fit(tmp_path, ExpertLoad(dead_window=3), checkpoint=saved, **often)
+    assert [[logged["experts/1/dead"] for logged in seen.logged] for seen in (whole, rest)] == [[0, 0, 3, 3], [3, 3]]
 
 
 def test_expert_load_goes_on_with_the_interval_after_a_resume(tmp_path: Path) -> None:
-    def fit(*savers: Callback, **settings: Any) -> tuple[dict[str, float], str]:
-        seen = Routings()
-        run = trainer(tmp_path, ExpertLoad(), *savers, seen, max_steps=8, log_every_n_steps=4)
-        run.fit(MoEGPTModule(CONFIG), SyntheticData(), **settings)
-        logged = {name: value for name, value in seen.logged[-1].items() if name.startswith("experts/")}
-        return logged, (tmp_path / "expert_load.csv").read_text()
+    def load(*savers: Callback, checkpoint: Path | None = None) -> tuple[dict[str, float], str]:
+        seen = fit(tmp_path, ExpertLoad(), *savers, checkpoint=checkpoint, max_steps=8, log_every_n_steps=4)
+        logged = seen.logged[-1]
+        values = {name: value for name, value in logged.items() if name.startswith("experts/")}
+        return values, (tmp_path / "expert_load.csv").read_text()
 
     saved = tmp_path / "checkpoints/step-5.ckpt"
-    whole = fit(SaveAt(5, saved))
-    assert fit(ckpt_path=saved) == whole
+    whole = load(SaveAt(5, saved))
+    assert load(checkpoint=saved) == whole
     elsewhere = saved.rename(tmp_path / "elsewhere.ckpt")  # as of another run's folder
-    (header, *rows), later = whole[1].splitlines(), fit(ckpt_path=elsewhere)[1].splitlines()
+    (header, *rows), later = whole[1].splitlines(), load(checkpoint=elsewhere)[1].splitlines()
     assert later == [header, *(row for row in rows if row.startswith("7,"))]
 
 
@@ -176,28 +163,26 @@ def test_expert_load_rows_thin_out_by_the_step_alone() -> None:
 def test_expert_load_row_covers_all_steps_since_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a run is killed and resumed between rows, and in a fork; rows are counted without reading the file."""
 
-    def fit(folder: str, *callbacks: Callback, **settings: Any) -> list[dict[str, str]]:
-        run = trainer(tmp_path / folder, ExpertLoad(), *callbacks, max_steps=12, log_every_n_steps=1)
-        run.fit(MoEGPTModule(CONFIG), SyntheticData(), **settings)
+    def rows(folder: str, *callbacks: Callback, checkpoint: Path | None = None) -> list[dict[str, str]]:
+        fit(tmp_path / folder, ExpertLoad(), *callbacks, checkpoint=checkpoint, max_steps=12, log_every_n_steps=1)
         return rows_of(tmp_path / folder / "expert_load.csv")
 
-    every = fit("every")
+    every = rows("every")
     monkeypatch.setattr("nlgmoe.callbacks.expert_load.ROWS_PER_DOUBLING", 2)
     saved = tmp_path / "thin/checkpoints/step-7.ckpt"
-    thin = fit("thin", SaveAt(7, saved))
+    thin = rows("thin", SaveAt(7, saved))
     assert [int(row["step"]) for row in thin[::2]] == [0, 1, 2, 3, 5, 7, 11]
     for before, row in zip([None, None, *thin], thin, strict=False):
         begin, end = int(before["step"]) if before is not None else -1, int(row["step"])
         covered = [one for one in every if one["moe_layer"] == row["moe_layer"] and begin < int(one["step"]) <= end]
         for name in ("expert_0", "expert_1"):
             assert int(row[name]) == sum(int(one[name]) for one in covered)
-        assert float(row["dropped"]) == pytest.approx(
-            sum(float(one["dropped"]) for one in covered) / len(covered), abs=1e-5
-        )
+        dropped = [float(one["dropped"]) for one in covered]
+        assert float(row["dropped"]) == pytest.approx(sum(dropped) / len(dropped), abs=1e-5)
     states = json.loads((saved / "checkpoint.json").read_text())["callbacks"]
     assert [state["rows"] for name, state in states.items() if name.startswith("ExpertLoad")] == [10]
-    assert fit("thin", ckpt_path=saved) == thin
-    assert fit("fork", ckpt_path=saved) == thin[-4:]
+    assert rows("thin", checkpoint=saved) == thin
+    assert rows("fork", checkpoint=saved) == thin[-4:]
 
 
 def test_expert_load_in_validate_is_the_checkpoints(tmp_path: Path) -> None:
@@ -222,7 +207,6 @@ def test_expert_load_ignores_a_callbacks_forward_pass(tmp_path: Path) -> None:
     batch = next(iter(SyntheticData().val_dataloader()))
     probe = LambdaCallback(on_train_batch_end=lambda run, module, *_: module.predict_step(batch, 0))
     for name, callbacks in {"plain": [], "probed": [probe]}.items():
-        run = trainer(tmp_path / name, *callbacks, ExpertLoad(), max_steps=3, log_every_n_steps=1)
-        run.fit(MoEGPTModule(CONFIG), SyntheticData())
+        fit(tmp_path / name, *callbacks, ExpertLoad(), max_steps=3, log_every_n_steps=1)
     loads = [(tmp_path / name / "expert_load.csv").read_text() for name in ("plain", "probed")]
     assert loads[0] == loads[1] and "0," in loads[0]

@@ -75,9 +75,8 @@ def test_zero_shot_eval_counts_a_failing_task_and_training_goes_on(tmp_path: Pat
     folder = write_tasks(tmp_path / "tasks")
     (folder / "tiny_choice_documents.jsonl").write_text('{"question": "no choices"}\n')
     settings = {"include_path": str(folder), "limit": 2}
-    run = trainer(
-        tmp_path, zero_shot := ZeroShotEval(["tiny_choice", "tiny_word"], **settings), max_steps=4, **VALIDATES
-    )
+    zero_shot = ZeroShotEval(["tiny_choice", "tiny_word"], **settings)
+    run = trainer(tmp_path, zero_shot, max_steps=4, **VALIDATES)
     logged: list[dict[str, float]] = []
     zero_shot._evaluate = lambda *args: logged.append(found := ZeroShotEval._evaluate(zero_shot, *args)) or found  # type: ignore
     with pytest.warns(UserWarning, match="ZeroShotEval: tiny_choice failed, and is left out: .*choices") as warned:
