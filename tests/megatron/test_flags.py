@@ -19,6 +19,7 @@ from tests.megatron.writing import get, launched, settings_of
 
 ROOT = Path(__file__).parents[2]
 
+INDEXED = {"class_path": "nlgmoe.data.MegatronIndexed"}
 # One line for every flag that becomes a setting: what is added to the launch, and what that changes.
 EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--num-layers 6", {"model.config.num_layers": 6}),
@@ -89,13 +90,13 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
             "data.corpus.init_args.parts": [
                 {
                     "weight": weight,
-                    "name": f"{folder}/x_text_document",  # the files alone have the same name
-                    "corpus": {
-                        "class_path": "nlgmoe.data.MegatronIndexed",
-                        "init_args": {"prefix": f"{folder}/x_text_document", "split": [8, 2, 0]},
-                    },
+                    "name": name,
+                    "corpus": INDEXED | {"init_args": {"prefix": name, "split": [8, 2, 0]}},
                 }
-                for weight, folder in ((3.0, "a"), (1e-4, "b"))
+                for weight, name in (
+                    (3.0, "a/x_text_document"),
+                    (1e-4, "b/x_text_document"),
+                )  # not the files' names alone
             ],
         },
     ),
@@ -105,8 +106,8 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--num-workers 0", {"data.num_workers": 0}),
     ("--seed 5", {"model.seed": 5, "data.seed": 5}),
     (
-        "--save runs/x --save-interval 9 --load runs/x",
-        {"trainer.default_root_dir": "runs/x", "trainer.callbacks.0.init_args.milestones": 9},
+        "--save x --save-interval 9 --load x",
+        {"trainer.default_root_dir": "x", "trainer.callbacks.0.init_args.milestones": 9},
     ),
     ("--tensorboard-dir logs", {"trainer.default_root_dir": "logs"}),
     ("--global-batch-size 16 --eval-interval 5", {"trainer.val_check_interval": 5}),
@@ -142,9 +143,7 @@ def test_flags_change_what_the_table_says(flags: str, expected: dict[str, Any]) 
 def test_flags_of_the_table_all_have_a_case_above() -> None:
     tried = {word for flags, _ in EFFECTS for word in flags.split() if word.startswith("--")}
     tried |= {"--num_gpus", "--num_nodes", "--nproc_per_node", "--nproc-per-node", "--nnodes"}  # test_nodes_and_gpus
-    tried = tried - {"--deepspeed"} | {
-        "--deepspeed_config"
-    }  # test_deepspeed_configuration_gives_loss_scale_clipping_and_offload
+    tried = tried - {"--deepspeed"} | {"--deepspeed_config"}  # test_deepspeed_configuration_gives_...
     tried |= {"--max-position-embeddings", "--merge-file", "--tokenizer-type"}  # only checked
     assert {name for name in FLAGS if ROWS[name].section not in (IGNORED, REFUSED)} == tried
 

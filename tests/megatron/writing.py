@@ -6,21 +6,11 @@ import yaml
 
 from nlgmoe.tools.megatron.from_megatron import translated
 
-NEEDED = {
-    "--num-layers": "4",
-    "--hidden-size": "64",
-    "--num-attention-heads": "4",
-    "--seq-length": "32",
-    "--max-position-embeddings": "32",
-    "--num-experts": "8",
-    "--micro-batch-size": "2",
-    "--global-batch-size": "8",
-    "--lr": "1e-3",
-    "--train-iters": "100",
-    "--data-path": "corpus",
-    "--vocab-file": "gpt2-vocab.json",
-    "--merge-file": "gpt2-merges.txt",
-}
+NEEDED = (  # by every run
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --num-experts 8 "
+    "--micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --train-iters 100 --data-path corpus "
+    "--vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt"
+)
 
 
 def get(settings: dict[str, Any], path: str) -> Any:
@@ -29,15 +19,9 @@ def get(settings: dict[str, Any], path: str) -> Any:
     return settings
 
 
-def command(flags: str, launcher: str = "deepspeed --num_gpus 4", **needed: str) -> str:
-    """A launch with the flags that every run needs, and more; `needed` changes the former, "" leaves one out."""
-    changes = {f"--{name.replace('_', '-')}": value for name, value in needed.items()}
-    words = " ".join(f"{name} {value}" for name, value in {**NEEDED, **changes}.items() if value)
-    return f"{launcher} pretrain_gpt.py {words} {flags}"
-
-
-def launched(flags: str, launcher: str = "deepspeed --num_gpus 4", **needed: str) -> list[str]:
-    return command(flags, launcher, **needed).split()
+def launched(flags: str, launcher: str = "deepspeed --num_gpus 4") -> list[str]:
+    """Return the words of a launch with the flags that every run needs, and more."""
+    return f"{launcher} pretrain_gpt.py {NEEDED} {flags}".split()
 
 
 def settings_of(launch: list[str]) -> dict[str, Any]:
