@@ -67,9 +67,9 @@ class Place:
         return f"--config={self.folder / 'bad.yaml'}"
 
     def filled(self, text: str) -> str:
-        return (
-            text.replace("FOLDER", str(self.folder)).replace("LAST", str(self.last)).replace("RUN", str(self.trained))
-        )
+        for name, path in {"FOLDER": self.folder, "LAST": self.last, "RUN": self.trained}.items():
+            text = text.replace(name, str(path))
+        return text
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +187,10 @@ def validation_loss(place: Place, capsys: pytest.CaptureFixture[str], *settings:
 
 def test_evaluation_accepts_settings_that_only_training_reads(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     whole = f"--ckpt_path={place.last}"
-    moe = ["--model.config.moe.train_capacity_factor=2.0", "--model.config.moe.noise=jitter"]
-    others = [
-        "--model.config.hidden_dropout=0.5",
-        "--model.config.moe.loss_coeff=0.5",
-        "--model.seed=7",
-        "--data.seed=7",
+    moe = [
+        f"--model.config.moe.{setting}" for setting in ("train_capacity_factor=2.0", "noise=jitter", "loss_coeff=0.5")
     ]
+    others = ["--model.config.hidden_dropout=0.5", "--model.seed=7", "--data.seed=7"]
     assert validation_loss(place, capsys, whole, *moe, *others) == validation_loss(place, capsys, whole)
 
 

@@ -6,28 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.data.tokenizer import Tokenizer, detokenize
-from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
+from nlgmoe.data.tokenizer import detokenize
 from nlgmoe.eval.generation import complete, generate
 from nlgmoe.eval.loaded_model import load_pretrained
-from nlgmoe.module import MoEGPTModule
+from tests.support.checkpoints import TOKENIZER, write
 
-TOKENIZER = Tokenizer(train_byte_level_bpe(iter(["the king and the queen"] * 3), 300), "tiny")
 TEXTS = ["the king", "", "null", "日本 and the king", 'the "queen"\n', "1 + 1 =", "!and the king"]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "checkpoints/step-0.ckpt"
-    module = MoEGPTModule(GPTConfig(TOKENIZER.vocab_size, 32, 2, 16, 2, init_std=0.3, moe=MoEConfig(4)))
-    module.configure_model()
-    state = {"state_dict": module.state_dict(), "model_config": module.config.to_dict()}
-    state |= {"tokenizer": TOKENIZER.files, "global_step": 0, "tokens_seen": 0, "seed": 1}
-    PortableCheckpointIO().save_checkpoint(state, folder)
-    return folder
+    config = GPTConfig(TOKENIZER.vocab_size, 32, 2, 16, 2, init_std=0.3, moe=MoEConfig(4))
+    return write(tmp_path_factory.mktemp("run") / "checkpoints/step-0.ckpt", config, tokenizer=TOKENIZER.files)
 
 
 def run(capsys: pytest.CaptureFixture, *args: object) -> tuple[str, str]:

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
+from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.commands.main import main
 from nlgmoe.experiment import load_config
 from nlgmoe.hardware import HARDWARE, RESERVED
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.tools.planner.topology import layout
+from tests.support.checkpoints import write
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = str(ROOT / "configs" / "pr_moe" / "laptop.yaml")
@@ -97,12 +98,7 @@ def test_inspect_keeps_the_files_global_batch_when_ranks_change() -> None:
 
 
 def test_inspect_takes_a_checkpoint_folder_too(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    folder = tmp_path / "last.ckpt"
-    module = load_config(LAPTOP).module
-    module.configure_model()
-    state = {"state_dict": module.state_dict(), "model_config": module.config.to_dict()}
-    state |= {"global_step": 0, "tokens_seen": 0, "seed": 1}
-    PortableCheckpointIO().save_checkpoint(state, folder)
+    folder = write(tmp_path / "last.ckpt", load_config(LAPTOP).module.config)
     found = inspect_json(capsys, str(folder), "--gpus", "4")
     assert found["params_total"] == sum(parameter.numel() for parameter in load_model(folder).parameters())
     assert found["inputs"]["topology"]["gpus"] == 4
@@ -137,7 +133,7 @@ def on_machine(monkeypatch: pytest.MonkeyPatch, gpu: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "files", "name", "memory", "timed"),  # accelerator: cpu, gpu, auto
+    "case",  # the machine's GPU, files (accelerator: cpu, gpu, auto), name and memory of the hardware, whether it is timed
     [
         (None, [LAPTOP], "this machine's CPU", MEMORY - RESERVED, False),
         (None, CLUSTER, "GPU", None, False),
@@ -147,16 +143,11 @@ def on_machine(monkeypatch: pytest.MonkeyPatch, gpu: str | None) -> None:
     ],
 )
 def test_inspect_without_hardware_judges_by_this_machine(
-    gpu: str | None,
-    files: list[str],
-    name: str,
-    memory: int | None,
-    timed: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    gpu, files, name, memory, timed = case
     on_machine(monkeypatch, gpu)
-    words = [word if word.startswith("-") else str(ROOT / word) for word in files]
+    words = [str(ROOT / file) for file in files]
     found = inspect_json(capsys, *words)
     assert (found["inputs"]["hardware"], found["memory"]["available"]) == (name, memory)
     assert (found["step_seconds"] is not None) == (found["tokens_per_second"] is not None) == timed

@@ -45,9 +45,8 @@ def test_checkpoints_stay_where_they_are_with_other_loggers_and_callbacks(pocket
 def test_the_home_folder_is_that_of_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "here.yaml").write_text("data: {data_dir: ~/pile}\ntrainer: {default_root_dir: '~/run'}")
-    found = parse_config(
-        [ROOT / "configs/quickstart.yaml", tmp_path / "here.yaml"], model__warm_start__checkpoint="~/a.ckpt"
-    )
+    files = [ROOT / "configs/quickstart.yaml", tmp_path / "here.yaml"]
+    found = parse_config(files, model__warm_start__checkpoint="~/a.ckpt")
     assert found["data"]["data_dir"] == f"{tmp_path}/pile"
     assert found["trainer"]["default_root_dir"] == f"{tmp_path}/run"
     assert found["model"]["warm_start"]["checkpoint"] == f"{tmp_path}/a.ckpt"
@@ -60,9 +59,8 @@ class OwnLoad(ExpertLoad):
 
 
 def test_callback_that_varies_a_default_one_takes_its_place() -> None:
-    with pytest.raises(
-        SettingError, match=r"^trainer\.callbacks=\[<.*OwnLoad object.*>\]: write an object as in a file"
-    ):
+    message = r"^trainer\.callbacks=\[<.*OwnLoad object.*>\]: write an object as in a file"
+    with pytest.raises(SettingError, match=message):
         load_config(ROOT / "configs/dense/laptop.yaml", trainer__callbacks=[OwnLoad()])
     names = (f"{__name__}.OwnLoad", "lightning.pytorch.callbacks.TQDMProgressBar")
     own = [{"class_path": name} for name in names]

@@ -128,12 +128,7 @@ def test_student_leaves_out_first_a_block_that_passes_its_input_on(
     ],
 )
 def test_student_expresses_each_choice_of_blocks(
-    name: str,
-    options: list[str],
-    blocks: list[int],
-    experts: tuple[int, Any] | None,
-    checkpoints: Path,
-    tmp_path: Path,
+    name: str, options: list[str], blocks: list[int], experts: Any, checkpoints: Path, tmp_path: Path
 ) -> None:
     found, config = of_checkpoint(tmp_path, checkpoints, name, "--num-layers=4", *options)
     moe = config.moe
