@@ -1,30 +1,32 @@
-"""Two lengths: the longest sequence that the model reads, and the sequences of training and evaluation."""
+"""Two lengths, the longest sequence that the model reads and those of training and evaluation; sequences that grow."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from nlgmoe import MoEGPTModule, load_pretrained
+from nlgmoe.callbacks import Throughput
 from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main
-from nlgmoe.config import GPTConfig
+from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.experiment import load_config, parse_config
 from nlgmoe.model.counting import flops_per_token
-from nlgmoe.optim.token_schedule import SequenceCurriculum
+from nlgmoe.optim.optimizer import AdamWConfig
+from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.tools.planner.memory import activations_by_pass
 from nlgmoe.tools.planner.topology import layout
 from tests.support.checkpoints import write
-from tests.support.curriculum import CURRICULUM, LENGTHS, Fed
+from tests.support.curriculum import CLOCKS, CURRICULUM, LENGTHS, Fed
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import trainer
 
-LONG = GPTConfig(
-    4096, 4096, 2, 16, 2, norm="rmsnorm", rope_theta=1e4, bias=False, ffn_network="swiglu", init_std=0.2
-)  # fmt: skip
+LONG = GPTConfig(4096, 4096, 2, 16, 2, norm="rmsnorm", rope_theta=1e4, bias=False, ffn_network="swiglu", init_std=0.2)
 SHORT = ["--data.seq_len=32", "--data.max_eval_windows=2", "--trainer.enable_progress_bar=false"]
 
 
@@ -100,3 +102,44 @@ def test_a_teacher_reads_what_the_student_is_trained_on(tmp_path: Path) -> None:
         else:
             with pytest.raises(ValueError, match="reads seq_len=16 tokens, and a sequence has 32"):
                 run.fit(student, SyntheticData(seq_len=length))
+
+
+def small(**settings: Any) -> MoEGPTModule:
+    config = GPTConfig(61, 16, 2, 32, 2, hidden_dropout=0.1, moe=MoEConfig(4, noise="jitter"))
+    schedule = LearningRateSchedule("constant", warmup_tokens=128)
+    return MoEGPTModule(config, AdamWConfig(lr=1.0e-2), schedule, **{"curriculum": CURRICULUM, **settings})
+
+
+def test_curriculum_grows_with_the_clock_which_counts_tokens_that_are_fed(tmp_path: Path) -> None:
+    fed, speed, one, data = Fed(), Throughput(), small(), SyntheticData(micro_batch_size=2)
+    validation = {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    run = trainer(tmp_path, fed, speed, max_steps=6, accumulate_grad_batches=2, **validation)
+    run.fit(one, data)
+    assert fed.lengths[True] == [length for length in LENGTHS for _ in range(2)]  # one length in a window
+    assert set(fed.lengths[False]) == {16}
+    assert [*fed.clocks, one.tokens_seen] == CLOCKS
+    logged = run.callback_metrics  # of the one interval that ends with the run
+    tokens = 1e-12 * logged["train/flops"] * logged["train/tokens_per_second"] / logged["train/tflops_per_second"]
+    assert float(tokens) == pytest.approx(CLOCKS[-1])
+    assert fed.rates == pytest.approx([1e-2 * min(1, clock / 128) for clock in CLOCKS[:6]])
+    assert data.samples_consumed == 6 * 4  # what is cut off is not kept for later
+    assert run.callback_metrics["train/seq_len"] == 16
+
+
+def test_curriculum_cuts_a_batch_into_one_of_short_sequences(tmp_path: Path) -> None:
+    """Padding and loss masks are cut with it: the same steps as on data that is that short."""
+
+    class Short(SyntheticData):
+        def train_dataloader(self) -> Any:
+            for batch in super().train_dataloader():
+                yield {name: value[:, :4] if getattr(value, "ndim", 0) == 2 else value for name, value in batch.items()}
+
+    weights = []
+    for data, curriculum in (
+        (SyntheticData(padded=True, documents=True), SequenceCurriculum(10**6, 4, 4)),
+        (Short(padded=True, documents=True), None),
+    ):
+        one = small(curriculum=curriculum)
+        trainer(tmp_path, max_steps=3).fit(one, data)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in one.parameters()]))
+    assert torch.equal(*weights)

@@ -1,8 +1,9 @@
-"""MoEGPTModule under Lightning: the loss it minimises, the token clock, the learning rate, evaluation by domain."""
+"""MoEGPTModule under Lightning: the loss and what counts in it, token clock, learning rate, evaluation by domain."""
 
 import csv
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
 from torch.nn import functional as F
 
 from nlgmoe import ZeroShotEval
+from nlgmoe.batch import Batch
 from nlgmoe.callbacks import ExpertLoad, SaveCheckpoints, Throughput
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
@@ -27,6 +30,8 @@ from nlgmoe.validation import RunError
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import CONFIG, Recorder, SaveAt, run_validation, trainer
 
+DROPLESS = GPTConfig(61, 16, 2, 32, 2, init_std=0.2, moe=MoEConfig(4, token_dropping=False, loss_coeff=0.0))
+
 
 def test_the_loss_is_cross_entropy_plus_weighted_router_losses(tmp_path: Path) -> None:
     module, data, recorder = MoEGPTModule(CONFIG, loss_chunk_size=7), SyntheticData(), Recorder()
@@ -37,6 +42,13 @@ def test_the_loss_is_cross_entropy_plus_weighted_router_losses(tmp_path: Path) -
     expected += 0.01 * balance + 0.001 * z_loss
     trainer(tmp_path, recorder, max_steps=1).fit(module, data)
     assert recorder.losses[0] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def losses_of(module: MoEGPTModule, batch: Batch) -> Tensor:
+    """Return the loss of each token, counted or not, by PyTorch's own function."""
+    hidden = module.gpt(batch["tokens"], batch["token_mask"], documents=batch["document"]).hidden
+    logits, targets = module.gpt.logits(hidden).flatten(0, 1), batch["targets"]
+    return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
 
 def test_compile_setting_compiles_the_dense_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,26 +77,16 @@ class OptimizerAlone(MoEGPTModule):
         return torch.optim.AdamW(build_optimizer(self.gpt, self.optimizer_config).param_groups, lr=1e-3)
 
 
-def test_a_step_ends_without_a_scheduler_of_lightning(tmp_path: Path) -> None:
+def test_train_tokens_ends_the_run_at_the_end_of_that_step_also_without_a_scheduler(tmp_path: Path) -> None:
     schedule = LearningRateSchedule(warmup_tokens=128, decay_tokens=512)
-    rates: dict[type, list[float]] = {}
+    rates: list[list[float]] = []
     for kind in (MoEGPTModule, OptimizerAlone):
-        rates[kind] = []
-        look = LambdaCallback(
-            on_train_batch_end=lambda t, *_, r=rates[kind]: r.append(t.optimizers[0].param_groups[0]["lr"])
-        )
-        module, data = kind(CONFIG, schedule=schedule, train_tokens=192), SyntheticData()
-        run = trainer(tmp_path, look, max_steps=9)
-        run.fit(module, data)
+        module, data, recorder = kind(CONFIG, schedule=schedule, train_tokens=150), SyntheticData(), Recorder()
+        run = trainer(tmp_path, recorder, max_steps=9)
+        run.fit(module, data)  # 64 tokens a step
         assert (run.global_step, module.tokens_seen, data.samples_consumed) == (3, 192, 12)
-    assert rates[OptimizerAlone] == rates[MoEGPTModule] and len(set(rates[MoEGPTModule])) == 3
-
-
-def test_train_tokens_ends_the_run_at_the_end_of_that_step(tmp_path: Path) -> None:
-    module = MoEGPTModule(CONFIG, train_tokens=300)
-    run = trainer(tmp_path)
-    run.fit(module, SyntheticData())  # 64 tokens a step
-    assert (run.global_step, module.tokens_seen) == (5, 320)
+        rates.append(recorder.rates)
+    assert rates[0] == rates[1] and len(set(rates[0])) == 3
 
 
 def test_a_run_ends_with_a_whole_step_that_is_logged_and_validated(tmp_path: Path) -> None:
@@ -120,10 +122,9 @@ def test_a_run_that_ends_before_its_schedule_says_so(tmp_path: Path, recwarn: py
 
 def test_accumulated_micro_batches_weigh_equally(tmp_path: Path) -> None:
     """Two micro-batches of two are one of four, where nothing depends on the micro-batch (dropless, no noise)."""
-    config = GPTConfig(61, 16, 2, 32, 2, moe=MoEConfig(4, token_dropping=False, loss_coeff=0.0))
     weights = []
     for micro_batch_size, accumulate in ((4, 1), (2, 2)):
-        module = MoEGPTModule(config, AdamWConfig(lr=1e-3))
+        module = MoEGPTModule(replace(DROPLESS, init_std=CONFIG.init_std), AdamWConfig(lr=1e-3))
         data = SyntheticData(micro_batch_size=micro_batch_size)
         trainer(tmp_path, max_steps=3, accumulate_grad_batches=accumulate).fit(module, data)
         weights.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
@@ -187,7 +188,8 @@ def test_lower_precision_trains_to_about_the_same_loss(tmp_path: Path) -> None:
 
 
 def test_validation_test_and_prediction_have_the_losses_of_each_domain(tmp_path: Path) -> None:
-    module, data = MoEGPTModule(CONFIG), SyntheticData()
+    """Of what training counts: no padding, and not the first token of a document."""
+    module, data = MoEGPTModule(CONFIG), SyntheticData(padded=True, documents=True)
     run = trainer(tmp_path, limit_val_batches=1.0)
     validated = run.validate(module, data, verbose=False)[0]
     tested = run.test(module, data, verbose=False)[0]
@@ -195,14 +197,40 @@ def test_validation_test_and_prediction_have_the_losses_of_each_domain(tmp_path:
     module.eval()
     batches = list(data.val_dataloader())
     with torch.no_grad():
-        logits = torch.cat([module.gpt.logits(module.gpt(batch["tokens"]).hidden) for batch in batches])
-    targets, domain = (torch.cat([batch[name] for batch in batches]) for name in ("targets", "domain"))
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-    torch.testing.assert_close(predicted, losses, rtol=1e-5, atol=1e-6)
-    assert validated["val/loss"] == tested["test/loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
-    assert validated["val/loss/odd"] == pytest.approx(float(losses[domain == 1].mean()), rel=1e-5)
-    bits = float(losses[domain == 0].mean()) / math.log(2)  # 1 byte a token
-    assert validated["val/bits_per_byte/even"] == pytest.approx(bits, rel=1e-5)
+        losses = torch.cat([losses_of(module, batch) for batch in batches])
+    counted, domain = (torch.cat([batch[name] for batch in batches]) for name in ("loss_mask", "domain"))
+    even, odd = (losses[domain == number][counted[domain == number]].mean() for number in (0, 1))
+    torch.testing.assert_close(predicted, losses * counted, rtol=1e-5, atol=1e-6)
+    assert validated["val/loss"] == tested["test/loss"] == pytest.approx(float(losses[counted].mean()), rel=1e-5)
+    assert validated["val/loss/odd"] == pytest.approx(float(odd), rel=1e-5)
+    assert validated["val/bits_per_byte/even"] == pytest.approx(float(even) / math.log(2), rel=1e-5)  # 1 byte a token
+
+
+def test_tokens_masked_for_the_loss_are_routed_all_the_same(tmp_path: Path) -> None:
+    module, data, recorder = MoEGPTModule(DROPLESS), SyntheticData(padded=True, documents=True), Recorder()
+    batch: Batch = next(iter(data.train_dataloader()))
+    assert 0 < batch["loss_mask"].sum() < batch["token_mask"].sum() < batch["tokens"].numel()
+    expected = losses_of(module, batch)[batch["loss_mask"]].mean()
+    trainer(tmp_path, recorder, max_steps=1).fit(module, data)
+    assert recorder.losses[0] == pytest.approx(expected.item(), rel=1e-6)
+    (routed,) = module.routings
+    assert routed.num_tokens == batch["token_mask"].sum() == routed.kept.sum()
+
+
+@pytest.mark.parametrize("option", ["document", "loss_mask"])
+def test_document_and_padding_marks_each_change_the_loss(option: str, tmp_path: Path) -> None:
+    class Without(SyntheticData):
+        def train_dataloader(self):  # type: ignore[no-untyped-def]
+            for batch in super().train_dataloader():
+                batch.pop(option)
+                yield batch
+
+    found = []
+    for kind in (SyntheticData, Without):
+        recorder = Recorder()
+        trainer(tmp_path, recorder, max_steps=1).fit(MoEGPTModule(DROPLESS), kind(documents=True))
+        found.append(recorder.losses)
+    assert found[0] != pytest.approx(found[1], rel=1e-4)
 
 
 def test_an_evaluation_is_logged_at_the_step_of_its_checkpoint(tmp_path: Path) -> None:
@@ -250,13 +278,6 @@ def test_training_does_not_read_the_data_of_an_evaluation_before_it(tmp_path: Pa
     resumed.validate(MoEGPTModule(CONFIG), datamodule=SyntheticData(seq_len=8), verbose=False)
     with pytest.warns(UserWarning, match="goes on at step 1 with data that may repeat, skip or begin again"):
         resumed.fit(MoEGPTModule(CONFIG), train_dataloaders=loader, ckpt_path=saved)  # other data had been evaluated
-
-
-def test_a_resumed_run_whose_data_begin_again_says_so(tmp_path: Path) -> None:
-    loader = SyntheticData().train_dataloader()
-    trainer(tmp_path, SaveAt(1, tmp_path / "a.ckpt"), max_steps=1).fit(MoEGPTModule(CONFIG), loader)
-    with pytest.warns(UserWarning, match="goes on at step 1 with data that may repeat, skip or begin again"):
-        trainer(tmp_path, max_steps=2).fit(MoEGPTModule(CONFIG), loader, ckpt_path=tmp_path / "a.ckpt")
 
 
 def test_a_dataloader_without_names_of_domains_is_one_domain(tmp_path: Path) -> None:
