@@ -30,12 +30,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_logits_are_those_of_transformers_to_the_bit(checkpoint: Path) -> None:
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        CUT.parent,
-        gguf_file=CUT.name,
-        dtype=torch.float32,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    ).eval()
+    settings = {"dtype": torch.float32, "quantization_config": transformers.GgufConfig(dequantize=True)}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(CUT.parent, gguf_file=CUT.name, **settings).eval()
     ours = load_model(checkpoint)
     ids = torch.randint(2000, (2, 33), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -65,9 +61,15 @@ def test_pre_tokenizers_split_as_their_models_do(name: str, parts: list[str], tm
     assert [part for part, _ in made.pre_tokenizer.pre_tokenize_str("It'll be 20245")] == parts
 
 
-SMALL = {
-    f"llama__{name}": 32 for name in ("embedding_length", "feed_forward_length", "context_length", "vocab_size")
-} | {f"llama__{name}": 1 for name in ("block_count", "attention__head_count", "attention__head_count_kv")}
+SMALL = dict.fromkeys(("embedding_length", "feed_forward_length", "context_length", "vocab_size"), 32)
+SMALL |= dict.fromkeys(("block_count", "attention__head_count", "attention__head_count_kv"), 1)
+
+
+def close(writer: GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def file_of(path: Path, architecture: str = "llama", tensor: str = "token_embd.weight", **values: int | str) -> Path:
@@ -77,10 +79,7 @@ def file_of(path: Path, architecture: str = "llama", tensor: str = "token_embd.w
         add = writer.add_string if isinstance(value, str) else writer.add_uint16
         add(name.replace("__", "."), value)
     writer.add_tensor(tensor, torch.zeros(32, 32).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    close(writer)
     return path
 
 
@@ -99,7 +98,9 @@ def test_gguf_files_that_cannot_be_imported_are_refused_in_a_line(
         file_of(tmp_path / "mixtral.gguf", llama__expert_count=8): "llama.expert_count=8 of",
         file_of(tmp_path / "scaled.gguf", llama__rope__scaling__type="yarn"): "llama.rope.scaling.type=yarn of",
         file_of(tmp_path / "llama3.gguf", tensor="rope_freqs.weight"): "rope_freqs.weight of",
-        file_of(tmp_path / "lacking.gguf", **SMALL): "transformers cannot read .*it lacks model.layers.0",
+        file_of(
+            tmp_path / "lacking.gguf", **{f"llama__{name}": SMALL[name] for name in SMALL}
+        ): "transformers cannot read .*it lacks model.layers.0",
     }
     for file, message in cases.items():
         with pytest.raises(ValueError, match=message) as error:
@@ -142,22 +143,19 @@ def written(path: Path, architecture: str) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(path.parent / architecture, save_original_format=True)
     names, writer = get_tensor_name_map(arch, 2), GGUFWriter(path, architecture)
-    writer.add_block_count(2)
-    writer.add_context_length(128)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_key_length(128)
-    writer.add_value_length(128)
-    writer.add_vocab_size(64)
-    writer.add_name("tiny")
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    fields = {
+        "block_count": 2,
+        "context_length": 128,
+        "embedding_length": 64,
+        "feed_forward_length": 96,
+        "head_count": 4,
+    }
+    fields |= {"head_count_kv": 2, "key_length": 128, "value_length": 128, "vocab_size": 64, "name": "tiny"}
+    fields |= {"layer_norm_rms_eps": 1e-6, "rope_freq_base": config.rope_parameters["rope_theta"]}
     if more:
-        writer.add_expert_count(4)
-        writer.add_expert_used_count(2)
-        writer.add_expert_feed_forward_length(768)
+        fields |= {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 768}
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
     tensors = load_file(path.parent / architecture / "model.safetensors")
     experts: dict[str, list[Tensor]] = {}
     for name in sorted(tensors):
@@ -166,10 +164,7 @@ def written(path: Path, architecture: str) -> Any:
     whole = {name: value for name, value in tensors.items() if ".experts." not in name}
     for name, value in (whole | {name: torch.stack(parts) for name, parts in experts.items()}).items():
         writer.add_tensor(names.get_name(name, (".weight",)), value.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    close(writer)
     return model
 
 
@@ -179,8 +174,6 @@ def test_gguf_of_other_families_has_the_logits_of_their_model(architecture: str,
     theirs = written(tmp_path / "tiny.gguf", architecture)
     imported = import_model(str(tmp_path / "tiny.gguf"), tmp_path / "tiny.ckpt")
     assert imported.model_type == architecture.replace("moe", "_moe")
-    ours, ids = (
-        load_model(tmp_path / "tiny.ckpt"),
-        torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0)),
-    )
+    ours = load_model(tmp_path / "tiny.ckpt")
+    ids = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours.logits(ours(ids).hidden), theirs(ids).logits, rtol=0, atol=2e-5)

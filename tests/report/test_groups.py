@@ -34,10 +34,7 @@ def write(folder: Path, model: str, seed: int, loss: float) -> Path:
 
 def change(run: Path, section: str, **settings: Any) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text())
-    part = config
-    for name in section.split("."):
-        part = part[name]
-    part.update(settings)
+    config[section] |= settings
     (run / "config.yaml").write_text(yaml.safe_dump(config))
 
 
@@ -54,10 +51,8 @@ def test_group_has_the_runs_that_differ_in_their_seeds(runs: list[Path]) -> None
     for run in runs:
         change(run, "trainer", logger={"class_path": "WandbLogger", "init_args": {"name": run.name}})
     groups = group_runs(read_runs(runs), "seed")
-    assert [[run.name for run in group.runs.values()] for group in groups] == [
-        ["dense-0", "dense-1", "dense-2"],
-        ["moe-0", "moe-1", "moe-2"],
-    ]
+    names = [[f"{model}-{seed}" for seed in range(3)] for model in ("dense", "moe")]
+    assert [[run.name for run in group.runs.values()] for group in groups] == names
     assert [group.mean.name for group in groups] == ["moe=null", "num_experts=8"]
     colours = [curve.colour for group in groups for curve in (group.mean, *group.runs.values())]
     assert len(set(colours)) == 8
@@ -118,9 +113,8 @@ def test_losses_of_other_tokens_are_named(runs: list[Path]) -> None:
         change(run, "data", tokenizer="pocket-1k", micro_batch_size=4)
     assert f"{words}data.tokenizer differs; compare bits per byte.<" in page(read_runs(runs))
     change(runs[5], "trainer", limit_val_batches=2)
-    assert f"{words}data.micro_batch_size and data.tokenizer and trainer.limit_val_batches differ.<" in page(
-        read_runs(runs)
-    )
+    all_three = "data.micro_batch_size and data.tokenizer and trainer.limit_val_batches differ.<"
+    assert f"{words}{all_three}" in page(read_runs(runs))
 
 
 def test_paired_differences_are_scipys() -> None:

@@ -62,9 +62,7 @@ def test_missing_files_of_a_run_are_named(tmp_path: Path) -> None:
     folder(tmp_path / "x/run", config__yaml="model: {}")
     folder(tmp_path / "y/run", metrics__csv="step,train/loss\n0,inf\n")
     (tmp_path / "latest").symlink_to("x/run")
-    first, second = read_runs(
-        [tmp_path / "x/run", str(tmp_path / "y/run"), tmp_path / "y/../x/run", tmp_path / "latest"]
-    )
+    first, second = read_runs([tmp_path / name for name in ("x/run", "y/run", "y/../x/run", "latest")])
     assert (first.name, second.name) == ("x/run", "y/run")
     notes = "\n".join(first.notes)
     for words in ("No summary.json", "No versions.json", "No rows in metrics.csv", "No expert_load.csv"):
@@ -105,10 +103,8 @@ def test_settings_that_changed_in_a_run_are_listed(tmp_path: Path) -> None:
 
 def test_settings_that_differ_between_runs_are_listed(tmp_path: Path) -> None:
     for name, rate in (("a", 1), ("b", 2)):
-        folder(
-            tmp_path / name,
-            config__yaml=f"trainer: {{default_root_dir: {name}}}\nmodel: {{lr: {rate}, betas: [0.9, {rate}], shape: '<b>'}}\n",
-        )
+        model = {"lr": rate, "betas": [0.9, rate], "shape": "<b>"}
+        folder(tmp_path / name, config__yaml=json.dumps({"trainer": {"default_root_dir": name}, "model": model}))
     table = differences(read_runs([tmp_path / "a", tmp_path / "b"]))
     assert "model.lr" in table and "[0.9, 2]" in table
     assert "default_root_dir" not in table and "shape" not in table
@@ -116,16 +112,11 @@ def test_settings_that_differ_between_runs_are_listed(tmp_path: Path) -> None:
 
 def test_report_escapes_all_text_of_a_run(tmp_path: Path) -> None:
     evil = "</script><img src=x>"
-    runs = [
-        folder(
-            tmp_path / f"{name}<i>",
-            config__yaml=json.dumps({"model": {evil: name}}),
-            versions__json=json.dumps({evil: name}),
-            metrics__csv=f"step,val/bits_per_byte/{evil}\n0,1\n",
-            samples__txt=evil,
-        )
-        for name in "ab"
-    ]
+    files = {"metrics__csv": f"step,val/bits_per_byte/{evil}\n0,1\n", "samples__txt": evil}
+    runs = []
+    for name in "ab":
+        files |= {"config__yaml": json.dumps({"model": {evil: name}}), "versions__json": json.dumps({evil: name})}
+        runs.append(folder(tmp_path / f"{name}<i>", **files))
     tags: set[str] = set()
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attributes: tags.add(tag)  # type: ignore[method-assign]
