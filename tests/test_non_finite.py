@@ -52,7 +52,7 @@ def first_micro_batch_only(gpt: GPT, tokens: Tensor) -> Undo:
 SOURCES: dict[str, tuple[Callable[[GPT, Tensor], Undo], str]] = {
     "a micro-batch": (
         first_micro_batch_only,
-        "loss is nan; first not finite: the loss of micro-batch 1 of 3 on rank 0;",
+        "loss is nan; first not finite: the loss of micro-batch 1 of 3 on rank 0",
     ),
     "the backward pass": (
         output_of("blocks.2.attention", with_a_gradient_of_nan),
@@ -231,18 +231,16 @@ def test_fp16_overflow_skips_the_update_and_the_scale_survives_a_restart(tmp_pat
 @pytest.mark.filterwarnings("error:Detected call of")
 def test_a_run_in_fp16_that_finds_no_scale_ends(tmp_path: Path) -> None:
     always = Spoils(set(range(40)), gradient_of("blocks.0.ffn.expand.weight", torch.inf))
-    with pytest.raises(
-        NonFiniteError, match=r"^step 16: the gradient norm is inf; first not finite: the gradient of "
-    ) as error:
+    message = r"^step 16: the gradient norm is inf; first not finite: the gradient of "
+    with pytest.raises(NonFiniteError, match=message) as error:
         fit_fp16(tmp_path, always, 40)
     assert "trainer.precision=bf16-mixed" in str(error.value) and "\n" not in str(error.value)
     assert [seen["train/skipped_steps"] for seen in always.logged] == list(range(1, 17))
 
 
 def test_a_loss_that_is_not_finite_is_no_overflow(tmp_path: Path) -> None:
-    with pytest.raises(
-        NonFiniteError, match=r"^step 2: the loss is nan; first not finite: the loss of micro-batch 1 of 1 on rank 0;"
-    ):
+    message = r"^step 2: the loss is nan; first not finite: the loss of micro-batch 1 of 1 on rank 0;"
+    with pytest.raises(NonFiniteError, match=message):
         fit_fp16(tmp_path, Spoils({2}, output_of("blocks.0.ffn", lambda out: out * torch.nan)), 5)
 
 
@@ -263,7 +261,6 @@ def test_logged_metrics_are_the_documented_ones(tmp_path: Path) -> None:
         module = MoEGPTModule(replace(CONFIG, moe=moe), curriculum=SequenceCurriculum(tokens=64, start=8))
         run = trainer(tmp_path, ExpertLoad(), Throughput(), max_steps=2, log_every_n_steps=1, **validation)
         run.fit(module, SyntheticData())
-        names = {
-            re.sub(r"^experts/\d+/", "experts/MOE_LAYER/", name) for name in (*run.callback_metrics, "epoch", "step")
-        }
+        logged = (*run.callback_metrics, "epoch", "step")
+        names = {re.sub(r"^experts/\d+/", "experts/MOE_LAYER/", name) for name in logged}
         assert {re.sub(r"/(even|odd)$", "/DOMAIN", name) for name in names} <= documented

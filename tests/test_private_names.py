@@ -20,27 +20,18 @@ PRIVATE = re.compile(r"_[a-zA-Z]\w*")
 
 
 LIST = yaml.safe_load((ROOT / "private_names.yaml").read_text())
-NAMES = [
-    (owner, name, files)
-    for owner, entries in LIST.items()
-    for names, (files, _) in entries.items()
-    for name in names.split()
-]
+ENTRIES = [(owner, names, files) for owner, entries in LIST.items() for names, (files, _) in entries.items()]
+NAMES = [(owner, name, files) for owner, names, files in ENTRIES for name in names.split()]
 
 
-@pytest.mark.parametrize(("owner", "name"), [(owner, name) for owner, name, _ in NAMES])
-def test_private_name_exists(owner: str, name: str) -> None:
+@pytest.mark.parametrize(("owner", "name", "files"), NAMES)
+def test_private_name_exists_and_is_used_where_the_list_says(owner: str, name: str, files: str) -> None:
+    assert all(re.search(rf"\b{name}\b", (ROOT / file).read_text()) for file in files.split())
     module_name, _, class_name = owner.partition(":")
     module = importlib.import_module(module_name)
     holder = getattr(module, class_name, module) if class_name else module
-    if hasattr(holder, name) or re.search(rf"\.{name}\b", inspect.getsource(holder)):  # attributes are set in the code
-        return
-    importlib.import_module(f"{module_name}.{name}")
-
-
-@pytest.mark.parametrize(("name", "files"), [(name, files) for _, name, files in NAMES])
-def test_private_name_is_used_where_the_list_says(name: str, files: str) -> None:
-    assert all(re.search(rf"\b{name}\b", (ROOT / file).read_text()) for file in files.split())
+    if not hasattr(holder, name) and not re.search(rf"\.{name}\b", inspect.getsource(holder)):  # set in its code
+        importlib.import_module(f"{module_name}.{name}")
 
 
 def test_private_names_are_all_listed() -> None:
@@ -64,7 +55,11 @@ def defined(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not overrides(node):
             yield node.name
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and getattr(node.value, "id", "") == "self"
+        ):
             yield node.attr
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
@@ -89,7 +84,3 @@ def used(tree: ast.Module) -> Iterator[str]:
 
 def overrides(node: ast.FunctionDef | ast.ClassDef) -> bool:
     return any(getattr(decorator, "id", "") == "override" for decorator in node.decorator_list)
-
-
-def is_self(node: ast.expr) -> bool:
-    return isinstance(node, ast.Name) and node.id == "self"
