@@ -26,13 +26,6 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_files_named_in_the_documents_exist(name: str) -> None:
-    text = (ROOT / name).read_text()
-    paths = set(re.findall(r"\b(?:nlgmoe|tests|configs|benchmarks|docs)/[\w/.-]+\.(?:py|yaml|md|json)", text))
-    assert not [path for path in paths if not (ROOT / path).exists()]
-
-
 def test_functions_named_from_the_command_to_the_optimizer_exist() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     rows = re.findall(r"^\| \d+ \| `(nlgmoe/[\w/]+\.py)`: (.*?) \|", text, re.MULTILINE)
@@ -42,12 +35,6 @@ def test_functions_named_from_the_command_to_the_optimizer_exist() -> None:
             assert re.search(rf"^ *def {function}\(", (ROOT / file).read_text(), re.MULTILINE), (file, function)
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_make_targets_named_in_the_documents_exist(name: str) -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"(?:`|^    )make ([a-z-]+)", (ROOT / name).read_text(), re.MULTILINE)) <= targets
-
-
 def anchors(file: Path) -> set[str]:
     """Names of the headings of a Markdown file, as GitHub and the site have them."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", file.read_text(), flags=re.M | re.S), re.M)
@@ -55,9 +42,14 @@ def anchors(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_links_in_the_documents_resolve(name: str) -> None:
+def test_files_make_targets_and_links_in_the_documents_exist(name: str) -> None:
+    text = (ROOT / name).read_text()
+    paths = set(re.findall(r"\b(?:nlgmoe|tests|configs|benchmarks|docs)/[\w/.-]+\.(?:py|yaml|md|json)", text))
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.MULTILINE)) <= targets
     broken = []
-    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", (ROOT / name).read_text()):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
         path, _, anchor = link.partition("#")
         target = (ROOT / name).parent / path if path else ROOT / name
         broken += [link] if not target.exists() or (anchor and anchor not in anchors(target)) else []
@@ -112,10 +104,8 @@ def commands_in(text: str) -> list[list[str]]:
     """Words of each command of `nlgmoe` or train.py in the indented and fenced blocks of a document."""
     blocks = [*re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S), "\n".join(re.findall(r"^    (.*)$", text, re.M))]
     lines = re.sub(r"\\\n\s*", " ", "\n".join(blocks)).splitlines()
-    found = [
-        re.search(r"(?:^|\s)(?:nlgmoe|train\.py) ([a-z][a-z-]*(?: .*|$))", line.partition("  #")[0]) for line in lines
-    ]
-    return [match[1].split() for match in found if match]
+    command = re.compile(r"(?:^|\s)(?:nlgmoe|train\.py) ([a-z][a-z-]*(?: .*|$))")
+    return [match[1].split() for line in lines if (match := command.search(line.partition("  #")[0]))]
 
 
 @lru_cache
@@ -135,6 +125,4 @@ def test_commands_in_the_documents_have_the_options_that_they_are_given(name: st
             option = re.match(r"'?(--[\w.-]+)", word)
             if option and option[1] != "--print_config":
                 parts = option[1].replace("-", "_").split(".")
-                assert any(".".join(parts[:length]) in known for length in range(len(parts), 0, -1)), (
-                    f"{command} {word}"
-                )
+                assert any(".".join(parts[:end]) in known for end in range(1, len(parts) + 1)), f"{command} {word}"

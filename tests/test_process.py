@@ -30,8 +30,7 @@ print(faults() - before)
 
 
 def faults(call: str, **environment: str) -> int:
-    code = COUNT.format(call=call)
-    return int(python("-c", code, env=environment).stdout)
+    return int(python("-c", COUNT.format(call=call), env=environment).stdout)
 
 
 def test_process_does_not_ask_for_freed_memory_again() -> None:
@@ -48,9 +47,7 @@ def test_cuda_segments_grow_unless_the_environment_says_otherwise(monkeypatch: p
 
 
 def fresh(code: str, **given: str) -> str:
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    }
+    environment = {name: os.environ[name] for name in os.environ.keys() - {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}}
     return subprocess.check_output([sys.executable, "-c", code], env=environment | given, text=True).strip()
 
 
