@@ -62,10 +62,8 @@ def train(root: Path, block: str, partner: str) -> None:
     if partner == "a student":  # of a teacher with a block more
         teacher = root / "teacher.ckpt"
         trainer(root, SaveAt(1, teacher), max_steps=1).fit(module_of(root, block, mixture), SyntheticData())
-        overrides = {
-            "model__config__num_layers": 3,
-            "model__distiller": {"class_path": "nlgmoe.MixtureOfStudents", "init_args": {"teacher": str(teacher)}},
-        }
+        distiller = {"class_path": "nlgmoe.MixtureOfStudents", "init_args": {"teacher": str(teacher)}}
+        overrides = {"model__config__num_layers": 3, "model__distiller": distiller}
         callbacks = [StagedDistillation(step=6)]
     module = module_of(root, block, mixture, **overrides)
     losses, reached = Losses(), Reached()

@@ -78,9 +78,8 @@ def parse(*names: str) -> dict[str, Any]:
 
 
 def test_configs_have_every_row_of_the_paper_and_a_twin_of_every_family() -> None:
-    files = {
-        str(path.relative_to(ROOT).with_suffix("")) for path in ROOT.rglob("*.yaml") if path.parent.name != "reproduce"
-    }
+    paths = [path for path in ROOT.rglob("*.yaml") if path.parent.name != "reproduce"]
+    files = {str(path.relative_to(ROOT).with_suffix("")) for path in paths}
     twins = {f"{family}/laptop" for family in FAMILIES}
     data = {"data/paper_blend", "data/pile_streaming"}
     data |= {f"block/{family}" for family in OPEN_FAMILIES if family not in ("qwen3", "granite", "gpt2")}
@@ -88,16 +87,12 @@ def test_configs_have_every_row_of_the_paper_and_a_twin_of_every_family() -> Non
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_block_config_goes_with_any_model(block: str) -> None:
+def test_block_config_is_that_of_its_family_and_goes_with_any_model(block: str) -> None:
     overlay = read(f"block/{block}")["model"]["config"]
     for name in ("moe/laptop", "pr_moe/laptop") if "moe" in overlay else ("pr_moe/laptop", "dense/laptop"):
         config = GPTConfig.from_dict(parse(name, f"block/{block}")["model"]["config"])
         assert config.norm == "rmsnorm" and config.rope_theta and not config.bias
         assert (config.moe is None) == (name == "dense/laptop")
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-def test_block_config_is_that_of_its_family(block: str) -> None:
     name, every = ("dense", {}) if block == "llama" else ("moe", {"model__config__moe__expert_interval": 1})
     files = [ROOT / f"{name}/laptop.yaml", ROOT / f"block/{block}.yaml"]
     config = GPTConfig.from_dict(parse_config(files, **every)["model"]["config"])
@@ -219,13 +214,10 @@ def apart_from_its_architecture(name: str) -> dict[str, Any]:
     """The settings that a model shares with another, and without a teacher."""
     settings = read(name)
     model, trainer = settings["model"], settings["trainer"]
-    for part, own in (
-        (model["config"], ("num_layers", "ffn_hidden_size", "moe")),
-        (model, ("distiller",)),
-        (trainer, ("default_root_dir",)),
-    ):
-        for setting in own:
-            part.pop(setting, None)
+    for setting in ("num_layers", "ffn_hidden_size", "moe"):
+        model["config"].pop(setting, None)
+    model.pop("distiller", None)
+    del trainer["default_root_dir"]
     trainer["callbacks"] = [one for one in trainer["callbacks"] if one["class_path"] != "nlgmoe.StagedDistillation"]
     return settings
 

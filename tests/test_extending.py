@@ -129,26 +129,20 @@ def test_own_router_is_checked_for_what_it_returns(change: Any, message: str, mo
 
 
 @pytest.mark.parametrize(
-    ("declared", "message"),
+    ("part", "declared", "message"),
     [
-        (
-            {"reads_fields": frozenset({"los_coeff"})},
-            "Wrong.reads_fields names los_coeff; it may read aux_scope,",
-        ),
-        (
-            {"build": lambda self, config, block: torch.nn.Identity()},
-            "Wrong.build returned a Identity; return a Router",
-        ),
-        (
-            {"build": lambda self, config, block: Router(3)},
-            "Wrong.build returned a Router of 3 experts for a layer of 4",
-        ),
+        ("router", {"reads_fields": frozenset({"los_coeff"})}, "reads_fields names los_coeff; it may read aux_scope,"),
+        ("router", {"build": lambda *arguments: nn.Identity()}, "build returned a Identity; return a Router"),
+        ("router", {"build": lambda *arguments: Router(3)}, "build returned a Router of 3 experts for a layer of 4"),
+        ("expert", {"weights": lambda *arguments: {"a": (16, 16)}}, "weights has 'a': (16, 16); write name: (in"),
+        ("expert", {"forward": lambda *arguments: torch.zeros(1, 16)}, "forward returned [1, 16] for rows of ["),
     ],
 )
-def test_own_router_is_checked_for_what_it_declares_and_builds(declared: dict[str, Any], message: str) -> None:
-    wrong = dataclass(frozen=True)(type("Wrong", (CosineRouterConfig,), declared))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        GPT(replace(CONFIG, moe=MoEConfig(4, router=wrong())))
+def test_own_part_is_checked_for_what_it_declares(part: str, declared: dict[str, Any], message: str) -> None:
+    base = {"router": CosineRouterConfig, "expert": SwiGLUExpert}[part]
+    wrong = dataclass(frozen=True)(type("Wrong", (base,), declared))
+    with pytest.raises(ValueError, match=re.escape(f"Wrong.{message}")):
+        GPT(replace(CONFIG, moe=MoEConfig(4, **{part: wrong()})))(torch.zeros(2, 16, dtype=torch.long))
 
 
 def test_a_cosine_router_learns_by_the_balance_loss() -> None:
@@ -217,19 +211,6 @@ def test_swiglu_expert_computes_its_formula_and_is_counted() -> None:
     assert std["project_weight"] < 0.7 * std["gate_weight"]  # divided by sqrt(2 * 2)
 
 
-@pytest.mark.parametrize(
-    ("part", "value", "message"),
-    [
-        ("weights", {"a": (16, 16)}, "Wrong.weights has 'a': (16, 16); write name: (inputs, outputs, 'expand' or"),
-        ("forward", torch.zeros(1, 16), "Wrong.forward returned [1, 16] for rows of ["),
-    ],
-)
-def test_own_expert_is_checked_for_what_it_declares_and_returns(part: str, value: Any, message: str) -> None:
-    wrong = dataclass(frozen=True)(type("Wrong", (SwiGLUExpert,), {part: lambda *arguments: value}))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        GPT(replace(CONFIG, moe=MoEConfig(4, expert=wrong())))(torch.zeros(2, 16, dtype=torch.long))
-
-
 def test_window_attention_sees_its_window_alone() -> None:
     config = replace(CONFIG, moe=None, attention=WindowAttentionConfig(3))
     layer, mask = GPT(config).blocks[0].attention, torch.ones(1, 16, dtype=torch.bool)
@@ -270,27 +251,22 @@ def test_own_attention_is_trained_resumed_frozen_and_distilled(
     assert "attention=window_attention.WindowAttentionConfig" in capsys.readouterr().out
     nlgmoe(["report", str(runs["whole"]), "--output", str(tmp_path / "report.html")])
     generate = ["generate", str(runs["whole"]), "--prompt", "The", "--max-new-tokens", "8"]
-    for words, message in (
-        (
-            generate,
-            "has window_attention.WindowAttentionConfig, code outside nlgmoe that is not imported; if you trust it",
-        ),
-        (["inspect", str(ends["whole"])], "add --allow-code window_attention to a command that takes it"),
-    ):
+
+    def says(words: list[str], message: str) -> None:
         with pytest.raises(SystemExit):
             nlgmoe(words)
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+    inspect = ["inspect", str(ends["whole"])]
+    says(
+        generate,
+        "has window_attention.WindowAttentionConfig, code outside nlgmoe that is not imported; if you trust it",
+    )
+    says(inspect, "add --allow-code window_attention to a command that takes it")
     nlgmoe([*generate, "--allow-code", "window_attention"])
-    for words, message in (
-        (
-            ["export", str(runs["whole"]), str(tmp_path / "export")],
-            "only the paper's attention, not WindowAttentionConfig",
-        ),
-        (["inspect", str(ends["whole"])], "does not know the memory of WindowAttentionConfig (model.config.attention)"),
-    ):
-        with pytest.raises(SystemExit):
-            nlgmoe(words)
-        assert message in capsys.readouterr().err.splitlines()[-1]
+    export = ["export", str(runs["whole"]), str(tmp_path / "export")]
+    says(export, "only the paper's attention, not WindowAttentionConfig")
+    says(inspect, "does not know the memory of WindowAttentionConfig (model.config.attention)")
 
 
 def test_own_corpus_is_trained_on_resumed_and_blended(

@@ -15,17 +15,12 @@ from nlgmoe.commands.main import main
 from notebooks.execute import FOLDER, parameters_cell, run, with_parameters
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-TINY = {
-    "model__config__num_layers": 2,
-    "model__config__moe__num_experts": [4],
-    "model__config__hidden_size": 32,
-    "model__config__seq_len": 32,
-    "model__config__num_heads": 2,
-    "data__micro_batch_size": 2,
-    "data__max_eval_windows": 2,
-    "trainer__log_every_n_steps": 1,
-    "trainer__enable_progress_bar": False,
+SIX_LAYERS = {
+    **{"model__config__hidden_size": 32, "model__config__seq_len": 32, "model__config__num_heads": 2},
+    **{"data__micro_batch_size": 2, "data__max_eval_windows": 2},
+    **{"trainer__log_every_n_steps": 1, "trainer__enable_progress_bar": False},
 }
+TINY = SIX_LAYERS | {"model__config__num_layers": 2, "model__config__moe__num_experts": [4]}
 DOCUMENTS = {"data__document_attention": True, "data__mask_eod_loss": True}  # changes what is computed, or counted
 CHECKS = {  # of its variables, after a notebook
     "02_routing": """
@@ -47,7 +42,6 @@ assert distances.max() < 1e-6 and np.allclose(losses(mixture), surprise, rtol=1e
 """,
 }
 DEEPER = TINY | {"model__config__num_layers": 4, "model__config__moe__num_experts": [2, 4]}
-SIX_LAYERS = {name: value for name, value in TINY.items() if "num_layers" not in name and "num_experts" not in name}
 
 
 def parameters(name: str, data: Path, runs: Path) -> dict[str, Any]:
