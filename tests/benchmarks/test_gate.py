@@ -112,13 +112,10 @@ def test_gate_refuses_an_overlay_of_what_is_held_fixed_by_name(text: str, line: 
 
 def test_gate_takes_classes_of_three_kinds_and_overlays(tmp_path: Path) -> None:
     found = read_candidate("docs.examples.hash_router.HashRouterConfig", None, CPU)
-    assert (
-        found.name == "HashRouterConfig" and found.config.moe.token_dropping
-    )  # its default, which the router does not read
-    assert (
-        type(read_candidate("nlgmoe.layers.feed_forward.SwiGLUNetwork", "x", CPU).config.moe.expert).__name__
-        == "SwiGLUNetwork"
-    )
+    assert found.name == "HashRouterConfig"
+    assert found.config.moe.token_dropping  # its default, which the router does not read
+    network = read_candidate("nlgmoe.layers.feed_forward.SwiGLUNetwork", "x", CPU)
+    assert type(network.config.moe.expert).__name__ == "SwiGLUNetwork"
     assert read_candidate("nlgmoe.layers.attention.MultiHead", "y", CPU).config.attention is not None
     (tmp_path / "slow.yaml").write_text("model: {optimizer: {lr: 1.0e-3}}")
     (tmp_path / "dense.yaml").write_text("model: {config: {moe: null}}")
@@ -130,9 +127,7 @@ def test_gate_takes_classes_of_three_kinds_and_overlays(tmp_path: Path) -> None:
             read_candidate(text, name, CPU)
 
 
-def test_gate_runs_no_candidate_that_fails_a_property_or_needs_too_much_memory(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_gate_runs_no_candidate_that_fails_a_property_or_needs_too_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     deaf = read_candidate(f"{HERE}.DeafRouterConfig", None, TINY)
     monkeypatch.setattr(candidates, "check_layer", partial(check_layer, only={"the losses reach the gate"}))
     with pytest.raises(RunError, match=r"DeafRouterConfig fails `nlgmoe check`: the losses reach the gate: "):
@@ -164,10 +159,8 @@ def test_gate_names_a_loss_that_is_not_finite_in_one_line(
     with pytest.raises(SystemExit) as end:
         gate([str(tmp_path / "wild.yaml"), f"--out={tmp_path}/runs", f"--results={tmp_path}/rows.json", "--scale=tiny"])
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert end.value.code == 1 and line.startswith(
-        "error: wild-first-steps ended with exit code 1: error: step 1: the loss is nan"
-    )
-    assert not (tmp_path / "rows.json").exists()
+    assert line.startswith("error: wild-first-steps ended with exit code 1: error: step 1: the loss is nan")
+    assert end.value.code == 1 and not (tmp_path / "rows.json").exists()
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
@@ -184,12 +177,13 @@ def test_gate_writes_the_row_of_a_candidate(pocket_pile: Path, tmp_path: Path, m
         "--jobs=1",
         "--author=me",
     ]
+    words.append("--pairs=2")
 
     first = Here(killed=5)  # two fingerprints, then the runs
     with pytest.raises(SystemExit):
-        gate([*words, "--pairs=2"], first)
+        gate(words, first)
     again = Here(killed=0)
-    gate([*words, "--pairs=2"], again)
+    gate(words, again)
     trained = [Path(word.partition("=")[2]) for run in again.commands for word in run if "default_root_dir" in word]
     assert [f"{folder.parent.name[:5]} {folder.name}" for folder in trained[2:]] == [
         *("basel seed1", "top-2 seed2", "top-2 seed2-16", "basel seed2"),
@@ -197,24 +191,12 @@ def test_gate_writes_the_row_of_a_candidate(pocket_pile: Path, tmp_path: Path, m
     (row,) = page.read_rows(rows)
     assert row["steps"] == {"tokens": [20, 20], "flops": [16, 20], "seconds": [20, 20]}  # 1.22 times the FLOPs
     losses = {side: {n: list(of.values()) for n, of in found.items()} for side, found in row["losses"].items()}
-    assert row["verdicts"]["flops"] == verdict(losses["candidate"]["16"], losses["baseline"]["20"])
-    assert (
-        row["verdicts"]["tokens"]
-        == row["verdicts"]["seconds"]
-        == verdict(losses["candidate"]["20"], losses["baseline"]["20"])
-    )
-    assert row["verdicts"]["tokens"]["mean"] != row["verdicts"]["flops"]["mean"]
-    assert {
-        "name",
-        "author",
-        "commit",
-        "versions",
-        "machine",
-        "command",
-        "numerics",
-        "parameters",
-        "costs",
-    } < row.keys()
+    verdicts, ours, theirs = row["verdicts"], losses["candidate"], losses["baseline"]
+    assert verdicts["flops"] == verdict(ours["16"], theirs["20"])
+    assert verdicts["tokens"] == verdicts["seconds"] == verdict(ours["20"], theirs["20"])
+    assert verdicts["tokens"]["mean"] != verdicts["flops"]["mean"]
+    described = {"name", "author", "commit", "versions", "machine", "command", "numerics", "parameters", "costs"}
+    assert described < row.keys()
     # The shorter run goes on from step 12 of the whole one, and decays.
     shorter = next(out.glob("top-2-*/seed1-16"))
     assert json.loads((shorter / "summary.json").read_text())["tokens"] == 16 * TINY.step_tokens
@@ -223,7 +205,7 @@ def test_gate_writes_the_row_of_a_candidate(pocket_pile: Path, tmp_path: Path, m
     assert (out / "top-2.html").stat().st_size > 1e6
     # A second look costs no run; the row of the same name and author is replaced.
     last = Here(killed=0)
-    gate([*words, "--pairs=2", "--name=top-2"], last)
+    gate([*words, "--name=top-2"], last)
     assert len(last.commands) == 2 and page.read_rows(rows) == [row | {"command": page.read_rows(rows)[0]["command"]}]
     text = page.table([row, row | {"numerics": "older", "name": "other"}], row["numerics"])
     assert "| other | me |" in text and text.count(" * ") == 1 + 1 and "2 rows" in text

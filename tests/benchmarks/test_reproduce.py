@@ -36,14 +36,8 @@ def test_campaign_resumes_trunks_and_logits_and_repeats_no_run(pocket_pile: Path
         made.results["learning_rates"] = dict.fromkeys(("dense", "moe_8", "moe_32", "dense_4x"), 1e-2)
         return made
 
-    cells = [
-        Cell("pr_moe"),
-        Cell("dense"),
-        Cell("dense", 0.5),
-        Cell("student", 1.0, "full"),
-        Cell("student", 0.25, "full"),
-    ]
-    runs = [(cell, 1) for cell in [*cells, Cell("student", 0.5, "staged")]]
+    students = [Cell("student", 1.0, "full"), Cell("student", 0.25, "full"), Cell("student", 0.5, "staged")]
+    runs = [(cell, 1) for cell in [Cell("pr_moe"), Cell("dense"), Cell("dense", 0.5), *students]]
     with pytest.raises(RunError, match="pr_moe@1-seed1 ended with exit code 137: killed"):
         campaign().train(runs, 1)
     campaign().train(runs, 1)
@@ -156,9 +150,8 @@ def test_questions_all_have_a_reading() -> None:
 def test_the_cost_at_equal_loss_is_read_off_the_dense_line() -> None:
     sizes = dict(zip(WIDER, (4.0, 3.9, 3.8, 3.7, 3.6), strict=True))  # 0.1 nats for each doubling of the cost
     runs = made_up(**sizes, moe_16=3.75)["runs"]
-    found = cost_at_equal_loss(
-        runs, "moe_16", {**{name: 2.0**place for place, name in enumerate(WIDER)}, "moe_16": 1.0}
-    )
+    costs = {name: 2.0**place for place, name in enumerate(WIDER)}
+    found = cost_at_equal_loss(runs, "moe_16", costs | {"moe_16": 1.0})
     assert found is not None
     ratio, low, high = found
     assert ratio == pytest.approx(2**2.5, rel=0.1) and low <= ratio <= high

@@ -1,4 +1,4 @@
-"""Benchmarks write what they measure into a JSON file and a page; the pages of the repository have the JSON's numbers."""
+"""Benchmarks write what they measure into a JSON file and a page; generated tables in the repository are up to date."""
 
 import importlib
 import json
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.flag_table import PAGE, with_table
 from benchmarks.timing import RESULTS, Benchmark, Part, interleaved
 
 NAMES = ("checkpoint", "data", "generation", "layer", "parity", "ranks", "scaling", "step")
@@ -19,6 +20,11 @@ def test_timing_tables_of_a_page_are_those_of_the_results(name: str, monkeypatch
     assert list(results) == list(benchmark.parts) and benchmark.in_page(page, results) == page
 
 
+def test_flag_table_of_the_docs_is_the_translators() -> None:
+    page = PAGE.read_text()
+    assert with_table(page) == page, "run `make docs`"
+
+
 def test_timing_measures_a_part_and_rewrites_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = {
         "first": Part(lambda rounds: {"ms": 10 * rounds}, lambda found: (["ms", "note"], [[found["ms"], None]]), 5),
@@ -29,10 +35,8 @@ def test_timing_measures_a_part_and_rewrites_its_table(tmp_path: Path, capsys: p
     page.write_text(f"# Page\n\n{marks[0]}\nbetween\n\n{marks[1]}")
     benchmark.run("a trial", ["--only", "first"], tmp_path)
     text = page.read_text()
-    assert (
-        "| ms | note |\n|---|---|\n| 50 |  |\n<!-- end of bench -->\n\nbetween" in text
-        and "trial second -->\nold" in text
-    )
+    assert "| ms | note |\n|---|---|\n| 50 |  |\n<!-- end of bench -->\n\nbetween" in text
+    assert "trial second -->\nold" in text
     assert "`python -m benchmarks.trial --only first`, commit " in text and ", medians of 5 rounds:" in text
     assert "| 50 |  |" in capsys.readouterr().out
     benchmark.run("a trial", ["--rounds", "1"], tmp_path)
