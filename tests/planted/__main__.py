@@ -31,23 +31,14 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", 
 
 @dataclass(frozen=True)
 class Fault:
-    """One change of the package that makes it wrong.
-
-    Attributes:
-        area: part of the package.
-        fault: effect for a user.
-        file: file to change.
-        old: text to replace, which the file contains once.
-        new: replacement.
-        test: test that must fail, as pytest names it.
-    """
+    """One change of the package that makes it wrong."""
 
     area: str
-    fault: str
+    fault: str  # effect for a user
     file: str
-    old: str
+    old: str  # text to replace, which the file contains once
     new: str
-    test: str
+    test: str  # that must fail, as pytest names it
 
     def problem(self) -> str | None:
         """Return why the fault cannot be planted, or None."""
@@ -61,9 +52,6 @@ class Fault:
         file.write_text(file.read_text().replace(self.old, self.new))
         now = time.time() + 10  # Python compares the source's time with that in its cached bytecode
         os.utime(file, (now, now))
-
-    def remove(self, tree: Path) -> None:
-        shutil.copy2(ROOT / self.file, tree / self.file)
 
 
 def read_faults(words: str) -> list[Fault]:
@@ -89,15 +77,8 @@ def run_tests(tree: Path, tests: list[str], faulty: bool, *options: str) -> tupl
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tree}:{tree / 'docs/examples'}"}
     if faulty:
         environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    process = subprocess.Popen(
-        [*PYTEST, *options, *tests],
-        cwd=tree,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    command, streams = [*PYTEST, *options, *tests], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, cwd=tree, env=environment, text=True, start_new_session=True, **streams)
     try:
         output, _ = process.communicate(timeout=SECONDS if faulty else None)
         return process.returncode, output
@@ -108,12 +89,6 @@ def run_tests(tree: Path, tests: list[str], faulty: bool, *options: str) -> tupl
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with the ranks and runs that the test has started
             process.wait()
-
-
-def reason(output: str) -> str:
-    """Return the first line of the first error, without what a terminal cannot show in a table."""
-    errors = re.findall(r"^E\s+(.+)$", output, re.MULTILINE)
-    return errors[0].replace("|", "/")[:90] if errors else "no error message"
 
 
 def main() -> int:
@@ -143,13 +118,11 @@ def main() -> int:
                 fault.plant(tree)
                 code, output = run_tests(tree, [fault.test], True, "-x")
             finally:
-                fault.remove(tree)
+                shutil.copy2(ROOT / fault.file, tree / fault.file)
                 trees.put(tree)
-            if code == 1:
-                return True, reason(output)
-            return False, {None: f"no end within {SECONDS:.0f} s", 0: "NOT NOTICED"}.get(
-                code, f"pytest ended with {code}"
-            )
+            error, *_ = *re.findall(r"^E\s+(.+)$", output, re.MULTILINE), "no error message"
+            ends = {None: f"no end within {SECONDS:.0f} s", 0: "NOT NOTICED", 1: error.replace("|", "/")[:90]}
+            return code == 1, ends.get(code, f"pytest ended with {code}")
 
         print(f"{len(tests)} tests pass without a fault ({time.monotonic() - started:.0f} s)\n")
         print("| area | fault | test | first error |\n|---|---|---|---|")
