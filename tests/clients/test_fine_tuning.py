@@ -59,18 +59,16 @@ def logits(model: Any) -> Tensor:
 @pytest.mark.parametrize("target", ["named", "all-linear", "experts"])
 @pytest.mark.parametrize("name", MODELS)
 def test_lora_trains_merges_and_is_imported(name: str, target: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    targets = {
-        "named": {"target_modules": TARGETS[name]},
-        "all-linear": {"target_modules": "all-linear"},
-        "experts": {"target_modules": TARGETS[name], "target_parameters": EXPERTS[name]},
+    named = set(TARGETS[name])
+    targets, expected = {
+        "named": ({"target_modules": TARGETS[name]}, named),
+        "all-linear": ({"target_modules": "all-linear"}, LINEAR[name]),
+        "experts": ({"target_modules": TARGETS[name], "target_parameters": EXPERTS[name]}, named | {"experts"}),
     }[target]
     model = peft.get_peft_model(load(folders[name]), peft.LoraConfig(r=4, task_type="CAUSAL_LM", **targets))
     before, learning = logits(model), {n: p for n, p in model.named_parameters() if p.requires_grad}
     reached = {each.split(".lora_")[0].removesuffix(".base_layer").rpartition(".")[2] for each in learning}
-    assert (
-        reached
-        == {"named": {*TARGETS[name]}, "all-linear": LINEAR[name], "experts": {*TARGETS[name], "experts"}}[target]
-    )
+    assert reached == expected
     optimizer, losses = torch.optim.AdamW(learning.values(), lr=1e-2), []
     model.train()
     for _ in range(4):
@@ -143,9 +141,8 @@ def test_docs_example_of_fine_tuning_writes_a_model_that_is_imported(
     exec(code[1].replace("max_steps=20", "max_steps=2"), {})
     import_model("tuned", tmp_path / "tuned.ckpt")
     before, after = (load_model(path) for path in (folders[name].with_suffix(".ckpt"), tmp_path / "tuned.ckpt"))
-    assert after.config.moe is not None and not all(
-        torch.equal(old, new) for old, new in zip(before.parameters(), after.parameters(), strict=True)
-    )
+    pairs = zip(before.parameters(), after.parameters(), strict=True)
+    assert after.config.moe is not None and not all(torch.equal(old, new) for old, new in pairs)
 
 
 def test_transformers_trainer_computes_the_same_with_recomputed_blocks(
