@@ -51,7 +51,7 @@ def test_upcycled_smollm2_has_the_dense_loss(folder: Path) -> None:
         for model in (dense, moe):
             logits = model.to(dtype).logits(model(ids).hidden)[0, :-1].float()
             losses.append(float(F.cross_entropy(logits, ids[0, 1:])))
-    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # 20.45 nats: 1e-6 is less than a rounding step of fp32
     assert losses[3] == pytest.approx(losses[2], abs=1e-3 * losses[2])
     main(["export", str(folder / "moe.ckpt"), str(folder / "exported_moe")])
     assert json.loads((folder / "exported_moe/config.json").read_text())["model_type"] == "mixtral"
