@@ -64,9 +64,8 @@ class CommandParser(argparse.ArgumentParser):
                 if option not in self.repeatable:
                     raise SettingError(f"unknown option {option}{did_you_mean(option, self.repeatable)}")
                 if option in given and not self.repeatable[option]:
-                    raise SettingError(
-                        f"{option} is given more than once, and only one of them would count; give it once"
-                    )
+                    problem = f"{option} is given more than once, and only one of them would count"
+                    raise SettingError(f"{problem}; give it once")
                 given.add(option)
                 word = option + equals + value
             read.append(word)
@@ -82,7 +81,6 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _options(hint: Any) -> dict[str, Any]:
-    """Return options of `add_argument` for a type."""
     is_union = get_origin(hint) in (Union, types.UnionType)
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if is_union else [hint]
     if get_origin(kinds[0]) is Literal:
@@ -149,9 +147,8 @@ def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool, setting
     if path.exists() and not overwrite:
         raise SettingError(f"{setting}={checkpoint} exists already; name another, or add --overwrite")
     if settings and yaml_beside(path).exists() and not overwrite:
-        raise SettingError(
-            f"{setting}={checkpoint}: {yaml_beside(path)} beside it exists already; name another, or add --overwrite"
-        )
+        problem = f"{setting}={checkpoint}: {yaml_beside(path)} beside it exists already"
+        raise SettingError(f"{problem}; name another, or add --overwrite")
 
 
 def check_device(device: str) -> None:

@@ -124,12 +124,9 @@ class TrainCLI(LightningCLI):
         if config["data"]["seq_len"] is None:
             config["data"]["seq_len"] = config["model"]["config"]["seq_len"]
         if (seed := config.get("seed_everything")) is not None and seed is not False:
-            rank_zero_warn(
-                f"seed_everything={seed} changes nothing in a run, which draws by model.seed (weights, noise) and data.seed "
-                "(order); set those"
-            )
-        path = config.get("ckpt_path")
-        if path is not None and path not in ("last", "auto", "best"):
+            remedy = "set model.seed (weights, noise) and data.seed (order)"
+            rank_zero_warn(f"seed_everything={seed} changes nothing in a run; {remedy}")
+        if (path := config.get("ckpt_path")) not in (None, "last", "auto", "best"):
             require_checkpoint(path)
 
     @override

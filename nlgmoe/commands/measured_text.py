@@ -56,9 +56,10 @@ def _run_batches(config: Path, windows: int, tokenizer: str | None) -> Any:
     return data.val_dataloader()
 
 
-def _file_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Any]:
+def _file_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Batch]:
     import torch
 
+    from nlgmoe.batch import Batch
     from nlgmoe.data.documents import UnusableError, decode_text
 
     try:
@@ -72,10 +73,5 @@ def _file_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Any]
         raise SettingError(f"text={text} has {len(ids)} tokens, fewer than one sequence of {length}; give more text")
     tokens, targets = (torch.tensor(ids[i : i + count * length]).view(count, length) for i in (0, 1))
     for batch_tokens, batch_targets in zip(tokens.split(BATCH), targets.split(BATCH), strict=True):
-        mask = torch.ones_like(batch_tokens, dtype=torch.bool)
-        yield {
-            "tokens": batch_tokens,
-            "targets": batch_targets,
-            "token_mask": mask,
-            "domain": torch.zeros(len(batch_tokens), dtype=torch.long),
-        }
+        mask, domain = torch.ones_like(batch_tokens, dtype=torch.bool), torch.zeros(len(batch_tokens), dtype=torch.long)
+        yield Batch(tokens=batch_tokens, targets=batch_targets, token_mask=mask, domain=domain)
