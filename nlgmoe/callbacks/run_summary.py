@@ -48,11 +48,9 @@ class RunSummary(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            # Losses that are not finite are kept: they count among the last 50 steps.
-            "losses": [loss if math.isfinite(loss) else None for loss in self._losses],
-            "peak_memory_bytes": self._peak_so_far(),
-        }
+        # Losses that are not finite are kept: they count among the last 50 steps.
+        losses = [loss if math.isfinite(loss) else None for loss in self._losses]
+        return {"losses": losses, "peak_memory_bytes": self._peak_so_far()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -73,11 +73,10 @@ def optimizer_to_entries(
         state: the optimizer's. A parameter that never had a gradient has no entry: a callback has frozen it, or all steps were
             skipped.
     """
-    states: dict[str, dict[str, Tensor]] = {
-        name: state["state"].get(index) or initial_state(weights[name], group.get("muon", False))
-        for group in state["param_groups"]
-        for index, name in zip(group["params"], group["param_names"], strict=True)
-    }
+    states: dict[str, dict[str, Tensor]] = {}
+    for group in state["param_groups"]:
+        for index, name in zip(group["params"], group["param_names"], strict=True):
+            states[name] = state["state"].get(index) or initial_state(weights[name], group.get("muon", False))
     entries: dict[str, Tensor] = {}
     for moment in ("step", *MOMENTS, MOMENTUM):
         values = {name: values[moment] for name, values in states.items() if moment in values}

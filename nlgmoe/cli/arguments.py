@@ -18,7 +18,7 @@ from docstring_parser import parse as parse_docstring
 
 from nlgmoe.cli.errors import did_you_mean, one_line
 from nlgmoe.files import atomic_write, expand_home, yaml_beside
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.validation import RunError, SettingError, require
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -111,10 +111,8 @@ def number_or_list(text: str) -> int | list[int]:
 def check_output(output: str) -> None:
     """Check that a new file can have this name."""
     path = Path(output)
-    if path.is_dir():
-        raise SettingError(f"output={output} is a folder; give the name of a file")
-    if path.exists():
-        raise SettingError(f"output={output} exists already; name another file, or delete it")
+    require(not path.is_dir(), f"output={output} is a folder; give the name of a file")
+    require(not path.exists(), f"output={output} exists already; name another file, or delete it")
     require_folder(path)
 
 
@@ -140,10 +138,8 @@ def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool, setting
     `setting` is the name of the argument, `checkpoint` its value.
     """
     path = Path(checkpoint)
-    if path.suffix != ".ckpt":
-        raise SettingError(f"{setting}={checkpoint} does not end in .ckpt; name it {path.name}.ckpt")
-    if path.is_file():
-        raise SettingError(f"{setting}={checkpoint} is a file; a checkpoint is a folder: name another")
+    require(path.suffix == ".ckpt", f"{setting}={checkpoint} does not end in .ckpt; name it {path.name}.ckpt")
+    require(not path.is_file(), f"{setting}={checkpoint} is a file; a checkpoint is a folder: name another")
     if path.exists() and not overwrite:
         raise SettingError(f"{setting}={checkpoint} exists already; name another, or add --overwrite")
     if settings and yaml_beside(path).exists() and not overwrite:

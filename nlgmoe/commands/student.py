@@ -60,8 +60,7 @@ def student(
 
     end, settings = _end_of(fraction, step), parse_config(file)
     theirs = GPTConfig.from_dict(settings["model"]["config"])
-    in_run = file.name == "config.yaml"  # whose folder may have been moved since
-    folder = str(file.parent) if in_run else settings["trainer"]["default_root_dir"]
+    folder = str(file.parent) if file.name == "config.yaml" else settings["trainer"]["default_root_dir"]  # may be moved
     teacher = teacher or (folder if is_yaml else source)
     from_random, equal = is_yaml and blocks is None, len(set(moe_blocks(theirs).values())) <= 1
     blocks = blocks or ("influence" if equal and not is_yaml else "upper")

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, DistributedSampler, default_collate
 
 from nlgmoe.data.samples import Sample, TokenSource
 from nlgmoe.data.tokens import check_ids
-from nlgmoe.validation import SettingError, require_at_least
+from nlgmoe.validation import SettingError, require, require_at_least
 
 
 @dataclass(eq=False)
@@ -177,8 +177,7 @@ def check_ramp_up(ramp_up: BatchRampUp, global_batch_size: int | None, micro_bat
     if global_batch_size is None:
         raise SettingError("global_batch_size=null: batch_ramp_up has no batch to grow to; set it")
     growth = global_batch_size - ramp_up.start
-    if growth < 0:
-        raise SettingError(f"start={ramp_up.start} is above global_batch_size={global_batch_size}; lower it")
+    require(growth >= 0, f"start={ramp_up.start} is above global_batch_size={global_batch_size}; lower it")
     if growth % ramp_up.increment:
         problem = f"start={ramp_up.start} does not reach global_batch_size={global_batch_size}"
         raise SettingError(f"{problem} by increment={ramp_up.increment}; change one of them")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fsspec.core import url_to_fs
 
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 PLAIN_TEXT = (".txt", ".md")  # one document a file, unless `Fields.text_bytes` is set
@@ -100,8 +100,7 @@ def input_files(given: str | Sequence[str]) -> list[str]:
     Args:
         given: paths or addresses of fsspec (`s3://bucket/pile`) of files, folders and patterns, `**` for folders at any depth.
     """
-    if not given:
-        raise SettingError(f"input={given} is empty; give a path, a folder, or a pattern in quotes")
+    require(bool(given), f"input={given} is empty; give a path, a folder, or a pattern in quotes")
     all_files: list[str] = []
     for source in [given] if isinstance(given, str) else given:
         source = source.removeprefix("file://")
@@ -128,16 +127,13 @@ def input_files(given: str | Sequence[str]) -> list[str]:
                     reason = f"plain text beside JSON lines or Parquet; to read it too, add '{source}/*{ending}'"
                 named = f"{len(others)} entries of {source} are left out, such as {(plain or others)[0]}"
                 print(f"note: {named}: {reason}", file=sys.stderr)
-        if not files:
-            raise SettingError(f"input={source} matches no file; give a path, a folder, or a pattern in quotes")
+        require(bool(files), f"input={source} matches no file; give a path, a folder, or a pattern in quotes")
         all_files += files
     seen: set[str] = set()
     for file in all_files:
-        if not (has_records(file) or is_plain_text(file)):
-            raise SettingError(f"input={file} cannot be read; known endings are {ENDINGS}")
+        require(has_records(file) or is_plain_text(file), f"input={file} cannot be read; known endings are {ENDINGS}")
         real_path = os.path.realpath(file) if is_local(file) else file  # a file may have several names and links
-        if real_path in seen:
-            raise SettingError(f"input={file} is given more than once; its documents would be repeated")
+        require(real_path not in seen, f"input={file} is given more than once; its documents would be repeated")
         seen.add(real_path)
     return all_files
 

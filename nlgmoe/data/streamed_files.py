@@ -156,10 +156,9 @@ def find_files(
     if all(map(is_local, [path, *chain(*patterns.values())])):
         files_by_split = _find_by_datasets(path, data_files, revision)
     else:
-        files_by_split = {
-            split: [file for name in names for file in find_addressed(f"{path}/{name}" if is_local(name) else name)]
-            for split, names in patterns.items()
-        }
+        files_by_split = {split: [] for split in patterns}
+        for split, name in ((split, name) for split, names in patterns.items() for name in names):
+            files_by_split[split] += find_addressed(f"{path}/{name}" if is_local(name) else name)
     files_by_split = {split: sorted(set(files)) for split, files in files_by_split.items() if files}
     if missing := {"train", "validation"} - files_by_split.keys():
         remedy = "name them in data_files, such as {train: train/*.jsonl.zst, validation: val.jsonl.zst}"
