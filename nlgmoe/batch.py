@@ -16,9 +16,7 @@ class Batch(TypedDict):
     # [B, T] bool, False where a position's loss does not count, padding included; absent if it equals `token_mask`. Such
     # positions are read and routed like all others.
     loss_mask: NotRequired[Tensor]
-    document: NotRequired[
-        Tensor
-    ]  # [B, T] int64, document of each position; present if attention is limited to a document
+    document: NotRequired[Tensor]  # [B, T] int64, of each position; present if attention is limited to a document
     samples: NotRequired[list[int]]  # B sample numbers of the run, on the host; needed by `OfflineTeacher`
 
 
@@ -36,8 +34,5 @@ def loss_mask(batch: Batch) -> Tensor:
 
 def truncate(batch: Batch, length: int) -> Batch:
     """Truncate every sequence to its first `length` positions."""
-    truncated = {
-        name: value[:, :length] if isinstance(value, Tensor) and value.dim() == 2 else value
-        for name, value in batch.items()
-    }
-    return cast(Batch, truncated)
+    cut = {name: value[:, :length] for name, value in batch.items() if isinstance(value, Tensor) and value.dim() == 2}
+    return cast(Batch, {**batch, **cut})

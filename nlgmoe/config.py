@@ -89,10 +89,8 @@ class MoEConfig:
         require_valid(self)
         counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
         require(bool(counts), "num_experts is an empty list; give one number per MoE layer or a single number")
-        require(
-            min(counts) >= 0 and max(counts) >= 1,
-            f"num_experts={self.num_experts} must have a number above 0 and none below 0; set moe to null for a dense model",
-        )
+        problem = f"num_experts={self.num_experts} must have a number above 0 and none below 0"
+        require(min(counts) >= 0 and max(counts) >= 1, f"{problem}; set moe to null for a dense model")
         fewest = min(count for count in counts if count)
         require_at_least(1, self, "expert_interval")
         top_k = f"top_k={self.top_k}"
@@ -101,43 +99,30 @@ class MoEConfig:
             self._check_groups(self.groups, fewest, counts)
         widths = ("expert_ffn_size", "shared_ffn_size")
         require_at_least(1, self, *widths, remedy=", or null for the model's ffn_hidden_size")
-        require(
-            self.shared_ffn_size is None or self.mlp_type == "residual",
-            f"shared_ffn_size={self.shared_ffn_size} has no effect with mlp_type={self.mlp_type}; use mlp_type=residual, or null",
-        )
+        problem = f"shared_ffn_size={self.shared_ffn_size} has no effect with mlp_type={self.mlp_type}"
+        has_shared = self.shared_ffn_size is None or self.mlp_type == "residual"
+        require(has_shared, f"{problem}; use mlp_type=residual, or null")
         factors = ("train_capacity_factor", "eval_capacity_factor")
         require_above(0, self, *factors, remedy="; 1.0 is an expert's fair share")
         require_at_least(0, self, "min_capacity")
         require_at_least(0, self, "loss_coeff", "z_loss_coeff", remedy="; 0 turns that loss off")
-        require(
-            not (self.noise == "rsample" and self.top_k != 1),
-            f"noise=rsample works with top_k=1 only ({top_k}); use noise=jitter, or null",
-        )
+        allowed = self.top_k == 1 or self.noise != "rsample"
+        require(allowed, f"noise=rsample works with top_k=1 only ({top_k}); use noise=jitter, or null")
         require_above(0, self, "gate_scale")
         require_above(0, self, "gate_init_std", remedy=", or null for the model's init_std")
-        require(
-            not (self.normalize_weights and self.top_k == 1),
-            "normalize_weights=True with top_k=1 makes every weight the same, and the gate learns nothing; leave it out",
-        )
+        problem = "normalize_weights=True with top_k=1 makes every weight the same, and the gate learns nothing"
+        require(self.top_k != 1 or not self.normalize_weights, f"{problem}; leave it out")
         if self.router is not None:
             self.router.check_settings(self)
 
     def _check_groups(self, groups: list[int], fewest: int, counts: list[int]) -> None:
-        require(
-            len(groups) == 2 and 1 <= groups[1] <= groups[0],
-            f"groups={groups} must be two numbers, of groups and of those that a token chooses from, such as [8, 4]",
-        )
+        meaning = "two numbers, of groups and of those that a token chooses from, such as [8, 4]"
+        require(len(groups) == 2 and 1 <= groups[1] <= groups[0], f"groups={groups} must be {meaning}")
         number, chosen = groups
-        require(
-            not any(count % number for count in counts),
-            f"num_experts={self.num_experts} cannot be divided into the {number} equal groups of groups={groups}; "
-            f"use multiples of {number}",
-        )
-        most = chosen * fewest // number
-        require(
-            self.top_k <= most,
-            f"top_k={self.top_k} must be at most {most}, the experts in {chosen} of the {number} groups of groups={groups}",
-        )
+        problem = f"num_experts={self.num_experts} cannot be divided into the {number} equal groups of groups={groups}"
+        require(not any(count % number for count in counts), f"{problem}; use multiples of {number}")
+        most = f"{chosen * fewest // number}, the experts in {chosen} of the {number} groups of groups={groups}"
+        require(self.top_k <= chosen * fewest // number, f"top_k={self.top_k} must be at most {most}")
 
     @property
     def mix_outputs(self) -> int:
@@ -236,25 +221,17 @@ class GPTConfig:
             return
         counts, interval = self.moe.num_experts, self.moe.expert_interval
         positions = self.num_layers // interval
-        require(
-            positions >= 1,
-            f"expert_interval={interval} leaves no MoE layer among num_layers={self.num_layers}; lower it, or set moe to null",
-        )
-        require(
-            isinstance(counts, int) or len(counts) == positions,
-            f"num_experts={counts} has {len(counts) if isinstance(counts, list) else 1} entries, but num_layers="
-            f"{self.num_layers} with expert_interval={interval} makes {positions} MoE positions",
-        )
+        problem = f"expert_interval={interval} leaves no MoE layer among num_layers={self.num_layers}"
+        require(positions >= 1, f"{problem}; lower it, or set moe to null")
+        if isinstance(counts, list):
+            blocks = f"num_layers={self.num_layers} with expert_interval={interval} makes {positions} MoE positions"
+            require(len(counts) == positions, f"num_experts={counts} has {len(counts)} entries, but {blocks}")
 
     def _check_attention(self) -> None:
-        require(
-            self.head_dim is not None or self.attention is not None or self.hidden_size % self.num_heads == 0,
-            f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}",
-        )
-        require(
-            self.num_heads % self.kv_heads == 0,
-            f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
-        )
+        divides = self.head_dim is not None or self.attention is not None or self.hidden_size % self.num_heads == 0
+        require(divides, f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
+        problem = f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+        require(self.num_heads % self.kv_heads == 0, problem)
         if self.attention is not None:
             self.attention.check_settings(self)
         if self.rope_theta is None:
@@ -262,15 +239,10 @@ class GPTConfig:
                 reason = "has no effect without rope_theta; set rope_theta, or leave it out"
                 require(getattr(self, name) is None, f"{name}={getattr(self, name)} {reason}")
             return
-        require(
-            self.rotary_dim is None or self.rotary_dim <= self.head_size,
-            f"rotary_dim={self.rotary_dim} is above the {self.head_size} values of a head; null turns all of them",
-        )
-        require(
-            self.rotary_size % 2 == 0,
-            f"rope_theta={self.rope_theta} rotates pairs of values, but {self.rotary_size} values of a head turn; set an even "
-            "head_dim, rotary_dim, or other num_heads",
-        )
+        problem = f"rotary_dim={self.rotary_dim} is above the {self.head_size} values of a head"
+        require((self.rotary_dim or 0) <= self.head_size, f"{problem}; null turns all of them")
+        problem = f"rope_theta={self.rope_theta} rotates pairs of values, but {self.rotary_size} values of a head turn"
+        require(self.rotary_size % 2 == 0, f"{problem}; set an even head_dim, rotary_dim, or other num_heads")
 
     @property
     def head_size(self) -> int:

@@ -72,9 +72,8 @@ def _read(paths: Sequence[str | Path | Sequence[str | Path]], overrides: dict[st
         try:  # numbers of NumPy and tensors have `tolist`
             text = str(value) if is_text else json.dumps(value, default=lambda number: number.tolist())
         except (TypeError, AttributeError):
-            raise SettingError(
-                f"{setting}={value!r}: write an object as in a file, {{'class_path': ..., 'init_args': {{...}}}}"
-            ) from None
+            example = "{'class_path': ..., 'init_args': {...}}"
+            raise SettingError(f"{setting}={value!r}: write an object as in a file, {example}") from None
         args.append(f"--{setting}={text}")
     hide_tips_of_packages()
     try:

@@ -116,10 +116,9 @@ class MoEGPTModule(TrainingStep):
                 hand_in_triton_product(model, strategy.root_device)
             self.model = model
         elif not _has_placements(self.model, placed):
-            raise AllRanksError(
-                "this module's model was built before, with other placements of experts than trainer.strategy's; make a new "
-                "MoEGPTModule for every trainer, and do not use module.gpt before fit"
-            )
+            problem = "this module's model was built before, with other placements of experts than trainer.strategy's"
+            remedy = "make a new MoEGPTModule for every trainer, and do not use module.gpt before fit"
+            raise AllRanksError(f"{problem}; {remedy}")
 
     def _start_from(self, model: GPT, start: WarmStart) -> None:
         """Load the initial weights, and report what differs in the configuration, such as another `top_k`."""
@@ -207,7 +206,7 @@ class MoEGPTModule(TrainingStep):
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss`, `val/perplexity`, `val/bits_per_byte`, and each by domain."""
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self.resuming.end_validation(self.trainer)
+            self.resuming.validated = self.trainer.global_step
         self._log_evaluation("val")
 
     @override
@@ -222,11 +221,8 @@ class MoEGPTModule(TrainingStep):
         return losses
 
     def _evaluate(self, batch: Batch, loaders: Sequence[int | float]) -> None:
-        require(
-            len(loaders) == 1,
-            f"expected one evaluation dataloader, not {len(loaders)}: join them with torch.utils.data.ConcatDataset, and "
-            "distinguish their texts by `domain` in a batch and `domains` of the data module",
-        )
+        remedy = "join them with torch.utils.data.ConcatDataset, and distinguish their texts by `domain` in a batch"
+        require(len(loaders) == 1, f"expected one evaluation dataloader, not {len(loaders)}: {remedy}")
         assert self._evaluation is not None
         self._evaluation.update(self._token_losses(batch), batch)
 

@@ -24,6 +24,8 @@ from torch.amp import GradScaler
 from nlgmoe.ranks import AllRanksError
 from nlgmoe.validation import RunError, require
 
+EARLIER = "an earlier step wrote it, which skipping steps cannot undo"
+
 
 @dataclass(frozen=True)
 class NonFinite:
@@ -149,18 +151,14 @@ class StepGuard:
         fp16 = "" if can_lower is None else "trainer.precision=bf16-mixed, "
         problem = f"step {step}: the {name} is {value}; first not finite: "
         if (weight := first_bad_weight(model)) is not None:
-            raise NonFiniteError(f"{problem}the weight {weight}; {_weight_remedy(fp16)}")
+            raise NonFiniteError(f"{problem}the weight {weight}; {EARLIER}. {_remedy(fp16)}")
         problem += _bad_loss(losses) if not math.isfinite(loss) else _bad_gradient(model, gradients)
         if self.settings.action == "stop":
-            raise NonFiniteError(
-                f"{problem}; nothing was updated. Resume from the last checkpoint, or one before it, with {fp16}a lower "
-                "model.optimizer.lr, or with model.non_finite.action set to skip"
-            )
+            remedy = f"{_remedy(fp16)}, or with model.non_finite.action set to skip"
+            raise NonFiniteError(f"{problem}; nothing was updated. {remedy}")
         if self.in_a_row >= self.settings.limit:
-            raise NonFiniteError(
-                f"{problem}; {self.in_a_row} steps in a row were skipped before it, which is model.non_finite.limit. Resume from "
-                f"an earlier checkpoint with {fp16}a lower model.optimizer.lr"
-            )
+            before = f"{self.in_a_row} steps in a row were skipped before it, which is model.non_finite.limit"
+            raise NonFiniteError(f"{problem}; {before}. {_remedy(fp16)}")
         self.skipped += 1
         self.in_a_row += 1
         rank_zero_warn(f"{problem}; the step was skipped, {self.skipped} so far")
@@ -169,7 +167,7 @@ class StepGuard:
     def check_weights(self, step: int, model: nn.Module) -> None:
         """Check the weights after the last of `step` steps. A collective."""
         if (weight := first_bad_weight(model)) is not None:
-            raise NonFiniteError(f"step {step}: the weight {weight} is not finite; {_weight_remedy()}")
+            raise NonFiniteError(f"step {step}: the weight {weight} is not finite; {EARLIER}. {_remedy()}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts."""
@@ -180,11 +178,8 @@ class StepGuard:
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
 
-def _weight_remedy(fp16: str = "") -> str:
-    return (
-        "an earlier step wrote it, which skipping steps cannot undo. Resume from the last checkpoint, or one before it, with "
-        f"{fp16}a lower model.optimizer.lr"
-    )
+def _remedy(fp16: str = "") -> str:
+    return f"Resume from the last checkpoint, or one before it, with {fp16}a lower model.optimizer.lr"
 
 
 def first_bad_weight(model: nn.Module) -> str | None:

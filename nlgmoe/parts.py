@@ -61,27 +61,21 @@ class _Part:
 
     def check_reads_fields(self) -> None:
         """Check the declaration `reads_fields`: a misspelt name would turn a setting off."""
-        name = type(self).__name__
-        if hasattr(self, "uses"):  # its name up to 0.6
-            raise SettingError(f"{name}.uses has no effect; name it reads_fields")
+        name = f"{type(self).__name__}.reads_fields"
         if not isinstance(self.reads_fields, frozenset) or "reads_fields" in {field.name for field in fields(self)}:
-            raise SettingError(
-                f"{name}.reads_fields must be a frozenset, without an annotation; write reads_fields = frozenset({{...}})"
-            )
+            raise SettingError(f"{name} must be a frozenset, not annotated; write reads_fields = frozenset({{...}})")
         if unknown := sorted(self.reads_fields - self.known_fields):
-            raise SettingError(
-                f"{name}.reads_fields names {', '.join(unknown)}; it may read {', '.join(sorted(self.known_fields))}"
-            )
+            known = ", ".join(sorted(self.known_fields))
+            raise SettingError(f"{name} names {', '.join(unknown)}; it may read {known}")
 
     def check_settings(self, settings: Any) -> None:
         """Check the part against the configuration that names it; known fields that it does not read have their default."""
         self.check_reads_fields()
         for field in fields(settings):
             value = getattr(settings, field.name)
-            require(
-                field.name not in self.known_fields - self.reads_fields or value == field.default,
-                f"{field.name}={value} has no effect with {type(self).__name__}; leave it out",
-            )
+            read = field.name not in self.known_fields - self.reads_fields
+            problem = f"{field.name}={value} has no effect with {type(self).__name__}; leave it out"
+            require(read or value == field.default, problem)
         self.check(settings)
 
     def check(self, config: Any) -> None:
@@ -170,10 +164,9 @@ class ExpertConfig:
         for key, stack in stacks.items():
             *sizes, role = stack if isinstance(stack, tuple | list) and len(stack) == 3 else (None,)
             whole = len(sizes) == 2 and all(isinstance(size, Integral) and size > 0 for size in sizes)
-            require(
-                whole and role in ("expand", "project") and str(key).isidentifier(),
-                f"{name}.weights has {key!r}: {stack}; write name: (inputs, outputs, 'expand' or 'project'), with whole numbers",
-            )
+            remedy = "write name: (inputs, outputs, 'expand' or 'project'), with whole numbers"
+            known = whole and role in ("expand", "project") and str(key).isidentifier()
+            require(known, f"{name}.weights has {key!r}: {stack}; {remedy}")
         return stacks
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
@@ -217,10 +210,9 @@ class ForeignCodeError(SettingError):
 
     def __init__(self, path: str) -> None:
         module = path.rpartition(".")[0]
-        super().__init__(
-            f"the checkpoint's model has {path}, code outside nlgmoe that is not imported; if you trust it, import {module} "
-            f"first in Python, or add --allow-code {module} to a command that takes it (docs/extending.md)"
-        )
+        problem = f"the checkpoint's model has {path}, code outside nlgmoe that is not imported"
+        option = f"--allow-code {module} to a command that takes it (docs/extending.md)"
+        super().__init__(f"{problem}; if you trust it, import {module} first in Python, or add {option}")
 
 
 def part_to_dict(part: Part) -> dict[str, Any]:
@@ -249,15 +241,13 @@ def part_from_dict(values: dict[str, Any], base: type) -> Any:
         raise ForeignCodeError(path)
     kind = getattr(sys.modules.get(module_name), name, None)
     if not (isinstance(kind, type) and issubclass(kind, base)):
-        raise SettingError(
-            f"{path} of the checkpoint is no {base.__name__}; use the version of {module_name} that trained it"
-        )
+        remedy = f"use the version of {module_name} that trained it"
+        raise SettingError(f"{path} of the checkpoint is no {base.__name__}; {remedy}")
     try:
         return kind(**values.get("init_args", {}))
     except TypeError as error:
-        raise SettingError(
-            f"{path} does not take the checkpoint's settings ({error}); use the version that trained it"
-        ) from error
+        problem = f"{path} does not take the checkpoint's settings ({error})"
+        raise SettingError(f"{problem}; use the version that trained it") from error
 
 
 def pack_parts(values: Mapping[str, Any], settings: Any) -> dict[str, Any]:

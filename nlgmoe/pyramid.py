@@ -76,14 +76,16 @@ def evenly_spaced_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
 def check_blocks(teacher: GPTConfig, blocks: object, num_layers: int) -> None:
     """Check that this is a list of `num_layers` of the teacher's blocks, from 0, in their order, and not of all."""
     _require_fewer(teacher, num_layers)
-    last = teacher.num_layers - 1
-    require(
+    known = range(teacher.num_layers)
+    if (
         isinstance(blocks, list)
         and len(blocks) == num_layers
-        and blocks == [block for block in range(teacher.num_layers) if block in blocks],
-        f"blocks={blocks} is not influence, even, upper, or a list of num_layers={num_layers} of the teacher's blocks "
-        f"from 0 to {last}, in their order, such as {evenly_spaced_layers(teacher, num_layers)}; give one of these",
-    )
+        and blocks == [block for block in known if block in blocks]
+    ):
+        return
+    example = f"from 0 to {known[-1]}, in their order, such as {evenly_spaced_layers(teacher, num_layers)}"
+    names = f"influence, even, upper, or a list of num_layers={num_layers} of the teacher's blocks {example}"
+    raise SettingError(f"blocks={blocks} is not {names}; give one of these")
 
 
 def config_of_blocks(teacher: GPTConfig, blocks: Sequence[int]) -> GPTConfig:
@@ -93,11 +95,8 @@ def config_of_blocks(teacher: GPTConfig, blocks: Sequence[int]) -> GPTConfig:
     """
     moe, counts = teacher.moe, [experts_at(teacher, block) for block in blocks]
     if moe is not None:
-        require(
-            any(counts),
-            f"num_layers={len(counts)} leaves no MoE block of the teacher's num_experts={moe.num_experts}: "
-            f"{', '.join(map(str, blocks))} are dense; keep another block",
-        )
+        problem = f"num_layers={len(counts)} leaves no MoE block of the teacher's num_experts={moe.num_experts}"
+        require(any(counts), f"{problem}: {', '.join(map(str, blocks))} are dense; keep another block")
         interval = moe.expert_interval
         if any(count for block, count in enumerate(counts) if (block + 1) % interval):
             interval = 1
@@ -108,10 +107,8 @@ def config_of_blocks(teacher: GPTConfig, blocks: Sequence[int]) -> GPTConfig:
 
 
 def _require_fewer(teacher: GPTConfig, num_layers: int) -> None:
-    require(
-        1 <= num_layers < teacher.num_layers,
-        f"num_layers={num_layers} must be at least 1 and below the teacher's {teacher.num_layers}",
-    )
+    fewer = 1 <= num_layers < teacher.num_layers
+    require(fewer, f"num_layers={num_layers} must be at least 1 and below the teacher's {teacher.num_layers}")
 
 
 def expert_parallel_degree(num_experts: int, world_size: int, limit: int) -> int:
@@ -120,10 +117,8 @@ def expert_parallel_degree(num_experts: int, world_size: int, limit: int) -> int
     Each layer of a pyramid has its own degree (paper, section 4.1.3): on 128 ranks with `limit` 128, layers of 32, 64 and
     128 experts get degrees 32, 64 and 128, and so 4, 2 and 1 copies of each expert.
     """
-    if min(num_experts, world_size, limit) < 1:
-        raise SettingError(
-            f"num_experts={num_experts}, world_size={world_size} and expert_parallel_size={limit} must all be at least 1"
-        )
+    numbers = f"num_experts={num_experts}, world_size={world_size} and expert_parallel_size={limit}"
+    require(min(num_experts, world_size, limit) >= 1, f"{numbers} must all be at least 1")
     common = math.gcd(num_experts, world_size)
     return max(degree for degree in range(1, min(common, limit) + 1) if common % degree == 0)
 

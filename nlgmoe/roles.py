@@ -35,7 +35,5 @@ def role_of(name: str, module: nn.Module) -> Role:
         return "scale"
     if leaf == "weight" and isinstance(module, nn.Linear | nn.Embedding):
         return "project" if name.endswith("project.weight") else "weight"
-    raise SettingError(
-        f"{name}: {type(module).__name__} does not declare its parameter {leaf}; add roles = {{{leaf!r}: 'weight'}}, or "
-        "'project', 'bias' or 'scale', to the class (nlgmoe/roles.py)"
-    )
+    remedy = f"add roles = {{{leaf!r}: 'weight'}}, or 'project', 'bias' or 'scale', to the class (nlgmoe/roles.py)"
+    raise SettingError(f"{name}: {type(module).__name__} does not declare its parameter {leaf}; {remedy}")

@@ -74,10 +74,8 @@ class TrainingStep(LightningModule):
         require(loss_chunk_size >= 1, f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
         require(seed >= 0, f"seed={seed} must be at least 0")
         require(train_tokens is None or train_tokens >= 1, f"train_tokens={train_tokens} must be at least 1, or null")
-        require(
-            schedule.min_lr <= optimizer.lr,
-            f"min_lr={schedule.min_lr} is above the peak, model.optimizer.lr={optimizer.lr}; lower it",
-        )
+        problem = f"min_lr={schedule.min_lr} is above the peak, model.optimizer.lr={optimizer.lr}"
+        require(schedule.min_lr <= optimizer.lr, f"{problem}; lower it")
         self.optimizer_config, self.schedule, self.curriculum = optimizer, schedule, curriculum
         self.train_tokens, self.loss_chunk_size, self.seed = train_tokens, loss_chunk_size, seed
         self.distiller = copy(distiller)  # a fit changes it
@@ -102,11 +100,6 @@ class TrainingStep(LightningModule):
     def seq_len(self) -> int:
         """Return the tokens of a whole sequence in training and evaluation."""
         return length_of(training_data(self._trainer), self.config.seq_len)
-
-    @property
-    def tokens_with_window(self) -> int:
-        """Return `tokens_seen` plus the positions of the micro-batches since the last optimizer step, over all ranks."""
-        return self.tokens_seen + self.window.tokens
 
     @property
     def skipped_steps(self) -> int:
@@ -212,7 +205,8 @@ class TrainingStep(LightningModule):
 
     def ends_run(self, step: int) -> bool:
         """Return True if the run ends with the micro-batches so far as its step number `step`, whatever callbacks do."""
-        reached_train_tokens = self.train_tokens is not None and self.tokens_with_window >= self.train_tokens
+        tokens = self.tokens_seen + self.window.tokens
+        reached_train_tokens = self.train_tokens is not None and tokens >= self.train_tokens
         return self._stops_after_step or reached_train_tokens or 0 <= self.trainer.max_steps <= step
 
     @override

@@ -27,7 +27,9 @@ def require_valid(settings: Any) -> None:
     for field in fields(settings):
         value = getattr(settings, field.name)
         require(_has_type(value, hints[field.name]), f"{field.name}={value!r} must be of the type {field.type}")
-        require(is_finite(value), f"{field.name}={value} must be finite")
+        numbers = value if isinstance(value, tuple | list) else [value]
+        finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
+        require(finite, f"{field.name}={value} must be finite")
 
 
 def require(condition: bool, message: str) -> None:
@@ -48,12 +50,6 @@ def require_above(limit: float, settings: Any, *names: str, remedy: str = "") ->
     for name in names:
         value = getattr(settings, name)
         require(value is None or value > limit, f"{name}={value} must be above {limit}{remedy}")
-
-
-def is_finite(value: Any) -> bool:
-    """Return False for a number that is NaN or infinite, or a list with one."""
-    values = value if isinstance(value, tuple | list) else [value]
-    return all(math.isfinite(number) for number in values if isinstance(number, float))
 
 
 def _has_type(value: Any, hint: Any) -> bool:
@@ -109,7 +105,6 @@ def _pairs(
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from _pairs(old, new, ignore, f"{prefix}{name}.")
         elif old != new:
-            old, new = (
-                str(list(value) if isinstance(value, tuple) else value) for value in (old, new)
-            )  # torch.Size too
+            # As a list a tuple, and torch.Size.
+            old, new = (str(list(value) if isinstance(value, tuple) else value) for value in (old, new))
             yield prefix + name, old, new

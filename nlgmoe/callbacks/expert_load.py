@@ -15,13 +15,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.callbacks.routing_statistics import (
-    WITH_TOTAL,
-    requests_of,
-    routing_statistics,
-    routing_totals,
-    split_totals,
-)
+from nlgmoe.callbacks import routing_statistics as statistics
+from nlgmoe.callbacks.routing_statistics import routing_totals, split_totals
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.router import Routing
 from nlgmoe.module import MoEGPTModule
@@ -142,7 +137,7 @@ class ExpertLoad(Callback):
         if not self._experts:
             return
         self._components = _components(pl_module.gpt)
-        length = sum(self._experts) + len(self._experts) * (1 + len(WITH_TOTAL))
+        length = sum(self._experts) + len(self._experts) * (1 + len(statistics.WITH_TOTAL))
         self._step = torch.zeros(length, dtype=torch.float64, device=pl_module.device)
         self._interval = torch.zeros_like(self._step)
         self._squares, self._skipped = None, pl_module.skipped_steps
@@ -195,7 +190,7 @@ class ExpertLoad(Callback):
         self._experts = list(moe_blocks(pl_module.config).values())
         layers = split_totals(sum_over_ranks(self._evaluated).tolist(), self._experts)
         for moe_layer, (totals, routing) in enumerate(zip(layers, pl_module.routings, strict=True)):
-            values = routing_statistics(totals, routing)
+            values = statistics.routing_statistics(totals, routing)
             shown = {name: values[name] for name in EVALUATED if name in values}
             pl_module.log_dict({f"experts/{moe_layer}/{name}": value for name, value in shown.items()})
 
@@ -208,7 +203,7 @@ class ExpertLoad(Callback):
         self._interval.zero_()
         self._squares = None
         for last_used, totals in zip(self._last_used, split_totals(sums, self._experts), strict=True):
-            for expert in np.flatnonzero(requests_of(totals)):
+            for expert in np.flatnonzero(statistics.requests_of(totals)):
                 last_used[expert] = trainer.global_step
         return sums
 
@@ -223,15 +218,16 @@ class ExpertLoad(Callback):
         if has_row(interval):
             layers, self._since_row = split_totals(self._since_row, self._experts), []
             if self._table is not None:
-                dropped = [routing_statistics(*layer)["dropped"] for layer in zip(layers, module.routings, strict=True)]
-                self._table.append(step, module.tokens_seen, [requests_of(layer) for layer in layers], dropped)
+                pairs = zip(layers, module.routings, strict=True)
+                dropped = [statistics.routing_statistics(*pair)["dropped"] for pair in pairs]
+                self._table.append(step, module.tokens_seen, list(map(statistics.requests_of, layers)), dropped)
 
     def _metrics(
         self, layers: Sequence[Sequence[float]], norms: list[float], steps: int, routings: Sequence[Routing]
     ) -> dict[str, float]:
         metrics = {"train/grad_norm_dense": norms[-1]}
         for moe_layer, (totals, last_used, routing) in enumerate(zip(layers, self._last_used, routings, strict=True)):
-            values = routing_statistics(totals, routing)
+            values = statistics.routing_statistics(totals, routing)
             values["dead"] = float(sum(steps - last >= self.dead_window for last in last_used))
             values["grad_norm_router"], values["grad_norm_experts"] = norms[2 * moe_layer : 2 * moe_layer + 2]
             metrics |= {f"experts/{moe_layer}/{name}": value for name, value in values.items()}

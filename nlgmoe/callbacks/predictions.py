@@ -59,10 +59,8 @@ class PredictionFile(BasePredictionWriter):
                 save_file(written, temporary, self._metadata)
                 temporary.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files with mode 600
         except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"{path} cannot be written ({write_error_reason(error)}); make room, or set trainer.default_root_dir to another "
-                "folder, and give the checkpoint's path"
-            ) from error
+            remedy = "make room, or set trainer.default_root_dir to another folder, and give the checkpoint's path"
+            raise RunError(f"{path} cannot be written ({write_error_reason(error)}); {remedy}") from error
         if trainer.is_global_zero:
             outdated = {*folder.glob("predictions.safetensors"), *folder.glob("predictions-*.safetensors")} - {*paths}
             for file in outdated:  # of a prediction with another number of ranks

@@ -48,11 +48,9 @@ class RunSummary(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            # Losses that are not finite are kept: they count among the last 50 steps.
-            "losses": [loss if math.isfinite(loss) else None for loss in self._losses],
-            "peak_memory_bytes": self._peak_so_far(),
-        }
+        # Losses that are not finite are kept: they count among the last 50 steps.
+        losses = [loss if math.isfinite(loss) else None for loss in self._losses]
+        return {"losses": losses, "peak_memory_bytes": self._peak_so_far()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -66,15 +64,12 @@ class RunSummary(Callback):
         (total, active), formula = parameters_of(pl_module.gpt), count_parameters(pl_module.config).total
         rank_zero_info(f"{total:,} parameters, {active:,} of them active for a token{_products(trainer, pl_module)}")
         if total != formula:
-            rank_zero_warn(
-                f"the model has {total:,} parameters, model.config describes {formula:,}: code has changed the model; FLOPs "
-                "and MFU are computed from model.config"
-            )
+            problem = f"the model has {total:,} parameters, model.config describes {formula:,}"
+            rank_zero_warn(f"{problem}: code has changed the model; FLOPs and MFU are computed from model.config")
         if _leaves_out_domains(trainer):
-            rank_zero_warn(
-                f"trainer.limit_val_batches={trainer.limit_val_batches} validates only the first domains, so summary.json "
-                "has no comparisons; remove it and set data.max_eval_windows, which limits each domain"
-            )
+            problem = f"trainer.limit_val_batches={trainer.limit_val_batches} validates only the first domains"
+            remedy = "remove it and set data.max_eval_windows, which limits each domain"
+            rank_zero_warn(f"{problem}, so summary.json has no comparisons; {remedy}")
         self._device = trainer.strategy.root_device
 
     @override
@@ -110,10 +105,8 @@ class RunSummary(Callback):
         return self._peak_memory if self._device is None else max(self._peak_memory, peak_memory_bytes(self._device))
 
     def _summary(self, trainer: Trainer, module: MoEGPTModule) -> dict[str, Any]:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        metrics = {
-            name: value for name, value in metrics.items() if math.isfinite(value)
-        }  # JSON lacks NaN and infinity
+        # JSON lacks NaN and infinity.
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.isfinite()}
         total, active = parameters_of(module.gpt)
         losses = [loss for loss in self._losses if math.isfinite(loss)]
         step_seconds = module.clock.seconds("steps")
@@ -125,10 +118,8 @@ class RunSummary(Callback):
             "train_loss": sum(losses) / len(losses) if losses else None,
             "val_loss": metrics.get("val/loss"),
             "unigram_entropy": _baseline(trainer, "unigram_entropy"),
-            "bits_per_byte": {
-                "all": metrics.get("val/bits_per_byte"),
-                **{name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)},
-            },
+            "bits_per_byte": {"all": metrics.get("val/bits_per_byte")}
+            | {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)},
             "tokens_per_second": module.tokens_seen / step_seconds if step_seconds else None,
             "peak_memory_bytes": self._peak_so_far(),
             "params_total": total,

@@ -53,15 +53,11 @@ class SampleText(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, MoEGPTModule)
         if (tokenizer := _tokenizer(trainer)) is None:
-            raise SettingError(
-                "SampleText needs the tokenizer of nlgmoe.PileDataModule; remove it from trainer.callbacks"
-            )
+            raise SettingError("SampleText needs the tokenizer of nlgmoe.PileDataModule; remove it from the callbacks")
         longest = max(len(tokenizer.encode(prompt)) for prompt in self.prompts)
         if longest + self.max_new_tokens > pl_module.config.seq_len:
-            raise SettingError(
-                f"SampleText: a prompt of {longest} tokens and max_new_tokens={self.max_new_tokens} do not fit "
-                f"seq_len={pl_module.config.seq_len}; lower init_args.max_new_tokens of SampleText in trainer.callbacks"
-            )
+            problem = f"a prompt of {longest} tokens and max_new_tokens={self.max_new_tokens} do not fit"
+            raise SettingError(f"SampleText: {problem} seq_len={pl_module.config.seq_len}; lower max_new_tokens")
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,31 +77,25 @@ class SampleText(Callback):
     def _sample(self, trainer: Trainer, module: LightningModule) -> str:
         """Continue each prompt on every rank, since each may hold a part of the experts; return the first text."""
         assert isinstance(module, MoEGPTModule)
-        tokenizer, sampling = _tokenizer(trainer), self.sampling
+        tokenizer = _tokenizer(trainer)
         assert tokenizer is not None
         was_training = module.training
         module.eval()
         texts = []
         for prompt in self.prompts:
-            tokens = [tokenizer.encode(prompt)]
-            (ids,) = generate(
-                module.gpt, tokens, self.max_new_tokens, sampling.temperature, sampling.top_k, module.seed
-            )
+            settings = (self.max_new_tokens, self.sampling.temperature, self.sampling.top_k, module.seed)
+            (ids,) = generate(module.gpt, [tokenizer.encode(prompt)], *settings)
             texts.append(tokenizer.decode(ids))
         module.train(was_training)
         parts = (f"--- {prompt!r}\n{text}\n" for prompt, text in zip(self.prompts, texts, strict=True))
         step = trainer.global_step
         self._samples = [sample for sample in self._samples if sample[0] < step] + [(step, "\n".join(parts))]
-        self._write(trainer)
+        if trainer.is_global_zero:
+            file = Path(trainer.default_root_dir, "samples.txt")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            sections = (f"=== step {step:,}\n\n{text}" for step, text in self._samples)
+            file.write_text("\n".join(sections), encoding="utf-8")
         return texts[0]
-
-    def _write(self, trainer: Trainer) -> None:
-        if not trainer.is_global_zero:
-            return
-        file = Path(trainer.default_root_dir, "samples.txt")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        sections = (f"=== step {step:,}\n\n{text}" for step, text in self._samples)
-        file.write_text("\n".join(sections), encoding="utf-8")
 
 
 def _tokenizer(trainer: Trainer) -> Tokenizer | None:

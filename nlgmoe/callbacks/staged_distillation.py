@@ -9,7 +9,7 @@ from nlgmoe.distill.distiller import End
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import distillation_weight
 from nlgmoe.run.checks import warn_about_distillation
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 LOGGED = ("train/distillation_loss", "train/teacher_agreement")  # only while distilling
 
@@ -31,22 +31,17 @@ class StagedDistillation(Callback):
         self, step: int | None = None, tokens: int | None = None, fraction: float | None = None, ramp_tokens: int = 0
     ) -> None:
         given = {"step": step, "tokens": tokens, "fraction": fraction}
-        if sum(value is not None for value in given.values()) != 1:
-            settings = ", ".join(f"{name}={value}" for name, value in given.items())
-            raise SettingError(f"StagedDistillation: {settings}; give one of them, and only one")
-        for name, value in given.items():
-            if value is not None and value <= 0:
-                raise SettingError(
-                    f"StagedDistillation: {name}={value} must be above 0; model.distiller=null never distils"
-                )
-        if fraction is not None and fraction > 1:
-            raise SettingError(f"StagedDistillation: fraction={fraction} must be at most 1, the whole run")
-        if ramp_tokens < 0 or (ramp_tokens and step is not None):
-            raise SettingError(
-                f"StagedDistillation: ramp_tokens={ramp_tokens} must be at least 0, and 0 with step; use tokens or fraction"
-            )
-        if tokens is not None and ramp_tokens > tokens:
-            raise SettingError(f"StagedDistillation: ramp_tokens={ramp_tokens} is above tokens={tokens}; lower it")
+        settings = ", ".join(f"{name}={value}" for name, value in given.items())
+        chosen = {name: value for name, value in given.items() if value is not None}
+        require(len(chosen) == 1, f"StagedDistillation: {settings}; give one of them, and only one")
+        for name, value in chosen.items():
+            require(value > 0, f"StagedDistillation: {name}={value} must be above 0; or set model.distiller to null")
+        allowed = fraction is None or fraction <= 1
+        require(allowed, f"StagedDistillation: fraction={fraction} must be at most 1, the whole run")
+        ramp = f"StagedDistillation: ramp_tokens={ramp_tokens}"
+        allowed = ramp_tokens == 0 or (ramp_tokens > 0 and step is None)
+        require(allowed, f"{ramp} must be at least 0, and 0 with step; use tokens or fraction")
+        require(tokens is None or ramp_tokens <= tokens, f"{ramp} is above tokens={tokens}; lower it")
         self.step, self.tokens, self.fraction, self.ramp_tokens = step, tokens, fraction, ramp_tokens
 
     @override
@@ -57,16 +52,13 @@ class StagedDistillation(Callback):
         if pl_module.distiller is None:
             rank_zero_warn("StagedDistillation has nothing to do: model.distiller is null, training is on text alone")
         elif self.fraction is not None:
+            share = f"fraction={self.fraction}"
             if pl_module.train_tokens is None:
-                raise SettingError(
-                    f"StagedDistillation: fraction={self.fraction} is of model.train_tokens, which is null; set it, or use "
-                    "step or tokens"
-                )
+                problem = f"{share} is of model.train_tokens, which is null"
+                raise SettingError(f"StagedDistillation: {problem}; set it, or use step or tokens")
             if self.ramp_tokens > self.fraction * pl_module.train_tokens:
-                raise SettingError(
-                    f"StagedDistillation: ramp_tokens={self.ramp_tokens} is above fraction={self.fraction} of "
-                    f"model.train_tokens={pl_module.train_tokens}; lower it"
-                )
+                problem = f"ramp_tokens={self.ramp_tokens} is above {share} of {pl_module.train_tokens} train_tokens"
+                raise SettingError(f"StagedDistillation: {problem}; lower it")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -45,7 +45,10 @@ class Throughput(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         device = trainer.strategy.root_device
-        self._peak = 1e12 * self.peak_tflops if self.peak_tflops else peak_flops(device, trainer.precision)
+        if self.peak_tflops is not None:
+            self._peak = 1e12 * self.peak_tflops
+        elif (name := product_name(device)) is not None:
+            self._peak = peak_of(name, trainer.precision, torch.get_float32_matmul_precision() != "highest")
         self._stopwatch = Stopwatch(device)
         self._is_timed = bool(trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if self._is_timed:
@@ -107,16 +110,6 @@ class Throughput(Callback):
         profiler = trainer.profiler  # type: ignore[attr-defined]
         if isinstance(profiler, StepProfiler):
             trainer.profiler = profiler.profiler  # type: ignore[attr-defined]
-
-
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Return the peak FLOP/s of a device's matrix products by its data sheet; None if unknown.
-
-    Args:
-        precision: Lightning's name, such as `bf16-mixed`. fp32 means TF32 if PyTorch is set to use it.
-    """
-    name = product_name(device)
-    return None if name is None else peak_of(name, precision, torch.get_float32_matmul_precision() != "highest")
 
 
 def _over_ranks(trainer: Trainer, times: list[float], memory: list[int]) -> tuple[list[float], list[float]]:

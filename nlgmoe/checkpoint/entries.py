@@ -73,11 +73,10 @@ def optimizer_to_entries(
         state: the optimizer's. A parameter that never had a gradient has no entry: a callback has frozen it, or all steps were
             skipped.
     """
-    states: dict[str, dict[str, Tensor]] = {
-        name: state["state"].get(index) or initial_state(weights[name], group.get("muon", False))
-        for group in state["param_groups"]
-        for index, name in zip(group["params"], group["param_names"], strict=True)
-    }
+    states: dict[str, dict[str, Tensor]] = {}
+    for group in state["param_groups"]:
+        for index, name in zip(group["params"], group["param_names"], strict=True):
+            states[name] = state["state"].get(index) or initial_state(weights[name], group.get("muon", False))
     entries: dict[str, Tensor] = {}
     for moment in ("step", *MOMENTS, MOMENTUM):
         values = {name: values[moment] for name, values in states.items() if moment in values}
@@ -94,18 +93,16 @@ def optimizer_from_entries(entries: dict[str, Tensor], groups: list[dict[str, An
         by_moment.setdefault(moment, {})[name] = value
     by_moment = {moment: join_experts(values) for moment, values in by_moment.items()}
     state: dict[int, dict[str, Tensor]] = {}
-    numbered, index = [], 0
+    numbered, first = [], 0
     for group in groups:
-        numbered.append({**group, "params": list(range(index, index + len(group["param_names"])))})
+        names = dict(enumerate(group["param_names"], first))
+        numbered.append({**group, "params": list(names)})
+        first += len(names)
         kinds = {MOMENTUM} if group.get("muon") else {"step", *MOMENTS}
-        for name in group["param_names"]:
-            moments = {moment: values[name] for moment, values in by_moment.items() if name in values}
-            # The optimizer would restart this parameter at step 0.
-            if by_moment and (lacking := sorted(kinds - moments.keys())):
+        for index, name in names.items() if by_moment else ():
+            state[index] = {moment: values[name] for moment, values in by_moment.items() if name in values}
+            if lacking := sorted(kinds - state[index].keys()):  # the optimizer would restart this parameter at step 0
                 raise RunError(f"the optimizer's state lacks {lacking[0]} of {name}; use another checkpoint")
-            if moments:
-                state[index] = moments
-            index += 1
     return {"state": state, "param_groups": numbered}
 
 
@@ -147,16 +144,15 @@ class Entry:
 def local_entries(model: nn.Module) -> Iterator[Entry]:
     """Yield the entries stored on this rank: all dense ones, and those of its own experts."""
     for prefix, module in model.named_modules():
-        for name, buffer in _router_buffers(prefix, module):
-            yield Entry(name, name, True, buffer, 0, buffer.shape)
-        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
+        tensors = [*_router_buffers(prefix, module), *module.named_parameters(prefix=prefix, recurse=False)]
+        for name, tensor in tensors:
             if not isinstance(module, Experts):
-                yield Entry(name, name, True, parameter, 0, parameter.shape)
+                yield Entry(name, name, True, tensor, 0, tensor.shape)
                 continue
-            for index in range(len(parameter)):
-                expert, shape = module.first + index, parameter.shape[1:]
+            for index in range(len(tensor)):
+                expert, shape = module.first + index, tensor.shape[1:]
                 entry_name = f"{prefix}.{expert}.{name.rpartition('.')[2]}"
-                yield Entry(entry_name, name, expert == 0, parameter, index * shape.numel(), shape)
+                yield Entry(entry_name, name, expert == 0, tensor, index * shape.numel(), shape)
 
 
 def entry_shapes(model: nn.Module) -> Shapes:
@@ -180,15 +176,13 @@ def optimizer_shapes(model: nn.Module, muon: Collection[str] = ()) -> Shapes:
 def _whole_entries(model: nn.Module) -> Iterator[tuple[str, Tensor, torch.Size]]:
     """Yield the name of each entry of the whole model, the parameter or buffer of this rank that has its kind, and its shape."""
     for prefix, module in model.named_modules():
-        for name, buffer in _router_buffers(prefix, module):
-            yield name, buffer, buffer.shape
         if isinstance(module, MoELayer):
             for expert in range(module.router.num_experts):
                 for parameter, stack in module.experts.named_parameters():
                     yield f"{prefix}.experts.{expert}.{parameter}", stack, stack.shape[1:]
         if not isinstance(module, Experts):
-            for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
-                yield name, parameter, parameter.shape
+            tensors = [*_router_buffers(prefix, module), *module.named_parameters(prefix=prefix, recurse=False)]
+            yield from ((name, tensor, tensor.shape) for name, tensor in tensors)
 
 
 def require_entries(files: TensorFiles, model: Shapes) -> None:
@@ -200,8 +194,6 @@ def require_entries(files: TensorFiles, model: Shapes) -> None:
 def _router_buffers(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
     buffers = [(f"{prefix}.{name}", buffer) for name, buffer in module.named_buffers(recurse=False)]
     if buffers and (not isinstance(module, Router) or module._non_persistent_buffers_set):
-        raise RunError(
-            f"{buffers[0][0]}: checkpoints hold persistent buffers of a Router alone; register it on the Router itself, without "
-            "persistent=False"
-        )
+        problem = f"{buffers[0][0]}: checkpoints hold persistent buffers of a Router alone"
+        raise RunError(f"{problem}; register it on the Router itself, without persistent=False")
     return buffers

@@ -148,10 +148,8 @@ def _to_json(value: Any, entry: str, tensors: dict[str, Tensor]) -> Any:
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise RunError(
-        f"checkpoint entry {entry} is a {type(value).__name__}; checkpoints hold numbers, text, lists, dictionaries and "
-        "tensors only: change what state_dict() returns"
-    )
+    kinds = "checkpoints hold numbers, text, lists, dictionaries and tensors only"
+    raise RunError(f"checkpoint entry {entry} is a {type(value).__name__}; {kinds}: change what state_dict() returns")
 
 
 def _from_json(value: Any, tensors: dict[str, Tensor]) -> Any:

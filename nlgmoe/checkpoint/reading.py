@@ -46,10 +46,8 @@ def read_document(path: str | Path) -> dict[str, Any]:
     """Read the `checkpoint.json` of a folder."""
     file = Path(path) / "checkpoint.json"
     if Path(path).is_file():
-        raise SettingError(
-            f"{path} is a file, not a checkpoint folder with checkpoint.json in it; Lightning's .ckpt files are not read, "
-            "because they hold pickled objects"
-        )
+        reason = "Lightning's .ckpt files are not read, because they hold pickled objects"
+        raise SettingError(f"{path} is a file, not a checkpoint folder with checkpoint.json in it; {reason}")
     if not file.exists():
         problem = "expected a folder with checkpoint.json in it" if Path(path).exists() else "it does not exist"
         raise SettingError(f"no checkpoint at {path}: {problem}")
@@ -63,9 +61,8 @@ def read_document(path: str | Path) -> dict[str, Any]:
     except ForeignCodeError:
         pass  # raised again, with the remedy, where the model is built
     except (AttributeError, TypeError, ValueError) as error:
-        raise RunError(
-            f"{file}, written by nlgmoe {document['versions'].get('nlgmoe')}, describes no model: {error}; {REMEDY}"
-        ) from error
+        writer = f"nlgmoe {document['versions'].get('nlgmoe')}"
+        raise RunError(f"{file}, written by {writer}, describes no model: {error}; {REMEDY}") from error
     return document
 
 
@@ -245,13 +242,10 @@ def checksum_of_manifest(manifest: dict[str, Any]) -> str:
 
 def hash_of_weights(path: str | Path) -> str:
     """Return a hash of a checkpoint's weights, which depends neither on the number of files nor on their other entries."""
-    files: dict[str, Contents] = read_manifest(path)["files"]
-    entries = {
-        entry: record
-        for name, contents in files.items()
-        if kind_of(name) == "model"
-        for entry, record in contents.items()
-    }
+    entries: Contents = {}
+    for name, contents in read_manifest(path)["files"].items():
+        if kind_of(name) == "model":
+            entries |= contents
     return xxhash.xxh3_64_hexdigest(json.dumps(entries, sort_keys=True).encode())
 
 

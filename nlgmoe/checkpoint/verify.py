@@ -8,18 +8,9 @@ from typing import Any
 import torch
 from torch import distributed
 
+from nlgmoe.checkpoint import reading
 from nlgmoe.checkpoint.entries import Shapes, entry_shapes, optimizer_shapes
-from nlgmoe.checkpoint.reading import (
-    REMEDY,
-    Contents,
-    file_problems,
-    kind_of,
-    read_document,
-    read_manifest,
-    read_tokenizer,
-    resolve_link,
-    unknown_files,
-)
+from nlgmoe.checkpoint.reading import REMEDY, Contents, kind_of, read_document, read_manifest
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TOKENIZER
 from nlgmoe.model.gpt import GPT
@@ -36,12 +27,12 @@ def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[s
     Reads the files of share `rank` of `ranks`; rank 0 also compares names and shapes with the model's.
     """
     try:
-        path = resolve_link(Path(path))
+        path = reading.resolve_link(Path(path))
         document, files = read_document(path), read_manifest(path)["files"]
-        read_tokenizer(path)
-        yield from unknown_files(path, files)
+        reading.read_tokenizer(path)
+        yield from reading.unknown_files(path, files)
         for name in sorted(files)[rank::ranks]:
-            yield from file_problems(path / name, files[name])
+            yield from reading.file_problems(path / name, files[name])
         if rank == 0:
             yield from _model_differences(path, document, files)
     except (ValueError, FileNotFoundError) as error:
@@ -77,12 +68,9 @@ def _model_differences(path: str | Path, document: dict[str, Any], files: dict[s
         muon = {name for group in groups if group.get("muon") for name in group["param_names"]}
         expected["optimizer"] = optimizer_shapes(model, muon)
     for kind, shapes in expected.items():
-        stored: Shapes = {
-            name: torch.Size(shape)
-            for file, contents in files.items()
-            if kind_of(file) == kind
-            for name, (_, shape, _) in contents.items()
-        }
+        stored: Shapes = {}
+        for contents in (contents for file, contents in files.items() if kind_of(file) == kind):
+            stored |= {name: torch.Size(shape) for name, (_, shape, _) in contents.items()}
         for difference in list_differences(stored, shapes, limit=None):
             yield f"{path}: {kind} entry {difference}"
 

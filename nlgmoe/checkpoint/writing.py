@@ -96,10 +96,9 @@ def explain_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"the checkpoint {path} cannot be written ({write_error_reason(error)}); earlier checkpoints are unchanged: make "
-            "room, or fix the reason given, and start again (a run with --ckpt_path last)"
-        ) from error
+        problem = f"the checkpoint {path} cannot be written ({write_error_reason(error)})"
+        remedy = "make room, or fix the reason given, and start again (a run with --ckpt_path last)"
+        raise RunError(f"{problem}; earlier checkpoints are unchanged: {remedy}") from error
 
 
 def write_error_reason(error: Exception) -> str:

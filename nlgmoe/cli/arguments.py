@@ -18,7 +18,7 @@ from docstring_parser import parse as parse_docstring
 
 from nlgmoe.cli.errors import did_you_mean, one_line
 from nlgmoe.files import atomic_write, expand_home, yaml_beside
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.validation import RunError, SettingError, require
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -64,9 +64,8 @@ class CommandParser(argparse.ArgumentParser):
                 if option not in self.repeatable:
                     raise SettingError(f"unknown option {option}{did_you_mean(option, self.repeatable)}")
                 if option in given and not self.repeatable[option]:
-                    raise SettingError(
-                        f"{option} is given more than once, and only one of them would count; give it once"
-                    )
+                    problem = f"{option} is given more than once, and only one of them would count"
+                    raise SettingError(f"{problem}; give it once")
                 given.add(option)
                 word = option + equals + value
             read.append(word)
@@ -82,7 +81,6 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _options(hint: Any) -> dict[str, Any]:
-    """Return options of `add_argument` for a type."""
     is_union = get_origin(hint) in (Union, types.UnionType)
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if is_union else [hint]
     if get_origin(kinds[0]) is Literal:
@@ -113,10 +111,8 @@ def number_or_list(text: str) -> int | list[int]:
 def check_output(output: str) -> None:
     """Check that a new file can have this name."""
     path = Path(output)
-    if path.is_dir():
-        raise SettingError(f"output={output} is a folder; give the name of a file")
-    if path.exists():
-        raise SettingError(f"output={output} exists already; name another file, or delete it")
+    require(not path.is_dir(), f"output={output} is a folder; give the name of a file")
+    require(not path.exists(), f"output={output} exists already; name another file, or delete it")
     require_folder(path)
 
 
@@ -142,16 +138,13 @@ def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool, setting
     `setting` is the name of the argument, `checkpoint` its value.
     """
     path = Path(checkpoint)
-    if path.suffix != ".ckpt":
-        raise SettingError(f"{setting}={checkpoint} does not end in .ckpt; name it {path.name}.ckpt")
-    if path.is_file():
-        raise SettingError(f"{setting}={checkpoint} is a file; a checkpoint is a folder: name another")
+    require(path.suffix == ".ckpt", f"{setting}={checkpoint} does not end in .ckpt; name it {path.name}.ckpt")
+    require(not path.is_file(), f"{setting}={checkpoint} is a file; a checkpoint is a folder: name another")
     if path.exists() and not overwrite:
         raise SettingError(f"{setting}={checkpoint} exists already; name another, or add --overwrite")
     if settings and yaml_beside(path).exists() and not overwrite:
-        raise SettingError(
-            f"{setting}={checkpoint}: {yaml_beside(path)} beside it exists already; name another, or add --overwrite"
-        )
+        problem = f"{setting}={checkpoint}: {yaml_beside(path)} beside it exists already"
+        raise SettingError(f"{problem}; name another, or add --overwrite")
 
 
 def check_device(device: str) -> None:

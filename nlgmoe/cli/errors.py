@@ -69,12 +69,11 @@ def is_wrong_setting(error: BaseException) -> bool:
 
 def describe(error: BaseException) -> list[str] | None:
     """Return the lines for an expected error; None for any other."""
-    text = str(error)
+    text, kind = str(error), type(error)
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in text
-    if on_cpu or type(error).__name__ == "OutOfMemoryError":
+    if on_cpu or kind.__name__ == "OutOfMemoryError":
         remedy = "use a smaller batch (data.micro_batch_size, --batch-size), or activation_checkpointing"
         return [f"{one_line(text)}; {remedy}"]
-    kind = type(error)
     name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(error, RunError | OSError | SettingError) and f"\n{name}: " in text:
         # Of a data-loading process: PyTorch's text is the traceback.

@@ -36,7 +36,6 @@ class GivenSettings:
         self._of_parser = list(self._known)
 
     def _add(self, name: str, hint: Any) -> None:
-        """Add a setting, and those inside it if it is a section."""
         self._known[name] = hint
         for kind in type_hints.members(hint):
             if type_hints.is_section(kind):
@@ -130,7 +129,6 @@ class GivenSettings:
         return one_line(message.strip().splitlines()[-1])
 
     def _missing(self) -> str | None:
-        """Return a line for an argument without default that is not given."""
         for name, required in self._required.items():
             inside = [setting for setting in self.settings if _is_in(setting, name)]
             for argument in required if inside else ():

@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -48,6 +48,8 @@ class TrainCLI(LightningCLI):
         self._runs = run
         self._words = [_with_home(word) for word in (sys.argv[1:] if args is None else args)]
         self._refusal: Exception | None = None  # of the last constructor, if that raised one
+        callbacks: list[Callback] = [SaveCheckpoints(), TokenProgressBar(), Throughput(), ExpertLoad()]
+        callbacks += [ExpertSpecialisation(), RunSummary(), PredictionFile()]
         super().__init__(
             MoEGPTModule,
             PileDataModule,
@@ -62,15 +64,7 @@ class TrainCLI(LightningCLI):
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,  # RunSummary prints total and active parameters
                 "gradient_clip_val": 1.0,
-                "callbacks": [
-                    SaveCheckpoints(),
-                    TokenProgressBar(),
-                    Throughput(),
-                    ExpertLoad(),
-                    ExpertSpecialisation(),
-                    RunSummary(),
-                    PredictionFile(),
-                ],
+                "callbacks": callbacks,
             },
             parser_kwargs={
                 "description": "Train and evaluate mixture-of-experts language models.",
@@ -124,12 +118,9 @@ class TrainCLI(LightningCLI):
         if config["data"]["seq_len"] is None:
             config["data"]["seq_len"] = config["model"]["config"]["seq_len"]
         if (seed := config.get("seed_everything")) is not None and seed is not False:
-            rank_zero_warn(
-                f"seed_everything={seed} changes nothing in a run, which draws by model.seed (weights, noise) and data.seed "
-                "(order); set those"
-            )
-        path = config.get("ckpt_path")
-        if path is not None and path not in ("last", "auto", "best"):
+            reason = "which draws by model.seed (weights, noise) and data.seed (order); set those"
+            rank_zero_warn(f"seed_everything={seed} changes nothing in a run, {reason}")
+        if (path := config.get("ckpt_path")) not in (None, "last", "auto", "best"):
             require_checkpoint(path)
 
     @override

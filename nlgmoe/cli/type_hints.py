@@ -50,12 +50,9 @@ def settings_of_parser(parser: argparse.ArgumentParser) -> tuple[dict[str, Any],
     Returns:
         Name, dotted inside sections -> type hint, None for a section as a whole; and the names without a default.
     """
-    actions = {
-        option.removeprefix("--"): action
-        for action in parser._actions
-        for option in action.option_strings
-        if option.startswith("--") and not option.endswith((".help", "+"))
-    }
+    options = [(option, action) for action in parser._actions for option in action.option_strings]
+    settings = [pair for pair in options if pair[0].startswith("--") and not pair[0].endswith((".help", "+"))]
+    actions = {option.removeprefix("--"): action for option, action in settings}
     hints = {name: getattr(action, "_typehint", action.type) for name, action in actions.items()}
     sections = {name for name in hints if any(other.startswith(f"{name}.") for other in hints)}
     hints = {name: None if name in sections else Any if hint is None else hint for name, hint in hints.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +12,6 @@ from nlgmoe.files import yaml_beside
 from nlgmoe.validation import RunError, SettingError
 
 if TYPE_CHECKING:
-    from nlgmoe.batch import Batch
     from nlgmoe.config import GPTConfig
     from nlgmoe.eval.importance import ExpertUse
     from nlgmoe.surgery.upcycle import Upcycled
@@ -110,10 +109,8 @@ def _print_upcycled(upcycled: Upcycled, checkpoint: str, had_family: bool) -> No
     if became is not None:
         print(f"nlgmoe export writes it as {FAMILIES[became].classes}ForCausalLM of transformers")
     elif had_family:
-        print(
-            f"no class of transformers has {reason}: nlgmoe export writes it with our code; leave out --expert-interval for a "
-            "native class"
-        )
+        remedy = "leave out --expert-interval for a native class"
+        print(f"no class of transformers has {reason}: nlgmoe export writes it with our code; {remedy}")
 
 
 def prune_checkpoint(
@@ -151,6 +148,7 @@ def prune_checkpoint(
     """
     import_allowed(allow_code)
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
+    from nlgmoe.checkpoint.portable import load_model
     from nlgmoe.checkpoint.reading import run_config
     from nlgmoe.commands.measured_text import read_batches, with_progress
     from nlgmoe.eval.importance import measure_use
@@ -171,7 +169,7 @@ def prune_checkpoint(
     del loaded  # the device need not hold both models
     prune(path, checkpoint, num_experts, kept, overwrite)
     _print_kept(before, kept, use)
-    loss = _loss_of(Path(checkpoint), device, with_progress(batches, "measuring loss"))
+    loss = measure_use(load_model(checkpoint).to(device), with_progress(batches, "measuring loss")).loss
     print(f"loss {use.loss:.4f} -> {loss:.4f} nats per token ({use.tokens:,} tokens)")
     _print_pruned(before, after, Path(checkpoint), path)
     _print_command(run_config(Path(run)), Path(checkpoint), path, tokens_seen)
@@ -183,17 +181,10 @@ def _by_position(num_experts: int | list[int], before: GPTConfig) -> list[int]:
 
     if isinstance(num_experts, list):
         return num_experts
-    largest = max(experts_per_position(before), default=0)
-    if num_experts >= largest:
+    counts = experts_per_position(before)
+    if num_experts >= (largest := max(counts, default=0)):
         raise SettingError(f"num_experts={num_experts} must be below {largest}, the experts that the model has")
-    return [min(num_experts, count) for count in experts_per_position(before)]
-
-
-def _loss_of(checkpoint: Path, device: str, batches: Iterable[Batch]) -> float:
-    from nlgmoe.checkpoint.portable import load_model
-    from nlgmoe.eval.importance import measure_use
-
-    return measure_use(load_model(checkpoint).to(device), batches).loss
+    return [min(num_experts, count) for count in counts]
 
 
 def _print_kept(before: GPTConfig, kept: Sequence[Sequence[int]], use: ExpertUse) -> None:
@@ -214,14 +205,10 @@ def _print_pruned(before: GPTConfig, after: GPTConfig, checkpoint: Path, unprune
 
 
 def _print_command(config: Path | None, checkpoint: Path, unpruned: Path, tokens_seen: int) -> None:
-    """Print the command that trains the pruned model on."""
     files = [config or "CONFIG", yaml_beside(checkpoint)]  # the later one overrides
-    print(
-        f"to continue training, with the unpruned model as teacher: nlgmoe fit "
-        f"{' '.join(f'--config {quote(str(file))}' for file in files)} "
-        f"{_healing(config, tokens_seen)} --model.distiller nlgmoe.MixtureOfStudents "
-        f"--model.distiller.init_args.teacher {quote(str(unpruned))}"
-    )
+    words = ["nlgmoe fit", *(f"--config {quote(str(file))}" for file in files), _healing(config, tokens_seen)]
+    words += ["--model.distiller nlgmoe.MixtureOfStudents --model.distiller.init_args.teacher", quote(str(unpruned))]
+    print(f"to continue training, with the unpruned model as teacher: {' '.join(words)}")
 
 
 def _healing(config: Path | None, trained: int) -> str:
@@ -240,7 +227,5 @@ def _healing(config: Path | None, trained: int) -> str:
         peak = model["optimizer"]["lr"]
         rate = f"{learning_rate(trained, peak, LearningRateSchedule(**model['schedule'])) or peak / 10:.3g}"
         tokens = str(max(1, trained // 10))
-    return (
-        f"--model.optimizer.lr {rate} --model.schedule.shape cosine --model.schedule.decay_tokens {tokens} "
-        f"--model.train_tokens {tokens}{order}"
-    )
+    schedule = f"--model.schedule.shape cosine --model.schedule.decay_tokens {tokens}"
+    return f"--model.optimizer.lr {rate} {schedule} --model.train_tokens {tokens}{order}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tqdm import tqdm
 
 from nlgmoe.cli.arguments import import_allowed
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 if TYPE_CHECKING:
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
@@ -83,13 +83,11 @@ def distill_logits(
 
 
 def _check_arguments(output: str, top_k: int, samples: int | None, temperature: float | None) -> None:
-    if not Path(output).name:
-        raise SettingError(f"output={output} is not the name of a folder; name a new one")
-    if temperature is not None and not temperature > 0:
-        raise SettingError(f"temperature={temperature} must be above 0; 1.0 records the distributions as they are")
-    if top_k < 1 or (samples is not None and samples < 1):
-        name, value = ("top_k", top_k) if top_k < 1 else ("samples", samples)
-        raise SettingError(f"{name}={value} must be at least 1")
+    require(bool(Path(output).name), f"output={output} is not the name of a folder; name a new one")
+    positive = temperature is None or temperature > 0
+    require(positive, f"temperature={temperature} must be above 0; 1.0 records the distributions as they are")
+    require(top_k >= 1, f"top_k={top_k} must be at least 1")
+    require(samples is None or samples >= 1, f"samples={samples} must be at least 1")
 
 
 def _print_recorded(
@@ -105,13 +103,9 @@ def _print_recorded(
         tail, top_k = done.tail_mass / done.positions, recipe["top_k"]
         advice = "; raise --top-k" if tail > LARGE_TAIL else ""
         print(f"tail       {tail:.4f} of the probability is outside the {top_k} likeliest tokens, on average{advice}")
-    print(
-        f"train with --model.distiller=nlgmoe.OfflineTeacher --model.distiller.init_args.logits={quote(str(output))} \\"
-    )
-    print(
-        f"           --model.distiller.init_args.teacher={quote(str(checkpoint))} "
-        f"--model.distiller.init_args.temperature={recipe['temperature']}"
-    )
+    setting, temperature = "--model.distiller.init_args", recipe["temperature"]
+    print(f"train with --model.distiller=nlgmoe.OfflineTeacher {setting}.logits={quote(str(output))} \\")
+    print(f"           {setting}.teacher={quote(str(checkpoint))} {setting}.temperature={temperature}")
 
 
 def _recipe(
@@ -119,13 +113,9 @@ def _recipe(
 ) -> dict[str, Any]:
     """Return what determines the records, except the command's own settings."""
     module, data = experiment.module, experiment.data
+    clock = {"step": document["global_step"], "tokens": document["tokens_seen"]}
     return {
-        "teacher": {
-            "checkpoint": str(checkpoint),
-            "weights": teacher.state_dict()["weights"],
-            "step": document["global_step"],
-            "tokens": document["tokens_seen"],
-        },
+        "teacher": {"checkpoint": str(checkpoint), "weights": teacher.state_dict()["weights"], **clock},
         "data": data.fingerprint(),
         "document_attention": data.document_attention,
         "vocab_size": module.config.vocab_size,
@@ -146,12 +136,12 @@ def _count_distilled_samples(experiment: Experiment, settings: dict[str, Any]) -
     growth = settings["data"]["batch_ramp_up"]
     full_batch_size = settings["data"]["global_batch_size"] or layout(settings, {}).global_batch_size
     ramp_up = None if growth is None else BatchRampUp(**growth)
-    samples = samples_before_end(
-        distillation_end(module.train_tokens, experiment.trainer),
-        lambda taken: batch_size_after(taken, seq_len, full_batch_size, ramp_up),
-        seq_len,
-        module.curriculum,
-    )
+
+    def batch_size(taken: int) -> int:
+        return batch_size_after(taken, seq_len, full_batch_size, ramp_up)
+
+    end = distillation_end(module.train_tokens, experiment.trainer)
+    samples = samples_before_end(end, batch_size, seq_len, module.curriculum)
     if samples is None:
         raise SettingError("samples=null: the run has neither model.train_tokens nor trainer.max_steps; give --samples")
     return samples

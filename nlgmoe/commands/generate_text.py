@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Literal
 
 from nlgmoe.cli.arguments import check_device, import_allowed
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 if TYPE_CHECKING:
     from nlgmoe.eval.generation import Sampling
@@ -48,8 +48,7 @@ def generate_text(
     from nlgmoe.eval.generation import Sampling, check_prompts, complete
     from nlgmoe.eval.loaded_model import load_pretrained
 
-    if max_new_tokens < 1:
-        raise SettingError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
     sampling = Sampling(temperature, top_k, top_p, seed)
     check_device(device)
     texts = [_read_stdin()] if prompt is None else prompt

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 if TYPE_CHECKING:
     from nlgmoe.batch import Batch
@@ -30,8 +30,7 @@ def read_batches(
         windows: sequences, of each domain of the run's validation text, or of `text`.
         tokenizer: as data.tokenizer; None: the run's.
     """
-    if windows < 1:
-        raise SettingError(f"windows={windows} must be at least 1 sequence")
+    require(windows >= 1, f"windows={windows} must be at least 1 sequence")
     if text is not None:
         return list(_file_batches(text, loaded, windows))
     if config is None:
@@ -56,9 +55,10 @@ def _run_batches(config: Path, windows: int, tokenizer: str | None) -> Any:
     return data.val_dataloader()
 
 
-def _file_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Any]:
+def _file_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Batch]:
     import torch
 
+    from nlgmoe.batch import Batch
     from nlgmoe.data.documents import UnusableError, decode_text
 
     try:
@@ -68,14 +68,8 @@ def _file_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Any]
         raise SettingError(f"text={text} cannot be read ({reason}); give a file of text in UTF-8") from error
     length = min(loaded.model.config.seq_len, LENGTH)
     count = min(windows, (len(ids) - 1) // length)
-    if count < 1:
-        raise SettingError(f"text={text} has {len(ids)} tokens, fewer than one sequence of {length}; give more text")
+    require(count >= 1, f"text={text} has {len(ids)} tokens, fewer than one sequence of {length}; give more text")
     tokens, targets = (torch.tensor(ids[i : i + count * length]).view(count, length) for i in (0, 1))
     for batch_tokens, batch_targets in zip(tokens.split(BATCH), targets.split(BATCH), strict=True):
-        mask = torch.ones_like(batch_tokens, dtype=torch.bool)
-        yield {
-            "tokens": batch_tokens,
-            "targets": batch_targets,
-            "token_mask": mask,
-            "domain": torch.zeros(len(batch_tokens), dtype=torch.long),
-        }
+        mask, domain = torch.ones_like(batch_tokens, dtype=torch.bool), torch.zeros(len(batch_tokens), dtype=torch.long)
+        yield Batch(tokens=batch_tokens, targets=batch_targets, token_mask=mask, domain=domain)

@@ -67,22 +67,16 @@ def prepare_data(
 def _check_own_text(
     tokenizer: str, output: str, vocab_size: int | None, workers: int | None, shard: str | None
 ) -> None:
-    """Check the settings of a corpus of one's own text."""
-    require(
-        shard is None or vocab_size is None,
-        f"shard={shard} takes a tokenizer that all shards share; train it first: prepare-data --input INPUT --vocab-size "
-        f"{vocab_size} --tokenizer FOLDER, then give --tokenizer FOLDER instead of --vocab-size",
-    )
+    command = f"prepare-data --input INPUT --vocab-size {vocab_size} --tokenizer FOLDER"
+    remedy = f"train it first: {command}, then give --tokenizer FOLDER instead of --vocab-size"
+    allowed = shard is None or vocab_size is None
+    require(allowed, f"shard={shard} takes a tokenizer that all shards share; {remedy}")
     require(workers is None or workers >= 1, f"workers={workers} must be at least 1")
-    require(
-        Path(output).name not in ("", ".."),
-        f"output={output} is a folder; give the beginning of the files' names, such as data/own/text",
-    )
-    require(
-        vocab_size is None or (vocab_size >= 257 and tokenizer == TOKENIZER),
-        f"vocab_size={vocab_size} trains a tokenizer; give at least 257, for the 256 bytes and the end of a document, and no "
-        "tokenizer",
-    )
+    remedy = "give the beginning of the files' names, such as data/own/text"
+    require(Path(output).name not in ("", ".."), f"output={output} is a folder; {remedy}")
+    remedy = "give at least 257, for the 256 bytes and the end of a document, and no tokenizer"
+    allowed = vocab_size is None or (vocab_size >= 257 and tokenizer == TOKENIZER)
+    require(allowed, f"vocab_size={vocab_size} trains a tokenizer; {remedy}")
 
 
 def _prepare_pocket_pile(data_dir: Path, tokenizer: str) -> None:

@@ -87,7 +87,6 @@ def _train(files: list[str], fields: Fields, skips: bool, vocab_size: int, folde
 
 
 def _texts(files: list[str], fields: Fields, skips: bool) -> Iterator[str]:
-    """Yield the texts that a tokenizer is trained on."""
     ignore = (lambda line: None) if skips else None  # the build names them
     for record, _ in read_shares([describe_file(file) for file in files], fields, TRAINING_BYTES, ignore):
         assert isinstance(record.content, str)
@@ -132,8 +131,7 @@ def _print_built(
 def train_alone(input: str | list[str], text_field: str, skips: bool, vocab_size: int, folder: Path) -> None:
     """Train a tokenizer on files, save it in a new folder, and describe it."""
     if vocab_size < 257 or str(folder) in BUILT or (folder.exists() and any(folder.iterdir())):
-        raise SettingError(
-            f"tokenizer={folder} is to be trained, with vocab_size={vocab_size}; give a new folder for it, and at least 257 ids"
-        )
+        problem = f"tokenizer={folder} is to be trained, with vocab_size={vocab_size}"
+        raise SettingError(f"{problem}; give a new folder for it, and at least 257 ids")
     loaded = _train(*_files_and_fields(input, text_field), skips, vocab_size, folder)
     print(f"tokenizer  {loaded.describe()}")

@@ -60,7 +60,7 @@ def student(
 
     end, settings = _end_of(fraction, step), parse_config(file)
     theirs = GPTConfig.from_dict(settings["model"]["config"])
-    folder = _run_folder(file, settings)
+    folder = str(file.parent) if file.name == "config.yaml" else settings["trainer"]["default_root_dir"]  # may be moved
     teacher = teacher or (folder if is_yaml else source)
     from_random, equal = is_yaml and blocks is None, len(set(moe_blocks(theirs).values())) <= 1
     blocks = blocks or ("influence" if equal and not is_yaml else "upper")
@@ -83,17 +83,9 @@ def _yaml_of(source: Path) -> Path:
     """Return the teacher's YAML: `source`, or that of its run."""
     file = source if source.is_file() else run_config(source)
     if file is None or not source.exists():
-        raise SettingError(
-            f"source={source} is in no run's folder: there is no config.yaml above it; give the teacher's YAML, and its "
-            "checkpoint as --teacher"
-        )
+        problem = f"source={source} is in no run's folder: there is no config.yaml above it"
+        raise SettingError(f"{problem}; give the teacher's YAML, and its checkpoint as --teacher")
     return file
-
-
-def _run_folder(file: Path, settings: dict[str, Any]) -> str:
-    """Return the teacher's run folder: that of its `config.yaml`, since a run may have been moved, else the setting."""
-    folder: str = settings["trainer"]["default_root_dir"]
-    return str(file.parent) if file.name == "config.yaml" else folder
 
 
 def _end_of(fraction: float | None, step: int | None) -> dict[str, Any]:
@@ -128,19 +120,16 @@ def _named_blocks(teacher: GPTConfig, blocks: str, num_layers: int) -> Any:
 
 
 def _write(comment: list[str], changes: dict[str, Any], output: str | None) -> None:
-    """Write the student's YAML below its comment, or print it."""
     written = "".join(f"# {line}\n" for line in comment) + yaml.safe_dump(changes, sort_keys=False, width=120)
-    if output is None:
-        print(written, end="")
-    else:
+    if output is not None:
         write_whole(output, written)
-        print("\n".join([f"{output}: {comment[0]}", *comment[1:]]))
+        written = "\n".join([f"{output}: {comment[0]}", *comment[1:], ""])
+    print(written, end="")
 
 
 def _measure(
     teacher: str, file: Path, text: str | None, windows: int, tokenizer: str | None, device: str
 ) -> list[float]:
-    """Return the influence of each of the teacher's blocks."""
     from nlgmoe.commands.measured_text import read_batches, with_progress
     from nlgmoe.eval.importance import measure_influence
     from nlgmoe.eval.loaded_model import load_pretrained

@@ -19,7 +19,7 @@ from nlgmoe.data.samples import CursorSource, Sample, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokens import Tokens
 from nlgmoe.seeding import derive_seed
-from nlgmoe.validation import RunError, SettingError, error_type_like
+from nlgmoe.validation import RunError, SettingError, error_type_like, require
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,13 @@ class Blend:
     """
 
     def __init__(self, parts: list[BlendPart]) -> None:
-        if not parts:
-            raise SettingError("parts=[] is empty: give each corpus as {weight: ..., name: ..., corpus: ...}.")
+        require(bool(parts), "parts=[] is empty: give each corpus as {weight: ..., name: ..., corpus: ...}.")
+        names = [part.name for part in parts]
         for part in parts:
-            if not (math.isfinite(part.weight) and part.weight > 0):
-                raise SettingError(
-                    f"weight={part.weight} of the part {part.name!r} must be a number above 0: raise it, or remove the part."
-                )
-            if sum(other.name == part.name for other in parts) > 1 or not part.name:
-                raise SettingError(f"name={part.name} is empty or used twice: losses are logged by it, change it.")
+            weighs = 0 < part.weight < math.inf
+            require(weighs, f"weight={part.weight} of the part {part.name!r} must be a number above 0; change it.")
+            unique = part.name != "" and names.count(part.name) == 1
+            require(unique, f"name={part.name} is empty or used twice: losses are logged by it, change it.")
         self.parts = list(parts)
 
     def own_tokenizer(self) -> str | None:
@@ -96,10 +94,8 @@ class OpenBlend:
         self.fingerprint: Fingerprint = {"parts": ", ".join(shares)}
         for name, _, corpus in self._parts:
             if corpus.tokenizer.fingerprint != self.tokenizer.fingerprint:
-                raise SettingError(
-                    f"The part {name!r} is tokenised with {corpus.tokenizer.name}, {names[0]!r} with "
-                    f"{self.tokenizer.name}: give the parts of a blend one tokenizer."
-                )
+                problem = f"The part {name!r} is tokenised with {corpus.tokenizer.name}, {names[0]!r} with"
+                raise SettingError(f"{problem} {self.tokenizer.name}: give the parts of a blend one tokenizer.")
             self.domains += [f"{name}/{domain}" for domain in corpus.domains] if len(corpus.domains) > 1 else [name]
             self.fingerprint |= {f"{name}/{entry}": value for entry, value in corpus.fingerprint.items()}
         if duplicates := {name for name in self.domains if self.domains.count(name) > 1}:
@@ -121,9 +117,9 @@ class OpenBlend:
         for name, weight, corpus in self._parts:
             with _naming(name):
                 source = corpus.training_source(seq_len, derive_seed(seed, name))
-            share, windows = weight / sum(self.weights), getattr(source, "num_windows", None)
-            tokens = round(windows * source.seq_len / share) if windows else 0
-            epoch = f", used up every {tokens:,} tokens of the blend" if windows else ""
+            share, epoch = weight / sum(self.weights), ""
+            if windows := getattr(source, "num_windows", None):
+                epoch = f", used up every {round(windows * seq_len / share):,} tokens of the blend"
             rank_zero_info(f"blend: {name} has {share:.2%} of the samples{epoch}")
             sources.append(source)
         return BlendedSource(sources, self.weights, [len(part.corpus.domains) for part in self._parts])
@@ -137,12 +133,10 @@ class OpenBlend:
         arrays_of_parts = [part.corpus.evaluation_tokens(split) for part in self._parts]
         if all(arrays is None for arrays in arrays_of_parts):
             return None
-        nothing = np.zeros(0, dtype=np.int64)
-        return [
-            tokens
-            for arrays, part in zip(arrays_of_parts, self._parts, strict=True)
-            for tokens in ([nothing] * len(part.corpus.domains) if arrays is None else arrays)
-        ]
+        tokens: list[Tokens] = []
+        for arrays, part in zip(arrays_of_parts, self._parts, strict=True):
+            tokens += [np.zeros(0, dtype=np.int64)] * len(part.corpus.domains) if arrays is None else arrays
+        return tokens
 
 
 class BlendedSource:
@@ -161,11 +155,8 @@ class BlendedSource:
         self._sources = list(sources)
         self._interleaving = Interleaving(weights)
         self._first_domains = [sum(domains[:part]) for part in range(len(sources))]
-        self._streamed = {
-            part: source
-            for part, source in enumerate(sources)
-            if isinstance(source, CursorSource) and source.cursor_length
-        }
+        streamed = [(part, each) for part, each in enumerate(sources) if isinstance(each, CursorSource)]
+        self._streamed = {part: source for part, source in streamed if source.cursor_length}
         self.cursor_length = max((source.cursor_length for source in self._streamed.values()), default=0)
 
     def seek(self, cursors: Sequence[Sequence[int]]) -> None:
@@ -227,10 +218,9 @@ class Interleaving:
 
     def __init__(self, weights: Sequence[int]) -> None:
         number = itertools.count()  # decides between equal weights, so that nodes themselves are never compared
-        queue: list[tuple[int, int, int | _Fork]] = [
-            (weight, next(number), part) for part, weight in enumerate(weights)
-        ]
-        heapq.heapify(queue)
+        queue: list[tuple[int, int, int | _Fork]] = []
+        for part, weight in enumerate(weights):
+            heapq.heappush(queue, (weight, next(number), part))
         while len(queue) > 1:
             left_weight, _, left = heapq.heappop(queue)
             right_weight, _, right = heapq.heappop(queue)

@@ -77,7 +77,7 @@ def build_indexed(
         workers: number of threads that tokenise.
         report: called with the progress at the start and after each chunk.
         skip: called with place and reason of unusable data; None: raise an error.
-        domain: name of the documents' domain; None: `domain_of` the prefix.
+        domain: name of the documents' domain; None: the last part of the prefix, without the number of a shard.
         shard: the part of the files that is built; it may be empty. None: all of them.
     """
     folder = building(prefix)
@@ -108,10 +108,9 @@ def build_indexed(
         if not (resumes := (folder / "progress.json").exists()):
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError) and error.filename is None:  # of a write
-            then = "the build resumes" if resumes else "the build begins again"
-            raise RunError(
-                f"output={prefix} cannot be written ({error.strerror}); make room, and start again: {then}"
-            ) from error
+            then = "resumes" if resumes else "begins again"
+            problem = f"output={prefix} cannot be written ({error.strerror})"
+            raise RunError(f"{problem}; make room, and start again: the build {then}") from error
         raise
 
 
@@ -133,14 +132,14 @@ def _write(
         closing(IndexedWriter(aside, dtype, aside, sizes.get("validation"))) as held_out,
     ):
         for training, validation, done in chunks:
-            for kept, documents in ((writer, training), (held_out, validation)):
-                for tokens in documents:
-                    kept.add_document(tokens)
+            for tokens in training:
+                writer.add_document(tokens)
+            for tokens in validation:
+                held_out.add_document(tokens)
             report(done)
             if done.documents and time.monotonic() - recorded >= RECORD_SECONDS:
                 positions = {"training": writer.position(), "validation": held_out.position()}
-                record = {"settings": settings, "sizes": positions, "done": asdict(done)}
-                write_json(folder / "progress.json", record)
+                write_json(folder / "progress.json", {"settings": settings, "sizes": positions, "done": asdict(done)})
                 recorded = time.monotonic()
         for tokens in held_out.read_back():
             writer.add_document(tokens)
@@ -177,10 +176,8 @@ def _read_progress(folder: Path, settings: dict[str, Any]) -> tuple[Progress, di
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error!r}): delete {folder} to begin again.") from error
     if differing := [name for name in settings if saved["settings"].get(name) != settings[name]]:
-        raise RunError(
-            f"{folder} was started with other settings ({', '.join(differing)}): give the same ones to resume it, "
-            "name another output, or delete it."
-        )
+        problem = f"{folder} was started with other settings ({', '.join(differing)})"
+        raise RunError(f"{problem}: give the same ones to resume it, name another output, or delete it.")
     return done, saved["sizes"]
 
 

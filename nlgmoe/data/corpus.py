@@ -19,7 +19,7 @@ from fsspec.core import url_to_fs
 from nlgmoe.data.samples import PackedSource, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokens import Tokens
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import require
 
 WAITING_SECONDS = 3.0  # of waiting for a build by another process, before a message
 NO_LOCK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -70,21 +70,15 @@ class TokenArrays:
 
     def __post_init__(self) -> None:
         """Check the values, which may come from user code."""
-        require(
-            {"train", "validation"} <= self.tokens.keys(),
-            f"TokenArrays.tokens has {[*self.tokens]}; give train and validation",
-        )
+        known = {"train", "validation"} <= self.tokens.keys()
+        require(known, f"TokenArrays.tokens has {[*self.tokens]}; give train and validation")
         for split, arrays in self.tokens.items():
             integers = all(np.issubdtype(array.dtype, np.integer) for array in arrays)  # floats would be truncated
-            require(
-                integers and len(arrays) == len(self.domains),
-                f"TokenArrays.tokens has {[f'{array.dtype} [{len(array)}]' for array in arrays]} for {split}; give an array of "
-                f"integers for each of the domains {self.domains}",
-            )
-        require(
-            any(map(len, self.tokens["validation"])) or not any(map(len, self.tokens["train"])),
-            "TokenArrays.tokens has no token of validation; give some text for it",
-        )
+            given = f"{[f'{array.dtype} [{len(array)}]' for array in arrays]} for {split}"
+            remedy = f"give an array of integers for each of the domains {self.domains}"
+            require(integers and len(arrays) == len(self.domains), f"TokenArrays.tokens has {given}; {remedy}")
+        evaluates = any(map(len, self.tokens["validation"])) or not any(map(len, self.tokens["train"]))
+        require(evaluates, "TokenArrays.tokens has no token of validation; give some text for it")
 
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
         """Return the windows of all domains, in a new random order every epoch."""
@@ -130,10 +124,7 @@ def build_lock(data_dir: Path) -> Iterator[None]:
     Without write permission no lock is needed: writing a missing file raises the error. Some file systems have no locks: prepare
     the data there by one process, before the run.
     """
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise SettingError(f"data_dir={data_dir} is no folder; give one") from error
+    data_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(data_dir / ".lock")
     try:
         try:

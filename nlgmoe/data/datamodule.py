@@ -240,26 +240,21 @@ class PileDataModule(TrainingData):
         return EvaluationSource(tokens, self.seq_len, self.tokenizer.eod_id, self.max_eval_windows)
 
     def _evaluated_tokens(self) -> dict[str, Tokens]:
-        """Return the tokens that validation covers, by domain."""
         source = self._evaluation_source("validation")
         return {name: source.evaluated_tokens(domain) for domain, name in enumerate(self.domains)}
 
     def _evaluation_loader(self, split: str) -> DataLoader[Sample]:
-        rank, world_size = self._rank_and_world_size()
-        source = self._evaluation_source(split)
-        sampler = sampling.EvaluationSampler(len(source), rank, world_size)
-        size = self.eval_micro_batch_size
+        source, size = self._evaluation_source(split), self.eval_micro_batch_size
+        sampler = sampling.EvaluationSampler(len(source), *self._rank_and_world_size())
         return self._loader(self._dataset(source), sampler, batch_size=size, collate_fn=sampling.collate)
 
     def _accumulation(self, global_batch_size: int) -> int:
         _, world_size = self._rank_and_world_size()
         derived = sampling.micro_batches_per_step(global_batch_size, self.micro_batch_size, world_size)
         assert self.trainer is not None
-        if self.trainer.accumulate_grad_batches not in (1, derived):
-            raise SettingError(
-                f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches} and data.global_batch_size="
-                f"{global_batch_size} are both set, and the latter makes it {derived}; remove one of them"
-            )
+        if (given := self.trainer.accumulate_grad_batches) not in (1, derived):
+            both = f"trainer.accumulate_grad_batches={given} and data.global_batch_size={global_batch_size}"
+            raise SettingError(f"{both} are both set, and the latter makes it {derived}; remove one of them")
         return derived
 
     def _rank_and_world_size(self) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from huggingface_hub.errors import HTTPError
 
-from nlgmoe.data.source_files import COMPRESSIONS, WHOLE, DataFile, has_records, is_plain_text
+from nlgmoe.data.source_files import COMPRESSIONS, WHOLE, DataFile, is_plain_text
 from nlgmoe.data.tokenizer import byte_without_token
 from nlgmoe.validation import RunError
 
@@ -84,7 +84,7 @@ def read_documents(
     """Yield the documents of a file that have text.
 
     Args:
-        path: a local file, or an address that fsspec opens (`hf://datasets/...`); `has_records` or `is_plain_text` by its ending.
+        path: a local file, or an address that fsspec opens (`hf://datasets/...`), of a known ending (`source_files.py`).
         fields: what to read.
         shard: the documents to yield; others are neither parsed nor checked.
         start: documents at the beginning to leave out.
@@ -92,8 +92,9 @@ def read_documents(
         count_empty: called for each document without text.
         span: bytes of the file in which the lines, or the row groups, to read begin; lines are numbered from there.
     """
-    assert has_records(path) or is_plain_text(path), path
-    read, unit = _reader_of(path)
+    read, unit = (_read_parquet, "row") if str(path).endswith(".parquet") else (_read_lines, "line")
+    if is_plain_text(path):
+        read, unit = _read_text, ""
 
     def refuse(place: str, reason: object) -> None:
         if skip is None:
@@ -130,22 +131,14 @@ def read_documents(
         refuse(place, f"damaged or cut off ({_require_damage(failure, place)})")
 
 
-def _reader_of(path: str | Path) -> tuple[Any, str]:
-    """Return the reader of a file, and the unit in which its documents are numbered."""
-    if is_plain_text(path):
-        return _read_text, ""
-    return (_read_parquet, "row") if str(path).endswith(".parquet") else (_read_lines, "line")
-
-
 def _require_damage(failure: Exception, place: str) -> str:
     """Return what is damaged; a failure of a disk or network, which is never skipped, is raised."""
     details = " ".join(str(failure).split())
     # Errors of decompression have no errno.
     if isinstance(failure, pa.ArrowException) or (type(failure) is OSError and failure.errno is None):
         return details
-    raise RunError(
-        f"{place}: cannot be read ({details}); run the command again when it can be, training with --ckpt_path last"
-    ) from failure
+    remedy = "run the command again when it can be, training with --ckpt_path last"
+    raise RunError(f"{place}: cannot be read ({details}); {remedy}") from failure
 
 
 # Readers yield the number of each document from `start` on, its bytes, and a function that parses it.
@@ -166,11 +159,8 @@ def _read_lines(opened: Any, path: str, fields: Fields, start: int, span: range)
             length += len(line)  # the rest of a document that is too long
         position += length
         if number >= start:
-            yield (
-                number,
-                length,
-                partial(_parse_line, line if complete else None, length - line.endswith(b"\n"), fields),
-            )
+            parse = partial(_parse_line, line if complete else None, length - line.endswith(b"\n"), fields)
+            yield number, length, parse
         number += 1
 
 
@@ -214,9 +204,8 @@ def _read_parquet(opened: Any, path: str, fields: Fields, start: int, span: rang
 
 
 def _decompressed(opened: Any, path: str) -> io.BufferedReader:
-    if compression := COMPRESSIONS.get(Path(path).suffix):
-        return io.BufferedReader(pa.CompressedInputStream(opened, compression), PIECE_BYTES)
-    return io.BufferedReader(opened, PIECE_BYTES)
+    compression = COMPRESSIONS.get(Path(path).suffix)
+    return io.BufferedReader(pa.CompressedInputStream(opened, compression) if compression else opened, PIECE_BYTES)
 
 
 def decode_text(content: bytes, beginning: bool = True) -> str:

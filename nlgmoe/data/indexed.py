@@ -105,10 +105,9 @@ class IndexedDataset:
             starts = end + np.cumsum(sizes) - sizes
             if len(wrong := np.flatnonzero((lengths < 0) | (pointers != starts))):
                 i = wrong[0]
-                raise RunError(
-                    f"{self.prefix}.idx is damaged: sequence {first + i} has {lengths[i]} tokens from byte {pointers[i]} on, the "
-                    f"ones before it end at byte {starts[i]}. Build it again."
-                )
+                damage = f"sequence {first + i} has {lengths[i]} tokens from byte {pointers[i]} on"
+                damage += f", the ones before it end at byte {starts[i]}"
+                raise RunError(f"{self.prefix}.idx is damaged: {damage}. Build it again.")
             end = int(starts[-1] + sizes[-1])
         documents = self.document_indices
         parts = (documents[first : first + CHUNK + 1] for first in range(0, len(documents), CHUNK))
@@ -128,10 +127,8 @@ def _read_header(path: Path) -> tuple[int, int, int]:
         raise RunError(f"{path} does not start with {MAGIC!r}: not the index of an indexed dataset.")
     _, version, code, sequences, boundaries = HEADER.unpack(header)
     if version != VERSION or code not in DTYPES:
-        raise RunError(
-            f"{path} has version {version} and type code {code}; known are version 1 and integers, codes "
-            f"{', '.join(map(str, DTYPES))}."
-        )
+        known = f"known are version 1 and integers, codes {', '.join(map(str, DTYPES))}"
+        raise RunError(f"{path} has version {version} and type code {code}; {known}.")
     expected, size = HEADER.size + 12 * sequences + 8 * boundaries, path.stat().st_size
     if size != expected:
         raise RunError(f"{path} has {size} bytes, its header says {expected}: cut off? Build it again.")
@@ -229,12 +226,12 @@ class IndexedWriter:
         return file
 
     def _write_sidecar(self) -> None:
-        sizes = self.position()
+        sizes, xxh3 = self.position(), None
         if self.sidecar is None:
             return
-        documents, tokens, xxh3 = sizes["lengths"] // 4, sizes["bin"] // self._dtype.itemsize, None
         if self.sidecar.text is not None:
             xxh3 = xxhash.xxh3_64_hexdigest(np.memmap(self._folder / "bin", np.uint8, mode="r").data)
+        documents, tokens = sizes["lengths"] // 4, sizes["bin"] // self._dtype.itemsize
         replace(self.sidecar, documents=documents, tokens=tokens, xxh3=xxh3).write(self._folder / "json")
 
     def _write_index(self) -> None:

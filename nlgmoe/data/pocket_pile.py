@@ -66,10 +66,8 @@ class PocketPile:
         for domain in domains:
             sidecar = Sidecar.read(folder / domain)
             if sidecar is None or sidecar.text != _text_hash(manifest, domain):
-                raise RunError(
-                    f"{domain} in {data_dir} is not tokenised with {tokenizer}: run `nlgmoe prepare-data "
-                    f"--data-dir {data_dir} --tokenizer {tokenizer}` first."
-                )
+                command = f"nlgmoe prepare-data --data-dir {data_dir} --tokenizer {tokenizer}"
+                raise RunError(f"{domain} in {data_dir} is not tokenised with {tokenizer}: run `{command}` first.")
             dataset = IndexedDataset(folder / domain)
             first = dataset.first_token(sidecar.documents - sidecar.held_out)
             for split, part in zip(SPLITS, (dataset.tokens[:first], dataset.tokens[first:]), strict=True):
@@ -113,7 +111,5 @@ def _intact(prefix: Path, text: str) -> bool:
         dataset.check()
     except ValueError:
         return False
-    return sidecar is not None and (sidecar.text, sidecar.xxh3) == (
-        text,
-        xxhash.xxh3_64_hexdigest(dataset.tokens.data),
-    )
+    xxh3 = xxhash.xxh3_64_hexdigest(dataset.tokens.data)
+    return sidecar is not None and (sidecar.text, sidecar.xxh3) == (text, xxh3)

@@ -66,15 +66,14 @@ class Sidecar:
     def check(self, prefix: Path, documents: int, tokens: int, tokenizer: Tokenizer) -> None:
         """Check the counts against those of the other files, and the tokenizer."""
         if (documents, tokens) != (self.documents, self.tokens):
-            raise RunError(
-                f"{prefix}.json describes {self.documents:,} documents of {self.tokens:,} tokens, the .idx has {documents:,} of "
-                f"{tokens:,}; copy all files of the corpus, or delete the .json and set split and data.tokenizer"
-            )
+            described = f"{self.documents:,} documents of {self.tokens:,} tokens"
+            problem = f"{prefix}.json describes {described}, the .idx has {documents:,} of {tokens:,}"
+            remedy = "copy all files of the corpus, or delete the .json and set split and data.tokenizer"
+            raise RunError(f"{problem}; {remedy}")
         if tokenizer.fingerprint != self.fingerprint:
-            raise SettingError(
-                f"tokenizer={tokenizer.name} (fingerprint {tokenizer.fingerprint[:12]}) is not {prefix}'s, {self.tokenizer} "
-                f"({self.fingerprint[:12]}); leave data.tokenizer out, or set it to null where a file gives it"
-            )
+            given = f"tokenizer={tokenizer.name} (fingerprint {tokenizer.fingerprint[:12]})"
+            problem = f"{given} is not {prefix}'s, {self.tokenizer} ({self.fingerprint[:12]})"
+            raise SettingError(f"{problem}; leave data.tokenizer out, or set it to null where a file gives it")
 
 
 def describe(
@@ -90,13 +89,8 @@ def describe(
     if name not in BUILT:
         folder, home = Path(name).resolve(), prefix.parent.resolve()
         name = str(folder.relative_to(home) if folder.is_relative_to(home) else folder)
-    domain = domain or domain_of(prefix)
+    domain = domain or _shard(prefix.name)[0]
     return Sidecar(name, tokenizer.fingerprint, tokenizer.eod_id, domain, 0, held_out, 0, text_bytes, text)
-
-
-def domain_of(prefix: Path) -> str:
-    """Return the last part of a prefix, without the number of a shard."""
-    return _shard(prefix.name)[0]
 
 
 def find_prefixes(given: Sequence[str]) -> list[Path]:
@@ -120,10 +114,8 @@ def _matching(word: str) -> list[Path]:
     if not has_magic(word):
         matches = [(base, number, count, prefix) for base, number, count, prefix in matches if base == word and count]
     if not matches:
-        raise SettingError(
-            f"{word}.idx is missing: set `prefix` of the corpus to files that `nlgmoe prepare-data --input` or Megatron's "
-            "tools/preprocess_data.py --append-eod has written, without the .bin."
-        )
+        writers = "`nlgmoe prepare-data --input` or Megatron's tools/preprocess_data.py --append-eod"
+        raise SettingError(f"{word}.idx is missing: set `prefix` of the corpus to files that {writers} has written.")
     shards: dict[str, dict[int, set[int]]] = {}
     for base, number, count, _ in matches:
         if count:
@@ -134,10 +126,8 @@ def _matching(word: str) -> list[Path]:
             raise SettingError(f"prefix={word}: {base} has shards of {counts}; delete those that are not wanted")
         ((count, numbers),) = divisions.items()
         if missing := sorted(set(range(1, count + 1)) - numbers):
-            raise SettingError(
-                f"prefix={word}: {base}-{missing[0]}-of-{count}.idx is missing, {len(numbers)} of {count} shards are there; "
-                "wait for it, or write it again"
-            )
+            problem = f"{base}-{missing[0]}-of-{count}.idx is missing, {len(numbers)} of {count} shards are there"
+            raise SettingError(f"prefix={word}: {problem}; wait for it, or write it again")
     for file in glob(f"{pattern}.bin"):
         if not os.path.exists(index := f"{file.removesuffix('.bin')}.idx"):
             raise SettingError(f"prefix={word}: {index} is missing; wait for it, or write it again, or move {file}")
@@ -150,9 +140,8 @@ def check_inputs(inputs: Iterable[tuple[Path, str | None]]) -> None:
     for prefix, input in inputs:
         base, number, _ = _shard(str(prefix))
         if number and known.setdefault(base, input) != input:
-            raise SettingError(
-                f"prefix={prefix}: other files were divided than for the first shard of {base}; write all shards again"
-            )
+            problem = f"other files were divided than for the first shard of {base}"
+            raise SettingError(f"prefix={prefix}: {problem}; write all shards again")
 
 
 def _shard(name: str) -> tuple[str, int, int]:

@@ -26,7 +26,7 @@ import torch
 from nlgmoe.batch import Batch
 from nlgmoe.data.tokens import Tokens, first_tokens
 from nlgmoe.seeding import derive_seed
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import require
 
 ORDER = "feistel-8"  # name of the order of an epoch, saved in checkpoints; another algorithm gives another order
 ROUNDS = 8  # of `Permutation`, four for each digit
@@ -106,8 +106,7 @@ class PackedSource(_Windows):
         counts = [count_windows(len(array), seq_len, keep_tail=False) for array in tokens]
         super().__init__(tokens, counts, seq_len, eod_id)
         self._seed = seed
-        if self.num_windows == 0:
-            raise SettingError(f"No domain has {seq_len} tokens to train on: lower data.seq_len, or add text.")
+        require(self.num_windows != 0, f"No domain has {seq_len} tokens to train on: lower data.seq_len, or add text.")
 
     def sample(self, index: int) -> Sample:
         """Return window `order(seed, epoch)[index % n]` with `epoch = index // n`, n the number of windows."""

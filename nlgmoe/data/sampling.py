@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, DistributedSampler, default_collate
 
 from nlgmoe.data.samples import Sample, TokenSource
 from nlgmoe.data.tokens import check_ids
-from nlgmoe.validation import SettingError, require_at_least
+from nlgmoe.validation import SettingError, require, require_at_least
 
 
 @dataclass(eq=False)
@@ -177,22 +177,17 @@ def check_ramp_up(ramp_up: BatchRampUp, global_batch_size: int | None, micro_bat
     if global_batch_size is None:
         raise SettingError("global_batch_size=null: batch_ramp_up has no batch to grow to; set it")
     growth = global_batch_size - ramp_up.start
-    if growth < 0:
-        raise SettingError(f"start={ramp_up.start} is above global_batch_size={global_batch_size}; lower it")
+    require(growth >= 0, f"start={ramp_up.start} is above global_batch_size={global_batch_size}; lower it")
     if growth % ramp_up.increment:
-        raise SettingError(
-            f"start={ramp_up.start} does not reach global_batch_size={global_batch_size} by increment={ramp_up.increment}; "
-            "change one of them"
-        )
+        problem = f"start={ramp_up.start} does not reach global_batch_size={global_batch_size}"
+        raise SettingError(f"{problem} by increment={ramp_up.increment}; change one of them")
     if global_batch_size % micro_batch_size:
         return  # `micro_batches_per_step` reports that
     unit = global_batch_size // micro_batch_size
     for setting in ("start", "increment"):
         if (value := getattr(ramp_up, setting)) % unit:
-            raise SettingError(
-                f"{setting}={value} must be a multiple of the {unit} micro-batches that make up global_batch_size="
-                f"{global_batch_size} with micro_batch_size={micro_batch_size}; change one of them"
-            )
+            sizes = f"global_batch_size={global_batch_size} with micro_batch_size={micro_batch_size}"
+            raise SettingError(f"{setting}={value} must be a multiple of the {unit} micro-batches that make up {sizes}")
 
 
 def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
@@ -203,7 +198,6 @@ def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_
         return count
     ranks = "1 rank feeds" if world_size == 1 else f"{world_size} ranks feed"
     nearest = " or ".join(str(value) for value in (count * per_round, (count + 1) * per_round) if value > 0)
-    raise SettingError(
-        f"data.global_batch_size={global_batch_size} is not a multiple of the {per_round} sequences that {ranks} at a "
-        f"time with data.micro_batch_size={micro_batch_size}; set it to {nearest}, or another size"
-    )
+    unit = f"the {per_round} sequences that {ranks} at a time with data.micro_batch_size={micro_batch_size}"
+    problem = f"data.global_batch_size={global_batch_size} is not a multiple of {unit}"
+    raise SettingError(f"{problem}; set it to {nearest}, or another size")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fsspec.core import url_to_fs
 
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 PLAIN_TEXT = (".txt", ".md")  # one document a file, unless `Fields.text_bytes` is set
@@ -44,10 +44,7 @@ def is_plain_text(path: str | Path) -> bool:
 
 
 def _uncompressed(path: str | Path) -> str:
-    name = str(path)
-    for compression in COMPRESSIONS:
-        name = name.removesuffix(compression)
-    return name
+    return os.path.splitext(path)[0] if str(path).endswith((*COMPRESSIONS,)) else str(path)
 
 
 def describe_file(path: str) -> DataFile:
@@ -93,10 +90,8 @@ def _named_errors(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise SettingError(
-            f"{source} cannot be read here ({reason}); give paths, or addresses such as s3://bucket/pile/*.jsonl.zst, install "
-            "the package that fsspec needs for them, and set what it needs to log in"
-        ) from error
+        remedy = "give paths, or install the package that fsspec needs for the address, and set what it needs to log in"
+        raise SettingError(f"{source} cannot be read here ({reason}); {remedy}") from error
 
 
 def input_files(given: str | Sequence[str]) -> list[str]:
@@ -105,8 +100,7 @@ def input_files(given: str | Sequence[str]) -> list[str]:
     Args:
         given: paths or addresses of fsspec (`s3://bucket/pile`) of files, folders and patterns, `**` for folders at any depth.
     """
-    if not given:
-        raise SettingError(f"input={given} is empty; give a path, a folder, or a pattern in quotes")
+    require(bool(given), f"input={given} is empty; give a path, a folder, or a pattern in quotes")
     all_files: list[str] = []
     for source in [given] if isinstance(given, str) else given:
         source = source.removeprefix("file://")
@@ -123,27 +117,23 @@ def input_files(given: str | Sequence[str]) -> list[str]:
             children = [file for file in files if not os.path.basename(file).startswith(".") and file not in corpora]
             files = [*filter(has_records, children)] or [*filter(is_plain_text, children)]
             if not files:
-                raise SettingError(
-                    f"input={source} is a folder without text files of its own; known endings are {ENDINGS}; for folders "
-                    f"inside give patterns, such as '{source}/**/*.jsonl' or '{source}/**/*.txt'"
-                )
+                patterns = f"for folders inside give patterns, such as '{source}/**/*.jsonl' or '{source}/**/*.txt'"
+                problem = f"input={source} is a folder without text files of its own"
+                raise SettingError(f"{problem}; known endings are {ENDINGS}; {patterns}")
             if others := [os.path.basename(child) for child in children if child not in files]:
                 reason = f"known endings are {ENDINGS}; for folders inside give '{source}/**/*{Path(files[0]).suffix}'"
                 if plain := [name for name in others if is_plain_text(name)]:
                     ending = Path(plain[0]).suffix
                     reason = f"plain text beside JSON lines or Parquet; to read it too, add '{source}/*{ending}'"
-                note = f"note: {len(others)} entries of {source} are left out, such as {(plain or others)[0]}: {reason}"
-                print(note, file=sys.stderr)
-        if not files:
-            raise SettingError(f"input={source} matches no file; give a path, a folder, or a pattern in quotes")
+                named = f"{len(others)} entries of {source} are left out, such as {(plain or others)[0]}"
+                print(f"note: {named}: {reason}", file=sys.stderr)
+        require(bool(files), f"input={source} matches no file; give a path, a folder, or a pattern in quotes")
         all_files += files
     seen: set[str] = set()
     for file in all_files:
-        if not (has_records(file) or is_plain_text(file)):
-            raise SettingError(f"input={file} cannot be read; known endings are {ENDINGS}")
+        require(has_records(file) or is_plain_text(file), f"input={file} cannot be read; known endings are {ENDINGS}")
         real_path = os.path.realpath(file) if is_local(file) else file  # a file may have several names and links
-        if real_path in seen:
-            raise SettingError(f"input={file} is given more than once; its documents would be repeated")
+        require(real_path not in seen, f"input={file} is given more than once; its documents would be repeated")
         seen.add(real_path)
     return all_files
 
@@ -181,12 +171,9 @@ class Shard:
         spans, begin = list[range](), 0
         for file, size in zip(files, sizes, strict=True):
             start, stop = max(0, first - begin), min(size, last - begin)
-            if not _is_divisible(file.path):
+            divisible = file.path.endswith(".parquet") or (is_local(file.path) and file.path.endswith(JSON_LINES))
+            if not divisible:
                 start, stop = 0, size if first <= begin + size // 2 < last else 0
             spans.append(WHOLE if range(start, stop) == range(size) else range(start, stop))
             begin += size
         return spans
-
-
-def _is_divisible(path: str) -> bool:
-    return path.endswith(".parquet") or (is_local(path) and path.endswith(JSON_LINES))

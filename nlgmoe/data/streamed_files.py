@@ -47,17 +47,14 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], con
         records = (record for file in files["train"] for record in read_documents(file.path, config.fields))
         first = [np.asarray(record.content) for record in islice(records, CHECKED_DOCUMENTS)]
         if (same := config.tokenizer.share_reproduced(first)) < SAME_TOKENIZER:
-            raise RunError(
-                f"ids_field={config.fields.ids} holds another tokenizer's ids: {same:.0%} of the first ones are reproduced when "
-                f"their text is tokenised with {config.tokenizer.name}; set data.tokenizer to the one they were made with"
-            )
-    for split in files:
-        if split == "train":
-            documents = _training_sample(files[split], config)
-        else:
-            documents = _first_of_each_domain(files[split], config, limit)
+            share = f"{same:.0%} of the first ones come back when their text is tokenised with {config.tokenizer.name}"
+            problem = f"ids_field={config.fields.ids} holds another tokenizer's ids: {share}"
+            raise RunError(f"{problem}; set data.tokenizer to the one they were made with")
+    for split, found in files.items():
+        trains = split == "train"
+        documents = _training_sample(found, config) if trains else _first_of_each_domain(found, config, limit)
         if not _write(folder, split, documents, config):
-            raise RunError(f"{files[split][0].path}: no document of the {split} files can be used; choose others")
+            raise RunError(f"{found[0].path}: no document of the {split} files can be used; choose others")
     write_json(folder / "files.json", {split: [asdict(file) for file in found] for split, found in files.items()})
 
 
@@ -77,10 +74,8 @@ def open_eval_cache(folder: Path, domains: int) -> tuple[dict[str, list[DataFile
     files = read_files(folder)
     if files is None:
         return None
-    tokens = {
-        split: [IndexedDataset(_prefix(folder, domain, split)).tokens for domain in range(domains)] for split in files
-    }
-    return files, tokens
+    prefixes = {split: [_prefix(folder, domain, split) for domain in range(domains)] for split in files}
+    return files, {split: [IndexedDataset(prefix).tokens for prefix in found] for split, found in prefixes.items()}
 
 
 def _training_sample(files: Sequence[DataFile], config: StreamConfig) -> Iterator[tuple[np.ndarray, int]]:
@@ -116,7 +111,6 @@ def _first_of_each_domain(
 
 
 def _write(folder: Path, split: str, documents: Iterator[tuple[np.ndarray, int]], config: StreamConfig) -> int:
-    """Write the documents of each domain; returns the tokens."""
     written, dtype = 0, token_dtype(config.tokenizer.vocab_size)
     with ExitStack() as stack:
         domains = range(len(config.domains))
@@ -162,27 +156,20 @@ def find_files(
     if all(map(is_local, [path, *chain(*patterns.values())])):
         files_by_split = _find_by_datasets(path, data_files, revision)
     else:
-        files_by_split = {
-            split: [file for name in names for file in find_addressed(f"{path}/{name}" if is_local(name) else name)]
-            for split, names in patterns.items()
-        }
+        files_by_split = {split: [] for split in patterns}
+        for split, name in ((split, name) for split, names in patterns.items() for name in names):
+            files_by_split[split] += find_addressed(f"{path}/{name}" if is_local(name) else name)
     files_by_split = {split: sorted(set(files)) for split, files in files_by_split.items() if files}
     if missing := {"train", "validation"} - files_by_split.keys():
-        raise SettingError(
-            f"path={path} has no files for {' and '.join(sorted(missing))}: name them in data_files, such as "
-            "{train: train/*.jsonl.zst, validation: val.jsonl.zst}"
-        )
+        remedy = "name them in data_files, such as {train: train/*.jsonl.zst, validation: val.jsonl.zst}"
+        raise SettingError(f"path={path} has no files for {' and '.join(sorted(missing))}: {remedy}")
     if unknown := [file for files in files_by_split.values() for file in files if not has_records(file)]:
-        raise SettingError(
-            f"path={path}: {unknown[0]} is neither JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) nor .parquet; choose others "
-            "with data_files"
-        )
+        problem = f"{unknown[0]} is neither JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) nor .parquet"
+        raise SettingError(f"path={path}: {problem}; choose others with data_files")
     evaluated = {os.path.realpath(file) for split in ("validation", "test") for file in files_by_split.get(split, ())}
     if shared := [file for file in files_by_split["train"] if os.path.realpath(file) in evaluated]:
-        raise SettingError(
-            f"path={path}: {shared[0]} is a file of training and of evaluation, which would then measure text that was trained "
-            "on; give other names or patterns in data_files, or copy the file if that is what you want"
-        )
+        problem = f"{shared[0]} is a file of training and of evaluation, which would measure text that was trained on"
+        raise SettingError(f"path={path}: {problem}; give other names or patterns in data_files")
     described = {split: [describe_file(file) for file in files] for split, files in files_by_split.items()}
     pieces = max(2, HASHED_PIECES // len(described["train"]))
     hashed = known["train"] if known and len(known["train"]) == len(described["train"]) else []  # in as many pieces
@@ -194,7 +181,6 @@ def find_files(
 
 
 def _commit(path: str, revision: str | None) -> str | None:
-    """Return the commit of a revision of a data set on the hub."""
     try:
         return HfApi().dataset_info(path, revision=revision).sha
     except (OSError, HTTPError, ValueError) as error:
@@ -215,8 +201,6 @@ def _find_by_datasets(
         reason = str(error).partition(" with any supported extension")[0].rstrip(".")
         reason = "it names no files" if isinstance(error, IndexError | StopIteration) else reason
         of_network = isinstance(error, ConnectionError | TimeoutError | HTTPError)
-        raise (RunError if of_network else SettingError)(
-            f"path={path}: {reason}; set it to a folder, an address such as s3://bucket/pile, or a data set on the Hugging "
-            "Face hub, and data_files to names or patterns in it"
-        ) from error
+        remedy = "set it to a folder, an address or a data set on the hub, and data_files to names or patterns in it"
+        raise (RunError if of_network else SettingError)(f"path={path}: {reason}; {remedy}") from error
     return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}

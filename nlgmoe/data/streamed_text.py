@@ -67,10 +67,8 @@ class StreamedText:
     ) -> None:
         require(path != "", "path is empty; set it to a folder or to a data set on the Hugging Face hub")
         if (domain_field is None) != (domains is None):
-            raise SettingError(
-                f"domain_field={domain_field} and domains={domains} belong together: set the field and the names to tell "
-                "apart, or neither"
-            )
+            problem = f"domain_field={domain_field} and domains={domains} belong together"
+            raise SettingError(f"{problem}: set the field and the names to tell apart, or neither")
         if domains is not None and (OTHER in domains or len(set(domains)) < len(domains)):
             raise SettingError(f"domains={list(domains)} must be different names, none of them {OTHER!r}")
         self.path = path.removeprefix("file://").rstrip("/") or path
@@ -97,21 +95,16 @@ class StreamedText:
         assert cache is not None
         named = zip(self.domains or [], cache[1]["validation"], strict=False)
         if absent := [name for name, tokens in named if not len(tokens)]:
-            rank_zero_warn(
-                f"domains: no validation document that was read is of {', '.join(absent)} by "
-                f"domain_field={self.fields.domain}; if that is not intended, correct the names ({OTHER} has the remaining "
-                "documents)"
-            )
+            problem = f"domains: no validation document that was read is of {', '.join(absent)}"
+            rank_zero_warn(f"{problem} by domain_field={self.fields.domain}; correct the names if that is not intended")
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
         """Map the cached tokens; the training files are opened when they are read."""
         loaded = self._tokenizer(data_dir, tokenizer)
         cache = open_eval_cache(self._folder(data_dir, loaded), len(self._names()))
         if cache is None:
-            raise SettingError(
-                f"path={self.path}: its evaluation tokens for {tokenizer} are not in {data_dir}; start training, or "
-                "call prepare_data of the data module"
-            )
+            problem = f"path={self.path}: its evaluation tokens for {tokenizer} are not in {data_dir}"
+            raise SettingError(f"{problem}; start training, or call prepare_data of the data module")
         files_by_split, tokens = cache
         files = files_by_split["train"]
         config = self._config(loaded, [file.path for file in files])

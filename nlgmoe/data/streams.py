@@ -140,10 +140,8 @@ class Stream:
                 file, last = block[-1]
                 cursor = cursor._replace(block=cursor.block + 1, file=file, first=last.number + 1, empty=empty)
             if cursor.block == 0:
-                raise RunError(
-                    f"num_streams={self._config.num_streams} leaves stream {self._stream} no document; lower it, or use a "
-                    "larger corpus"
-                )
+                problem = f"num_streams={self._config.num_streams} leaves stream {self._stream} no document"
+                raise RunError(f"{problem}; lower it, or use a larger corpus")
             cursor = cursor._replace(epoch=cursor.epoch + 1, block=0, file=0, first=0, empty=empty)
 
     def _records(self, cursor: Cursor, count_empty: Callable[[], object]) -> Iterator[tuple[int, Record]]:
@@ -238,7 +236,7 @@ class Cursors:
 
     def load(self, cursors: Sequence[Sequence[int]]) -> None:
         """Restore a checkpoint's cursors."""
-        self._pending.clear()
+        self.discard_pending()
         self._latest = {}
         self._keep(cursors)
 

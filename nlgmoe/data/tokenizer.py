@@ -92,11 +92,8 @@ class Tokenizer:
         self._require(self._changed_sample())
 
     def _require(self, problem: str | None) -> None:
-        require(
-            problem is None,
-            f"Tokenizer {self.name!r} does not reproduce every text: {problem}. Set `tokenizer` to a byte-level BPE without "
-            "normaliser, prefix space and added tokens that strip spaces, whose end-of-document token is special.",
-        )
+        remedy = "Set `tokenizer` to a byte-level BPE without normaliser, prefix space and tokens that strip spaces"
+        require(problem is None, f"Tokenizer {self.name!r} does not reproduce every text: {problem}. {remedy}.")
 
     def _ends(self, vocabulary: dict[str, int]) -> tuple[int, frozenset[int]]:
         """Return the id of the end-of-document token, and all ids that end a generated text."""
@@ -105,11 +102,9 @@ class Tokenizer:
         candidates = [vocabulary[token] for token in EOD_NAMES if token in special and token in vocabulary]
         candidates += [token for token in named if 0 <= token < self.vocab_size]
         candidates += [vocabulary[token] for token in EOD_NAMES if token in vocabulary]
-        require(
-            candidates != [],
-            f"Tokenizer {self.name!r} has no end-of-document token, one of {', '.join(EOD_NAMES)}. Add one to its "
-            "tokenizer.json, or an eos_token_id to generation_config.json beside it, or set `tokenizer` to another.",
-        )
+        problem = f"Tokenizer {self.name!r} has no end-of-document token, one of {', '.join(EOD_NAMES)}"
+        remedy = "Add one to its tokenizer.json, or an eos_token_id to generation_config.json beside it."
+        require(candidates != [], f"{problem}. {remedy}")
         return candidates[0], frozenset([candidates[0], *named])
 
     def _changed_sample(self) -> str | None:
@@ -147,10 +142,8 @@ class Tokenizer:
     def check(self, text: str) -> None:
         """Check that each byte of a text has a token."""
         if problem := byte_without_token(text, self.missing_bytes):
-            raise SettingError(
-                f"the text {shorten(text, 40)!r} has {problem} in tokenizer {self.name}; remove that character, or use another "
-                "tokenizer"
-            )
+            place = f"the text {shorten(text, 40)!r} has {problem} in tokenizer {self.name}"
+            raise SettingError(f"{place}; remove that character, or use another tokenizer")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, the end-of-document token written out."""
@@ -269,11 +262,8 @@ def changing_parts(backend: tokenizers.Tokenizer) -> str | None:
     if last["type"] == "ByteLevel" and last["add_prefix_space"]:
         last["type"] = "ByteLevel with a prefix space"
     # An inverted one, as in conversions from tiktoken, removes the text between the matches, which should be empty.
-    removing = [
-        part
-        for part in cuts
-        if part["type"] not in CUTTING or (part.get("behavior") == "Removed" and not part.get("invert"))
-    ]
+    keeping = [part for part in cuts if part.get("behavior") != "Removed" or part.get("invert")]
+    removing = [part for part in cuts if part["type"] not in CUTTING or part not in keeping]
     wrong = [part["type"] for part in [*normalizers, *removing, last] if part["type"] != "ByteLevel"]
     return f"it has {', '.join(wrong)}" if wrong else None
 

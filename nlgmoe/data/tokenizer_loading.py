@@ -46,10 +46,8 @@ def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
         _pocket(folder, data_dir, VOCABULARIES[name_or_path])
     if (tokenizer := read_tokenizer(name_or_path, folder)) is not None:
         return tokenizer
-    raise SettingError(
-        f"Unknown tokenizer {name_or_path!r}: set `tokenizer` to {', '.join(BUILT)}, or to a "
-        "folder with tokenizer.json or with vocab.json and merges.txt."
-    )
+    known = f"{', '.join(BUILT)}, or to a folder with tokenizer.json or with vocab.json and merges.txt"
+    raise SettingError(f"Unknown tokenizer {name_or_path!r}: set `tokenizer` to {known}.")
 
 
 def tokenizer_of(data: Mapping[str, Any]) -> str:

@@ -139,7 +139,6 @@ def count_tokens(streams: Sequence[Tokens], vocab_size: int, max_tokens: int = M
 def check_ids(ids: np.ndarray, vocab_size: int, place: str) -> None:
     """Check that the tokenizer has all ids: with others the embedding would crash or read invalid memory."""
     if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
-        raise RunError(
-            f"{place} holds token ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocab_size}: the corpus is damaged "
-            "there, or made with another tokenizer. Build it again, or set data.tokenizer."
-        )
+        problem = f"{place} holds token ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocab_size}"
+        reason = "the corpus is damaged there, or made with another tokenizer"
+        raise RunError(f"{problem}: {reason}. Build it again, or set data.tokenizer.")

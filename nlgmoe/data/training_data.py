@@ -85,11 +85,9 @@ class TrainingData(LightningDataModule, ABC):
         evaluates = self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING
         ignored = (saved.keys() | current.keys()) - (current.keys() & {"tokenizer"}) if evaluates else ()
         if changes := list_differences(saved, current, ignored):
-            raise SettingError(
-                f"The checkpoint was trained on other data; these differ: {', '.join(changes)}. Set the data "
-                "options as in that run to resume it, or start a new run from its weights with "
-                "model.warm_start.checkpoint."
-            )
+            problem = f"The checkpoint was trained on other data; these differ: {', '.join(changes)}"
+            remedy = "start a new run from its weights with model.warm_start.checkpoint"
+            raise SettingError(f"{problem}. Set the data options as in that run to resume it, or {remedy}.")
         self.samples_consumed = state_dict["samples_consumed"]
 
 

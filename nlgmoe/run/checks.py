@@ -11,18 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning import Trainer
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    BatchSizeFinder,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelPruning,
-    OnExceptionCheckpoint,
-    StochasticWeightAveraging,
-    Timer,
-    WeightAveraging,
-)
+from lightning.pytorch import callbacks
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -50,12 +39,15 @@ STRATEGIES: dict[Kinds, str] = {
     ),
     DeepSpeedStrategy: "does not support experts; write {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2}}",
 }
-CALLBACKS: dict[Kinds, str] = {
-    (GradientAccumulationScheduler, BatchSizeFinder): "changes the batch that data.global_batch_size sets; remove it",
-    LearningRateFinder: "sets the rate of one optimizer group, not model.schedule's; try values of model.optimizer.lr",
-    (StochasticWeightAveraging, WeightAveraging): "replaces the weights that a resumed run needs; remove it",
-    (BaseFinetuning, ModelPruning): "changes optimizer groups or names that no checkpoint here holds; remove it",
-    OnExceptionCheckpoint: "saves within a step, where weights and clock are of different steps; remove it",
+CALLBACKS: dict[type, str] = {
+    callbacks.GradientAccumulationScheduler: "changes the batch that data.global_batch_size sets; remove it",
+    callbacks.BatchSizeFinder: "changes the batch that data.global_batch_size sets; remove it",
+    callbacks.LearningRateFinder: "sets the rate of one optimizer group; try values of model.optimizer.lr instead",
+    callbacks.StochasticWeightAveraging: "replaces the weights that a resumed run needs; remove it",
+    callbacks.WeightAveraging: "replaces the weights that a resumed run needs; remove it",
+    callbacks.BaseFinetuning: "changes optimizer groups, of which no checkpoint here has moments; remove it",
+    callbacks.ModelPruning: "changes names that no checkpoint here holds; remove it",
+    callbacks.OnExceptionCheckpoint: "saves within a step, where weights and clock are of different steps; remove it",
 }
 
 
@@ -78,45 +70,34 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
         raise SettingError("trainer.gradient_clip_algorithm=value: DeepSpeed does not clip by value; use norm, or ddp")
     config: AdamWConfig | None = getattr(trainer.lightning_module, "optimizer_config", None)
     if config is not None and config.muon is not None and isinstance(strategy, PlacesExperts):
-        raise SettingError(
-            "model.optimizer.muon: Muon needs whole matrices, and ExpertParallelStrategy divides them over ranks (ZeRO); use "
-            "trainer.strategy=ddp or auto"
-        )
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
-        for classes, reason in CALLBACKS.items():
-            require(not isinstance(callback, classes), f"trainer.callbacks: {type(callback).__name__} {reason}")
+        reason = "Muon needs whole matrices, and ZeRO divides them over ranks"
+        raise SettingError(f"model.optimizer.muon: {reason}; use trainer.strategy=ddp or auto")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        for refused, reason in CALLBACKS.items():
+            require(not isinstance(callback, refused), f"trainer.callbacks: {name} {reason}")
         if getattr(callback, "save_on_exception", False):
-            name = type(callback).__name__
             raise SettingError(f"trainer.callbacks: {name}.save_on_exception saves within a step; set it to false")
     for logger in trainer.loggers:
         if kept := vars(logger).get("_log_model"):  # of MLFlowLogger and WandbLogger
-            raise SettingError(
-                f"trainer.logger: {type(logger).__name__}.log_model={kept} uploads checkpoints that are files, here they are "
-                "folders; leave it out, and upload the folder as docs/metrics.md shows"
-            )
+            name, remedy = type(logger).__name__, "leave it out, and upload the folder as docs/metrics.md shows"
+            raise SettingError(f"trainer.logger: {name}.log_model={kept} uploads checkpoints that are files; {remedy}")
 
 
 def check_vocabulary(config: GPTConfig, data: TrainingData) -> None:
     """Check that the model's vocabulary covers the token ids of the data."""
     if data.vocab_size > config.vocab_size:
-        raise SettingError(
-            f"the data's tokenizer has {data.vocab_size} ids but model.config.vocab_size is {config.vocab_size}; "
-            f"set it to {data.vocab_size}, or data.tokenizer to the model's"
-        )
+        problem = f"the data's tokenizer has {data.vocab_size} ids but model.config.vocab_size is {config.vocab_size}"
+        raise SettingError(f"{problem}; set it to {data.vocab_size}, or data.tokenizer to the model's")
 
 
 def check_lengths(config: GPTConfig, seq_len: int, curriculum: SequenceCurriculum | None) -> None:
     """Check that the model reads sequences as long as the data's, `seq_len` tokens, and that a curriculum begins below that."""
-    require(
-        seq_len <= config.seq_len,
-        f"data.seq_len={seq_len} is above model.config.seq_len={config.seq_len}, the longest sequence that the model reads; "
-        "lower it, or raise model.config.seq_len",
-    )
-    require(
-        curriculum is None or curriculum.start <= seq_len,
-        f"model.curriculum.start={curriculum.start if curriculum else None} is above data.seq_len={seq_len}; lower it",
-    )
+    if seq_len > config.seq_len:
+        problem = f"data.seq_len={seq_len} is above model.config.seq_len={config.seq_len}"
+        raise SettingError(f"{problem}, the longest sequence that the model reads; lower it, or raise the model's")
+    if curriculum is not None and curriculum.start > seq_len:
+        raise SettingError(f"model.curriculum.start={curriculum.start} is above data.seq_len={seq_len}; lower it")
 
 
 def warn_about_end(
@@ -127,22 +108,17 @@ def warn_about_end(
     trainer: Trainer,
 ) -> None:
     """Warn if training has no end, or ends before curriculum or schedule, or the first sample of a part of a blend."""
-    stoppers = (Timer, EarlyStopping)
+    stoppers = (callbacks.Timer, callbacks.EarlyStopping)
     stopped = any(isinstance(callback, stoppers) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if train_tokens is None and trainer.max_steps < 0 and trainer.max_epochs in (None, -1) and not stopped:
-        rank_zero_warn(
-            "this run has no end; set model.train_tokens, trainer.max_steps or trainer.max_time, or stop it with Ctrl+C"
-        )
+        rank_zero_warn("this run has no end but Ctrl+C; set model.train_tokens, trainer.max_steps or trainer.max_time")
     if curriculum is not None and train_tokens is not None and curriculum.tokens > train_tokens:
-        rank_zero_warn(
-            f"model.curriculum.tokens={curriculum.tokens} is above model.train_tokens={train_tokens}: training "
-            f"ends before its sequences are {seq_len} tokens long; lower it"
-        )
+        problem = f"model.curriculum.tokens={curriculum.tokens} is above model.train_tokens={train_tokens}"
+        rank_zero_warn(f"{problem}: training ends before its sequences are {seq_len} tokens long; lower it")
     if train_tokens is not None and schedule.decay_tokens is not None and train_tokens < schedule.decay_tokens:
-        rank_zero_warn(
-            f"model.train_tokens={train_tokens} is below model.schedule.decay_tokens={schedule.decay_tokens}: the learning rate "
-            f"does not fall to its end; set decay_tokens, and warmup_tokens={schedule.warmup_tokens}, for this length"
-        )
+        problem = f"model.train_tokens={train_tokens} is below model.schedule.decay_tokens={schedule.decay_tokens}"
+        remedy = f"set decay_tokens, and warmup_tokens={schedule.warmup_tokens}, for this length"
+        rank_zero_warn(f"{problem}: the learning rate does not fall to its end; {remedy}")
     data = training_data(trainer)
     if data is None or data.domain_shares is None:
         return
@@ -151,10 +127,8 @@ def warn_about_end(
     ends += [trainer.max_steps * data.batch_size_after(sys.maxsize)] if trainer.max_steps >= 0 else []
     for domain, share in zip(data.domains, data.domain_shares, strict=True):
         if share * min(ends, default=math.inf) < 1:
-            rank_zero_warn(
-                f"{domain} has {share:.2g} of the samples, less than one in the {min(ends):,.0f} of this run; raise the "
-                "weight of its part, or remove the part"
-            )
+            problem = f"{domain} has {share:.2g} of the samples, less than one in the {min(ends):,.0f} of this run"
+            rank_zero_warn(f"{problem}; raise the weight of its part, or remove the part")
 
 
 def warn_about_distillation(
@@ -171,64 +145,52 @@ def warn_about_distillation(
     late = (end.tokens is not None and end.tokens > tokens) or (end.steps is not None and end.steps > steps)
     if late:
         place = f"{end.steps:,} steps" if end.tokens is None else f"{end.tokens:,} tokens"
-        rank_zero_warn(
-            f"distillation ends after {place}, and the run before that, by model.train_tokens={train_tokens} or "
-            f"trainer.max_steps={trainer.max_steps}: no step is on text alone; lower the end of StagedDistillation, or remove it"
-        )
+        by = f"model.train_tokens={train_tokens} or trainer.max_steps={trainer.max_steps}"
+        problem = f"distillation ends after {place}, and the run before that, by {by}: no step is on text alone"
+        rank_zero_warn(f"{problem}; lower the end of StagedDistillation, or remove it")
 
 
 def warn_about_rate(schedule: LearningRateSchedule, tokens: int, train_tokens: int | None) -> None:
     """Warn if training has ended, by `max_steps`, `max_time` or a callback, before the learning rate has fallen to its end."""
     warned = train_tokens is not None and schedule.decay_tokens is not None and train_tokens < schedule.decay_tokens
     if schedule.decay_tokens is not None and tokens < schedule.decay_tokens and not warned:
-        rank_zero_warn(
-            f"training has ended after {tokens} tokens, and the learning rate falls until model.schedule.decay_tokens="
-            f"{schedule.decay_tokens}: the final loss is that of a high learning rate; set decay_tokens for a run of this length"
-        )
+        problem = f"the learning rate falls until model.schedule.decay_tokens={schedule.decay_tokens}"
+        remedy = "set decay_tokens for a run of this length"
+        rank_zero_warn(f"training has ended after {tokens} tokens, and {problem}: the rate was high; {remedy}")
 
 
 def warn_of_another_size(before: dict[str, int], now: dict[str, int], moe: MoEConfig | None) -> None:
     """Warn if the next step of a resumed run differs in size from that of the checkpoint's run."""
+    saved = "when the checkpoint was saved, now it has"
     if "samples" in before and "samples" in now and before["samples"] != now["samples"]:
-        rank_zero_warn(
-            f"a step had {before['samples']} sequences when the checkpoint was saved, now it has {now['samples']}; "
-            "data.global_batch_size and data.batch_ramp_up keep it the same on any number of ranks"
-        )
+        remedy = "data.global_batch_size and data.batch_ramp_up keep it the same on any number of ranks"
+        rank_zero_warn(f"a step had {before['samples']} sequences {saved} {now['samples']}; {remedy}")
         return
     old, new = (size["ranks"] * size["micro_batches"] for size in (before, now))
     if moe is not None and old != new:
-        rank_zero_warn(
-            f"a step had {old} micro-batches over all ranks when the checkpoint was saved, now it has {new}: each has its own "
-            "capacity and balance loss; restore data.micro_batch_size to keep the losses the same"
-        )
+        problem = f"a step had {old} micro-batches over all ranks {saved} {new}: each has its capacity and balance loss"
+        rank_zero_warn(f"{problem}; restore data.micro_batch_size to keep the losses the same")
     if moe is not None and moe.aux_scope == "global" and before["ranks"] != now["ranks"]:
-        rank_zero_warn(
-            f"model.config.moe.aux_scope=global balances the load over {now['ranks']} ranks together, and did over "
-            f"{before['ranks']} when the checkpoint was saved: the balance loss differs"
-        )
+        ranks = f"{now['ranks']} ranks together, and did over {before['ranks']} when the checkpoint was saved"
+        rank_zero_warn(f"model.config.moe.aux_scope=global balances the load over {ranks}: the balance loss differs")
 
 
 def warn_of_repeated_data(trainer: Trainer) -> None:
     """Warn if a resumed run's training data are no `TrainingData`."""
     if trainer.global_step > 0 and training_data(trainer) is None:
-        rank_zero_warn(
-            f"the run goes on at step {trainer.global_step} with data that may repeat, skip or begin again: they are no "
-            "nlgmoe.data.TrainingData"
-        )
+        problem = f"the run goes on at step {trainer.global_step} with data that may repeat, skip or begin again"
+        rank_zero_warn(f"{problem}: they are no nlgmoe.data.TrainingData")
 
 
 def check_optimizer(trainer: Trainer) -> None:
     """Check that `configure_optimizers` of a subclass has returned what steps and checkpoints need."""
     (optimizer,) = trainer.optimizers
-    require(
-        all("decays" in group for group in optimizer.param_groups),
-        f"configure_optimizers returns {type(optimizer).__name__}, but schedule and checkpoints need nlgmoe's optimizer: return "
-        "super().configure_optimizers(), and set model.optimizer",
-    )
-    require(
-        not trainer.lr_scheduler_configs,
-        "configure_optimizers returns a learning-rate scheduler, but model.schedule sets the rate: return the optimizer alone",
-    )
+    if not all("decays" in group for group in optimizer.param_groups):
+        problem = f"configure_optimizers returns {type(optimizer).__name__}, but checkpoints need nlgmoe's optimizer"
+        raise SettingError(f"{problem}: return super().configure_optimizers(), and set model.optimizer")
+    if trainer.lr_scheduler_configs:
+        problem = "configure_optimizers returns a learning-rate scheduler, but model.schedule sets the rate"
+        raise SettingError(f"{problem}: return the optimizer alone")
 
 
 def validate_by_steps(trainer: Trainer) -> None:
@@ -237,13 +199,11 @@ def validate_by_steps(trainer: Trainer) -> None:
     if not isinstance(interval, int):
         return
     trainer.val_check_batch = batches = interval * trainer.accumulate_grad_batches
-    if trainer.check_val_every_n_epoch is not None and trainer.enable_validation:
-        require(
-            batches <= trainer.num_training_batches,
-            f"trainer.val_check_interval={interval} steps are {batches} micro-batches, and an epoch has "
-            f"{trainer.num_training_batches}: no epoch would have a validation; lower it, or set "
-            "trainer.check_val_every_n_epoch=null to count steps over epochs",
-        )
+    by_epoch = trainer.check_val_every_n_epoch is not None and trainer.enable_validation
+    if by_epoch and batches > trainer.num_training_batches:
+        problem = f"{interval} steps are {batches} micro-batches, and an epoch has {trainer.num_training_batches}"
+        remedy = "lower it, or set trainer.check_val_every_n_epoch=null to count steps over epochs"
+        raise SettingError(f"trainer.val_check_interval={problem}: no epoch would have a validation; {remedy}")
 
 
 def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | None, path: Any) -> None:
@@ -254,37 +214,29 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
     """
     resumes = seed is not None
     if resumes and "callbacks" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
-        raise SettingError(
-            f"{path} holds weights only: start a new run from it with model.warm_start.checkpoint={path}"
-        )
+        remedy = f"start a new run from it with model.warm_start.checkpoint={path}"
+        raise SettingError(f"{path} holds weights only: {remedy}")
     ignored = frozenset() if resumes else IGNORED_IN_EVALUATION
     if not resumes and config.moe is not None and config.moe.router is not None:
         ignored |= config.moe.router.ignored_in_evaluation
     saved = GPTConfig.from_dict(checkpoint["model_config"]).to_dict()  # fields that it lacks get their defaults
     if different := list_differences(saved, config.to_dict(), ignored):
         shorter = "; data.seq_len makes sequences shorter" if saved["seq_len"] != config.seq_len else ""
-        raise SettingError(
-            f"the checkpoint's model differs from model.config: {', '.join(different)}; set model.config as the run had it"
-            + shorter
-        )
+        problem = f"the checkpoint's model differs from model.config: {', '.join(different)}"
+        raise SettingError(f"{problem}; set model.config as the run had it{shorter}")
     if resumes and checkpoint["seed"] != seed:
         raise SettingError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to resume")
 
 
 def check_moments(checkpoint: dict[str, Any], frozen: Sequence[str], muon: bool) -> None:
     """Check that a checkpoint has the moments that this run needs: of the components that it trains, of its optimizer."""
+    remedy = "set it as it was, or start a new run with model.warm_start"
     now, before = sorted(frozen), checkpoint.get("frozen", [])
-    require(
-        now == before,
-        f"model.optimizer.frozen={now} was {before} in the checkpoint's run, which has moments of the other components only; set "
-        "it as it was, or start a new run with model.warm_start",
-    )
+    problem = f"was {before} in the checkpoint's run, which has moments of the other components only"
+    require(now == before, f"model.optimizer.frozen={now} {problem}; {remedy}")
     setting, used = ("{}", "AdamW alone") if muon else ("null", "Muon")
-    require(
-        muon == checkpoint.get("muon", False),
-        f"model.optimizer.muon={setting}: the checkpoint's run had {used}, which has other moments; set it as it was, or start a "
-        "new run with model.warm_start",
-    )
+    problem = f"model.optimizer.muon={setting}: the checkpoint's run had {used}, which has other moments"
+    require(muon == checkpoint.get("muon", False), f"{problem}; {remedy}")
 
 
 def check_tokenizer(checkpoint: dict[str, Any], data: TrainingData | None) -> None:
@@ -300,7 +252,6 @@ def check_new_run(trainer: Trainer, tokens: int) -> None:
     data = training_data(trainer)
     samples = 0 if data is None else data.samples_consumed
     if trainer.ckpt_path is None and (trainer.global_step or tokens or samples):
-        raise AllRanksError(
-            f"a new run cannot begin with a trainer at step {trainer.global_step}, a module that has seen {tokens} tokens or "
-            f"data at sample {samples}: make all anew, or resume the earlier run with trainer.fit(..., ckpt_path=CHECKPOINT)"
-        )
+        state = f"a trainer at step {trainer.global_step}, a module at token {tokens} or data at sample {samples}"
+        remedy = "make all anew, or resume the earlier run with trainer.fit(..., ckpt_path=CHECKPOINT)"
+        raise AllRanksError(f"a new run cannot begin with {state}: {remedy}")

@@ -164,11 +164,8 @@ def with_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path, trains:
     Args:
         trains: if false, the file gets no logger, since its rows belong to training.
     """
-    others = [
-        logger
-        for logger in ([loggers] if isinstance(loggers, Logger) else loggers)
-        if not (isinstance(logger, CSVLogger) and is_same_path(logger.log_dir, folder))
-    ]
+    given = [loggers] if isinstance(loggers, Logger) else loggers
+    others = [each for each in given if not (isinstance(each, CSVLogger) and is_same_path(each.log_dir, folder))]
     return [*others, RunCSVLogger(folder)] if trains else others
 
 

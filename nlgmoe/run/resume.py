@@ -101,11 +101,12 @@ class Resuming:
     Attributes:
         validation_due: the last step ends a validation interval. False for the validation at the end of a run, which a longer run
             does not have.
+        validated: step of the last validation of the fit; None: none.
     """
 
     def __init__(self) -> None:
         self.validation_due = False
-        self._validated: int | None = None  # step of the last validation
+        self.validated: int | None = None
         self._max_steps: int | None = None  # the trainer's, while it is set to -1
         self._size: dict[str, int] = {}  # of the step after the resumed checkpoint, in the run that saved it
 
@@ -115,17 +116,13 @@ class Resuming:
         assert loop._data_fetcher is not None
         self.validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
-    def end_validation(self, trainer: Trainer) -> None:
-        """Record the end of a validation of the fit."""
-        self._validated = trainer.global_step
-
     def save(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Add to Lightning's dictionary whether a validation is pending, and set its loops to the last optimizer step."""
         step = checkpoint["global_step"]
         if step == 0:
             del checkpoint["loops"]  # nothing has been trained on: to resume is to start
             return
-        validated = self._validated == step
+        validated = self.validated == step
         checkpoint["step_size"] = step_size(trainer)
         checkpoint |= {"validated": validated, "validation_due": self.validation_due and not validated}
         set_progress(checkpoint, trainer.accumulate_grad_batches)
@@ -133,7 +130,7 @@ class Resuming:
     def load(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Restore the state from Lightning's dictionary, before the trainer reads it."""
         self.validation_due = checkpoint.get("validation_due", False)
-        self._validated = checkpoint["global_step"] if checkpoint.get("validated", False) else None
+        self.validated = checkpoint["global_step"] if checkpoint.get("validated", False) else None
         self._size = checkpoint.get("step_size") or {}
         if "loops" not in checkpoint:
             return
@@ -155,24 +152,20 @@ class Resuming:
             if self._size:
                 warn_of_another_size(self._size, step_size(trainer), moe)
         due = self.validation_due and trainer.ckpt_path is not None
-        if (due or end is not None) and self._validated != trainer.global_step and trainer.enable_validation:
+        if (due or end is not None) and self.validated != trainer.global_step and trainer.enable_validation:
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
             if end is None and trainer.should_stop:
-                rank_zero_warn(
-                    "the run is at its end: a callback, such as EarlyStopping, stops it; to go on, change its settings"
-                )
+                rank_zero_warn("the run is at its end: a callback such as EarlyStopping stops it; change its settings")
 
     def _end(self, trainer: Trainer, tokens: int, train_tokens: int | None) -> str | None:
         """Return the reason for which the run is at its end, and the remedy; None: it continues."""
         if self._max_steps is not None:
             return f"it has taken trainer.max_steps={self._max_steps}; to go on, raise it"
         if train_tokens is not None and tokens >= train_tokens:
-            return (
-                f"{tokens} tokens of train_tokens={train_tokens}; to go on, raise model.train_tokens and "
-                "model.schedule.decay_tokens"
-            )
+            remedy = "raise model.train_tokens and model.schedule.decay_tokens"
+            return f"{tokens} tokens of train_tokens={train_tokens}; to go on, {remedy}"
         if trainer.ckpt_path is None:
             return None
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -199,11 +192,9 @@ def set_progress(checkpoint: dict[str, Any], micro_batches: int, saved: bool = F
     within = 0 <= ready - current < micro_batches  # else steps had another number of them, or the next one has begun
     total = progress["total"]["ready"] - (ready - current) if within else steps["total"]["completed"] * micro_batches
     for key, batches in {"total": total, "current": current}.items():
-        progress[key] |= {"ready": batches, "started": batches, "processed": batches, "completed": max(0, batches - 1)}
-    for key in ("total", "current"):
-        loop["epoch_loop.val_loop.batch_progress"][key] |= dict.fromkeys(
-            ("ready", "started", "processed", "completed"), 0
-        )
+        counts = dict.fromkeys(("ready", "started", "processed"), batches)
+        progress[key] |= counts | {"completed": max(0, batches - 1)}
+        loop["epoch_loop.val_loop.batch_progress"][key] |= dict.fromkeys([*counts, "completed"], 0)
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
 
 

@@ -100,10 +100,9 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
         super().on_train_start(trainer, pl_module)
         self._saved_at = time.monotonic()
         saved = trainer.strategy.broadcast(saved_steps(self._folder))
-        require(
-            trainer.ckpt_path is not None or not saved,  # `RunTrainer` has checked it before
-            f"trainer.default_root_dir={self._folder} has checkpoints of a run; resume the newest, or choose another folder",
-        )
+        if trainer.ckpt_path is None and saved:  # `RunTrainer` has checked it before
+            problem = f"trainer.default_root_dir={self._folder} has checkpoints of a run"
+            raise SettingError(f"{problem}; resume the newest, or choose another folder")
         if trainer.global_step not in (0, *saved):
             self._unsaved = self._started_at = trainer.global_step
         if self._best is not None and self._best[0] not in saved:
@@ -188,9 +187,8 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
     def _compare(self, trainer: Trainer, monitor: str) -> None:
         metrics = trainer.callback_metrics
         if monitor not in metrics:
-            raise SettingError(
-                f"SaveCheckpoints.monitor={monitor} is not logged; set it to one of {', '.join(sorted(metrics))}, or to null"
-            )
+            known = ", ".join(sorted(metrics))
+            raise SettingError(f"SaveCheckpoints.monitor={monitor} is not logged; set it to one of {known}, or to null")
         score = float(metrics[monitor])
         better = self._best is None or (score < self._best[1] if self.mode == "min" else score > self._best[1])
         if better and math.isfinite(score):
@@ -199,7 +197,6 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
 
     @rank_zero_only
     def _tidy(self, newest: int) -> None:
-        """Set the links, then delete the checkpoints that are not kept."""
         best = None if self._best is None else self._best[0]
         set_link(self._folder, "last", newest)
         set_link(self._folder, "best", best)

@@ -181,25 +181,19 @@ def checkpoint_to_resume(folder: Path, name: str | Path | None) -> str | None:
     """Return the checkpoint that `fit` resumes: the run folder (its newest valid one), a path, or None for a new run."""
     steps = saved_steps(folder)
     if name is None or (name == "auto" and not steps):
-        require(
-            not steps,
-            f"trainer.default_root_dir={folder} has a run with checkpoints up to step {max(steps, default=0)}: resume it with "
-            "ckpt_path=last, or choose another folder",
-        )
+        problem = f"trainer.default_root_dir={folder} has a run with checkpoints up to step {max(steps, default=0)}"
+        require(not steps, f"{problem}: resume it with ckpt_path=last, or choose another folder")
         return None
     if name in ("last", "auto"):
-        require(
-            bool(steps),
-            f"ckpt_path=last: there is no checkpoint in {folder}; leave ckpt_path out to start a run, or set it to auto",
-        )
+        remedy = "leave ckpt_path out to start a run, or set it to auto"
+        require(bool(steps), f"ckpt_path=last: there is no checkpoint in {folder}; {remedy}")
         return str(folder)
     require(name != "best", "ckpt_path=best is for validate, test and predict; fit takes last, auto, or a path")
     require_checkpoint(name)
     if steps and not any(is_same_path(name, own) for own in (folder, checkpoint_path(folder, steps[-1]))):
-        raise SettingError(
-            f"ckpt_path={name} is not the newest checkpoint of trainer.default_root_dir={folder}, which is of step {steps[-1]}: "
-            "resume that with ckpt_path=last, or choose another folder to begin a new run from this one"
-        )
+        problem = f"ckpt_path={name} is not the newest checkpoint of trainer.default_root_dir={folder}"
+        remedy = "resume that with ckpt_path=last, or choose another folder to begin a new run from this one"
+        raise SettingError(f"{problem}, which is of step {steps[-1]}: {remedy}")
     return str(name)
 
 
@@ -225,14 +219,11 @@ def run_lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise SettingError(
-            f"another process trains in trainer.default_root_dir={folder}: wait for its end, or choose another folder; if its "
-            f"host has crashed, delete {folder}/.run.lock"
-        ) from error
+        problem = f"another process trains in trainer.default_root_dir={folder}: wait, or choose another folder"
+        raise SettingError(f"{problem}; if its host has crashed, delete {folder}/.run.lock") from error
     except OSError as error:
-        raise SettingError(
-            f"trainer.default_root_dir={folder} cannot be written ({error.strerror}); choose another folder"
-        ) from error
+        problem = f"trainer.default_root_dir={folder} cannot be written ({error.strerror})"
+        raise SettingError(f"{problem}; choose another folder") from error
     try:
         yield
     finally:
@@ -253,10 +244,9 @@ def require_shared_folder(folder: Path) -> None:
             deadline = time.monotonic() + PATIENCE
             while missing := [path for path in wanted if not (folder / path).exists()]:
                 if time.monotonic() > deadline:
-                    raise SettingError(
-                        f"trainer.default_root_dir={folder} on {socket.gethostname()} lacks {missing[-1]}, which rank 0 has "
-                        "there: all ranks must share the run folder; choose one on a file system of all nodes"
-                    )
+                    problem = f"{folder} on {socket.gethostname()} lacks {missing[-1]}, which rank 0 has there"
+                    remedy = "all ranks must share the run folder; choose one on a file system of all nodes"
+                    raise SettingError(f"trainer.default_root_dir={problem}: {remedy}")
                 time.sleep(0.1)
     finally:
         if distributed.get_rank() == 0:
@@ -265,9 +255,9 @@ def require_shared_folder(folder: Path) -> None:
 
 def _sweep(folder: Path) -> None:
     """Delete unfinished files of killed processes: while the folder is locked, no other process writes there."""
-    unfinished = (".*.writing-*", "starts/.*.writing-*", f"{FOLDER}/.*.ckpt.*")
-    for leftover in (path for pattern in unfinished for path in folder.glob(pattern)):
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink()
+    for pattern in (".*.writing-*", "starts/.*.writing-*", f"{FOLDER}/.*.ckpt.*"):
+        for leftover in folder.glob(pattern):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink()
