@@ -19,3 +19,23 @@ from nlgmoe.data.streamed_text import StreamedText
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.data.training_data import TrainingData
+
+__all__ = [
+    "BatchRampUp",
+    "Blend",
+    "BlendPart",
+    "Corpus",
+    "IndexedDataset",
+    "IndexedWriter",
+    "MegatronIndexed",
+    "OpenCorpus",
+    "PileDataModule",
+    "PocketPile",
+    "Sample",
+    "StreamedText",
+    "TokenArrays",
+    "TokenSource",
+    "Tokenizer",
+    "TrainingData",
+    "load_tokenizer",
+]
