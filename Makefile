@@ -43,6 +43,7 @@ quickstart: install  ## train a small PR-MoE on real text, and write its report 
 	@if [ -e $(RUN) ]; then mv -v $(RUN) $(RUN)-$$(date -r $(RUN) +%Y%m%d-%H%M%S); fi
 	@echo "2 of 2: train a PR-MoE on 1.2M tokens (3 to 6 minutes); Ctrl+C saves, and --ckpt_path last goes on"
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
+	@test -e $(RUN)/report.html || { echo 'stopped before its end: the command above with --ckpt_path last goes on'; exit 1; }
 	@printf '\nThe report is $(RUN)/report.html. Next:\n  . $(BIN)/activate\n'
 	@printf '  nlgmoe generate $(RUN) --prompt "The king"                # text of this model\n'
 	@printf '  nlgmoe prepare-data --input texts --output data/own/text --vocab-size 2000  # your own text: docs/data.md\n'

@@ -91,7 +91,7 @@ def test_commands_import_own_files_that_they_are_allowed_to(
         nlgmoe(generate)
     assert capsys.readouterr().err.strip().splitlines()[-1] == (
         "error: the checkpoint's model has hash_router.HashRouterConfig, code outside nlgmoe that is not imported; if you trust "
-        "it, import hash_router first in Python, or add --allow-code hash_router to a command that takes it (docs/extending.md)"
+        "it, import hash_router first in Python, or add --allow-code hash_router (of check, distill-logits, evaluate, generate, prune)"
     )
 
 
@@ -262,7 +262,7 @@ def test_own_attention_is_trained_resumed_frozen_and_distilled(
         generate,
         "has window_attention.WindowAttentionConfig, code outside nlgmoe that is not imported; if you trust it",
     )
-    says(inspect, "add --allow-code window_attention to a command that takes it")
+    says(inspect, "add --allow-code window_attention (of check, ")
     nlgmoe([*generate, "--allow-code", "window_attention"])
     export = ["export", str(runs["whole"]), str(tmp_path / "export")]
     says(export, "only the paper's attention, not WindowAttentionConfig")

@@ -37,6 +37,7 @@ from nlgmoe.validation import SettingError, require
 
 TUNING_SEED, FACTORS = 9, (0.5, 1.0, 2.0)  # of the search for a learning rate, at half the tokens, as for the claims
 COSTS, MOST = ("flops", "seconds"), 20  # a shorter run has a warm-up too
+BUSY = 3.0  # load average; the gate's own checks and first steps, just before, reach 2 on two cores
 
 
 def judge(candidate: Side, out: Path, pairs: int, jobs: int, tune: bool, launch: Launch) -> dict[str, Any]:
@@ -97,7 +98,13 @@ def costs_of(candidate: Side, baseline: Side) -> dict[str, Any]:
     file = candidate.home / "costs.json"
     if not file.exists():
         candidate.home.mkdir(parents=True, exist_ok=True)
+        print("time of a step: both models in turn, a minute or two", flush=True)
+        busy = os.getloadavg()[0]
         write_json(file, costs(candidate, baseline))
+        if busy > BUSY:
+            print(
+                f"the machine was busy (load average {busy:.1f}); to measure again, stop, and delete {file}", flush=True
+            )
     measured: dict[str, Any] = json.loads(file.read_text())
     print(
         f"costs: {measured['flops']:.3f} times the FLOPs a token, {measured['seconds']:.3f} times the seconds",

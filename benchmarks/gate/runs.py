@@ -23,6 +23,7 @@ from nlgmoe import load_model
 from nlgmoe.validation import RunError
 
 POLL = 5.0  # seconds between looks at the runs' metrics
+SILENCE = 120.0  # seconds between lines of progress where there is no terminal for a bar
 
 
 @dataclass(frozen=True)
@@ -115,19 +116,22 @@ def train(lines: Sequence[Sequence[Run]], jobs: int, launch: Launch) -> None:
     """
     runs = [run for line in lines for run in line]
     total, before, begun = sum(run.steps - run.start for run in runs), sum(run.done for run in runs), time.monotonic()
-    stopped = Event()
+    stopped, spoken = Event(), begun
     bar = tqdm(total=total, initial=before, unit="step", smoothing=0, disable=None)
 
-    def seconds_left() -> float:
+    def progress() -> tuple[int, str]:
         done = sum(run.done for run in runs)
-        return (time.monotonic() - begun) / max(1, done - before) * (total - done)
+        if done == before:
+            return done, "no step yet"
+        left = (time.monotonic() - begun) / (done - before) * (total - done)
+        return done, time.strftime("ends about %H:%M", time.localtime(time.time() + left))
 
     def in_order(line: Sequence[Run]) -> None:
         for run in line:
             if not run.has_ended and not stopped.is_set():
                 run.train(launch)
                 words = f"{run.side.name} {run.folder.name}: validation loss {run.loss:.4f}"
-                tqdm.write(f"{time.strftime('%H:%M')} {words}; about {seconds_left() / 60:.0f} min left")
+                tqdm.write(f"{time.strftime('%H:%M')} {words}; {progress()[1]}")
         for run in line:  # shorter runs of later gates begin from the baseline's whole ones
             if not stopped.is_set() and (run.side.overlays or run.start):
                 shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
@@ -144,11 +148,17 @@ def train(lines: Sequence[Sequence[Run]], jobs: int, launch: Launch) -> None:
         try:
             while waiting:
                 ended, waiting = wait(waiting, POLL, FIRST_COMPLETED)
-                bar.update(sum(run.done for run in runs) - bar.n)
-                bar.set_postfix_str(time.strftime("ends about %H:%M", time.localtime(time.time() + seconds_left())))
+                done, end = progress()
+                bar.update(done - bar.n)
+                bar.set_postfix_str(end)
+                if bar.disable and time.monotonic() - spoken > SILENCE:
+                    spoken = time.monotonic()
+                    print(f"{time.strftime('%H:%M')} step {done:,} of {total:,} of all runs; {end}", flush=True)
                 for future in ended:
                     future.result()
-        except BaseException:
+        except BaseException as error:
             stopped.set()
             end_running()
+            if not isinstance(error, Exception):  # Ctrl+C, a signal
+                tqdm.write(f"stopped at step {progress()[0]:,} of {total:,} of all runs; the same command continues")
             raise

@@ -119,7 +119,7 @@ def _print_built(
         return
     (_, first, count, _), (_, first_token, tokens, _) = split_of(prefix, built.held_out)
     print(f"training   {first:,} documents, {first_token:,} tokens")
-    print(f"validation {count - first:,} documents, {tokens - first_token:,} tokens: the last ones, chosen by hash")
+    print(f"validation {count - first:,} documents, {tokens - first_token:,} tokens, chosen by hash and put last")
     options = {"data.corpus": "nlgmoe.data.MegatronIndexed", "data.corpus.init_args.prefix": str(prefix)}
     if tokenizer.name in BUILT and data_dir != DATA_DIR:
         options["data.data_dir"] = data_dir
