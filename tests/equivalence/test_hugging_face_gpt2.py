@@ -12,10 +12,8 @@ from tests.support.gpt2 import HEADS, INNER, LAYERS, SEQ_LEN, VOCAB, WIDTH, as_t
 
 
 def our_gpt(moe: MoEConfig | None = None) -> GPT:
-    config = GPTConfig(
-        VOCAB, SEQ_LEN, LAYERS, WIDTH, HEADS, INNER, layer_norm_eps=1e-5, vocab_size_multiple=16, moe=moe
-    )  # fmt: skip
-    gpt = GPT(config)
+    shape = VOCAB, SEQ_LEN, LAYERS, WIDTH, HEADS, INNER
+    gpt = GPT(GPTConfig(*shape, layer_norm_eps=1e-5, vocab_size_multiple=16, moe=moe))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in gpt.named_parameters():  # far from the initial values, so that every one of them matters
         noise = torch.randn(parameter.shape, generator=generator) * 0.2
@@ -44,14 +42,8 @@ def test_logits_loss_and_every_gradient_equal_hugging_faces() -> None:
     counted = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(3)) < 0.7
 
     hidden = ours(tokens).hidden
-    loss = cross_entropy(
-        hidden[:, :-1].flatten(0, 1),
-        ours.unembedding,
-        VOCAB,
-        tokens[:, 1:].flatten(),
-        counted[:, 1:].flatten(),
-        chunk_size=10,
-    )
+    targets, mask = tokens[:, 1:].flatten(), counted[:, 1:].flatten()
+    loss = cross_entropy(hidden[:, :-1].flatten(0, 1), ours.unembedding, VOCAB, targets, mask, chunk_size=10)
     expected = theirs(tokens, labels=tokens.masked_fill(~counted, -100))
     logits = ours.logits(hidden)
     assert logits.shape == (3, SEQ_LEN, VOCAB)
