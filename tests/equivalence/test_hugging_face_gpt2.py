@@ -86,14 +86,3 @@ def test_padded_batches_equal_the_sequences_alone_with_and_without_cache(side: s
         alone = gpt(torch.cat([prompt, going_on[row]])[None]).hidden[0]
         got = torch.cat([first[row][mask[row]], second[row]])
         torch.testing.assert_close(got, alone, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
-@pytest.mark.parametrize("pieces", [[1] * 24, [5, 1, 11, 7]], ids=str)
-@torch.no_grad()
-def test_cached_decoding_in_pieces_equals_one_forward(pieces: list[int], moe: MoEConfig | None) -> None:
-    gpt = our_gpt(moe).eval()
-    tokens = torch.randint(VOCAB, (2, SEQ_LEN), generator=torch.Generator().manual_seed(4))
-    cache = KVCache(SEQ_LEN)
-    outputs = [gpt(piece, cache=cache).hidden for piece in tokens.split(pieces, dim=1)]
-    torch.testing.assert_close(torch.cat(outputs, dim=1), gpt(tokens).hidden, rtol=1e-5, atol=1e-5)

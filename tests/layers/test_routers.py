@@ -245,22 +245,6 @@ def test_routers_learn_resume_exactly_and_are_counted(
         export(tmp_path / "half.ckpt", tmp_path / "export")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            lambda: MoEConfig([8, 4], groups=[4, 2], router=SigmoidRouterConfig()),
-            r"groups=\[4, 2\] must leave 2 experts a group with SigmoidRouterConfig \(num_experts=\[8, 4\]\)",
-        ),
-        (lambda: MoEConfig(4, gate_scale=2.0, router=HashRouterConfig()), "gate_scale=2.0 has no effect with Hash"),
-        (lambda: MoEConfig(4, loss_coeff=0.1, router=SigmoidRouterConfig()), "loss_coeff=0.1 has no effect with Sig"),
-    ],
-)
-def test_routers_refuse_wrong_settings_by_name(settings: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}"):
-        settings()
-
-
 def test_hash_router_refuses_a_wrong_file_of_counts_and_needs_none_in_a_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "counts.json"
     config = model(MoEConfig(4, router=HashRouterConfig(counts=str(file))))

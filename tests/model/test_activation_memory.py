@@ -18,6 +18,7 @@ from nlgmoe.layers.mla import MLAConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.planner.memory import activations_by_pass, head_bytes, saved_by_block, saved_by_checkpointed_block
 from nlgmoe.tools.planner.topology import Topology
+from tests.support.memory import peak_of_tensors
 
 SEQUENCES, CHUNK = 3, 64  # so many that no activation has the shape of a weight
 DENSE = GPTConfig(96, 50, 2, 128, 4)
@@ -160,12 +161,7 @@ def peak_bytes(config: GPTConfig, topology: Topology) -> tuple[int, int]:
         loss = cross_entropy(hidden, model.unembedding, config.vocab_size, tokens.flatten(), None, chunk)
         del hidden
         loss.backward()
-    now = peak = 0
-    allocations = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(allocations, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak, sum(p.grad.numel() * p.grad.element_size() for p in model.parameters())
+    return peak_of_tensors(profiler), sum(p.grad.numel() * p.grad.element_size() for p in model.parameters())
 
 
 @pytest.mark.parametrize(("config", "precision", "checkpointing"), PEAKS)

@@ -150,6 +150,7 @@ MODES, COEFFS = ("train", "eval"), ("loss", "z_loss")
 MLA = part_to_dict(MLAConfig(8, 4, 4, 8))
 YARN = part_to_dict(Yarn(4.0, 4))
 HASH = {"class_path": "hash_router.HashRouterConfig"}
+SIGMOID = {"class_path": "nlgmoe.SigmoidRouterConfig"}
 WRONG: list[tuple[dict[str, Any], str]] = [
     *(({name: 0}, f"{name}=0 must be at least 1") for name in ("vocab_size", "seq_len", "num_layers", "hidden_size")),
     *(({name: 0}, f"{name}=0 must be at least 1") for name in ("num_heads", "vocab_size_multiple")),
@@ -199,6 +200,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"moe": {"gate_init_std": 0.0}}, "gate_init_std=0.0 must be above 0, or null"),
     ({"moe": {"normalize_weights": True}}, "normalize_weights=True with top_k=1 makes every weight the same"),
     ({"moe": {"token_dropping": "false"}}, "token_dropping='false' must be of the type bool"),
+    ({"moe": {"router": HASH, "gate_scale": 2.0}}, "gate_scale=2.0 has no effect with HashRouterConfig"),
+    ({"moe": {"router": SIGMOID, "loss_coeff": 0.5}}, "loss_coeff=0.5 has no effect with SigmoidRouterConfig"),
+    (
+        {"moe": {"router": SIGMOID, "num_experts": [8, 4], "groups": [4, 2]}, "num_layers": 4},
+        r"groups=\[4, 2\] must leave 2 experts a group with SigmoidRouterConfig \(num_experts=\[8, 4\]\)",
+    ),
     ({"moe": {"router": HASH, "loss_coeff": 0.5}}, "loss_coeff=0.5 has no effect with HashRouterConfig; leave it out"),
 ]
 
