@@ -61,22 +61,28 @@ def test_half_precision_routes_as_fp32_bit_for_bit_and_its_gradients_are_close(n
         assert error < 0.02, f"{part}: {error:.3f}"
 
 
-class Softmaxes(TorchFunctionMode):
-    def __init__(self) -> None:
-        self.dtypes: list[torch.dtype] = []
+class Calls(TorchFunctionMode):
+    """Types that softmax is computed in, and the precision of the products of each weight."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __init__(self) -> None:
+        super().__init__()
+        self.softmaxes: list[torch.dtype] = []
+        self.products: dict[int, str] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.softmax:
-            self.dtypes.append(args[0].dtype)
+            self.softmaxes.append(args[0].dtype)
+        if func is F.linear:
+            self.products[id(args[1])] = torch.get_float32_matmul_precision()
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("mix", ["learned", "sigmoid"])
 @pytest.mark.parametrize("name", ["bf16-mixed", "bf16-true"])
 def test_autocast_computes_gemms_of_experts_and_mlp_in_bf16_and_the_mix_in_fp32(name: str, mix: str) -> None:
-    with precision(name, mix) as (moe, x), Softmaxes() as softmaxes:
+    with precision(name, mix) as (moe, x), Calls() as calls:
         y, routing = moe(x)
-    assert softmaxes.dtypes == [torch.float32] * (2 if mix == "learned" else 1)  # the router's, the coefficient's
+    assert calls.softmaxes == [torch.float32] * (2 if mix == "learned" else 1)  # the router's, the coefficient's
 
     # The same layer by hand: products, sums with biases and MLP outputs rounded to bf16, all else in fp32.
     exact, tokens = layer(torch.bfloat16, mix).float(), x.flatten(0, 1).to(torch.bfloat16)
@@ -98,17 +104,6 @@ def expert(experts: Experts, e: int, x: Tensor) -> Tensor:
     return inner @ experts.project_weight[e] + experts.project_bias[e]
 
 
-class Products(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.of: dict[int, str] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear:
-            self.of[id(args[1])] = torch.get_float32_matmul_precision()
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("mix", ["learned", "sigmoid"])
 @pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
 def test_router_and_mix_are_in_fp32_where_a_script_allows_less(allowed: str, mix: str) -> None:
@@ -116,13 +111,13 @@ def test_router_and_mix_are_in_fp32_where_a_script_allows_less(allowed: str, mix
     moe = layer(torch.float32, mix)
     torch.set_float32_matmul_precision(allowed)
     try:
-        with Products() as products:
+        with Calls() as calls:
             moe(batch(torch.float32))
         after = torch.get_float32_matmul_precision()
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert [products.of[id(part.weight)] for part in (moe.router, moe.coefficient)] == ["highest"] * 2
-    assert after == products.of[id(moe.mlp.expand.weight)] == allowed  # all other products: as the script says
+    assert [calls.products[id(part.weight)] for part in (moe.router, moe.coefficient)] == ["highest"] * 2
+    assert after == calls.products[id(moe.mlp.expand.weight)] == allowed  # all other products: as the script says
 
 
 def test_a_precision_of_one_backend_is_left_as_it_is() -> None:
