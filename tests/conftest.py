@@ -60,7 +60,6 @@ NIGHTLY = (
     "tests/distributed/test_many_ranks.py",
     "tests/end_to_end/test_memory.py",
     "tests/end_to_end/test_open_moes.py",
-    "tests/end_to_end/test_told_to_stop.py",
     "tests/eval/test_zero_shot.py::test_a_wrong_command_is_one_line[misspelt task]",
     "tests/faults/",
     "tests/layers/test_experts.py::test_compiled_parts_of_experts_compute_the_same",

@@ -25,13 +25,10 @@ SHARES = st.sampled_from([None, 0.0, 0.6])  # of tokens whose loss counts; None:
 @dataclass
 class Case:
     layer: MoELayer
+    config: MoEConfig
     x: Tensor  # [B, T, H]
     mask: Tensor  # [B, T]
     generator: torch.Generator
-
-    @property
-    def config(self) -> MoEConfig:
-        return self.layer.router.config
 
 
 def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
@@ -66,7 +63,7 @@ def cases(draw: st.DrawFn, **fixed: object) -> Case:
     shape = draw(st.integers(1, 4)), draw(st.integers(1, 8))
     x = torch.randn(*shape, WIDTH, generator=generator, dtype=torch.float64)
     mask = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.6, 1.0]))
-    return Case(layer, x, mask, generator)
+    return Case(layer, moe, x, mask, generator)
 
 
 @properties

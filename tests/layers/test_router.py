@@ -145,9 +145,7 @@ def test_noise_depends_on_the_key_and_the_layer_alone_and_evaluation_has_none(co
     assert weights((0, 5, 2)) == reference
     assert torch.equal(torch.get_rng_state(), before), "a keyed draw moved the global generator"
     others = [weights((1, 5, 2)), weights((0, 6, 2)), weights((0, 5, 3)), weights((0, 5, 2), layer=1), weights(None)]
-    for other in others:
-        assert other != reference
-        assert others.count(other) == 1
+    assert all(other != reference and others.count(other) == 1 for other in others)
     quiet = [weights(key, training=False) for key in ((0, 5, 2), (9, 9, 9), None)]
     assert quiet[0] == quiet[1] == quiet[2] != reference
 
