@@ -61,7 +61,6 @@ NIGHTLY = (
     "tests/distributed/test_many_ranks.py",
     "tests/end_to_end/test_memory.py",
     "tests/end_to_end/test_open_moes.py",
-    "tests/end_to_end/test_told_to_stop.py",
     "tests/faults/",
     "tests/layers/test_experts.py::test_compiled_parts_of_experts_compute_the_same",
     "tests/benchmarks/test_real_model.py",

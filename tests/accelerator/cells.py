@@ -12,7 +12,6 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,39 +26,23 @@ from lightning.pytorch.strategies import StrategyRegistry
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, generate, load_config, ranks, step
 from nlgmoe.callbacks import StagedDistillation
 from nlgmoe.checkpoint.entries import split_experts
-from nlgmoe.checkpoint.reading import hash_of_weights
 from nlgmoe.commands.main import main as command
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import OfflineTeacher
-from nlgmoe.distill.record_logits import record_logits
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite, NonFiniteError
 from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.surgery.warm_start import WarmStart
 from nlgmoe.surgery.write_weights import write_weights
 from tests.accelerator import fake
-from tests.accelerator.training import (
-    ALSO_IN_HALF,
-    CPU,
-    FAKE,
-    HALF,
-    VARIANTS,
-    Steps,
-    Watched,
-    config,
-    make_trainer,
-    on_both,
-    train,
-    variant,
-)
+from tests.accelerator.training import CPU, FAKE, VARIANT_CELLS, Steps, Watched, config, make_trainer, on_both, train
 from tests.support.checkpoints import TOKENIZER
 from tests.support.corpora import write_tiny_corpus
+from tests.support.distillation import record
 from tests.support.synthetic import NumberedData
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "docs/examples"))
-
-# ---- what else a run consists of
 
 
 def dropout(root: Path) -> dict[str, Any]:
@@ -85,15 +68,9 @@ def online_teacher(root: Path) -> dict[str, Any]:
 
 def recorded_logits(root: Path) -> dict[str, Any]:
     """Recorded on the accelerator, learnt from on both."""
-    path, data, folder = teacher(root), NumberedData(), root / "logits"
-    (spoken := MixtureOfStudents(str(path))).load(config({}), torch.empty(0, device=FAKE), data)
-    settings = {
-        **{"teacher": {"checkpoint": str(path), "weights": hash_of_weights(path)}, "data": data.fingerprint()},
-        **{"document_attention": False, "vocab_size": 61, "seq_len": 16, "top_k": 8, "temperature": 2.0},
-        **{"samples": 12, "micro_batch_size": 4, "loss_chunk_size": 24},
-    }
-    record_logits(spoken, data, settings, folder, lambda progress: None)  # type: ignore[arg-type]
-    distiller = OfflineTeacher(str(folder), temperature=2.0, teacher=str(path))
+    path = teacher(root)
+    record(path, root / "logits", device=FAKE, top_k=8, samples=12)
+    distiller = OfflineTeacher(str(root / "logits"), temperature=2.0, teacher=str(path))
     return on_both("32-true", root, config({}), distiller=distiller)
 
 
@@ -122,8 +99,9 @@ def measured_text(root: Path) -> dict[str, Any]:
                 command([*words, f"--text={text}", f"--device={device}"])
             numbers[words[0]] = [float(number) for number in re.findall(r"\d+\.\d+", said.getvalue())]
             numbers[f"{words[0]} read the device"] = fake.take_reads() != []
-    expected = found["cpu"] | {f"{name} read the device": True for name in ("prune", "student")}
-    return found[fake.DEVICE] | {"expected": expected}
+    return found[fake.DEVICE] | {
+        "expected": found["cpu"] | {f"{name} read the device": True for name in ("prune", "student")}
+    }
 
 
 def checkpoints(root: Path) -> dict[str, Any]:
@@ -175,17 +153,17 @@ def quickstart(root: Path) -> dict[str, Any]:
     """`train.py fit`, `validate` and `predict` as `configs/quickstart.yaml` has them, with a smaller model and less data."""
     (root / "corpus").mkdir()
     write_tiny_corpus(root / "corpus")
-    model = {"num_layers": 2, "moe__num_experts": [4], "hidden_size": 32, "seq_len": 32}
-    settings: dict[str, Any] = {
-        **{f"model__config__{name}": value for name, value in model.items()},
-        **{"model__train_tokens": 7 * 2 * 32, "model__schedule__warmup_tokens": 64},
-        **{"trainer__accelerator": fake.DEVICE, "trainer__strategy": fake.DEVICE},
-        **{"trainer__default_root_dir": str(root / "run"), "trainer__val_check_interval": 3},
-        "trainer__log_every_n_steps": 2,
-        "trainer__callbacks__init_args__max_new_tokens": 8,  # of the last one in the file
-        **{"data__data_dir": str(root / "corpus"), "data__tokenizer": str(root / "corpus" / "tokenizer")},
-        **{"data__micro_batch_size": 2, "data__max_eval_windows": 4},
+    trainer = {"accelerator": fake.DEVICE, "strategy": fake.DEVICE, "default_root_dir": str(root / "run")}
+    trainer |= {"val_check_interval": 3, "log_every_n_steps": 2}
+    trainer |= {"callbacks__init_args__max_new_tokens": 8}  # of the last one in the file
+    parts: dict[str, dict[str, Any]] = {
+        "model__config": {"num_layers": 2, "moe__num_experts": [4], "hidden_size": 32, "seq_len": 32},
+        "model": {"train_tokens": 7 * 2 * 32, "schedule__warmup_tokens": 64},
+        "trainer": trainer,
+        "data": {"data_dir": str(root / "corpus"), "tokenizer": str(root / "corpus/tokenizer")}
+        | {"micro_batch_size": 2, "max_eval_windows": 4},
     }
+    settings = {f"{part}__{name}": value for part, values in parts.items() for name, value in values.items()}
     experiment, steps = load_config(ROOT / "configs" / "quickstart.yaml", **settings), Steps()
     experiment.trainer.callbacks = [steps, *experiment.trainer.callbacks]  # type: ignore[attr-defined]
     experiment.trainer.fit(experiment.module, experiment.data)
@@ -203,9 +181,7 @@ def quickstart(root: Path) -> dict[str, Any]:
 
 
 CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    **{f"{name} in 32-true": partial(variant, name, "32-true") for name in VARIANTS},
-    **{f"{name} in {precision}": partial(variant, name, precision) for precision in HALF for name in ALSO_IN_HALF},
-    "fp16": partial(variant, "residual pyramid, padding, drops in evaluation", "16-mixed"),
+    **VARIANT_CELLS,
     "dropout": dropout,
     "online teacher in bf16 of a student in fp32": online_teacher,
     "one of two ranks": one_of_two_ranks,

@@ -27,9 +27,8 @@ def build() -> Path:
     with FileLock(folder / "build.filelock"):
         if not library.exists():
             (folder / "lock").unlink(missing_ok=True)  # of a build that was killed: `load` would wait for it for ever
-            cpp_extension.load(
-                name, str(SOURCE), extra_cflags=["-O1"], build_directory=str(folder), is_python_module=False
-            )
+            options = {"extra_cflags": ["-O1"], "build_directory": str(folder), "is_python_module": False}
+            cpp_extension.load(name, str(SOURCE), **options)
     return library
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from tests.accelerator import fake
 from tests.support.synthetic import NumberedData
+from tests.support.trainers import QUIET
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "docs/examples"))
@@ -30,10 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # settings of MoEConfig; None: a dense 
     "top-1, jitter": {"moe": {"noise": "jitter"}},
     "top-1, rsample": {"moe": {"noise": "rsample"}},
     "top-2, sampled": {"moe": {"top_k": 2, "min_capacity": 0, "z_loss_coeff": 0.001}},
-    "top-4, documents, padding": {
-        "moe": {"top_k": 4, "min_capacity": 0},
-        "data": {"padded": True, "documents": True},
-    },
+    "top-4, documents, padding": {"moe": {"top_k": 4, "min_capacity": 0}, "data": {"padded": True, "documents": True}},
     "residual pyramid, padding, drops in evaluation": {
         "moe": {"num_experts": [4, 8], "mlp_type": "residual", "eval_token_dropping": True},
         "data": {"padded": True},
@@ -73,34 +72,30 @@ def config(moe: dict[str, Any] | None, **settings: Any) -> GPTConfig:
     return GPTConfig(61, 16, 4, 32, 2, init_std=0.05, moe=experts, **settings)
 
 
-# ---- training, watched
-
-
 class Watched(SingleDeviceStrategy):
     """All is on the device, and the host does not read it in model, loss and backward."""
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._watch(super().training_step, *args, **kwargs)
+    def training_step(self, *args: Any) -> Any:
+        return self._watch(super().training_step, *args)
 
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._watch(super().validation_step, *args, **kwargs)
+    def validation_step(self, *args: Any) -> Any:
+        return self._watch(super().validation_step, *args)
 
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._watch(super().predict_step, *args, **kwargs)
+    def predict_step(self, *args: Any) -> Any:
+        return self._watch(super().predict_step, *args)
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
         with fake.no_reads():
             return super().backward(*args, **kwargs)
 
-    def _watch(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        assert self.model is not None
+    def _watch(self, step: Callable[..., Any], *args: Any) -> Any:
         values = [*self.model.parameters(), *self.model.buffers(), *args[0].values()]
         if self.model.training:
             values += [value for state in self.optimizers[0].state.values() for value in state.values()]
         for value in values:
             assert not isinstance(value, Tensor) or value.device == self.root_device, value.device
         with fake.no_reads():
-            return step(*args, **kwargs)
+            return step(*args)
 
 
 class Steps(Callback):
@@ -151,18 +146,16 @@ class Steps(Callback):
 
 
 def make_trainer(device: torch.device, precision: str, root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
-    if device == CPU:
-        place: dict[str, Any] = {"accelerator": "cpu"}
-    else:
-        place = {"strategy": Watched(device, fake.FakeAccelerator())}
+    place: dict[str, Any] = (
+        {"accelerator": "cpu"} if device == CPU else {"strategy": Watched(device, fake.FakeAccelerator())}
+    )
     if precision.endswith("mixed"):  # Lightning would name another accelerator in its autocast
         scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10) if precision == "16-mixed" else None
         place["plugins"] = [MixedPrecision(precision, device.type, scaler)]
     else:
         place["precision"] = precision
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    defaults = {"max_epochs": -1, "max_steps": 3, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "devices": 1}
-    return Trainer(default_root_dir=root, callbacks=list(callbacks), **{**quiet, **defaults, **place, **settings})
+    defaults = QUIET | {"max_steps": 3, "gradient_clip_val": 1.0, "devices": 1}
+    return Trainer(default_root_dir=root, callbacks=list(callbacks), **defaults | place | settings)
 
 
 def train(
@@ -200,3 +193,10 @@ def variant(name: str, precision: str, root: Path) -> dict[str, Any]:
     settings = VARIANTS[name]
     model = config(settings["moe"], **settings.get("model", {}))
     return on_both(precision, root, model, settings.get("data"), settings.get("trainer"), **settings.get("module", {}))
+
+
+VARIANT_CELLS = {
+    **{f"{name} in 32-true": partial(variant, name, "32-true") for name in VARIANTS},
+    **{f"{name} in {precision}": partial(variant, name, precision) for precision in HALF for name in ALSO_IN_HALF},
+    "fp16": partial(variant, "residual pyramid, padding, drops in evaluation", "16-mixed"),
+}

@@ -1,23 +1,30 @@
 """`train.py` on several ranks, as its user starts it."""
 
 import base64
+import csv
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 
+from nlgmoe.cli.train import main
 from tests.support.commands import ENVIRONMENT, SETTINGS_ON_RANKS, train_py
 from tests.support.processes import Started
 from tests.support.spawn import free_port
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+FEW = "--trainer.callbacks.init_args.max_new_tokens=4"  # of the last callback so far, SampleText
+
+
+def settings_of(run: Path, data: Path, *others: str) -> list[str]:
+    return [*SETTINGS_ON_RANKS, f"--data.data_dir={data}", f"--trainer.default_root_dir={run}", *others]
 
 
 def test_lightning_launches_ranks_and_torchrun_resumes_what_they_saved(pocket_pile: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    settings = [*SETTINGS_ON_RANKS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={run}"]
-    samples = "--trainer.callbacks.init_args.max_new_tokens=4"
-    done = train_py("fit", *settings, samples, "--trainer.devices=2", "--model.train_tokens=1024")
+    settings = settings_of(run, pocket_pile, FEW, "--trainer.devices=2")
+    done = train_py("fit", *settings, "--model.train_tokens=1024")
     assert done.returncode == 0, done.stderr
     assert "blocks 1 of the model: 2 experts, expert-parallel degree 2, 1 a rank" in done.stderr + done.stdout
     summary = json.loads((run / "summary.json").read_text())
@@ -25,8 +32,7 @@ def test_lightning_launches_ranks_and_torchrun_resumes_what_they_saved(pocket_pi
     assert len(list((run / "checkpoints" / "last.ckpt").glob("model-*"))) == 2
     assert (run / "samples.txt").read_text().count("---") == 6  # three prompts at two validations
 
-    rest = ["--trainer.devices=2", "--model.train_tokens=1536", "--ckpt_path=last"]
-    done = train_py("fit", *settings, samples, *rest, launcher=TORCHRUN)
+    done = train_py("fit", *settings, "--model.train_tokens=1536", "--ckpt_path=last", launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
 
@@ -39,13 +45,8 @@ def test_deepspeeds_launcher_trains_on_two_nodes(pocket_pile: Path, tmp_path: Pa
     for node in (0, 1):  # what `deepspeed --hostfile ... --no_local_rank train.py` starts on each node
         launcher = ["-m", "deepspeed.launcher.launch", f"--world_info={hosts}", f"--node_rank={node}"]
         launcher += ["--master_addr=127.0.0.1", f"--master_port={port}", "--no_local_rank"]
-        settings = [*SETTINGS_ON_RANKS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={run}"]
-        settings += [
-            "--trainer.devices=1",
-            "--trainer.num_nodes=2",
-            "--model.train_tokens=512",
-            "--trainer.callbacks=[]",
-        ]
+        two_nodes = ("--trainer.devices=1", "--trainer.num_nodes=2")
+        settings = settings_of(run, pocket_pile, *two_nodes, "--model.train_tokens=512", "--trainer.callbacks=[]")
         output = tmp_path / f"{node}.txt"
         nodes.append((Started([*launcher, "train.py", "fit", *settings], output, output, ENVIRONMENT), output))
     for started, output in nodes:
@@ -56,10 +57,8 @@ def test_deepspeeds_launcher_trains_on_two_nodes(pocket_pile: Path, tmp_path: Pa
 def test_an_error_of_all_ranks_is_one_line_of_each(pocket_pile: Path, tmp_path: Path) -> None:
     """The first step makes the weights infinite, and its gradient was finite."""
     spoilt = ["--model.optimizer.lr=1e39", "--model.non_finite.action=skip", "--trainer.val_check_interval=100"]
-    spoilt += ["--trainer.callbacks.init_args.max_new_tokens=4"]  # for sequences of 32 tokens
-    place = [f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={tmp_path / 'run'}"]
-    settings = [*SETTINGS_ON_RANKS, *place, *spoilt, "--trainer.devices=2", "--model.train_tokens=4096"]
-    done = train_py("fit", *settings, launcher=TORCHRUN)
+    spoilt += [FEW, "--trainer.devices=2", "--model.train_tokens=4096"]
+    done = train_py("fit", *settings_of(tmp_path / "run", pocket_pile, *spoilt), launcher=TORCHRUN)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert lines and done.returncode == 1
     assert all("first not finite: the weight token_embedding.weight on all ranks" in line for line in lines), lines
@@ -69,12 +68,29 @@ def test_an_error_of_all_ranks_is_one_line_of_each(pocket_pile: Path, tmp_path: 
 def test_rank_that_fails_or_hangs_ends_the_others_and_its_error_is_shown(
     pocket_pile: Path, tmp_path: Path, hangs: bool
 ) -> None:
-    done = train_py(
-        "fit",
-        *(*SETTINGS_ON_RANKS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={tmp_path / 'run'}"),
-        *("--trainer.devices=2", "--model.train_tokens=4096", "--trainer.callbacks=tests.support.disturbances.Raises"),
-        *(f"--trainer.callbacks.init_args.hangs={str(hangs).lower()}",),
-        f"--trainer.strategy.init_args.timeout_seconds={25 if hangs else 120}",  # bounds how far apart they start, too
-    )
+    fails = ["--trainer.callbacks=tests.support.disturbances.Raises", f"--trainer.callbacks.init_args.hangs={hangs}"]
+    fails += ["--trainer.devices=2", "--model.train_tokens=4096"]
+    seconds = 25 if hangs else 120  # it bounds how far apart they start, too
+    fails += [f"--trainer.strategy.init_args.timeout_seconds={seconds}"]
+    done = train_py("fit", *settings_of(tmp_path / "run", pocket_pile, *fails))
     assert done.returncode not in (0, None)
     assert ("rank 1 has had enough" in done.stderr) != hangs
+
+
+def test_two_ranks_stop_on_sigterm_to_the_one_process_that_the_user_knows_and_one_process_goes_on(
+    pocket_pile: Path, tmp_path: Path
+) -> None:
+    run, stops = tmp_path / "run", "--trainer.callbacks+=tests.support.disturbances.TellsMain"
+    settings = settings_of(run, pocket_pile, "--model.train_tokens=1280", FEW)
+    done = train_py("fit", *settings, "--trainer.devices=2", "--data.num_workers=1", stops)
+    assert done.returncode == 0, done.stderr
+    assert not [each for each in psutil.process_iter(["cmdline"]) if str(run) in str(each.info["cmdline"])]
+    told = [line for line in done.stderr.splitlines() if line.startswith("SIGTERM: ended after step ")]
+    (steps,) = (int(line.split(",")[0].split()[-1]) for line in told)
+    assert steps in (3, 4) and told[0].endswith(f"checkpoints/step-{steps}.ckpt; resume with --ckpt_path last")
+    assert not (run / "summary.json").exists()
+    alone = [setting for setting in settings if "strategy" not in setting]
+    main(["fit", *alone, "--trainer.devices=1", "--ckpt_path=last"])
+    assert json.loads((run / "summary.json").read_text())["steps"] == 5
+    with (run / "metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]] == [0, 1, 2, 3, 4]

@@ -37,10 +37,8 @@ def test_published_recipe_trains_and_resumes(pocket_pile: Path, tmp_path: Path) 
             writer.add_document(source[document])
     run, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
     recipe.write_text(Path(CONFIGS[0]).read_text().replace("every_n_train_steps: 10_000", "every_n_train_steps: 2"))
-    settings = [
-        *(part for config in (recipe, CONFIGS[1]) for part in ("--config", str(config))),
-        *TINY,
-        f"--data.data_dir={pocket_pile}",
+    settings = [f"--config={recipe}", f"--config={CONFIGS[1]}", *TINY, f"--data.data_dir={pocket_pile}"]
+    settings += [
         f"--data.corpus.init_args.prefix={tmp_path / 'pile_text_document'}",
         f"--trainer.default_root_dir={run}",
     ]

@@ -11,16 +11,9 @@ from nlgmoe.optim.token_schedule import SequenceCurriculum, sequence_length
 )
 def test_lengths_are_deepspeeds(start: int, whole: int, increment: int, duration: int) -> None:
     """A duration that is a power of two: DeepSpeed divides in floating point."""
+    settings = {"curriculum_type": "seqlen", "min_difficulty": start, "max_difficulty": whole}
     schedule = {"total_curriculum_step": duration, "difficulty_step": increment}
-    theirs = CurriculumScheduler(
-        {
-            "curriculum_type": "seqlen",
-            "min_difficulty": start,
-            "max_difficulty": whole,
-            "schedule_type": "fixed_linear",
-            "schedule_config": schedule,
-        }
-    )
+    theirs = CurriculumScheduler(settings | {"schedule_type": "fixed_linear", "schedule_config": schedule})
     ours = SequenceCurriculum(duration, start, increment)
     for now in range(duration + 10):
         assert sequence_length(now, whole, ours) == theirs.get_difficulty(now)

@@ -1,6 +1,8 @@
 """`MoELayer` against DeepSpeed's `MoE`, same weights, same random numbers: same outputs, losses and gradients."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -50,23 +52,20 @@ class Pair:
     ours: MoELayer
     theirs: MoE
 
-    def parameters(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Each weight here and there; `grad` of both is filled by `run`."""
-        experts, layer = self.ours.experts, self.theirs.deepspeed_moe
-        found = {"router": (self.ours.router.weight, layer.gate.wg.weight)}
-        for leaf, parameter in experts.named_parameters():
-            part = 0 if leaf.startswith("expand") else 2
-            found |= {
-                f"expert {e} {leaf}": (parameter[e], getattr(body[part], leaf.split("_")[1]))
-                for e, body in enumerate(layer.experts.deepspeed_experts)
-            }
-        if self.ours.mlp is not None:
+    def parameters(self) -> Iterator[tuple[str, Tensor, Any, Tensor]]:
+        """Name, our parameter, the part of it that is one of theirs, and theirs."""
+        ours, gate = self.ours, self.theirs.deepspeed_moe.gate
+        yield "router", ours.router.weight, ..., gate.wg.weight
+        parts = {"0": "expand", "2": "project"}
+        for expert, body in enumerate(self.theirs.deepspeed_moe.experts.deepspeed_experts):
+            for leaf, theirs in body.named_parameters():
+                name = f"{parts[leaf[0]]}_{leaf[2:]}"
+                yield f"expert {expert} {name}", ours.experts.get_parameter(name), expert, theirs
+        if ours.mlp is not None:
             for leaf, theirs in self.theirs.mlp.named_parameters():
-                name = {"0": "expand", "2": "project"}[leaf[0]] + leaf[1:]
-                found[f"mlp {name}"] = self.ours.mlp.get_parameter(name), theirs
+                yield f"mlp {leaf}", ours.mlp.get_parameter(parts[leaf[0]] + leaf[1:]), ..., theirs
             for leaf, theirs in self.theirs.coefficient.named_parameters():
-                found[f"coefficient {leaf}"] = self.ours.coefficient.get_parameter(leaf), theirs
-        return found
+                yield f"coefficient {leaf}", ours.coefficient.get_parameter(leaf), ..., theirs
 
 
 def pair(moe: MoEConfig, training: bool = True) -> Pair:
@@ -86,8 +85,8 @@ def pair(moe: MoEConfig, training: bool = True) -> Pair:
     theirs.deepspeed_moe.gate.wg.weight.data += torch.linspace(-0.1, 0.1, EXPERTS)[:, None]
     both = Pair(ours.train(training), theirs.train(training))
     with torch.no_grad():
-        for mine, other in both.parameters().values():
-            mine.copy_(as_ours(mine, other))
+        for _, mine, part, other in both.parameters():
+            mine[part] = as_ours(mine[part], other)
     return both
 
 
@@ -112,23 +111,10 @@ def run(both: Pair, aux_coeff: float = 0.7, token_mask: Tensor | None = None) ->
     ((y * probe).sum() + aux_coeff * balance).backward()
     ((expected * probe).sum() + aux_coeff * aux_loss).backward()
     close("input gradient", x_ours.grad, x_theirs.grad)
-    their_gradients = {}
-    for name, (mine, other) in both.parameters().items():
+    for name, mine, part, other in both.parameters():
         gradient = torch.zeros_like(other) if other.grad is None else other.grad
-        their_gradients[name] = as_ours(mine, gradient)
-    for name, expected in their_gradients.items():
-        close(f"gradient of {name}", our_gradient(both.ours, name), expected)
+        close(f"gradient of {name}", mine.grad[part], as_ours(mine[part], gradient))
     return routing
-
-
-def our_gradient(layer: MoELayer, name: str) -> Tensor:
-    kind, _, rest = name.partition(" ")
-    if kind == "router":
-        return layer.router.weight.grad
-    if kind == "expert":
-        expert, leaf = rest.split(" ")
-        return layer.experts.get_parameter(leaf).grad[int(expert)]
-    return layer.get_parameter(f"{kind}.{rest}").grad
 
 
 def close(what: str, ours: Tensor, theirs: Tensor) -> None:

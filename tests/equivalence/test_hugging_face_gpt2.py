@@ -12,10 +12,8 @@ from tests.support.gpt2 import HEADS, INNER, LAYERS, SEQ_LEN, VOCAB, WIDTH, as_t
 
 
 def our_gpt(moe: MoEConfig | None = None) -> GPT:
-    config = GPTConfig(
-        VOCAB, SEQ_LEN, LAYERS, WIDTH, HEADS, INNER, layer_norm_eps=1e-5, vocab_size_multiple=16, moe=moe
-    )  # fmt: skip
-    gpt = GPT(config)
+    shape = VOCAB, SEQ_LEN, LAYERS, WIDTH, HEADS, INNER
+    gpt = GPT(GPTConfig(*shape, layer_norm_eps=1e-5, vocab_size_multiple=16, moe=moe))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in gpt.named_parameters():  # far from the initial values, so that every one of them matters
         noise = torch.randn(parameter.shape, generator=generator) * 0.2
@@ -44,14 +42,8 @@ def test_logits_loss_and_every_gradient_equal_hugging_faces() -> None:
     counted = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(3)) < 0.7
 
     hidden = ours(tokens).hidden
-    loss = cross_entropy(
-        hidden[:, :-1].flatten(0, 1),
-        ours.unembedding,
-        VOCAB,
-        tokens[:, 1:].flatten(),
-        counted[:, 1:].flatten(),
-        chunk_size=10,
-    )
+    targets, mask = tokens[:, 1:].flatten(), counted[:, 1:].flatten()
+    loss = cross_entropy(hidden[:, :-1].flatten(0, 1), ours.unembedding, VOCAB, targets, mask, chunk_size=10)
     expected = theirs(tokens, labels=tokens.masked_fill(~counted, -100))
     logits = ours.logits(hidden)
     assert logits.shape == (3, SEQ_LEN, VOCAB)
@@ -94,14 +86,3 @@ def test_padded_batches_equal_the_sequences_alone_with_and_without_cache(side: s
         alone = gpt(torch.cat([prompt, going_on[row]])[None]).hidden[0]
         got = torch.cat([first[row][mask[row]], second[row]])
         torch.testing.assert_close(got, alone, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
-@pytest.mark.parametrize("pieces", [[1] * 24, [5, 1, 11, 7]], ids=str)
-@torch.no_grad()
-def test_cached_decoding_in_pieces_equals_one_forward(pieces: list[int], moe: MoEConfig | None) -> None:
-    gpt = our_gpt(moe).eval()
-    tokens = torch.randint(VOCAB, (2, SEQ_LEN), generator=torch.Generator().manual_seed(4))
-    cache = KVCache(SEQ_LEN)
-    outputs = [gpt(piece, cache=cache).hidden for piece in tokens.split(pieces, dim=1)]
-    torch.testing.assert_close(torch.cat(outputs, dim=1), gpt(tokens).hidden, rtol=1e-5, atol=1e-5)

@@ -20,7 +20,7 @@ from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 from nlgmoe.tools.hugging_face.importing import import_model
 from nlgmoe.tools.hugging_face.model_card import client_limits
-from tests.support.open_models import LATENT_YARN, SHAPE, their_model
+from tests.support.open_models import LATENT_YARN, SHAPE, scaled, their_model
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import SaveAt, trainer
 
@@ -29,7 +29,14 @@ NATIVE = GPTConfig(
     moe=MoEConfig(4, expert_interval=1, top_k=2),
 )  # fmt: skip
 
-DEEPSEEK = {"mlp_type": "residual", "residual_mix": "sum", "groups": [2, 1], "router": SigmoidRouterConfig()}
+DEEPSEEK: dict[str, Any] = {"mlp_type": "residual", "residual_mix": "sum", "groups": [2, 1]}
+DEEPSEEK |= {"router": SigmoidRouterConfig()}
+
+
+def changed(change: dict[str, Any]) -> GPTConfig:
+    """`NATIVE` with other settings, in `moe` too."""
+    moe = change.get("moe")
+    return replace(NATIVE, **change | ({"moe": replace(NATIVE.moe, **moe)} if moe else {}))
 
 
 @pytest.mark.parametrize(
@@ -45,11 +52,7 @@ DEEPSEEK = {"mlp_type": "residual", "residual_mix": "sum", "groups": [2, 1], "ro
         ({"rope_theta": None}, None, "rope_theta=null (the nearest family is mixtral)"),
         ({"moe": {"num_experts": [2, 2, 4, 4]}}, None, "num_experts=[2, 2, 4, 4] (the nearest family is mixtral)"),
         ({"moe": {"num_experts": [0, 4, 4, 4]}}, None, "qk_norm=null (the nearest family is qwen3_moe)"),
-        (
-            {"moe": {"normalize_weights": False}},
-            None,
-            "qk_norm=null (the nearest family is olmoe)",
-        ),
+        ({"moe": {"normalize_weights": False}}, None, "qk_norm=null (the nearest family is olmoe)"),
         ({"moe": {"normalize_weights": False}, "qk_norm": "projection"}, "olmoe", ""),
         ({"moe": {"gate_scale": 2.0}}, None, "gate_scale=2.0 (the nearest family is mixtral)"),
         ({"qkv_bias": True, "moe": {"mlp_type": "residual", "residual_mix": "sigmoid"}}, "qwen2_moe", ""),
@@ -62,7 +65,7 @@ DEEPSEEK = {"mlp_type": "residual", "residual_mix": "sum", "groups": [2, 1], "ro
             "num_experts=[0, 4, 0, 4] (the nearest family is glm4_moe)",
         ),
         (
-            {"qk_norm": "head", "moe": {**DEEPSEEK, "shared_ffn_size": 100}},
+            {"qk_norm": "head", "moe": DEEPSEEK | {"shared_ffn_size": 100}},
             None,
             "shared_ffn_size=100 (the nearest family is dots1)",
         ),
@@ -72,17 +75,14 @@ DEEPSEEK = {"mlp_type": "residual", "residual_mix": "sum", "groups": [2, 1], "ro
 def test_a_model_is_native_only_if_a_family_computes_it(
     change: dict[str, Any], family: str | None, reason: str
 ) -> None:
-    if isinstance(change.get("moe"), dict):
-        change = {**change, "moe": replace(NATIVE.moe, **change["moe"])}
-    config = replace(NATIVE, **change)
+    config = changed(change)
     assert family_of(config) == (family, reason)
     if family is not None:
         made = FAMILIES[family].config(FAMILIES[family].settings(config), Path("made"))
         assert experts_per_layer(made) == experts_per_layer(config)
         assert config.moe is None or made.moe.normalizes == config.moe.normalizes
-        assert replace(made, moe=None, init_std=config.init_std, num_kv_heads=None, ffn_hidden_size=None) == replace(
-            config, moe=None
-        )
+        known = replace(made, moe=None, init_std=config.init_std, num_kv_heads=None, ffn_hidden_size=None)
+        assert known == replace(config, moe=None)
 
 
 @pytest.mark.parametrize(
@@ -100,13 +100,11 @@ def test_a_model_is_native_only_if_a_family_computes_it(
 def test_limits_of_other_programs_are_named_where_they_concern_the_model(
     change: dict[str, Any], words: list[str]
 ) -> None:
-    if isinstance(change.get("moe"), dict):
-        change = {**change, "moe": replace(NATIVE.moe, **change["moe"])}
-    config = replace(NATIVE, **{"tied_embeddings": False} | change)
-    lines = list(client_limits(config, family_of(config)[0], own_tokenizer=False))
+    config = changed({"tied_embeddings": False} | change)
+    family, _ = family_of(config)
+    lines = list(client_limits(config, family, own_tokenizer=False))
     assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True)), lines
-    own = list(client_limits(config, family_of(config)[0], own_tokenizer=True))
-    assert len(own) - len(lines) == (family_of(config)[0] is not None)
+    assert len(list(client_limits(config, family, own_tokenizer=True))) - len(lines) == (family is not None)
 
 
 class SquaredRouter(TopKRouter):
@@ -132,66 +130,43 @@ def test_router_that_derives_from_the_papers_is_not_native(tmp_path: Path) -> No
     assert family_of(config) == (None, "router=SquaredRouterConfig (the nearest family is olmoe)")
 
 
-REFUSED = {
-    "clip_qkv": ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 of"),
-    "attention_bias": ("llama", {"attention_bias": True}, "attention_bias=True of"),
-    "sliding window": ("mixtral", {"sliding_window": 512}, "sliding_window=512 of"),
-    "scaled rope": (
-        "llama",
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-        "rope_type=linear of",
-    ),
-    "a part that turns, which the class ignores": (
-        "llama",
-        {"partial_rotary_factor": 0.5},
-        "partial_rotary_factor=0.5 of",
-    ),
-    "no shared expert": ("granitemoeshared", {"shared_intermediate_size": 0}, "shared_intermediate_size=0 of"),
-    "another activation": ("granitemoeshared", {"hidden_act": "gelu"}, "hidden_act=gelu of"),
-    "jitter": ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 of"),
-    "one normalised weight": (
-        "mixtral",
-        {"num_experts_per_tok": 1},
-        "num_experts_per_tok=1 with normalised weights of",
-    ),
-    "settings by layer": (
-        "qwen3_moe",
-        {"per_layer_config": {0: {"num_experts": 4}}, "intermediate_size": 40},
-        "per_layer_config of",
-    ),
-    "a window in some layers": ("qwen2_moe", {"use_sliding_window": True}, "layer_types=.* of"),
-    "latents and two temperatures": (
+REFUSED: list[tuple[str, dict[str, Any], str]] = [  # family, settings, message
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 of"),
+    ("llama", {"attention_bias": True}, "attention_bias=True of"),
+    ("llama", {"rope_parameters": scaled("linear", 1e4, factor=2.0)}, "rope_type=linear of"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 of"),  # which the class ignores
+    ("mixtral", {"sliding_window": 512}, "sliding_window=512 of"),
+    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 of"),
+    ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 with normalised weights of"),
+    ("granitemoeshared", {"shared_intermediate_size": 0}, "shared_intermediate_size=0 of"),
+    ("granitemoeshared", {"hidden_act": "gelu"}, "hidden_act=gelu of"),
+    ("qwen3_moe", {"per_layer_config": {0: {"num_experts": 4}}}, "per_layer_config of"),
+    ("qwen2_moe", {"use_sliding_window": True}, "layer_types=.* of"),
+    (
         "deepseek_v2",
-        {"num_experts_per_tok": 2, "rope_parameters": LATENT_YARN | {"mscale": 1.0}},
+        {"rope_parameters": LATENT_YARN | {"mscale": 1.0}},
         r"attention_factor=1.0.* \(mscale / mscale_all_dim\) of",
     ),
-    "latents and YaRN's own temperature": (
-        "glm4_moe_lite",
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
-        r"attention_factor=1.138.* of",
-    ),
-    "another choice": ("deepseek_v3", {"topk_method": "greedy"}, "topk_method=greedy of"),
-    "an unknown choice": ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method=noaux_tc of"),
-    "rotation in halves": ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False of"),
-    "every second block": ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq=2 of"),
-    "scores of another router": ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func=softmax of"),
-    "norms of heads": ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type=per_head of"),
-    "a shared expert of another family": (
-        "minimax_m2",
-        {"shared_intermediate_size": 40},
-        "shared_intermediate_size=40 of",
-    ),
-    "FP8": ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config=fp8 of .* bf16"),
-    "GPT-2's activation": ("gpt2", {"activation_function": "relu"}, "activation_function=relu of"),
-    "scale by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True of"),
-}
+    ("glm4_moe_lite", {"rope_parameters": scaled("yarn", 1e4, factor=4.0)}, r"attention_factor=1.138.* of"),
+    ("deepseek_v3", {"topk_method": "greedy"}, "topk_method=greedy of"),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method=noaux_tc of"),
+    ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False of"),
+    ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq=2 of"),
+    ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func=softmax of"),
+    ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type=per_head of"),
+    ("minimax_m2", {"shared_intermediate_size": 40}, "shared_intermediate_size=40 of"),  # as other families have it
+    ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config=fp8 of .* bf16"),
+    ("gpt2", {"activation_function": "relu"}, "activation_function=relu of"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True of"),
+]
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_import_refuses_features_that_are_not_computed_by_name(case: str, tmp_path: Path) -> None:
-    family, values, message = REFUSED[case]
-    config = getattr(transformers, f"{FAMILIES[family].classes}Config")(**{**SHAPE, "intermediate_size": 40, **values})
-    config.save_pretrained(tmp_path)
+@pytest.mark.parametrize(("family", "values", "message"), REFUSED)
+def test_import_refuses_features_that_are_not_computed_by_name(
+    family: str, values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    shape = SHAPE | {"intermediate_size": 40, "num_experts_per_tok": 2}
+    getattr(transformers, f"{FAMILIES[family].classes}Config")(**shape | values).save_pretrained(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message) as raised:
         import_model(str(tmp_path), tmp_path / "made.ckpt")
@@ -220,7 +195,7 @@ def test_folders_that_do_not_fit_their_config_are_refused_by_name(tmp_path: Path
 
 
 def test_import_leaves_out_blocks_that_predict_further_tokens(tmp_path: Path) -> None:
-    """GLM-4.5's files have one, after the model's own; `num_nextn_predict_layers` counts them."""
+    """GLM-4.5's files have one, after the model's own."""
     their_model("glm4_moe, half of a head turns").save_pretrained(tmp_path / "theirs")
     file, further = tmp_path / "theirs" / "model.safetensors", "model.layers.4.eh_proj.weight"
     save_file(load_file(file) | {further: torch.zeros(48, 96)}, file)

@@ -24,19 +24,15 @@ SCALINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(name: str, **values: Any) -> LlamaConfig:
-    rope = {"rope_theta": 5e5, **SCALINGS[name]}
-    shape = {"hidden_size": 512, "num_attention_heads": 4, "max_position_embeddings": 131_072, "num_hidden_layers": 1}
-    return LlamaConfig(**{**shape, "head_dim": 128, "rope_parameters": rope, **values})
-
-
 @pytest.mark.parametrize("name", SCALINGS)
 def test_rotary_frequencies_are_those_of_transformers_at_real_sizes(name: str) -> None:
     """To the bit, but for DeepSeek-V3's scaling, where the last bit of a frequency may differ.
 
     At position 131,071 that changes an angle by 2.4e-4; its own rounding in fp32, which is theirs too, by up to 3.9e-3.
     """
-    theirs = config_of(name)
+    shape = {"hidden_size": 512, "num_attention_heads": 4, "head_dim": 128, "num_hidden_layers": 1}
+    rope = {"rope_theta": 5e5} | SCALINGS[name]
+    theirs = LlamaConfig(**shape, max_position_embeddings=131_072, rope_parameters=rope)
     expected, temperature = ROPE_INIT_FUNCTIONS[theirs.rope_parameters["rope_type"]](theirs)
     config = FAMILIES["llama"].read(theirs)
     assert config.rotary_scaling is not None and config.rope_theta is not None
@@ -50,9 +46,7 @@ def test_rotary_frequencies_are_those_of_transformers_at_real_sizes(name: str) -
 
     positions = torch.tensor([[0, 1, 1000, 8191, 32_768, 100_003, 131_071]])
     cos, sin = rotations(positions, 128, config.rope_theta, config.rotary_scaling)
-    for angles, bound in (
-        (positions[0, :, None].float() * expected, 5e-4),
-        (positions[0, :, None] * expected.double(), 4e-3),
-    ):
+    rows = positions[0, :, None]
+    for angles, bound in ((rows.float() * expected, 5e-4), (rows * expected.double(), 4e-3)):
         torch.testing.assert_close(cos[0, 0, :, :64], angles.cos().float(), rtol=0, atol=bound)
         torch.testing.assert_close(sin[0, 0, :, :64], angles.sin().float(), rtol=0, atol=bound)

@@ -74,35 +74,25 @@ def resumed_losses(checkpoint: Path, folder: Path) -> list[float]:
     return losses.found
 
 
-def blend(folder: Path, **settings: Any) -> PileDataModule:
+def blend(folder: Path) -> PileDataModule:
     """Both parts of the corpus, three samples of prose for one of verse."""
-    corpus = Blend(
-        [
-            BlendPart(weight, name, MegatronIndexed(str(CORPUS / name), [80, 20, 0]))
-            for name, weight in {"prose": 3, "verse": 1}.items()
-        ]
-    )
-    return data(folder, corpus, **settings)
+    parts = [BlendPart(weight, name, part_of_corpus(name)) for name, weight in {"prose": 3, "verse": 1}.items()]
+    return data(folder, Blend(parts))
+
+
+def part_of_corpus(name: str) -> MegatronIndexed:
+    return MegatronIndexed(str(CORPUS / name), [80, 20, 0])
 
 
 def data(folder: Path, corpus: Any, **settings: Any) -> PileDataModule:
     """A data module of the golden corpus; `folder` may be written to."""
-    defaults: dict[str, Any] = {"micro_batch_size": 8, "seq_len": 16}
-    return PileDataModule(str(folder), str(CORPUS / "tokenizer"), corpus, **(defaults | settings))
+    return PileDataModule(str(folder), str(CORPUS / "tokenizer"), corpus, micro_batch_size=8, seq_len=16, **settings)
 
 
 def batches(folder: Path) -> dict[str, list[dict[str, str]]]:
     """Hashes of the first four training batches: of the blend, and of a part of it with its documents' borders."""
-    modules = {
-        "blend": blend(folder),
-        "documents": data(
-            folder,
-            MegatronIndexed(str(CORPUS / "prose"), [80, 20, 0]),
-            document_attention=True,
-            mask_eod_loss=True,
-            seed=7,
-        ),
-    }
+    marks = {"document_attention": True, "mask_eod_loss": True, "seed": 7}
+    modules = {"blend": blend(folder), "documents": data(folder, part_of_corpus("prose"), **marks)}
     found: dict[str, list[dict[str, str]]] = {}
     for name, module in modules.items():
         module.prepare_data()

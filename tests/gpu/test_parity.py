@@ -28,6 +28,7 @@ from tests.gpu.conftest import DRY
 from tests.support.devices import draw, error
 
 Near = Callable[[str, float, float], None]
+Forward = Callable[[nn.Module, Tensor], Tensor]
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTPUT = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3}
 GRADIENT = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 1e-2}
@@ -57,14 +58,7 @@ def tensor(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def compare(
-    near: Near,
-    module: nn.Module,
-    device: torch.device,
-    name: str,
-    x: Tensor,
-    forward: Callable[[nn.Module, Tensor], Tensor],
-) -> None:
+def compare(near: Near, module: nn.Module, device: torch.device, name: str, x: Tensor, forward: Forward) -> None:
     """Output, and the gradients of the input and of every weight."""
     results = []
     for where, dtype in ((torch.device("cpu"), torch.float32), (device, TYPES[name])):
@@ -207,10 +201,8 @@ def test_loss(name: str, device: torch.device, near: Near) -> None:
     (loss * scale).backward()
     exact = [hidden.double().requires_grad_(), table[:VOCABULARY].double().requires_grad_()]
     total = 0.0
-    for part in range(0, len(targets), 1024):
-        here = slice(part, part + 1024)
-        logits = exact[0][here] @ exact[1].t()
-        value = nn.functional.cross_entropy(logits, targets[here], reduction="sum") / len(targets)
+    for states, wanted in zip(exact[0].split(1024), targets.split(1024), strict=True):
+        value = nn.functional.cross_entropy(states @ exact[1].t(), wanted, reduction="sum") / len(targets)
         value.backward()
         total += float(value)
     near(f"off fp64, {name}", abs(float(loss) - total) / total, limit)
@@ -266,14 +258,12 @@ def test_model(variant: str, recomputed: bool, device: torch.device, near: Near)
         if moe is not None:
             loss = loss + 0.01 * router_losses(output.routings)[0]
         loss.backward()
-        results.append((loss, {name: parameter.grad for name, parameter in there.named_parameters()}))
+        results.append((loss, [parameter.grad for parameter in there.parameters()]))
     (expected, gradients), (found, others) = results
-    total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    total = nn.utils.get_total_norm(gradients)
     near("loss", error(found, expected), 1e-5)
-    worst = max(
-        float((others[name].cpu() - gradient).norm() / max(gradient.norm(), 1e-3 * total))
-        for name, gradient in gradients.items()
-    )
+    pairs = zip(gradients, others, strict=True)
+    worst = max(float((other.cpu() - one).norm() / max(one.norm(), 1e-3 * total)) for one, other in pairs)
     near("gradients", worst, 1e-4)
 
 

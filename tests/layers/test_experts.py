@@ -16,10 +16,11 @@ from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.expert_products import choose_product, describe_products
 from nlgmoe.layers.experts import Experts
+from nlgmoe.layers.feed_forward import NETWORKS, FeedForward
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import compile_dense_parts
-from nlgmoe.seeding import derive_seed
+from tests.support.devices import draw
 from tests.support.programs import needs
 
 
@@ -52,58 +53,87 @@ def backward(layer: Experts, x: torch.Tensor, rows: list[int], slots: int | None
 def test_products_of_all_experts_equal_the_loop(
     rows: list[int], dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
-    layer, x = Experts(4, 16, 32), torch.randn(sum(rows), 16)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    layer, x = layer.to(dtype), x.to(dtype)
+    layer, x = Experts(4, 16, 32), torch.randn(sum(rows), 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    draw(layer, std=0.3)
+    layer.to(dtype)
     results = {"bmm": backward(layer, x, rows, 24, autocast)}
     for product in ("grouped_mm", "loop"):
         monkeypatch.setattr(experts_module, "choose_product", lambda *_, product=product: product)
         results[product] = backward(layer, x, rows, None, autocast)
     half = autocast or dtype != torch.float32
+    near = {"rtol": 3e-2, "atol": 1e-1} if half else {"rtol": 1e-5, "atol": 1e-5}
     idle = [expert for expert, number in enumerate(rows) if not number]
     for product in ("bmm", "grouped_mm"):
         for found, loop in zip(results[product], results["loop"], strict=True):
             assert found.dtype == loop.dtype
-            torch.testing.assert_close(
-                found, loop, **({"rtol": 3e-2, "atol": 1e-1} if half else {"rtol": 1e-5, "atol": 1e-5})
-            )
+            torch.testing.assert_close(found, loop, **near)
             if found.shape != x.shape:
                 assert not found[idle].any() and not loop[idle].any(), "an expert without rows has a gradient"
+
+
+@pytest.mark.parametrize("product", ["grouped_mm", "loop"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_dense_feed_forward_equals_one_expert(network: str, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense layer is compared with that of `transformers` in tests/equivalence."""
+    monkeypatch.setattr(experts_module, "choose_product", lambda *_: product)
+    layer, rows = Experts(3, 16, 24, network=NETWORKS[network]), [2, 0, 5]
+    draw(layer, std=0.3)
+    dense = [FeedForward(GPTConfig(8, 8, 1, 16, 1, ffn_network=network), 24) for _ in rows]
+    for index, one in enumerate(dense):
+        for name, module in one.named_children():
+            module.weight.data = getattr(layer, f"{name}_weight").detach()[index].t().contiguous()
+            module.bias.data = getattr(layer, f"{name}_bias").detach()[index].clone()
+    x = torch.randn(7, 16)
+    y = layer(x, torch.tensor(rows))
+    expected = torch.cat([one(part) for one, part in zip(dense, x.split(rows), strict=True)])
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    (y.square().sum() + expected.square().sum()).backward()
+    for index, one in enumerate(dense):
+        for name, module in one.named_children():
+            gradient = getattr(layer, f"{name}_weight").grad[index].t()
+            wanted = module.weight.grad if rows[index] else torch.zeros_like(gradient)
+            torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_experts_that_are_not_chosen_are_not_read() -> None:
+    """The few rows of generation, which experts compute one by one."""
+    moe = GPT(GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(8, top_k=2))).eval().blocks[1].moe
+    draw(moe, std=0.3)
+    x = torch.randn(1, 2, 16, generator=torch.Generator().manual_seed(2))
+    expected, routing = moe(x)
+    idle = sorted(set(range(8)) - set(routing.expert.flatten().tolist()))
+    assert len(idle) >= 4
+    for parameter in moe.experts.parameters():
+        parameter[idle] = float("nan")
+    assert torch.equal(moe(x)[0], expected)
 
 
 HALF, WIDTHS = torch.bfloat16, (256, 1024)
 
 
 @pytest.mark.parametrize(
-    "expected, dtype, widths, capability, in_slots, has_triton",
+    ("expected", "given"),  # given: dtype, widths, compute capability, in slots, has Triton
     [
-        ("grouped_mm", torch.float32, WIDTHS, None, False, False),
-        ("grouped_mm", torch.float16, (8, 16), None, False, False),
-        ("loop", torch.float64, WIDTHS, None, False, False),  # grouped_mm refuses it
-        ("loop", HALF, (16, 20), None, False, False),  # rows of 40 bytes
-        ("bmm", torch.float64, (16, 20), None, True, False),
-        ("grouped_mm", HALF, WIDTHS, (9, 0), False, True),
-        ("bmm", HALF, WIDTHS, (9, 0), True, True),
-        ("triton", HALF, (256, 1020), (9, 0), False, True),
-        ("triton", HALF, WIDTHS, (8, 0), False, True),
-        ("triton", torch.float16, WIDTHS, (9, 0), False, True),
-        ("triton", HALF, WIDTHS, (10, 0), False, True),
-        ("loop", torch.float16, WIDTHS, (7, 0), False, True),
-        ("loop", HALF, WIDTHS, (8, 0), False, False),
-        ("loop", torch.float32, WIDTHS, (8, 0), False, True),  # it would compute in TF32
+        ("grouped_mm", (torch.float32, WIDTHS, None, False, False)),
+        ("grouped_mm", (torch.float16, (8, 16), None, False, False)),
+        ("loop", (torch.float64, WIDTHS, None, False, False)),  # grouped_mm refuses it
+        ("loop", (HALF, (16, 20), None, False, False)),  # rows of 40 bytes
+        ("bmm", (torch.float64, (16, 20), None, True, False)),
+        ("grouped_mm", (HALF, WIDTHS, (9, 0), False, True)),
+        ("bmm", (HALF, WIDTHS, (9, 0), True, True)),
+        ("triton", (HALF, (256, 1020), (9, 0), False, True)),
+        ("triton", (HALF, WIDTHS, (8, 0), False, True)),
+        ("triton", (torch.float16, WIDTHS, (9, 0), False, True)),
+        ("triton", (HALF, WIDTHS, (10, 0), False, True)),
+        ("loop", (torch.float16, WIDTHS, (7, 0), False, True)),
+        ("loop", (HALF, WIDTHS, (8, 0), False, False)),
+        ("loop", (torch.float32, WIDTHS, (8, 0), False, True)),  # it would compute in TF32
     ],
 )
-def test_the_product_follows_from_device_type_widths_and_slots(
-    expected: str,
-    dtype: torch.dtype,
-    widths: tuple[int, int],
-    capability: tuple[int, int] | None,
-    in_slots: bool,
-    has_triton: bool,
-) -> None:
-    assert choose_product(dtype, widths, capability, in_slots, has_triton) == expected
+def test_the_product_follows_from_device_type_widths_and_slots(expected: str, given: tuple[Any, ...]) -> None:
+    dtype, widths, capability, *_ = given
+    assert choose_product(*given) == expected
     if capability is None and expected == "grouped_mm":  # it takes what is sent to it
         assert Experts(2, *widths).to(dtype)(torch.zeros(3, widths[0], dtype=dtype), torch.tensor([1, 2])).shape[0] == 3
 
@@ -117,9 +147,8 @@ def test_products_are_named_for_training_and_evaluation() -> None:
     assert describe_products(model, 512, **hopper) == "bmm and grouped_mm in training, grouped_mm in evaluation"
     assert describe_products(model, 2048, **hopper) == "bmm in training, grouped_mm in evaluation"
     assert describe_products(dropless, 2048, **hopper) == "grouped_mm in training and evaluation"
-    assert (
-        describe_products(dropless, 2048, **hopper | {"precision": "16-mixed"}) == "triton in training and evaluation"
-    )
+    fp16 = hopper | {"precision": "16-mixed"}
+    assert describe_products(dropless, 2048, **fp16) == "triton in training and evaluation"
     assert describe_products(model, 2048, **cpu) == "grouped_mm in training and evaluation"
     assert describe_products(model, 2048, **cpu | {"is_sharded": True}).startswith("bmm in training")
 
@@ -151,8 +180,6 @@ def test_moe_layer_reads_no_number_from_the_device(monkeypatch: pytest.MonkeyPat
 
 
 QWEN3 = {"norm": "rmsnorm", "rope_theta": 100.0, "qk_norm": "head", "num_kv_heads": 1, "bias": False}
-
-
 GLM4 = {"norm": "rmsnorm", "rope_theta": 100.0, "rotary_dim": 4, "qkv_bias": True, "bias": False, "residual_scale": 0.5}
 
 
@@ -164,8 +191,7 @@ def test_compiled_parts_of_experts_compute_the_same(block: dict[str, Any]) -> No
     results = []
     for compiles in (False, True):
         model = GPT(config)
-        for name, parameter in model.named_parameters():  # large enough for every weight to matter
-            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(derive_seed(name)))
+        draw(model, std=0.3)  # large enough for every weight to matter
         if compiles:
             compile_dense_parts(model)
             counters.clear()

@@ -16,7 +16,6 @@ from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import SoftTargets, TopTargets, cross_entropy, distilled_cross_entropy
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.router import Routing
 
 MOE = MoEConfig(4, 1, top_k=2, mlp_type="residual", second_expert="argmax", token_dropping=False)
 
@@ -41,39 +40,49 @@ def precision(name: str, mix: str = "learned") -> Iterator[tuple[MoELayer, Tenso
         yield layer(torch.bfloat16, mix).to(dtype), batch(dtype)
 
 
-def assert_same(ours: Routing, expected: Routing) -> None:
-    for name, value in vars(expected).items():
-        found = getattr(ours, name)
-        assert torch.equal(found, value) if isinstance(value, Tensor) else found == value, name
-
-
 @pytest.mark.parametrize("name", ["bf16-mixed", "bf16-true"])
-def test_routing_under_autocast_is_the_fp32_routers_bit_for_bit(name: str) -> None:
+def test_half_precision_routes_as_fp32_bit_for_bit_and_its_gradients_are_close(name: str) -> None:
     with precision(name) as (moe, x):
         y, routing = moe(x)
     assert y.dtype == x.dtype
-    expected = layer(torch.bfloat16).float()(x.float())[1]
+    exact = layer(torch.bfloat16).float()
+    expected_y, expected = exact(x.float())
     for part in ("weight", "probs", "logits"):
         assert getattr(routing, part).dtype == torch.float32
-    assert_same(routing, expected)
+    for part, value in vars(expected).items():
+        found = getattr(routing, part)
+        assert torch.equal(found, value) if isinstance(value, Tensor) else found == value, part
+
+    for output, its_routing in ((y, routing), (expected_y, expected)):
+        (output.float().square().mean() + sum(router_losses([its_routing]))).backward()
+    for (part, ours), reference in zip(moe.named_parameters(), exact.parameters(), strict=True):
+        assert ours.grad.dtype == ours.dtype
+        error = (ours.grad.float() - reference.grad).norm() / reference.grad.norm()
+        assert error < 0.02, f"{part}: {error:.3f}"
 
 
-class Softmaxes(TorchFunctionMode):
+class Calls(TorchFunctionMode):
+    """Types that softmax is computed in, and the precision of the products of each weight."""
+
     def __init__(self) -> None:
-        self.dtypes: list[torch.dtype] = []
+        super().__init__()
+        self.softmaxes: list[torch.dtype] = []
+        self.products: dict[int, str] = {}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.softmax:
-            self.dtypes.append(args[0].dtype)
+            self.softmaxes.append(args[0].dtype)
+        if func is F.linear:
+            self.products[id(args[1])] = torch.get_float32_matmul_precision()
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("mix", ["learned", "sigmoid"])
 @pytest.mark.parametrize("name", ["bf16-mixed", "bf16-true"])
 def test_autocast_computes_gemms_of_experts_and_mlp_in_bf16_and_the_mix_in_fp32(name: str, mix: str) -> None:
-    with precision(name, mix) as (moe, x), Softmaxes() as softmaxes:
+    with precision(name, mix) as (moe, x), Calls() as calls:
         y, routing = moe(x)
-    assert softmaxes.dtypes == [torch.float32] * (2 if mix == "learned" else 1)  # the router's, the coefficient's
+    assert calls.softmaxes == [torch.float32] * (2 if mix == "learned" else 1)  # the router's, the coefficient's
 
     # The same layer by hand: products, sums with biases and MLP outputs rounded to bf16, all else in fp32.
     exact, tokens = layer(torch.bfloat16, mix).float(), x.flatten(0, 1).to(torch.bfloat16)
@@ -95,17 +104,6 @@ def expert(experts: Experts, e: int, x: Tensor) -> Tensor:
     return inner @ experts.project_weight[e] + experts.project_bias[e]
 
 
-class Products(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.of: dict[int, str] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear:
-            self.of[id(args[1])] = torch.get_float32_matmul_precision()
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("mix", ["learned", "sigmoid"])
 @pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
 def test_router_and_mix_are_in_fp32_where_a_script_allows_less(allowed: str, mix: str) -> None:
@@ -113,13 +111,13 @@ def test_router_and_mix_are_in_fp32_where_a_script_allows_less(allowed: str, mix
     moe = layer(torch.float32, mix)
     torch.set_float32_matmul_precision(allowed)
     try:
-        with Products() as products:
+        with Calls() as calls:
             moe(batch(torch.float32))
         after = torch.get_float32_matmul_precision()
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert [products.of[id(part.weight)] for part in (moe.router, moe.coefficient)] == ["highest"] * 2
-    assert after == products.of[id(moe.mlp.expand.weight)] == allowed  # all other products: as the script says
+    assert [calls.products[id(part.weight)] for part in (moe.router, moe.coefficient)] == ["highest"] * 2
+    assert after == calls.products[id(moe.mlp.expand.weight)] == allowed  # all other products: as the script says
 
 
 def test_a_precision_of_one_backend_is_left_as_it_is() -> None:
@@ -130,22 +128,6 @@ def test_a_precision_of_one_backend_is_left_as_it_is() -> None:
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:
         torch.set_float32_matmul_precision("highest")
-
-    # That nothing on the way is fp32 either, test_moe_properties shows: there the layer equals a loop to 1e-10.
-
-
-@pytest.mark.parametrize("name", ["bf16-mixed", "bf16-true"])
-def test_gradients_reach_every_weight_in_its_own_dtype(name: str) -> None:
-    with precision(name) as (moe, x):
-        y, routing = moe(x)
-    (y.float().square().mean() + sum(router_losses([routing]))).backward()
-    exact = layer(torch.bfloat16).float()
-    y, routing = exact(x.float())
-    (y.square().mean() + sum(router_losses([routing]))).backward()
-    for (part, ours), reference in zip(moe.named_parameters(), exact.parameters(), strict=True):
-        assert ours.grad.dtype == ours.dtype
-        error = (ours.grad.float() - reference.grad).norm() / reference.grad.norm()
-        assert error < 0.02, f"{part}: {error:.3f}"
 
 
 @pytest.mark.parametrize("name", ["bf16-mixed", "bf16-true"])
@@ -210,13 +192,11 @@ def head(dtype: torch.dtype, kind: str, autocast: bool, scale: float) -> list[Te
         with torch.autocast("cpu", dtype, enabled=autocast):
             if kind == "plain":
                 loss = cross_entropy(*arguments)
-            elif kind == "distilled":
-                loss = distilled_cross_entropy(*arguments, SoftTargets(lambda part: teacher[part], 1.0, 2.0)).loss
             else:
-                said = TopTargets(lambda part: (ids[part], top[part]), 1.0, 1.0)
+                whole = SoftTargets(lambda part: teacher[part], 1.0, 2.0)
+                said = whole if kind == "distilled" else TopTargets(lambda part: (ids[part], top[part]), 1.0, 1.0)
                 loss = distilled_cross_entropy(*arguments, said).loss
     (loss * scale).backward()
-    assert hidden.grad is not None and bias.grad is not None and table.grad is not None
     assert not table.grad[VOCABULARY:].any()
     return [gradient.double() / scale for gradient in (hidden.grad[mask], bias.grad, table.grad[:VOCABULARY])]
 
@@ -231,15 +211,15 @@ def test_head_gradient_loses_no_row_under_a_loss_scale(dtype: torch.dtype, limit
     exact = head(torch.float64, kind, False, 1.0)
     for autocast in (True, False):
         for scale in (2.0**11, 2.0**16):
-            for name, ours, expected in zip(
-                ("hidden", "bias", "table"), head(dtype, kind, autocast, scale), exact, strict=True
-            ):
+            found = head(dtype, kind, autocast, scale)
+            for name, ours, expected in zip(("hidden", "bias", "table"), found, exact, strict=True):
                 assert (ours - expected).norm() / expected.norm() < limit, (name, autocast, scale)
                 worst = ((ours - expected).norm(dim=-1) / expected.norm(dim=-1)).max()
                 assert worst < 0.1, (name, autocast, scale, worst)
 
 
 def test_layer_in_fp64_computes_in_fp64() -> None:
+    """Nothing on the way is fp32 either: in test_moe_properties.py the layer equals a loop to 1e-10."""
     with precision("fp64") as (moe, x):
         y, routing = moe(x)
     assert {value.dtype for value in (y, routing.weight, routing.probs, *router_losses([routing]))} == {torch.float64}

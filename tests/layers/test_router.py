@@ -1,6 +1,7 @@
 """Routings worked out by hand, and what the randomness and the losses of the router depend on."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,7 @@ from nlgmoe.layers.router import Routing, RoutingContext, TopKRouter
 PLAIN = MoEConfig(min_capacity=0, random_token_selection=False, second_expert="argmax")
 
 
-def route(
-    config: MoEConfig, probs: list[list[float]], mask: list[bool] | None = None, training: bool = True
-) -> Routing:
+def route(config: MoEConfig, probs: list[list[float]], mask: Any = None, training: bool = True) -> Routing:
     """Route tokens with gate probabilities `probs`: the router is the identity, and its input is their logarithm."""
     table = torch.tensor(probs, dtype=torch.float64)
     router = TopKRouter(config, table.shape[1], table.shape[1], block=0).double().train(training)
@@ -146,9 +145,7 @@ def test_noise_depends_on_the_key_and_the_layer_alone_and_evaluation_has_none(co
     assert weights((0, 5, 2)) == reference
     assert torch.equal(torch.get_rng_state(), before), "a keyed draw moved the global generator"
     others = [weights((1, 5, 2)), weights((0, 6, 2)), weights((0, 5, 3)), weights((0, 5, 2), layer=1), weights(None)]
-    for other in others:
-        assert other != reference
-        assert others.count(other) == 1
+    assert all(other != reference and others.count(other) == 1 for other in others)
     quiet = [weights(key, training=False) for key in ((0, 5, 2), (9, 9, 9), None)]
     assert quiet[0] == quiet[1] == quiet[2] != reference
 
@@ -182,9 +179,8 @@ def test_balance_loss_is_1_when_balanced_and_the_number_of_experts_when_collapse
     balanced = [[0.4, 0.3, 0.2, 0.1], [0.1, 0.4, 0.3, 0.2], [0.2, 0.1, 0.4, 0.3], [0.3, 0.2, 0.1, 0.4]]
     expect(balance_loss(route(config, balanced)), 1.0)
     collapsed = [[1 - 3e-14, 1e-14, 1e-14, 1e-14]] * 4
-    expect(
-        balance_loss(route(config, collapsed)), 4.0 if top_k < 3 else 4.0 / 3
-    )  # k=3: two thirds of the load go elsewhere
+    expected = 4.0 if top_k < 3 else 4.0 / 3  # k=3: two thirds of the load go elsewhere
+    expect(balance_loss(route(config, collapsed)), expected)
 
 
 def test_z_loss_is_the_mean_squared_logsumexp_of_unmasked_logits() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers import expert_products
 from nlgmoe.layers.moe import MoELayer
+from tests.support.devices import draw
 
 EXPERTS, WIDTH = 6, 16
 HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -18,10 +19,9 @@ def results(precision: str, dropping: bool) -> tuple[list[Tensor], list[int], li
     """The output and all gradients of a layer; the rows that its experts computed, and those that they kept."""
     moe = MoEConfig(EXPERTS, 1, top_k=2, second_expert="argmax", token_dropping=dropping, train_capacity_factor=0.8)
     layer = MoELayer(GPTConfig(8, 64, 1, WIDTH, 2, 32, moe=moe), block=0)
-    generator, dtype = torch.Generator().manual_seed(1), HALF.get(precision, torch.float32)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.5, generator=generator)
-    x = torch.randn(2, 155, WIDTH, generator=generator)
+    dtype = HALF.get(precision, torch.float32)
+    draw(layer, std=0.5)
+    x = torch.randn(2, 155, WIDTH, generator=torch.Generator().manual_seed(1))
     x[..., 0] = 1
     with torch.no_grad():
         layer.router.weight[-1, 0] = -100  # no token chooses the last expert

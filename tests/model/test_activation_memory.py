@@ -16,23 +16,15 @@ from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.layers.mla import MLAConfig
 from nlgmoe.model.gpt import GPT
-from nlgmoe.tools.planner.memory import (
-    activations_by_pass,
-    head_bytes,
-    saved_by_block,
-    saved_by_checkpointed_block,
-)
+from nlgmoe.tools.planner.memory import activations_by_pass, head_bytes, saved_by_block, saved_by_checkpointed_block
 from nlgmoe.tools.planner.topology import Topology
+from tests.support.memory import peak_of_tensors
 
 SEQUENCES, CHUNK = 3, 64  # so many that no activation has the shape of a weight
 DENSE = GPTConfig(96, 50, 2, 128, 4)
-MODERN: dict[str, Any] = {
-    "norm": "rmsnorm",
-    "rope_theta": 1e4,
-    "bias": False,
-    "ffn_network": "swiglu",
-    "tied_embeddings": False,
-}
+MODERN: dict[str, Any] = {"norm": "rmsnorm", "rope_theta": 1e4, "bias": False, "ffn_network": "swiglu"}
+MODERN |= {"tied_embeddings": False}
+RESIDUAL: dict[str, Any] = {"mlp_type": "residual"}
 CONFIGS = {
     "dense, odd shape": GPTConfig(61, 48, 3, 60, 3, ffn_hidden_size=100),
     "top-1, jitter": replace(DENSE, moe=MoEConfig(8, noise="jitter")),
@@ -42,17 +34,13 @@ CONFIGS = {
     "residual, pyramid": replace(DENSE, num_layers=4, moe=MoEConfig([2, 8], mlp_type="residual")),
     "residual, sum": replace(DENSE, moe=MoEConfig(4, mlp_type="residual", residual_mix="sum")),
     "residual, sigmoid, groups": replace(
-        DENSE, moe=MoEConfig(4, top_k=2, groups=[2, 1], mlp_type="residual", residual_mix="sigmoid")
+        DENSE, moe=MoEConfig(4, 2, 2, **RESIDUAL, residual_mix="sigmoid", groups=[2, 1])
     ),
-    "Qwen2-MoE": replace(
-        DENSE, **MODERN, moe=MoEConfig(8, 1, 2, mlp_type="residual", residual_mix="sigmoid", noise="jitter")
-    ),
+    "Qwen2-MoE": replace(DENSE, **MODERN, moe=MoEConfig(8, 1, 2, **RESIDUAL, residual_mix="sigmoid", noise="jitter")),
     "dropout": replace(DENSE, hidden_dropout=0.1, moe=MoEConfig(4)),
     "layer map, widths, swiglu": replace(
-        DENSE,
-        num_layers=4,
-        ffn_network="swiglu",
-        moe=MoEConfig([4, 0], mlp_type="residual", expert_ffn_size=64, shared_ffn_size=96),
+        replace(DENSE, num_layers=4, ffn_network="swiglu"),
+        moe=MoEConfig([4, 0], **RESIDUAL, expert_ffn_size=64, shared_ffn_size=96),
     ),
     "OLMoE": replace(DENSE, **MODERN, qk_norm="projection", moe=MoEConfig(8, expert_interval=1, top_k=2)),
     "Qwen3-MoE": replace(DENSE, **MODERN, qk_norm="head", head_dim=64, num_kv_heads=2, moe=MoEConfig([0, 8], 1)),
@@ -124,10 +112,11 @@ def predicted_bytes(config: GPTConfig, topology: Topology, checkpointing: bool) 
     tokens, size = SEQUENCES * config.seq_len, topology.bytes_per
     stream = tokens * config.hidden_size * size.residual
     kept, _ = head_bytes(config, tokens, topology)
+    layers = range(config.num_layers)
     if checkpointing:
-        blocks = sum(saved_by_checkpointed_block(config, layer, tokens, size) for layer in range(config.num_layers))
+        blocks = sum(saved_by_checkpointed_block(config, layer, tokens, size) for layer in layers)
     else:
-        blocks = sum(saved_by_block(config, layer, tokens, config.seq_len, size) for layer in range(config.num_layers))
+        blocks = sum(saved_by_block(config, layer, tokens, config.seq_len, size) for layer in layers)
     embedding_mask = tokens * config.hidden_size if config.hidden_dropout else 0
     return blocks + kept + stream + 16 * tokens + embedding_mask
 
@@ -137,10 +126,11 @@ def predicted_bytes(config: GPTConfig, topology: Topology, checkpointing: bool) 
 def test_activation_memory_formula_is_within_1_percent_of_what_is_saved(
     name: str, precision: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # On CUDA dropout is `native_dropout`, with a mask of bytes; the CPU would keep one of the tensor's own type.
-    monkeypatch.setattr(
-        nn.Dropout, "forward", lambda self, x: torch.native_dropout(x, self.p, True)[0] if self.p else x
-    )
+    def native(self: nn.Dropout, x: Tensor) -> Tensor:
+        """As on CUDA, with a mask of bytes; the CPU would keep one of the tensor's own type."""
+        return torch.native_dropout(x, self.p, True)[0] if self.p else x
+
+    monkeypatch.setattr(nn.Dropout, "forward", native)
     monkeypatch.setattr(expert_products, "ROW_MULTIPLE", 1)  # only CPUs round up the rows of an expert
     config = CONFIGS[name]
     if config.moe is not None and "capacity" not in name:
@@ -167,18 +157,11 @@ def peak_bytes(config: GPTConfig, topology: Topology) -> tuple[int, int]:
         model = model.to(torch.bfloat16)
     tokens = torch.zeros(topology.micro_batch_size, config.seq_len, dtype=torch.long)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        hidden = model(tokens, noise_key=(0, 0, 0)).hidden.flatten(0, 1)
-        loss = cross_entropy(
-            hidden, model.unembedding, config.vocab_size, tokens.flatten(), None, topology.loss_chunk_size
-        )
+        hidden, chunk = model(tokens, noise_key=(0, 0, 0)).hidden.flatten(0, 1), topology.loss_chunk_size
+        loss = cross_entropy(hidden, model.unembedding, config.vocab_size, tokens.flatten(), None, chunk)
         del hidden
         loss.backward()
-    now = peak = 0
-    allocations = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(allocations, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak, sum(p.grad.numel() * p.grad.element_size() for p in model.parameters())
+    return peak_of_tensors(profiler), sum(p.grad.numel() * p.grad.element_size() for p in model.parameters())
 
 
 @pytest.mark.parametrize(("config", "precision", "checkpointing"), PEAKS)
@@ -186,9 +169,8 @@ def test_activation_memory_is_the_peak_of_a_step_but_for_gradients(
     config: GPTConfig, precision: str, checkpointing: bool
 ) -> None:
     """The first micro-batch's gradients appear while activations go: the true peak has some of them in it."""
-    topology = replace(
-        PRECISIONS[precision], activation_checkpointing=checkpointing, loss_chunk_size=256, micro_batch_size=8
-    )
+    settings = {"activation_checkpointing": checkpointing, "loss_chunk_size": 256, "micro_batch_size": 8}
+    topology = replace(PRECISIONS[precision], **settings)
     peak, gradients = peak_bytes(config, topology)
     predicted = max(activations_by_pass(config, topology))
     assert predicted <= 1.25 * peak  # CPUs without instructions for bf16 need more at the peak: 1.2

@@ -38,9 +38,9 @@ def test_total_parameters_are_those_of_the_model(config: GPTConfig) -> None:
     assert count.total == sum(parameter.numel() for parameter in model.parameters())
     assert parameters_of(model) == (count.total, count.active)
     if config.moe is not None:  # a rank that holds one expert of each layer counts the others too
-        layers = [layer for layer, experts in enumerate(experts_per_layer(config)) if experts]
+        places = {layer: ExpertPlacement(1, 1) for layer, experts in enumerate(experts_per_layer(config)) if experts}
         with torch.device("meta"):
-            spread = GPT(config, placements={layer: ExpertPlacement(1, 1) for layer in layers})
+            spread = GPT(config, placements=places)
         assert parameters_of(spread) == (count.total, count.active)
 
 

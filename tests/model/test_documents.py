@@ -39,9 +39,8 @@ def test_documents_in_a_sequence_are_computed_as_if_alone(
         for length in filter(None, lengths):
             start, end = end, end + length
             alone = model(tokens[sequence : sequence + 1, start:end])
-            torch.testing.assert_close(
-                together.hidden[sequence, start:end], alone.hidden[0], rtol=tolerance, atol=tolerance
-            )
+            found = together.hidden[sequence, start:end]
+            torch.testing.assert_close(found, alone.hidden[0], rtol=tolerance, atol=tolerance)
             for packed_routing, routing in zip(together.routings, alone.routings, strict=True):
                 chosen = packed_routing.expert.view(2, 24, 2)[sequence, start:end]
                 assert torch.equal(chosen, routing.expert)

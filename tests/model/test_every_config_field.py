@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import traceback
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hash_router import HashRouterConfig
 from swiglu_expert import SwiGLUExpert
-from torch import Tensor
+from torch import Tensor, nn
 
 from nlgmoe import config as config_module
 from nlgmoe.config import GPTConfig, MoEConfig
@@ -24,6 +25,7 @@ from nlgmoe.loss import training_loss
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parts import part_to_dict
 from nlgmoe.seeding import derive_seed
+from tests.support.synthetic import SyntheticData
 
 MOE = MoEConfig(4, min_capacity=0)
 BASE = GPTConfig(40, 8, 2, 16, 2, vocab_size_multiple=16, moe=MOE)
@@ -86,8 +88,7 @@ MOE_CASES: dict[str, tuple[dict[str, Any], Any, set[str]]] = {
     "router": ({"min_capacity": 4}, HashRouterConfig(), EVERYWHERE),
     "expert": ({}, SwiGLUExpert(), EVERYWHERE),
 }
-CASES = [("gpt", name) for name in (f.name for f in fields(GPTConfig))]
-CASES += [("moe", name) for name in (f.name for f in fields(MoEConfig))]
+CASES = [("gpt", field.name) for field in fields(GPTConfig)] + [("moe", field.name) for field in fields(MoEConfig)]
 
 
 @pytest.mark.parametrize(("where", "name"), CASES)
@@ -96,11 +97,9 @@ def test_config_field_changes_what_it_says_and_nothing_else(
 ) -> None:
     context, value, expected = (GPT_CASES if where == "gpt" else MOE_CASES)[name]  # a new field needs a case
     if where == "gpt":
-        before = replace(BASE, **context)
-        after = replace(before, **{name: value})
+        before, after = replace(BASE, **context), replace(BASE, **context | {name: value})
     else:
-        before = replace(BASE, moe=replace(MOE, **context))
-        after = replace(before, moe=replace(before.moe, **{name: value}))
+        before, after = (replace(BASE, moe=replace(MOE, **change)) for change in (context, context | {name: value}))
     with monkeypatch.context() as patched:
         patched.setattr(balance, "distributed", TWO_RANKS)
         first, second = observe(before), observe(after)
@@ -121,26 +120,15 @@ def observe(config: GPTConfig) -> dict[str, Any]:
     model = GPT(config)
     start = {f"{name} {tuple(p.shape)}": p.detach().clone() for name, p in model.named_parameters()}
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    lively(model)
+    for name, parameter in model.named_parameters():  # large, and of name and shape alone
+        nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(derive_seed(name)))
     tokens = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     output = model(tokens, noise_key=(0, 0, 0))
     losses = [router_losses([routing], config.moe.aux_scope if config.moe else "rank") for routing in output.routings]
     evaluation = model.eval()(tokens)
-    return {
-        "shapes": shapes,
-        "start": start,
-        "training": (output.hidden, losses),
-        "evaluation": model.logits(evaluation.hidden),
-    }
-
-
-@torch.no_grad()
-def lively(model: GPT) -> None:
-    """Weights that depend on name and shape alone and are large enough for every one to matter."""
-    for name, parameter in model.named_parameters():
-        generator = torch.Generator().manual_seed(derive_seed(name))
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    seen = {"training": (output.hidden, losses), "evaluation": model.logits(evaluation.hidden)}
+    return seen | {"shapes": shapes, "start": start}
 
 
 def same(a: Any, b: Any) -> bool:
@@ -154,13 +142,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def loss_of(config: GPTConfig) -> Tensor:
-    tokens = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
-    batch: Any = {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "token_mask": torch.ones(2, 8, dtype=torch.bool),
-        "domain": torch.zeros(2, dtype=torch.long),
-    }
+    batch = next(iter(SyntheticData(40, 8).train_dataloader()))
     return training_loss(GPT(config), batch, (0, 0, 0), 16)[0]
 
 
@@ -168,6 +150,7 @@ MODES, COEFFS = ("train", "eval"), ("loss", "z_loss")
 MLA = part_to_dict(MLAConfig(8, 4, 4, 8))
 YARN = part_to_dict(Yarn(4.0, 4))
 HASH = {"class_path": "hash_router.HashRouterConfig"}
+SIGMOID = {"class_path": "nlgmoe.SigmoidRouterConfig"}
 WRONG: list[tuple[dict[str, Any], str]] = [
     *(({name: 0}, f"{name}=0 must be at least 1") for name in ("vocab_size", "seq_len", "num_layers", "hidden_size")),
     *(({name: 0}, f"{name}=0 must be at least 1") for name in ("num_heads", "vocab_size_multiple")),
@@ -201,14 +184,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"moe": {"shared_ffn_size": 8}}, "shared_ffn_size=8 has no effect with mlp_type=standard"),
     ({"moe": {"expert_interval": 0}}, "expert_interval=0 must be at least 1"),
     ({"moe": {"top_k": 3, "num_experts": [4, 2]}}, r"top_k=3 must be between 1 and the smallest num_experts \(2\)"),
-    (
-        {"moe": {"num_experts": [4, 6], "groups": [4, 2]}, "num_layers": 4},
-        r"num_experts=\[4, 6\] cannot be divided into the 4",
-    ),
-    (
-        {"moe": {"num_experts": 4, "top_k": 3, "groups": [2, 1]}},
-        r"top_k=3 must be at most 2, the experts in 1 of the 2 groups of groups=",
-    ),
+    ({"moe": {"num_experts": [4, 6], "groups": [4, 2]}, "num_layers": 4}, r"num_experts=\[4, 6\] cannot be divided"),
+    ({"moe": {"num_experts": 4, "top_k": 3, "groups": [2, 1]}}, "top_k=3 must be at most 2, the experts in 1 of the 2"),
     *(
         ({"moe": {"groups": groups}}, rf"groups=\[{', '.join(map(str, groups))}\] must be two numbers, of groups and")
         for groups in ([], [2], [2, 1, 1], [2, 0], [2, 3], [0, 0], [-2, -1])
@@ -223,6 +200,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"moe": {"gate_init_std": 0.0}}, "gate_init_std=0.0 must be above 0, or null"),
     ({"moe": {"normalize_weights": True}}, "normalize_weights=True with top_k=1 makes every weight the same"),
     ({"moe": {"token_dropping": "false"}}, "token_dropping='false' must be of the type bool"),
+    ({"moe": {"router": HASH, "gate_scale": 2.0}}, "gate_scale=2.0 has no effect with HashRouterConfig"),
+    ({"moe": {"router": SIGMOID, "loss_coeff": 0.5}}, "loss_coeff=0.5 has no effect with SigmoidRouterConfig"),
+    (
+        {"moe": {"router": SIGMOID, "num_experts": [8, 4], "groups": [4, 2]}, "num_layers": 4},
+        r"groups=\[4, 2\] must leave 2 experts a group with SigmoidRouterConfig \(num_experts=\[8, 4\]\)",
+    ),
     ({"moe": {"router": HASH, "loss_coeff": 0.5}}, "loss_coeff=0.5 has no effect with HashRouterConfig; leave it out"),
 ]
 
@@ -246,11 +229,7 @@ def test_config_checks_all_have_a_wrong_value_above() -> None:
             frames = traceback.extract_tb(error.__traceback__)
             fired.add([frame.lineno for frame in frames if frame.filename == config_module.__file__][-1])
     calls = [node for node in ast.walk(ast.parse(inspect.getsource(config_module))) if isinstance(node, ast.Call)]
-    assert fired >= {
-        call.lineno
-        for call in calls
-        if ast.unparse(call.func).startswith("require_") or ast.unparse(call.func) == "require"
-    }
+    assert fired >= {call.lineno for call in calls if re.match(r"require(_|$)", ast.unparse(call.func))}
 
 
 def test_a_config_survives_its_dictionary() -> None:

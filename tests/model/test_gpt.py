@@ -2,21 +2,23 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nlgmoe.checkpoint.entries import entry_shapes, local_entries
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT, GPTOutput
 from nlgmoe.model.initialisation import initialise
+from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer
 
-WIDE = GPTConfig(  # wide enough for a standard deviation to be measured to a few percent
-    512, 64, 4, 64, 4, init_std=0.05, moe=MoEConfig([2, 3], 2, mlp_type="residual")
-)
+# Wide enough for a standard deviation to be measured to a few percent.
+WIDE = GPTConfig(512, 64, 4, 64, 4, init_std=0.05, moe=MoEConfig([2, 3], 2, mlp_type="residual"))
 SMALL = GPTConfig(50, 16, 4, 16, 2, vocab_size_multiple=16, moe=MoEConfig(4, min_capacity=0, train_capacity_factor=0.5))
 
 
@@ -53,15 +55,13 @@ def test_weights_do_not_depend_on_the_default_device_or_dtype() -> None:
     model = GPT(WIDE, seed=4)
     with torch.device("meta"):  # the run's device, around everything that Lightning lets a module build
         initialise(model, WIDE, 3)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, reference[name]), name
+    assert all(torch.equal(value, reference[name]) for name, value in model.state_dict().items())
     torch.set_default_dtype(torch.bfloat16)  # as `bf16-true` does
     try:
         half = GPT(WIDE, seed=3).state_dict()
     finally:
         torch.set_default_dtype(torch.float32)
-    for name, value in half.items():
-        assert torch.equal(value, reference[name].bfloat16()), name
+    assert all(torch.equal(value, reference[name].bfloat16()) for name, value in half.items())
 
 
 @pytest.mark.parametrize("moe", [None, MoEConfig([6, 5]), MoEConfig(4, expert_interval=3)], ids=str)
@@ -82,11 +82,7 @@ def test_expert_weights_differ_and_are_the_same_in_a_larger_stack() -> None:
 
 
 @pytest.mark.parametrize("noise_key", [None, (0, 3, 1)], ids=["keyless", "keyed"])
-@pytest.mark.parametrize(
-    "moe",
-    [SMALL.moe, replace(SMALL.moe, top_k=2, noise="jitter")],
-    ids=["random_token_selection", "second_expert_and_jitter"],
-)
+@pytest.mark.parametrize("moe", [SMALL.moe, replace(SMALL.moe, top_k=2, noise="jitter")], ids=["random", "sampled"])
 def test_activation_checkpointing_gives_the_same_loss_and_gradients_to_the_bit(
     moe: MoEConfig, noise_key: tuple[int, ...] | None
 ) -> None:
@@ -116,8 +112,7 @@ def test_activation_checkpointing_gives_the_same_loss_and_gradients_to_the_bit(
 
 def test_a_layer_map_is_the_model_that_it_describes() -> None:
     """Zeros in `num_experts` with `expert_interval` 1 give the same weights and outputs as the interval, to the bit."""
-    by_interval = GPT(replace(WIDE, moe=MoEConfig([2, 3], 2, mlp_type="residual")))
-    by_map = GPT(replace(WIDE, moe=MoEConfig([0, 2, 0, 3], 1, mlp_type="residual")))
+    by_interval, by_map = GPT(WIDE), GPT(replace(WIDE, moe=MoEConfig([0, 2, 0, 3], 1, mlp_type="residual")))
     tokens = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0))
     ours, theirs = (model(tokens, noise_key=(0, 0, 0)) for model in (by_map, by_interval))
     assert by_map.state_dict().keys() == by_interval.state_dict().keys()
@@ -135,6 +130,28 @@ def test_activation_checkpointing_recomputes_each_block_once_and_only_for_a_back
     assert calls == [0, 1, 2, 3]
     model(tokens).hidden.square().sum().backward()
     assert calls[4:] == [0, 1, 2, 3, 3, 2, 1, 0]
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((16,), 7.0))
+
+
+@pytest.mark.parametrize(
+    ("norm", "use", "message"),
+    [
+        (Scale(), lambda model: initialise(model, SMALL, 0), "gain: Scale does not declare its parameter gain; add roles = "),
+        (Scale(), lambda model: build_optimizer(model, AdamWConfig()), "gain: Scale does not declare its parameter gain; "),
+        (nn.BatchNorm1d(16, affine=False), entry_shapes, "running_mean: checkpoints hold persistent buffers of a Router"),
+        (nn.BatchNorm1d(16, affine=False), lambda model: list(local_entries(model)), "running_mean: checkpoints hold "),
+    ],
+)  # fmt: skip
+def test_undeclared_parameter_or_buffer_is_refused_by_name(norm: nn.Module, use: Any, message: str) -> None:
+    model = GPT(SMALL)
+    model.blocks[0].ffn_norm = norm
+    with pytest.raises(ValueError, match=f"^blocks.0.ffn_norm.{message}"):
+        use(model)
 
 
 def test_a_sequence_longer_than_seq_len_is_refused_by_name_with_the_cache_counted() -> None:

@@ -38,17 +38,16 @@ def fit(
 @pytest.mark.parametrize("case", CASES)
 def test_frozen_parts_take_no_moments_and_a_run_with_them_is_resumed_exactly(case: str, tmp_path: Path) -> None:
     frozen, settings = CASES[case]
-    gradients: list[set[str]] = []
 
     def look(_: Any, module: Any, *__: Any) -> None:
-        gradients.append({name for name, weight in module.gpt.named_parameters() if weight.grad is not None})
+        assert all((weight.grad is not None) == weight.requires_grad for weight in module.gpt.parameters())
 
     first = MoEGPTModule(CONFIG).gpt.state_dict()
     saves = SaveAt(2, tmp_path / "two.ckpt")
     whole = fit(tmp_path, frozen, 4, None, saves, LambdaCallback(on_before_optimizer_step=look), **settings)
     moved = {name for name, value in whole.gpt.state_dict().items() if not torch.equal(value, first[name])}
     trained = {name for name, weight in whole.gpt.named_parameters() if weight.requires_grad}
-    assert moved == trained and all(names == trained for names in gradients) and 0 < len(trained) < len(first)
+    assert moved == trained and 0 < len(trained) < len(first)
     assert list(find_problems(tmp_path / "two.ckpt")) == []
     stored = TensorFiles(tmp_path / "two.ckpt", "optimizer").shapes
     assert {name.removeprefix("step/") for name in stored if name.startswith("step/")} == trained
@@ -67,7 +66,6 @@ def test_a_frozen_router_keeps_its_bias(frozen: tuple[Component, ...], tmp_path:
 
 def test_frozen_refuses_to_leave_no_parameter_to_train(tmp_path: Path) -> None:
     dense, parts = replace(CONFIG, moe=None), ("attention", "ffn", "norms", "embeddings")
-    with pytest.raises(
-        ValueError, match=r"frozen=\['attention', .* leaves no parameter to train; leave a component out"
-    ):
+    message = r"frozen=\['attention', .* leaves no parameter to train; leave a component out"
+    with pytest.raises(ValueError, match=message):
         trainer(tmp_path, max_steps=1).fit(MoEGPTModule(dense, AdamWConfig(frozen=parts)), SyntheticData())

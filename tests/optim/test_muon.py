@@ -1,5 +1,6 @@
 """Muon against `torch.optim.Muon`, the weights that are its own, and its runs: exact resume, ranks, a switch that is refused."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +18,8 @@ from nlgmoe.layers.mla import MLAConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.optimizer import AdamWConfig, Muon, MuonConfig, build_optimizer
-from tests.optim.muon_ranks import CELL, resumed
-from tests.support.ranks import SAMPLES, train
+from tests.support.cells import DROPLESS
+from tests.support.ranks import SAMPLES, Cell, Outcome, on_ranks, train
 from tests.support.spawn import spawn
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import SaveAt, trainer
@@ -35,20 +36,19 @@ LATENT = replace(
 )
 
 
-def steps(weight: Tensor, gradients: list[Tensor], config: MuonConfig, lr: float = 0.1) -> Tensor:
-    parameter = nn.Parameter(weight.clone())
+def ours(parameter: nn.Parameter, config: MuonConfig) -> torch.optim.Optimizer:
     group = {"params": [("weight", parameter)], "muon": True}
-    optimizer = Muon(torch.optim.AdamW([group], lr=lr, weight_decay=0.3), config)
-    for gradient in gradients:
-        parameter.grad = gradient.clone()
-        optimizer.step()
-    return parameter.detach()
+    return Muon(torch.optim.AdamW([group], lr=0.1, weight_decay=0.3), config)
 
 
-def torch_steps(weight: Tensor, gradients: list[Tensor], config: MuonConfig, lr: float = 0.1) -> Tensor:
-    parameter = nn.Parameter(weight.clone())
+def torchs(parameter: nn.Parameter, config: MuonConfig) -> torch.optim.Optimizer:
     settings = {"momentum": config.momentum, "nesterov": config.nesterov, "ns_steps": config.ns_steps}
-    optimizer = torch.optim.Muon([parameter], lr, 0.3, adjust_lr_fn=config.adjust_lr, **settings)
+    return torch.optim.Muon([parameter], 0.1, 0.3, adjust_lr_fn=config.adjust_lr, **settings)
+
+
+def steps(build: Callable[..., torch.optim.Optimizer], weight: Tensor, gradients: list[Tensor], config: Any) -> Tensor:
+    parameter = nn.Parameter(weight.clone())
+    optimizer = build(parameter, config)
     for gradient in gradients:
         parameter.grad = gradient.clone()
         optimizer.step()
@@ -62,7 +62,8 @@ def test_muon_steps_a_matrix_as_torchs_muon(shape: tuple[int, int], rule: Rule, 
     generator = torch.Generator().manual_seed(0)
     weight, *gradients = torch.randn(5, *shape, generator=generator)
     config = MuonConfig(0.9, nesterov, ns_steps, rule)
-    assert torch.allclose(steps(weight, gradients, config), torch_steps(weight, gradients, config), atol=1e-6)
+    found, expected = (steps(build, weight, gradients, config) for build in (ours, torchs))
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [WIDE, TALL, SQUARE])
@@ -76,14 +77,13 @@ def test_muon_steps_each_expert_as_a_linear_layer_with_its_matrix_transposed(
     weight, *gradients = torch.randn(5, 4, *shape, generator=generator)  # [E, in, out]
     gradients = [gradient * sizes for gradient in gradients]
     config = MuonConfig(adjust_lr=rule)
-    found = steps(weight, gradients, config)
+    found = steps(ours, weight, gradients, config)
     for expert in range(4):
         mine = [gradient[expert].T.contiguous() for gradient in gradients]
-        expected = torch_steps(weight[expert].T.contiguous(), mine, config).T
+        expected = steps(torchs, weight[expert].T.contiguous(), mine, config).T
         moved = (expected - weight[expert] * (1 - 0.1 * 0.3) ** 4).norm()  # by more than decay
-        assert (
-            found[expert] - expected
-        ).norm() <= 0.02 * moved + 1e-6  # bf16; a transposed product is rounded otherwise
+        error = (found[expert] - expected).norm()
+        assert error <= 0.02 * moved + 1e-6  # bf16; a transposed product is rounded otherwise
     assert torch.allclose(found[3], weight[3] * (1 - 0.1 * 0.3) ** 4)
 
 
@@ -100,9 +100,8 @@ def test_muon_takes_matrices_of_hidden_layers_and_adamw_all_else(config: GPTConf
     assert groups.pop("decay, lr x 2") == {"blocks.1.moe.router.weight", "blocks.3.moe.router.weight"}
     embeddings = {name for name, _ in model.named_parameters() if "embedding" in name or name == "head.weight"}
     assert groups.pop("decay") == embeddings | {f"blocks.{block}.moe.coefficient.weight" for block in (1, 3)}
-    assert set().union(*groups.values()) == {
-        name for name, _ in model.named_parameters() if name.endswith("bias") or "norm" in name
-    }
+    others = {name for name, _ in model.named_parameters() if name.endswith("bias") or "norm" in name}
+    assert set().union(*groups.values()) == others
 
 
 RUNS: dict[str, tuple[GPTConfig, dict[str, Any], dict[str, Any]]] = {
@@ -121,10 +120,10 @@ def test_muon_resumes_exactly_from_one_entry_per_expert(run: str, tmp_path: Path
     def fit(path: Path | None = None) -> MoEGPTModule:
         module = MoEGPTModule(config, AdamWConfig(lr=1e-2, muon=MuonConfig(), **settings))
         plugins = {"plugins": [MixedPrecision("16-mixed", "cpu")]} if "plugins" in options else {}
-        callback = SaveAt(
-            2 * options.get("accumulate_grad_batches", 1), tmp_path / ("two.ckpt" if path is None else "x.ckpt")
-        )
-        trainer(tmp_path, callback, max_steps=4, **{**options, **plugins}).fit(module, SyntheticData(), ckpt_path=path)
+        half = 2 * options.get("accumulate_grad_batches", 1)
+        callbacks = [] if path else [SaveAt(half, tmp_path / "two.ckpt")]
+        run = trainer(tmp_path, *callbacks, max_steps=4, **options | plugins)
+        run.fit(module, SyntheticData(), ckpt_path=path)
         return module
 
     whole, resumed = fit(), fit(tmp_path / "two.ckpt")
@@ -132,13 +131,21 @@ def test_muon_resumes_exactly_from_one_entry_per_expert(run: str, tmp_path: Path
     assert list(find_problems(tmp_path / "two.ckpt")) == []
     stored = TensorFiles(tmp_path / "two.ckpt", "optimizer").shapes
     weights = TensorFiles(tmp_path / "two.ckpt", "model").shapes
-    for kind in ("momentum_buffer", "exp_avg"):
-        assert all(
-            shape == weights[name] for key, shape in stored.items() if (name := key.removeprefix(f"{kind}/")) != key
-        )
+    moments = {key: shape for key, shape in stored.items() if key.startswith(("momentum_buffer/", "exp_avg/"))}
+    assert all(shape == weights[key.partition("/")[2]] for key, shape in moments.items())
     expert = "blocks.3.moe.experts.2.project_weight"
     assert f"momentum_buffer/{expert}" in stored and not {f"exp_avg/{expert}", f"step/{expert}"} & stored.keys()
     assert ("exp_avg/token_embedding.weight" in stored) == ("embeddings" not in settings.get("frozen", ()))
+
+
+CELL = Cell("ddp, Muon", strategy="ddp", moe=DROPLESS, optimizer={"muon": MuonConfig()})
+
+
+def resumed(alone: Path, folder: Path) -> list[Outcome]:
+    """Resume a checkpoint of one process; then train from the start, and resume that from its third step."""
+    runs = [on_ranks(CELL, 2, folder / "other", checkpoint=alone)]
+    runs.append(on_ranks(CELL, 2, folder / "whole", SaveAt(3, folder / "three.ckpt")))
+    return [*runs, on_ranks(CELL, 2, folder / "resumed", checkpoint=folder / "three.ckpt")]
 
 
 def test_muon_on_ranks_resumes_a_run_of_one_process_and_its_own_exactly(tmp_path: Path) -> None:
@@ -159,8 +166,7 @@ def test_muon_and_adamw_refuse_each_others_checkpoints(muon: MuonConfig | None, 
     run = trainer(tmp_path, SaveAt(1, tmp_path / "one.ckpt"), max_steps=1)
     run.fit(MoEGPTModule(CONFIG, AdamWConfig(muon=other)), SyntheticData())
     module, name = MoEGPTModule(CONFIG, AdamWConfig(muon=muon)), "null" if muon is None else r"\{\}"
-    with pytest.raises(
-        ValueError, match=rf"^model.optimizer.muon={name}: the checkpoint's run had .*; set it as it was, or"
-    ) as e:
+    message = rf"^model.optimizer.muon={name}: the checkpoint's run had .*; set it as it was, or"
+    with pytest.raises(ValueError, match=message) as e:
         trainer(tmp_path, max_steps=2).fit(module, SyntheticData(), ckpt_path=tmp_path / "one.ckpt")
     assert "\n" not in str(e.value)

@@ -20,12 +20,11 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return lines[0]
 
 
+WIDTHS = ["--model.config.hidden_size=32", "--model.config.seq_len=32", "--model.config.num_heads=2"]
 TINY = [
+    *WIDTHS,
     "--model.config.num_layers=2",
     "--model.config.moe.num_experts=[4]",
-    "--model.config.hidden_size=32",
-    "--model.config.seq_len=32",
-    "--model.config.num_heads=2",
     "--data.max_eval_windows=4",
     "--data.micro_batch_size=2",
     "--model.schedule.warmup_tokens=64",
@@ -41,15 +40,10 @@ def quickstart(run: Path, *extra: str) -> list[str]:
 
 
 TINY_ON_RANKS = [  # for train.py
-    *("--config", "configs/quickstart.yaml"),
+    *("--config", "configs/quickstart.yaml", *WIDTHS),
     "--model.config.num_layers=4",
     "--model.config.moe.num_experts=[2, 4]",
-    "--model.config.hidden_size=32",
-    "--model.config.seq_len=32",
-    "--model.config.num_heads=2",
 ]
-
-
 # DeepSpeed finds a GPU, as on a machine with one that the trainer leaves alone.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cuda"}
 SETTINGS_ON_RANKS = [

@@ -21,9 +21,14 @@ def peak_bytes(job: Callable[[], object]) -> int:
     _, objects = tracemalloc.get_traced_memory()
     if not distributed.is_initialized():
         tracemalloc.stop()
-    live = tensors = 0
-    for event in sorted(found.profiler.kineto_results.events(), key=lambda one: one.start_ns()):  # type: ignore[union-attr]
+    return peak_of_tensors(found) + objects - before
+
+
+def peak_of_tensors(profiler: profile) -> int:
+    """Most that tensors on the CPU took at once."""
+    live = most = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]" and event.device_type() == DeviceType.CPU:
             live += event.nbytes()
-            tensors = max(tensors, live)
-    return tensors + objects - before
+            most = max(most, live)
+    return most

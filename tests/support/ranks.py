@@ -20,7 +20,6 @@ from tests.support.synthetic import SyntheticData
 from tests.support.trainers import QUIET
 
 SAMPLES = 12  # per optimizer step and accumulated micro-batch, over all ranks: divisible by 1, 2, 3 and 4
-
 LOGGED = 5  # steps between what callbacks log
 
 
@@ -61,9 +60,8 @@ class Cell:
     def module(self) -> MoEGPTModule:
         """A small model; every cell of the same architecture starts from the same weights."""
         moe = MoEConfig(self.experts, **self.moe)
-        config = GPTConfig(
-            61, 16, self.layers, self.hidden, 2, init_std=0.05, ffn_network=self.network, moe=moe, **self.block
-        )
+        settings = {"init_std": 0.05, "ffn_network": self.network, "moe": moe} | self.block
+        config = GPTConfig(61, 16, self.layers, self.hidden, 2, **settings)
         optimizer = AdamWConfig(lr=3e-3, frozen=self.frozen, **self.optimizer)
         return MoEGPTModule(config, optimizer, activation_checkpointing=self.checkpointing, non_finite=self.non_finite)
 
@@ -88,6 +86,11 @@ class Outcome:
     validation: float = math.nan
     metrics: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def norms(self) -> list[float]:
+        """Of each step's gradients before clipping."""
+        return [sum(squares.values()) ** 0.5 for squares in self.squares]
+
 
 class Recorder(Callback):
     """Collects an `Outcome` on every rank."""
@@ -110,8 +113,7 @@ class Recorder(Callback):
         gradients = full_gradients(pl_module)
         if not self.outcome.squares:
             self.outcome.gradients = gradients
-        squares = {name: float(value.double().square().sum()) for name, value in gradients.items()}
-        self.outcome.squares.append(squares)
+        self.outcome.squares.append({name: float(value.double().square().sum()) for name, value in gradients.items()})
 
 
 def full_gradients(module: MoEGPTModule) -> dict[str, Tensor]:
@@ -157,8 +159,10 @@ def train(
 
 
 def make_trainer(cell: Cell, world: int, folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
-    """A quiet trainer on the CPU; validates after the last step."""
+    """A quiet trainer on the CPU, with the cell's strategy if there are several ranks; validates after the last step."""
     steps = cell.steps * settings.get("accumulate_grad_batches", 1)
+    if world > 1:
+        settings.setdefault("strategy", strategy_of(cell))
     return Trainer(
         default_root_dir=folder,
         max_steps=cell.steps,
@@ -190,9 +194,7 @@ def strategy_of(cell: Cell) -> Any:
 
 def on_ranks(cell: Cell, ranks: int, folder: Path, *callbacks: Callback, checkpoint: Path | None = None) -> Outcome:
     """Train on this rank as one of `ranks`."""
-    share = SAMPLES // ranks
-    strategy = strategy_of(cell)
-    return train(cell, ranks, folder, share, cell.accumulate, *callbacks, checkpoint=checkpoint, strategy=strategy)
+    return train(cell, ranks, folder, SAMPLES // ranks, cell.accumulate, *callbacks, checkpoint=checkpoint)
 
 
 def train_all(cells: list[Cell], ranks: int, folder: Path) -> list[Outcome]:

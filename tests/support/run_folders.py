@@ -26,6 +26,7 @@ from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.run.folder import RunCSVLogger, RunFolder
 from nlgmoe.run.trainer import RunTrainer
 from tests.support.synthetic import SyntheticData
+from tests.support.trainers import QUIET
 
 CONFIG = GPTConfig(61, 16, 2, 16, 2, hidden_dropout=0.1, moe=MoEConfig(2, mlp_type="residual", noise="jitter"))
 TOKENS = 4 * 16 * 2  # of a step
@@ -41,25 +42,13 @@ def make_trainer(folder: Path, *callbacks: Callback, save: dict[str, Any] | None
     """Validates every 4 steps, saves every 3 and before validations, and logs every step."""
     parser: Any = SimpleNamespace(dump=lambda config, **_: json.dumps(config.as_dict()))
     keeper = [SaveCheckpoints(**({"every_n_steps": 3} | save))] if save is not None else []
-    defaults = {
-        "max_steps": 10,
-        "accumulate_grad_batches": 2,
-        "val_check_interval": 4,
-        "logger": RunCSVLogger(folder),
-        "enable_checkpointing": bool(keeper),
-        "enable_progress_bar": False,
-    }
+    defaults = QUIET | {"max_steps": 10, "accumulate_grad_batches": 2, "val_check_interval": 4, "accelerator": "cpu"}
+    defaults |= {"logger": RunCSVLogger(folder), "enable_checkpointing": bool(keeper), "log_every_n_steps": 1}
     return RunTrainer(
         default_root_dir=folder,
         callbacks=[*keeper, ExpertLoad(), RunSummary(), RunFolder(parser, Namespace()), *callbacks],  # type: ignore[arg-type]
-        max_epochs=-1,
         check_val_every_n_epoch=None,
         gradient_clip_val=1.0,
-        accelerator="cpu",
-        log_every_n_steps=1,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
         **(defaults | settings),
     )
 
@@ -113,11 +102,8 @@ def in_process(job: Callable[[], Any], kill_at: int | None = None, folder: Path 
 def outcome(folder: Path, step: int = 10) -> dict[str, Any]:
     """What a run left: weights, moments, tables, summary, links and the list of files; without times."""
     path = checkpoint_path(folder, step)
-    tensors = {
-        f"{kind}/{name}": value
-        for kind in ("model", "optimizer")
-        for name, value in TensorFiles(path, kind).read_all().items()
-    }
+    stored = {kind: TensorFiles(path, kind).read_all() for kind in ("model", "optimizer")}
+    tensors = {f"{kind}/{name}": value for kind, values in stored.items() for name, value in values.items()}
     summary = json.loads((folder / "summary.json").read_text())
     for name in ("tokens_per_second", "peak_memory_bytes", "wall_seconds", "step_seconds", "validation_seconds"):
         summary.pop(name)

@@ -43,15 +43,8 @@ def blocks(lines: list[str]) -> Iterator[tuple[bool, list[str]]]:
         if blank_before and text:
             is_code = line.startswith("    ") and not _ITEM.match(line)
         starts = bool(_ITEM.match(line))
-        other = (
-            not text
-            or fenced
-            or generated
-            or is_code
-            or text[0] in "|#<`~"
-            or text.startswith("![")
-            or line[:3] == "---"
-        )
+        marked = not text or text[0] in "|#<`~" or text.startswith("![") or line[:3] == "---"
+        other = marked or fenced or generated or is_code
         if (other or starts) and prose:
             yield True, prose
             prose = []

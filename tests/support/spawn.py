@@ -43,17 +43,10 @@ def spawn(ranks: int, job: Callable[..., Any], *args: Any, folder: Path) -> list
 
 
 def _rank(rank: int, ranks: int, port: int, job: Callable[..., Any], args: tuple[Any, ...], folder: Path) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "tests",  # Lightning then takes the processes as they are
-        "OMP_NUM_THREADS": "1",
-    }
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
+    os.environ |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ["TORCHELASTIC_RUN_ID"] = "tests"  # Lightning then takes the processes as they are
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     try:

@@ -1,5 +1,7 @@
 """A data module without text: batches are a pure function of (seed, samples consumed), like the real one's."""
 
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,17 +15,20 @@ from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.seeding import derive_seed
 
 
+@dataclass(eq=False)
 class Samples(Dataset):
-    def __init__(
-        self, vocab_size: int, seq_len: int, first: int, count: int, padded: bool = False, documents: bool = False
-    ) -> None:
-        self.vocab_size, self.seq_len, self.first, self.count = vocab_size, seq_len, first, count
-        self.padded, self.documents = padded, documents
+    vocab_size: int
+    seq_len: int
+    first: int
+    count: int
+    padded: bool = False
+    documents: bool = False
+    numbered: bool = False
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if index >= self.count:
             raise IndexError(index)
         generator = torch.Generator().manual_seed(derive_seed("synthetic", self.first + index))
@@ -39,7 +44,7 @@ class Samples(Dataset):
         if self.documents:
             opens = torch.arange(self.seq_len) % (3 + (self.first + index) % 5) == 2
             sample |= {"document": opens.cumsum(0), "loss_mask": sample["token_mask"] & ~opens}
-        return sample
+        return sample | {"samples": self.first + index} if self.numbered else sample
 
 
 class SyntheticData(TrainingData):
@@ -84,8 +89,8 @@ class SyntheticData(TrainingData):
 
     def train_dataloader(self) -> DataLoader:
         samples = Samples(self.vocab_size, self.seq_len, self.samples_consumed, 10**9, self.padded, self.documents)
-        rank, world = self._rank_and_world()
-        batches = _Endless(self.micro_batch_size, rank, world)
+        (rank, world), size = self._rank_and_world(), self.micro_batch_size
+        batches = (list(range(first, first + size)) for first in count(rank * size, world * size))
         return DataLoader(samples, batch_sampler=batches, collate_fn=collate, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader:
@@ -98,17 +103,6 @@ class SyntheticData(TrainingData):
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-
-class _Endless:
-    def __init__(self, batch_size: int, rank: int, world: int) -> None:
-        self.batch_size, self.rank, self.world = batch_size, rank, world
-
-    def __iter__(self):
-        start = self.rank * self.batch_size
-        while True:
-            yield list(range(start, start + self.batch_size))
-            start += self.batch_size * self.world
 
 
 class ToLongest(SyntheticData):
@@ -139,15 +133,9 @@ class NumberedData(SyntheticData):
         return super().fingerprint() | {"tokenizer": "numbers", "seed": self.seed}
 
     def train_dataloader(self) -> DataLoader:
-        first = self.samples_consumed
-        samples = _Numbered(self.vocab_size, self.seq_len, first, 10**9, self.padded, self.documents)
-        batches = _Endless(self.micro_batch_size, *self._rank_and_world())
-        return DataLoader(samples, batch_sampler=batches, collate_fn=_with_numbers, generator=torch.Generator())
-
-
-class _Numbered(Samples):
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return super().__getitem__(index) | {"samples": self.first + index}
+        loader = super().train_dataloader()
+        loader.dataset.numbered, loader.collate_fn = True, _with_numbers
+        return loader
 
 
 def _with_numbers(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -70,10 +70,8 @@ def write_tasks(folder: Path) -> Path:
     for name, (yaml, documents) in TASKS.items():
         file = folder / f"{name}_documents.jsonl"
         file.write_text("".join(json.dumps(document) + "\n" for document in documents))
-        where = (
-            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: '{file}'}}}}\ntest_split: test\n"
-        )
-        (folder / f"{name}.yaml").write_text(where + yaml.lstrip())
+        where = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: '{file}'}}}}\ntest_split: test\n"
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{where}{yaml.lstrip()}")
     return folder
 
 

@@ -8,8 +8,8 @@ end); a disturbance of another kind is a job, a function that returns what each 
 import os
 import shutil
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,19 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, LambdaCallback
-from torch import distributed
+from lightning.pytorch.callbacks import LambdaCallback
+from torch import Tensor, distributed
 
 import nlgmoe
 from nlgmoe.callbacks import SaveCheckpoints
 from nlgmoe.checkpoint.reading import read_document
+from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.parallel.sharded_checkpoint import LOSS_SCALE_KEYS
 from tests.support.cells import DROPLESS, FROZEN, LEARNS, LEARNS_DDP, PLAIN
 from tests.support.jobs import Found, Jobs, allow_fp16, error_of, saves_at_start
-from tests.support.ranks import SAMPLES, Cell, Outcome, make_trainer, on_ranks, strategy_of, train
+from tests.support.non_finite import Spoils, Undo
+from tests.support.ranks import SAMPLES, Cell, make_trainer, on_ranks, train
 from tests.support.synthetic import SyntheticData
 
 OVERFLOW = Cell("overflow", 2, 1, precision="16-mixed", moe=DROPLESS, steps=4, options={"hysteresis": 1})
@@ -39,41 +41,21 @@ SPOILT = [
 INTERRUPTED = [(LEARNS, 3), (LEARNS_DDP, 3), (FROZEN[0], 3)]
 
 
-class Spoils(Callback):
-    """Makes expert 2 of block 1 NaN or infinite on the last rank, in one step: its gradient, or its output.
+class SpoilsExpert(Spoils):
+    """Makes expert 2 of block 1 NaN or infinite on the last rank, in the third step: its gradient, or its output.
 
     Attributes:
         clocks: tokens seen, and the sum of all weights' magnitudes here, before each step and at the end.
-        norms: of each step's gradient, as logged.
-        skipped: steps, as logged at the end.
     """
 
-    def __init__(self, step: int, value: float = torch.nan, output: bool = False) -> None:
-        self.step, self.value, self.output = step, value, output
+    def __init__(self, value: float = torch.nan, output: bool = False) -> None:
+        super().__init__({2}, partial(spoil_expert, value=value, output=output))
         self.clocks: list[tuple[int, float]] = []
-        self.norms: list[float] = []
-        self.skipped = 0.0
-        self.restore: Callable[[], None] = lambda: None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx % trainer.accumulate_grad_batches:
-            return
-        self._look(pl_module)
-        if trainer.global_step != self.step or trainer.global_rank != trainer.world_size - 1:
-            return
-        experts = pl_module.gpt.blocks[1].moe.experts
-        if self.output:
-            self.restore = experts.register_forward_hook(lambda module, inputs, output: output * self.value).remove
-        else:
-            spoil = torch.zeros_like(experts.project_weight)
-            spoil[2 - experts.first] = self.value
-            self.restore = experts.project_weight.register_hook(lambda gradient: gradient + spoil).remove
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.restore()
-            self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
-            self.skipped = float(trainer.callback_metrics["train/skipped_steps"])
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._look(pl_module)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._look(pl_module)
@@ -82,22 +64,30 @@ class Spoils(Callback):
         weight = sum(float(parameter.detach().double().abs().sum()) for parameter in module.parameters())
         self.clocks.append((module.tokens_seen, weight))
 
-
-@dataclass
-class Overflown:
-    """What `overflow` returns: the loss scale and `Spoils.clocks` of each step, the scale's states at a save and in its resume,
-    and the error of a run whose scale cannot fall any further."""
-
-    scales: list[float]
-    clocks: list[tuple[int, float]]
-    states: list[dict[str, Any]]
-    error: str
+    def logs(self, name: str) -> list[float]:
+        return [logged[name] for logged in self.logged]
 
 
-def overflow(cell: Cell, ranks: int, folder: Path) -> Overflown:
-    """Steps of fp16 whose third overflows on the last rank."""
+def spoil_expert(gpt: GPT, tokens: Tensor, value: float, output: bool) -> Undo:
+    if distributed.is_initialized() and distributed.get_rank() < distributed.get_world_size() - 1:
+        return lambda: None
+    experts = gpt.blocks[1].moe.experts
+    if output:
+        return experts.register_forward_hook(lambda module, inputs, output: output * value).remove
+    spoil = torch.zeros_like(experts.project_weight)
+    spoil[2 - experts.first] = value
+    return experts.project_weight.register_hook(lambda gradient: gradient + spoil).remove
+
+
+def overflow(cell: Cell, ranks: int, folder: Path) -> tuple[Any, ...]:
+    """Steps of fp16 whose third overflows on the last rank.
+
+    Returns:
+        The loss scale and `SpoilsExpert.clocks` of each step, the scale's states at a save and in its resume, and the error of
+        a run whose scale cannot fall any further.
+    """
     allow_fp16()
-    spoils, scales, end = Spoils(2, torch.inf), list[float](), folder / f"{cell.name} at the end.ckpt"
+    spoils, scales, end = SpoilsExpert(torch.inf), list[float](), folder / f"{cell.name} at the end.ckpt"
 
     def note(trainer: Trainer, *_: Any) -> None:
         scales.append(float(trainer.strategy.deepspeed_engine.optimizer.loss_scaler.cur_scale))
@@ -107,27 +97,16 @@ def overflow(cell: Cell, ranks: int, folder: Path) -> Overflown:
     on_ranks(replace(cell, steps=cell.steps + 1), ranks, folder, saves_at_start(again), checkpoint=end)
     states.append(read_document(again)["loss_scale"])
     lowest = replace(cell, options=cell.options | {"min_loss_scale": 2**11})
-    error = error_of(lambda: on_ranks(lowest, ranks, folder, Spoils(2, torch.inf)))
-    return Overflown(scales, spoils.clocks, states, error)
+    error = error_of(lambda: on_ranks(lowest, ranks, folder, SpoilsExpert(torch.inf)))
+    return scales, spoils.clocks, states, error
 
 
-@dataclass
-class Spoilt:
-    """What `spoilt` returns: the outcome of a run that skipped a step, what `Spoils` saw, and what a run said that stopped."""
-
-    outcome: Outcome
-    clocks: list[tuple[int, float]]
-    norms: list[float]
-    skipped: float
-    error: str
-
-
-def spoilt(cell: Cell, ranks: int, folder: Path) -> Spoilt:
-    """A run that skips its third step, and one that stops there."""
-    skips = Spoils(2)
+def spoilt(cell: Cell, ranks: int, folder: Path) -> tuple[Any, ...]:
+    """A run that skips its third step, and one that stops there: losses, what `SpoilsExpert` saw, and the error."""
+    skips = SpoilsExpert()
     outcome = on_ranks(cell, ranks, folder, skips)
-    error = error_of(lambda: on_ranks(replace(cell, non_finite=NonFinite()), ranks, folder, Spoils(2, output=True)))
-    return Spoilt(outcome, skips.clocks, skips.norms, skips.skipped, error)
+    error = error_of(lambda: on_ranks(replace(cell, non_finite=NonFinite()), ranks, folder, SpoilsExpert(output=True)))
+    return outcome.losses, skips.clocks, skips.logs("train/grad_norm"), skips.logs("train/skipped_steps")[-1], error
 
 
 def interrupted(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, list[float]]:
@@ -151,7 +130,7 @@ def refused(cell: Cell, ranks: int, folder: Path) -> list[str]:
     """Errors for a folder that lacks a rank's file, and for a module built before."""
 
     def trainer() -> Trainer:
-        return make_trainer(replace(cell, steps=2), ranks, folder, strategy=strategy_of(cell))
+        return make_trainer(replace(cell, steps=2), ranks, folder)
 
     path = folder / f"{cell.name} broken.ckpt"
     if distributed.get_rank() == 0:
@@ -172,32 +151,34 @@ JOBS[2] += [(overflow, OVERFLOW), (refused, PLAIN)]
 
 
 def test_overflow_changes_scale_and_clock_alone_and_ends_a_run_at_the_lowest_scale(found: Found) -> None:
-    for rank in found[overflow, OVERFLOW.name]:
-        assert rank.scales == [2.0**11, 2.0**11, 2.0**11, 2.0**10]
-        tokens, weights = zip(*rank.clocks, strict=True)
+    for scales, clocks, states, error in found[overflow, OVERFLOW.name]:
+        assert scales == [2.0**11, 2.0**11, 2.0**11, 2.0**10]
+        tokens, weights = zip(*clocks, strict=True)
         assert tokens == tuple(SAMPLES * 16 * step for step in range(5))
         assert [before == after for before, after in pairwise(weights)] == [False, False, True, False]
-        assert rank.states[0] == rank.states[1] and rank.states[0]["last_overflow_iter"] == 2
-        assert set(rank.states[0]) == set(LOSS_SCALE_KEYS)
+        assert states[0] == states[1] and states[0]["last_overflow_iter"] == 2
+        assert set(states[0]) == set(LOSS_SCALE_KEYS)
         where = "first not finite: the gradient of blocks.1.moe.experts.project_weight on rank 1"
-        assert rank.error.startswith(f"step 2: the gradient norm is inf; {where}")
+        assert error.startswith(f"step 2: the gradient norm is inf; {where}")
 
 
 @pytest.mark.parametrize("cell", SPOILT, ids=lambda cell: cell.name)
 def test_bad_expert_of_one_rank_makes_all_ranks_stop_or_skip(cell: Cell, found: Found, tmp_path: Path) -> None:
-    alone = Spoils(2)
+    alone = SpoilsExpert()
     expected = train(cell, 1, tmp_path, SAMPLES, cell.accumulate, alone)
-    for rank in found[spoilt, cell.name]:
-        assert rank.outcome.losses == pytest.approx(expected.losses, rel=1e-5)
-        norms = alone.norms[:2] + alone.norms[3:]
-        assert rank.norms[:2] + rank.norms[3:] == pytest.approx(norms, rel=1e-4)
-        tokens, weights = zip(*rank.clocks, strict=True)
+    for losses, clocks, norms, skipped, error in found[spoilt, cell.name]:
+        assert losses == pytest.approx(expected.losses, rel=1e-5)
+        others = [
+            (norms[step], alone.logs("train/grad_norm")[step]) for step in (0, 1, 3, 4, 5)
+        ]  # all but the spoilt one
+        assert all(norm == pytest.approx(wanted, rel=1e-4) for norm, wanted in others)
+        tokens, weights = zip(*clocks, strict=True)
         assert tokens == tuple(SAMPLES * 16 * cell.accumulate * step for step in range(7))
         assert [before == after for before, after in pairwise(weights)] == [step == 2 for step in range(6)]
-        assert rank.skipped == alone.skipped == 1
+        assert skipped == alone.logs("train/skipped_steps")[-1] == 1
         ranks = "rank 1" if cell.strategy == "ddp" else "all ranks"  # whose tokens the expert gets
         where = f"the loss of micro-batch 1 of {cell.accumulate} on {ranks}"
-        assert rank.error.startswith(f"step 2: the loss is nan; first not finite: {where};")
+        assert error.startswith(f"step 2: the loss is nan; first not finite: {where};")
 
 
 @pytest.mark.parametrize(("cell", "step"), INTERRUPTED, ids=[cell.name for cell, _ in INTERRUPTED])

@@ -22,7 +22,7 @@ from nlgmoe.surgery.warm_start import WarmStart
 from tests.support.cells import ALONE, DROPLESS, RESIDUAL_PYRAMID
 from tests.support.jobs import Found, Jobs, assert_equal, cases, saves_at_start, with_state
 from tests.support.memory import peak_bytes
-from tests.support.ranks import SAMPLES, Cell, Outcome, assert_close, make_trainer, on_ranks, strategy_of, train
+from tests.support.ranks import SAMPLES, Cell, Outcome, assert_close, make_trainer, on_ranks, train
 from tests.support.synthetic import SyntheticData
 
 # One checkpoint, saved by one process after three steps, goes on in each of these.
@@ -55,18 +55,16 @@ def warm_start(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> dict[s
     `CELL warm.ckpt` is the new run before its first step, `CELL weights.ckpt` its weights after one.
     """
 
-    def trainer(*callbacks: Callback) -> Trainer:
-        return make_trainer(cell, ranks, folder, *callbacks, strategy=strategy_of(cell))
-
     def evaluated(module: MoEGPTModule, path: Path | None = None) -> float:
-        return trainer().validate(module, SyntheticData(), ckpt_path=path, verbose=False)[0]["val/loss"]
+        trainer = make_trainer(cell, ranks, folder)
+        return trainer.validate(module, SyntheticData(), ckpt_path=path, verbose=False)[0]["val/loss"]
 
     def warm() -> MoEGPTModule:
         module = cell.module()
         module.warm_start = WarmStart(str(checkpoint))
         return module
 
-    fit = trainer(saves_at_start(folder / f"{cell.name} warm.ckpt"))
+    fit = make_trainer(cell, ranks, folder, saves_at_start(folder / f"{cell.name} warm.ckpt"))
     fit.fit(warm(), SyntheticData(micro_batch_size=SAMPLES // ranks))
     path = folder / f"{cell.name} weights.ckpt"
     fit.save_checkpoint(path, weights_only=True)
@@ -128,11 +126,8 @@ def test_checkpoint_resumes_in_any_topology_which_saves_what_one_process_saves(
             assert len(sizes) == ranks and max(sizes) < 1.5 * min(sizes)
 
     ours, theirs = checkpoint.parent / str(ranks) / cell.name / "step=5.ckpt", checkpoint.with_name("step=5.ckpt")
-    for kind, moment, tolerance in (
-        ("model", "", 1e-6),
-        ("optimizer", "exp_avg/", 2e-6),
-        ("optimizer", "exp_avg_sq/", 2e-6),
-    ):
+    moments = [("optimizer", moment, 2e-6) for moment in ("exp_avg/", "exp_avg_sq/")]
+    for kind, moment, tolerance in (("model", "", 1e-6), *moments):
         files = [TensorFiles(path, kind) for path in (ours, theirs)]
         assert files[0].shapes == files[1].shapes
         names = [name for name in files[1].shapes if name.startswith(moment)]
@@ -178,19 +173,16 @@ def test_a_checkpoint_is_as_large_as_its_tensors(found: Found, checkpoint: Path)
         shares = [file.stat().st_size for file in path.glob(f"{kind}*")]
         assert max(shares) < 1.05 * sum(shares) / 2  # what a rank holds of it at once
     for _, (whole, weights) in found[save_large, LARGE.name]:
-        assert (
-            whole < 1.3 * expected / 2
-        )  # beside its share, the entry that is being gathered; a third of it twice would be 1.33
+        # Beside its share, the entry that is being gathered; a third of it twice would be 1.33.
+        assert whole < 1.3 * expected / 2
         assert weights < 0.6 * expected / 2  # a third, and the same; held twice it would be two thirds
 
 
 def test_warm_start_on_ranks_has_the_weights_of_one_process(found: Found, checkpoint: Path) -> None:
-    new, original = (
-        TensorFiles(path, "model") for path in (checkpoint.parent / "2" / f"{WARM.name} warm.ckpt", checkpoint)
-    )
+    warm, weights = (checkpoint.parent / "2" / f"{WARM.name} {name}.ckpt" for name in ("warm", "weights"))
+    new, original = (TensorFiles(path, "model") for path in (warm, checkpoint))
     assert new.shapes == original.shapes
     assert all(torch.equal(new.read(name), original.read(name)) for name in original.shapes)
-    weights = checkpoint.parent / "2" / f"{WARM.name} weights.ckpt"
     assert len(list(weights.glob("model-*"))) == 2 and not list(weights.glob("optimizer*"))
     trainer = make_trainer(ALONE, 1, checkpoint.parent)
     expected = trainer.validate(ALONE.module(), SyntheticData(), ckpt_path=checkpoint, verbose=False)[0]["val/loss"]

@@ -23,12 +23,13 @@ from nlgmoe.optim.token_schedule import SequenceCurriculum
 from tests.support.cells import DROPLESS
 from tests.support.distillation import record
 from tests.support.jobs import Found, Jobs
-from tests.support.ranks import SAMPLES, Cell, Recorder, make_trainer, strategy_of
+from tests.support.ranks import SAMPLES, Cell, Recorder, make_trainer
 from tests.support.synthetic import NumberedData, SyntheticData
 from tests.support.trainers import SaveAt
 
 TAUGHT = Cell("taught", 2, 2, moe=DROPLESS, steps=6)  # 4 blocks; the teacher is ALONE, of 6 with 2, 4 and 6 experts
 TAUGHT_DDP = replace(TAUGHT, name="taught, ddp", strategy="ddp")
+ALONE_TAUGHT = replace(TAUGHT, name="taught alone")
 
 
 class Hears(Callback):
@@ -65,9 +66,7 @@ def learn(
     recorder, hears, module = Recorder(), Hears(), cell.module()
     module.distiller = MixtureOfStudents(str(teacher), temperature=2.0)
     module.curriculum = SequenceCurriculum(400, 4, 4)
-    strategy = {} if ranks == 1 else {"strategy": strategy_of(cell)}
-    staged = StagedDistillation(step=cell.steps - 2)
-    fit = make_trainer(cell, ranks, folder, staged, hears, recorder, *callbacks, **strategy)
+    fit = make_trainer(cell, ranks, folder, StagedDistillation(step=cell.steps - 2), hears, recorder, *callbacks)
     fit.fit(module, SyntheticData(micro_batch_size=SAMPLES // ranks), ckpt_path=resume)
     return Taught(recorder.outcome.losses, hears.said, hears.experts, module.distiller.model is None)
 
@@ -79,7 +78,7 @@ def taught(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Taught:
 
 def taught_on(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[float]:
     """Losses after what `taught` saved on one process, beside `checkpoint`."""
-    return learn(cell, ranks, folder, checkpoint, resume=checkpoint.parent / f"{cell.name}.ckpt").losses
+    return learn(cell, ranks, folder, checkpoint, resume=checkpoint.parent / f"{ALONE_TAUGHT.name}.ckpt").losses
 
 
 def taught_offline(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[float]:
@@ -87,15 +86,8 @@ def taught_offline(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> li
     recorder, module = Recorder(), cell.module()
     logits = str(checkpoint.with_suffix(".logits"))
     module.distiller = OfflineTeacher(logits, temperature=2.0, teacher=str(checkpoint))
-    strategy = {} if ranks == 1 else {"strategy": strategy_of(cell)}
-    fit = make_trainer(cell, ranks, folder, recorder, **strategy)
-    fit.fit(module, NumberedData(micro_batch_size=SAMPLES // ranks))
+    make_trainer(cell, ranks, folder, recorder).fit(module, NumberedData(micro_batch_size=SAMPLES // ranks))
     return recorder.outcome.losses
-
-
-def taught_alone(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Taught:
-    """`taught` on one process, whose save `taught_on` resumes."""
-    return taught(cell, ranks, folder, checkpoint)
 
 
 def recorded(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> None:
@@ -104,7 +96,7 @@ def recorded(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> None:
 
 
 JOBS: Jobs = {
-    1: [(taught_alone, TAUGHT), (recorded, TAUGHT)],
+    1: [(taught, ALONE_TAUGHT), (recorded, TAUGHT)],
     2: [(taught, TAUGHT), (taught, TAUGHT_DDP), (taught_on, TAUGHT), (taught_offline, TAUGHT)],
 }
 
@@ -113,7 +105,7 @@ JOBS: Jobs = {
 def test_teacher_on_ranks_has_the_logits_of_its_checkpoint_and_one_process_losses(
     cell: Cell, experts: list[int], found: Found, checkpoint: Path
 ) -> None:
-    (expected,) = found[taught_alone, TAUGHT.name]
+    (expected,) = found[taught, ALONE_TAUGHT.name]
     teacher = load_model(checkpoint)
     for rank in found[taught, cell.name]:
         assert rank.gone and rank.experts == experts and len(rank.said) == 4  # of 6 steps
@@ -127,7 +119,7 @@ def test_distillation_ends_as_planned_after_a_resume_on_other_ranks(
     found: Found, checkpoint: Path, tmp_path: Path
 ) -> None:
     """Saved by one process and resumed on two, and the other way round."""
-    (expected,) = found[taught_alone, TAUGHT.name]
+    (expected,) = found[taught, ALONE_TAUGHT.name]
     for losses in found[taught_on, TAUGHT.name]:
         assert losses == pytest.approx(expected.losses[3:], rel=1e-5)
     saved = checkpoint.parent / "2" / f"{TAUGHT.name}.ckpt"

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from torch import distributed
 
 import nlgmoe
-from nlgmoe.batch import Batch
 from nlgmoe.callbacks import ExpertSpecialisation
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.checkpoint.entries import split_experts
@@ -35,7 +34,7 @@ from nlgmoe.optim.optimizer import AdamWConfig, is_frozen
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from tests.support.cells import CELLS, DROPLESS, FROZEN
 from tests.support.jobs import Found, Jobs, cases
-from tests.support.ranks import SAMPLES, Cell, Recorder, alone, assert_close, make_trainer, on_ranks, strategy_of, train
+from tests.support.ranks import SAMPLES, Cell, Recorder, alone, assert_close, make_trainer, on_ranks, train
 from tests.support.synthetic import ToLongest
 
 UNEVEN = CELLS[3][0]  # 20 windows over 3 ranks, in batches of 3
@@ -52,8 +51,7 @@ def evaluate_text(cell: Cell, ranks: int, folder: Path) -> dict[str, float]:
     data.global_batch_size = 3  # which no step on several ranks could have: evaluation has no steps
 
     def trainer(*callbacks: Callback) -> Trainer:
-        settings = {} if ranks == 1 else {"strategy": strategy_of(cell)}
-        return make_trainer(cell, ranks, folder / "evaluated", *callbacks, **settings)
+        return make_trainer(cell, ranks, folder / "evaluated", *callbacks)
 
     (validated,) = trainer().validate(MoEGPTModule(config), data, verbose=False)
     (tested,) = trainer().test(MoEGPTModule(config), data, verbose=False)
@@ -67,8 +65,7 @@ def evaluate_text(cell: Cell, ranks: int, folder: Path) -> dict[str, float]:
 def specialised(cell: Cell, ranks: int, folder: Path) -> Specialisation:
     """What the experts are used for after training."""
     place = folder / "specialised"
-    settings = {} if ranks == 1 else {"strategy": strategy_of(cell)}
-    train(cell, ranks, place, SAMPLES // ranks, cell.accumulate, ExpertSpecialisation(), **settings)
+    train(cell, ranks, place, SAMPLES // ranks, cell.accumulate, ExpertSpecialisation())
     return Specialisation.load(place)
 
 
@@ -86,8 +83,7 @@ def growing(cell: Cell, ranks: int, folder: Path) -> tuple[list[float], list[int
     data = PileDataModule(str(TEXT), "pocket-4k", **batches, max_eval_windows=3)
     consumed = [0]
     count = LambdaCallback(on_train_batch_end=lambda *_: consumed.append(data.samples_consumed))
-    strategy = {} if ranks == 1 else {"strategy": strategy_of(cell)}
-    trainer = make_trainer(cell, ranks, folder, recorder := Recorder(), count, accumulate_grad_batches=2, **strategy)
+    trainer = make_trainer(cell, ranks, folder, recorder := Recorder(), count, accumulate_grad_batches=2)
     trainer.fit(module, data)
     sequences = [after - before for before, after in pairwise(consumed) if after > before]
     rate = trainer.optimizers[0].param_groups[0]["lr"]
@@ -99,11 +95,8 @@ def uneven(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, int, float]:
     module, fed = cell.module(), torch.zeros((), dtype=torch.int64)
     module.train_tokens, module.schedule = 400, LearningRateSchedule("cosine", 0.0, 0, 1000)
 
-    def add(trainer: Trainer, module: MoEGPTModule, batch: Batch, _: int) -> None:
-        fed.add_(batch["tokens"].numel())
-
-    count = LambdaCallback(on_train_batch_start=add)
-    trainer = make_trainer(cell, ranks, folder, count, strategy=strategy_of(cell), accumulate_grad_batches=2)
+    count = LambdaCallback(on_train_batch_start=lambda trainer, module, batch, _: fed.add_(batch["tokens"].numel()))
+    trainer = make_trainer(cell, ranks, folder, count, accumulate_grad_batches=2)
     trainer.fit(module, ToLongest(micro_batch_size=2, padded=True))
     distributed.all_reduce(fed)
     return trainer.global_step, module.tokens_seen, int(fed), trainer.optimizers[0].param_groups[0]["lr"]
@@ -119,7 +112,7 @@ def test_ranks_compute_what_one_process_computes(
     ranks: int, cell: Cell, found: Found, checkpoint: Path, tmp_path: Path
 ) -> None:
     expected, outcomes = alone(cell, ranks, tmp_path), found[on_ranks, cell.name]
-    norms = [sum(squares.values()) ** 0.5 for squares in expected.squares]
+    norms = expected.norms
     assert min(norms) > cell.clip
     for outcome in outcomes:
         assert outcome.losses == pytest.approx(expected.losses, rel=1e-5)
@@ -138,7 +131,7 @@ def test_ranks_compute_what_one_process_computes(
     ends = [folder / f"{cell.name} at the end.ckpt" for folder in (tmp_path, checkpoint.parent / str(ranks))]
     first, other = (
         {name: files.read(name) for name in files.shapes if not name.startswith("step")}
-        for files in map(optimizer_of, ends)
+        for files in (TensorFiles(end, "optimizer") for end in ends)
     )
     buffers = [
         {name: files.read(name) for name in files.shapes if ".router." in name and not name.endswith("weight")}
@@ -149,11 +142,6 @@ def test_ranks_compute_what_one_process_computes(
     assert all(torch.equal(value, buffers[1][name]) for name, value in buffers[0].items())
     # Later steps amplify rounding where a gradient is nothing but rounding; moments as a whole stay close.
     assert_close(other, first, 1e-3)
-
-
-def optimizer_of(path: Path) -> TensorFiles:
-    """AdamW's state in a checkpoint."""
-    return TensorFiles(path, "optimizer")
 
 
 @pytest.mark.parametrize("cell", FROZEN, ids=lambda cell: cell.name)
@@ -169,9 +157,8 @@ def test_frozen_weights_of_every_rank_stay_as_they_were(cell: Cell, found: Found
 def test_evaluation_with_uneven_last_batches_equals_one_process(found: Found, tmp_path: Path) -> None:
     expected = evaluate_text(UNEVEN, 1, tmp_path)
     by_rank = found[evaluate_text, UNEVEN.name]
-    assert sorted(name for rank in by_rank for name in rank if name.startswith("window ")) == sorted(
-        f"window {window}" for window in range(20)
-    )
+    windows = sorted(name for rank in by_rank for name in rank if name.startswith("window "))
+    assert windows == sorted(f"window {window}" for window in range(20))
     for rank in by_rank:
         assert rank == pytest.approx({name: expected[name] for name in rank}, rel=1e-5)
         assert {name for name in expected if not name.startswith("window ")} <= rank.keys()

@@ -114,16 +114,8 @@ JOBS: Jobs = {2: [(traffic, cell) for cell in TRAFFIC] + [(engine_facts, PLAIN)]
 
 @pytest.mark.parametrize("cell", TRAFFIC, ids=lambda cell: cell.name)
 def test_step_sends_the_bytes_of_the_cost_model_and_the_host_waits_once(cell: Cell, found: Found) -> None:
-    topology = Topology(
-        gpus=2,
-        expert_parallel_size=2,
-        zero_stage=cell.stage,
-        micro_batch_size=SAMPLES // 2,
-        global_batch_size=SAMPLES,
-        activation_checkpointing=cell.checkpointing,
-        precision=cell.precision,  # type: ignore[arg-type]
-        deepspeed=True,
-    )
+    settings = {"activation_checkpointing": cell.checkpointing, "precision": cell.precision, "deepspeed": True}
+    topology = Topology(2, 2, cell.stage, SAMPLES // 2, SAMPLES, **settings)  # type: ignore[arg-type]
     predicted = estimate(cell.module().config, topology, named_machine("a100-80")).communication
     counted = found[traffic, cell.name]
     rows, assignments, elsewhere = (
