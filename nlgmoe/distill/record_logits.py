@@ -34,17 +34,11 @@ SAMPLES_AT_RISK = 1000  # recorded before they are flushed to disk; rounded up t
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a recording.
+    """The progress of a recording."""
 
-    Attributes:
-        samples: samples recorded.
-        positions: positions of these samples, without padding.
-        tail_mass: sum over positions of the probability outside the K likeliest tokens.
-    """
-
-    samples: int = 0
-    positions: int = 0
-    tail_mass: float = 0.0
+    samples: int = 0  # samples recorded
+    positions: int = 0  # positions of these samples, without padding
+    tail_mass: float = 0.0  # sum over positions of the probability outside the K likeliest tokens
 
 
 def record_logits(

@@ -88,34 +88,21 @@ EndReason = Literal["stop", "max_new_tokens", "seq_len"]
 
 @dataclass(frozen=True)
 class NewToken:
-    """A generated token.
+    """A generated token."""
 
-    Attributes:
-        sequence: index of the prompt.
-        token: id.
-        log_prob: nats, under the model's full distribution, before `temperature`, `top_k` and `top_p`.
-        end: reason for which the sequence ends with this token; None: it continues.
-    """
-
-    sequence: int
-    token: int
-    log_prob: float
-    end: EndReason | None
+    sequence: int  # index of the prompt
+    token: int  # id
+    log_prob: float  # nats, under the model's full distribution, before `temperature`, `top_k` and `top_p`
+    end: EndReason | None  # reason for which the sequence ends with this token; None: it continues
 
 
 @dataclass
 class Completion:
-    """The tokens generated for one prompt.
+    """The tokens generated for one prompt."""
 
-    Attributes:
-        tokens: ids, with the stop token if the sequence ended with one.
-        log_prob: sum over tokens, nats.
-        end: reason for which the sequence ended.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    log_prob: float = 0.0
-    end: EndReason = "max_new_tokens"
+    tokens: list[int] = field(default_factory=list)  # ids, with the stop token if the sequence ended with one
+    log_prob: float = 0.0  # sum over tokens, nats
+    end: EndReason = "max_new_tokens"  # reason for which the sequence ended
 
 
 def generate(

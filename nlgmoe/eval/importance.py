@@ -33,19 +33,12 @@ CHUNK = 1024  # tokens whose logits exist at a time
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """The loss of a text, and the use of each expert.
+    """The loss of a text, and the use of each expert."""
 
-    Attributes:
-        loss: mean over tokens, nats.
-        tokens: number of these tokens.
-        weights: `[E]` for each MoE layer.
-        saliency: `[E]` for each MoE layer.
-    """
-
-    loss: float
-    tokens: int
-    weights: list[Tensor]
-    saliency: list[Tensor]
+    loss: float  # mean over tokens, nats
+    tokens: int  # number of these tokens
+    weights: list[Tensor]  # `[E]` for each MoE layer
+    saliency: list[Tensor]  # `[E]` for each MoE layer
 
 
 class _Layer:

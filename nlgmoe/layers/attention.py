@@ -119,7 +119,6 @@ class MultiHead(AttentionConfig):
     reads_fields = ATTENTION_FIELDS
 
     def saved_bytes(self, config: GPTConfig, itemsize: int) -> int:
-        """See `AttentionConfig`."""
         heads, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
         size = (config.hidden_size + heads + 2 * keys + heads) * itemsize  # input; q, k, v; output
         if config.rope_theta is not None or config.qk_norm is not None:
@@ -130,7 +129,6 @@ class MultiHead(AttentionConfig):
         return size + 4 * config.num_heads  # logsumexp
 
     def build(self, config: GPTConfig, block: int) -> CausalSelfAttention:
-        """See `AttentionConfig`."""
         return CausalSelfAttention(config, block)
 
 

@@ -24,16 +24,12 @@ from nlgmoe.layers.router import Routing, count
 
 
 class Rows(NamedTuple):
-    """The input of `Experts`, held here e of them.
+    """The input of `Experts`, held here e of them."""
 
-    Attributes:
-        x: `[M, H]`: the first `tokens_per_expert[0]` rows are for the first expert held here, and so on; or `[e, S, H]`, S slots
-            for each.
-        tokens_per_expert: `[e]` int64, M in all, with rows that nobody reads; None: `x` is in slots.
-    """
-
+    # `[M, H]`: the first `tokens_per_expert[0]` rows are for the first expert held here, and so on; or `[e, S, H]`, S
+    # slots for each.
     x: Tensor
-    tokens_per_expert: Tensor | None
+    tokens_per_expert: Tensor | None  # `[e]` int64, M in all, with rows that nobody reads; None: `x` is in slots
 
 
 class LocalDispatch:

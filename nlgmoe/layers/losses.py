@@ -20,17 +20,11 @@ from nlgmoe.layers.precision import cast_by_autocast
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """A teacher's whole distributions for the tokens of a batch.
+    """A teacher's whole distributions for the tokens of a batch."""
 
-    Attributes:
-        logits: maps a slice of tokens to their logits, `[C, V]`, without gradient.
-        weight: weight of the distillation loss.
-        temperature: divisor of both models' logits.
-    """
-
-    logits: Callable[[slice], Tensor]
-    weight: float
-    temperature: float
+    logits: Callable[[slice], Tensor]  # maps a slice of tokens to their logits, `[C, V]`, without gradient
+    weight: float  # weight of the distillation loss
+    temperature: float  # divisor of both models' logits
 
     def compare(self, student: Tensor, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Compare the student's log-probabilities of a slice of tokens, `[C, V]`, with the teacher's.
@@ -57,17 +51,13 @@ class TopTargets:
     is the tail's mass times the divergence within the tail. Its gradient leaves the odds within the tail as the student has
     them; it differs from that of the whole distributions by at most twice the tail's mass, summed over the vocabulary
     (docs/distillation.md).
-
-    Attributes:
-        top: maps a slice of tokens to int64 `[C, K]`, the likeliest tokens at the temperature, the likeliest first; and
-            `[C, K + 1]`, their log-probabilities and the tail's, up to a constant: they are normalised here.
-        weight: weight of the distillation loss.
-        temperature: divisor of both models' logits; already applied to the teacher's.
     """
 
+    # Maps a slice of tokens to int64 `[C, K]`, the likeliest tokens at the temperature, the likeliest first; and
+    # `[C, K + 1]`, their log-probabilities and the tail's, up to a constant: they are normalised here.
     top: Callable[[slice], tuple[Tensor, Tensor]]
-    weight: float
-    temperature: float
+    weight: float  # weight of the distillation loss
+    temperature: float  # divisor of both models' logits; already applied to the teacher's
 
     def compare(self, student: Tensor, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
         """See `SoftTargets.compare`."""
@@ -91,19 +81,12 @@ TeacherTargets = SoftTargets | TopTargets
 
 
 class DistilledLoss(NamedTuple):
-    """A loss and its terms, scalars in at least fp32; only `loss` has a gradient.
+    """A loss and its terms, scalars in at least fp32; only `loss` has a gradient."""
 
-    Attributes:
-        loss: `language + weight * distillation`.
-        language: the cross-entropy.
-        distillation: `temperature^2 * KL(teacher || student)` of the distributions at the temperature.
-        agreement: share of the tokens whose likeliest target is the same for both.
-    """
-
-    loss: Tensor
-    language: Tensor
-    distillation: Tensor
-    agreement: Tensor
+    loss: Tensor  # `language + weight * distillation`
+    language: Tensor  # the cross-entropy
+    distillation: Tensor  # `temperature^2 * KL(teacher || student)` of the distributions at the temperature
+    agreement: Tensor  # share of the tokens whose likeliest target is the same for both
 
 
 def cross_entropy(

@@ -39,15 +39,12 @@ class AttentionLayer(Target):
 
     @property
     def sizes(self) -> str:
-        """See `Target`."""
         return f"attention of {self.config.num_layers} blocks, {self.config.num_heads} heads, width {self.hidden_size}"
 
     def build(self) -> nn.Module:
-        """See `Target`."""
         return nn.ModuleList(build_attention(self.config, block) for block in range(self.config.num_layers))
 
     def forward(self, module: nn.Module, batch: Batch) -> Output:
-        """See `Target`."""
         return Output(self.attend(module, batch))
 
     def without_dispatch(self, module: nn.Module, batch: Batch) -> Output:

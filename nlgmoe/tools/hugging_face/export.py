@@ -48,19 +48,12 @@ Weights = tuple[dict[str, Tensor], Callable[[str], Tensor]]  # tensors on the me
 
 @dataclass(frozen=True)
 class Exported:
-    """The result of an export.
+    """The result of an export."""
 
-    Attributes:
-        checkpoint: the exported checkpoint.
-        family: whose class loads it; None: ours, because of `reason`.
-        reason: settings that no family has; empty if our code was asked for.
-        limits: lines about other programs that refuse the model, or compute another one.
-    """
-
-    checkpoint: Path
-    family: str | None
-    reason: str
-    limits: list[str]
+    checkpoint: Path  # the exported checkpoint
+    family: str | None  # whose class loads it; None: ours, because of `reason`
+    reason: str  # settings that no family has; empty if our code was asked for
+    limits: list[str]  # lines about other programs that refuse the model, or compute another one
 
 
 def export(

@@ -35,19 +35,12 @@ _REMEDY = "download or save the model again"
 
 @dataclass(frozen=True)
 class Imported:
-    """The result of an import.
+    """The result of an import."""
 
-    Attributes:
-        config: configuration of the model.
-        model_type: the family.
-        no_tokenizer: reason for which the checkpoint has no tokenizer; empty if it has one.
-        dropped: tensors of the files that the checkpoint does not have.
-    """
-
-    config: GPTConfig
-    model_type: str
-    no_tokenizer: str
-    dropped: list[str]
+    config: GPTConfig  # configuration of the model
+    model_type: str  # the family
+    no_tokenizer: str  # reason for which the checkpoint has no tokenizer; empty if it has one
+    dropped: list[str]  # tensors of the files that the checkpoint does not have
 
 
 def import_model(source: str, checkpoint: str | Path, overwrite: bool = False) -> Imported:

@@ -48,13 +48,10 @@ class _GPT(GPT):
 
 @dataclass
 class NlgmoeModelOutput(MoeModelOutputWithPast):
-    """The output of `NlgmoeModel`.
+    """The output of `NlgmoeModel`."""
 
-    Attributes:
-        aux_loss: sum of the routers' losses with their coefficients, divided by the balance loss's (if that is not 0), a scalar;
-            None in evaluation without `output_router_logits`, and in a dense model.
-    """
-
+    # Sum of the routers' losses with their coefficients, divided by the balance loss's (if that is not 0), a scalar;
+    # None in evaluation without `output_router_logits`, and in a dense model.
     aux_loss: Tensor | None = None
 
 

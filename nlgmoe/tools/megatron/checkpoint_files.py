@@ -77,23 +77,14 @@ def load(file: Path) -> Any:
 
 @dataclass(frozen=True)
 class Dense:
-    """Content of `mp_rank_00_model_states.pt`.
+    """Content of `mp_rank_00_model_states.pt`."""
 
-    Attributes:
-        file: its path.
-        args: of the run.
-        tensors: by name, without experts.
-        version: of the checkpoint's layout, which decides the order of queries, keys and values.
-        iteration: optimizer steps.
-        tokens: trained on.
-    """
-
-    file: Path
-    args: Namespace
-    tensors: dict[str, Tensor]
-    version: float
-    iteration: int
-    tokens: int
+    file: Path  # its path
+    args: Namespace  # of the run
+    tensors: dict[str, Tensor]  # by name, without experts
+    version: float  # of the checkpoint's layout, which decides the order of queries, keys and values
+    iteration: int  # optimizer steps
+    tokens: int  # trained on
 
 
 def find_folder(path: Path) -> Path:

@@ -23,19 +23,12 @@ _TYPES = {"int": int, "float": float, "str": str}
 
 @dataclass(frozen=True)
 class Row:
-    """Flags that belong together.
+    """Flags that belong together."""
 
-    Attributes:
-        section: its heading in the table.
-        flags: name of each flag, with its dashes -> the keys that `flags.yaml` explains.
-        here: their settings, in Markdown; empty where there are none.
-        note: a remark; of a refused flag the reason and, after a semicolon, the remedy.
-    """
-
-    section: str
-    flags: Mapping[str, Mapping[str, Any]]
-    here: str = ""
-    note: str = ""
+    section: str  # its heading in the table
+    flags: Mapping[str, Mapping[str, Any]]  # name of each flag, with its dashes -> the keys that `flags.yaml` explains
+    here: str = ""  # their settings, in Markdown; empty where there are none
+    note: str = ""  # a remark; of a refused flag the reason and, after a semicolon, the remedy
 
 
 def read_table() -> list[Row]:
