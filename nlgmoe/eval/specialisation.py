@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,18 +82,18 @@ class Specialisation:
 
     def by_domain(self, layer: int) -> np.ndarray:
         """Return assignments `[D, E of the layer]`."""
-        assignments: np.ndarray = self.counts[:, :, layer, : self.experts[layer]].sum(axis=1)
-        return assignments
+        return self._of(layer).sum(axis=1)
 
     def by_class(self, layer: int) -> np.ndarray:
         """Return assignments `[C, E of the layer]`."""
-        assignments: np.ndarray = self.counts[:, :, layer, : self.experts[layer]].sum(axis=0)
-        return assignments
+        return self._of(layer).sum(axis=0)
 
     def by_cell(self, layer: int) -> np.ndarray:
         """Return assignments of each domain and class `[D * C, E of the layer]`."""
-        cells: np.ndarray = self.counts[:, :, layer, : self.experts[layer]].reshape(-1, self.experts[layer])
-        return cells
+        return self._of(layer).reshape(-1, self.experts[layer])
+
+    def _of(self, layer: int) -> Any:
+        return self.counts[:, :, layer, : self.experts[layer]]  # [D, C, E of the layer]
 
     def save(self, folder: str | Path) -> Path:
         """Write `specialisation.safetensors` atomically and return its path."""
@@ -105,19 +106,14 @@ class Specialisation:
 
     @classmethod
     def load(cls, folder: str | Path) -> Specialisation:
-        """Read the file that `save` wrote.
-
-        Raises:
-            OSError: the file does not exist.
-            ValueError: the file is damaged.
-        """
+        """Read the file that `save` wrote."""
         path = Path(folder) / FILE
-        if not path.exists():
-            raise FileNotFoundError(2, "No such file or directory", str(path))
         try:
             with safe_open(path, "numpy") as file:
                 facts, counts = json.loads(file.metadata()["facts"]), file.get_tensor("counts")
             return cls(counts, **facts)
+        except FileNotFoundError:
+            raise
         except Exception as error:  # safetensors' own exception class among them
             raise RunError(f"{path} is damaged ({error}); validate the run again") from error
 

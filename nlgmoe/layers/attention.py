@@ -22,16 +22,15 @@ class KVCache:
     """Keys and values of earlier positions, of every layer; `GPT.forward` extends it.
 
     Holds at most `max_len` positions per sequence. Memory is allocated layer by layer at the first use.
-
-    Attributes:
-        length: positions stored, those of the current tokens included.
-        mask: `[B, length]` bool, False where a stored position is padding; None: no padding.
     """
 
     def __init__(self, max_len: int) -> None:
         self.max_len = max_len
-        self.length = self._start = 0  # new positions are written from `_start` on
-        self.mask: Tensor | None = None
+        self.length = 0  # positions stored, those of the current tokens included
+        self._start = 0  # new positions are written from here on
+        self.mask: Tensor | None = (
+            None  # `[B, length]` bool, False where a stored position is padding; None: no padding
+        )
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def reserve(self, new: int, mask: Tensor | None) -> None:

@@ -33,26 +33,20 @@ class Rows(NamedTuple):
 
 
 class LocalDispatch:
-    """The dispatch of a micro-batch to experts on this rank, and the combination of their outputs.
+    """The dispatch of a micro-batch `tokens`, `[N, H]`, to experts on this rank, and the combination of their outputs.
 
-    Args:
-        tokens: `[N, H]`.
-        capacity: C slots for each expert, an upper bound of its rows; None: its rows are counted.
-
-    Attributes:
-        order: assignment indices sorted by expert, each expert's in token order. On accelerators all N * k, and dropped ones
-            come last: leaving them out would make the host wait for their number.
-        tokens_per_expert: `[E]` int64 of kept assignments.
-        weight: `[N, k]` of each assignment.
+    `capacity`: C slots for each expert, an upper bound of its rows; None: its rows are counted.
     """
 
     def __init__(self, tokens: Tensor, routing: Routing, capacity: int | None = None) -> None:
-        self.weight, self._top_k = routing.weight, routing.expert.shape[1]
+        self.weight, self._top_k = routing.weight, routing.expert.shape[1]  # [N, k], k
         num_experts = routing.num_experts
         # [N * k], dropped -> one past the last
         expert = torch.where(routing.kept, routing.expert, num_experts).flatten()
+        # Assignments sorted by expert, each expert's in token order. On accelerators all N * k, and dropped ones come last:
+        # leaving them out would make the host wait for their number.
         self.order = torch.sort(expert, stable=True).indices
-        self.tokens_per_expert = count(expert, num_experts + 1)[:num_experts]
+        self.tokens_per_expert = count(expert, num_experts + 1)[:num_experts]  # [E], kept ones
         if expert.device.type == "cpu" and not routing.all_kept:
             self.order = self.order[: max(int(self.tokens_per_expert.sum()), 1)]  # `combine` needs a row to read
         self._tokens, self._capacity = tokens, capacity
@@ -76,8 +70,7 @@ class LocalDispatch:
     def combine(self, y: Tensor) -> Tensor:
         """Sum each token's weighted expert outputs, `y` `[M, H]` or `[e, S, H]` in the order of `receive`.
 
-        Returns:
-            `[N, H]` in the dtype of the weights; 0 for a token that no expert kept.
+        Returns `[N, H]` in the dtype of the weights; 0 for a token that no expert kept.
         """
         by_choice = y.flatten(0, -2).index_select(0, self.row_of_assignment())  # [N * k, H]
         if self._top_k == 1:
@@ -105,13 +98,9 @@ def assign_slots(tokens_per_expert: Tensor, capacity: int, rows: int) -> tuple[T
 
 
 class LocalDispatcher(nn.Module):
-    """Dispatches the tokens of a micro-batch to the experts of one layer, which are all held here.
+    """Dispatches the tokens of a micro-batch to the experts of one layer, which are all held here."""
 
-    Attributes:
-        equal_batches: all ranks train on micro-batches of equally many tokens. False unless it is set.
-    """
-
-    equal_batches = False
+    equal_batches = False  # all ranks train on micro-batches of equally many tokens
 
     def forward(self, tokens: Tensor, routing: Routing) -> LocalDispatch:
         """Start the dispatch of `tokens`, `[N, H]`; the caller may compute something else before `receive`."""

@@ -50,14 +50,9 @@ SEED = 1234  # lm-eval's
 class EvaluatedGPT(HFLM):
     """lm-eval's `HFLM` around a `GPT`, with the log-likelihoods and texts of the exported folder.
 
-    `HFLM` rejects a continuation longer than `seq_len`, which PIQA has for short models; here it is scored in windows.
+    `HFLM` rejects a continuation longer than `seq_len`, which PIQA has for short models; here it is scored in windows. It sets
+    the model to evaluation mode, and computes the logits of all tokens of a batch at once, `[B, T, V]`.
     If the experts are spread over ranks, every rank must make the same requests in the same order.
-
-    Args:
-        model: the model; it is set to evaluation mode.
-        tokenizer: tokenizer of the model.
-        batch_size: sequences per batch; the logits of all their tokens are computed at once, `[B, T, V]`.
-        autocast: dtype of mixed precision; None: the weights' own.
     """
 
     def __init__(
@@ -139,11 +134,7 @@ def quiet(progress: bool = False) -> Iterator[None]:
 
 
 class Tasks:
-    """Some of lm-eval's tasks, groups or tags; the arguments are those of `ZeroShotEval`.
-
-    Raises:
-        ValueError: a name is unknown, or the folder or the file of a task in it cannot be read.
-    """
+    """Some of lm-eval's tasks, groups or tags; the arguments are those of `ZeroShotEval`."""
 
     def __init__(
         self, names: Sequence[str], include_path: str | None, limit: int | None = None, num_fewshot: int | None = None

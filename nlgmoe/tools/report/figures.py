@@ -158,7 +158,8 @@ def experts(runs: Sequence[Run]) -> list[Chart]:
             logged = {layer: run.metrics[name] for layer, name in names.items() if name in run.metrics}
             for layer, series in logged.items():
                 meta = {"smooth": metric.smooth, "layer": str(layer)}
-                look = {"color": _depth_colour(layer, len(logged))} if alone else {"width": 1}
+                depth = 0.85 * min(1.0, layer / max(1, len(logged) - 1))  # colours get lighter with depth
+                look = {"color": sample_colorscale("Viridis", [depth])[0]} if alone else {"width": 1}
                 name = run.layer(layer) if alone else f"{run.name}: {run.layer(layer)}"
                 lines.append(line(run, series, points, meta, name=name, line=look))
             if logged:
@@ -172,12 +173,6 @@ def experts(runs: Sequence[Run]) -> list[Chart]:
     )
     routers = Chart("router", "Routers: drops, balance, certainty", text, _metric_panels(ROUTER, traces))
     return [*([routers] if routers.panels else []), *(_load_maps(run) for run in runs if run.loads)]
-
-
-def _depth_colour(layer: int, layers: int) -> str:
-    """Return a colour that gets lighter with depth."""
-    colour: str = sample_colorscale("Viridis", [0.85 * min(1.0, layer / max(1, layers - 1))])[0]
-    return colour
 
 
 def _load_maps(run: Run) -> Chart:

@@ -36,9 +36,6 @@ def group_runs(runs: Sequence[Run], setting: str) -> list[Group]:
     """Group runs whose settings differ in `setting` alone, and in where they write.
 
     The end of a setting's name is enough, such as `seed` for both `model.seed` and `data.seed`.
-
-    Raises:
-        SettingError: a run has no such setting, or two runs of a group have the same.
     """
     members: dict[str, dict[Key, Run]] = {}
     shared: list[dict[str, Any]] = []

@@ -24,12 +24,7 @@ MAX_KNOTS = 400  # steps with stored tokens, FLOPs and time; the page interpolat
 
 
 def write_report(runs: Sequence[Run], output: str | Path | None = None, group_by: str | None = None) -> Path:
-    """Write the report of runs from `read_runs`, and return its file; the command documents `output` and `group_by`.
-
-    Raises:
-        SettingError: `output` is a folder, is in none, or does not end in .html; or the runs cannot be grouped.
-        RunError: `output` cannot be written.
-    """
+    """Write the report of runs from `read_runs`, and return its file; the command documents `output` and `group_by`."""
     file = Path(output) if output is not None else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
     if file.is_dir():
         raise SettingError(f"output={output} is a folder; give the name of a file")

@@ -99,12 +99,7 @@ def finite_number(value: Any) -> float | None:
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """Read run folders, each once; paths of files, such as `report.html` in `runs/*`, are skipped.
-
-    Raises:
-        SettingError: a path does not exist, or is not a run folder.
-        RunError: a file of a run is damaged.
-    """
+    """Read run folders, each once; paths of files, such as `report.html` in `runs/*`, are skipped."""
     folders: dict[str, Path] = {}  # by the resolved path
     for path in paths:
         folder = Path(os.path.abspath(os.path.expanduser(path)))
@@ -122,9 +117,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
             f"{', '.join(map(str, paths))}: no run folder among them; give a run's trainer.default_root_dir"
         )
     for parts in range(1, max(len(folder.parts) for folder in folders.values()) + 1):
-        names = [
-            "/".join(folder.parts[-parts:]) for folder in folders.values()
-        ]  # unique ends of the paths, as short as possible
+        names = ["/".join(folder.parts[-parts:]) for folder in folders.values()]  # ends of the paths, short and unique
         if len(set(names)) == len(names):
             break
     runs = [_read(folder, name) for folder, name in zip(folders.values(), names, strict=True)]
@@ -146,20 +139,17 @@ def _read(folder: Path, name: str) -> Run:
         samples=_parsed(folder / SAMPLES, str, ""),
     )
     dense = run.model is not None and run.model.moe is None
-    missing = {
-        f"No {CONFIG}: no settings, and no names of blocks.": not run.config,
-        f"No {SUMMARY}: the run did not reach its end, or has not yet.": not run.summary,
-        f"No {VERSIONS}: no versions.": not run.versions,
-        f"No rows in {METRICS}: no curves. A run writes it unless trainer.logger is false.": not run.metrics,
-        "A dense model: it has no experts to show.": dense,
-        f"No {LOADS}: no heat maps of load. The callback ExpertLoad writes it while the run trains.": not (
-            dense or run.loads
-        ),
-        f"No {SPECIALISATION}: no specialisation. A run writes it whenever it validates.": not (
-            dense or run.specialisation
-        ),
+    known = {
+        f"No {CONFIG}: no settings, and no names of blocks.": run.config,
+        f"No {SUMMARY}: the run did not reach its end, or has not yet.": run.summary,
+        f"No {VERSIONS}: no versions.": run.versions,
+        f"No rows in {METRICS}: no curves. A run writes it unless trainer.logger is false.": run.metrics,
+        "A dense model: it has no experts to show.": not dense,
+        f"No {LOADS}: no heat maps of load. The callback ExpertLoad writes it while the run trains.": dense
+        or run.loads,
+        f"No {SPECIALISATION}: no specialisation. A run writes it whenever it validates.": dense or run.specialisation,
     }
-    run.notes = [note for note, applies in missing.items() if applies] + _changes(folder)
+    run.notes = [note for note, is_known in known.items() if not is_known] + _changes(folder)
     for metric in ("train/loss", "val/loss", "train/grad_norm"):
         if metric in run.metrics and (count := int((~np.isfinite(run.metrics[metric])).sum())):
             run.notes.append(f"{metric} is not finite in {count:,} of {len(run.metrics[metric]):,} rows.")

@@ -51,9 +51,7 @@ def _exported() -> dict[str, Family]:
 def family_of(config: GPTConfig, preferred: str | None = None) -> tuple[str | None, str]:
     """Return the name of the family whose class computes the same as a model in evaluation; or None, and the reason.
 
-    Args:
-        config: of the model.
-        preferred: name of the family to try first, of which the model was imported; None: no one.
+    The `preferred` one is tried first.
     """
     nearest: tuple[int, str] | None = None
     refusal = ""
@@ -71,11 +69,7 @@ def family_of(config: GPTConfig, preferred: str | None = None) -> tuple[str | No
 
 
 def chosen_family(config: GPTConfig, name: str | None, preferred: str | None = None) -> tuple[str | None, str]:
-    """Return what `family_of` does, or the family of this name, which must compute the model; `nlgmoe`: None, for our own code.
-
-    Raises:
-        SettingError: the family is unknown, or does not compute the model.
-    """
+    """Return what `family_of` does, or the family `name`, which must compute the model; `nlgmoe`: None, for our own code."""
     if name is None:
         return family_of(config, preferred)
     if name == OWN:

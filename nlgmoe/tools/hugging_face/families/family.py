@@ -46,15 +46,7 @@ class Family:
     named: Callable[[str], str | None] = without_rotary_buffers
 
     def config(self, values: dict[str, Any], folder: Path) -> GPTConfig:
-        """Convert the contents of `config.json`.
-
-        Args:
-            values: the contents.
-            folder: its folder, for messages.
-
-        Raises:
-            ValueError: it is damaged, or has a setting that nlgmoe does not compute.
-        """
+        """Convert the contents of `config.json`; messages name its folder."""
         for name in ("per_layer_config", "quantization_config"):  # of the first, classes compute settings of all layers
             if values.get(name):
                 method = values[name].get("quant_method", "")
@@ -85,8 +77,7 @@ class Family:
     def differences(self, config: GPTConfig) -> list[str]:
         """Return settings, as `name=value`, with which a model computes something else than the family; empty: nothing else.
 
-        Raises:
-            ValueError: the family cannot express the model at all.
+        Raises a ValueError if the family cannot express the model at all.
         """
         assert self.write is not None, f"{self.name} is not exported"
         try:

@@ -110,26 +110,19 @@ def _places(config: GPTConfig, table: Table) -> Iterator[Place]:
 
 
 class Layout:
-    """The tensors of a model in a family's files.
-
-    Args:
-        config: of the model.
-        table: of the family.
-
-    Attributes:
-        of_entry: places of each entry, in the order of its rows.
-        of_tensor: places in each tensor.
-        shapes: of each tensor.
-    """
+    """The tensors of a model in a family's files, by the family's table."""
 
     def __init__(self, config: GPTConfig, table: Table) -> None:
         self._config = config
-        self.of_entry: dict[str, list[Place]] = {}
-        self.of_tensor: dict[str, list[Place]] = {}
+        self.of_entry: dict[str, list[Place]] = {}  # places of each entry, in the order of its rows
+        self.of_tensor: dict[str, list[Place]] = {}  # places in each tensor
         for place in _places(config, table):
             self.of_entry.setdefault(place.entry, []).append(place)
             self.of_tensor.setdefault(place.tensor, []).append(place)
-        self.shapes: Shapes = {name: _shape(parts) for name, parts in self.of_tensor.items()}
+        self.shapes: Shapes = {}  # of each tensor
+        for name, parts in self.of_tensor.items():
+            axes = zip(*(place.where for place in parts), strict=True)
+            self.shapes[name] = torch.Size((*(max(part.stop for part in axis) for axis in axes), *parts[0].shape[1:]))
 
     def entry(self, name: str, read: Callable[[str, Where], Tensor]) -> Tensor:
         """Return an entry; `read(tensor, where)` reads a part of a tensor."""
@@ -146,11 +139,6 @@ class Layout:
         for place in self.of_tensor[name]:
             value[place.where] = place.cut(read(place.entry)).to(dtype)
         return value
-
-
-def _shape(parts: Sequence[Place]) -> torch.Size:
-    axes = zip(*(place.where for place in parts), strict=True)
-    return torch.Size((*(max(part.stop for part in axis) for axis in axes), *parts[0].shape[1:]))
 
 
 def own_layout(config: GPTConfig) -> Layout:
