@@ -17,7 +17,7 @@ from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.layers.losses import TeacherTargets
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.token_schedule import SequenceCurriculum, sequence_length
-from nlgmoe.validation import RunError, SettingError, error_type_like
+from nlgmoe.validation import RunError, error_type_like, require
 
 
 class Distiller(ABC):
@@ -29,12 +29,11 @@ class Distiller(ABC):
     """
 
     def __init__(self, beta: float, temperature: float) -> None:
-        if not (math.isfinite(beta) and beta > 0):
-            raise SettingError(f"beta={beta} must be above 0; model.distiller=null trains without a teacher")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise SettingError(f"temperature={temperature} must be above 0; 1.0 compares the distributions as they are")
-        self.beta = beta
-        self.temperature = temperature
+        remedy = "; model.distiller=null trains without a teacher"
+        require(0 < beta < math.inf, f"beta={beta} must be above 0{remedy}")
+        remedy = "; 1.0 compares the distributions as they are"
+        require(0 < temperature < math.inf, f"temperature={temperature} must be above 0{remedy}")
+        self.beta, self.temperature = beta, temperature
         self.loss_weight = 1.0  # factor of `beta`, from 1 to 0; `StagedDistillation` lowers it before a step
         self._used: dict[str, Any] = {}  # `setting`, `checkpoint` and `weights` of the teacher, also in the resumed run
 

@@ -23,7 +23,7 @@ from nlgmoe.layers.attention import KVCache
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import require_finite_logits
 from nlgmoe.seeding import derive_seed
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import SettingError, require, require_at_least
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise SettingError(f"temperature={self.temperature} must be at least 0; 0 takes the most likely token")
-        if self.top_k is not None and self.top_k < 1:
-            raise SettingError(f"top_k={self.top_k} must be at least 1; leave it out for all tokens")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise SettingError(f"top_p={self.top_p} must be above 0 and at most 1; leave it out for all tokens")
+        temperature, top_p, remedy = self.temperature, self.top_p, "; leave it out for all tokens"
+        is_valid = 0 <= temperature < math.inf
+        require(is_valid, f"temperature={temperature} must be at least 0; 0 takes the most likely token")
+        require_at_least(1, self, "top_k", remedy=remedy)
+        require(top_p is None or 0 < top_p <= 1, f"top_p={top_p} must be above 0 and at most 1{remedy}")
 
     def generators(self, prompts: Sequence[Sequence[int]]) -> list[Random]:
         """Return a generator for each prompt, seeded by `seed`, the prompt, and the number of equal prompts before it.

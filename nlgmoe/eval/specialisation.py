@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from safetensors import safe_open
 from safetensors.numpy import save
 from torch import Tensor
@@ -159,12 +160,8 @@ def entropy(counts: np.ndarray) -> float:
 class ExpertCounts(Metric):
     """Counts assignments to each expert by domain and token class.
 
-    Each update is one `scatter_add` per layer on the device; the host reads nothing before `compute`.
-
-    Args:
-        experts: number of experts of each MoE layer.
-        domains: names, indexed by a batch's domain ids.
-        spellings: `[V]` bytes of each token id; None: all tokens form one class.
+    Each update is one `scatter_add` per layer on the device; the host reads nothing before `compute`. `experts` are those of
+    each MoE layer; see `count_experts` for other arguments.
     """
 
     counts: Tensor
@@ -181,13 +178,7 @@ class ExpertCounts(Metric):
         self.add_state("counts", zeros, dist_reduce_fx="sum")
 
     def update(self, tokens: Tensor, domain: Tensor, routings: Sequence[Routing]) -> None:
-        """Add a batch.
-
-        Args:
-            tokens: `[B, T]` input ids.
-            domain: `[B]` domain ids.
-            routings: one for each MoE layer.
-        """
+        """Add a batch: input ids `[B, T]`, ids of domains `[B]`, and the routing of each MoE layer."""
         domain = domain if len(self.domains) > 1 else torch.zeros_like(domain)  # data without names have one domain
         group = domain.unsqueeze(1).expand_as(tokens) * len(self.class_names)  # [B, T]
         if self.classes is not None:
@@ -232,12 +223,7 @@ def count_experts(
         raise RunError("the model is in training mode; call model.eval() first")
     device = model.unembedding.device
     counts = ExpertCounts(experts, domains, spellings).to(device)
-    for batch in batches:
-        tokens, mask, documents = batch["tokens"].to(device), token_mask_or_none(batch), batch.get("document")
-        output = model(
-            tokens,
-            None if mask is None else mask.to(device),
-            documents=None if documents is None else documents.to(device),
-        )
-        counts.update(tokens, batch["domain"].to(device), output.routings)
+    for batch in (move_data_to_device(batch, device) for batch in batches):
+        output = model(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
+        counts.update(batch["tokens"], batch["domain"], output.routings)
     return counts.specialisation()

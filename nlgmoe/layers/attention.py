@@ -189,12 +189,9 @@ class CausalSelfAttention(nn.Module):
 def attend(
     q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, scale: float | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Return the weighted sums of values, `[B, N, T, D]`.
+    """Return the weighted sums of values, `[B, N, T, D]`, for queries of that shape.
 
-    Args:
-        q: `[B, N, T, D]`.
-        k: `[B, K, S, D]`; each of the K heads is for N / K query heads.
-        v: `[B, K, S, D]`.
+    Keys and values are `[B, K, S, D]`; each of the K heads is for N / K query heads.
     """
     visible, shares_keys = context.visible, k.shape[1] != q.shape[1]
     if shares_keys and visible is not None:  # CUDA's fused kernels take no mask with shared keys

@@ -29,9 +29,8 @@ class SoftTargets:
     def compare(self, student: Tensor, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Compare the student's log-probabilities of a slice of tokens, `[C, V]`, with the teacher's.
 
-        Returns:
-            `KL(teacher || student)` `[C, 1]` at the temperature; whether their argmax is the same, `[C, 1]`; and the difference
-            of their distributions at the temperature, `[C, V]`: the KL's gradient, times the temperature.
+        Returns `KL(teacher || student)` `[C, 1]` at the temperature; whether their argmax is the same, `[C, 1]`; and the
+        difference of their distributions at the temperature, `[C, V]`: the KL's gradient, times the temperature.
         """
         teacher = self.logits(chunk).to(student.dtype)
         agrees = student.argmax(dim=-1, keepdim=True) == teacher.argmax(dim=-1, keepdim=True)
@@ -114,8 +113,7 @@ def cross_entropy(
         divisor: scalar divisor of the sum over unmasked tokens; None: their number. With the mean of all ranks'
             numbers, the mean of the ranks' losses is the loss of all their tokens.
 
-    Returns:
-        A scalar; 0 if the mask is empty.
+    Returns a scalar; 0 if the mask is empty.
     """
     counted, factor = _weights(hidden, targets, mask, divisor)
     loss: Tensor = _ChunkedCrossEntropy.apply(

@@ -203,8 +203,7 @@ def _keep_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any
 class Muon(Optimizer):
     """Muon for the parameter groups with `muon`, AdamW for all others: one optimizer with one state.
 
-    Args:
-        adamw: has all groups; it steps those without `muon`.
+    `adamw` has all groups; it steps those without `muon`.
     """
 
     def __init__(self, adamw: AdamW, config: MuonConfig) -> None:

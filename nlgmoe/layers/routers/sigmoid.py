@@ -106,11 +106,7 @@ class SigmoidRouter(TopKRouter):
 def sequence_balance(probs: Tensor, top_k: int, sequences: int, token_mask: Tensor | None) -> Tensor:
     """Compute the sequence-wise balance loss without its coefficient, a scalar: 1 if balanced.
 
-    Args:
-        probs: `[N, E]` scores over their sum.
-        top_k: k.
-        sequences: B.
-        token_mask: `[N]` bool, False at padding; None: no padding.
+    `probs` `[N, E]` are scores over their sum, of B `sequences`; `token_mask` `[N]` is False at padding; None: no padding.
     """
     chosen = torch.zeros_like(probs).scatter_(1, probs.detach().topk(top_k, dim=-1).indices, 1)  # [N, E]
     ones = torch.ones_like(probs[:, :1])  # [N, 1]

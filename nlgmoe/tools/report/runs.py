@@ -133,9 +133,9 @@ def _read(folder: Path, name: str) -> Run:
         metrics=_parsed(folder / METRICS, metrics_of, {}),
         loads=_parsed(folder / LOADS, loads_of, []),
         specialisation=Specialisation.load(folder) if (folder / SPECIALISATION).exists() else None,
-        config=_parsed(folder / CONFIG, _yaml, {}),
-        summary=_parsed(folder / SUMMARY, lambda text: flattened(_json(text)), {}),
-        versions=_parsed(folder / VERSIONS, _json, {}),
+        config=_parsed(folder / CONFIG, lambda text: _by_name(yaml.load(text, LOADER)), {}),
+        summary=_parsed(folder / SUMMARY, lambda text: flattened(_by_name(json.loads(text))), {}),
+        versions=_parsed(folder / VERSIONS, lambda text: _by_name(json.loads(text)), {}),
         samples=_parsed(folder / SAMPLES, str, ""),
     )
     dense = run.model is not None and run.model.moe is None
@@ -195,15 +195,7 @@ def _cells(text: str, **options: Any) -> pd.DataFrame:
     return pd.read_csv(complete, **options, keep_default_na=False, index_col=False)
 
 
-def _json(text: str) -> dict[str, Any]:
-    return _mapping(json.loads(text))
-
-
-def _yaml(text: str) -> dict[str, Any]:
-    return _mapping(yaml.load(text, LOADER))
-
-
-def _mapping(document: Any) -> dict[str, Any]:
+def _by_name(document: Any) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise TypeError("no settings by name")
     return document
@@ -226,5 +218,5 @@ def _changes(folder: Path) -> list[str]:
 
 def _start(text: str) -> dict[str, Any]:
     """Return the settings of a start, and the versions in its first line."""
-    packages = _json(text.partition("\n")[0].removeprefix("#"))
-    return flattened(_yaml(text)) | {f"version of {name}": version for name, version in packages.items()}
+    packages = json.loads(text.partition("\n")[0].removeprefix("#"))
+    return flattened(yaml.load(text, LOADER)) | {f"version of {name}": version for name, version in packages.items()}
