@@ -77,9 +77,8 @@ class AllToAllDispatch(LocalDispatch):
             rows = self._swap(self._rows_here, self._ranks, self._placement.count)
             del self._rows_here  # not needed while the experts run
             return Rows(rows.unflatten(0, (self._placement.count, -1)), None)
-        order, self._row_here, rows_per_expert = round_up_rows(
-            self._order_here, self._tokens_here, computing_dtype(self._tokens)
-        )
+        dtype = computing_dtype(self._tokens)
+        order, self._row_here, rows_per_expert = round_up_rows(self._order_here, self._tokens_here, dtype)
         rows = self._rows_here.index_select(0, order)
         del self._rows_here
         return Rows(rows, rows_per_expert)

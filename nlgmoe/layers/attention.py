@@ -28,9 +28,7 @@ class KVCache:
         self.max_len = max_len
         self.length = 0  # positions stored, those of the current tokens included
         self._start = 0  # new positions are written from here on
-        self.mask: Tensor | None = (
-            None  # `[B, length]` bool, False where a stored position is padding; None: no padding
-        )
+        self.mask: Tensor | None = None  # `[B, length]` bool, False at padding; None: no padding
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def reserve(self, new: int, mask: Tensor | None) -> None:

@@ -62,9 +62,8 @@ class LocalDispatch:
             return Rows(rows.unflatten(0, (-1, self._capacity)), None)
         rows_per_expert = self.tokens_per_expert.clone()
         rows_per_expert[-1] += len(self.order) - rows_per_expert.sum()
-        token_of_row, self._row, rows_per_expert = round_up_rows(
-            self._token_of_row, rows_per_expert, computing_dtype(self._tokens)
-        )
+        dtype = computing_dtype(self._tokens)
+        token_of_row, self._row, rows_per_expert = round_up_rows(self._token_of_row, rows_per_expert, dtype)
         return Rows(self._tokens.index_select(0, token_of_row), rows_per_expert)
 
     def combine(self, y: Tensor) -> Tensor:

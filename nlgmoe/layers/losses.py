@@ -116,9 +116,8 @@ def cross_entropy(
     Returns a scalar; 0 if the mask is empty.
     """
     counted, factor = _weights(hidden, targets, mask, divisor)
-    loss: Tensor = _ChunkedCrossEntropy.apply(
-        hidden, unembedding, vocab_size, targets, counted, factor, chunk_size, None
-    )[0]
+    inputs = hidden, unembedding, vocab_size, targets, counted, factor, chunk_size
+    loss: Tensor = _ChunkedCrossEntropy.apply(*inputs, None)[0]
     return loss
 
 
@@ -137,9 +136,8 @@ def distilled_cross_entropy(
     Arguments as in `cross_entropy`. The teacher's logits too exist for `chunk_size` tokens at a time.
     """
     counted, factor = _weights(hidden, targets, mask, divisor)
-    return DistilledLoss(
-        *_ChunkedCrossEntropy.apply(hidden, unembedding, vocab_size, targets, counted, factor, chunk_size, teacher)
-    )
+    inputs = hidden, unembedding, vocab_size, targets, counted, factor, chunk_size
+    return DistilledLoss(*_ChunkedCrossEntropy.apply(*inputs, teacher))
 
 
 def _weights(hidden: Tensor, targets: Tensor, mask: Tensor | None, divisor: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -83,9 +83,7 @@ def prune(
         value = files.read(name)
         return value[kept_in[block]] if name.startswith(f"{block}.moe.router.") else value
 
-    trained, start = (document["global_step"], document["tokens_seen"]), document.get("started_from")
-    origin = f"{source}, by `nlgmoe prune`"
-    write_weights(
-        checkpoint, read, config, tokenizer, *trained, overwrite, start, origin, source, document.get("family")
-    )
+    trained = document["global_step"], document["tokens_seen"]
+    start, family, origin = document.get("started_from"), document.get("family"), f"{source}, by `nlgmoe prune`"
+    write_weights(checkpoint, read, config, tokenizer, *trained, overwrite, start, origin, source, family)
     return config

@@ -162,11 +162,8 @@ class TransformersLayer(Layer):
 
 
 def _block(family: str, weight_sum: float | Literal["free"], coefficient: float, **settings: Any) -> TransformersLayer:
-    """Return a block with two experts a token."""
-    name = family.replace("_", "-")
-    return TransformersLayer(
-        name, top_k=2, weight_sum=weight_sum, family=family, coefficient=coefficient, settings=settings
-    )
+    own: dict[str, Any] = {"family": family, "coefficient": coefficient, "settings": settings}
+    return TransformersLayer(family.replace("_", "-"), top_k=2, weight_sum=weight_sum, **own)
 
 
 ADAPTERS: dict[str, list[Layer]] = {

@@ -164,7 +164,6 @@ def _logits(module: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _reads(moe: MoEConfig, *fields: str) -> bool:
-    """Return True if the router reads the settings."""
     return moe.router is None or moe.router.reads_fields.issuperset(fields)
 
 

@@ -48,7 +48,6 @@ def find_layers(words: Sequence[str]) -> Sequence[Target]:
 
 
 def _of_config(name: str, config: GPTConfig) -> list[Target]:
-    """Return the MoE layer of a model, and the attention that it names."""
     layers: list[Target] = [own_layer(config, name)] if config.moe is not None else []
     if config.attention is not None:
         layers.append(attention_layer(config, f"{name}, {type(config.attention).__name__}"))

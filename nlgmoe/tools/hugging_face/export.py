@@ -106,9 +106,8 @@ def export(
                 file.chmod((temporary / "config.json").stat().st_mode)
             temporary.rename(folder)  # fails if another process has written there since
     except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"{folder} cannot be written ({write_error_reason(error)}); make room, or name another folder"
-        ) from error
+        problem = write_error_reason(error)
+        raise RunError(f"{folder} cannot be written ({problem}); make room, or name another folder") from error
     return Exported(path, family, reason, limits)
 
 
@@ -140,14 +139,12 @@ def _tokenizer_settings(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, An
 
 
 def _weights(path: Path, config: GPTConfig, family: str | None, dtype: torch.dtype | None) -> Weights:
-    """Return the tensors of the folder: a family's, or ours."""
     with torch.device("meta"):
         model = GPT(config)
     files = TensorFiles(path, "model")
     require_entries(files, entry_shapes(model))
-    stored = {
-        name: record[0] for contents in read_manifest(path)["files"].values() for name, record in contents.items()
-    }
+    manifest = read_manifest(path)["files"].values()
+    stored = {name: record[0] for contents in manifest for name, record in contents.items()}
     layout = own_layout(config) if family is None else FAMILIES[family].layout(config)
     types: dict[str, torch.dtype] = {}
     buffers = dict(model.named_buffers())  # which keep their precision
@@ -159,7 +156,6 @@ def _weights(path: Path, config: GPTConfig, family: str | None, dtype: torch.dty
 
 
 def _write_weights(folder: Path, meta: dict[str, Tensor], read: Callable[[str], Tensor], max_shard_size: str) -> None:
-    """Write the files of weights, and their index if there are several."""
     try:
         split = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
     except ValueError as error:

@@ -84,7 +84,6 @@ def _import_folder(folder: Path, checkpoint: str | Path, overwrite: bool, origin
 
 
 def _local(source: str) -> Path:
-    """Return the folder, or a download from the hub."""
     if Path(source).is_dir():
         return Path(source)
     if source.startswith((".", "/", "~")):

@@ -55,9 +55,7 @@ class EvaluatedGPT(HFLM):
     If the experts are spread over ranks, every rank must make the same requests in the same order.
     """
 
-    def __init__(
-        self, model: GPT, tokenizer: Tokenizer, batch_size: int = 16, autocast: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, model: GPT, tokenizer: Tokenizer, batch_size: int = 16, autocast: Any = None) -> None:
         self._texts = tokenizer
         super().__init__(
             _Wrapped(model, tokenizer.eod_id),
@@ -156,9 +154,8 @@ class Tasks:
         for name in names:
             if name not in (index := self._manager.task_index):
                 close = did_you_mean(name, index)
-                raise SettingError(
-                    f"tasks={name}: lm-eval has no such task{close}; tasks of your own need include_path"
-                )
+                remedy = "tasks of your own need include_path"
+                raise SettingError(f"tasks={name}: lm-eval has no such task{close}; {remedy}")
 
     def load(self, name: str) -> dict[str, Any]:
         """Load a task, or the tasks of a group or tag, with their documents, for lm-eval's `evaluate`; once each.
@@ -237,9 +234,8 @@ def chance(task: Any) -> dict[str, float]:
     documents = {instance.doc_id: instance.doc for instance in task.instances}
     targets = [task.doc_to_target(document) for document in documents.values()]
     right = [len(set(target)) if isinstance(target, list) else 1 for target in targets]
-    levels = {
-        "guess": float(np.mean([n * of_a_choice / requests[doc] for n, doc in zip(right, documents, strict=True)]))
-    }
+    shares = [n * of_a_choice / requests[doc] for n, doc in zip(right, documents, strict=True)]
+    levels = {"guess": float(np.mean(shares))}
     answers = Counter(target for target in targets if isinstance(target, int))
     if answers.total() == len(targets) and len(answers) > 1:
         levels["constant"] = max(answers.values()) / len(targets)

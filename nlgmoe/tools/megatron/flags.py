@@ -186,9 +186,8 @@ class Translation:
         if length is None or self.seq_len is None or self.global_batch is None:
             return None
         if length and name == steps and self.arguments.has("--rampup-batch-size"):
-            self.arguments.refuse(
-                name, "counts steps that --rampup-batch-size makes unequal; give the length in tokens"
-            )
+            reason = "counts steps that --rampup-batch-size makes unequal; give the length in tokens"
+            self.arguments.refuse(name, reason)
             return None
         return int(length) * self.seq_len * (self.global_batch if name == steps else 1)
 

@@ -221,7 +221,6 @@ def _data(job: Translation) -> None:
 
 
 def _corpus(job: Translation) -> None:
-    """Set `data.corpus`: the data set, or the blend of several."""
     words, split = job.arguments.required("--data-path"), _split(job)
     if words is None or split is None:
         return

@@ -29,9 +29,7 @@ OPTIONS = {
     "micro_batch_size": "--micro-batch",
     "activation_checkpointing": "--activation-checkpointing",
 }
-NOT_SHOWN = (
-    "not simulated: kernels and their speed, stragglers, NCCL's own memory, bandwidth, a teacher, text, callbacks"
-)
+NOT_SHOWN = "not simulated: speed of kernels, stragglers, NCCL's own memory, bandwidth, a teacher, text, callbacks"
 Options = list[tuple[dict[str, Any], Cost]]  # changes of the topology, and the cost with them
 
 
@@ -196,9 +194,8 @@ def simulation_as_text(report: dict[str, Any], topology: Topology) -> str:
         calls = f"{simulated['calls'].get(kind, 0):>6} calls  {kind.replace('_', ' ')}"
         lines.append((title, f"{expected:>14}{sent / 1e6:>14,.3f}{calls}"))
     peaks = [values["peak_bytes"] for values in (predicted, simulated)]
-    lines.append(
-        ("peak memory, GiB", "".join(f"{peak / 2**30:>14.2f}" for peak in peaks) + f"  {peaks[0] / peaks[1] - 1:+.1%}")
-    )
+    texts = [*(f"{peak / 2**30:>14.2f}" for peak in peaks), f"  {peaks[0] / peaks[1] - 1:+.1%}"]
+    lines.append(("peak memory, GiB", "".join(texts)))
     sizes = ["".join(f"{len(values['communicators']):>14}") for values in (predicted, simulated)]
     ranks = ", ".join(map(str, simulated["communicators"]))
     gib = predicted["communicator_bytes"] / 2**30
@@ -215,7 +212,6 @@ def simulation_as_text(report: dict[str, Any], topology: Topology) -> str:
 
 
 def _products(config: GPTConfig, topology: Topology, machine: Machine) -> list[tuple[str, str]]:
-    """Return the row of the experts' products, for a MoE on a machine that is known."""
     if config.moe is None or (machine.rates is None and not machine.is_cpu):
         return []
     capability = None if machine.rates is None else machine.rates.compute_capability
@@ -238,10 +234,8 @@ def _verdict(cost: Cost, machine: Machine) -> str:
     if machine.memory is None:
         fitting = ", ".join(gpus_that_fit(cost.memory)) or "no GPU that is known"
         return f"fits {fitting}; this machine has no accelerator, name the run's with --hardware"
-    place = f"of the {_bytes(machine.memory)} available on {machine.name}"
-    return (
-        f"{f'fits: uses {total / machine.memory:.0%}' if cost.fits else f'does not fit: needs {_bytes(total)}'} {place}"
-    )
+    verdict = f"fits: uses {total / machine.memory:.0%}" if cost.fits else f"does not fit: needs {_bytes(total)}"
+    return f"{verdict} of the {_bytes(machine.memory)} available on {machine.name}"
 
 
 def gpus_that_fit(memory: Memory) -> list[str]:
@@ -278,13 +272,12 @@ def _model(config: GPTConfig, seq_len: int) -> str:
 
 
 def _run(topology: Topology, hardware: str) -> str:
-    batch = (
-        f"batch {topology.global_batch_size} = {topology.gpus} x {topology.micro_batch_size} x {topology.accumulation}"
-    )
+    factors = f"{topology.gpus} x {topology.micro_batch_size} x {topology.accumulation}"
+    batch = f"batch {topology.global_batch_size} = {factors} (GPUs x micro-batch x accumulation)"
     flags = ", activation checkpointing" if topology.activation_checkpointing else ""
     parallel = f"expert parallel up to {topology.expert_parallel_size}, ZeRO {topology.zero_stage}, "
     parallel = parallel if topology.deepspeed else ""
-    return f"{topology.gpus} x {hardware}, {parallel}{topology.precision}, {batch} (GPUs x micro-batch x accumulation){flags}"
+    return f"{topology.gpus} x {hardware}, {parallel}{topology.precision}, {batch}{flags}"
 
 
 def _table(title: str, total: float, parts: dict[str, Any], form: Any, note: str = "") -> list[tuple[str, str]]:

@@ -306,7 +306,6 @@ def _patches(topology: Topology, module: MoEGPTModule) -> Iterator[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what Lightning and DeepSpeed say at the start of a run."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):

@@ -55,9 +55,8 @@ class Topology:
         sizes = ("gpus", "expert_parallel_size", "micro_batch_size", "global_batch_size", "loss_chunk_size")
         require_at_least(1, self, *sizes)
         if self.zero_stage not in (0, 1, 2):
-            raise SettingError(
-                f"zero_stage={self.zero_stage}: choose 0, 1 or 2 (DeepSpeed's stage 3 has no expert parallelism)"
-            )
+            reason = "DeepSpeed's stage 3 has no expert parallelism"
+            raise SettingError(f"zero_stage={self.zero_stage}: choose 0, 1 or 2 ({reason})")
         if self.expert_parallel_size > self.gpus:
             raise SettingError(f"expert_parallel_size={self.expert_parallel_size} is above gpus={self.gpus}; lower it")
         if self.global_batch_size % (self.micro_batch_size * self.gpus):
@@ -171,9 +170,8 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
     """Return the topology of train.py's `settings`, overridden by the options `given` on the command line."""
     trainer, data, module = (settings.get(part, {}) for part in ("trainer", "data", "model"))
     strategy = trainer.get("strategy") or "auto"
-    name, init = (
-        (strategy["class_path"], strategy.get("init_args") or {}) if isinstance(strategy, dict) else (strategy, {})
-    )
+    strategy = {"class_path": strategy} if isinstance(strategy, str) else strategy
+    name, init = strategy["class_path"], strategy.get("init_args") or {}
     devices = _named_devices(trainer.get("devices"))
     # A model's file without a file of configs/hardware: Lightning's default, fp32, is not the precision of training.
     no_hardware = trainer.get("accelerator", "auto") == "auto"

@@ -217,6 +217,5 @@ def _changes(folder: Path) -> list[str]:
 
 
 def _start(text: str) -> dict[str, Any]:
-    """Return the settings of a start, and the versions in its first line."""
     packages = json.loads(text.partition("\n")[0].removeprefix("#"))
     return flattened(yaml.load(text, LOADER)) | {f"version of {name}": version for name, version in packages.items()}
