@@ -66,12 +66,8 @@ class MixtureOfStudents(Distiller):
         super().__init__(beta, temperature)
         require(precision in (None, *PRECISIONS), f"precision={precision} must be fp32, bf16 or null")
         self.teacher, self.precision = teacher, precision
-        self.expected = {
-            "num_layers": num_layers,
-            "hidden_size": hidden_size,
-            "num_heads": num_heads,
-            "num_experts": num_experts,
-        }
+        self.expected: dict[str, Any] = {"num_layers": num_layers, "hidden_size": hidden_size, "num_heads": num_heads}
+        self.expected["num_experts"] = num_experts
         self.model: GPT | None = None  # this rank's shard of the teacher, until `release`
 
     @override

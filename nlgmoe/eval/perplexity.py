@@ -52,12 +52,9 @@ class DomainLoss(Metric):
     def update(self, losses: Tensor, targets: Tensor, mask: Tensor, domain: Tensor) -> None:
         """Add a batch: losses in nats, token ids and a mask, False where a token is not counted, `[B, T]`; domain ids `[B]`."""
         counted = mask.double()
-        for name, per_token in (
-            ("nats", losses.double()),
-            ("tokens", torch.ones_like(counted)),
-            ("bytes", self.token_bytes[targets]),
-        ):
-            getattr(self, name).index_add_(0, domain, (per_token * counted).sum(dim=1))
+        self.nats.index_add_(0, domain, (losses.double() * counted).sum(dim=1))
+        self.tokens.index_add_(0, domain, counted.sum(dim=1))
+        self.bytes.index_add_(0, domain, (self.token_bytes[targets] * counted).sum(dim=1))
 
     def compute(self) -> dict[str, Tensor]:
         """Return `loss` (nats per token), `perplexity` (its exponential) and `bits_per_byte`, overall and as `NAME/DOMAIN`.
