@@ -17,7 +17,7 @@ from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.layers.losses import TeacherTargets
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.token_schedule import SequenceCurriculum, sequence_length
-from nlgmoe.validation import RunError, SettingError, error_type_like
+from nlgmoe.validation import RunError, error_type_like, require
 
 
 class Distiller(ABC):
@@ -26,30 +26,22 @@ class Distiller(ABC):
     Args:
         beta: weight of the distillation loss.
         temperature: divides the logits of both models before the KL divergence.
-
-    Attributes:
-        loss_weight: factor of `beta`, from 1 to 0; `StagedDistillation` lowers it before a step.
     """
 
     def __init__(self, beta: float, temperature: float) -> None:
-        if not (math.isfinite(beta) and beta > 0):
-            raise SettingError(f"beta={beta} must be above 0; model.distiller=null trains without a teacher")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise SettingError(f"temperature={temperature} must be above 0; 1.0 compares the distributions as they are")
-        self.beta = beta
-        self.temperature = temperature
-        self.loss_weight = 1.0
+        remedy = "; model.distiller=null trains without a teacher"
+        require(0 < beta < math.inf, f"beta={beta} must be above 0{remedy}")
+        remedy = "; 1.0 compares the distributions as they are"
+        require(0 < temperature < math.inf, f"temperature={temperature} must be above 0{remedy}")
+        self.beta, self.temperature = beta, temperature
+        self.loss_weight = 1.0  # factor of `beta`, from 1 to 0; `StagedDistillation` lowers it before a step
         self._used: dict[str, Any] = {}  # `setting`, `checkpoint` and `weights` of the teacher, also in the resumed run
 
     @abstractmethod
     def start(self, student: GPT, trainer: Trainer) -> None:
-        """Prepare for training, unless `loss_weight` is 0. A collective: all ranks call this.
+        """Prepare for training, unless `loss_weight` is 0. A collective: all ranks call this, and raise if one does.
 
-        Args:
-            trainer: its trainer, with the student's data; its strategy may distribute the teacher's experts over ranks.
-
-        Raises:
-            ValueError: the teacher is missing, damaged, or does not fit the run. Every rank raises.
+        The trainer has the student's data; its strategy may distribute the teacher's experts over ranks.
         """
 
     @abstractmethod
@@ -126,8 +118,7 @@ def samples_before_end(
 ) -> int | None:
     """Return the samples consumed when a run ends, counted from its first; None if it has no end in tokens or steps.
 
-    Args:
-        batch_size_after: sequences of the step that follows that many samples, over all ranks.
+    `batch_size_after` returns the sequences of the step that follows that many samples, over all ranks.
     """
     if end == End(None, None):
         return None

@@ -66,12 +66,8 @@ class MixtureOfStudents(Distiller):
         super().__init__(beta, temperature)
         require(precision in (None, *PRECISIONS), f"precision={precision} must be fp32, bf16 or null")
         self.teacher, self.precision = teacher, precision
-        self.expected = {
-            "num_layers": num_layers,
-            "hidden_size": hidden_size,
-            "num_heads": num_heads,
-            "num_experts": num_experts,
-        }
+        self.expected: dict[str, Any] = {"num_layers": num_layers, "hidden_size": hidden_size, "num_heads": num_heads}
+        self.expected["num_experts"] = num_experts
         self.model: GPT | None = None  # this rank's shard of the teacher, until `release`
 
     @override
@@ -137,7 +133,6 @@ class MixtureOfStudents(Distiller):
 
 
 def _describe(teacher: GPT) -> str:
-    """Describe shape, precision and device of this rank's shard of the teacher."""
     config, parameters = teacher.config, list(teacher.parameters())
     experts = sum(module.count for module in teacher.modules() if isinstance(module, Experts))
     size = sum(parameter.numel() for parameter in parameters)
@@ -148,7 +143,6 @@ def _describe(teacher: GPT) -> str:
 
 
 def _check_shape(teacher: GPTConfig, expected: dict[str, Any], path: Path) -> None:
-    """Compare the checkpoint with the settings that are not null."""
     counts = experts_per_position(teacher)
     for name, value in expected.items():
         if name != "num_experts":
@@ -165,7 +159,6 @@ def _check_shape(teacher: GPTConfig, expected: dict[str, Any], path: Path) -> No
 
 
 def _check_fit(teacher: GPTConfig, student: GPTConfig, data: TrainingData | None, path: Path) -> None:
-    """Check that the teacher reads what the student does."""
     setting, seq_len = f"model.distiller.teacher={path}", length_of(data, student.seq_len)
     require(
         teacher.vocab_size == student.vocab_size,

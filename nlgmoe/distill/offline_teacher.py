@@ -42,11 +42,7 @@ _UNNUMBERED = (
 
 
 class TeacherLogits:
-    """A complete folder, memory-mapped.
-
-    Attributes:
-        header: the content of `header.json`.
-    """
+    """A complete folder, memory-mapped; `header` is the content of `header.json`."""
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)

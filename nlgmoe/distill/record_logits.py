@@ -34,17 +34,11 @@ SAMPLES_AT_RISK = 1000  # recorded before they are flushed to disk; rounded up t
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a recording.
+    """The progress of a recording."""
 
-    Attributes:
-        samples: samples recorded.
-        positions: positions of these samples, without padding.
-        tail_mass: sum over positions of the probability outside the K likeliest tokens.
-    """
-
-    samples: int = 0
-    positions: int = 0
-    tail_mass: float = 0.0
+    samples: int = 0  # samples recorded
+    positions: int = 0  # positions of these samples, without padding
+    tail_mass: float = 0.0  # sum over positions of the probability outside the K likeliest tokens
 
 
 def record_logits(
@@ -54,14 +48,13 @@ def record_logits(
     folder: Path,
     report: Callable[[Progress], object],
 ) -> Progress:
-    """Write a folder for `TeacherLogits`, or complete one that an earlier process began.
+    """Write a folder for `TeacherLogits`, or complete one that an earlier process began; report at the start and every batch.
 
     Args:
         data: data module at its first sample; its batches are `settings["micro_batch_size"]` sequences.
         settings: everything that determines the bytes, for the header: `teacher` (`checkpoint`, `weights`, and more), `data` (the
-            fingerprint), `vocab_size`, `seq_len`, `top_k`,
-            `temperature`, `samples`, `micro_batch_size`, `loss_chunk_size` (positions whose logits exist at a time), and more.
-        report: called with the progress at the start and after every batch.
+            fingerprint), `vocab_size`, `seq_len`, `top_k`, `temperature`, `samples`, `micro_batch_size`, `loss_chunk_size`
+            (positions whose logits exist at a time), and more.
     """
     header, position, total = folder / HEADER, folder / POSITION, settings["samples"]
     for unfinished in folder.glob(".*.writing-*"):  # of a killed process

@@ -23,7 +23,7 @@ from nlgmoe.layers.attention import KVCache
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import require_finite_logits
 from nlgmoe.seeding import derive_seed
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import SettingError, require, require_at_least
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise SettingError(f"temperature={self.temperature} must be at least 0; 0 takes the most likely token")
-        if self.top_k is not None and self.top_k < 1:
-            raise SettingError(f"top_k={self.top_k} must be at least 1; leave it out for all tokens")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise SettingError(f"top_p={self.top_p} must be above 0 and at most 1; leave it out for all tokens")
+        temperature, top_p, remedy = self.temperature, self.top_p, "; leave it out for all tokens"
+        is_valid = 0 <= temperature < math.inf
+        require(is_valid, f"temperature={temperature} must be at least 0; 0 takes the most likely token")
+        require_at_least(1, self, "top_k", remedy=remedy)
+        require(top_p is None or 0 < top_p <= 1, f"top_p={top_p} must be above 0 and at most 1{remedy}")
 
     def generators(self, prompts: Sequence[Sequence[int]]) -> list[Random]:
         """Return a generator for each prompt, seeded by `seed`, the prompt, and the number of equal prompts before it.
@@ -88,34 +87,21 @@ EndReason = Literal["stop", "max_new_tokens", "seq_len"]
 
 @dataclass(frozen=True)
 class NewToken:
-    """A generated token.
+    """A generated token."""
 
-    Attributes:
-        sequence: index of the prompt.
-        token: id.
-        log_prob: nats, under the model's full distribution, before `temperature`, `top_k` and `top_p`.
-        end: reason for which the sequence ends with this token; None: it continues.
-    """
-
-    sequence: int
-    token: int
-    log_prob: float
-    end: EndReason | None
+    sequence: int  # index of the prompt
+    token: int  # id
+    log_prob: float  # nats, under the model's full distribution, before `temperature`, `top_k` and `top_p`
+    end: EndReason | None  # reason for which the sequence ends with this token; None: it continues
 
 
 @dataclass
 class Completion:
-    """The tokens generated for one prompt.
+    """The tokens generated for one prompt."""
 
-    Attributes:
-        tokens: ids, with the stop token if the sequence ended with one.
-        log_prob: sum over tokens, nats.
-        end: reason for which the sequence ended.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    log_prob: float = 0.0
-    end: EndReason = "max_new_tokens"
+    tokens: list[int] = field(default_factory=list)  # ids, with the stop token if the sequence ended with one
+    log_prob: float = 0.0  # sum over tokens, nats
+    end: EndReason = "max_new_tokens"  # reason for which the sequence ended
 
 
 def generate(
@@ -136,9 +122,6 @@ def generate(
         max_new_tokens: maximum number of tokens to add; a sequence also ends at the model's `seq_len`.
         temperature: see `Sampling`, as for `top_k`, `top_p` and `seed`.
         stop_ids: a sequence ends with one of these tokens, usually `Tokenizer.stop_ids`.
-
-    Raises:
-        ValueError: a prompt is too long, or a setting is out of range.
     """
     texts = _as_lists(prompts)
     sampling = Sampling(temperature, top_k, top_p, seed)

@@ -9,8 +9,8 @@ A block with an influence of 0 passes its input on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from torch.utils.hooks import RemovableHandle
 
 from nlgmoe.batch import Batch, loss_mask, token_mask_or_none
 from nlgmoe.eval.perplexity import batch_losses
@@ -33,19 +32,12 @@ CHUNK = 1024  # tokens whose logits exist at a time
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """The loss of a text, and the use of each expert.
+    """The loss of a text, and the use of each expert."""
 
-    Attributes:
-        loss: mean over tokens, nats.
-        tokens: number of these tokens.
-        weights: `[E]` for each MoE layer.
-        saliency: `[E]` for each MoE layer.
-    """
-
-    loss: float
-    tokens: int
-    weights: list[Tensor]
-    saliency: list[Tensor]
+    loss: float  # mean over tokens, nats
+    tokens: int  # number of these tokens
+    weights: list[Tensor]  # `[E]` for each MoE layer
+    saliency: list[Tensor]  # `[E]` for each MoE layer
 
 
 class _Layer:
@@ -68,25 +60,16 @@ class _Layer:
         self.sums.index_add_(1, self._routing.expert.flatten(), torch.stack([weight, weight * norm, kept]))
 
 
-@contextmanager
-def _removed(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def measure_use(model: GPT, batches: Iterable[Batch]) -> ExpertUse:
     """Read text with a model in evaluation mode."""
     total, tokens = 0.0, 0
-    layers, handles = [], []
-    for moe in moe_layers(model):
-        layers.append(layer := _Layer(moe))
-        handles += [moe.dispatcher.register_forward_hook(layer.dispatched)]
-        handles += [moe.experts.register_forward_hook(layer.computed)]
-    with _removed(handles):
+    layers = []
+    with ExitStack() as hooks:  # a handle is a context, which removes its hook
+        for moe in moe_layers(model):
+            layers.append(layer := _Layer(moe))
+            hooks.enter_context(moe.dispatcher.register_forward_hook(layer.dispatched))
+            hooks.enter_context(moe.experts.register_forward_hook(layer.computed))
         for batch in (move_data_to_device(batch, model.unembedding.device) for batch in batches):
             losses, _ = batch_losses(model, batch, CHUNK)
             counted = loss_mask(batch)
@@ -116,7 +99,9 @@ def measure_influence(model: GPT, batches: Iterable[Batch]) -> list[float]:
 
         return add
 
-    with _removed([block.register_forward_hook(measured(index)) for index, block in enumerate(model.blocks)]):
+    with ExitStack() as hooks:
+        for index, block in enumerate(model.blocks):
+            hooks.enter_context(block.register_forward_hook(measured(index)))
         for batch in (move_data_to_device(batch, device) for batch in batches):
             mask = batch["token_mask"]
             model(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))

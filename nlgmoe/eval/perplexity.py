@@ -50,21 +50,11 @@ class DomainLoss(Metric):
             self.add_state(name, torch.zeros(len(domains), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, losses: Tensor, targets: Tensor, mask: Tensor, domain: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            losses: `[B, T]` nats.
-            targets: `[B, T]` token ids.
-            mask: `[B, T]` bool, False where a token is not counted.
-            domain: `[B]` domain ids.
-        """
+        """Add a batch: losses in nats, token ids and a mask, False where a token is not counted, `[B, T]`; domain ids `[B]`."""
         counted = mask.double()
-        for name, per_token in (
-            ("nats", losses.double()),
-            ("tokens", torch.ones_like(counted)),
-            ("bytes", self.token_bytes[targets]),
-        ):
-            getattr(self, name).index_add_(0, domain, (per_token * counted).sum(dim=1))
+        self.nats.index_add_(0, domain, (losses.double() * counted).sum(dim=1))
+        self.tokens.index_add_(0, domain, counted.sum(dim=1))
+        self.bytes.index_add_(0, domain, (self.token_bytes[targets] * counted).sum(dim=1))
 
     def compute(self) -> dict[str, Tensor]:
         """Return `loss` (nats per token), `perplexity` (its exponential) and `bits_per_byte`, overall and as `NAME/DOMAIN`.
@@ -92,9 +82,7 @@ class DomainLoss(Metric):
 class Evaluation:
     """The loss by domain of one evaluation. It is no submodule: `bf16-true` would turn its sums into bf16.
 
-    Args:
-        data: names the domains; None, another data module: one unnamed domain, no bytes.
-        vocab_size: number of token ids of the model.
+    `data` names the domains; None, another data module: one unnamed domain, no bytes.
     """
 
     def __init__(self, data: TrainingData | None, vocab_size: int) -> None:

@@ -11,9 +11,11 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from safetensors import safe_open
 from safetensors.numpy import save
 from torch import Tensor
@@ -81,18 +83,18 @@ class Specialisation:
 
     def by_domain(self, layer: int) -> np.ndarray:
         """Return assignments `[D, E of the layer]`."""
-        assignments: np.ndarray = self.counts[:, :, layer, : self.experts[layer]].sum(axis=1)
-        return assignments
+        return self._of(layer).sum(axis=1)
 
     def by_class(self, layer: int) -> np.ndarray:
         """Return assignments `[C, E of the layer]`."""
-        assignments: np.ndarray = self.counts[:, :, layer, : self.experts[layer]].sum(axis=0)
-        return assignments
+        return self._of(layer).sum(axis=0)
 
     def by_cell(self, layer: int) -> np.ndarray:
         """Return assignments of each domain and class `[D * C, E of the layer]`."""
-        cells: np.ndarray = self.counts[:, :, layer, : self.experts[layer]].reshape(-1, self.experts[layer])
-        return cells
+        return self._of(layer).reshape(-1, self.experts[layer])
+
+    def _of(self, layer: int) -> Any:
+        return self.counts[:, :, layer, : self.experts[layer]]  # [D, C, E of the layer]
 
     def save(self, folder: str | Path) -> Path:
         """Write `specialisation.safetensors` atomically and return its path."""
@@ -105,19 +107,14 @@ class Specialisation:
 
     @classmethod
     def load(cls, folder: str | Path) -> Specialisation:
-        """Read the file that `save` wrote.
-
-        Raises:
-            OSError: the file does not exist.
-            ValueError: the file is damaged.
-        """
+        """Read the file that `save` wrote."""
         path = Path(folder) / FILE
-        if not path.exists():
-            raise FileNotFoundError(2, "No such file or directory", str(path))
         try:
             with safe_open(path, "numpy") as file:
                 facts, counts = json.loads(file.metadata()["facts"]), file.get_tensor("counts")
             return cls(counts, **facts)
+        except FileNotFoundError:
+            raise
         except Exception as error:  # safetensors' own exception class among them
             raise RunError(f"{path} is damaged ({error}); validate the run again") from error
 
@@ -163,12 +160,8 @@ def entropy(counts: np.ndarray) -> float:
 class ExpertCounts(Metric):
     """Counts assignments to each expert by domain and token class.
 
-    Each update is one `scatter_add` per layer on the device; the host reads nothing before `compute`.
-
-    Args:
-        experts: number of experts of each MoE layer.
-        domains: names, indexed by a batch's domain ids.
-        spellings: `[V]` bytes of each token id; None: all tokens form one class.
+    Each update is one `scatter_add` per layer on the device; the host reads nothing before `compute`. `experts` are those of
+    each MoE layer; see `count_experts` for other arguments.
     """
 
     counts: Tensor
@@ -185,13 +178,7 @@ class ExpertCounts(Metric):
         self.add_state("counts", zeros, dist_reduce_fx="sum")
 
     def update(self, tokens: Tensor, domain: Tensor, routings: Sequence[Routing]) -> None:
-        """Add a batch.
-
-        Args:
-            tokens: `[B, T]` input ids.
-            domain: `[B]` domain ids.
-            routings: one for each MoE layer.
-        """
+        """Add a batch: input ids `[B, T]`, ids of domains `[B]`, and the routing of each MoE layer."""
         domain = domain if len(self.domains) > 1 else torch.zeros_like(domain)  # data without names have one domain
         group = domain.unsqueeze(1).expand_as(tokens) * len(self.class_names)  # [B, T]
         if self.classes is not None:
@@ -236,12 +223,7 @@ def count_experts(
         raise RunError("the model is in training mode; call model.eval() first")
     device = model.unembedding.device
     counts = ExpertCounts(experts, domains, spellings).to(device)
-    for batch in batches:
-        tokens, mask, documents = batch["tokens"].to(device), token_mask_or_none(batch), batch.get("document")
-        output = model(
-            tokens,
-            None if mask is None else mask.to(device),
-            documents=None if documents is None else documents.to(device),
-        )
-        counts.update(tokens, batch["domain"].to(device), output.routings)
+    for batch in (move_data_to_device(batch, device) for batch in batches):
+        output = model(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
+        counts.update(batch["tokens"], batch["domain"], output.routings)
     return counts.specialisation()

@@ -45,8 +45,7 @@ class AllToAllDispatcher(LocalDispatcher):
 class AllToAllDispatch(LocalDispatch):
     """The exchange of a micro-batch's rows with the experts on the ranks of a group.
 
-    Args:
-        capacity: C, an upper bound of an expert's rows from each rank, the same on all ranks; None: rows are counted.
+    `capacity`: C, an upper bound of an expert's rows from each rank, the same on all ranks; None: rows are counted.
     """
 
     def __init__(
@@ -62,9 +61,8 @@ class AllToAllDispatch(LocalDispatch):
             sent_counts = self.tokens_per_expert.view(self._ranks, placement.count)
             received_counts = torch.empty_like(sent_counts)
             distributed.all_to_all_single(received_counts, sent_counts, group=placement.group)
-            sent, received = torch.stack(
-                [sent_counts.sum(dim=1), received_counts.sum(dim=1)]
-            ).tolist()  # the host waits
+            counts = torch.stack([sent_counts.sum(dim=1), received_counts.sum(dim=1)])
+            sent, received = counts.tolist()  # the host waits
             expert = torch.arange(placement.count, device=tokens.device).repeat(self._ranks)  # [W * e]
             expert = torch.repeat_interleave(expert, received_counts.flatten(), output_size=sum(received))
             self._order_here = expert.argsort(stable=True)  # rows arrive sorted by rank
@@ -79,9 +77,8 @@ class AllToAllDispatch(LocalDispatch):
             rows = self._swap(self._rows_here, self._ranks, self._placement.count)
             del self._rows_here  # not needed while the experts run
             return Rows(rows.unflatten(0, (self._placement.count, -1)), None)
-        order, self._row_here, rows_per_expert = round_up_rows(
-            self._order_here, self._tokens_here, computing_dtype(self._tokens)
-        )
+        dtype = computing_dtype(self._tokens)
+        order, self._row_here, rows_per_expert = round_up_rows(self._order_here, self._tokens_here, dtype)
         rows = self._rows_here.index_select(0, order)
         del self._rows_here
         return Rows(rows, rows_per_expert)

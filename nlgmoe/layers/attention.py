@@ -22,16 +22,13 @@ class KVCache:
     """Keys and values of earlier positions, of every layer; `GPT.forward` extends it.
 
     Holds at most `max_len` positions per sequence. Memory is allocated layer by layer at the first use.
-
-    Attributes:
-        length: positions stored, those of the current tokens included.
-        mask: `[B, length]` bool, False where a stored position is padding; None: no padding.
     """
 
     def __init__(self, max_len: int) -> None:
         self.max_len = max_len
-        self.length = self._start = 0  # new positions are written from `_start` on
-        self.mask: Tensor | None = None
+        self.length = 0  # positions stored, those of the current tokens included
+        self._start = 0  # new positions are written from here on
+        self.mask: Tensor | None = None  # `[B, length]` bool, False at padding; None: no padding
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def reserve(self, new: int, mask: Tensor | None) -> None:
@@ -119,7 +116,6 @@ class MultiHead(AttentionConfig):
     reads_fields = ATTENTION_FIELDS
 
     def saved_bytes(self, config: GPTConfig, itemsize: int) -> int:
-        """See `AttentionConfig`."""
         heads, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
         size = (config.hidden_size + heads + 2 * keys + heads) * itemsize  # input; q, k, v; output
         if config.rope_theta is not None or config.qk_norm is not None:
@@ -130,7 +126,6 @@ class MultiHead(AttentionConfig):
         return size + 4 * config.num_heads  # logsumexp
 
     def build(self, config: GPTConfig, block: int) -> CausalSelfAttention:
-        """See `AttentionConfig`."""
         return CausalSelfAttention(config, block)
 
 
@@ -192,12 +187,9 @@ class CausalSelfAttention(nn.Module):
 def attend(
     q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, scale: float | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Return the weighted sums of values, `[B, N, T, D]`.
+    """Return the weighted sums of values, `[B, N, T, D]`, for queries of that shape.
 
-    Args:
-        q: `[B, N, T, D]`.
-        k: `[B, K, S, D]`; each of the K heads is for N / K query heads.
-        v: `[B, K, S, D]`.
+    Keys and values are `[B, K, S, D]`; each of the K heads is for N / K query heads.
     """
     visible, shares_keys = context.visible, k.shape[1] != q.shape[1]
     if shares_keys and visible is not None:  # CUDA's fused kernels take no mask with shared keys

@@ -55,8 +55,7 @@ def router_losses(routings: Sequence[Routing], aux_scope: Literal["rank", "globa
 def add_router_losses(loss: Tensor, moe: MoEConfig, routings: Sequence[Routing]) -> tuple[Tensor, dict[str, Tensor]]:
     """Add all losses of the routers to `loss`. A collective with `aux_scope` global.
 
-    Returns:
-        The sum, and the losses by name without their coefficients.
+    Returns the sum, and the losses by name without their coefficients.
     """
     balance, z_loss = router_losses(routings, moe.aux_scope)
     # A router may have a balancing rule of its own.

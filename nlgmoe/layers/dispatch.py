@@ -24,39 +24,29 @@ from nlgmoe.layers.router import Routing, count
 
 
 class Rows(NamedTuple):
-    """The input of `Experts`, held here e of them.
+    """The input of `Experts`, held here e of them."""
 
-    Attributes:
-        x: `[M, H]`: the first `tokens_per_expert[0]` rows are for the first expert held here, and so on; or `[e, S, H]`, S slots
-            for each.
-        tokens_per_expert: `[e]` int64, M in all, with rows that nobody reads; None: `x` is in slots.
-    """
-
+    # `[M, H]`: the first `tokens_per_expert[0]` rows are for the first expert held here, and so on; or `[e, S, H]`, S
+    # slots for each.
     x: Tensor
-    tokens_per_expert: Tensor | None
+    tokens_per_expert: Tensor | None  # `[e]` int64, M in all, with rows that nobody reads; None: `x` is in slots
 
 
 class LocalDispatch:
-    """The dispatch of a micro-batch to experts on this rank, and the combination of their outputs.
+    """The dispatch of a micro-batch `tokens`, `[N, H]`, to experts on this rank, and the combination of their outputs.
 
-    Args:
-        tokens: `[N, H]`.
-        capacity: C slots for each expert, an upper bound of its rows; None: its rows are counted.
-
-    Attributes:
-        order: assignment indices sorted by expert, each expert's in token order. On accelerators all N * k, and dropped ones
-            come last: leaving them out would make the host wait for their number.
-        tokens_per_expert: `[E]` int64 of kept assignments.
-        weight: `[N, k]` of each assignment.
+    `capacity`: C slots for each expert, an upper bound of its rows; None: its rows are counted.
     """
 
     def __init__(self, tokens: Tensor, routing: Routing, capacity: int | None = None) -> None:
-        self.weight, self._top_k = routing.weight, routing.expert.shape[1]
+        self.weight, self._top_k = routing.weight, routing.expert.shape[1]  # [N, k], k
         num_experts = routing.num_experts
         # [N * k], dropped -> one past the last
         expert = torch.where(routing.kept, routing.expert, num_experts).flatten()
+        # Assignments sorted by expert, each expert's in token order. On accelerators all N * k, and dropped ones come last:
+        # leaving them out would make the host wait for their number.
         self.order = torch.sort(expert, stable=True).indices
-        self.tokens_per_expert = count(expert, num_experts + 1)[:num_experts]
+        self.tokens_per_expert = count(expert, num_experts + 1)[:num_experts]  # [E], kept ones
         if expert.device.type == "cpu" and not routing.all_kept:
             self.order = self.order[: max(int(self.tokens_per_expert.sum()), 1)]  # `combine` needs a row to read
         self._tokens, self._capacity = tokens, capacity
@@ -72,16 +62,14 @@ class LocalDispatch:
             return Rows(rows.unflatten(0, (-1, self._capacity)), None)
         rows_per_expert = self.tokens_per_expert.clone()
         rows_per_expert[-1] += len(self.order) - rows_per_expert.sum()
-        token_of_row, self._row, rows_per_expert = round_up_rows(
-            self._token_of_row, rows_per_expert, computing_dtype(self._tokens)
-        )
+        dtype = computing_dtype(self._tokens)
+        token_of_row, self._row, rows_per_expert = round_up_rows(self._token_of_row, rows_per_expert, dtype)
         return Rows(self._tokens.index_select(0, token_of_row), rows_per_expert)
 
     def combine(self, y: Tensor) -> Tensor:
         """Sum each token's weighted expert outputs, `y` `[M, H]` or `[e, S, H]` in the order of `receive`.
 
-        Returns:
-            `[N, H]` in the dtype of the weights; 0 for a token that no expert kept.
+        Returns `[N, H]` in the dtype of the weights; 0 for a token that no expert kept.
         """
         by_choice = y.flatten(0, -2).index_select(0, self.row_of_assignment())  # [N * k, H]
         if self._top_k == 1:
@@ -109,13 +97,9 @@ def assign_slots(tokens_per_expert: Tensor, capacity: int, rows: int) -> tuple[T
 
 
 class LocalDispatcher(nn.Module):
-    """Dispatches the tokens of a micro-batch to the experts of one layer, which are all held here.
+    """Dispatches the tokens of a micro-batch to the experts of one layer, which are all held here."""
 
-    Attributes:
-        equal_batches: all ranks train on micro-batches of equally many tokens. False unless it is set.
-    """
-
-    equal_batches = False
+    equal_batches = False  # all ranks train on micro-batches of equally many tokens
 
     def forward(self, tokens: Tensor, routing: Routing) -> LocalDispatch:
         """Start the dispatch of `tokens`, `[N, H]`; the caller may compute something else before `receive`."""

@@ -35,23 +35,17 @@ class Experts(nn.Module):
     All experts' matrices of one name are one parameter, `{name}_weight` `[E, in, out]`, and so are their biases, `{name}_bias`
     `[E, out]` or None: optimizer and collectives work on few large tensors. Checkpoints store one entry per expert.
 
-    Args:
-        count: E.
-        hidden_size: H.
-        ffn_size: F.
-        first: number of the first one in the layer; under expert parallelism a rank holds a slice.
-
-    Attributes:
-        triton_product: `(rows [M, in], weight [E, in, out], ends [E]) -> [M, out]` for GPUs; None unless it is handed in.
+    The first one has the number `first` in the layer: under expert parallelism a rank holds a slice.
     """
 
+    # `(rows [M, in], weight [E, in, out], ends [E]) -> [M, out]` for GPUs; None unless it is handed in.
     triton_product: Function | None = None
 
     def __init__(
         self,
-        count: int,
-        hidden_size: int,
-        ffn_size: int,
+        count: int,  # E
+        hidden_size: int,  # H
+        ffn_size: int,  # F
         first: int = 0,
         network: ExpertConfig = NETWORKS["gelu"],
         bias: bool = True,
@@ -67,30 +61,20 @@ class Experts(nn.Module):
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(count, outputs)) if bias else None)
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor | None) -> Tensor:
-        """Apply expert e to its rows.
-
-        Args:
-            x: `[M, H]`: the first `tokens_per_expert[0]` rows are for expert 0 and so on; or `[E, S, H]` in slots.
-            tokens_per_expert: `[E]` int64, M in all; None: `x` is in slots.
-
-        Returns `y` of the shape of `x`, in the dtype of the computation.
-        """
+        """Apply expert e to its rows; see `dispatch.Rows`. Returns `y` of the shape of `x`, in the dtype of the computation."""
         x = cast_by_autocast(x)
         if torch.compiler.is_dynamo_compiling() and x.device.type == "cpu" and x.dtype != torch.bfloat16:
             return _uncompiled(self, x, tokens_per_expert)
         if tokens_per_expert is None or not len(x):  # no kernel of a grouped product gets no rows
             rows = x.flatten(0, -2)  # [M, H], as networks expect them
             return self._apply_network(rows, self._in_slots(len(rows) // self.count)).view_as(x)
-        chosen = self._choose_product(x)
+        if not torch.is_grad_enabled() and x.device.type == "cpu" and len(x) <= FEW_ROWS:
+            return self._loop(x, tokens_per_expert)  # generation: reads the weights of the chosen experts only
+        has_triton = self.triton_product is not None
+        chosen = choose_product(x.dtype, self.widths, compute_capability(x.device), False, has_triton)
         if chosen == "loop":
             return self._loop(x, tokens_per_expert)
         return self._apply_network(x, self._grouped(chosen, x, tokens_per_expert))
-
-    def _choose_product(self, x: Tensor) -> Product:
-        if not torch.is_grad_enabled() and x.device.type == "cpu" and len(x) <= FEW_ROWS:
-            return "loop"  # generation: reads the weights of the chosen experts only
-        has_triton = self.triton_product is not None
-        return choose_product(x.dtype, self.widths, compute_capability(x.device), False, has_triton)
 
     def _apply_network(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply the network, and check that it returned a row for each row of `x`, `[M, H]`."""

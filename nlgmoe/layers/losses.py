@@ -20,24 +20,17 @@ from nlgmoe.layers.precision import cast_by_autocast
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """A teacher's whole distributions for the tokens of a batch.
+    """A teacher's whole distributions for the tokens of a batch."""
 
-    Attributes:
-        logits: maps a slice of tokens to their logits, `[C, V]`, without gradient.
-        weight: weight of the distillation loss.
-        temperature: divisor of both models' logits.
-    """
-
-    logits: Callable[[slice], Tensor]
-    weight: float
-    temperature: float
+    logits: Callable[[slice], Tensor]  # maps a slice of tokens to their logits, `[C, V]`, without gradient
+    weight: float  # weight of the distillation loss
+    temperature: float  # divisor of both models' logits
 
     def compare(self, student: Tensor, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Compare the student's log-probabilities of a slice of tokens, `[C, V]`, with the teacher's.
 
-        Returns:
-            `KL(teacher || student)` `[C, 1]` at the temperature; whether their argmax is the same, `[C, 1]`; and the difference
-            of their distributions at the temperature, `[C, V]`: the KL's gradient, times the temperature.
+        Returns `KL(teacher || student)` `[C, 1]` at the temperature; whether their argmax is the same, `[C, 1]`; and the
+        difference of their distributions at the temperature, `[C, V]`: the KL's gradient, times the temperature.
         """
         teacher = self.logits(chunk).to(student.dtype)
         agrees = student.argmax(dim=-1, keepdim=True) == teacher.argmax(dim=-1, keepdim=True)
@@ -57,17 +50,13 @@ class TopTargets:
     is the tail's mass times the divergence within the tail. Its gradient leaves the odds within the tail as the student has
     them; it differs from that of the whole distributions by at most twice the tail's mass, summed over the vocabulary
     (docs/distillation.md).
-
-    Attributes:
-        top: maps a slice of tokens to int64 `[C, K]`, the likeliest tokens at the temperature, the likeliest first; and
-            `[C, K + 1]`, their log-probabilities and the tail's, up to a constant: they are normalised here.
-        weight: weight of the distillation loss.
-        temperature: divisor of both models' logits; already applied to the teacher's.
     """
 
+    # Maps a slice of tokens to int64 `[C, K]`, the likeliest tokens at the temperature, the likeliest first; and
+    # `[C, K + 1]`, their log-probabilities and the tail's, up to a constant: they are normalised here.
     top: Callable[[slice], tuple[Tensor, Tensor]]
-    weight: float
-    temperature: float
+    weight: float  # weight of the distillation loss
+    temperature: float  # divisor of both models' logits; already applied to the teacher's
 
     def compare(self, student: Tensor, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
         """See `SoftTargets.compare`."""
@@ -91,19 +80,12 @@ TeacherTargets = SoftTargets | TopTargets
 
 
 class DistilledLoss(NamedTuple):
-    """A loss and its terms, scalars in at least fp32; only `loss` has a gradient.
+    """A loss and its terms, scalars in at least fp32; only `loss` has a gradient."""
 
-    Attributes:
-        loss: `language + weight * distillation`.
-        language: the cross-entropy.
-        distillation: `temperature^2 * KL(teacher || student)` of the distributions at the temperature.
-        agreement: share of the tokens whose likeliest target is the same for both.
-    """
-
-    loss: Tensor
-    language: Tensor
-    distillation: Tensor
-    agreement: Tensor
+    loss: Tensor  # `language + weight * distillation`
+    language: Tensor  # the cross-entropy
+    distillation: Tensor  # `temperature^2 * KL(teacher || student)` of the distributions at the temperature
+    agreement: Tensor  # share of the tokens whose likeliest target is the same for both
 
 
 def cross_entropy(
@@ -131,13 +113,11 @@ def cross_entropy(
         divisor: scalar divisor of the sum over unmasked tokens; None: their number. With the mean of all ranks'
             numbers, the mean of the ranks' losses is the loss of all their tokens.
 
-    Returns:
-        A scalar; 0 if the mask is empty.
+    Returns a scalar; 0 if the mask is empty.
     """
     counted, factor = _weights(hidden, targets, mask, divisor)
-    loss: Tensor = _ChunkedCrossEntropy.apply(
-        hidden, unembedding, vocab_size, targets, counted, factor, chunk_size, None
-    )[0]
+    inputs = hidden, unembedding, vocab_size, targets, counted, factor, chunk_size
+    loss: Tensor = _ChunkedCrossEntropy.apply(*inputs, None)[0]
     return loss
 
 
@@ -156,9 +136,8 @@ def distilled_cross_entropy(
     Arguments as in `cross_entropy`. The teacher's logits too exist for `chunk_size` tokens at a time.
     """
     counted, factor = _weights(hidden, targets, mask, divisor)
-    return DistilledLoss(
-        *_ChunkedCrossEntropy.apply(hidden, unembedding, vocab_size, targets, counted, factor, chunk_size, teacher)
-    )
+    inputs = hidden, unembedding, vocab_size, targets, counted, factor, chunk_size
+    return DistilledLoss(*_ChunkedCrossEntropy.apply(*inputs, teacher))
 
 
 def _weights(hidden: Tensor, targets: Tensor, mask: Tensor | None, divisor: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -58,11 +58,9 @@ class MLAConfig(AttentionConfig):
         require_above(0, self, "norm_eps")
 
     def check(self, config: GPTConfig) -> None:
-        """See `AttentionConfig`."""
         require(config.rope_theta is not None, "rope_theta=None does not fit MLAConfig; set it, such as 10000.0")
 
     def rotary_size(self, config: GPTConfig) -> int:
-        """See `AttentionConfig`."""
         return self.qk_rope_head_dim
 
     def score_widths(self, config: GPTConfig) -> tuple[int, int]:
@@ -70,7 +68,6 @@ class MLAConfig(AttentionConfig):
         return self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim
 
     def saved_bytes(self, config: GPTConfig, itemsize: int) -> int:
-        """See `AttentionConfig`."""
         key, value = self.score_widths(config)
         width = max(key, value)
         # Input; latent before and after its norm.
@@ -83,7 +80,6 @@ class MLAConfig(AttentionConfig):
         return (size + config.num_heads * per_head) * itemsize + 4 * rows
 
     def build(self, config: GPTConfig, block: int) -> nn.Module:
-        """See `AttentionConfig`."""
         return LatentAttention(self, config, block)
 
 

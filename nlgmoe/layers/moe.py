@@ -65,15 +65,7 @@ class MoELayer(nn.Module):
         self.coefficient = LinearInInputType(config.hidden_size, outputs, bias=outputs == 2) if outputs else None
 
     def forward(self, x: Tensor, context: RoutingContext = RoutingContext()) -> tuple[Tensor, Routing]:  # noqa: B008 (frozen)
-        """Apply the layer.
-
-        Args:
-            x: `[B, T, H]`.
-            context: other inputs of the router.
-
-        Returns:
-            `y` `[B, T, H]` in the dtype of `x`, and the routing.
-        """
+        """Apply the layer to `x` `[B, T, H]`. Returns `y` `[B, T, H]` in the dtype of `x`, and the routing."""
         tokens = x.flatten(0, 1)  # [N, H]
         routing = self._require_fit(self.router(tokens, context), len(tokens))
         dispatch = self.dispatcher(tokens, routing)

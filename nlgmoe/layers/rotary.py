@@ -48,7 +48,6 @@ class Yarn(RotaryScaling):
         )
 
     def scale(self, frequencies: Tensor, theta: float) -> Tensor:
-        """See `RotaryScaling`."""
         pairs = len(frequencies)
 
         def pair_of(turns: float) -> float:
@@ -88,7 +87,6 @@ class Llama3(RotaryScaling):
         )
 
     def scale(self, frequencies: Tensor, theta: float) -> Tensor:
-        """See `RotaryScaling`."""
         turns = self.original_length / (2 * math.pi / frequencies)  # [R / 2], in `original_length`
         keep = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
         return (1 - keep) * frequencies / self.factor + keep * frequencies

@@ -141,10 +141,8 @@ def capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, minim
 
     Computed in float32, as DeepSpeed does: 100 tokens, 2 experts and factor 1.1 make 55, not the 56 of float64.
     """
-    share = torch.tensor(num_tokens / num_experts, dtype=torch.float32) * torch.tensor(
-        factor * top_k, dtype=torch.float32
-    )
-    return max(minimum, int(torch.ceil(share).clamp_max(2.0**31)))  # within int64, at any factor
+    share, scale = (torch.tensor(x, dtype=torch.float32) for x in (num_tokens / num_experts, factor * top_k))
+    return max(minimum, int(torch.ceil(share * scale).clamp_max(2.0**31)))  # within int64, at any factor
 
 
 class Router(nn.Module):

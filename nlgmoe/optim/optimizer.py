@@ -111,9 +111,8 @@ class AdamWConfig:
             scale = f"{component}={factor} in lr_scale"
             require(component in _COMPONENTS, f"{scale} names no component; use {', '.join(_COMPONENTS)}")
             require(0 < factor < math.inf, f"{scale} must be above 0 and finite")
-            require(
-                component not in self.frozen, f"{scale} has no effect on what is frozen; remove it here or from frozen"
-            )
+            is_trained = component not in self.frozen
+            require(is_trained, f"{scale} has no effect on what is frozen; remove it here or from frozen")
 
 
 def is_frozen(name: str, components: Sequence[Component]) -> bool:
@@ -203,8 +202,7 @@ def _keep_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any
 class Muon(Optimizer):
     """Muon for the parameter groups with `muon`, AdamW for all others: one optimizer with one state.
 
-    Args:
-        adamw: has all groups; it steps those without `muon`.
+    `adamw` has all groups; it steps those without `muon`.
     """
 
     def __init__(self, adamw: AdamW, config: MuonConfig) -> None:

@@ -91,9 +91,8 @@ class SequenceCurriculum:
         if self.start % self.increment:
             below = self.start // self.increment * self.increment
             nearest = " or ".join(str(value) for value in (below, below + self.increment) if value)
-            raise SettingError(
-                f"start={self.start} must be a multiple of increment={self.increment}: set it to {nearest}"
-            )
+            remedy = f"must be a multiple of increment={self.increment}: set it to {nearest}"
+            raise SettingError(f"start={self.start} {remedy}")
 
 
 def sequence_length(tokens: int, seq_len: int, curriculum: SequenceCurriculum) -> int:

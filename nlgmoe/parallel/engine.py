@@ -132,11 +132,7 @@ class EngineState:
     def gather(self, entry: Entry, key: str | None, owner: int) -> Tensor | None:
         """Return an entry on rank `owner` of the ranks that share it, on the CPU; None on the others. A collective.
 
-        Parameters in fp32. A frozen one, and a buffer, is whole on every rank.
-
-        Args:
-            key: name of a moment; None: the value.
-            owner: rank in the group of `ranks_of`.
+        Parameters in fp32. A frozen one, and a buffer, is whole on every rank. `key` names a moment; None: the value.
         """
         ranks = self.ranks_of(entry.parameter)
         if not entry.trained:

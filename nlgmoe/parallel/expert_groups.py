@@ -20,17 +20,11 @@ from nlgmoe.ranks import AllRanksSettingError
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """The groups of this rank for one degree.
+    """The groups of this rank for one degree."""
 
-    Attributes:
-        degree: ranks of the expert-parallel group.
-        parallel: the ranks that hold a layer together and exchange tokens.
-        data_parallel: the ranks that hold the same experts and average their gradients.
-    """
-
-    degree: int
-    parallel: ProcessGroup
-    data_parallel: ProcessGroup
+    degree: int  # ranks of the expert-parallel group
+    parallel: ProcessGroup  # the ranks that hold a layer together and exchange tokens
+    data_parallel: ProcessGroup  # the ranks that hold the same experts and average their gradients
 
     @property
     def name(self) -> str:

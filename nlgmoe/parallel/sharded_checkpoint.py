@@ -181,10 +181,8 @@ def read_shared(files: TensorFiles, wanted: Wanted, device: torch.device) -> Non
     """Read each entry on one of the ranks that share it, which sends it to the others. A collective.
 
     The ranks of a group read at the same time, each an entry of its share, and send these in turn: a rank holds two entries. One
-    that cannot read sends zeros, so that none waits for it; in the end all ranks raise its error.
-
-    Args:
-        wanted: the entries of this rank, by group; all ranks have the same kinds of groups in the same order.
+    that cannot read sends zeros, so that none waits for it; in the end all ranks raise its error. `wanted` are the entries of
+    this rank, by group; all ranks have the same kinds of groups in the same order.
     """
     failure: Exception | None = None
     for ranks, receivers in wanted.items():

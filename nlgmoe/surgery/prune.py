@@ -50,8 +50,7 @@ def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
 def most_used(weights: Sequence[Tensor], config: GPTConfig) -> list[list[int]]:
     """Return the experts to keep in each MoE layer, in order: those with the largest weights, with `groups` of each group.
 
-    Args:
-        weights: `[E]` of each MoE layer, or their saliency (`eval/importance.py`).
+    `weights` are `[E]` of each MoE layer, or their saliency (`eval/importance.py`).
     """
     assert config.moe is not None
     groups, kept = config.moe.groups[0] if config.moe.groups is not None else 1, []
@@ -70,12 +69,7 @@ def prune(
     kept: Sequence[Sequence[int]],
     overwrite: bool = False,
 ) -> GPTConfig:
-    """Write the checkpoint, and return its model's configuration.
-
-    Args:
-        kept: experts to keep, for each MoE layer.
-        overwrite: replace an older checkpoint when the new one is complete.
-    """
+    """Write the checkpoint with the experts `kept` of each MoE layer, and return its model's configuration."""
     document, files, tokenizer = read_document(source), TensorFiles(source, "model"), read_tokenizer(source)
     before = GPTConfig.from_dict(document["model_config"])
     config = pruned_config(before, num_experts)
@@ -89,9 +83,7 @@ def prune(
         value = files.read(name)
         return value[kept_in[block]] if name.startswith(f"{block}.moe.router.") else value
 
-    trained, start = (document["global_step"], document["tokens_seen"]), document.get("started_from")
-    origin = f"{source}, by `nlgmoe prune`"
-    write_weights(
-        checkpoint, read, config, tokenizer, *trained, overwrite, start, origin, source, document.get("family")
-    )
+    trained = document["global_step"], document["tokens_seen"]
+    start, family, origin = document.get("started_from"), document.get("family"), f"{source}, by `nlgmoe prune`"
+    write_weights(checkpoint, read, config, tokenizer, *trained, overwrite, start, origin, source, family)
     return config

@@ -45,17 +45,11 @@ SMALL = 2e-6  # standard deviation of logits of a normed input: a change of some
 
 @dataclass(frozen=True)
 class Upcycled:
-    """The result of upcycling.
+    """The result of upcycling."""
 
-    Attributes:
-        dense: checkpoint of the dense model.
-        dense_config: configuration of the dense model.
-        config: configuration of the new model.
-    """
-
-    dense: Path
-    dense_config: GPTConfig
-    config: GPTConfig
+    dense: Path  # checkpoint of the dense model
+    dense_config: GPTConfig  # configuration of the dense model
+    config: GPTConfig  # configuration of the new model
 
 
 def upcycle(

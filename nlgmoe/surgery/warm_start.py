@@ -50,19 +50,12 @@ class WarmStart:
 
 @dataclass(frozen=True)
 class WarmStartResult:
-    """The result of a warm start.
+    """The result of a warm start."""
 
-    Attributes:
-        model_config: the model configuration of the checkpoint.
-        report: how many values were loaded, and one line for each difference.
-        path: the checkpoint.
-        family: the family of `transformers` that the checkpoint's model was imported from; None: no one.
-    """
-
-    model_config: dict[str, Any]
-    report: str
-    path: Path
-    family: str | None
+    model_config: dict[str, Any]  # the model configuration of the checkpoint
+    report: str  # how many values were loaded, and one line for each difference
+    path: Path  # the checkpoint
+    family: str | None  # the family of `transformers` that the checkpoint's model was imported from; None: no one
 
 
 @torch.no_grad()

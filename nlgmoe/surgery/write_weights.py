@@ -127,7 +127,6 @@ def weight_shapes(config: GPTConfig) -> Shapes:
 
 
 def _shards(shapes: Shapes) -> list[list[str]]:
-    """Divide the entries into files, in order."""
     shards: list[list[str]] = [[]]
     values = 0
     for name, shape in shapes.items():

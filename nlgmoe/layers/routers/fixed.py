@@ -82,7 +82,6 @@ class HashRouterConfig(_OneExpertConfig):
     counts: str | None = None
 
     def build(self, config: GPTConfig, block: int) -> Router:
-        """See `RouterConfig`."""
         router = HashRouter(config.vocab_size, experts_at(config, block))
         if not router.table.is_meta:  # meta: the weights are counted, or read from a checkpoint
             counts = [1] * config.vocab_size if self.counts is None else read_counts(self.counts, config.vocab_size)
@@ -101,7 +100,6 @@ class HashRouter(Router):
         self.register_buffer("table", torch.zeros(vocab_size, dtype=torch.int64))  # [V]
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
-        """See `Router`."""
         assert context.tokens is not None, "a hash router needs token ids"
         return route_to(self.table[context.tokens], x, context, self.num_experts)
 
@@ -142,7 +140,6 @@ class UniformRouterConfig(_OneExpertConfig):
     """
 
     def build(self, config: GPTConfig, block: int) -> Router:
-        """See `RouterConfig`."""
         return UniformRouter(experts_at(config, block), derive_seed("uniform router", self.seed, block))
 
 
@@ -156,7 +153,6 @@ class UniformRouter(Router):
         self.register_buffer("seed", torch.tensor(seed & WORD))
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
-        """See `Router`."""
         assert context.tokens is not None and context.positions is not None, "a uniform router needs token ids"
         hashed = _mix((_mix(context.tokens ^ self.seed) + context.positions) & WORD)  # [B, T]
         return route_to(hashed % self.num_experts, x, context, self.num_experts)
@@ -185,7 +181,6 @@ class FrozenRouterConfig(RouterConfig):
         require_valid(self)
 
     def build(self, config: GPTConfig, block: int) -> Router:
-        """See `RouterConfig`."""
         assert config.moe is not None
         router = FrozenRouter(config.moe, config.hidden_size, experts_at(config, block), block)
         if not router.weight.is_meta:

@@ -57,7 +57,6 @@ class SigmoidRouterConfig(RouterConfig):
         require_at_least(0, self, "update_rate", "sequence_loss_coeff", remedy="; 0 turns it off")
 
     def check(self, moe: MoEConfig) -> None:
-        """See `RouterConfig`."""
         counts = moe.num_experts if isinstance(moe.num_experts, list) else [moe.num_experts]
         require(
             moe.groups is None or moe.groups[0] * 2 <= min(count for count in counts if count),
@@ -65,7 +64,6 @@ class SigmoidRouterConfig(RouterConfig):
         )
 
     def build(self, config: GPTConfig, block: int) -> Router:
-        """See `RouterConfig`."""
         return SigmoidRouter(self, config, block)
 
 
@@ -92,7 +90,6 @@ class SigmoidRouter(TopKRouter):
         return replace(routing, losses={"sequence_balance_loss": loss})
 
     def after_step(self, requests: Tensor) -> None:
-        """See `Router`."""
         self.bias += self.settings.update_rate * (requests.sum() - self.num_experts * requests).sign()
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -109,11 +106,7 @@ class SigmoidRouter(TopKRouter):
 def sequence_balance(probs: Tensor, top_k: int, sequences: int, token_mask: Tensor | None) -> Tensor:
     """Compute the sequence-wise balance loss without its coefficient, a scalar: 1 if balanced.
 
-    Args:
-        probs: `[N, E]` scores over their sum.
-        top_k: k.
-        sequences: B.
-        token_mask: `[N]` bool, False at padding; None: no padding.
+    `probs` `[N, E]` are scores over their sum, of B `sequences`; `token_mask` `[N]` is False at padding; None: no padding.
     """
     chosen = torch.zeros_like(probs).scatter_(1, probs.detach().topk(top_k, dim=-1).indices, 1)  # [N, E]
     ones = torch.ones_like(probs[:, :1])  # [N, 1]

@@ -39,15 +39,12 @@ class AttentionLayer(Target):
 
     @property
     def sizes(self) -> str:
-        """See `Target`."""
         return f"attention of {self.config.num_layers} blocks, {self.config.num_heads} heads, width {self.hidden_size}"
 
     def build(self) -> nn.Module:
-        """See `Target`."""
         return nn.ModuleList(build_attention(self.config, block) for block in range(self.config.num_layers))
 
     def forward(self, module: nn.Module, batch: Batch) -> Output:
-        """See `Target`."""
         return Output(self.attend(module, batch))
 
     def without_dispatch(self, module: nn.Module, batch: Batch) -> Output:
@@ -201,9 +198,8 @@ def settings_give_the_layer(layer: AttentionLayer) -> str:
     first, second = layer.make(torch.float32, training=False), read.make(torch.float32, training=False, seed=1)
     second.load_state_dict(first.state_dict())
     with torch.device("meta"):
-        shapes = [
-            [(name, value.shape) for name, value in module.named_parameters()] for module in (first, layer.build())
-        ]
+        modules = first, layer.build()
+        shapes = [[(name, value.shape) for name, value in module.named_parameters()] for module in modules]
     if shapes[0] != shapes[1]:
         raise Failed("built on the meta device it has other parameters")
     initialise(layer.build(), layer.config, 0)  # raises for a parameter without a role

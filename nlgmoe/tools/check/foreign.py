@@ -29,12 +29,10 @@ class ForeignLayer(Layer):
     factory: Callable[[], nn.Module] | None = None  # makes the module
 
     def build(self) -> nn.Module:
-        """See `Layer`."""
         assert self.factory is not None
         return self.factory()
 
     def forward(self, module: nn.Module, batch: Batch) -> Output:
-        """See `Layer`."""
         returned: Any = module(batch.x, **({"mask": batch.mask} if self.takes_mask and batch.mask is not None else {}))
         y, *rest = returned if isinstance(returned, tuple | list) else (returned,)
         if not isinstance(y, Tensor) or y.shape != batch.x.shape:
@@ -51,14 +49,12 @@ class ForeignLayer(Layer):
         return Output(y, routing, losses[0] if losses else None)
 
     def gate_weight(self, module: nn.Module) -> Tensor | None:
-        """See `Layer`."""
         gate = getattr(module, "router", getattr(module, "gate", None))
         shape = (self.num_experts, self.hidden_size)
         tensors = [*gate.parameters(), *gate.buffers()] if isinstance(gate, nn.Module) else [gate]
         return next((tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.shape == shape), None)
 
     def gate_bias(self, module: nn.Module) -> Tensor | None:
-        """See `Layer`."""
         gate = getattr(module, "router", getattr(module, "gate", None))
         bias = getattr(gate, "bias", None)
         return bias if isinstance(gate, nn.Linear) and isinstance(bias, Tensor) else None
@@ -87,7 +83,6 @@ class DeepSpeedLayer(Layer):
     drops: bool | None = True
 
     def build(self) -> nn.Module:
-        """See `Layer`."""
         name_deepspeeds_device()
         from deepspeed.moe.layer import MoE
 
@@ -107,19 +102,15 @@ class DeepSpeedLayer(Layer):
         return Output(y, routing, aux)
 
     def capacity(self, tokens: int) -> int:
-        """See `Layer`."""
         return max(4, math.ceil(tokens * self.top_k / self.num_experts))
 
     def gate_weight(self, module: nn.Module) -> Tensor:
-        """See `Layer`."""
         return module.deepspeed_moe.gate.wg.weight  # type: ignore[union-attr, return-value]
 
     def expert(self, module: nn.Module, index: int, x: Tensor) -> Tensor:
-        """See `Layer`."""
         return module.deepspeed_moe.experts.deepspeed_experts[index](x)  # type: ignore[union-attr, index, operator]
 
     def odd(self) -> Layer:
-        """See `Layer`."""
         return replace(self, hidden_size=15)
 
 
@@ -139,7 +130,6 @@ class TransformersLayer(Layer):
         return importlib.import_module(f"transformers.models.{self.family}.modeling_{self.family}")
 
     def build(self) -> nn.Module:
-        """See `Layer`."""
         prefix, modeling = self.family.title().replace("_", ""), self._modeling()
         config_class = getattr(importlib.import_module("transformers"), f"{prefix}Config")
         config = config_class(hidden_size=self.hidden_size, num_experts_per_tok=self.top_k, **self.settings)
@@ -148,7 +138,6 @@ class TransformersLayer(Layer):
         return block(config)
 
     def forward(self, module: nn.Module, batch: Batch) -> Output:
-        """See `Layer`."""
         y, (logits, weight, expert) = _call_and_capture(module.gate, lambda: module(batch.x))  # type: ignore[arg-type]
         routing = Routing(expert, weight, torch.ones_like(expert, dtype=torch.bool), self.num_experts)
         if not self.coefficient:
@@ -157,11 +146,9 @@ class TransformersLayer(Layer):
         return Output(y, routing, self.coefficient * loss)
 
     def gate_weight(self, module: nn.Module) -> Tensor:
-        """See `Layer`."""
         return module.gate.weight  # type: ignore[union-attr, return-value]
 
     def expert(self, module: nn.Module, index: int, x: Tensor) -> Tensor:
-        """See `Layer`."""
         chosen = torch.full((len(x), 1), index)
         return module.experts(x, chosen, torch.ones_like(chosen, dtype=x.dtype))  # type: ignore[operator]
 
@@ -171,16 +158,12 @@ class TransformersLayer(Layer):
         return experts if shared is None else experts + shared(x)
 
     def odd(self) -> Layer:
-        """See `Layer`."""
         return replace(self, hidden_size=15)
 
 
 def _block(family: str, weight_sum: float | Literal["free"], coefficient: float, **settings: Any) -> TransformersLayer:
-    """Return a block with two experts a token."""
-    name = family.replace("_", "-")
-    return TransformersLayer(
-        name, top_k=2, weight_sum=weight_sum, family=family, coefficient=coefficient, settings=settings
-    )
+    own: dict[str, Any] = {"family": family, "coefficient": coefficient, "settings": settings}
+    return TransformersLayer(family.replace("_", "-"), top_k=2, weight_sum=weight_sum, **own)
 
 
 ADAPTERS: dict[str, list[Layer]] = {

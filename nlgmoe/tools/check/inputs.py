@@ -173,9 +173,8 @@ def micro_batches_add_up(layer: Layer) -> str:
         return gradients(trained(module), layer.run(module, batch).y.square().sum())
 
     whole, (first, second) = grads(batch), (grads(batch[half]) for half in halves)
-    errors = [
-        require_close(f"gradient of {name}", first[name] + second[name], value, 1e-5) for name, value in whole.items()
-    ]
+    added = {name: first[name] + second[name] for name in whole}
+    errors = [require_close(f"gradient of {name}", added[name], value, 1e-5) for name, value in whole.items()]
     one, two = (layer.run(module, batch[order]).aux for order in ([0, 1, 2, 3], [0, 1, 2, 3] * 2))
     if one is not None and two is not None:
         require_close("the auxiliary loss of two copies of a batch, against one", two, one, 1e-5)
@@ -184,15 +183,14 @@ def micro_batches_add_up(layer: Layer) -> str:
 
 def half_precision_is_close(layer: Target) -> str:
     """Compare outputs in bf16 and fp16 with those in fp32."""
-    with torch.no_grad():
-        expected = layer.run(
-            layer.make(torch.float32, training=False), Batch.random(layer, 4, 16, dtype=torch.float32)
-        ).y
-    errors = []
-    for dtype, tolerance in ((torch.bfloat16, 3e-2), (torch.float16, 5e-3)):
-        name = str(dtype).removeprefix("torch.")
+
+    def output(dtype: torch.dtype) -> torch.Tensor:
         with torch.no_grad():
-            y = layer.run(layer.make(dtype, training=False), Batch.random(layer, 4, 16, dtype=dtype)).y
+            return layer.run(layer.make(dtype, training=False), Batch.random(layer, 4, 16, dtype=dtype)).y
+
+    expected, errors = output(torch.float32), []
+    for dtype, tolerance in ((torch.bfloat16, 3e-2), (torch.float16, 5e-3)):
+        name, y = str(dtype).removeprefix("torch."), output(dtype)
         if y.dtype != dtype:
             raise Failed(f"the output of {name} inputs is {y.dtype}")
         if not bool(y.isfinite().all()):

@@ -257,7 +257,6 @@ def gradients(tensors: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
     """Return the gradient of each tensor; zeros where there is none."""
     if not loss.requires_grad or not tensors:
         return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    grads = torch.autograd.grad(
-        loss, list(tensors.values()), retain_graph=True, allow_unused=True, materialize_grads=True
-    )
+    inputs = list(tensors.values())
+    grads = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
     return dict(zip(tensors, grads, strict=True))

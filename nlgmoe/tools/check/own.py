@@ -40,11 +40,9 @@ class OwnLayer(Layer):
         return self.config.moe
 
     def build(self) -> nn.Module:
-        """See `Layer`."""
         return MoELayer(self.config, 0)
 
     def forward(self, module: nn.Module, batch: Batch) -> Output:
-        """See `Layer`."""
         y, routing = module(batch.x, self._context(batch))
         return self._output(y, routing)
 
@@ -95,11 +93,9 @@ class OwnLayer(Layer):
         return None if logits is None else logits[0]
 
     def gate(self, module: nn.Module) -> list[nn.Parameter]:
-        """See `Layer`."""
         return [value for value in module.router.parameters() if value.requires_grad]  # type: ignore[union-attr]
 
     def expert(self, module: nn.Module, index: int, x: Tensor) -> Tensor | None:
-        """See `Layer`."""
         assert isinstance(module, MoELayer)
         values = dict(module.experts.named_parameters())
 
@@ -110,7 +106,6 @@ class OwnLayer(Layer):
         return module.experts.network.forward(x, linear)
 
     def join(self, module: nn.Module, x: Tensor, experts: Tensor) -> Tensor:
-        """See `Layer`."""
         assert isinstance(module, MoELayer)
         if module.mlp is None:
             return experts
@@ -123,14 +118,12 @@ class OwnLayer(Layer):
         return experts * share[:, :1] + module.mlp(x) * share[:, 1:]
 
     def after_step(self, module: nn.Module, routings: Sequence[Routing]) -> bool:
-        """See `Layer`."""
         router = module.router
         assert isinstance(router, Router)
         router.after_step(torch.stack([routing.tokens_per_expert for routing in routings]).sum(0))
         return router.learns_from_steps
 
     def odd(self) -> Layer:
-        """See `Layer`."""
         return own_layer(replace(self.config, hidden_size=15, ffn_hidden_size=13), self.name, width=15)
 
     def on_ranks(self) -> OwnLayer:
@@ -171,7 +164,6 @@ def _logits(module: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _reads(moe: MoEConfig, *fields: str) -> bool:
-    """Return True if the router reads the settings."""
     return moe.router is None or moe.router.reads_fields.issuperset(fields)
 
 

@@ -160,9 +160,8 @@ def weights_sum_as_declared(layer: Layer) -> str:
         routing = layer.routing(layer.run(module, batch))
         weight, kept = routing.weight.detach(), routing.kept
         if not bool((weight.isfinite() & (weight >= 0)).all()):
-            raise Failed(
-                f"weights from {float(weight.min()):.3g} to {float(weight.max()):.3g}; they must not be negative"
-            )
+            low, high = float(weight.min()), float(weight.max())
+            raise Failed(f"weights from {low:.3g} to {high:.3g}; they must not be negative")
         if float(weight[~kept].abs().sum()) > 0:
             raise Failed("a dropped choice has a weight above 0")
         sums.append(weight.sum(dim=1)[kept.any(dim=1)])
@@ -225,8 +224,7 @@ def balance_loss_sees_a_collapse(layer: Layer) -> str:
         output = layer.run(module, batch_of_choices(layer, module, experts))
         values.append(float(output.balance.detach()))
     ratio, least = values[1] / values[0], 0.9 * layer.num_experts / layer.top_k
+    text = f"{values[1]:.3g} collapsed, {values[0]:.3g} balanced"
     if not ratio >= least:
-        raise Failed(
-            f"{values[1]:.3g} collapsed, {values[0]:.3g} balanced: a factor of {ratio:.3g}, not {least:.3g} or more"
-        )
-    return f"{values[1]:.3g} collapsed, {values[0]:.3g} balanced"
+        raise Failed(f"{text}: a factor of {ratio:.3g}, not {least:.3g} or more")
+    return text

@@ -36,28 +36,23 @@ def find_layers(words: Sequence[str]) -> Sequence[Target]:
         return layers_of_attention(word, ATTENTIONS[word])
     if Path(word).is_dir() or word.endswith(".ckpt"):
         return _of_config(word, read_settings(words)[0])
-    return _of_class(word, _import(word))
+    if "." not in word or os.sep in word:
+        raise SettingError(
+            f"{word} is no YAML file, checkpoint or class_path, and none of {', '.join([*ADAPTERS, *ATTENTIONS])}"
+        )
+    try:
+        kind = find_class(word)
+    except ValueError as error:
+        raise SettingError(f"{word}: {error}") from error
+    return _of_class(word, kind)
 
 
 def _of_config(name: str, config: GPTConfig) -> list[Target]:
-    """Return the MoE layer of a model, and the attention that it names."""
     layers: list[Target] = [own_layer(config, name)] if config.moe is not None else []
     if config.attention is not None:
         layers.append(attention_layer(config, f"{name}, {type(config.attention).__name__}"))
     require(bool(layers), f"{name} has no MoE layer and names no attention; set model.config.moe, or check multi-head")
     return layers
-
-
-def _import(path: str) -> Any:
-    """Import a class_path."""
-    if "." not in path or os.sep in path:
-        raise SettingError(
-            f"{path} is no YAML file, checkpoint or class_path, and none of {', '.join([*ADAPTERS, *ATTENTIONS])}"
-        )
-    try:
-        return find_class(path)
-    except ValueError as error:
-        raise SettingError(f"{path}: {error}") from error
 
 
 def _of_class(path: str, kind: Any) -> Sequence[Target]:

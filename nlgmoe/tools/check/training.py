@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -86,16 +87,14 @@ def _values_beside(
     return values
 
 
-def _separated(layer: Target, module: nn.Module, tokens: int = 24) -> Batch:
+def _separated(layer: Target, module: nn.Module) -> Batch:
     """Return a batch whose logits are far apart, so that a small step changes no choice."""
-    if not isinstance(layer, Layer):
-        return Batch.random(layer, 2, tokens // 2)
-    generator = torch.Generator("cpu").manual_seed(3)
-    ranks = torch.rand(tokens, layer.num_experts, generator=generator).argsort(dim=1).double()
-    try:
-        return batch_of_logits(layer, module, ranks * 0.4 - 1, sequences=2)
-    except NotApplicable:
-        return Batch.random(layer, 2, tokens // 2)
+    if isinstance(layer, Layer):
+        generator = torch.Generator("cpu").manual_seed(3)
+        ranks = torch.rand(24, layer.num_experts, generator=generator).argsort(dim=1).double()
+        with suppress(NotApplicable):
+            return batch_of_logits(layer, module, ranks * 0.4 - 1, sequences=2)
+    return Batch.random(layer, 2, 12)
 
 
 def _choices_differ(one: Output, other: Output) -> bool:
@@ -106,7 +105,6 @@ def _choices_differ(one: Output, other: Output) -> bool:
 
 
 def _gate_and_output(layer: Layer) -> tuple[dict[str, Tensor], Output]:
-    """Return the gate's parameters by name, and the output of a training batch."""
     require_choice(layer)
     module = layer.make()
     gate = {id(parameter) for parameter in layer.gate(module)}
@@ -300,9 +298,8 @@ def balancing_lowers_imbalance(layer: Layer) -> str:
         raise NotApplicable("the gate does not learn")
     if not learns:
         _ = output.balance  # raises NotApplicable where it is absent
-    first, last = (
-        float(load.std(correction=0) / load.mean()) for load in (before, _load(layer, module, batch).double())
-    )
+    after = _load(layer, module, batch).double()
+    first, last = (float(load.std(correction=0) / load.mean()) for load in (before, after))
     if not last < first:
         raise Failed(f"the variation of the load goes from {first:.3g} to {last:.3g}")
     return f"the variation of the load goes from {first:.2f} to {last:.2f}"

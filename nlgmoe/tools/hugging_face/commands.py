@@ -53,9 +53,7 @@ def export_checkpoint(
     else:
         print(f"in the format of {done.family}: it needs no code of its own")
     if "tokenizer.json" not in files:
-        print(
-            "without a tokenizer: the checkpoint holds none; add the one that the model was trained with by --tokenizer"
-        )
+        print("without a tokenizer: the checkpoint holds none; add the one of the model's training by --tokenizer")
     for line in done.limits:
         print(line)
 
@@ -83,6 +81,5 @@ def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> 
         number = f"{len(done.dropped):,} tensors, such as {done.dropped[0]}"
         print(f"without block {blocks}, which predicts further tokens (MTP): {number}")
     if done.no_tokenizer:
-        print(
-            f"without a tokenizer: {done.no_tokenizer}; add data.tokenizer, or a data.corpus of the model's token ids"
-        )
+        remedy = "add data.tokenizer, or a data.corpus of the model's token ids"
+        print(f"without a tokenizer: {done.no_tokenizer}; {remedy}")

@@ -48,19 +48,12 @@ Weights = tuple[dict[str, Tensor], Callable[[str], Tensor]]  # tensors on the me
 
 @dataclass(frozen=True)
 class Exported:
-    """The result of an export.
+    """The result of an export."""
 
-    Attributes:
-        checkpoint: the exported checkpoint.
-        family: whose class loads it; None: ours, because of `reason`.
-        reason: settings that no family has; empty if our code was asked for.
-        limits: lines about other programs that refuse the model, or compute another one.
-    """
-
-    checkpoint: Path
-    family: str | None
-    reason: str
-    limits: list[str]
+    checkpoint: Path  # the exported checkpoint
+    family: str | None  # whose class loads it; None: ours, because of `reason`
+    reason: str  # settings that no family has; empty if our code was asked for
+    limits: list[str]  # lines about other programs that refuse the model, or compute another one
 
 
 def export(
@@ -71,21 +64,7 @@ def export(
     tokenizer: Tokenizer | None = None,
     family: str | None = None,
 ) -> Exported:
-    """Write `folder` atomically.
-
-    Args:
-        checkpoint: the folder, `NAME.ckpt`, or a run folder: its newest valid checkpoint is exported.
-        folder: a new or empty folder.
-        max_shard_size: maximum size of a file of weights, such as `5GB`; a larger tensor gets its own file.
-        precision: precision of the weights; None: the stored precision.
-        tokenizer: tokenizer of a checkpoint without one.
-        family: whose format to write, of those that compute the model, or `nlgmoe` for our code; None: the one that it was
-            imported from, or the first.
-
-    Raises:
-        ValueError: the checkpoint does not exist, is damaged or has another tokenizer, the family does not compute the model, or
-            the folder cannot be written.
-    """
+    """Write `folder` atomically; the arguments are those of `nlgmoe export`, but `tokenizer`, which is loaded."""
     folder = Path(folder).resolve()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise SettingError(f"{folder} exists and is not an empty folder; name another")
@@ -118,14 +97,6 @@ def export(
         settings[TOKENIZER_CONFIG] = _tokenizer_settings(tokenizer, config)
     texts |= {name: json.dumps(values, indent=2) + "\n" for name, values in settings.items()}
     texts |= {name: text for name, text in files.items() if name != CONFIG}
-    _write(folder, texts, meta, read, max_shard_size)
-    return Exported(path, family, reason, limits)
-
-
-def _write(
-    folder: Path, texts: dict[str, str], meta: dict[str, Tensor], read: Callable[[str], Tensor], max_shard_size: str
-) -> None:
-    """Write the folder; it has its name once it is complete."""
     try:
         with new_folder(folder) as temporary:
             _write_weights(temporary, meta, read, max_shard_size)
@@ -135,9 +106,9 @@ def _write(
                 file.chmod((temporary / "config.json").stat().st_mode)
             temporary.rename(folder)  # fails if another process has written there since
     except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"{folder} cannot be written ({write_error_reason(error)}); make room, or name another folder"
-        ) from error
+        problem = write_error_reason(error)
+        raise RunError(f"{folder} cannot be written ({problem}); make room, or name another folder") from error
+    return Exported(path, family, reason, limits)
 
 
 def _own_settings(config: GPTConfig) -> dict[str, Any]:
@@ -168,29 +139,23 @@ def _tokenizer_settings(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, An
 
 
 def _weights(path: Path, config: GPTConfig, family: str | None, dtype: torch.dtype | None) -> Weights:
-    """Return the tensors of the folder: a family's, or ours."""
     with torch.device("meta"):
         model = GPT(config)
     files = TensorFiles(path, "model")
     require_entries(files, entry_shapes(model))
-    stored = {
-        name: record[0] for contents in read_manifest(path)["files"].values() for name, record in contents.items()
-    }
-
-    buffers = dict(model.named_buffers())  # which keep their precision
-
-    def type_of(entry: str) -> torch.dtype:
-        kind: torch.dtype = getattr(torch, stored[entry])
-        return kind if dtype is None or entry in buffers else dtype
-
+    manifest = read_manifest(path)["files"].values()
+    stored = {name: record[0] for contents in manifest for name, record in contents.items()}
     layout = own_layout(config) if family is None else FAMILIES[family].layout(config)
-    types = {name: type_of(places[0].entry) for name, places in layout.of_tensor.items()}
+    types: dict[str, torch.dtype] = {}
+    buffers = dict(model.named_buffers())  # which keep their precision
+    for name, places in layout.of_tensor.items():
+        entry = places[0].entry
+        types[name] = getattr(torch, stored[entry]) if dtype is None or entry in buffers else dtype
     meta = {name: torch.empty(shape, dtype=types[name], device="meta") for name, shape in layout.shapes.items()}
     return meta, lambda name: layout.tensor(name, files.read, types[name])
 
 
 def _write_weights(folder: Path, meta: dict[str, Tensor], read: Callable[[str], Tensor], max_shard_size: str) -> None:
-    """Write the files of weights, and their index if there are several."""
     try:
         split = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
     except ValueError as error:

@@ -50,16 +50,7 @@ _PRE_TOKENIZERS = {
 
 @contextmanager
 def folder_of_gguf(file: Path, output: Path) -> Iterator[Path]:
-    """Convert a file to a temporary folder, in fp32; the folder is removed at the end of the block.
-
-    Args:
-        file: the GGUF file, which holds the whole model.
-        output: folder in which the temporary folder is made.
-
-    Raises:
-        ValueError: the file is missing, damaged or one of several; its model or quantisation is one that transformers or this
-            project does not read; memory or disk are too small; a package is not installed.
-    """
+    """Convert a file to a temporary folder in `output`, in fp32; it is removed at the end of the block."""
     if not file.is_file():
         raise SettingError(f"there is no file {file}; name a GGUF file")
     require_gguf()

@@ -35,32 +35,16 @@ _REMEDY = "download or save the model again"
 
 @dataclass(frozen=True)
 class Imported:
-    """The result of an import.
+    """The result of an import."""
 
-    Attributes:
-        config: configuration of the model.
-        model_type: the family.
-        no_tokenizer: reason for which the checkpoint has no tokenizer; empty if it has one.
-        dropped: tensors of the files that the checkpoint does not have.
-    """
-
-    config: GPTConfig
-    model_type: str
-    no_tokenizer: str
-    dropped: list[str]
+    config: GPTConfig  # configuration of the model
+    model_type: str  # the family
+    no_tokenizer: str  # reason for which the checkpoint has no tokenizer; empty if it has one
+    dropped: list[str]  # tensors of the files that the checkpoint does not have
 
 
 def import_model(source: str, checkpoint: str | Path, overwrite: bool = False) -> Imported:
-    """Write the checkpoint atomically, and a YAML file beside it with which `train.py` uses it.
-
-    Args:
-        source: the folder, a GGUF file, or the name of a model on the Hugging Face hub, such as `allenai/OLMoE-1B-7B-0924`.
-        checkpoint: output folder, `NAME.ckpt`; the YAML file is `NAME.yaml`.
-        overwrite: replace an older checkpoint.
-
-    Raises:
-        ValueError: the source does not exist or is damaged, or its model is not supported.
-    """
+    """Write the checkpoint atomically, and a YAML file beside it; the arguments are those of `nlgmoe import`."""
     origin = f"{source}, by `nlgmoe import`"
     if not source.endswith(".gguf"):
         return _import_folder(_local(source), checkpoint, overwrite, origin)
@@ -74,7 +58,13 @@ def _import_folder(folder: Path, checkpoint: str | Path, overwrite: bool, origin
     values = read_json(folder / "config.json", _REMEDY)
     model_type = str(values.get("model_type"))
     if model_type == OWN:
-        config, preferred = _exported_config(values, folder), None
+        preferred, given = None, {name: values[name] for name in FIELDS if name in values}
+        try:
+            config = GPTConfig.from_dict(given)
+        except (TypeError, ValueError) as error:  # a setting is missing, unknown or out of range
+            raise RunError(
+                f"{folder}/config.json is damaged or of another nlgmoe ({error}); export the model again"
+            ) from error
         files, layout = WeightFiles(folder), own_layout(config)
     elif model_type in FAMILIES:
         family, preferred = FAMILIES[model_type], model_type
@@ -94,7 +84,6 @@ def _import_folder(folder: Path, checkpoint: str | Path, overwrite: bool, origin
 
 
 def _local(source: str) -> Path:
-    """Return the folder, or a download from the hub."""
     if Path(source).is_dir():
         return Path(source)
     if source.startswith((".", "/", "~")):
@@ -110,12 +99,7 @@ def _local(source: str) -> Path:
 class WeightFiles:
     """The tensors of a folder, in `model.safetensors` or `model-00001-of-00004.safetensors`, ...
 
-    Args:
-        folder: what `save_pretrained` wrote.
-        named: returns the name of a tensor from that in the file; None: the tensor is left out.
-
-    Attributes:
-        shapes: of each tensor.
+    `named` returns the name of a tensor from that in the file; None: the tensor is left out.
     """
 
     def __init__(self, folder: Path, named: Callable[[str], str | None] = str) -> None:
@@ -151,12 +135,7 @@ class WeightFiles:
         return dropped
 
     def check(self, expected: Shapes, embedding: str) -> None:
-        """Check that the files have tensors of these names and shapes, and no others.
-
-        Args:
-            expected: shapes by name.
-            embedding: name of the token embedding.
-        """
+        """Check that the files have tensors of these names and shapes, and no others; `embedding` names that of tokens."""
         for name, shape in expected.items():
             if name not in self.shapes:
                 fused = next((saved for saved in self.shapes if "experts.gate_up_proj" in saved), None)
@@ -182,15 +161,6 @@ class WeightFiles:
         with open_tensors(file) as tensors:
             value: Tensor = tensors.get_slice(saved)[where] if where else tensors.get_tensor(saved)
             return value
-
-
-def _exported_config(values: dict[str, Any], folder: Path) -> GPTConfig:
-    try:
-        return GPTConfig.from_dict({name: values[name] for name in FIELDS if name in values})
-    except (TypeError, ValueError) as error:  # a setting is missing, unknown or out of range
-        raise RunError(
-            f"{folder}/config.json is damaged or of another nlgmoe ({error}); export the model again"
-        ) from error
 
 
 def _tokenizer(folder: Path, config: GPTConfig) -> tuple[TokenizerFiles | None, str]:

@@ -55,15 +55,7 @@ _WITHOUT = "# The checkpoint had no tokenizer: the model reads and writes token 
 def model_card(
     name: str, checkpoint: Path, document: dict[str, Any], with_tokenizer: bool, family: str | None = None
 ) -> str:
-    """Format the model card.
-
-    Args:
-        name: name of the folder.
-        checkpoint: the exported checkpoint.
-        document: its `checkpoint.json`.
-        with_tokenizer: True if the folder has a tokenizer.
-        family: of `transformers`, whose class loads the folder; None: the folder has the model's code.
-    """
+    """Format the card of the folder `name`; `document` is the checkpoint's. Without a `family` it has the model's code."""
     config = GPTConfig.from_dict(document["model_config"])
     count, moe = count_parameters(config), config.moe
     rows = {
@@ -115,13 +107,7 @@ def _summary_of(checkpoint: Path, document: dict[str, Any], size: int) -> dict[s
 
 
 def client_limits(config: GPTConfig, family: str | None, own_tokenizer: bool) -> Iterator[str]:
-    """Yield a line for each program and limit that concerns the exported model.
-
-    Args:
-        config: configuration of the model.
-        family: whose format the folder has; None: our code.
-        own_tokenizer: its tokenizer is no published model's.
-    """
+    """Yield a line for each program and limit that concerns the exported model; `own_tokenizer`: no published model's."""
     moe = config.moe
     if family is None:
         yield "llama.cpp, vLLM and mlx-lm refuse the folder: they take no model with code of its own"

@@ -27,9 +27,7 @@ from nlgmoe.tools.hugging_face.configuration_nlgmoe import NlgmoeConfig
 
 # The field of the cache in the outputs of `transformers`: the second name before 5.24.
 CACHE = next(f.name for f in fields(MoeCausalLMOutputWithPast) if f.name in ("cache", "past_key_values"))
-_FIXED_SIZE = (
-    "cache_implementation=static, a cache of fixed size, is not supported; use a growing cache such as DynamicCache"
-)
+_FIXED_SIZE = "cache_implementation=static, of fixed size, is not supported; use a growing cache such as DynamicCache"
 # Arguments of other models: the value that changes nothing, and why others are refused.
 _REFUSED = {
     "output_attentions": (False, "fused attention does not compute weights"),
@@ -48,13 +46,10 @@ class _GPT(GPT):
 
 @dataclass
 class NlgmoeModelOutput(MoeModelOutputWithPast):
-    """The output of `NlgmoeModel`.
+    """The output of `NlgmoeModel`."""
 
-    Attributes:
-        aux_loss: sum of the routers' losses with their coefficients, divided by the balance loss's (if that is not 0), a scalar;
-            None in evaluation without `output_router_logits`, and in a dense model.
-    """
-
+    # Sum of the routers' losses with their coefficients, divided by the balance loss's (if that is not 0), a scalar;
+    # None in evaluation without `output_router_logits`, and in a dense model.
     aux_loss: Tensor | None = None
 
 
@@ -77,14 +72,11 @@ class NlgmoePreTrainedModel(PreTrainedModel):
                 else:
                     nn.init.normal_(parameter, std=self.config.init_std)
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """Recompute the blocks in the backward pass."""
         if self.config.moe is not None and (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "use_reentrant=True is not supported: the routers' losses would get no gradient; set it to False"
-            )
+            reason = "the routers' losses would get no gradient; set it to False"
+            raise ValueError(f"use_reentrant=True is not supported: {reason}")
         super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
 

@@ -87,7 +87,10 @@ def evaluate(
         for name in names:  # all before the first is evaluated, so that mistakes show at once
             selected.load(name)
         os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstrap must not fork a process with threads
-        results = merge_results([selected.evaluate(model, name, BOOTSTRAP_ITERS) for name in names])
+        results: Results = {}  # in lm-eval's form for several tasks
+        for name in names:
+            for key, value in selected.evaluate(model, name, BOOTSTRAP_ITERS).items():
+                results.setdefault(key, {}).update(value)
     about = _describe_model(loaded, limit)
     limited = "" if limit is None else f"; limit {limit}: a part of each task"
     print(
@@ -141,15 +144,6 @@ def results_table(results: Results) -> str:
                 line += f" {values[TASKS.index(task)]:>{width}.2f}"
         lines.append(line.rstrip())
     return "\n".join(lines)
-
-
-def merge_results(parts: list[Results]) -> Results:
-    """Merge the results of several tasks into lm-eval's form for several tasks."""
-    merged: Results = {}
-    for part in parts:
-        for key, value in part.items():
-            merged.setdefault(key, {}).update(value)
-    return merged
 
 
 def metrics(results: Results) -> Iterator[tuple[str, str, float, float | None]]:

@@ -50,19 +50,12 @@ SEED = 1234  # lm-eval's
 class EvaluatedGPT(HFLM):
     """lm-eval's `HFLM` around a `GPT`, with the log-likelihoods and texts of the exported folder.
 
-    `HFLM` rejects a continuation longer than `seq_len`, which PIQA has for short models; here it is scored in windows.
+    `HFLM` rejects a continuation longer than `seq_len`, which PIQA has for short models; here it is scored in windows. It sets
+    the model to evaluation mode, and computes the logits of all tokens of a batch at once, `[B, T, V]`.
     If the experts are spread over ranks, every rank must make the same requests in the same order.
-
-    Args:
-        model: the model; it is set to evaluation mode.
-        tokenizer: tokenizer of the model.
-        batch_size: sequences per batch; the logits of all their tokens are computed at once, `[B, T, V]`.
-        autocast: dtype of mixed precision; None: the weights' own.
     """
 
-    def __init__(
-        self, model: GPT, tokenizer: Tokenizer, batch_size: int = 16, autocast: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, model: GPT, tokenizer: Tokenizer, batch_size: int = 16, autocast: Any = None) -> None:
         self._texts = tokenizer
         super().__init__(
             _Wrapped(model, tokenizer.eod_id),
@@ -139,11 +132,7 @@ def quiet(progress: bool = False) -> Iterator[None]:
 
 
 class Tasks:
-    """Some of lm-eval's tasks, groups or tags; the arguments are those of `ZeroShotEval`.
-
-    Raises:
-        ValueError: a name is unknown, or the folder or the file of a task in it cannot be read.
-    """
+    """Some of lm-eval's tasks, groups or tags; the arguments are those of `ZeroShotEval`."""
 
     def __init__(
         self, names: Sequence[str], include_path: str | None, limit: int | None = None, num_fewshot: int | None = None
@@ -165,9 +154,8 @@ class Tasks:
         for name in names:
             if name not in (index := self._manager.task_index):
                 close = did_you_mean(name, index)
-                raise SettingError(
-                    f"tasks={name}: lm-eval has no such task{close}; tasks of your own need include_path"
-                )
+                remedy = "tasks of your own need include_path"
+                raise SettingError(f"tasks={name}: lm-eval has no such task{close}; {remedy}")
 
     def load(self, name: str) -> dict[str, Any]:
         """Load a task, or the tasks of a group or tag, with their documents, for lm-eval's `evaluate`; once each.
@@ -246,9 +234,8 @@ def chance(task: Any) -> dict[str, float]:
     documents = {instance.doc_id: instance.doc for instance in task.instances}
     targets = [task.doc_to_target(document) for document in documents.values()]
     right = [len(set(target)) if isinstance(target, list) else 1 for target in targets]
-    levels = {
-        "guess": float(np.mean([n * of_a_choice / requests[doc] for n, doc in zip(right, documents, strict=True)]))
-    }
+    shares = [n * of_a_choice / requests[doc] for n, doc in zip(right, documents, strict=True)]
+    levels = {"guess": float(np.mean(shares))}
     answers = Counter(target for target in targets if isinstance(target, int))
     if answers.total() == len(targets) and len(answers) > 1:
         levels["constant"] = max(answers.values()) / len(targets)

@@ -36,9 +36,6 @@ class ZeroShotEval(Callback):
         include_path: folder with tasks in lm-eval's YAML, as `nlgmoe prepare-eval` writes them; null: lm-eval's own, with
             documents from the Hugging Face hub.
         batch_size: sequences per batch.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     def __init__(
@@ -52,8 +49,7 @@ class ZeroShotEval(Callback):
     ) -> None:
         self.names = list(dict.fromkeys([tasks] if isinstance(tasks, str) else tasks))
         self.limit, self.num_fewshot, self.batch_size = limit, num_fewshot, batch_size
-        self.include_path = include_path
-        self.every_n_steps = every_n_steps
+        self.include_path, self.every_n_steps = include_path, every_n_steps
         require_at_least(1, self, "limit", "batch_size", "every_n_steps")
         require_at_least(0, self, "num_fewshot")
         self._tasks: Tasks | None = None

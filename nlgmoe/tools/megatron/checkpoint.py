@@ -57,12 +57,7 @@ _QKV = {"thirds": "QND", "heads": "NQD"}
 def config_of(args: Namespace, rows: int, positions: int, vocab_size: int | None, accept_tanh_gelu: bool) -> GPTConfig:
     """Make the configuration of the checkpoint's model; settings of training are those of the run.
 
-    Args:
-        args: of the checkpoint.
-        rows: of the token embedding, padding included.
-        positions: of the position embedding.
-        vocab_size: ids to keep; None: all rows.
-        accept_tanh_gelu: accept exact GELU, which becomes the tanh form.
+    `rows` of the token embedding include padding, `positions` are those of its table. See `nlgmoe import-megatron`.
     """
     arguments = Arguments(words_of(args))
     job = Translation(arguments)
@@ -141,14 +136,7 @@ def import_checkpoint(
 
 
 class Weights:
-    """Entries of our model, made from Megatron's tensors.
-
-    Args:
-        dense: all tensors but the experts'.
-        experts: the experts' files.
-        config: of our model.
-        qkv_order: order of queries, keys and values, a value of `_QKV`.
-    """
+    """Entries of our model, made from Megatron's tensors; `qkv_order` is a value of `_QKV`."""
 
     def __init__(self, dense: Dense, experts: ExpertFiles, config: GPTConfig, qkv_order: str) -> None:
         self._dense, self._experts, self._config, self._qkv_order = dense, experts, config, qkv_order
@@ -177,18 +165,14 @@ class Weights:
             tensor = tensor[: shape[0]]
         _check_shape(self._dense.file, theirs, tensor, list(shape))
         if ".attention.qkv." in name:
-            tensor = self._reorder_qkv(tensor)
+            order, heads = self._qkv_order, self._config.num_heads
+            size = {"Q": 3, "N": heads, "D": self._config.hidden_size // heads}
+            split = tensor.view(*(size[letter] for letter in order), *tensor.shape[1:])
+            ours = split.permute(*(order.index(letter) for letter in "QND"), *range(3, split.dim()))
+            tensor = ours.reshape(tensor.shape)  # all queries, all keys, all values: [3 * N * D] or [3 * N * D, H]
         if name.endswith(".moe.mlp.project.bias"):
             tensor = torch.zeros(shape)
         return tensor.to(torch.float32, copy=True)  # not the file's memory
-
-    def _reorder_qkv(self, tensor: Tensor) -> Tensor:
-        """Reorder `[3 * N * D]` or `[3 * N * D, H]` to all queries, all keys, all values."""
-        heads = self._config.num_heads
-        size = {"Q": 3, "N": heads, "D": self._config.hidden_size // heads}
-        split = tensor.view(*(size[letter] for letter in self._qkv_order), *tensor.shape[1:])
-        rest = range(3, split.dim())
-        return split.permute(*(self._qkv_order.index(letter) for letter in "QND"), *rest).reshape(tensor.shape)
 
 
 def megatron_name(name: str) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from nlgmoe.run.folder import flattened
 from nlgmoe.validation import RunError, SettingError
 
 DENSE = "mp_rank_00_model_states.pt"
@@ -34,10 +35,6 @@ _NAMESPACE = "argparse.Namespace"
 
 class Placeholder:
     """An object of a file, without its content."""
-
-    def __new__(cls, *_: Any) -> Placeholder:
-        """Accept and ignore any arguments."""
-        return super().__new__(cls)
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -77,23 +74,14 @@ def load(file: Path) -> Any:
 
 @dataclass(frozen=True)
 class Dense:
-    """Content of `mp_rank_00_model_states.pt`.
+    """Content of `mp_rank_00_model_states.pt`."""
 
-    Attributes:
-        file: its path.
-        args: of the run.
-        tensors: by name, without experts.
-        version: of the checkpoint's layout, which decides the order of queries, keys and values.
-        iteration: optimizer steps.
-        tokens: trained on.
-    """
-
-    file: Path
-    args: Namespace
-    tensors: dict[str, Tensor]
-    version: float
-    iteration: int
-    tokens: int
+    file: Path  # its path
+    args: Namespace  # of the run
+    tensors: dict[str, Tensor]  # by name, without experts
+    version: float  # of the checkpoint's layout, which decides the order of queries, keys and values
+    iteration: int  # optimizer steps
+    tokens: int  # trained on
 
 
 def find_folder(path: Path) -> Path:
@@ -120,31 +108,15 @@ def read_dense(folder: Path) -> Dense:
         raise RunError(f"{file} lacks Megatron's arguments, so its model is unknown; use another checkpoint")
     tensors = {
         name.removeprefix("language_model."): value
-        for name, value in _flatten(state["module"]).items()
-        if _ANY_EXPERT not in name
+        for name, value in flattened(state["module"]).items()
+        if isinstance(value, Tensor) and _ANY_EXPERT not in name
     }
     version, step, tokens = (state.get(key, 0) for key in ("checkpoint_version", "iteration", "tokens"))
     return Dense(file, state["args"], tensors, float(version), int(step), int(tokens))
 
 
-def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """Flatten nested dictionaries to dotted names."""
-    flat: dict[str, Tensor] = {}
-    for name, value in nested.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, Tensor):
-            flat[prefix + name] = value
-    return flat
-
-
 class ExpertFiles:
-    """Files of the experts, one each; the last one read is cached.
-
-    Args:
-        folder: the checkpoint.
-        counts: block -> its experts, of the blocks with experts.
-    """
+    """Files of a checkpoint's experts, one each; the last one read is cached. `counts`: block with experts -> their number."""
 
     def __init__(self, folder: Path, counts: dict[int, int]) -> None:
         self._files = {

@@ -23,19 +23,12 @@ _TYPES = {"int": int, "float": float, "str": str}
 
 @dataclass(frozen=True)
 class Row:
-    """Flags that belong together.
+    """Flags that belong together."""
 
-    Attributes:
-        section: its heading in the table.
-        flags: name of each flag, with its dashes -> the keys that `flags.yaml` explains.
-        here: their settings, in Markdown; empty where there are none.
-        note: a remark; of a refused flag the reason and, after a semicolon, the remedy.
-    """
-
-    section: str
-    flags: Mapping[str, Mapping[str, Any]]
-    here: str = ""
-    note: str = ""
+    section: str  # its heading in the table
+    flags: Mapping[str, Mapping[str, Any]]  # name of each flag, with its dashes -> the keys that `flags.yaml` explains
+    here: str = ""  # their settings, in Markdown; empty where there are none
+    note: str = ""  # a remark; of a refused flag the reason and, after a semicolon, the remedy
 
 
 def read_table() -> list[Row]:
@@ -56,22 +49,14 @@ FLAGS = {name: keys for row in TABLE for name, keys in row.flags.items()}  # fla
 
 
 class Arguments:
-    """The flags of a launch, parsed by argparse with the table's names and types.
-
-    Args:
-        words: the flags and their values.
-        skip_unknown: pass over flags that are not in the table.
-
-    Attributes:
-        given: flag -> its words, as argparse has them: the last use counts.
-        defaults: flag that is not given -> Megatron's default, of those whose value was asked for.
-        unknown: words of flags that are not in the table.
-        problems: reasons why the launch is not translated, `SUBJECT: REASON; REMEDY`, collected to be reported together.
-    """
+    """The flags of a launch, parsed by argparse with the table's names and types."""
 
     def __init__(self, words: Sequence[str], skip_unknown: bool = False) -> None:
+        # Reasons why the launch is not translated, `SUBJECT: REASON; REMEDY`, collected to be reported together.
         self.problems: list[str] = []
-        self.defaults: dict[str, Any] = {}
+        self.defaults: dict[
+            str, Any
+        ] = {}  # flag that is not given -> Megatron's default, where its value was asked for
         parser = argparse.ArgumentParser(
             add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
         )
@@ -81,10 +66,10 @@ class Arguments:
             else:
                 parser.add_argument(name, dest=name, action="store_const", const=[])
         try:
-            namespace, self.unknown = parser.parse_known_args(list(words))
+            namespace, self.unknown = parser.parse_known_args(list(words))  # unknown: words of flags not in the table
         except argparse.ArgumentError as error:
             raise SettingError(f"{error.argument_name}: {error.message}; correct it") from error
-        self.given: dict[str, list[str]] = vars(namespace)
+        self.given: dict[str, list[str]] = vars(namespace)  # flag -> its words; the last use counts
         if self.unknown and not skip_unknown:
             self.add_problem(" ".join(self.unknown), "is unknown; remove it, or skip such flags with --skip-unknown")
         for name, values in self.given.items():
@@ -149,20 +134,16 @@ class Arguments:
 
 
 class Translation:
-    """Settings and notes of a launch.
-
-    Args:
-        arguments: flags of the launch; what cannot be translated is added to their problems.
-
-    Attributes:
-        tree: nested settings, in the order of the YAML.
-        notes: sentences for the header.
-    """
+    """Settings and notes of a launch; what cannot be translated is added to the problems of its arguments."""
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
-        self.tree: dict[str, Any] = {"model": {}, "data": {}, "trainer": {}}
-        self.notes: list[str] = []
+        self.tree: dict[str, Any] = {
+            "model": {},
+            "data": {},
+            "trainer": {},
+        }  # nested settings, in the order of the YAML
+        self.notes: list[str] = []  # sentences for the header
 
     @property
     def seq_len(self) -> int | None:
@@ -199,20 +180,14 @@ class Translation:
                     self.set(keys["setting"], value)
 
     def tokens(self, samples: str, steps: str | None = None) -> int | None:
-        """Return a length that is given in sequences or in steps, in tokens; None if it is not given, or a problem.
-
-        Args:
-            samples: the flag that gives it in sequences.
-            steps: the flag that gives it in optimizer steps; None: there is none.
-        """
+        """Return a length that the flag `samples` gives in sequences, or `steps` in steps, in tokens; None: in neither."""
         name = steps if steps is not None and self.arguments.has(steps) else samples
         length = self.arguments.value(name)
         if length is None or self.seq_len is None or self.global_batch is None:
             return None
         if length and name == steps and self.arguments.has("--rampup-batch-size"):
-            self.arguments.refuse(
-                name, "counts steps that --rampup-batch-size makes unequal; give the length in tokens"
-            )
+            reason = "counts steps that --rampup-batch-size makes unequal; give the length in tokens"
+            self.arguments.refuse(name, reason)
             return None
         return int(length) * self.seq_len * (self.global_batch if name == steps else 1)
 

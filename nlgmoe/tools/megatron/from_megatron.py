@@ -58,7 +58,9 @@ def translated(words: Sequence[str], skip_unknown: bool = False) -> str:
             arguments.refuse("--max-position-embeddings", f"is below --seq-length {job.seq_len}; make it as long")
     model_config(job)
     _distiller(job)
-    _optimizer(job)
+    job.copy("Optimisation", "model.optimizer.lr")
+    job.set("model.optimizer.betas", [arguments.value(name) for name in ("--adam-beta1", "--adam-beta2")])
+    job.copy("Optimisation", "model.optimizer.")
     _schedule(job)
     _length(job)
     _tokenizer(job)
@@ -130,12 +132,6 @@ def _distiller(job: Translation) -> None:
     counts = job.arguments.value("--num-experts-teacher")
     if counts is not None:
         job.set("model.distiller.init_args.num_experts", _experts(counts))
-
-
-def _optimizer(job: Translation) -> None:
-    job.copy("Optimisation", "model.optimizer.lr")
-    job.set("model.optimizer.betas", [job.arguments.value(name) for name in ("--adam-beta1", "--adam-beta2")])
-    job.copy("Optimisation", "model.optimizer.")
 
 
 def _schedule(job: Translation) -> None:
@@ -225,7 +221,6 @@ def _data(job: Translation) -> None:
 
 
 def _corpus(job: Translation) -> None:
-    """Set `data.corpus`: the data set, or the blend of several."""
     words, split = job.arguments.required("--data-path"), _split(job)
     if words is None or split is None:
         return

@@ -46,9 +46,8 @@ def read_deepspeed_config(job: Translation) -> DeepSpeedConfig | None:
     if name is None:
         return None
     if not Path(name).is_file() or not Path(name).stat().st_size:
-        notes.append(
-            f"--deepspeed_config {name} is not there, or empty: its clipping and offload, if any, are missing."
-        )
+        missing = "its clipping and offload, if any, are missing"
+        notes.append(f"--deepspeed_config {name} is not there, or empty: {missing}.")
         return None
     notes.append(f"--deepspeed_config {name} was read here.")
     try:

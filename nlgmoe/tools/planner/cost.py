@@ -66,34 +66,22 @@ class Cost:
 
 
 def estimate(config: GPTConfig, topology: Topology, machine: Machine, utilisation: float = UTILISATION) -> Cost:
-    """Estimate the cost of one optimizer step, as far as the machine is known.
-
-    Args:
-        config: the model.
-        topology: layout over ranks.
-        machine: of a rank.
-        utilisation: achieved fraction of peak FLOP/s in matrix products, in (0, 1].
-    """
+    """Estimate the cost of one optimizer step, as far as a rank's machine is known; `utilisation` is in (0, 1]."""
     require(0 < utilisation <= 1, f"utilisation={utilisation} must be above 0 and at most 1")
-    memory, communication = memory_of(config, topology), communication_of(config, topology)
+    memory, groups = memory_of(config, topology), parameter_groups(config, topology)
+    dense, *experts = [_all_reduce_bytes(group, topology) for group in groups]
+    communication = Communication(
+        all_to_all=sum(_all_to_all_bytes(config, topology, degree) for degree in topology.degrees(config)),
+        dense_gradients=dense,
+        expert_gradients=sum(experts),
+        gathered_weights=sum(_all_gather_bytes(group, topology) for group in groups),
+    )
     fits = None if machine.memory is None else memory.total <= machine.memory
     if machine.rates is None:
         return Cost(memory, communication, None, None, None, fits)
     time = _time(config, topology, machine.rates, utilisation)
     samples = topology.global_batch_size / time.total
     return Cost(memory, communication, time, samples, samples * topology.length(config), fits)
-
-
-def communication_of(config: GPTConfig, topology: Topology) -> Communication:
-    """Return the bytes that one rank sends in one optimizer step."""
-    groups = parameter_groups(config, topology)
-    dense, *experts = [_all_reduce_bytes(group, topology) for group in groups]
-    return Communication(
-        all_to_all=sum(_all_to_all_bytes(config, topology, degree) for degree in topology.degrees(config)),
-        dense_gradients=dense,
-        expert_gradients=sum(experts),
-        gathered_weights=sum(_all_gather_bytes(group, topology) for group in groups),
-    )
 
 
 def _all_to_all_bytes(config: GPTConfig, topology: Topology, degree: int) -> int:

@@ -1,4 +1,4 @@
-"""`nlgmoe inspect`: the cost of a configuration, predicted without building the model."""
+"""`nlgmoe inspect`: the cost of a configuration, predicted without building the model, as a table or JSON."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.hardware import HARDWARE, RESERVED
+from nlgmoe.layers.expert_products import describe_products
 from nlgmoe.model.counting import count_parameters, flops_per_token
-from nlgmoe.pyramid import experts_per_layer
-from nlgmoe.tools.planner.cost import UTILISATION, Cost, estimate
-from nlgmoe.tools.planner.memory import memory_options
-from nlgmoe.tools.planner.table import Options, as_text, gpus_that_fit, simulation_as_text
+from nlgmoe.pyramid import experts_per_layer, moe_blocks
+from nlgmoe.tools.planner.cost import UTILISATION, Cost, Parts, estimate
+from nlgmoe.tools.planner.memory import Memory, memory_options
 from nlgmoe.tools.planner.topology import Machine, Topology, layout, machine_of, read_settings
 from nlgmoe.validation import require
 
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
 
 COMMUNICATOR = 688e6
 """Bytes of a NCCL communicator, on A100s (github.com/NVIDIA/nccl/issues/964); an estimate, as `hardware.RESERVED` is."""
+
+# The command-line option for each setting that `memory_options` changes.
+OPTIONS = {
+    "zero_stage": "--zero",
+    "expert_parallel_size": "--expert-parallel",
+    "micro_batch_size": "--micro-batch",
+    "activation_checkpointing": "--activation-checkpointing",
+}
+NOT_SHOWN = "not simulated: speed of kernels, stragglers, NCCL's own memory, bandwidth, a teacher, text, callbacks"
+Options = list[tuple[dict[str, Any], Cost]]  # changes of the topology, and the cost with them
 
 
 def inspect_config(
@@ -140,3 +151,154 @@ def simulation_as_json(
         "resume_seconds": simulated.resume_bytes * topology.gpus / (disk * 1e9),
     }
     return {"predicted": predicted, "simulated": measured}
+
+
+# ---- tables
+
+
+def as_text(
+    config: GPTConfig, topology: Topology, machine: Machine, cost: Cost, options: Options, utilisation: float
+) -> str:
+    """Format the results as a table."""
+    memory, sent, count = cost.memory, cost.communication, count_parameters(config)
+    parts = {"embedding": count.embedding, "attention": count.attention, "norms": count.norms}
+    parts |= {"dense FFN": count.dense_ffn, "router": count.router, "experts": count.experts}
+    memory_parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
+    if memory.step > memory.activations + memory.buckets_at_peak:  # the peak is in the optimizer's step
+        memory_parts |= {"fp32 gradients in the step": memory.step}
+    else:
+        memory_parts |= {"activations": memory.activations, "ZeRO buckets": memory.buckets_at_peak}
+    lines = [
+        ("model", _model(config, topology.length(config))),
+        ("run", _run(topology, machine.name)),
+        *_table("parameters", count.total, parts, _count, f"{_count(count.active)} active"),
+        ("FLOPs per token", f"{_si(flops_per_token(config, topology.length(config)))}FLOP, forward and backward"),
+        *_products(config, topology, machine),
+        *_table("memory per rank", memory.total, memory_parts, _bytes),
+        *([("", f"and {_bytes(memory.host)} of optimizer in the host's memory")] if memory.host else []),
+        *_table("sent per rank and step", sent.total, _named(sent), _bytes),
+        *_speed(cost, utilisation),
+        ("result", _verdict(cost, machine)),
+        *(_option_rows(cost, options) if options else []),
+    ]
+    return "\n".join(f"{title:<23}{text}" for title, text in lines)
+
+
+def simulation_as_text(report: dict[str, Any], topology: Topology) -> str:
+    """Format the result of `simulation_as_json`."""
+    predicted, simulated = report["predicted"], report["simulated"]
+    lines = [("", f"{'predicted':>14}{'simulated':>14}")]
+    for index, (kind, sent) in enumerate(simulated["bytes"].items()):
+        title = f"sent by rank {simulated['rank']}, MB" if index == 0 else ""
+        expected = f"{predicted['bytes'][kind] / 1e6:,.3f}" if kind in predicted["bytes"] else ""
+        calls = f"{simulated['calls'].get(kind, 0):>6} calls  {kind.replace('_', ' ')}"
+        lines.append((title, f"{expected:>14}{sent / 1e6:>14,.3f}{calls}"))
+    peaks = [values["peak_bytes"] for values in (predicted, simulated)]
+    texts = [*(f"{peak / 2**30:>14.2f}" for peak in peaks), f"  {peaks[0] / peaks[1] - 1:+.1%}"]
+    lines.append(("peak memory, GiB", "".join(texts)))
+    sizes = ["".join(f"{len(values['communicators']):>14}") for values in (predicted, simulated)]
+    ranks = ", ".join(map(str, simulated["communicators"]))
+    gib = predicted["communicator_bytes"] / 2**30
+    lines += [
+        ("communicators", f"{''.join(sizes)}  of {ranks} ranks; about {gib:.1f} GiB of NCCL's, beyond the tensors"),
+        ("save", f"{simulated['checkpoint_bytes'] / 1e9:,.1f} GB of all ranks, {simulated['save_seconds']:,.0f} s"),
+        (
+            "resume",
+            f"{simulated['resume_opens']} files opened and {simulated['resume_bytes'] / 1e9:,.2f} GB read by this rank, by the "
+            f"layout; {simulated['resume_seconds']:,.0f} s for all {topology.gpus} ranks",
+        ),
+    ]
+    return "\n".join(f"{title:<23}{text}" for title, text in lines) + f"\n{NOT_SHOWN}"
+
+
+def _products(config: GPTConfig, topology: Topology, machine: Machine) -> list[tuple[str, str]]:
+    if config.moe is None or (machine.rates is None and not machine.is_cpu):
+        return []
+    capability = None if machine.rates is None else machine.rates.compute_capability
+    tokens, shared = topology.micro_batch_size * topology.length(config), max(topology.degrees(config)) > 1
+    text = describe_products(config, tokens, topology.precision, machine.is_cpu, capability, shared)
+    return [("experts", f"{text} (docs/performance.md)")]
+
+
+def _speed(cost: Cost, utilisation: float) -> list[tuple[str, str]]:
+    if cost.time is None or cost.tokens_per_second is None:
+        return [("step time", f"predicted only with --hardware {', '.join(HARDWARE)}, whose rates are published")]
+    return [
+        *_table("step time", cost.time.total, _named(cost.time), _seconds, f"at {utilisation:.0%} of peak"),
+        ("speed", f"{_si(cost.tokens_per_second)}tokens/s, {cost.samples_per_second:,.1f} samples/s on all GPUs"),
+    ]
+
+
+def _verdict(cost: Cost, machine: Machine) -> str:
+    total = cost.memory.total
+    if machine.memory is None:
+        fitting = ", ".join(gpus_that_fit(cost.memory)) or "no GPU that is known"
+        return f"fits {fitting}; this machine has no accelerator, name the run's with --hardware"
+    verdict = f"fits: uses {total / machine.memory:.0%}" if cost.fits else f"does not fit: needs {_bytes(total)}"
+    return f"{verdict} of the {_bytes(machine.memory)} available on {machine.name}"
+
+
+def gpus_that_fit(memory: Memory) -> list[str]:
+    """Return the GPUs of `HARDWARE` that have this memory."""
+    return [name for name, gpu in HARDWARE.items() if memory.total <= gpu.memory - RESERVED]
+
+
+def _option_rows(cost: Cost, options: Options) -> list[tuple[str, str]]:
+    """Return a row for the run as given and one for each option: memory, speed, GPU with the least memory that it fits."""
+    rows = [("as given", cost)]
+    for change, changed in options:
+        words = [OPTIONS[name] if value is True else f"{OPTIONS[name]} {value}" for name, value in change.items()]
+        rows.append((" ".join(words), changed))
+    texts = [
+        f"{_bytes(row.memory.total):>10}  {f'{_si(row.tokens_per_second):>6}tokens/s  ' if row.tokens_per_second else ''}"
+        f"{next(iter(gpus_that_fit(row.memory)), 'fits none'):<9}  {name}"
+        for name, row in rows
+    ]
+    return [("" if index else "options", text) for index, text in enumerate(texts)]
+
+
+def _named(parts: Parts) -> dict[str, float]:
+    names = {"all_to_all": "all-to-all"}
+    return {names.get(name, name.replace("_", " ")): value for name, value in asdict(parts).items()}
+
+
+def _model(config: GPTConfig, seq_len: int) -> str:
+    shape = f"{config.num_layers} layers, hidden {config.hidden_size}, sequences of {seq_len}"
+    moe, counts = config.moe, list(moe_blocks(config).values())
+    if moe is None:
+        return f"dense, {shape}"
+    pyramid = ", ".join(f"{counts.count(experts)} layers of {experts}" for experts in dict.fromkeys(counts))
+    return f"{'residual ' if moe.mlp_type == 'residual' else ''}MoE, {shape}; experts: {pyramid}, top-{moe.top_k}"
+
+
+def _run(topology: Topology, hardware: str) -> str:
+    factors = f"{topology.gpus} x {topology.micro_batch_size} x {topology.accumulation}"
+    batch = f"batch {topology.global_batch_size} = {factors} (GPUs x micro-batch x accumulation)"
+    flags = ", activation checkpointing" if topology.activation_checkpointing else ""
+    parallel = f"expert parallel up to {topology.expert_parallel_size}, ZeRO {topology.zero_stage}, "
+    parallel = parallel if topology.deepspeed else ""
+    return f"{topology.gpus} x {hardware}, {parallel}{topology.precision}, {batch}{flags}"
+
+
+def _table(title: str, total: float, parts: dict[str, Any], form: Any, note: str = "") -> list[tuple[str, str]]:
+    """Return a row `title  total  note` and a row for each part that is not 0."""
+    rows = [(title, f"{form(total):>10}  {note}".rstrip())]
+    return rows + [("", f"{form(value):>10}  {value / total:>4.0%}  {name}") for name, value in parts.items() if value]
+
+
+def _si(value: float) -> str:
+    """Format three digits and a decimal prefix, such as `12.3 G`, to be followed by a unit."""
+    power = next((power for power in range(4) if abs(value) < 999.5 * 1000**power), 4)
+    return f"{value / 1000**power:.3g} {' kMGT'[power].strip()}"
+
+
+def _count(value: float) -> str:
+    return f"{value / 1e9:.3f} B" if value >= 1e9 else f"{value / 1e6:.3f} M"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 / 10 else f"{value / 2**20:.2f} MiB"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f} s" if value >= 1 else f"{value * 1e3:.3f} ms"

@@ -140,11 +140,7 @@ class Recorder(TorchDispatchMode):
 
 
 def simulate(files: list[str], settings: dict[str, Any], topology: Topology, rank: int) -> Simulated:
-    """Simulate a rank of a run of train.py: of its YAML `files`, whose `settings` are overridden by `topology`.
-
-    Raises:
-        SettingError: the run would not start, or cannot be simulated.
-    """
+    """Simulate a rank of a run of train.py: of its YAML `files`, whose `settings` are overridden by `topology`."""
     require(
         topology.deepspeed and not topology.offload_optimizer and bool(settings),
         "--simulate is for YAML files with trainer.strategy=nlgmoe.ExpertParallelStrategy, without offload_optimizer (whose host "
@@ -310,7 +306,6 @@ def _patches(topology: Topology, module: MoEGPTModule) -> Iterator[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what Lightning and DeepSpeed say at the start of a run."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):

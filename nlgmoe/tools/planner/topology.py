@@ -15,7 +15,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.device import default_device, product_name
 from nlgmoe.hardware import HARDWARE, RESERVED, Hardware, board_of, hardware
 from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer
-from nlgmoe.validation import SettingError, require_at_least
+from nlgmoe.validation import SettingError, require, require_at_least
 
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
 
@@ -55,9 +55,8 @@ class Topology:
         sizes = ("gpus", "expert_parallel_size", "micro_batch_size", "global_batch_size", "loss_chunk_size")
         require_at_least(1, self, *sizes)
         if self.zero_stage not in (0, 1, 2):
-            raise SettingError(
-                f"zero_stage={self.zero_stage}: choose 0, 1 or 2 (DeepSpeed's stage 3 has no expert parallelism)"
-            )
+            reason = "DeepSpeed's stage 3 has no expert parallelism"
+            raise SettingError(f"zero_stage={self.zero_stage}: choose 0, 1 or 2 ({reason})")
         if self.expert_parallel_size > self.gpus:
             raise SettingError(f"expert_parallel_size={self.expert_parallel_size} is above gpus={self.gpus}; lower it")
         if self.global_batch_size % (self.micro_batch_size * self.gpus):
@@ -171,9 +170,8 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
     """Return the topology of train.py's `settings`, overridden by the options `given` on the command line."""
     trainer, data, module = (settings.get(part, {}) for part in ("trainer", "data", "model"))
     strategy = trainer.get("strategy") or "auto"
-    name, init = (
-        (strategy["class_path"], strategy.get("init_args") or {}) if isinstance(strategy, dict) else (strategy, {})
-    )
+    strategy = {"class_path": strategy} if isinstance(strategy, str) else strategy
+    name, init = strategy["class_path"], strategy.get("init_args") or {}
     devices = _named_devices(trainer.get("devices"))
     # A model's file without a file of configs/hardware: Lightning's default, fp32, is not the precision of training.
     no_hardware = trainer.get("accelerator", "auto") == "auto"
@@ -190,7 +188,10 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
         "muon": bool((module.get("optimizer") or {}).get("muon")),
         "precision": trainer.get("precision") or ("bf16-mixed" if no_hardware else "32-true"),
     } | given
-    values["precision"] = _precision(values["precision"])
+    short, known = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}, get_args(Precision)  # Lightning's names
+    values["precision"] = precision = short.get(str(values["precision"]), values["precision"])
+    choice = f"is not supported by the cost model; choose one of {', '.join(known)}"
+    require(precision in known, f"precision={precision} {choice}")
     if "gpus" in given and "expert_parallel_size" not in given:
         # Files for a larger cluster than --gpus: limit the strategy's bound.
         values["expert_parallel_size"] = min(values["expert_parallel_size"], given["gpus"])
@@ -213,13 +214,3 @@ def _named_devices(devices: Any) -> int | None:
     if not all(str(word).strip().isdigit() for word in words):
         raise SettingError(f"trainer.devices={devices} is no number of GPUs and no list of indices; correct it")
     return len(words) if isinstance(devices, list) or "," in str(devices) else int(words[0])
-
-
-def _precision(name: Any) -> Precision:
-    """Expand Lightning's short names of precisions."""
-    precision: Precision = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}.get(str(name), str(name))  # type: ignore[assignment]
-    if precision not in get_args(Precision):
-        raise SettingError(
-            f"precision={name} is not supported by the cost model; choose one of {', '.join(get_args(Precision))}"
-        )
-    return precision

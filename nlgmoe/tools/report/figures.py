@@ -119,7 +119,6 @@ def _loss(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _panels(runs: Sequence[Run], metrics: Sequence[Metric]) -> list[Panel]:
-    """Return a panel for each metric that a run has, with a line for each run."""
     points = min(500, points_of(len(metrics) * len(runs)))
 
     def traces(metric: Metric) -> list[Trace]:
@@ -130,7 +129,6 @@ def _panels(runs: Sequence[Run], metrics: Sequence[Metric]) -> list[Panel]:
 
 
 def _metric_panels(metrics: Iterable[Metric], traces: Callable[[Metric], list[Trace]]) -> list[Panel]:
-    """Return a panel for each metric that has traces."""
     panels = []
     for metric in metrics:
         kind, mode = "log" if metric.log else "linear", "tozero" if metric.zero else "normal"
@@ -158,7 +156,8 @@ def experts(runs: Sequence[Run]) -> list[Chart]:
             logged = {layer: run.metrics[name] for layer, name in names.items() if name in run.metrics}
             for layer, series in logged.items():
                 meta = {"smooth": metric.smooth, "layer": str(layer)}
-                look = {"color": _depth_colour(layer, len(logged))} if alone else {"width": 1}
+                depth = 0.85 * min(1.0, layer / max(1, len(logged) - 1))  # colours get lighter with depth
+                look = {"color": sample_colorscale("Viridis", [depth])[0]} if alone else {"width": 1}
                 name = run.layer(layer) if alone else f"{run.name}: {run.layer(layer)}"
                 lines.append(line(run, series, points, meta, name=name, line=look))
             if logged:
@@ -174,14 +173,7 @@ def experts(runs: Sequence[Run]) -> list[Chart]:
     return [*([routers] if routers.panels else []), *(_load_maps(run) for run in runs if run.loads)]
 
 
-def _depth_colour(layer: int, layers: int) -> str:
-    """Return a colour that gets lighter with depth."""
-    colour: str = sample_colorscale("Viridis", [0.85 * min(1.0, layer / max(1, layers - 1))])[0]
-    return colour
-
-
 def _load_maps(run: Run) -> Chart:
-    """Return the heat maps of expert load over time of a run, a panel per layer."""
     intervals = max(8, min(160, MAX_CELLS // sum(load.shape[1] for load in run.loads)))
     panels = []
     for layer, load in enumerate(run.loads):
@@ -205,9 +197,8 @@ def _load_maps(run: Run) -> Chart:
         "Assignments to each expert since the column before, before dropping: white is the fair share, red more "
         f"(dark red {RATIO_MAX:g} times and above), blue less, black none."
     )
-    return Chart(
-        f"load-{run.key}", f"Load of every expert over time (times a fair share): {run.name}", text, panels, 480
-    )
+    title = f"Load of every expert over time (times a fair share): {run.name}"
+    return Chart(f"load-{run.key}", title, text, panels, 480)
 
 
 def specialisation(runs: Sequence[Run]) -> list[Chart]:
@@ -219,7 +210,6 @@ def specialisation(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _information(known: Sequence[tuple[Run, Specialisation]]) -> Chart:
-    """Return the mutual information of expert and domain or class, a bar per run and layer."""
     domains, classes = [], []
     for run, counted in known:
         layers = range(len(counted.experts))
@@ -261,7 +251,6 @@ def _overlaps(known: Sequence[tuple[Run, Specialisation]]) -> list[Chart]:
 
 
 def _preferences(run: Run, counted: Specialisation) -> Chart:
-    """Return the heat maps of groups and experts of a run, two panels per layer."""
     panels = []
     for layer in range(len(counted.experts)):
         for kind, names, counts in (

@@ -36,9 +36,6 @@ def group_runs(runs: Sequence[Run], setting: str) -> list[Group]:
     """Group runs whose settings differ in `setting` alone, and in where they write.
 
     The end of a setting's name is enough, such as `seed` for both `model.seed` and `data.seed`.
-
-    Raises:
-        SettingError: a run has no such setting, or two runs of a group have the same.
     """
     members: dict[str, dict[Key, Run]] = {}
     shared: list[dict[str, Any]] = []
@@ -136,9 +133,8 @@ def table(groups: Sequence[Group], reference: int = 0) -> str:
     }
     rows: list[tables.Row] = [("runs", str, [_ended(members) for members in runs])]
     rows += [(name, tables.count, [_mean(map(fact, members)) for members in runs]) for name, fact in facts.items()]
-    ended = [
-        {key: loss for key, run in group.runs.items() if (loss := _final_loss(run)) is not None} for group in groups
-    ]
+    final = [{key: _final_loss(run) for key, run in group.runs.items()} for group in groups]
+    ended = [{key: loss for key, loss in losses.items() if loss is not None} for losses in final]
     rows += _comparison("at the end", ended, groups[reference].mean.name, ended[reference])
     for clock, name, form in (("flops", "FLOPs", tables.count), ("seconds", "time", tables.duration)):
         budget, losses = _losses_at_equal(clock, groups)

@@ -24,15 +24,8 @@ MAX_KNOTS = 400  # steps with stored tokens, FLOPs and time; the page interpolat
 
 
 def write_report(runs: Sequence[Run], output: str | Path | None = None, group_by: str | None = None) -> Path:
-    """Write the report of runs from `read_runs`, and return its file; the command documents `output` and `group_by`.
-
-    Raises:
-        SettingError: `output` is a folder, is in none, or does not end in .html; or the runs cannot be grouped.
-        RunError: `output` cannot be written.
-    """
+    """Write the report of runs from `read_runs`, and return its file; the command documents `output` and `group_by`."""
     file = Path(output) if output is not None else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
-    if file.is_dir():
-        raise SettingError(f"output={output} is a folder; give the name of a file")
     if file.suffix not in (".html", ".htm"):  # protects the files of a run folder
         raise SettingError(f"output={output} is not a name of a page; let it end in .html")
     require_folder(file)
@@ -114,9 +107,7 @@ def section(name: str, charts: Sequence[Chart], rest: str = "") -> str:
 def comparison(grouped: Sequence[groups.Group], setting: str) -> str:
     """Return the tables of groups, one for each reference, of which the page shows the selected one."""
     options = "".join(f"<option>{escape(group.mean.name)}</option>" for group in grouped)
-    references = "".join(
-        f'<div class="reference">{groups.table(grouped, index)}</div>' for index in range(len(grouped))
-    )
+    references = "".join(f'<div class="reference">{groups.table(grouped, i)}</div>' for i in range(len(grouped)))
     return (
         f"<section><h2>Differences between groups, paired by {escape(setting)}</h2>"
         "<p>Losses at equal FLOPs and time are interpolated between validations; a longer run has not lowered its learning rate "

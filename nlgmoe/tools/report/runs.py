@@ -99,12 +99,7 @@ def finite_number(value: Any) -> float | None:
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """Read run folders, each once; paths of files, such as `report.html` in `runs/*`, are skipped.
-
-    Raises:
-        SettingError: a path does not exist, or is not a run folder.
-        RunError: a file of a run is damaged.
-    """
+    """Read run folders, each once; paths of files, such as `report.html` in `runs/*`, are skipped."""
     folders: dict[str, Path] = {}  # by the resolved path
     for path in paths:
         folder = Path(os.path.abspath(os.path.expanduser(path)))
@@ -122,9 +117,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
             f"{', '.join(map(str, paths))}: no run folder among them; give a run's trainer.default_root_dir"
         )
     for parts in range(1, max(len(folder.parts) for folder in folders.values()) + 1):
-        names = [
-            "/".join(folder.parts[-parts:]) for folder in folders.values()
-        ]  # unique ends of the paths, as short as possible
+        names = ["/".join(folder.parts[-parts:]) for folder in folders.values()]  # ends of the paths, short and unique
         if len(set(names)) == len(names):
             break
     runs = [_read(folder, name) for folder, name in zip(folders.values(), names, strict=True)]
@@ -140,26 +133,23 @@ def _read(folder: Path, name: str) -> Run:
         metrics=_parsed(folder / METRICS, metrics_of, {}),
         loads=_parsed(folder / LOADS, loads_of, []),
         specialisation=Specialisation.load(folder) if (folder / SPECIALISATION).exists() else None,
-        config=_parsed(folder / CONFIG, _yaml, {}),
-        summary=_parsed(folder / SUMMARY, lambda text: flattened(_json(text)), {}),
-        versions=_parsed(folder / VERSIONS, _json, {}),
+        config=_parsed(folder / CONFIG, lambda text: _by_name(yaml.load(text, LOADER)), {}),
+        summary=_parsed(folder / SUMMARY, lambda text: flattened(_by_name(json.loads(text))), {}),
+        versions=_parsed(folder / VERSIONS, lambda text: _by_name(json.loads(text)), {}),
         samples=_parsed(folder / SAMPLES, str, ""),
     )
     dense = run.model is not None and run.model.moe is None
-    missing = {
-        f"No {CONFIG}: no settings, and no names of blocks.": not run.config,
-        f"No {SUMMARY}: the run did not reach its end, or has not yet.": not run.summary,
-        f"No {VERSIONS}: no versions.": not run.versions,
-        f"No rows in {METRICS}: no curves. A run writes it unless trainer.logger is false.": not run.metrics,
-        "A dense model: it has no experts to show.": dense,
-        f"No {LOADS}: no heat maps of load. The callback ExpertLoad writes it while the run trains.": not (
-            dense or run.loads
-        ),
-        f"No {SPECIALISATION}: no specialisation. A run writes it whenever it validates.": not (
-            dense or run.specialisation
-        ),
+    known = {
+        f"No {CONFIG}: no settings, and no names of blocks.": run.config,
+        f"No {SUMMARY}: the run did not reach its end, or has not yet.": run.summary,
+        f"No {VERSIONS}: no versions.": run.versions,
+        f"No rows in {METRICS}: no curves. A run writes it unless trainer.logger is false.": run.metrics,
+        "A dense model: it has no experts to show.": not dense,
+        f"No {LOADS}: no heat maps of load. The callback ExpertLoad writes it while the run trains.": dense
+        or run.loads,
+        f"No {SPECIALISATION}: no specialisation. A run writes it whenever it validates.": dense or run.specialisation,
     }
-    run.notes = [note for note, applies in missing.items() if applies] + _changes(folder)
+    run.notes = [note for note, is_known in known.items() if not is_known] + _changes(folder)
     for metric in ("train/loss", "val/loss", "train/grad_norm"):
         if metric in run.metrics and (count := int((~np.isfinite(run.metrics[metric])).sum())):
             run.notes.append(f"{metric} is not finite in {count:,} of {len(run.metrics[metric]):,} rows.")
@@ -205,15 +195,7 @@ def _cells(text: str, **options: Any) -> pd.DataFrame:
     return pd.read_csv(complete, **options, keep_default_na=False, index_col=False)
 
 
-def _json(text: str) -> dict[str, Any]:
-    return _mapping(json.loads(text))
-
-
-def _yaml(text: str) -> dict[str, Any]:
-    return _mapping(yaml.load(text, LOADER))
-
-
-def _mapping(document: Any) -> dict[str, Any]:
+def _by_name(document: Any) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise TypeError("no settings by name")
     return document
@@ -235,6 +217,5 @@ def _changes(folder: Path) -> list[str]:
 
 
 def _start(text: str) -> dict[str, Any]:
-    """Return the settings of a start, and the versions in its first line."""
-    packages = _json(text.partition("\n")[0].removeprefix("#"))
-    return flattened(_yaml(text)) | {f"version of {name}": version for name, version in packages.items()}
+    packages = json.loads(text.partition("\n")[0].removeprefix("#"))
+    return flattened(yaml.load(text, LOADER)) | {f"version of {name}": version for name, version in packages.items()}

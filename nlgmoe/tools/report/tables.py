@@ -79,10 +79,8 @@ def step_times(runs: Sequence[Run]) -> str:
     timed = [run for run in runs if "time/step" in run.metrics]
     if not timed:
         return ""
-    logged = [
-        {name.removeprefix("time/"): 1e3 * series.mean() for name, series in run.metrics.items()} for run in timed
-    ]
-    times = pd.DataFrame(logged).reindex(columns=["step", *PARTS])
+    logged = [{name.removeprefix("time/"): series.mean() for name, series in run.metrics.items()} for run in timed]
+    times = 1e3 * pd.DataFrame(logged).reindex(columns=["step", *PARTS])
     times.insert(1 + len(PARTS), "rest", times["step"] - times[list(PARTS)].sum(axis=1))
     rows: list[Row] = [(part, "{:.1f}".format, times[part].tolist()) for part in times]
     return f"<h3>What a step's time goes to (milliseconds, mean over ranks and steps)</h3>{table('step_times', timed, rows)}"

@@ -34,9 +34,8 @@ class WriteReport(Callback):
 
             file = write_report(read_runs([trainer.default_root_dir]))
         except Exception as error:
-            rank_zero_warn(
-                f"no report of this run was written: {error}; write it with nlgmoe report {trainer.default_root_dir}"
-            )
+            remedy = f"write it with nlgmoe report {trainer.default_root_dir}"
+            rank_zero_warn(f"no report of this run was written: {error}; {remedy}")
         else:
             rank_zero_info(f"report of this run: {file} (open it in a browser)\n")
         try:

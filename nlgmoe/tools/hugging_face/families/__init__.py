@@ -12,33 +12,16 @@ with the classes of `transformers`.
 from __future__ import annotations
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.tools.hugging_face.families.deepseek import (
-    DEEPSEEK_V2,
-    DEEPSEEK_V3,
-    DOTS1,
-    GLM4_MOE,
-    GLM4_MOE_LITE,
-    MINIMAX_M2,
-)
+from nlgmoe.tools.hugging_face.families import deepseek, llama
 from nlgmoe.tools.hugging_face.families.family import Family
 from nlgmoe.tools.hugging_face.families.gpt2 import GPT2
-from nlgmoe.tools.hugging_face.families.llama import (
-    GRANITE,
-    GRANITE_MOE,
-    GRANITE_MOE_SHARED,
-    LLAMA,
-    MIXTRAL,
-    OLMOE,
-    QWEN2_MOE,
-    QWEN3,
-    QWEN3_MOE,
-)
 from nlgmoe.validation import SettingError
 
 OWN = "nlgmoe"  # `model_type` of a folder with our code
 _ALL = (
-    *(OLMOE, QWEN3_MOE, MIXTRAL, QWEN2_MOE, DOTS1, GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, DEEPSEEK_V2),
-    *(MINIMAX_M2, GRANITE_MOE, GRANITE_MOE_SHARED, LLAMA, QWEN3, GRANITE, GPT2),
+    *(llama.OLMOE, llama.QWEN3_MOE, llama.MIXTRAL, llama.QWEN2_MOE),
+    *(deepseek.DOTS1, deepseek.GLM4_MOE, deepseek.DEEPSEEK_V3, deepseek.GLM4_MOE_LITE, deepseek.DEEPSEEK_V2),
+    *(deepseek.MINIMAX_M2, llama.GRANITE_MOE, llama.GRANITE_MOE_SHARED, llama.LLAMA, llama.QWEN3, llama.GRANITE, GPT2),
 )
 FAMILIES = {family.name: family for family in _ALL}
 """In the order in which an export chooses."""
@@ -51,9 +34,7 @@ def _exported() -> dict[str, Family]:
 def family_of(config: GPTConfig, preferred: str | None = None) -> tuple[str | None, str]:
     """Return the name of the family whose class computes the same as a model in evaluation; or None, and the reason.
 
-    Args:
-        config: of the model.
-        preferred: name of the family to try first, of which the model was imported; None: no one.
+    The `preferred` one is tried first.
     """
     nearest: tuple[int, str] | None = None
     refusal = ""
@@ -71,11 +52,7 @@ def family_of(config: GPTConfig, preferred: str | None = None) -> tuple[str | No
 
 
 def chosen_family(config: GPTConfig, name: str | None, preferred: str | None = None) -> tuple[str | None, str]:
-    """Return what `family_of` does, or the family of this name, which must compute the model; `nlgmoe`: None, for our own code.
-
-    Raises:
-        SettingError: the family is unknown, or does not compute the model.
-    """
+    """Return what `family_of` does, or the family `name`, which must compute the model; `nlgmoe`: None, for our own code."""
     if name is None:
         return family_of(config, preferred)
     if name == OWN:

@@ -30,37 +30,23 @@ def without_rotary_buffers(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models.
+    """A family of models."""
 
-    Attributes:
-        name: `model_type` of its `config.json`.
-        classes: beginning of the names of its classes.
-        table: entry of our checkpoint -> tensors of its files (`tensors.py`).
-        read: converts its configuration; raises `UnsupportedError` for a setting that nlgmoe does not compute.
-        write: returns settings, of which `read` makes the same model again if the family computes it (what it cannot express it
-            may leave out: a model is the family's only if what is read computes the same); null: it is not exported.
-        required: values of its settings that nlgmoe computes, of those that `read` does not look at.
-        named: returns the name in `table` of a tensor in a file; None: the tensor is left out.
-    """
-
-    name: str
-    classes: str
-    table: Table
+    name: str  # `model_type` of its `config.json`
+    classes: str  # beginning of the names of its classes
+    table: Table  # entry of our checkpoint -> tensors of its files (`tensors.py`)
+    # Converts its configuration; raises `UnsupportedError` for a setting that nlgmoe does not compute.
     read: Callable[[Any], GPTConfig]
+    # Returns settings, of which `read` makes the same model again if the family computes it (what it cannot express it
+    # may leave out: a model is the family's only if what is read computes the same); null: it is not exported.
     write: Callable[[GPTConfig], dict[str, Any]] | None
+    # Values of its settings that nlgmoe computes, of those that `read` does not look at.
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: REQUIRED)
+    # Returns the name in `table` of a tensor in a file; None: the tensor is left out.
     named: Callable[[str], str | None] = without_rotary_buffers
 
     def config(self, values: dict[str, Any], folder: Path) -> GPTConfig:
-        """Convert the contents of `config.json`.
-
-        Args:
-            values: the contents.
-            folder: its folder, for messages.
-
-        Raises:
-            ValueError: it is damaged, or has a setting that nlgmoe does not compute.
-        """
+        """Convert the contents of `config.json`; messages name its folder."""
         for name in ("per_layer_config", "quantization_config"):  # of the first, classes compute settings of all layers
             if values.get(name):
                 method = values[name].get("quant_method", "")
@@ -91,8 +77,7 @@ class Family:
     def differences(self, config: GPTConfig) -> list[str]:
         """Return settings, as `name=value`, with which a model computes something else than the family; empty: nothing else.
 
-        Raises:
-            ValueError: the family cannot express the model at all.
+        Raises a ValueError if the family cannot express the model at all.
         """
         assert self.write is not None, f"{self.name} is not exported"
         try:

@@ -114,9 +114,8 @@ OLMOE = Family("olmoe", "Olmoe", BLOCK, _read_olmoe, _write_olmoe)
 
 # ---- Qwen2-MoE, Qwen3-MoE
 
-_QWEN2_TABLE = (
-    BLOCK | shared_mlp("shared_expert") | {"blocks.#.moe.coefficient.weight": LAYER + "mlp.shared_expert_gate.weight"}
-)
+_QWEN2_TABLE = BLOCK | shared_mlp("shared_expert")
+_QWEN2_TABLE["blocks.#.moe.coefficient.weight"] = LAYER + "mlp.shared_expert_gate.weight"
 
 
 def _qwen_moe(theirs: Any, **shared: Any) -> MoEConfig:

@@ -59,12 +59,9 @@ def shape_fields(theirs: Any) -> dict[str, Any]:
 
 
 def decoder_config(theirs: Any, partial: bool = False, **more: Any) -> GPTConfig:
-    """Read a model with Llama's block: RMSNorm, SwiGLU, rotary positions, no biases.
+    """Read a model with Llama's block: RMSNorm, SwiGLU, rotary positions, no biases; `more` are further or other fields.
 
-    Args:
-        theirs: the family's configuration.
-        partial: the family's class reads `partial_rotary_factor`; most ignore it.
-        more: further fields, or other values.
+    `partial`: the family's class reads `partial_rotary_factor`; most ignore it.
     """
     head_dim = getattr(theirs, "head_dim", None)
     width, temperature = head_dim or theirs.hidden_size // theirs.num_attention_heads, rope_temperature(theirs)
@@ -89,13 +86,10 @@ def decoder_config(theirs: Any, partial: bool = False, **more: Any) -> GPTConfig
 
 
 def moe_config(theirs: Any, num_experts: int | list[int], normalizes: bool, **more: Any) -> MoEConfig:
-    """Read a mixture whose blocks all, but those with 0 experts, have equally many experts.
+    """Read a mixture whose blocks all, but those with 0 experts, have equally many; `more` are further fields.
 
-    Args:
-        theirs: the family's configuration.
-        num_experts: experts of each MoE block, or of every block, 0 for a dense one.
-        normalizes: the weights of a token's experts sum to 1.
-        more: further fields, such as `router`.
+    `num_experts` are those of each MoE block, or of every block, 0 for a dense one; the weights of a token's experts sum to 1 if
+    the family `normalizes`.
     """
     top_k = theirs.num_experts_per_tok
     if top_k == 1 and normalizes:
@@ -112,12 +106,7 @@ def moe_config(theirs: Any, num_experts: int | list[int], normalizes: bool, **mo
 
 
 def decoder_settings(config: GPTConfig, **settings: Any) -> dict[str, Any]:
-    """Return the settings of a model with Llama's block.
-
-    Args:
-        config: of the model.
-        settings: further settings, or other values.
-    """
+    """Return the settings of a model with Llama's block, and further settings, or other values."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -203,12 +192,7 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 
 
 def rope_settings(config: GPTConfig, **settings: Any) -> dict[str, Any]:
-    """Return the settings of rotary positions.
-
-    Args:
-        config: of the model.
-        settings: further settings of `rope_parameters`, such as `partial_rotary_factor`, or other values.
-    """
+    """Return the settings of rotary positions, with further or other ones of `rope_parameters`."""
     if config.rope_theta is None:
         return {}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}

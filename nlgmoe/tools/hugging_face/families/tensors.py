@@ -32,22 +32,17 @@ Where = tuple[slice, ...]  # an index of a tensor
 
 @dataclass(frozen=True)
 class Slot:
-    """Rows of an entry in a tensor of a family's files; a row is one output of a linear layer.
+    """Rows of an entry in a tensor of a family's files; a row is one output of a linear layer."""
 
-    Attributes:
-        name: of the tensor, with `{}` for the numbers of block and expert. An expert's entry whose name has no `{}` for the
-            expert is in a stack of all experts, whose first index is the expert.
-        rows: number of rows of the entry; null: all. An entry's slots follow one another.
-        part: number of parts of as many rows, of other entries, that stand before these rows in the tensor.
-        order: the row of the entry (of these rows, from 0) that each of the tensor's rows is; null: the same order.
-        in_out: the tensor is `[in, out]`; those of `nn.Linear` are `[out, in]`.
-    """
-
+    # Of the tensor, with `{}` for the numbers of block and expert. An expert's entry whose name has no `{}` for the
+    # expert is in a stack of all experts, whose first index is the expert.
     name: str
+    # Number of rows of the entry; null: all. An entry's slots follow one another.
     rows: Callable[[GPTConfig], int] | None = None
-    part: int = 0
+    part: int = 0  # number of parts of as many rows, of other entries, that stand before these rows in the tensor
+    # The row of the entry (of these rows, from 0) that each of the tensor's rows is; null: the same order.
     order: Callable[[GPTConfig], Sequence[int]] | None = None
-    in_out: bool = False
+    in_out: bool = False  # the tensor is `[in, out]`; those of `nn.Linear` are `[out, in]`
 
 
 Slots = str | Slot | Sequence[Slot]  # a name is a slot with the defaults
@@ -66,25 +61,15 @@ def key_rows(config: GPTConfig) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """A `Slot` of one model. The entry is transposed first, if it is; "rows" are the tensor's.
+    """A `Slot` of one model. The entry is transposed first, if it is; "rows" are the tensor's."""
 
-    Attributes:
-        entry: name of the entry.
-        tensor: name of the tensor.
-        first: the entry's first row.
-        where: index of these rows in the tensor; in a stack of experts, that of the expert comes first.
-        order: see `Slot`.
-        transposed: the entry is `[in, out]` and the tensor `[out, in]`, or the reverse.
-        shape: of these rows.
-    """
-
-    entry: str
-    tensor: str
-    first: int
-    where: Where
-    order: list[int] | None
-    transposed: bool
-    shape: torch.Size
+    entry: str  # name of the entry
+    tensor: str  # name of the tensor
+    first: int  # the entry's first row
+    where: Where  # index of these rows in the tensor; in a stack of experts, that of the expert comes first
+    order: list[int] | None  # see `Slot`
+    transposed: bool  # the entry is `[in, out]` and the tensor `[out, in]`, or the reverse
+    shape: torch.Size  # of these rows
 
     def cut(self, entry: Tensor) -> Tensor:
         """Return these rows of the entry, in the order of the tensor."""
@@ -125,26 +110,19 @@ def _places(config: GPTConfig, table: Table) -> Iterator[Place]:
 
 
 class Layout:
-    """The tensors of a model in a family's files.
-
-    Args:
-        config: of the model.
-        table: of the family.
-
-    Attributes:
-        of_entry: places of each entry, in the order of its rows.
-        of_tensor: places in each tensor.
-        shapes: of each tensor.
-    """
+    """The tensors of a model in a family's files, by the family's table."""
 
     def __init__(self, config: GPTConfig, table: Table) -> None:
         self._config = config
-        self.of_entry: dict[str, list[Place]] = {}
-        self.of_tensor: dict[str, list[Place]] = {}
+        self.of_entry: dict[str, list[Place]] = {}  # places of each entry, in the order of its rows
+        self.of_tensor: dict[str, list[Place]] = {}  # places in each tensor
         for place in _places(config, table):
             self.of_entry.setdefault(place.entry, []).append(place)
             self.of_tensor.setdefault(place.tensor, []).append(place)
-        self.shapes: Shapes = {name: _shape(parts) for name, parts in self.of_tensor.items()}
+        self.shapes: Shapes = {}  # of each tensor
+        for name, parts in self.of_tensor.items():
+            axes = zip(*(place.where for place in parts), strict=True)
+            self.shapes[name] = torch.Size((*(max(part.stop for part in axis) for axis in axes), *parts[0].shape[1:]))
 
     def entry(self, name: str, read: Callable[[str, Where], Tensor]) -> Tensor:
         """Return an entry; `read(tensor, where)` reads a part of a tensor."""
@@ -161,11 +139,6 @@ class Layout:
         for place in self.of_tensor[name]:
             value[place.where] = place.cut(read(place.entry)).to(dtype)
         return value
-
-
-def _shape(parts: Sequence[Place]) -> torch.Size:
-    axes = zip(*(place.where for place in parts), strict=True)
-    return torch.Size((*(max(part.stop for part in axis) for axis in axes), *parts[0].shape[1:]))
 
 
 def own_layout(config: GPTConfig) -> Layout:
