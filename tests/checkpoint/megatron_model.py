@@ -9,8 +9,11 @@ import random
 import sys
 import types
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -138,7 +141,7 @@ def random_states() -> dict[str, Any]:
 
 
 def write(
-    folder: Path, args: Namespace, version: float | None = 3.0, dtype: torch.dtype = torch.float32, rows: int = ROWS
+    folder: Path, args: Namespace, version: float = 3.0, dtype: torch.dtype = torch.float32, rows: int = ROWS
 ) -> GPTModel:
     """Write `folder/latest` and `folder/global_step7`; return the model with the numbers that are in the files."""
     model = GPTModel(args, rows).to(dtype)
@@ -146,16 +149,10 @@ def write(
     step.mkdir(parents=True)
     (folder / "latest").write_text("global_step7")
     state = {
-        "module": model.state_dict_for_save_checkpoint(),
-        "args": args,
-        "iteration": 7,
-        "tokens": 336,
-        "ds_version": "0.19.8",
-        "ds_config": {"train_batch_size": 4},
-        "param_shapes": [{"a": torch.Size([3])}],
-        "rng_state": [random_states()],
-        **({} if version is None else {"checkpoint_version": version}),
-    }
+        "module": model.state_dict_for_save_checkpoint(), "args": args, "iteration": 7, "tokens": 336,
+        "ds_version": "0.19.8", "ds_config": {"train_batch_size": 4}, "param_shapes": [{"a": torch.Size([3])}],
+        "rng_state": [random_states()], "checkpoint_version": version,
+    }  # fmt: skip
     with model_type() as member:
         args.model_type = member
         torch.save(state, step / "mp_rank_00_model_states.pt")
@@ -169,16 +166,11 @@ def write(
     return model.float()
 
 
-class model_type:
+@contextmanager
+def model_type() -> Iterator[enum.Enum]:
     """A member of an enumeration that only Megatron has; gone afterwards."""
-
-    def __enter__(self) -> enum.Enum:
-        kinds = enum.Enum("ModelType", ["encoder_or_decoder", "retro"], module="megatron.core.enums")
-        for name in ("megatron", "megatron.core", "megatron.core.enums"):
-            sys.modules[name] = types.ModuleType(name)
-        sys.modules["megatron.core.enums"].ModelType = kinds
-        return kinds.encoder_or_decoder
-
-    def __exit__(self, *_: object) -> None:
-        for name in ("megatron", "megatron.core", "megatron.core.enums"):
-            del sys.modules[name]
+    kinds = enum.Enum("ModelType", ["encoder_or_decoder", "retro"], module="megatron.core.enums")
+    modules = {name: types.ModuleType(name) for name in ("megatron", "megatron.core", "megatron.core.enums")}
+    modules["megatron.core.enums"].ModelType = kinds
+    with patch.dict(sys.modules, modules):
+        yield kinds.encoder_or_decoder

@@ -26,12 +26,6 @@ CONFIG = GPTConfig(
 )  # fmt: skip
 
 
-# ---- places
-
-
-# ---- choice
-
-
 @pytest.fixture
 def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint of a model that two families compute, imported from the second."""
@@ -77,9 +71,6 @@ def test_family_of_an_export_is_chosen_by_name(
         with pytest.raises(ValueError, match=words):
             export(imported, tmp_path / "refused", family=name)
     assert not (tmp_path / "refused").exists()
-
-
-# ---- import
 
 
 def test_quantised_files_are_refused_in_a_line(tmp_path: Path) -> None:

@@ -93,17 +93,13 @@ def test_export_works_where_only_transformers_is_installed(
 ) -> None:
     names = ("pr_moe", "modern", "latent")
     copies = [str(shutil.copytree(folders[name], tmp_path / name)) for name in names]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    script = Path(__file__).with_name("load_alone.py")
-    command = [sys.executable, str(script), str(tmp_path / "results.json"), *copies]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL
-    )
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, str(Path(__file__).with_name("load_alone.py")), *copies]
+    options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, **options)
     assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads(done.stdout.splitlines()[-1])
     tokens = torch.arange(24).view(2, 12)
     for name, folder in zip(names, copies, strict=True):
         theirs, model = results[folder], load_model(checkpoints[name])
@@ -209,9 +205,8 @@ def test_imported_gpt2_computes_what_it_did(tmp_path: Path) -> None:
     tokens = torch.randint(67, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = theirs(tokens).logits
-        torch.testing.assert_close(
-            ours.logits(ours(tokens).hidden), expected, rtol=1e-5, atol=1e-5 * expected.abs().max()
-        )
+        actual = ours.logits(ours(tokens).hidden)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
 
 
 def test_the_model_card_has_the_numbers_of_the_run_that_ended_with_the_checkpoint(
