@@ -22,8 +22,18 @@ from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.surgery import write_weights
 from nlgmoe.tools.megatron.checkpoint import import_checkpoint
 from nlgmoe.tools.megatron.checkpoint_files import load
-from tests.checkpoint.megatron_engine import write_from_engine
-from tests.checkpoint.megatron_model import HEADS, HIDDEN, INNER, LAYERS, POSITIONS, ROWS, GPTModel, arguments, write
+from tests.checkpoint.megatron_model import (
+    HEADS,
+    HIDDEN,
+    INNER,
+    LAYERS,
+    POSITIONS,
+    ROWS,
+    GPTModel,
+    arguments,
+    write,
+    write_from_engine,
+)
 from tests.support.spawn import spawn
 
 TOKENS = torch.randint(ROWS, (3, POSITIONS), generator=torch.Generator().manual_seed(1))

@@ -3,9 +3,9 @@
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -26,6 +26,7 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from tests.support.distillation import SAMPLES, STUDENT, TEACHER, record, trained
+from tests.support.run_folders import in_process
 from tests.support.synthetic import NumberedData, SyntheticData
 from tests.support.trainers import Recorder, SaveAt, trainer
 
@@ -150,23 +151,6 @@ def test_distillation_resumes_with_the_teacher_it_had(logits: Path, tmp_path: Pa
     assert other != whole[4:]
 
 
-def die_before(call: int) -> None:
-    """Have SIGKILL strike before the so-manieth of the calls by which a recording computes, writes and names things."""
-    left = [call]
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def struck(*args: Any, **kwargs: Any) -> Any:
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return struck
-
-    recording._records = counted(recording._records)
-    os.fsync, Path.replace, Path.unlink = counted(os.fsync), counted(Path.replace), counted(Path.unlink)  # type: ignore[method-assign]
-
-
 def test_recording_killed_anywhere_ends_with_the_same_bytes(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,18 +158,14 @@ def test_recording_killed_anywhere_ends_with_the_same_bytes(
     record(teacher, tmp_path / "whole", top_k=5, samples=6)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert set(whole) == {HEADER, RECORDS}
-    for call in range(100):
+    code, call = -9, 0
+    while code == -9:
+        call += 1
         folder = tmp_path / str(call)
-        if (child := os.fork()) == 0:
-            die_before(call)
-            record(teacher, folder, top_k=5, samples=6)
-            os._exit(0)
-        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        code = in_process(partial(record, teacher, folder, top_k=5, samples=6), call, folder)
         record(teacher, folder, top_k=5, samples=6)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole, call
-        if not killed:
-            break
-    assert call > 10
+    assert code == 0 and call > 10
 
 
 def test_recording_leaves_a_folder_of_something_else_as_it_is(teacher: Path, tmp_path: Path) -> None:
