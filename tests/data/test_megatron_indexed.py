@@ -192,18 +192,18 @@ def test_prefix_suffices_where_a_sidecar_has_tokenizer_and_split(write: Write, o
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("old", "new", "message"),
     [
-        (lambda text: text.replace('"domain"', '"kind"'), r"pile\.json is damaged .*kind"),
-        (lambda text: text.replace('"held_out": 5', '"held_out": 50'), r"damaged .*50 of 20 documents are held out"),
-        (lambda text: text.replace('"documents": 20', '"documents": 19'), r"19 documents of .*, the \.idx has 20"),
+        ('"domain"', '"kind"', r"pile\.json is damaged .*kind"),
+        ('"held_out": 5', '"held_out": 50', r"pile\.json is damaged .*50 of 20 documents are held out"),
+        ('"documents": 20', '"documents": 19', r"describes 19 documents of .*, the \.idx has 20"),
     ],
 )
 def test_a_sidecar_that_does_not_fit_is_refused(
-    write: Write, open_corpus: Open, change: Callable[[str], str], message: str
+    write: Write, open_corpus: Open, old: str, new: str, message: str
 ) -> None:
     path = write(TEXTS, held_out=5).with_suffix(".json")
-    path.write_text(change(path.read_text()))
+    path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=message):
         open_corpus(path.with_suffix(""), None)
 

@@ -107,13 +107,14 @@ def test_a_killed_shard_resumes_with_the_same_input_alone(
 ) -> None:
     monkeypatch.setattr("nlgmoe.data.build_indexed.CHUNK_CHARACTERS", 3000)
     monkeypatch.setattr("nlgmoe.data.build_indexed.RECORD_SECONDS", 0.0)
-    files, begun = sorted(map(str, folder.iterdir())), list[Any]()
 
     def stop(done: Any) -> None:
         if done.documents > 20:
             raise KeyboardInterrupt
 
+    files = sorted(map(str, folder.iterdir()))
     for number in (2, 3):
+        begun: list[Any] = []
         prefix, shard = tmp_path / str(number), Shard(number, 4)
         wanted = build(folder, tmp_path / f"{number}-whole", tokenizer, shard)
         with pytest.raises(KeyboardInterrupt):
@@ -124,8 +125,7 @@ def test_a_killed_shard_resumes_with_the_same_input_alone(
         with pytest.raises(RunError, match=r"other settings \(files\)"):
             build_indexed(files[1:], prefix, tokenizer, Fields(), 1, stop, shard=shard)
         done = build_indexed(files, prefix, tokenizer, Fields(), 1, begun.append, shard=shard)
-        assert done == wanted and begun.pop(0).documents > 0
-        begun.clear()
+        assert done == wanted and begun[0].documents > 0
         assert documents(prefix) == documents(tmp_path / f"{number}-whole")
 
 
