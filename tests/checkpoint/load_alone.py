@@ -1,11 +1,10 @@
 """Uses exported folders as someone does who has `transformers` and nothing of ours: a script, run by test_hugging_face.py.
 
-python load_alone.py RESULTS.json FOLDER ...
+python load_alone.py FOLDER ...
 """
 
 import json
 import sys
-from pathlib import Path
 
 for ours in ("nlgmoe", "lightning", "pytorch_lightning", "deepspeed"):
     sys.modules[ours] = None  # to whoever imports it, or looks whether it could, it is not installed
@@ -28,5 +27,4 @@ def use(folder: str) -> dict:
     return results
 
 
-results = {folder: use(folder) for folder in sys.argv[2:]}
-Path(sys.argv[1]).write_text(json.dumps(results))
+print(json.dumps({folder: use(folder) for folder in sys.argv[1:]}))

@@ -9,14 +9,21 @@ import random
 import sys
 import types
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import deepspeed
 import numpy as np
 import torch
 from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from nlgmoe.parallel.engine import disable_deepspeed_extensions
 
 HIDDEN, HEADS, LAYERS, POSITIONS, ROWS, INNER = 16, 2, 4, 12, 64, 40
 
@@ -138,7 +145,7 @@ def random_states() -> dict[str, Any]:
 
 
 def write(
-    folder: Path, args: Namespace, version: float | None = 3.0, dtype: torch.dtype = torch.float32, rows: int = ROWS
+    folder: Path, args: Namespace, version: float = 3.0, dtype: torch.dtype = torch.float32, rows: int = ROWS
 ) -> GPTModel:
     """Write `folder/latest` and `folder/global_step7`; return the model with the numbers that are in the files."""
     model = GPTModel(args, rows).to(dtype)
@@ -146,16 +153,10 @@ def write(
     step.mkdir(parents=True)
     (folder / "latest").write_text("global_step7")
     state = {
-        "module": model.state_dict_for_save_checkpoint(),
-        "args": args,
-        "iteration": 7,
-        "tokens": 336,
-        "ds_version": "0.19.8",
-        "ds_config": {"train_batch_size": 4},
-        "param_shapes": [{"a": torch.Size([3])}],
-        "rng_state": [random_states()],
-        **({} if version is None else {"checkpoint_version": version}),
-    }
+        "module": model.state_dict_for_save_checkpoint(), "args": args, "iteration": 7, "tokens": 336,
+        "ds_version": "0.19.8", "ds_config": {"train_batch_size": 4}, "param_shapes": [{"a": torch.Size([3])}],
+        "rng_state": [random_states()], "checkpoint_version": version,
+    }  # fmt: skip
     with model_type() as member:
         args.model_type = member
         torch.save(state, step / "mp_rank_00_model_states.pt")
@@ -169,16 +170,40 @@ def write(
     return model.float()
 
 
-class model_type:
+@contextmanager
+def model_type() -> Iterator[enum.Enum]:
     """A member of an enumeration that only Megatron has; gone afterwards."""
+    kinds = enum.Enum("ModelType", ["encoder_or_decoder", "retro"], module="megatron.core.enums")
+    modules = {name: types.ModuleType(name) for name in ("megatron", "megatron.core", "megatron.core.enums")}
+    modules["megatron.core.enums"].ModelType = kinds
+    with patch.dict(sys.modules, modules):
+        yield kinds.encoder_or_decoder
 
-    def __enter__(self) -> enum.Enum:
-        kinds = enum.Enum("ModelType", ["encoder_or_decoder", "retro"], module="megatron.core.enums")
-        for name in ("megatron", "megatron.core", "megatron.core.enums"):
-            sys.modules[name] = types.ModuleType(name)
-        sys.modules["megatron.core.enums"].ModelType = kinds
-        return kinds.encoder_or_decoder
 
-    def __exit__(self, *_: object) -> None:
-        for name in ("megatron", "megatron.core", "megatron.core.enums"):
-            del sys.modules[name]
+def write_from_engine(folder: Path, changes: dict[str, Any]) -> None:
+    """On a rank: have DeepSpeed's own engine save `GPTModel(arguments(**changes))`, its experts spread over all, under ZeRO 1."""
+    disable_deepspeed_extensions()
+    deepspeed.init_distributed("gloo", verbose=False)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    whole = GPTModel(arguments(**changes)).state_dict()
+    args = arguments(**changes, moe_expert_parallel_size=ranks)
+    model = GPTModel(args)
+    own = model.state_dict()
+    for name, value in own.items():
+        before, _, after = name.partition("deepspeed_experts.")
+        if after:
+            local, _, part = after.partition(".")
+            here = sum(
+                key.startswith(before) and key.endswith(f".{part}") and "deepspeed_experts" in key for key in own
+            )
+            name = f"{before}deepspeed_experts.{rank * here + int(local)}.{part}"
+        value.copy_(whole[name])
+    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=1e-3), config=settings)
+    # What `megatron/checkpointing.py` does in save_checkpoint.
+    engine.module.state_dict = lambda *_, **__: model.state_dict_for_save_checkpoint()
+    with model_type() as member:
+        args.model_type = member
+        state = {"args": args, "checkpoint_version": 3.0, "iteration": 9, "tokens": 100, "rng_state": [random_states()]}
+        engine.save_checkpoint(str(folder), client_state=state)

@@ -1,7 +1,6 @@
 """Small runs on synthetic data that save and resume."""
 
 from pathlib import Path
-from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -11,29 +10,25 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
 from tests.support.synthetic import SyntheticData
-from tests.support.trainers import QUIET
+from tests.support.trainers import trainer
 
 CONFIG = GPTConfig(61, 16, 4, 32, 2, hidden_dropout=0.1, moe=MoEConfig([2, 4], mlp_type="residual", noise="jitter"))
 ACCUMULATE = 3
 NEEDED = {"model_config": CONFIG.to_dict(), "global_step": 0, "tokens_seen": 0, "seed": 0}  # in every checkpoint.json
 
 
-def fit(root: Path, *callbacks: Callback, steps: int = 8, resume: Path | str | None = None, **settings: Any) -> Trainer:
+def fit(root: Path, *callbacks: Callback, steps: int = 8, resume: Path | str | None = None) -> Trainer:
     schedule = LearningRateSchedule("cosine", min_lr=1e-4, warmup_tokens=400, decay_tokens=1500)
-    module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2), schedule)
-    settings = {
-        "accumulate_grad_batches": ACCUMULATE,
-        "val_check_interval": 4 * ACCUMULATE,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-    } | settings
-    trainer = Trainer(
-        default_root_dir=root,
-        callbacks=list(callbacks),
+    run = trainer(
+        root,
+        *callbacks,
         max_steps=steps,
-        gradient_clip_val=1.0,
-        accelerator="cpu",
+        accumulate_grad_batches=ACCUMULATE,
+        val_check_interval=4 * ACCUMULATE,
         check_val_every_n_epoch=None,
-        **{**QUIET, **settings},
+        limit_val_batches=1.0,
+        gradient_clip_val=1.0,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
     )
-    trainer.fit(module, SyntheticData(), ckpt_path=resume)
-    return trainer
+    run.fit(MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2), schedule), SyntheticData(), ckpt_path=resume)
+    return run

@@ -67,7 +67,9 @@ def test_damage_is_named_by_verify_and_by_loading(name: str, good: Path, tmp_pat
     ckpt = tmp_path / "b.ckpt"
     shutil.copytree(good, ckpt)
     damage(ckpt)
-    assert any(re.search(message, problem) for problem in find_problems(ckpt)), list(find_problems(ckpt))
+    for ranks in (1, 3):  # which divide the work
+        problems = [problem for rank in range(ranks) for problem in find_problems(ckpt, rank, ranks)]
+        assert any(re.search(message, problem) for problem in problems), problems
     with pytest.raises(ValueError, match=message):
         PortableCheckpointIO().load_checkpoint(ckpt)
 
@@ -86,14 +88,6 @@ def test_flipped_bit_anywhere_is_noticed(good: Path, data: st.DataObject) -> Non
         assert list(find_problems(good))
     finally:
         file.write_bytes(original)
-
-
-def test_verification_is_shared_by_ranks_and_misses_nothing(good: Path, tmp_path: Path) -> None:
-    ckpt = tmp_path / "b.ckpt"
-    shutil.copytree(good, ckpt)
-    flip(ckpt / "model.safetensors", EXPERT)
-    problems = [list(find_problems(ckpt, rank, 3)) for rank in range(3)]
-    assert sorted(map(len, problems)) == [0, 0, 1]
 
 
 def test_failing_disk_is_no_damage(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,9 +113,7 @@ def test_a_field_that_a_checkpoint_lacks_has_its_default_and_an_unknown_one_is_r
         change(checkpoint["model_config"]["moe"])
         io.save_checkpoint(checkpoint, tmp_path / f"{name}.ckpt")
     assert fit(tmp_path, steps=2, resume=tmp_path / "lacks.ckpt").global_step == 2
-    with pytest.raises(
-        ValueError, match=r"unknown.ckpt/checkpoint.json, written by nlgmoe \d.* describes no model: .*gate_width"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint.json, written by nlgmoe \d.* describes no model: .*gate_width"):
         fit(tmp_path, steps=2, resume=tmp_path / "unknown.ckpt")
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig, MixtralForCausalLM
 
-from nlgmoe import MLAConfig, Yarn, generate, load_model
+from nlgmoe import MLAConfig, MoEGPTModule, WarmStart, Yarn, generate, load_model
 from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
@@ -24,10 +24,16 @@ from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.layers.router import Router
 from nlgmoe.model.counting import count_parameters
+from nlgmoe.surgery.prune import prune
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import NlgmoeConfig
+from nlgmoe.tools.hugging_face.export import export
+from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
+from nlgmoe.tools.hugging_face.importing import import_model
 from nlgmoe.tools.hugging_face.modeling_nlgmoe import NlgmoeForCausalLM
 from tests.support.checkpoints import PR_MOE, TOKENIZER, write
 from tests.support.commands import error_of
+from tests.support.synthetic import SyntheticData
+from tests.support.trainers import SaveAt, trainer
 
 CONFIGS = {
     "moe": GPTConfig(
@@ -93,17 +99,13 @@ def test_export_works_where_only_transformers_is_installed(
 ) -> None:
     names = ("pr_moe", "modern", "latent")
     copies = [str(shutil.copytree(folders[name], tmp_path / name)) for name in names]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    script = Path(__file__).with_name("load_alone.py")
-    command = [sys.executable, str(script), str(tmp_path / "results.json"), *copies]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL
-    )
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, str(Path(__file__).with_name("load_alone.py")), *copies]
+    options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, **options)
     assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads(done.stdout.splitlines()[-1])
     tokens = torch.arange(24).view(2, 12)
     for name, folder in zip(names, copies, strict=True):
         theirs, model = results[folder], load_model(checkpoints[name])
@@ -209,9 +211,8 @@ def test_imported_gpt2_computes_what_it_did(tmp_path: Path) -> None:
     tokens = torch.randint(67, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = theirs(tokens).logits
-        torch.testing.assert_close(
-            ours.logits(ours(tokens).hidden), expected, rtol=1e-5, atol=1e-5 * expected.abs().max()
-        )
+        actual = ours.logits(ours(tokens).hidden)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
 
 
 def test_the_model_card_has_the_numbers_of_the_run_that_ended_with_the_checkpoint(
@@ -231,3 +232,70 @@ def test_the_model_card_has_the_numbers_of_the_run_that_ended_with_the_checkpoin
     own = card(tokens)
     assert "| last validation of its run | 3.142 nats per token |\n| bits per byte of validation text | 2.50 |" in own
     assert "| bits per byte, code | 1.50 |" in own and "validation" not in card(tokens + 1)
+
+
+# ---- the family of an import and of an export
+
+MIXTRAL = GPTConfig(
+    61, 16, 2, 32, 4, ffn_hidden_size=24, num_kv_heads=2, norm="rmsnorm", rope_theta=100.0, bias=False, ffn_network="swiglu",
+    tied_embeddings=False, moe=MoEConfig(4, expert_interval=1, top_k=2),
+)  # fmt: skip
+
+
+@pytest.fixture
+def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of a model that two families compute, imported from the second."""
+    monkeypatch.setitem(FAMILIES, "twin", replace(FAMILIES["mixtral"], name="twin"))
+    values = FAMILIES["mixtral"].settings(MIXTRAL)
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**values)).save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "twin"}))
+    assert import_model(str(tmp_path / "theirs"), tmp_path / "twin.ckpt").model_type == "twin"
+    return tmp_path / "twin.ckpt"
+
+
+def test_the_family_of_an_import_is_preferred(imported: Path, tmp_path: Path) -> None:
+    assert (family_of(MIXTRAL), family_of(MIXTRAL, "twin")) == (("mixtral", ""), ("twin", ""))
+    assert family_of(MIXTRAL, "llama") == family_of(MIXTRAL, "of another nlgmoe") == ("mixtral", "")
+    assert export(imported, tmp_path / "back").family == "twin"
+
+    prune(imported, tmp_path / "pruned.ckpt", [3, 3], [[0, 1, 3]] * 2)
+    assert export(tmp_path / "pruned.ckpt", tmp_path / "pruned").family == "twin"
+
+    save, start = SaveAt(1, tmp_path / "run.ckpt"), WarmStart(str(imported))
+    trainer(tmp_path / "run", save, max_steps=1).fit(MoEGPTModule(MIXTRAL, warm_start=start), SyntheticData())
+    save = SaveAt(2, tmp_path / "resumed.ckpt")
+    run = trainer(tmp_path / "run", save, max_steps=2)
+    run.fit(MoEGPTModule(MIXTRAL), SyntheticData(), ckpt_path=tmp_path / "run.ckpt")
+    assert read_document(tmp_path / "resumed.ckpt")["family"] == "twin"
+
+
+def test_family_of_an_export_is_chosen_by_name(
+    imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["export", str(imported), str(tmp_path / "mixtral"), "--family", "mixtral"])
+    assert "in the format of mixtral" in capsys.readouterr().out
+    main(["export", str(imported), str(tmp_path / "own"), "--family", "nlgmoe"])
+    assert "with the model's code: load it with trust_remote_code=True" in capsys.readouterr().out
+    for name, words in {
+        "olmoe": r"family=olmoe does not compute a model with qk_norm=null; leave it out, or use nlgmoe",
+        "llama": r"family=llama does not compute a model with num_experts=4; ",
+        "gpt2": r"family=gpt2 cannot be exported; supported are nlgmoe, olmoe, .*twin",
+        "gemma": r"family=gemma cannot be exported; supported are nlgmoe, olmoe, .*twin",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            export(imported, tmp_path / "refused", family=name)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_quantised_files_are_refused_in_a_line(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    config = LlamaConfig(hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
+    config.save_pretrained(folder)
+    for kind, dtype in {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}.items():  # MXFP4 is of bytes
+        weights = {"model.norm.weight": torch.zeros(32, dtype=dtype)}
+        save_file(weights, folder / "model.safetensors")
+        message = f"model.norm.weight is of {kind}, and nlgmoe reads no quantised files; name a conversion to bf16"
+        with pytest.raises(ValueError, match=message):
+            import_model(str(folder), tmp_path / "made.ckpt")

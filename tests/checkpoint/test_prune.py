@@ -61,9 +61,7 @@ def test_pruning_experts_that_no_token_uses_changes_no_output(kind: str, tmp_pat
     config = prune(source, tmp_path / "small.ckpt", numbers, kept)
     assert list(find_problems(tmp_path / "small.ckpt")) == []
     small = load_model(tmp_path / "small.ckpt")
-    assert (
-        small.config == config and [len(block.moe.experts.expand_bias) for block in small.blocks if block.moe] == used
-    )
+    assert small.config == config and [len(layer.experts.expand_bias) for layer in moe_layers(small)] == used
     torch.testing.assert_close(logits(small, PAIR), logits(model, PAIR), rtol=1e-6, atol=1e-6)
     assert read_tokenizer(tmp_path / "small.ckpt") == TOKENIZER.files
 
@@ -76,7 +74,7 @@ def test_pruning_use_is_the_sum_of_weights_and_saliency_the_mean_weight_times_no
 ) -> None:
     """Saliency: REAP's, of each expert over its tokens. In bf16 experts compute rows of no token too."""
     model = load_model(whole(tmp_path, kind)).to(dtype)
-    layer = [block.moe for block in model.blocks if block.moe][1]
+    layer = moe_layers(model)[1]
     inputs: list[Tensor] = []
     handle = layer.register_forward_hook(lambda module, args, output: inputs.append(args[0].flatten(0, 1)))
     routing = model(TOKENS).routings[1]
@@ -181,15 +179,10 @@ def test_pruning_refuses_models_and_numbers_that_do_not_fit(tmp_path: Path, caps
         assert message in error_of(capsys, "prune", source, *arguments)
     assert not small.exists()
     config = GPTConfig(61, 16, 6, 16, 2, moe=GROUPS)
-    for numbers, message in (
-        (
-            [4, 0, 5],
-            r"^num_experts=\[4, 0, 5\] cannot be divided into the 2 equal groups of groups=\[2, 1\]; use multiples of 2$",
-        ),
-        ([2, 0, 4], "^top_k=2 must be at most 1, the experts in 1 of the 2 groups"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            pruned_config(config, numbers)
+    with pytest.raises(ValueError, match=r"^num_experts=\[4, 0, 5\] cannot be divided into the 2 .* multiples of 2$"):
+        pruned_config(config, [4, 0, 5])
+    with pytest.raises(ValueError, match=r"^top_k=2 must be at most 1, the experts in 1 of the 2 groups"):
+        pruned_config(config, [2, 0, 4])
     config = GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(4, router=HashRouterConfig()))
     with pytest.raises(ValueError, match="HashRouter does not derive from TopKRouter"):
         pruned_config(config, [2])

@@ -44,10 +44,7 @@ def test_a_link_is_replaced_in_one_call_and_follows_a_run_that_is_moved(tmp_path
 
 @pytest.mark.parametrize(
     ("action", "left"),
-    [
-        (lambda path: save(path, 2.0), {1.0, 2.0}),
-        (lambda path: PortableCheckpointIO().remove_checkpoint(path), {1.0}),
-    ],
+    [(lambda path: save(path, 2.0), {1.0, 2.0}), (lambda path: PortableCheckpointIO().remove_checkpoint(path), {1.0})],
     ids=["writing", "deleting"],
 )
 def test_a_kill_at_any_call_leaves_whole_checkpoints_alone(

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from nlgmoe.data.pocket_pile import token_folder
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import SettingError
-from tests.support.corpora import Ranks, make_trainer, tokens_of
+from tests.support.corpora import tokens_of
+from tests.support.documents import evaluated
+from tests.support.trainers import trainer
 
 # ---- whose turn it is
 
@@ -54,8 +55,11 @@ def test_blend_turns_by_hand(weights: list[float], turns: str) -> None:
 # ---- corpora
 
 
+Make = Callable[..., PileDataModule]
+
+
 @pytest.fixture
-def make_blend(make_data: Callable[..., PileDataModule]) -> Callable[..., PileDataModule]:
+def make_blend(make_data: Make) -> Make:
     def make(*parts: tuple[float, str, Corpus], **options: Any) -> PileDataModule:
         return make_data(corpus=Blend([BlendPart(*part) for part in parts]), **options)
 
@@ -63,13 +67,10 @@ def make_blend(make_data: Callable[..., PileDataModule]) -> Callable[..., PileDa
 
 
 @pytest.fixture
-def indexed(make_data: Callable[..., PileDataModule]) -> MegatronIndexed:
+def indexed(make_data: Make) -> MegatronIndexed:
     """A corpus in Megatron's format, with three splits: the verse of the tiny corpus."""
     data = make_data()
     return MegatronIndexed(str(token_folder(data.data_dir, data._opened().tokenizer) / "verse"), (6, 3, 1))
-
-
-Make = Callable[..., PileDataModule]
 
 
 def two(indexed: MegatronIndexed) -> list[tuple[float, str, Corpus]]:
@@ -106,39 +107,28 @@ def test_blend_resumes_with_the_same_parts_alone(make_blend: Make, indexed: Mega
     state = make_blend(*two(indexed)).state_dict()
     (books, pile), (poems, lines) = ((part[1], part[2]) for part in two(indexed))
     make_blend((14, books, pile), (6, poems, lines), micro_batch_size=2).load_state_dict(state)
-    for other, words in (
-        (
-            [(0.3, poems, lines), (0.7, books, pile)],
-            r"corpus\.parts \(saved: books 7/10, poems 3/10, now: poems 3/10, books 7/10\)\.",
-        ),
-        (
-            [(0.7, books, PocketPile(["verse"])), (0.3, poems, lines)],
-            r"corpus\.books/domains \(saved: prose, now: verse\)",
-        ),
-    ):
-        with pytest.raises(SettingError, match=rf"these differ: {words}"):
-            make_blend(*other).load_state_dict(state)
+    order = r"corpus\.parts \(saved: books 7/10, poems 3/10, now: poems 3/10, books 7/10\)\."
+    with pytest.raises(SettingError, match=f"these differ: {order}"):
+        make_blend((0.3, poems, lines), (0.7, books, pile)).load_state_dict(state)
+    with pytest.raises(SettingError, match=r"these differ: corpus\.books/domains \(saved: prose, now: verse\)"):
+        make_blend((0.7, books, PocketPile(["verse"])), (0.3, poems, lines)).load_state_dict(state)
 
 
 def test_blend_evaluates_every_part_that_has_the_split(make_blend: Make, indexed: MegatronIndexed) -> None:
-    def evaluated(data: PileDataModule, loader: Any) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {name: [] for name in data.domains}
-        data.trainer = Ranks(0, 1)  # type: ignore[assignment]
-        for batch in loader():
-            for domain, row, mask in zip(batch["domain"], batch["targets"], batch["token_mask"], strict=True):
-                found[data.domains[int(domain)]] += row[mask].tolist()
-        return found
+    def by_domain(data: PileDataModule, loader: Any) -> dict[str, list[int]]:
+        windows = evaluated(data, loader)
+        return {name: [int(i) for domain, row in windows if domain == name for i in row] for name in data.domains}
 
     data = make_blend((1, "pile", PocketPile()), (1, "poems", indexed))
     whole = {
         split: indexed.open(data.data_dir, str(data.data_dir / "tokenizer")).evaluation_tokens(split)[0].tolist()  # type: ignore[index]
         for split in ("validation", "test")
     }
-    validated = evaluated(data, data.val_dataloader)
+    validated = by_domain(data, data.val_dataloader)
     assert validated["poems"] == whole["validation"] and validated["pile/prose"] and validated["pile/verse"]
-    assert evaluated(data, data.test_dataloader) == {"pile/prose": [], "pile/verse": [], "poems": whole["test"]}
+    assert by_domain(data, data.test_dataloader) == {"pile/prose": [], "pile/verse": [], "poems": whole["test"]}
     without = make_blend((1, "pile", PocketPile()))
-    assert evaluated(without, without.test_dataloader) == evaluated(without, without.val_dataloader)
+    assert by_domain(without, without.test_dataloader) == by_domain(without, without.val_dataloader)
     assert data.unigram_entropy() > 0 and set(data.xz_bits_per_byte()) == {*data.domains, "all"}
 
 
@@ -195,16 +185,13 @@ def test_blend_is_trained_on_and_resumed(make_data: Make, indexed: MegatronIndex
 
 @pytest.mark.parametrize(("weight", "warned"), [(0.01, True), (0.1, False)])
 def test_blend_warns_of_a_part_that_the_run_does_not_come_to(
-    weight: float, warned: bool, make_blend: Make, indexed: MegatronIndexed, tmp_path: Path
+    weight: float, warned: bool, make_blend: Make, indexed: MegatronIndexed, tmp_path: Path, recwarn: Any
 ) -> None:
     data = make_blend((1 - weight, "books", PocketPile(["prose"])), (weight, "poems", indexed))
     module = MoEGPTModule(GPTConfig(data.vocab_size, 32, 1, 16, 2), train_tokens=5 * 4 * 32)
-    trainer = make_trainer(tmp_path, max_epochs=-1, enable_checkpointing=False, limit_val_batches=0)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer.fit(module, data)
+    trainer(tmp_path).fit(module, data)
     words = "poems has 0.01 of the samples, less than one in the 20 of this run; raise the weight of its part"
-    assert any(words in str(warning.message) for warning in caught) == warned
+    assert any(words in str(warning.message) for warning in recwarn) == warned
 
 
 def test_blend_names_the_part_that_it_cannot_take(make_blend: Make, indexed: MegatronIndexed) -> None:

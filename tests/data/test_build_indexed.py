@@ -1,6 +1,5 @@
 """A corpus of the user's text: the same bytes however many threads made it, however often they were killed."""
 
-import json
 import multiprocessing
 import os
 import shlex
@@ -13,8 +12,6 @@ from typing import Any
 
 import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import xxhash
 import zstandard
@@ -29,14 +26,11 @@ from nlgmoe.data.prefix import Sidecar
 from nlgmoe.data.source_files import input_files
 from nlgmoe.experiment import load_config
 from tests.data.oracles import MegatronDataset
-from tests.support.corpora import saved_tokenizer, tokens_of
+from tests.support.corpora import tokens_of
+from tests.support.documents import lines, write_bytes, write_records
 
 build: Any = build_indexed.build_indexed
 TEXTS = [f"document {number}: naïve 日本 <|endoftext|>\n" + "reading books " * (number % 9) for number in range(90)]
-
-
-def lines(texts: list[str]) -> bytes:
-    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
 
 
 @pytest.fixture(autouse=True)
@@ -45,19 +39,15 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_indexed, "RECORD_SECONDS", 0.0)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return saved_tokenizer(TEXTS, 400, tmp_path_factory.mktemp("tokenizer"))
-
-
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
     """Three kinds; between the documents, lines that are none."""
-    (tmp_path / "text").mkdir()
-    paths = [tmp_path / "text" / name for name in ("a.jsonl", "b.jsonl.zst", "c.parquet")]
-    paths[0].write_bytes(lines(TEXTS[:10]) + b"no JSON\n" + lines(TEXTS[10:30]))
-    paths[1].write_bytes(zstandard.ZstdCompressor().compress(b'{"other": 1}\n' + lines(TEXTS[30:60]) + b"neither\n"))
-    pq.write_table(pa.table({"text": [*TEXTS[60:], None]}), paths[2], row_group_size=7)
+    folder = tmp_path / "text"
+    paths = [
+        write_bytes(folder / "a.jsonl", lines(TEXTS[:10]) + b"no JSON\n" + lines(TEXTS[10:30])),
+        write_bytes(folder / "b.jsonl.zst", b'{"other": 1}\n' + lines(TEXTS[30:60]) + b"neither\n"),
+        write_records(folder / "c.parquet", [{"text": text} for text in [*TEXTS[60:], None]]),
+    ]
     return [str(path) for path in paths]
 
 

@@ -17,6 +17,7 @@ from nlgmoe.data import MegatronIndexed, PileDataModule, PocketPile
 from nlgmoe.data.pocket_build import read_texts, text_path, write_corpus
 from nlgmoe.validation import SettingError
 from tests.support.corpora import Ranks, batches, make_documents, rows, tokens_of
+from tests.support.documents import evaluated
 
 Make = Callable[..., PileDataModule]
 
@@ -53,6 +54,17 @@ def test_batches_of_a_loader_of_the_users_may_differ_in_size_between_ranks(make_
             return []
 
     assert make_data().has_equal_batches() and not Own().has_equal_batches()
+
+
+@pytest.mark.parametrize("option", ["document_attention", "mask_eod_loss"])
+def test_document_masks_are_in_batches_of_training_and_evaluation_on_request(option: str, make_data: Make) -> None:
+    data = make_data(**{option: True})
+    for batch in (*batches(data, 3), *data.val_dataloader()):
+        opens = batch["tokens"] == data.tokenizer.eod_id
+        if option == "document_attention":
+            assert torch.equal(batch["document"], opens.cumsum(1)) and "loss_mask" not in batch
+        else:
+            assert torch.equal(batch["loss_mask"], batch["token_mask"] & ~opens) and "document" not in batch
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -100,13 +112,9 @@ def test_datamodule_refuses_the_state_of_another_run(make_data: Make, tmp_path: 
 
     state = json.loads(json.dumps(make_data().state_dict()))
     del state["fingerprint"]["order"]
-    with pytest.raises(
-        SettingError, match=r"order \(saved: missing, now: feistel-8\)\. Set the data options as in that"
-    ):
+    with pytest.raises(SettingError, match=r"order \(saved: missing, now: feistel-8\)\. Set the data options as"):
         make_data().load_state_dict(state)
-    with pytest.raises(
-        SettingError, match=r"differ: seq_len \(saved: 32, now: 16\), seed \(saved: 7, now: 8\), order "
-    ):
+    with pytest.raises(SettingError, match=r"seq_len \(saved: 32, now: 16\), seed \(saved: 7, now: 8\), order "):
         make_data(seed=8, seq_len=16).load_state_dict(state)
     state = longer(9).state_dict()
     words = r"corpus\.domains \(saved: prose, verse, now: verse\), corpus\.prose \(saved: \w{16}, now: missing\)"
@@ -119,33 +127,19 @@ def test_datamodule_refuses_the_state_of_another_run(make_data: Make, tmp_path: 
 @pytest.mark.parametrize(("world_size", "max_eval_windows"), [(1, None), (3, None), (2, 2)])
 def test_evaluation_covers_each_byte_once(make_data: Make, world_size: int, max_eval_windows: int | None) -> None:
     data = make_data(max_eval_windows=max_eval_windows, eval_micro_batch_size=5)
-    targets: list[list[tuple[int, list[int]]]] = []
-    counts = []
-    for rank in range(world_size):
-        data.trainer = Ranks(rank, world_size)  # type: ignore[assignment]
-        loaded = list(data.val_dataloader())
-        assert all(batch["padded"] is (not bool(batch["token_mask"].all())) for batch in loaded)
-        counts.append(len(loaded))
-        targets.append(
-            [
-                (int(domain), row[mask].tolist())
-                for batch in loaded
-                for domain, row, mask in zip(batch["domain"], batch["targets"], batch["token_mask"], strict=True)
-            ]
-        )
-    assert len(set(counts)) == 1 and len({len(rank) for rank in targets}) == 1
-    in_order = [window for step in zip(*targets, strict=True) for window in step]
+    by_rank = [evaluated(data, data.val_dataloader, rank, world_size) for rank in range(world_size)]
+    in_order = [window for step in zip(*by_rank, strict=True) for window in step]
     lengths = data.token_byte_lengths()
-    for domain, name in enumerate(data.domains):
-        num_bytes = sum(int(lengths[row].sum()) for d, row in in_order if d == domain)
-        text = data.tokenizer.decode(
-            [token for d, row in in_order if d == domain for token in row if token != data.tokenizer.eod_id]
-        )
+    for name in data.domains:
+        tokens = torch.cat([row for domain, row in in_order if domain == name])
+        num_bytes = int(lengths[tokens].sum())
+        text = data.tokenizer.decode(tokens[tokens != data.tokenizer.eod_id].tolist())
         whole = "".join(read_texts(text_path(data.data_dir, f"{name}.validation")))
         if max_eval_windows is None:
             assert text == whole and num_bytes == len(whole.encode())
         else:
-            assert whole.startswith(text.rstrip("\ufffd")) and 0 <= num_bytes - len(text.rstrip("\ufffd").encode()) < 3
+            complete = text.rstrip("\ufffd")
+            assert whole.startswith(complete) and 0 <= num_bytes - len(complete.encode()) < 3
             assert 0 < num_bytes < len(whole.encode())
 
 

@@ -1,10 +1,8 @@
 """Documents of files: each once, from any place, and nothing unusable in silence."""
 
-import gzip
-import json
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from nlgmoe.data import documents
 from nlgmoe.data.documents import Fields, Record, read_documents
 from nlgmoe.data.source_files import has_records, is_plain_text
 from nlgmoe.validation import RunError
+from tests.support.documents import write_bytes, write_records
 
 ENDINGS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
 PILE = Fields(domain="meta.pile_set_name")
@@ -30,25 +29,8 @@ def records_of(texts: list[str]) -> list[dict[str, Any]]:
     return [{"text": text, "meta": {"pile_set_name": f"set {i % 3}"}} for i, text in enumerate(texts)]
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> Path:
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(records), path, row_group_size=40)
-        return path
-    return write_lines(path, [json.dumps(record).encode() for record in records])
-
-
 def write_lines(path: Path, lines: list[bytes]) -> Path:
-    content = b"".join(line + b"\n" for line in lines)
-    compress: dict[str, Callable[[bytes], bytes]] = {
-        ".gz": gzip.compress,
-        # Two frames in a row are a file too.
-        ".zst": lambda content: b"".join(
-            zstandard.ZstdCompressor().compress(half)
-            for half in (content[: len(content) // 2], content[len(content) // 2 :])
-        ),
-    }
-    path.write_bytes(compress.get(path.suffix, bytes)(content))
-    return path
+    return write_bytes(path, b"".join(line + b"\n" for line in lines))
 
 
 def read(path: str | Path, fields: Fields = PILE, **options: Any) -> list[Record]:
@@ -57,14 +39,14 @@ def read(path: str | Path, fields: Fields = PILE, **options: Any) -> list[Record
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_documents_are_read_once_from_any_place_in_any_share(tmp_path: Path, ending: str) -> None:
-    path = write(tmp_path / f"data.{ending}", records_of(TEXTS))
+    path = write_records(tmp_path / f"data.{ending}", records_of(TEXTS))
     records = read(path)
     assert [(r.number, r.content, r.domain) for r in records] == [
         (i, text, f"set {i % 3}") for i, text in enumerate(TEXTS)
     ]
     shares = [read(path, shard=range(index, sys.maxsize, 4)) for index in range(4)]
     assert sorted((r for share in shares for r in share), key=lambda r: r.number) == records
-    for first in (0, 1, 39, 40, 298, 299):
+    for first in (0, 1, 6, 7, 298, 299):
         assert read(path, start=first + 1) == records[first + 1 :]
         assert read(path, shard=range(2, sys.maxsize, 4), start=first + 1) == [r for r in shares[2] if r.number > first]
 
@@ -72,7 +54,7 @@ def test_documents_are_read_once_from_any_place_in_any_share(tmp_path: Path, end
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_documents_of_ids_are_read_as_arrays(tmp_path: Path, ending: str) -> None:
     lists = [[1, 2, 3], [0], list(range(50))]
-    path = write(tmp_path / f"data.{ending}", [{"input_ids": ids} for ids in lists])
+    path = write_records(tmp_path / f"data.{ending}", [{"input_ids": ids} for ids in lists])
     records = read(path, Fields(ids="input_ids", vocab_size=50))
     assert [(record.content.tolist(), record.domain) for record in records] == [(ids, None) for ids in lists]  # type: ignore[union-attr]
     assert all(isinstance(record.content, np.ndarray) and record.content.dtype == np.int64 for record in records)
@@ -105,7 +87,9 @@ def test_a_bad_line_is_named_or_skipped(tmp_path: Path, line: bytes, kind: str, 
 
 @pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.zst", "parquet"])
 def test_a_damaged_file_is_named_or_skipped(tmp_path: Path, ending: str) -> None:
-    path = write(tmp_path / f"data.{ending}", records_of([text + str(i) * 2000 for i, text in enumerate(TEXTS)]))
+    path = write_records(
+        tmp_path / f"data.{ending}", records_of([text + str(i) * 2000 for i, text in enumerate(TEXTS)])
+    )
     whole = read(path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 4 // 5])
@@ -130,11 +114,7 @@ def test_bad_rows_of_parquet_are_named_or_skipped(tmp_path: Path) -> None:
     skipped: list[str] = []
     records = read(path, Fields(domain="meta.name", max_bytes=30), skip=skipped.append)
     assert [(r.number, r.content, r.domain) for r in records] == [(0, "good", None), (4, "good", None)]
-    reasons = (
-        "not UTF-8",
-        "no such field (text)",
-        "document too long (40 bytes; at most 30 are allowed)",
-    )
+    reasons = ("not UTF-8", "no such field (text)", "document too long (40 bytes; at most 30 are allowed)")
     assert skipped == [f"{path}, row {row}: {reason}" for row, reason in enumerate(reasons, 2)]
     with pytest.raises(RunError, match=r"data\.parquet: no such column \(body; there are text\)"):
         read(path, Fields("body"))
@@ -152,7 +132,7 @@ def test_failing_disk_or_network_is_no_bad_data(
         yield 0, 4, lambda: ("good", None)
         raise failure
 
-    path = write(tmp_path / "data.jsonl", records_of(TEXTS[:3]))
+    path = write_records(tmp_path / "data.jsonl", records_of(TEXTS[:3]))
     monkeypatch.setattr(documents, "_read_lines", fail)
     with pytest.raises(ValueError, match=rf"data\.jsonl, after document 1: cannot be read \(.*{failure.args[-1]}\)"):
         read(path, skip=print)
@@ -176,7 +156,7 @@ def test_plain_text_is_one_document_or_cut_at_ends_of_lines(tmp_path: Path, endi
 def test_a_document_without_text_is_left_out_and_counted(tmp_path: Path) -> None:
     """In every reader, from any place and in any share; it keeps its number."""
     records: list[dict[str, Any]] = [{"text": text} for text in ("good", "", " \n\t\u00a0", "good", "\u2003", " ")]
-    paths = [write(tmp_path / "data.jsonl", records), write(tmp_path / "data.parquet", records)]
+    paths = [write_records(tmp_path / "data.jsonl", records), write_records(tmp_path / "data.parquet", records)]
     lines = [GOOD, b"", b" \t\r", GOOD, b'{"text": ""}', b""]
     paths += [write_lines(tmp_path / f"lines.{ending}", lines) for ending in ENDINGS[:3]]
     for path in paths:
@@ -188,7 +168,7 @@ def test_a_document_without_text_is_left_out_and_counted(tmp_path: Path) -> None
             counted: list[None] = []
             found = read(path, shard=share, start=start, count_empty=lambda counted=counted: counted.append(None))
             assert [record.number for record in found] == numbers and len(counted) == empty, path
-    by_ids = [write(tmp_path / f"ids.{ending}", [{"ids": [1]}, {"ids": []}]) for ending in ("jsonl", "parquet")]
+    by_ids = [write_records(tmp_path / f"ids.{ending}", [{"ids": [1]}, {"ids": []}]) for ending in ("jsonl", "parquet")]
     assert [[record.number for record in read(path, Fields(ids="ids"))] for path in by_ids] == [[0], [0]]
     for number, text in enumerate((b"", b" \n \n", b"\xef\xbb\xbf")):
         (path := tmp_path / f"{number}.txt").write_bytes(text)
@@ -214,9 +194,9 @@ def test_text_file_has_its_open_last_line_and_no_byte_order_mark(tmp_path: Path)
 def test_documents_are_read_in_constant_memory(tmp_path: Path) -> None:
     """Nor with a document of 100 MB, which compresses to nothing."""
     path = tmp_path / "data.jsonl.zst"
-    long = b'{"text": "' + b"x" * 100_000_000 + b'"}\n'
-    path.write_bytes(zstandard.ZstdCompressor().compress(b'{"text": "short"}\n' + long + GOOD + b"\n"))
-    del long
+    content = b'{"text": "short"}\n{"text": "' + b"x" * 100_000_000 + b'"}\n' + GOOD + b"\n"
+    path.write_bytes(zstandard.ZstdCompressor().compress(content))
+    del content
     skipped: list[str] = []
     tracemalloc.start()
     try:

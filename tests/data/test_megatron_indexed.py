@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from nlgmoe import PileDataModule
 from nlgmoe.data import IndexedWriter, MegatronIndexed
@@ -16,33 +17,28 @@ from nlgmoe.data.megatron_indexed import split_documents
 from nlgmoe.data.prefix import Sidecar, describe
 from nlgmoe.data.samples import EvaluationSource, PackedSource
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
-from nlgmoe.data.tokens import ChainedTokens, unigram_entropy, xz_bits_per_byte
+from nlgmoe.data.tokens import unigram_entropy, xz_bits_per_byte
 from tests.support.corpora import tokens_of
+from tests.support.documents import evaluated
 
 Write = Callable[..., Path]
 Open = Callable[..., PileDataModule]
 
 
 @pytest.fixture
-def write(make_data: Callable[..., PileDataModule], tmp_path: Path) -> Write:
+def write(make_data: Open, tmp_path: Path) -> Write:
     """Writes documents as Megatron's tool does: their ids and the end-of-document token."""
     tokenizer = make_data()._opened().tokenizer
 
-    def write(
-        texts: list[str],
-        name: str = "pile",
-        held_out: int | None = None,
-        domain: str | None = None,
-        dtype: Any = np.int32,
-    ) -> Path:
+    def write(texts: list[str], name: str = "pile", held_out: int | None = None, **options: Any) -> Path:
         """With `held_out`, as `prepare-data` does: with a sidecar."""
         prefix = tmp_path / "corpus" / name
         prefix.parent.mkdir(exist_ok=True)
-        with IndexedWriter(prefix, np.dtype(dtype)) as writer:
+        with IndexedWriter(prefix, np.dtype(options.get("dtype", np.int32))) as writer:
             for text in texts:
                 writer.add_document([*tokenizer.encode(text), tokenizer.eod_id])
             if held_out is not None:
-                writer.sidecar = describe(prefix, tokenizer, domain, held_out)
+                writer.sidecar = describe(prefix, tokenizer, options.get("domain"), held_out)
         return prefix
 
     return write
@@ -59,6 +55,11 @@ def open_corpus(tiny_corpus: Path, tmp_path: Path) -> Open:
         return data
 
     return make
+
+
+def texts_of(data: PileDataModule, split: str) -> list[str]:
+    """Documents of the first domain."""
+    return data.tokenizer.decode(tokens_of(data, split)[0][:].tolist()).split("<|endoftext|>")[:-1]
 
 
 TEXTS = [f"document {number} " + "reading books " * (number % 5 + 1) for number in range(20)]
@@ -81,18 +82,12 @@ def test_documents_are_split_as_megatron_rounds(documents: int, split: tuple[flo
 def test_splits_hold_their_documents(write: Write, open_corpus: Open) -> None:
     data = open_corpus(write(TEXTS), (14, 4, 2))
     assert data.domains == ["pile"]
-    found = {
-        split: data.tokenizer.decode(list(tokens_of(data, split)[0])).split("<|endoftext|>")[:-1]
-        for split in ("train", "validation", "test")
-    }
-    assert found == {"train": TEXTS[:14], "validation": TEXTS[14:18], "test": TEXTS[18:]}
-
-    def tokens(loader: Any) -> list[int]:
-        return [int(token) for batch in loader for token in batch["targets"][batch["token_mask"]]]
-
-    assert tokens(data.test_dataloader()) == tokens_of(data, "test")[0].tolist()
+    for split, expected in {"train": TEXTS[:14], "validation": TEXTS[14:18], "test": TEXTS[18:]}.items():
+        assert texts_of(data, split) == expected
     without = open_corpus(data.corpus.prefix, (16, 4, 0))  # type: ignore[attr-defined]
-    assert tokens(without.test_dataloader()) == tokens_of(without, "validation")[0].tolist()
+    for corpus, split in ((data, "test"), (without, "validation")):
+        targets = torch.cat([row for _, row in evaluated(corpus, corpus.test_dataloader)])
+        assert targets.tolist() == tokens_of(corpus, split)[0].tolist()
     assert set(data.xz_bits_per_byte()) == {"pile", "all"} and data.unigram_entropy() > 0
 
 
@@ -154,7 +149,7 @@ def test_a_tokenizer_with_as_many_tokens_is_not_the_same(write: Write, open_corp
         data.setup()
 
 
-def test_the_baselines_of_a_long_corpus_come_from_a_sample(make_data: Callable[..., PileDataModule]) -> None:
+def test_the_baselines_of_a_long_corpus_come_from_a_sample(make_data: Open) -> None:
     """The sample has the size that was asked for, is spread over the corpus, and gives about what the whole gives."""
     data = make_data()
     train, evaluated = tokens_of(data, "train"), tokens_of(data, "validation")
@@ -184,7 +179,7 @@ def test_prefix_suffices_where_a_sidecar_has_tokenizer_and_split(write: Write, o
     """Tokenizer and documents for validation are the sidecar's; a given split wins, and another tokenizer is refused."""
     prefix = write(TEXTS, held_out=5)
     data = open_corpus(prefix, None, tokenizer=None)
-    assert len(data.tokenizer.decode(list(tokens_of(data, "validation")[0])).split("<|endoftext|>")[:-1]) == 5
+    assert len(texts_of(data, "validation")) == 5
     assert len(tokens_of(open_corpus(prefix, (10, 6, 4)), "test")[0]) > 0
     other = str(Path(__file__).parents[1] / "golden" / "corpus" / "tokenizer")
     with pytest.raises(ValueError, match=r"tokenizer=.*golden.* is not .*pile's, .*; leave data\.tokenizer out"):
@@ -197,21 +192,18 @@ def test_prefix_suffices_where_a_sidecar_has_tokenizer_and_split(write: Write, o
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("old", "new", "message"),
     [
-        (lambda text: text.replace('"domain"', '"kind"'), r"pile\.json is damaged .*kind"),
-        (lambda text: text.replace('"held_out": 5', '"held_out": 50'), r"damaged .*50 of 20 documents are held out"),
-        (
-            lambda text: text.replace('"documents": 20', '"documents": 19'),
-            r"describes 19 documents of .*, the \.idx has 20",
-        ),
+        ('"domain"', '"kind"', r"pile\.json is damaged .*kind"),
+        ('"held_out": 5', '"held_out": 50', r"pile\.json is damaged .*50 of 20 documents are held out"),
+        ('"documents": 20', '"documents": 19', r"describes 19 documents of .*, the \.idx has 20"),
     ],
 )
 def test_a_sidecar_that_does_not_fit_is_refused(
-    write: Write, open_corpus: Open, change: Callable[[str], str], message: str
+    write: Write, open_corpus: Open, old: str, new: str, message: str
 ) -> None:
     path = write(TEXTS, held_out=5).with_suffix(".json")
-    path.write_text(change(path.read_text()))
+    path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=message):
         open_corpus(path.with_suffix(""), None)
 
@@ -224,7 +216,7 @@ def test_prefixes_are_read_as_one_array(
     parts = [("b", TEXTS[:6], 2, "prose"), ("a", TEXTS[6:9], 1, "prose"), ("c", TEXTS[9:13], 1, "verse")]
     parts.append(("d", TEXTS[13:20], 3, "prose"))
     for name, texts, held_out, domain in parts:
-        write(texts, name, held_out, domain)
+        write(texts, name, held_out, domain=domain)
     words = [str(tmp_path / "corpus" / word) for word in ("b", "[a-c]", "d")]
     with pytest.raises(ValueError, match=r"twice, as .*b and as .*b; name it once"):
         open_corpus(words, None)
@@ -237,12 +229,11 @@ def test_prefixes_are_read_as_one_array(
         return np.array([i for texts in kept for text in texts for i in [*tokenizer.encode(text), tokenizer.eod_id]])
 
     wanted = {held_out: [joined(domain, held_out) for domain in data.domains] for held_out in (False, True)}
-    assert isinstance(tokens_of(data, "train")[0], ChainedTokens)
     source, reference = data._opened().training_source(16, 7), PackedSource(wanted[False], 16, tokenizer.eod_id, 7)
     for index in range(2 * reference.num_windows):
         assert all((source.sample(index)[key] == reference.sample(index)[key]).all() for key in reference.sample(index))  # type: ignore[literal-required]
     evaluation = EvaluationSource(wanted[True], 16, tokenizer.eod_id, None)
-    found = [row.tolist() for batch in data.val_dataloader() for row in batch["targets"]]
+    found = [row for batch in data.val_dataloader() for row in batch["targets"].tolist()]
     assert found == [evaluation.sample(index)["targets"].tolist() for index in range(len(evaluation))]
     assert data.token_counts() == np.bincount(np.concatenate(wanted[False]), minlength=data.vocab_size).tolist()
     assert data.unigram_entropy() == unigram_entropy(wanted[False], wanted[True], data.vocab_size)
@@ -274,8 +265,7 @@ def test_prefix_pattern_reads_all_shards_or_names_the_missing_one(
     for word in ("text", "text-*-of-11"):
         data = open_corpus(str(tmp_path / "corpus" / word), None, tokenizer=None)
         assert data.domains == ["text"]
-        texts = data.tokenizer.decode(tokens_of(data, "train")[0][:].tolist()).split("<|endoftext|>")[:-1]
-        assert texts == TEXTS[:11]  # the tenth follows the ninth
+        assert texts_of(data, "train") == TEXTS[:11]  # the tenth follows the ninth
     write(TEXTS, "text-3-of-4", 0)
     with pytest.raises(ValueError, match=r"text has shards of 4 and of 11; delete"):
         open_corpus(str(tmp_path / "corpus" / "text"), None)

@@ -1,17 +1,12 @@
 """A corpus that N processes prepare, each without knowledge of the others, has what one process prepares."""
 
-import json
 import multiprocessing
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import zstandard
 
 from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, MegatronIndexed, Tokenizer
@@ -20,29 +15,20 @@ from nlgmoe.data.documents import Fields, read_documents
 from nlgmoe.data.prefix import Sidecar, find_prefixes
 from nlgmoe.data.source_files import DataFile, Shard
 from nlgmoe.validation import RunError, SettingError
-from tests.support.corpora import saved_tokenizer
+from tests.support.documents import lines, write_bytes, write_records
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"document {number}: naïve 日本\n" + "reading books " * (number * 7 % 40) for number in range(300)]
 
 
-def lines(texts: Sequence[str]) -> bytes:
-    return b"".join(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in texts)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return saved_tokenizer(TEXTS, 400, tmp_path_factory.mktemp("tokenizer"))
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Files of every kind, of unlike sizes."""
-    (folder := tmp_path / "text").mkdir()
-    (folder / "a.jsonl").write_bytes(lines(TEXTS[:150]).rstrip(b"\n"))
-    (folder / "b.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines(TEXTS[150:200])))
-    pq.write_table(pa.table({"text": TEXTS[200:290]}), folder / "c.parquet", row_group_size=7)
-    (folder / "d.jsonl").write_bytes(b"\n" + lines(TEXTS[290:]))
+    folder = tmp_path / "text"
+    write_bytes(folder / "a.jsonl", lines(TEXTS[:150]).rstrip(b"\n"))
+    write_bytes(folder / "b.jsonl.zst", lines(TEXTS[150:200]))
+    write_records(folder / "c.parquet", [{"text": text} for text in TEXTS[200:290]])
+    write_bytes(folder / "d.jsonl", b"\n" + lines(TEXTS[290:]))
     return folder
 
 
@@ -81,14 +67,11 @@ def test_shards_have_the_documents_of_one_build(tokenizer: Tokenizer, folder: Pa
 
 def test_shards_hold_out_the_share_of_all_files(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("nlgmoe.data.build_indexed.SMALL_BYTES", 30_000)
-    (tmp_path / "text").mkdir()
-    (path := tmp_path / "text" / "large.jsonl").write_bytes(lines(TEXTS * 3))
+    path = write_bytes(tmp_path / "text" / "large.jsonl", lines(TEXTS * 3))
     assert path.stat().st_size > 30_000 * 4
-    whole = build(tmp_path / "text", tmp_path / "whole", tokenizer)
-    built = [
-        build(tmp_path / "text", tmp_path / str(number), tokenizer, Shard(number, 9)).held_out
-        for number in range(1, 10)
-    ]
+    whole = build(path.parent, tmp_path / "whole", tokenizer)
+    shards = [Shard(number, 9) for number in range(1, 10)]
+    built = [build(path.parent, shard.prefix(tmp_path / "own"), tokenizer, shard).held_out for shard in shards]
     assert sum(built) == whole.held_out < 0.04 * 900
 
 
@@ -108,18 +91,15 @@ def test_shards_read_each_line_once_wherever_a_file_is_cut(tmp_path: Path) -> No
 
 
 def test_shards_divide_bytes_without_gaps(tmp_path: Path) -> None:
-    files = [
-        DataFile(name, size) for name, size in (("a.json", 100), ("b.gz", 30), ("s3://c.jsonl", 30), ("d.parquet", 7))
-    ]
+    sizes = {"a.json": 100, "b.gz": 30, "s3://c.jsonl": 30, "d.parquet": 7}
+    files = [DataFile(name, size) for name, size in sizes.items()]
     for count in (1, 2, 3, 7, 200):
         columns = zip(*(Shard(number + 1, count).spans(files) for number in range(count)), strict=True)
         for file, spans in zip(files, columns, strict=True):
             assert [byte for span in spans for byte in span[: file.bytes]] == list(range(file.bytes))
     empty = [DataFile("memory://a.jsonl", 0), DataFile("b.jsonl", 0)]  # or of unknown sizes
-    assert [[bool(span) for span in Shard(number, 2).spans(empty)] for number in (1, 2)] == [
-        [True, False],
-        [False, True],
-    ]
+    for number in (1, 2):
+        assert [bool(span) for span in Shard(number, 2).spans(empty)] == [number == 1, number == 2]
 
 
 def test_a_killed_shard_resumes_with_the_same_input_alone(
@@ -127,13 +107,14 @@ def test_a_killed_shard_resumes_with_the_same_input_alone(
 ) -> None:
     monkeypatch.setattr("nlgmoe.data.build_indexed.CHUNK_CHARACTERS", 3000)
     monkeypatch.setattr("nlgmoe.data.build_indexed.RECORD_SECONDS", 0.0)
-    files, begun = sorted(map(str, folder.iterdir())), list[Any]()
 
     def stop(done: Any) -> None:
         if done.documents > 20:
             raise KeyboardInterrupt
 
+    files = sorted(map(str, folder.iterdir()))
     for number in (2, 3):
+        begun: list[Any] = []
         prefix, shard = tmp_path / str(number), Shard(number, 4)
         wanted = build(folder, tmp_path / f"{number}-whole", tokenizer, shard)
         with pytest.raises(KeyboardInterrupt):
@@ -144,8 +125,7 @@ def test_a_killed_shard_resumes_with_the_same_input_alone(
         with pytest.raises(RunError, match=r"other settings \(files\)"):
             build_indexed(files[1:], prefix, tokenizer, Fields(), 1, stop, shard=shard)
         done = build_indexed(files, prefix, tokenizer, Fields(), 1, begun.append, shard=shard)
-        assert done == wanted and begun.pop(0).documents > 0
-        begun.clear()
+        assert done == wanted and begun[0].documents > 0
         assert documents(prefix) == documents(tmp_path / f"{number}-whole")
 
 
@@ -172,12 +152,8 @@ def test_array_job_prepares_shards_with_a_tokenizer_that_is_trained_once(
     (command := tmp_path / ".venv" / "bin" / "nlgmoe").parent.mkdir(parents=True)
     command.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     command.chmod(0o755)
-    settings = {
-        "INPUT": f"{folder}/*",
-        "OUTPUT": f"{tmp_path}/own",
-        "TOKENIZER": str(tokenizer),
-        "PATH": "/usr/bin:/bin",
-    }
+    settings = {"INPUT": f"{folder}/*", "OUTPUT": f"{tmp_path}/own", "TOKENIZER": str(tokenizer)}
+    settings["PATH"] = "/usr/bin:/bin"
     processes = []
     for number, shards in (1, {"SLURM_ARRAY_TASK_COUNT": "2"}), (2, {"SLURM_ARRAY_TASK_COUNT": "1", "SHARDS": "2"}):
         task = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_CPUS_PER_TASK": "1"} | shards

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nlgmoe import PileDataModule
 from nlgmoe.data import streams as streams_module
 from nlgmoe.data.blend import BlendedSource
 from nlgmoe.data.documents import Fields
@@ -20,10 +19,9 @@ from nlgmoe.data.samples import Sample
 from nlgmoe.data.sampling import TrainingSampler
 from nlgmoe.data.streams import Cursor, Cursors, Stream, StreamConfig, StreamedSource, Window
 from nlgmoe.data.tokenizer import Tokenizer
-from tests.support.streamed_text import SEQ_LEN, make_texts, write
+from tests.support.documents import SEQ_LEN, lines, make_texts, write
 
 Config = Callable[..., StreamConfig]
-Open = Callable[..., PileDataModule]
 
 
 @pytest.fixture(scope="module")
@@ -172,29 +170,27 @@ def test_stream_reads_a_block_and_tokenises_less_to_resume(
     make_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(1, 1, 10, 500)
-    counted: Counter[str] = Counter()
-    read, encode = streams_module.read_documents, config.tokenizer.encode_batch
+    read: list[Any] = []
+    tokenised: list[str] = []
+    read_documents, encode = streams_module.read_documents, config.tokenizer.encode_batch
 
-    def counting(*args: Any, **options: Any) -> Iterator[Any]:
-        for record in read(*args, **options):
-            counted["read"] += 1
+    def reading(*args: Any, **options: Any) -> Iterator[Any]:
+        for record in read_documents(*args, **options):
+            read.append(record)
             yield record
 
-    def encoding(texts: list[str]) -> list[list[int]]:
-        counted["tokenised"] += len(texts)
-        return encode(texts)
-
-    monkeypatch.setattr(streams_module, "read_documents", counting)
-    monkeypatch.setattr(config.tokenizer, "encode_batch", encoding)
+    monkeypatch.setattr(streams_module, "read_documents", reading)
+    monkeypatch.setattr(config.tokenizer, "encode_batch", lambda texts: tokenised.extend(texts) or encode(texts))
     fresh, late = StreamedSource(config, SEQ_LEN, 3), 600
     cursor = fresh.sample(late - 1)["cursor"].tolist()
     wanted = fresh.sample(late)["targets"].tolist()
-    assert counted["read"] > 200 and counted["tokenised"] > 200
-    counted.clear()
+    assert len(read) > 200 and len(tokenised) > 200
+    read.clear()
+    tokenised.clear()
     resumed = StreamedSource(config, SEQ_LEN, 3)
     resumed.seek([cursor])
     assert resumed.sample(late)["targets"].tolist() == wanted
-    assert counted["read"] <= 20 and counted["tokenised"] <= 20  # two blocks, if the window reaches into the next
+    assert len(read) <= 20 and len(tokenised) <= 20  # two blocks, if the window reaches into the next
 
 
 class NotStreamed:
@@ -229,14 +225,10 @@ def test_the_streams_of_a_blend_go_on_from_their_cursors(make_config: Config, mo
 def test_stream_leaves_out_and_counts_the_same_documents_without_text_when_resumed(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    """Two streams share two files of 18 documents, six of them without text."""
-    for name in ("a", "b"):
-        texts = make_texts(12, name)
-        write(tmp_path / f"{name}.jsonl", ["", *texts[:5], " ", "\n", *texts[5:], "\t", ""])
-        (tmp_path / f"{name}.jsonl").open("a").write("\n")
-    names = [str(tmp_path / f"{name}.jsonl") for name in ("a", "b")]
-    config = StreamConfig([*names[:1]], Fields(), ["text"], tokenizer, 2, 4)
-    seen: list[str] = []
+    """Two streams share a file of 18 documents, six of them without text."""
+    texts, seen = make_texts(12), list[str]()
+    (path := tmp_path / "a.jsonl").write_bytes(lines(["", *texts[:5], " ", "\n", *texts[5:], "\t", ""]) + b"\n")
+    config = StreamConfig([str(path)], Fields(), ["text"], tokenizer, 2, 4)
     for number in range(2):
         stream = Stream(config, number, SEQ_LEN, 1)
         windows = list(islice(stream.windows(Cursor()), 60))
@@ -247,4 +239,4 @@ def test_stream_leaves_out_and_counts_the_same_documents_without_text_when_resum
         read = {window.after.epoch: window.after.empty for window in reversed(windows)}  # the first of each epoch
         assert [read[epoch] for epoch in (1, 2)] == [3, 6]
         seen += documents_of(stream.windows(Cursor()), tokenizer, 1)
-    assert set(seen) == set(make_texts(12, "a"))
+    assert set(seen) == set(texts)

@@ -27,13 +27,6 @@ def test_tokenizer_round_trip_and_token_bytes(text: str) -> None:
     assert SMALL.encode_batch([text, "", text]) == [ids, [], ids]
 
 
-def test_special_token_in_a_document_is_plain_text() -> None:
-    text = f"a{EOD}b {EOD}\n{EOD}"
-    for ids in (SMALL.encode(text), SMALL.encode_batch([text])[0]):
-        assert SMALL.eod_id not in ids and SMALL.decode(ids) == text
-    assert SMALL.decode([SMALL.eod_id]) == EOD and SMALL.token_bytes[SMALL.eod_id] == 0
-
-
 def test_tokenizer_folder_is_read_in_both_layouts(tmp_path: Path) -> None:
     backend = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300)
     (tmp_path / "one").mkdir()
@@ -183,11 +176,8 @@ def begins_with(token: str) -> dict[str, Any]:
     }
 
 
-NFC, DIGITS, EMPTY = (
-    {"type": "NFC"},
-    {"type": "Digits", "individual_digits": True},
-    {"type": "Sequence", "normalizers": []},
-)
+NFC, EMPTY = {"type": "NFC"}, {"type": "Sequence", "normalizers": []}
+DIGITS = {"type": "Digits", "individual_digits": True}
 PUBLISHED: dict[str, tuple[Any, list[Any], dict[str, Any], Any, list[str], list[str]]] = {
     "GPT-NeoX": (NFC, [], {}, None, ["<|endoftext|>", "<|padding|>"], ["<|endoftext|>"]),
     "Qwen2": (NFC, [split(QWEN)], {}, None, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<|im_end|>", "<|endoftext|>"]),
@@ -243,6 +233,7 @@ def test_tokenizers_of_published_models_are_taken(published: Path, request: pyte
     assert ids == plain.encode(TEXT, add_special_tokens=False).ids and len(ids) < len(TEXT.encode())
     assert tokenizer.decode(ids) == TEXT and tokenizer.token_bytes[ids].sum() == len(TEXT.encode())
     named = f"a{ends[0]} b" + "".join(special)
+    assert tokenizer.encode_batch([named]) == [tokenizer.encode(named)] and tokenizer.token_bytes[tokenizer.eod_id] == 0
     as_text, read = tokenizer.encode(named), tokenizer.reading_special_tokens().encode(named)
     assert tokenizer.decode(as_text) == tokenizer.decode(read) == named and tokenizer.eod_id not in as_text
     assert read == plain.encode(named, add_special_tokens=False).ids and len(read) <= 4 + len(special)
@@ -262,9 +253,7 @@ def test_byte_without_a_token_is_refused_only_in_a_text_that_has_it() -> None:
     tokenizer = Tokenizer(backend, "lacks two")
     assert tokenizer.missing_bytes == b"Q\xfa"  # no text has the second
     assert tokenizer.decode(tokenizer.encode("the king")) == "the king"
-    message = (
-        r"the text 'the Queen' has a byte without a token \(0x51, at byte 4 of the text\) in tokenizer lacks two; "
-    )
+    message = r"'the Queen' has a byte without a token \(0x51, at byte 4 of the text\) in tokenizer lacks two; "
     for refused in (lambda: tokenizer.encode("the Queen"), lambda: tokenizer.encode_batch(["the king", "the Queen"])):
         with pytest.raises(SettingError, match=message):
             refused()

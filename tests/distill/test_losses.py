@@ -35,9 +35,8 @@ def distilled(h: Tensor, u: Tensor, t: Tensor, m: Tensor | None, teacher: Tensor
 def test_distillation_loss_is_its_formula(temperature: float, masked: bool) -> None:
     hidden, unembedding, targets, mask, teacher = inputs()
     counted = mask if masked else torch.ones_like(mask)
-    actual = distilled(
-        hidden, unembedding, targets, mask if masked else None, teacher, beta=0.7, temperature=temperature
-    )
+    masks = mask if masked else None
+    actual = distilled(hidden, unembedding, targets, masks, teacher, beta=0.7, temperature=temperature)
     logits = hidden @ unembedding[:VOCABULARY].t()
     p = (teacher / temperature).softmax(-1)
     divergence = (p * (p.log() - (logits / temperature).log_softmax(-1))).sum(-1)

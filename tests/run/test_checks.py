@@ -52,9 +52,7 @@ def test_muon_is_refused_where_zero_divides_the_matrices(tmp_path: Path) -> None
     check_trainer(run, "fit")
     run._accelerator_connector.strategy = ExpertParallelStrategy()
     run.strategy._lightning_module = MoEGPTModule(CONFIG, AdamWConfig(muon=MuonConfig()))
-    with pytest.raises(
-        ValueError, match=r"^model.optimizer.muon: Muon needs whole matrices, .*; use trainer.strategy=ddp or auto$"
-    ):
+    with pytest.raises(ValueError, match=r"^model.optimizer.muon: Muon needs whole matrices, .*=ddp or auto$"):
         check_trainer(run, "fit")
     check_trainer(run, "validate")
 
