@@ -127,7 +127,7 @@ def test_model_configs_have_the_papers_shapes_sizes_and_recipes(name: str) -> No
     assert batch == (row.batch, row.micro, 10 * row.batch)
     assert data.batch_ramp_up == RAMP_UPS.get(name)
     assert not data.document_attention and not data.mask_eod_loss and module.curriculum is None
-    assert (data.corpus.prefix, data.corpus.split) == (["data/pile/pile_text_document"], (98, 2, 0))  # type: ignore[attr-defined]
+    assert (data.corpus.prefix, data.corpus.split) == (["data/pile/pile_text_document"], [98, 2, 0])  # type: ignore[attr-defined]
     assert read(name)["data"]["tokenizer"] == "gpt2"
     assert (trainer.gradient_clip_val, trainer.val_check_interval, trainer.check_val_every_n_epoch) == (1.0, 100, None)
     if (moe := config.moe) is not None:

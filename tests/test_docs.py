@@ -42,10 +42,12 @@ def anchors(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_files_make_targets_and_links_in_the_documents_exist(name: str) -> None:
+def test_files_tests_make_targets_and_links_in_the_documents_exist(name: str) -> None:
     text = (ROOT / name).read_text()
     paths = set(re.findall(r"\b(?:nlgmoe|tests|configs|benchmarks|docs)/[\w/.-]+\.(?:py|yaml|md|json)", text))
     assert not [path for path in paths if not (ROOT / path).exists()]
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [test for test in re.findall(r"`(test_\w+)`", text) if f"def {test}(" not in tests]
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.MULTILINE)) <= targets
     broken = []

@@ -122,6 +122,9 @@ def generate(
         max_new_tokens: maximum number of tokens to add; a sequence also ends at the model's `seq_len`.
         temperature: see `Sampling`, as for `top_k`, `top_p` and `seed`.
         stop_ids: a sequence ends with one of these tokens, usually `Tokenizer.stop_ids`.
+
+    Raises:
+        ValueError: a prompt is too long, or a setting is out of range.
     """
     texts = _as_lists(prompts)
     sampling = Sampling(temperature, top_k, top_p, seed)

@@ -51,6 +51,10 @@ def load_pretrained(
         tokenizer: as `data.tokenizer`, for a checkpoint without a tokenizer.
         precision: `fp32` or `bf16`, for weights and matrix products; None: the stored precision.
         data_dir: folder of tokenizers given by name.
+
+    Raises:
+        ValueError: the checkpoint does not exist or is damaged, or its tokenizer is missing, differs from the given one, or has
+            more ids than the model.
     """
     path = find_checkpoint(checkpoint)
     document = read_document(path)

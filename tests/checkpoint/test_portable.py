@@ -35,6 +35,21 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder, Tra
     return folder, recorder, fit(folder, recorder, *saves)
 
 
+def test_checkpoint_that_is_a_link_is_replaced_and_removed_as_a_link(
+    saved: tuple[Path, Recorder, Trainer], tmp_path: Path
+) -> None:
+    folder, _, fitted = saved
+    link, target = tmp_path / "link.ckpt", folder / "9.ckpt"
+    before = (target / "manifest.json").read_bytes()
+    link.symlink_to(target)
+    writing.remove(link)
+    assert not link.is_symlink()
+    link.symlink_to(target)
+    fitted.save_checkpoint(link)
+    assert not link.is_symlink() and (link / "manifest.json").read_bytes() != before
+    assert (target / "manifest.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("saved_after", SAVED_AFTER)
 def test_resume_at_any_step_gives_the_undisturbed_run_bit_for_bit(
     saved_after: int, saved: tuple[Path, Recorder, Trainer], tmp_path: Path

@@ -64,7 +64,12 @@ def export(
     tokenizer: Tokenizer | None = None,
     family: str | None = None,
 ) -> Exported:
-    """Write `folder` atomically; the arguments are those of `nlgmoe export`, but `tokenizer`, which is loaded."""
+    """Write `folder` atomically; the arguments are those of `nlgmoe export`, but `tokenizer`, which is loaded.
+
+    Raises:
+        ValueError: the checkpoint does not exist, is damaged or has another tokenizer, the family does not compute the model, or
+            the folder cannot be written.
+    """
     folder = Path(folder).resolve()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise SettingError(f"{folder} exists and is not an empty folder; name another")

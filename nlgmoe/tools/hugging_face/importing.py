@@ -44,7 +44,11 @@ class Imported:
 
 
 def import_model(source: str, checkpoint: str | Path, overwrite: bool = False) -> Imported:
-    """Write the checkpoint atomically, and a YAML file beside it; the arguments are those of `nlgmoe import`."""
+    """Write the checkpoint atomically, and a YAML file beside it; the arguments are those of `nlgmoe import`.
+
+    Raises:
+        ValueError: the source does not exist or is damaged, or its model is not supported.
+    """
     origin = f"{source}, by `nlgmoe import`"
     if not source.endswith(".gguf"):
         return _import_folder(_local(source), checkpoint, overwrite, origin)

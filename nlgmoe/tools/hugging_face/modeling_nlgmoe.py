@@ -306,7 +306,7 @@ def _refuse(given: dict[str, Any], tokens: Tensor, cached: int, position_ids: Te
     begins = ((own if position_ids is None else position_ids) == 0).expand(tokens.shape)  # of a document
     borders = [*begins.flatten().nonzero().flatten().tolist(), begins.numel()]
     remedy = "is not supported: pass position_ids that begin again at 0 in each document"
-    for name in given.keys() & {"cu_seq_lens_q", "cu_seq_lens_k"}:
+    for name in sorted(given.keys() & {"cu_seq_lens_q", "cu_seq_lens_k"}):
         if (ends := given[name].flatten().tolist()) != borders:
             raise ValueError(f"{name}={ends} {remedy}; by position_ids it is {borders}")
     numbers = given.get("seq_idx")
