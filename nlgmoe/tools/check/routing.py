@@ -80,7 +80,8 @@ def capacity_is_the_formula(layer: Layer) -> str:
         undeclared = f", at most Routing.capacity: its {routing.capacity} for {len(real)} tokens are not declared"
     if layer.drops:
         return f"{layer.capacity(TOKENS)} of {TOKENS} tokens"
-    return f"an expert takes up to {most} tokens{undeclared}"
+    kept = f"up to {most} tokens{undeclared}" if undeclared else f"all of its tokens, here up to {most}"
+    return f"an expert keeps {kept}"
 
 
 def the_declared_tokens_are_dropped(layer: Layer) -> str:
