@@ -80,8 +80,9 @@ def capacity_is_the_formula(layer: Layer) -> str:
         undeclared = f", at most Routing.capacity: its {routing.capacity} for {len(real)} tokens are not declared"
     if layer.drops:
         return f"{layer.capacity(TOKENS)} of {TOKENS} tokens"
-    kept = f"up to {most} tokens{undeclared}" if undeclared else f"all of its tokens, here up to {most}"
-    return f"an expert keeps {kept}"
+    if undeclared:
+        return f"an expert keeps up to {most} tokens{undeclared}"
+    return f"an expert keeps all of its tokens, here up to {most}"
 
 
 def the_declared_tokens_are_dropped(layer: Layer) -> str:
