@@ -128,8 +128,9 @@ def on_machine(monkeypatch: pytest.MonkeyPatch, gpu: str | None) -> None:
     monkeypatch.setattr("nlgmoe.tools.planner.topology.os.sysconf", pages.__getitem__)
     monkeypatch.setattr("nlgmoe.tools.planner.topology.default_device", lambda: "cuda" if gpu else "cpu")
     monkeypatch.setattr("nlgmoe.tools.planner.topology.product_name", lambda device: gpu)
-    properties = SimpleNamespace(get_device_properties=lambda device: SimpleNamespace(total_memory=MEMORY))
-    monkeypatch.setattr("torch.get_device_module", lambda device: properties)
+    memory = SimpleNamespace(total_memory=MEMORY)
+    module = SimpleNamespace(get_device_properties=lambda device: memory, is_available=lambda: False)  # torch 2.15 asks
+    monkeypatch.setattr("torch.get_device_module", lambda device: module)
 
 
 @pytest.mark.parametrize(
