@@ -15,8 +15,11 @@ from nlgmoe.validation import RunError
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG, GENERATION, CONFIG, TEMPLATE = (
-    "tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja"
-)  # fmt: skip
+    "tokenizer_config.json",
+    "generation_config.json",
+    "config.json",
+    "chat_template.jinja",
+)
 BESIDE = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", TEMPLATE, GENERATION, CONFIG)
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # settings kept of a model's config.json
 

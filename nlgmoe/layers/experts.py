@@ -61,7 +61,12 @@ class Experts(nn.Module):
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(count, outputs)) if bias else None)
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor | None) -> Tensor:
-        """Apply expert e to its rows; see `dispatch.Rows`. Returns `y` of the shape of `x`, in the dtype of the computation."""
+        """Apply expert e to its rows. Returns `y` of the shape of `x`, in the dtype of the computation.
+
+        Args:
+            x: `[M, H]`: the first `tokens_per_expert[0]` rows are for expert 0 and so on; or `[E, S, H]` in slots.
+            tokens_per_expert: `[E]` int64, M in all; None: `x` is in slots.
+        """
         x = cast_by_autocast(x)
         if torch.compiler.is_dynamo_compiling() and x.device.type == "cpu" and x.dtype != torch.bfloat16:
             return _uncompiled(self, x, tokens_per_expert)

@@ -72,8 +72,13 @@ class AttentionLayer(Target):
 def attention_layer(config: GPTConfig, name: str) -> AttentionLayer:
     """Return the attention of a configuration, with few heads of their own width."""
     plain = replace(
-        config, seq_len=64, num_layers=min(config.num_layers, BLOCKS), moe=None, hidden_dropout=0.0, attention_dropout=0.0
-    )  # fmt: skip
+        config,
+        seq_len=64,
+        num_layers=min(config.num_layers, BLOCKS),
+        moe=None,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
     keys = None if plain.num_kv_heads is None else min(plain.num_kv_heads, 2)
     heads = 2 if keys is None else keys * min(2, plain.num_heads // plain.kv_heads)
     width = 16 if plain.head_dim is not None else heads * plain.head_size

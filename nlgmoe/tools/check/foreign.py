@@ -175,6 +175,15 @@ ADAPTERS: dict[str, list[Layer]] = {
     "olmoe": [_block("olmoe", "free", 0.01, intermediate_size=16, num_experts=8)],
     "qwen3-moe": [_block("qwen3_moe", 1.0, 0.001, moe_intermediate_size=16, num_experts=8, norm_topk_prob=True)],
     "deepseek-v3": [
-        _block("deepseek_v3", 2.5, 0.0, moe_intermediate_size=16, n_routed_experts=8, n_shared_experts=1, n_group=1, topk_group=1)
+        _block(
+            "deepseek_v3",
+            2.5,
+            0.0,
+            moe_intermediate_size=16,
+            n_routed_experts=8,
+            n_shared_experts=1,
+            n_group=1,
+            topk_group=1,
+        )
     ],
-}  # fmt: skip
+}

@@ -22,7 +22,7 @@ from nlgmoe.tools.check.layer import (
     gradients,
     require_close,
     trained,
-)  # fmt: skip
+)
 from nlgmoe.tools.check.training import Training
 
 

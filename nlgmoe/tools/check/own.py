@@ -192,10 +192,22 @@ def own_layer(config: GPTConfig, name: str, width: int = 16, most: int = MOST_EX
     shared = inner if config.moe.mlp_type == "residual" else None
     moe = replace(config.moe, num_experts=experts, expert_interval=1, expert_ffn_size=inner, shared_ffn_size=shared)
     small = replace(
-        config, seq_len=64, num_layers=1, hidden_size=width, num_heads=1, num_kv_heads=None, head_dim=None, attention=None,
-        rope_theta=None, rotary_dim=None, rotary_scaling=None,
-        ffn_hidden_size=inner, hidden_dropout=0.0, attention_dropout=0.0, moe=moe,
-    )  # fmt: skip
+        config,
+        seq_len=64,
+        num_layers=1,
+        hidden_size=width,
+        num_heads=1,
+        num_kv_heads=None,
+        head_dim=None,
+        attention=None,
+        rope_theta=None,
+        rotary_dim=None,
+        rotary_scaling=None,
+        ffn_hidden_size=inner,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        moe=moe,
+    )
     router = MoELayer(small, 0).router
     order, drops = None, None
     if isinstance(router, TopKRouter) and type(router)._within_capacity is TopKRouter._within_capacity:

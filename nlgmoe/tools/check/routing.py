@@ -20,7 +20,7 @@ from nlgmoe.tools.check.layer import (
     require_choice,
     require_close,
     scores_for,
-)  # fmt: skip
+)
 
 TOKENS = 44  # an expert's fair share of them is not an integer
 MANY = 4096  # tokens, of which bf16 cannot count an expert's

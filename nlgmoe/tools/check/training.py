@@ -22,7 +22,7 @@ from nlgmoe.tools.check.layer import (
     gradients,
     require_choice,
     trained,
-)  # fmt: skip
+)
 
 # Of the finite differences: some layers compute parts in fp32, others have kinks (ReLU) or choices of their own.
 DIFFERENCES = (1e-3, 1e-5)
@@ -200,8 +200,10 @@ def steps_follow_the_requests(layer: Layer) -> str:
         routings.append(routing)
     expected: dict[str, Tensor] = {}
     for reason, dtype, seed in (
-        ("", torch.float32, 0), ("forward's input", torch.float32, 1), ("dtype", torch.bfloat16, 0)
-    ):  # fmt: skip
+        ("", torch.float32, 0),
+        ("forward's input", torch.float32, 1),
+        ("dtype", torch.bfloat16, 0),
+    ):
         module = layer.make(dtype)
         layer.run(module, Batch.random(layer, 2, 16, seed, dtype))
         for routing in reversed(routings):

@@ -34,8 +34,11 @@ from nlgmoe.validation import RunError, SettingError
 QKV = Literal["auto", "heads", "thirds"]
 
 _WORDS, _POSITIONS = "embedding.word_embeddings.weight", "embedding.position_embeddings.weight"
-_OUTSIDE = {"token_embedding": "embedding.word_embeddings", "position_embedding": "embedding.position_embeddings",
-            "final_norm": "encoder.final_layernorm"}  # fmt: skip
+_OUTSIDE = {
+    "token_embedding": "embedding.word_embeddings",
+    "position_embedding": "embedding.position_embeddings",
+    "final_norm": "encoder.final_layernorm",
+}
 _IN_BLOCK = {
     "attention_norm": "input_layernorm",
     "attention.qkv": "self_attention.query_key_value",

@@ -20,8 +20,14 @@ from nlgmoe.tools.report.runs import BITS, Run
 UNKNOWN = "–"
 whole, decimal, decimal_4 = "{:,.0f}".format, "{:.3f}".format, "{:.4f}".format
 # Settings that determine which tokens are evaluated, and those that do so where trainer.limit_val_batches counts batches.
-EVALUATED = ("data.tokenizer", "data.corpus", "data.max_eval_windows", "data.mask_eod_loss", "data.seq_len",
-             "trainer.limit_val_batches")  # fmt: skip
+EVALUATED = (
+    "data.tokenizer",
+    "data.corpus",
+    "data.max_eval_windows",
+    "data.mask_eod_loss",
+    "data.seq_len",
+    "trainer.limit_val_batches",
+)
 OF_BATCHES = ("data.micro_batch_size", "data.eval_micro_batch_size", "trainer.devices", "trainer.num_nodes")
 TOKENIZER = ("data.tokenizer", "data.corpus.init_args.tokenizer")
 PER_RUN = ("trainer.default_root_dir", "ckpt_path")  # settings that differ between all runs
