@@ -79,7 +79,7 @@ reproduce: develop  ## the paper's claims with small models, QUESTION=capacity f
 
 gate: develop  ## judge an idea about mixtures of experts: CANDIDATE=my_router.MyRouterConfig, or a YAML file (an hour on 2 cores; docs/gate.md)
 	@$(BIN)/python -m benchmarks.gate $(if $(CANDIDATE),"$(CANDIDATE)") $(if $(NAME),--name "$(NAME)") $(if $(PAIRS),--pairs $(PAIRS)) \
-		$(if $(TUNE),--tune) $(if $(RESULTS),--results "$(RESULTS)")
+		$(if $(TUNE),--tune) $(if $(RESULTS),--results "$(RESULTS)") $(if $(AUTHOR),--author "$(AUTHOR)")
 
 bench: develop  ## measure ranks, checkpoints, layers, steps, data, generation, and renew the tables of docs/results (15 minutes on 2 quiet cores; ROUNDS=1: a trial)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k

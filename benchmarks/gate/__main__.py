@@ -75,9 +75,7 @@ def judge(candidate: Side, out: Path, pairs: int, jobs: int, tune: bool, launch:
         losses[run.side.home][run.steps][run.seed] = run.loss
     ours, theirs = losses.values()
     judged = {kind: verdict([*ours[n].values()], [*theirs[m].values()]) for kind, (n, m) in steps.items()}
-    page = write_report(read_runs([line[0].folder for line in lines]), out / f"{candidate.name}.html", "seed")
-    print(f"curves: {page}")
-    return {
+    found = {
         "numerics": baseline.home.name.removeprefix("baseline-"),
         "learning_rate": candidate.learning_rate,
         "searched": searched,
@@ -86,6 +84,10 @@ def judge(candidate: Side, out: Path, pairs: int, jobs: int, tune: bool, launch:
         "losses": {"candidate": ours, "baseline": theirs},
         "verdicts": judged,
     }
+    text = in_lines({"name": candidate.name, **found}) + "\n\nBelow are the runs of all tokens, without shorter ones."
+    runs = read_runs([line[0].folder for line in lines])
+    print(f"curves: {write_report(runs, out / f'{candidate.name}.html', 'seed', text)}")
+    return found
 
 
 def seeds_of(pairs: int) -> list[int]:
@@ -110,10 +112,9 @@ def costs_of(candidate: Side, baseline: Side) -> dict[str, Any]:
         f"costs: {measured['flops']:.3f} times the FLOPs a token, {measured['seconds']:.3f} times the seconds",
         flush=True,
     )
-    dear = max(measured[kind] for kind in COSTS)
-    require(
-        dear < MOST, f"{candidate.name}: a token costs {dear:.0f} times the baseline's; the gate takes less than {MOST}"
-    )
+    ratio = max(measured[kind] for kind in COSTS)
+    problem = f"{candidate.name}: a token costs {ratio:.0f} times the baseline's"
+    require(ratio < MOST, f"{problem}; the gate takes less than {MOST}")
     return measured
 
 

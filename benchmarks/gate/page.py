@@ -78,7 +78,7 @@ def table(rows: Sequence[Row], numerics: str) -> str:
         cells += [f"{size['total'] / 1e6:.2f}M ({size['active'] / 1e6:.2f}M)"]
         cells += [f"{costs[kind]:.2f}" for kind in ("flops", "seconds")]
         lines.append([*cells, *(_cell(verdicts[kind]) for kind in KINDS), verdicts["tokens"]["pairs"]])
-    text = f"{len(rows)} rows: if no idea changed the loss, {CHANCE * len(rows):.1f} of them would be better by chance."
+    text = f"{len(rows)} rows: if no idea changed the loss, {CHANCE * len(rows):.2f} of them would be better by chance."
     marked = " * has other numerics than the code and machine that wrote this table: its verdicts are of its commit."
     return (
         f"{markdown_table(head, lines)}\n\n{text}{marked if any(row['numerics'] != numerics for row in rows) else ''}"

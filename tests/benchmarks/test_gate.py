@@ -202,7 +202,8 @@ def test_gate_writes_the_row_of_a_candidate(pocket_pile: Path, tmp_path: Path, m
     assert json.loads((shorter / "summary.json").read_text())["tokens"] == 16 * TINY.step_tokens
     (run,) = read_runs([shorter])
     assert run.metrics["train/tokens"].min() >= 12 * TINY.step_tokens
-    assert (out / "top-2.html").stat().st_size > 1e6
+    curves = (out / "top-2.html").read_text()
+    assert len(curves) > 1e6 and page.in_lines(row).splitlines()[1] in curves and "minus <select" not in curves
     # A second look costs no run; the row of the same name and author is replaced.
     last = Here(killed=0)
     gate([*words, "--name=top-2"], last)

@@ -23,13 +23,18 @@ from nlgmoe.validation import RunError, SettingError
 MAX_KNOTS = 400  # steps with stored tokens, FLOPs and time; the page interpolates between them
 
 
-def write_report(runs: Sequence[Run], output: str | Path | None = None, group_by: str | None = None) -> Path:
-    """Write the report of runs from `read_runs`, and return its file; the command documents `output` and `group_by`."""
+def write_report(
+    runs: Sequence[Run], output: str | Path | None = None, group_by: str | None = None, verdict: str | None = None
+) -> Path:
+    """Write the report of runs from `read_runs`, and return its file; the command documents `output` and `group_by`.
+
+    `verdict`: text in place of the tables of differences between groups; None: the tables.
+    """
     file = Path(output) if output is not None else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
     if file.suffix not in (".html", ".htm"):  # protects the files of a run folder
         raise SettingError(f"output={output} is not a name of a page; let it end in .html")
     require_folder(file)
-    text = page(runs, group_by)
+    text = page(runs, group_by, verdict)
     try:
         with atomic_write(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -38,7 +43,7 @@ def write_report(runs: Sequence[Run], output: str | Path | None = None, group_by
     return file
 
 
-def page(runs: Sequence[Run], group_by: str | None = None) -> str:
+def page(runs: Sequence[Run], group_by: str | None = None, verdict: str | None = None) -> str:
     """Return the page's HTML."""
     grouped = groups.group_runs(runs, group_by) if group_by is not None else []
     if grouped:
@@ -54,7 +59,8 @@ def page(runs: Sequence[Run], group_by: str | None = None) -> str:
         tables.results(runs),
         tables.other_tokens(runs),
         tables.notes(runs),
-        comparison(grouped, str(group_by)) if grouped else "",
+        comparison(grouped, str(group_by)) if grouped and verdict is None else "",
+        f"<section><h2>Verdict</h2><pre>{escape(verdict)}</pre></section>" if verdict is not None else "",
         controls(layers, "all" if len(curves) == 1 else "mean", bool(grouped)),
         section("Groups", [overlaid] if overlaid else []),
         section("Training", figures.training(curves), tables.step_times(runs)),
