@@ -123,7 +123,29 @@ def client_limits(config: GPTConfig, family: str | None, own_tokenizer: bool) ->
         yield "llama.cpp refuses the model: for olmoe it takes no tied embeddings"
     if family == "qwen3_moe" and 0 in experts_per_layer(config):
         yield "llama.cpp refuses the model: for qwen3_moe it takes no dense blocks"
-    if family == "mixtral" and config.head_size * config.num_heads != config.hidden_size:
-        yield f"mlx-lm refuses the model: for mixtral it takes no head_dim={config.head_size}"
+    yield from _limits_of_mlx_lm(config, family)
     if own_tokenizer:
         yield "llama.cpp converts tokenizers of published models alone; docs/hugging_face.md has a remedy"
+
+
+def _limits_of_mlx_lm(config: GPTConfig, family: str) -> Iterator[str]:
+    """Yield a line for each limit of mlx-lm; tests/clients compares its logits."""
+    dense = [count == 0 for count in experts_per_layer(config)]
+    leading = sorted(dense, reverse=True)  # dense blocks before all others
+    scaled, width = config.rotary_scaling is not None, config.head_size * config.num_heads
+    refused = {
+        "tied embeddings": config.tied_embeddings
+        and family in ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "qwen2_moe"),
+        f"head_dim={config.head_size}": width != config.hidden_size and family in ("granitemoe", "mixtral"),
+        "dense blocks": any(dense) and family == "qwen2_moe",
+        "dense blocks after experts": dense != leading and family == "glm4_moe_lite",
+        "queries without biases": not config.has_qkv_bias and family == "qwen2_moe",
+        "positions without scaling": not scaled and family == "deepseek_v2",
+        "scaled positions": scaled and family == "qwen2_moe",
+    }
+    if family == "granitemoeshared":
+        yield "mlx-lm refuses the model: it has no granitemoeshared"
+    for what in (what for what, concerns in refused.items() if concerns):
+        yield f"mlx-lm refuses the model: for {family} it takes no {what}"
+    if scaled and family in ("minimax_m2", "mixtral", "qwen3_moe"):
+        yield f"mlx-lm computes another model: for {family} it ignores scaled positions"

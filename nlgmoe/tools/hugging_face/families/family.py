@@ -67,11 +67,10 @@ class Family:
         values = self.write(config)
         made: dict[str, Any] = self.config_class(**values).to_dict()
         # Settings of positions on the top level are for readers of version 4.
-        old: dict[str, Any] = {"rope_theta": config.rope_theta}
+        scaling = None if config.rotary_scaling is None else values["rope_parameters"]
+        old: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_scaling": scaling}
         if (part := values.get("rope_parameters", {}).get("partial_rotary_factor")) is not None:
             old["partial_rotary_factor"] = part
-        if config.rotary_scaling is not None:
-            old["rope_scaling"] = values["rope_parameters"]
         return made | values | {"architectures": [f"{self.classes}ForCausalLM"]} | old
 
     def differences(self, config: GPTConfig) -> list[str]:
