@@ -150,6 +150,7 @@ def train(
     """Train on this process's share; validate after the last step, and save `CELL at the end.ckpt`."""
     recorder, module = Recorder(), cell.module()
     data = SyntheticData(micro_batch_size=micro_batch, padded=cell.padded, documents=cell.documents)
+    data.windows = 16  # at least one for each rank
     settings |= {"accumulate_grad_batches": accumulate, "log_every_n_steps": LOGGED}
     trainer = make_trainer(cell, world, folder, Throughput(), ExpertLoad(), recorder, *callbacks, **settings)
     trainer.fit(module, data, ckpt_path=checkpoint)

@@ -54,6 +54,8 @@ class SyntheticData(TrainingData):
     `padded`, samples have different lengths; with `documents`, different borders, whose first token counts in no loss.
     """
 
+    windows = 12  # of an evaluation, over all ranks
+
     def __init__(
         self,
         vocab_size: int = 61,
@@ -95,8 +97,8 @@ class SyntheticData(TrainingData):
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
-        windows = Samples(self.vocab_size, self.seq_len, 10**9, 12, self.padded, self.documents)
-        sampler = range(rank, 12, world)
+        windows = Samples(self.vocab_size, self.seq_len, 10**9, self.windows, self.padded, self.documents)
+        sampler = range(rank, self.windows, world)
         return DataLoader(windows, batch_size=4, sampler=sampler, collate_fn=collate, generator=torch.Generator())
 
     test_dataloader = predict_dataloader = val_dataloader
