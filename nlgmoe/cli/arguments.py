@@ -132,8 +132,8 @@ def write_whole(output: str, text: str) -> None:
         raise RunError(f"output={output} cannot be written ({error.strerror}); make room, or name another") from error
 
 
-def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool, settings: bool = True) -> None:
-    """Check that a checkpoint, and its `NAME.yaml` if it has `settings`, can be written, before anything is computed for it.
+def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool) -> None:
+    """Check that a checkpoint and its `NAME.yaml` can be written, before anything is computed for them.
 
     `setting` is the name of the argument, `checkpoint` its value.
     """
@@ -142,7 +142,7 @@ def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool, setting
     require(not path.is_file(), f"{setting}={checkpoint} is a file; a checkpoint is a folder: name another")
     if path.exists() and not overwrite:
         raise SettingError(f"{setting}={checkpoint} exists already; name another, or add --overwrite")
-    if settings and yaml_beside(path).exists() and not overwrite:
+    if yaml_beside(path).exists() and not overwrite:
         problem = f"{setting}={checkpoint}: {yaml_beside(path)} beside it exists already"
         raise SettingError(f"{problem}; name another, or add --overwrite")
 

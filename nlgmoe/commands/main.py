@@ -18,7 +18,6 @@ COMMANDS = {
     "prepare-data": ("commands.prepare_data", "build the pocket Pile, a tokenizer, or a corpus of your own text"),
     "inspect": ("tools.planner.inspect_config", "predict a run's parameters, memory, communication and speed"),
     "from-megatron": ("tools.megatron.from_megatron", "translate a launch of Megatron-DeepSpeed into YAML"),
-    "import-megatron": ("tools.megatron.import_megatron", "convert a Megatron-DeepSpeed checkpoint"),
     "verify": ("commands.checkpoints:verify_checkpoint", "check every byte of a checkpoint, and print its contents"),
     "generate": ("commands.generate_text", "continue texts"),
     "export": ("tools.hugging_face.commands:export_checkpoint", "write a folder for transformers"),

@@ -24,6 +24,7 @@ from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.layers.router import Router
 from nlgmoe.model.counting import count_parameters
+from nlgmoe.surgery import write_weights
 from nlgmoe.surgery.prune import prune
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import NlgmoeConfig
 from nlgmoe.tools.hugging_face.export import export
@@ -118,13 +119,17 @@ def test_export_works_where_only_transformers_is_installed(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_export_is_imported_bit_for_bit(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_export_is_imported_bit_for_bit(
+    name: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     main(["export", str(checkpoints[name]), str(tmp_path / "folder"), "--max-shard-size", "40KB"])
     index = json.loads((tmp_path / "folder/model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert files == sorted(file.name for file in (tmp_path / "folder").glob("*.safetensors")) and len(files) >= 3
     (tmp_path / "folder/modeling_nlgmoe.py").write_text("raise AssertionError('the code of a folder is run')")
+    monkeypatch.setattr(write_weights, "SHARD_VALUES", 3000)
     main(["import", str(tmp_path / "folder"), str(tmp_path / "back.ckpt")])
+    assert len(list((tmp_path / "back.ckpt").glob("model-*.safetensors"))) >= 3
     modes = [{file.stat().st_mode for file in (tmp_path / name).iterdir()} for name in ("folder", "back.ckpt")]
     assert modes[0] == modes[1] and len(modes[0]) == 1  # weights have those of other files
     assert list(find_problems(tmp_path / "back.ckpt")) == []

@@ -56,7 +56,7 @@ def translated(words: Sequence[str], skip_unknown: bool = False) -> str:
         positions = arguments.required("--max-position-embeddings")
         if positions is not None and positions < job.seq_len:
             arguments.refuse("--max-position-embeddings", f"is below --seq-length {job.seq_len}; make it as long")
-    model_config(job)
+    _model_config(job)
     _distiller(job)
     job.copy("Optimisation", "model.optimizer.lr")
     job.set("model.optimizer.betas", [arguments.value(name) for name in ("--adam-beta1", "--adam-beta2")])
@@ -81,7 +81,7 @@ def split_command(words: Sequence[str]) -> list[str]:
     return [word for name, values in launcher.items() for word in (name, *values)] + list(words[at[0] + 1 :])
 
 
-def model_config(job: Translation) -> None:
+def _model_config(job: Translation) -> None:
     """Set `model.config`, but for the vocabulary and the sequence length."""
     job.copy("Model", "model.config.")
     if not job.is_moe:
