@@ -89,10 +89,6 @@ class Specialisation:
         """Return assignments `[C, E of the layer]`."""
         return self._of(layer).sum(axis=0)
 
-    def by_cell(self, layer: int) -> np.ndarray:
-        """Return assignments of each domain and class `[D * C, E of the layer]`."""
-        return self._of(layer).reshape(-1, self.experts[layer])
-
     def _of(self, layer: int) -> Any:
         return self.counts[:, :, layer, : self.experts[layer]]  # [D, C, E of the layer]
 
@@ -135,19 +131,6 @@ def mutual_information(counts: np.ndarray) -> float:
     ratio = preference(counts)
     used = counts > 0
     return float((counts[used] / counts.sum() * np.log2(ratio[used])).sum()) if used.any() else 0.0
-
-
-def overlap(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the share of assignments that two models give to the same experts: 1 if every group is routed alike.
-
-    The mean over groups, weighted by the first model's assignments, of `sum_e min(p_1(e | group), p_2(e | group))`.
-    """
-    seen = (first.sum(axis=1) > 0) & (second.sum(axis=1) > 0)
-    first, second = first[seen], second[seen]
-    if not len(first):
-        return 0.0
-    shares = [counts / counts.sum(axis=1, keepdims=True) for counts in (first, second)]
-    return float((np.minimum(*shares).sum(axis=1) * first.sum(axis=1)).sum() / first.sum())
 
 
 def entropy(counts: np.ndarray) -> float:

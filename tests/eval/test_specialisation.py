@@ -17,7 +17,6 @@ from nlgmoe.eval.specialisation import (
     count_experts,
     entropy,
     mutual_information,
-    overlap,
     preference,
     token_class,
 )
@@ -102,11 +101,3 @@ def test_specialisation_of_validation_data_is_written_by_a_run(data: type[Synthe
     (tmp_path / "config.yaml").unlink()
     run.validate(module, text, verbose=False)  # there is no run
     assert (Specialisation.load(tmp_path).counts == written.counts).all()
-
-
-def test_the_overlap_of_routings_by_hand() -> None:
-    first = np.array([[4, 0], [2, 2], [0, 0]])
-    assert overlap(first, first) == 1
-    assert overlap(first, first[:, ::-1]) == pytest.approx((4 * 0 + 4 * 1) / 8)
-    assert overlap(first, np.array([[1, 3], [5, 5], [1, 0]])) == pytest.approx((4 * 0.25 + 4 * 1) / 8)
-    assert overlap(first, np.zeros((3, 2))) == 0

@@ -1,4 +1,4 @@
-"""Groups of runs by seed: membership, means and bands, paired differences at the end and at equal FLOPs."""
+"""Groups of runs by seed: membership, means and bands, paired differences at the end."""
 
 import json
 import math
@@ -81,20 +81,6 @@ def test_differences_are_paired_by_seed(runs: list[Path]) -> None:
     groups = group_runs(read_runs(runs), "seed")
     assert "|at the end: verdict|–|lower|" in shown(table(groups))  # the interval is on one side of zero
     assert "|at the end: verdict|higher|–|" in shown(table(groups, reference=1))
-
-
-def test_losses_at_equal_flops_are_interpolated_at_the_smallest_budget(runs: list[Path]) -> None:
-    """The dense runs have used the MoEs' 10,000 FLOPs at step 5, their first validation."""
-    text = shown(table(group_runs(read_runs(runs), "seed")))
-    assert "|at equal FLOPs (10.00k): validation loss|4.8000|3.7400|" in text
-    assert "|at equal FLOPs (10.00k): minus moe=null|–|-1.0600|" in text and "at equal time" not in text
-    (runs[0] / "metrics.csv").write_text("step,train/flops,val/loss\n0,3000,\n4,,4.5\n9,30000,3.5\n")
-    text = shown(table(group_runs(read_runs(runs[0:1] + runs[3:4]), "seed")))
-    assert "|at equal FLOPs (10.00k): validation loss|–|3.7400|" in text  # it has not validated by then
-    (runs[0] / "metrics.csv").write_text("step,train/flops,val/loss\n0,1000,\n4,,4.5\n9,15000,3.5\n")
-    text = shown(table(group_runs(read_runs(runs[0:1] + runs[3:4]), "seed")))
-    first = 1000 + 4 / 9 * 14000  # FLOPs of the first validation
-    assert f"|{4.5 - (10000 - first) / (15000 - first):.4f}|3.7400|" in text
 
 
 def test_last_validation_that_is_not_finite_gives_no_loss_and_no_earlier_one(runs: list[Path]) -> None:

@@ -119,7 +119,7 @@ def test_page_shows_two_runs_over_every_x_axis(browser: Browser, run: Path, tmp_
     page = tmp_path / "both.html"
     main(["report", str(run), str(other), "--output", str(page)])
     drawn = opened(browser, page)
-    assert list(drawn) == [*ALL[:-1], "load-0", "load-1", "information", "overlap", "preference-0", "preference-1"]
+    assert list(drawn) == [*ALL[:-1], "load-0", "load-1", "information", "preference-0", "preference-1"]
     assert all(chart["shapes"] > 0 for chart in drawn.values())
     assert drawn["loss"]["x"] == ["tokens"]
     logged = pd.read_csv(run / "metrics.csv").dropna(subset="train/loss")

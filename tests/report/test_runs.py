@@ -91,16 +91,6 @@ def test_damaged_file_of_a_run_is_one_line_with_its_path(
     assert f"{tmp_path / 'run' / name} is damaged" in lines[0] and reason in lines[0]
 
 
-def test_settings_that_changed_in_a_run_are_listed(tmp_path: Path) -> None:
-    folder(tmp_path / "run", metrics__csv=METRICS)
-    (tmp_path / "run/starts").mkdir()
-    for name, version, tokens in (("step-0", "2.12", 256), ("step-4", "2.13", 512)):
-        settings = f'# {{"torch": "{version}"}}\nmodel: {{train_tokens: {tokens}, seed: 1}}\n'
-        (tmp_path / f"run/starts/{name}.yaml").write_text(settings)
-    (run,) = read_runs([tmp_path / "run"])
-    assert "From step 4 on: model.train_tokens 256 -> 512, version of torch 2.12 -> 2.13." in run.notes
-
-
 def test_settings_that_differ_between_runs_are_listed(tmp_path: Path) -> None:
     for name, rate in (("a", 1), ("b", 2)):
         model = {"lr": rate, "betas": [0.9, rate], "shape": "<b>"}

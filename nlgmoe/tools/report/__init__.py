@@ -14,7 +14,7 @@ def report(runs: list[str], output: str | None = None, group_by: str | None = No
         runs: run folders, trainer.default_root_dir; files among them are skipped, so that runs/* may be given.
         output: HTML file; default: report.html, in the run folder or, for several runs, in the working directory.
         group_by: setting in which alone the runs of a group differ, such as seed: adds the means of groups, and the differences
-            between groups at the end, at equal FLOPs and at equal time, paired by the setting's value.
+            between groups at the end, paired by the setting's value.
     """
     from nlgmoe.tools.report.page import write_report
     from nlgmoe.tools.report.runs import read_runs

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from plotly.colors import sample_colorscale
 
-from nlgmoe.eval.specialisation import Specialisation, entropy, mutual_information, overlap, preference
+from nlgmoe.eval.specialisation import Specialisation, entropy, mutual_information, preference
 from nlgmoe.tools.report.drawing import HOVER, RATIO_MAX, Chart, Panel, Trace, bar, line, points_of, ratio_heat_map
 from nlgmoe.tools.report.runs import BITS, Run
 
@@ -206,7 +206,7 @@ def specialisation(runs: Sequence[Run]) -> list[Chart]:
     known = [(run, run.specialisation) for run in runs if run.specialisation is not None]
     if not known:
         return []
-    return [_information(known), *_overlaps(known), *(_preferences(run, counted) for run, counted in known)]
+    return [_information(known), *(_preferences(run, counted) for run, counted in known)]
 
 
 def _information(known: Sequence[tuple[Run, Specialisation]]) -> Chart:
@@ -227,27 +227,6 @@ def _information(known: Sequence[tuple[Run, Specialisation]]) -> Chart:
     layout = {"yaxis": {"title": {"text": "bits"}, "rangemode": "tozero"}}
     panels = [Panel("about the domain", domains, layout), Panel("about the class of token", classes, layout)]
     return Chart("information", "How specialised experts are (bits)", text, panels, 480)
-
-
-def _overlaps(known: Sequence[tuple[Run, Specialisation]]) -> list[Chart]:
-    """Return the overlap of routings with the first run, a bar per run and shared layer; layers are shared from the last one."""
-    (first, reference), bars = known[0], []
-    for run, compared in known[1:]:
-        if (reference.domains, reference.classes) != (compared.domains, compared.classes):
-            continue
-        shares: dict[str, float] = {}
-        for back in range(min(len(reference.experts), len(compared.experts)), 0, -1):
-            mine, theirs = len(reference.experts) - back, len(compared.experts) - back
-            if reference.experts[mine] == compared.experts[theirs]:
-                shares[run.layer(theirs)] = overlap(reference.by_cell(mine), compared.by_cell(theirs))
-        if shares:
-            bars.append(bar(run, list(shares), shares.values()))
-    text = (
-        f"Share of assignments that go to the same experts as in {first.name}, by domain and class of token; layers are "
-        "compared from the last one backwards. Experts of two runs correspond only if one started from the other's weights."
-    )
-    panel = Panel("", bars, {"yaxis": {"title": {"text": "share"}, "range": [0, 1]}})
-    return [Chart("overlap", f"Routings alike to {first.name}", text, [panel])] if bars else []
 
 
 def _preferences(run: Run, counted: Specialisation) -> Chart:

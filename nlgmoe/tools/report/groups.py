@@ -1,4 +1,4 @@
-"""Groups of runs that differ in a seed alone: their means, and paired differences at the end, at equal FLOPs and equal time."""
+"""Groups of runs that differ in a seed alone: their means, and paired differences at the end."""
 
 from __future__ import annotations
 
@@ -135,12 +135,7 @@ def table(groups: Sequence[Group], reference: int = 0) -> str:
     rows += [(name, tables.count, [_mean(map(fact, members)) for members in runs]) for name, fact in facts.items()]
     final = [{key: _final_loss(run) for key, run in group.runs.items()} for group in groups]
     ended = [{key: loss for key, loss in losses.items() if loss is not None} for losses in final]
-    rows += _comparison("at the end", ended, groups[reference].mean.name, ended[reference])
-    for clock, name, form in (("flops", "FLOPs", tables.count), ("seconds", "time", tables.duration)):
-        budget, losses = _losses_at_equal(clock, groups)
-        if budget:
-            place = f"at equal {name} ({form(budget)})"
-            rows += _comparison(place, losses, groups[reference].mean.name, losses[reference])
+    rows += _comparison(ended, groups[reference].mean.name, ended[reference])
     return tables.table("groups", [group.mean for group in groups], rows)
 
 
@@ -162,24 +157,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _losses_at_equal(clock: str, groups: Sequence[Group]) -> tuple[float, list[dict[Key, float]]]:
-    """Return the most FLOPs or seconds at which all ended runs have a validation loss, and the losses there, interpolated."""
-    curves: dict[str, tuple[np.ndarray, pd.Series]] = {}
-    for run in (run for group in groups for run in group.runs.values()):
-        loss = run.metrics.get("val/loss")
-        if loss is not None and _final_loss(run) is not None:
-            clocks = run.clock(clock, loss.index.to_numpy())
-            curves |= {} if clocks is None else {run.key: (clocks, loss)}
-    budget = min((float(clocks[-1]) for clocks, _ in curves.values()), default=0.0)
-    reached = {key: curve for key, curve in curves.items() if curve[0][0] <= budget}
-    return budget, [
-        {key: float(np.interp(budget, *reached[run.key])) for key, run in group.runs.items() if run.key in reached}
-        for group in groups
-    ]
-
-
-def _comparison(place: str, losses: list[dict[Key, float]], name: str, reference: dict[Key, float]) -> list[tables.Row]:
-    """Return the rows of mean losses and of their differences from the reference, at a place such as `at the end`."""
+def _comparison(losses: list[dict[Key, float]], name: str, reference: dict[Key, float]) -> list[tables.Row]:
+    """Return the rows of mean losses at the end, and of their differences from the reference."""
     differences: list[PairedDifference | None] = []
     for of_group in losses:
         pairs = [key for key in of_group if key in reference and of_group is not reference]
@@ -187,12 +166,12 @@ def _comparison(place: str, losses: list[dict[Key, float]], name: str, reference
         differences.append(paired_difference(mine, theirs) if pairs else None)
     judged = zip(losses, differences, strict=True)
     return [
-        (f"{place}: validation loss", tables.decimal_4, [_mean(of_group.values()) for of_group in losses]),
-        (f"{place}: minus {name}", "{:+.4f}".format, [item and item.mean for item in differences]),
-        (f"{place}: standard error", tables.decimal_4, [item and finite_number(item.error) for item in differences]),
-        (f"{place}: 95% interval", str, [item and _interval(item) for item in differences]),
-        (f"{place}: pairs", str, [item and item.pairs for item in differences]),
-        (f"{place}: verdict", str, [_verdict(item, of_group, reference) for of_group, item in judged]),
+        ("at the end: validation loss", tables.decimal_4, [_mean(of_group.values()) for of_group in losses]),
+        (f"at the end: minus {name}", "{:+.4f}".format, [item and item.mean for item in differences]),
+        ("at the end: standard error", tables.decimal_4, [item and finite_number(item.error) for item in differences]),
+        ("at the end: 95% interval", str, [item and _interval(item) for item in differences]),
+        ("at the end: pairs", str, [item and item.pairs for item in differences]),
+        ("at the end: verdict", str, [_verdict(item, of_group, reference) for of_group, item in judged]),
     ]
 
 
@@ -205,7 +184,11 @@ def _verdict(difference: PairedDifference | None, losses: dict[Key, float], refe
     if losses is reference:
         return None
     if difference is None:
-        reason = "no setting has the same value in a run of both" if losses and reference else "validate more often"
+        reason = (
+            "no setting has the same value in a run of both"
+            if losses and reference
+            else "a group has no loss at the end"
+        )
         return f"no pairs: {reason}"
     low, high = difference.interval()
     return "lower" if high < 0 else "higher" if low > 0 else "unresolved"

@@ -116,8 +116,7 @@ def comparison(grouped: Sequence[groups.Group], setting: str) -> str:
     references = "".join(f'<div class="reference">{groups.table(grouped, i)}</div>' for i in range(len(grouped)))
     return (
         f"<section><h2>Differences between groups, paired by {escape(setting)}</h2>"
-        "<p>Losses at equal FLOPs and time are interpolated between validations; a longer run has not lowered its learning rate "
-        "there. Unresolved: the interval spans zero.</p>"
+        "<p>Unresolved: the interval spans zero.</p>"
         f'<label>minus <select id="reference">{options}</select></label>{references}</section>'
     )
 

@@ -21,7 +21,7 @@ from nlgmoe.eval.specialisation import FILE as SPECIALISATION
 from nlgmoe.eval.specialisation import Specialisation
 from nlgmoe.parts import ForeignCodeError, without_parts
 from nlgmoe.pyramid import experts_per_layer
-from nlgmoe.run.folder import flattened, starts_of
+from nlgmoe.run.folder import flattened
 from nlgmoe.validation import RunError, SettingError
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)  # `summary.json`, by dotted names
     versions: dict[str, str] = field(default_factory=dict)
     samples: str = ""  # generated texts
-    notes: list[str] = field(default_factory=list)  # missing files and changed settings, a sentence each
+    notes: list[str] = field(default_factory=list)  # missing files and values that are not finite, a sentence each
     key: str = ""  # identifies the run, or the group, in the page
     colour: str = PALETTE[0]  # in all charts
     is_group: bool = False
@@ -149,7 +149,7 @@ def _read(folder: Path, name: str) -> Run:
         or run.loads,
         f"No {SPECIALISATION}: no specialisation. A run writes it whenever it validates.": dense or run.specialisation,
     }
-    run.notes = [note for note, is_known in known.items() if not is_known] + _changes(folder)
+    run.notes = [note for note, is_known in known.items() if not is_known]
     for metric in ("train/loss", "val/loss", "train/grad_norm"):
         if metric in run.metrics and (count := int((~np.isfinite(run.metrics[metric])).sum())):
             run.notes.append(f"{metric} is not finite in {count:,} of {len(run.metrics[metric]):,} rows.")
@@ -199,23 +199,3 @@ def _by_name(document: Any) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise TypeError("no settings by name")
     return document
-
-
-def _changes(folder: Path) -> list[str]:
-    """List the settings and versions that changed between starts of a run."""
-    notes: list[str] = []
-    before: dict[str, Any] | None = None
-    for step, file in starts_of(folder):
-        after: dict[str, Any] = _parsed(file, _start, {})
-        before = after if before is None else before
-        names = [name for name in before | after if before.get(name) != after.get(name)]
-        if names:
-            changes = ", ".join(f"{name} {before.get(name)} -> {after.get(name)}" for name in names)
-            notes.append(f"From step {step:,} on: {changes}.")
-        before = after
-    return notes
-
-
-def _start(text: str) -> dict[str, Any]:
-    packages = json.loads(text.partition("\n")[0].removeprefix("#"))
-    return flattened(yaml.load(text, LOADER)) | {f"version of {name}": version for name, version in packages.items()}
