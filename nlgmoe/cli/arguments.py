@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 from docstring_parser import parse as parse_docstring
 
 from nlgmoe.cli.errors import did_you_mean, one_line
-from nlgmoe.files import atomic_write, expand_home, yaml_beside
+from nlgmoe.files import atomic_write, yaml_beside
 from nlgmoe.validation import RunError, SettingError, require
 
 
@@ -37,7 +37,7 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self.repeatable = {"--help": False}  # option -> may be given more than once
+        self.options = ["--help"]
         for key, parameter in inspect.signature(function).parameters.items():
             options = _options(hints[key]) | {"help": texts[key].replace("%", "%%")}
             required = parameter.default is parameter.empty
@@ -49,31 +49,17 @@ class CommandParser(argparse.ArgumentParser):
             if options.get("default") is not None and options["default"] is not False:
                 options["help"] += " (default: %(default)s)"
             option = f"--{key.replace('_', '-')}"
-            self.repeatable[option] = options.get("action") in ("append", "extend")
+            self.options.append(option)
             self.add_argument(option, dest=key, required=required, **options)
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
-        """Return the arguments by name. `--two_words` is `--two-words`; words after a bare `--` are values of `--flags`."""
+        """Return the arguments by name; words after a bare `--` are values of `--flags`."""
         end = words.index("--") if "--" in words else len(words)
-        read: list[str] = []
-        given: set[str] = set()
         for word in words[:end]:
-            option, equals, value = word.partition("=")
-            if option.startswith("--"):
-                option = option.replace("_", "-")
-                if option not in self.repeatable:
-                    raise SettingError(f"unknown option {option}{did_you_mean(option, self.repeatable)}")
-                if option in given and not self.repeatable[option]:
-                    problem = f"{option} is given more than once, and only one of them would count"
-                    raise SettingError(f"{problem}; give it once")
-                given.add(option)
-                word = option + equals + value
-            read.append(word)
-        arguments = vars(self.parse_args([*read, *(f"--flags={word}" for word in words[end + 1 :])]))
-        for key, value in arguments.items():
-            if value == "" or (isinstance(value, list) and "" in value and key != "prompt"):  # such as --output=$UNSET
-                raise SettingError(f"--{key.replace('_', '-')} is empty; give a value, or leave it out")
-        return arguments
+            option = word.partition("=")[0]
+            if option.startswith("--") and option not in self.options:
+                raise SettingError(f"unknown option {option}{did_you_mean(option, self.options)}")
+        return vars(self.parse_args([*words[:end], *(f"--flags={word}" for word in words[end + 1 :])]))
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""
@@ -88,16 +74,16 @@ def _options(hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {"action": "store_true"}
     if hint == tuple[str, ...]:
-        return {"nargs": "*", "type": expand_home}
+        return {"nargs": "*"}
     if hint == list[str]:
-        return {"nargs": "+", "type": expand_home}
+        return {"nargs": "+"}
     if kinds == [str, list[str]]:
-        return {"nargs": "+", "action": "extend", "type": expand_home}
+        return {"nargs": "+", "action": "extend"}
     if kinds == [list[str]]:
         return {"action": "append"}
     if kinds == [int, list[int]]:
         return {"type": number_or_list}
-    return {"type": expand_home if kinds == [str] else kinds[0]}
+    return {"type": kinds[0]}
 
 
 def number_or_list(text: str) -> int | list[int]:

@@ -44,7 +44,7 @@ WRONG = {
         "model.optimizer.muon={}: the checkpoint's run had AdamW alone, which has other moments; set it as it was, or start a"),
     "ids over the vocabulary": ("fit --model.config.vocab_size=100",
         "has 4096 ids but model.config.vocab_size is 100; set it to 4096"),
-    "misspelt option": ("nlgmoe prepare-data --data_dri=x", "unknown option --data-dri; did you mean --data-dir?"),
+    "misspelt option": ("nlgmoe prepare-data --data_dri=x", "unknown option --data_dri; did you mean --data-dir?"),
     "misspelt name": ("nlgmoe configs copy quickstrt.yaml", "did you mean quickstart.yaml?"),
     "prompt too long": ("nlgmoe generate LAST --prompt=" + "queen-" * 40, "with seq_len=16 the model reads at most 15"),
     "no such device": ("nlgmoe generate LAST --prompt=a --device=abacus", "device=abacus cannot be used"),
@@ -69,8 +69,6 @@ WRONG = {
         "shard=1/4 takes a tokenizer that all shards share; train it first"),
     "misspelt task": ("nlgmoe evaluate RUN --tasks=piqua", "did you mean piqa?"),
     "no folder for results": ("nlgmoe evaluate RUN --output=nowhere/out.json", "output=nowhere/out.json: there is no folder"),
-    "option twice": ("nlgmoe evaluate x --output=x --output y",
-        "--output is given more than once, and only one of them would count; give it once"),
 }  # fmt: skip
 DAMAGED = {
     "truncated weights": ("validate --ckpt_path=FOLDER/broken.ckpt", "model.safetensors cannot be read"),

@@ -49,7 +49,7 @@ def test_inspect_options_override_files_and_later_files_earlier_ones(
 ) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(yaml.safe_dump({"trainer": {"accumulate_grad_batches": 3, "precision": "bf16-mixed"}}))
-    options = ("--gpus", "8", "--expert-parallel=8", "--zero", "2", "--micro_batch", "4", "--activation-checkpointing")
+    options = ("--gpus", "8", "--expert-parallel=8", "--zero", "2", "--micro-batch", "4", "--activation-checkpointing")
     files, several = (inspect_json(capsys, LAPTOP, str(overlay), *words) for words in ((), options))
     names = ("global_batch_size", "precision", "gpus", "expert_parallel_size", "zero_stage", "activation_checkpointing")
     found = [tuple(one["inputs"]["topology"][name] for name in names) for one in (files, several)]

@@ -66,7 +66,7 @@ def make(scratch: Path) -> None:
     config = (scratch / "1 process" / "config.yaml").read_text().replace(str(scratch / "1 process"), "runs/golden")
     golden.CONFIG.write_text(config)
     teacher = str(golden.TEACHER)
-    recorded = ["--top_k=8", "--samples=64", "--temperature=2.0", f"--output={golden.TEACHER_LOGITS}"]
+    recorded = ["--top-k=8", "--samples=64", "--temperature=2.0", f"--output={golden.TEACHER_LOGITS}"]
     main(["distill-logits", str(golden.CONFIG), f"--teacher={teacher}", *recorded])
     (golden.GOLDEN / "record.json").write_text(json.dumps(golden.record(scratch / "record"), indent=1) + "\n")
     (golden.CORPUS / ".lock").unlink(missing_ok=True)
