@@ -1,58 +1,32 @@
-"""Every flag of the table does what the table says, or is refused by name; any of them together parse."""
+"""Every flag of the table does what the table says, or is refused by name."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from jsonargparse import ArgumentParser
-from lightning import Trainer
 
-from nlgmoe import MoEGPTModule, PileDataModule
+from nlgmoe.experiment import parse_config
 from nlgmoe.tools.megatron.flags import FLAGS, IGNORED, REFUSED, ROWS
 from nlgmoe.tools.megatron.from_megatron import translated
 from tests.megatron.writing import get, launched, settings_of
 
-ROOT = Path(__file__).parents[2]
-
 INDEXED = {"class_path": "nlgmoe.data.MegatronIndexed"}
-# One line for every flag that becomes a setting: what is added to the launch, and what that changes.
+# One line for every flag that is no setting of its own: what is added to the launch, and what that changes.
 EFFECTS: list[tuple[str, dict[str, Any]]] = [
-    ("--num-layers 6", {"model.config.num_layers": 6}),
-    ("--hidden-size 32", {"model.config.hidden_size": 32}),
-    ("--ffn-hidden-size 100", {"model.config.ffn_hidden_size": 100}),
-    ("--num-attention-heads 2", {"model.config.num_heads": 2}),
     ("--seq-length 16", {"model.config.seq_len": 16}),
-    ("--hidden-dropout 0", {"model.config.hidden_dropout": 0.0}),
-    ("--attention-dropout 0", {"model.config.attention_dropout": 0.0}),
-    ("--init-method-std 0.5", {"model.config.init_std": 0.5}),
-    ("--layernorm-epsilon 1e-6", {"model.config.layer_norm_eps": 1e-6}),
-    ("--make-vocab-size-divisible-by 64", {"model.config.vocab_size_multiple": 64}),
     ("--num-experts 1", {"model.config.moe": None}),
     ("--num-experts 8 16", {"model.config.moe.num_experts": [8, 16]}),
-    ("--expert-interval 4", {"model.config.moe.expert_interval": 4}),
     ("--topk 2", {"model.config.moe.top_k": 2, "model.config.moe.second_expert": "sample"}),
     ("--topk 2 --disable-moe-top2-2nd-expert-sampling", {"model.config.moe.second_expert": "argmax"}),
-    ("--mlp-type residual", {"model.config.moe.mlp_type": "residual"}),
-    ("--moe-train-capacity-factor 2", {"model.config.moe.train_capacity_factor": 2.0}),
-    ("--moe-eval-capacity-factor 2", {"model.config.moe.eval_capacity_factor": 2.0}),
-    ("--moe-min-capacity 0", {"model.config.moe.min_capacity": 0}),
     (
         "--disable-moe-token-dropping",
         {"model.config.moe.token_dropping": False, "model.config.moe.eval_token_dropping": False},
     ),
-    ("--moe-loss-coeff 0.01", {"model.config.moe.loss_coeff": 0.01}),
     ("--moe-expert-parallel-size 4", {"trainer.strategy.init_args.expert_parallel_size": 4}),
-    ("--lr 0.5", {"model.optimizer.lr": 0.5}),
     ("--adam-beta1 0.5", {"model.optimizer.betas": [0.5, 0.999]}),
     ("--adam-beta2 0.5", {"model.optimizer.betas": [0.9, 0.5]}),
-    ("--adam-eps 1e-5", {"model.optimizer.eps": 1e-5}),
-    ("--weight-decay 0", {"model.optimizer.weight_decay": 0.0}),
-    ("--clip-grad 0.5", {"trainer.gradient_clip_val": 0.5}),
     ("--lr-decay-style constant --min-lr 1e-4", {"model.schedule": {"shape": "constant", "warmup_tokens": 0}}),
     ("--lr-decay-style cosine", {"model.schedule.shape": "cosine"}),
     ("--min-lr 1e-4", {"model.schedule.min_lr": 1e-4}),
@@ -74,7 +48,6 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--train-samples 20 --train-tokens 480", {"model.train_tokens": 480}),
     ("--train-iters 7", {"trainer.max_steps": 7}),
     ("--exit-duration-in-mins 1501", {"trainer.max_time": "01:01:01:00"}),
-    ("--micro-batch-size 1", {"data.micro_batch_size": 1}),
     ("--global-batch-size 64", {"data.global_batch_size": 64, "data.max_eval_windows": 6400}),
     (
         "--global-batch-size 16 --rampup-batch-size 8 8 100 --lr-decay-tokens 640 --train-samples 215",
@@ -103,7 +76,6 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--split 8,2", {"data.corpus.init_args.split": [8, 2, 0]}),
     ("--vocab-file a/gpt2-vocab.json", {"data.tokenizer": "gpt2"}),
     ("--vocab-file a/vocab.json --merge-file a/merges.txt", {"data.tokenizer": "a"}),
-    ("--num-workers 0", {"data.num_workers": 0}),
     ("--seed 5", {"model.seed": 5, "data.seed": 5}),
     (
         "--save x --save-interval 9 --load x",
@@ -113,17 +85,12 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--global-batch-size 16 --eval-interval 5", {"trainer.val_check_interval": 5}),
     ("--eval-iters 3", {"data.max_eval_windows": 24}),
     ("--eval-iters 0", {"trainer.limit_val_batches": 0}),
-    ("--log-interval 3", {"trainer.log_every_n_steps": 3}),
     ("--checkpoint-activations", {"model.activation_checkpointing": True}),
     ("--deepspeed-activation-checkpointing", {"model.activation_checkpointing": True}),
     ("--zero-stage 2", {"trainer.strategy.init_args.stage": 2}),
     ("--cpu-optimizer", {"trainer.strategy.init_args.offload_optimizer": True}),
+    ("--kd --load-teacher a", {"model.distiller.class_path": "nlgmoe.MixtureOfStudents"}),
     ("--mos --load-teacher a", {"model.distiller.init_args": {"teacher": "a", "beta": 1.0, "temperature": 1.0}}),
-    ("--kd --load-teacher a --kd-beta-ce 0.5", {"model.distiller.init_args.beta": 0.5}),
-    ("--mos --load-teacher a --kd-temp 2", {"model.distiller.init_args.temperature": 2.0}),
-    ("--mos --load-teacher a --num-layers-teacher 24", {"model.distiller.init_args.num_layers": 24}),
-    ("--mos --load-teacher a --hidden-size-teacher 64", {"model.distiller.init_args.hidden_size": 64}),
-    ("--mos --load-teacher a --num-attention-heads-teacher 4", {"model.distiller.init_args.num_heads": 4}),
     ("--mos --load-teacher a --num-experts-teacher 8", {"model.distiller.init_args.num_experts": 8}),
     ("--mos --load-teacher a --num-experts-teacher 4 8", {"model.distiller.init_args.num_experts": [4, 8]}),
     ("--mos --load-teacher a --num-experts-teacher 1 8", {"model.distiller.init_args.num_experts": [0, 8]}),
@@ -140,8 +107,22 @@ def test_flags_change_what_the_table_says(flags: str, expected: dict[str, Any]) 
     assert {path: get(settings, path) for path in expected} == expected
 
 
+UNCHANGED = {name: keys for name, keys in FLAGS.items() if "setting" in keys}
+VALUES = {"int": 7, "float": 0.75, "str": "residual"}  # no flag's default
+
+
+def test_flags_with_a_setting_of_their_own_give_it_their_value(tmp_path: Path) -> None:
+    given = " ".join(f"{name} {VALUES[keys['type']]}" for name, keys in UNCHANGED.items())
+    text = translated(launched(f"--mos {given}"))
+    settings, expected = yaml.safe_load(text), {keys["setting"]: VALUES[keys["type"]] for keys in UNCHANGED.values()}
+    assert len(expected) == len(UNCHANGED)
+    assert {path: get(settings, path) for path in expected} == expected
+    (tmp_path / "translated.yaml").write_text(text)
+    parse_config([tmp_path / "translated.yaml"])  # the settings exist
+
+
 def test_flags_of_the_table_all_have_a_case_above() -> None:
-    tried = {word for flags, _ in EFFECTS for word in flags.split() if word.startswith("--")}
+    tried = {word for flags, _ in EFFECTS for word in flags.split() if word.startswith("--")} | UNCHANGED.keys()
     tried |= {"--num_gpus", "--num_nodes", "--nproc_per_node", "--nproc-per-node", "--nnodes"}  # test_nodes_and_gpus
     tried = tried - {"--deepspeed"} | {"--deepspeed_config"}  # test_deepspeed_configuration_gives_...
     tried |= {"--max-position-embeddings", "--merge-file", "--tokenizer-type"}  # only checked
@@ -175,10 +156,7 @@ def test_flag_of_a_teacher_needs_its_switch() -> None:
         ("--tensor-model-parallel-size 4", "--tensor-model-parallel-size 4: there is no tensor parallelism here"),
         ("--mos --kd-beta-ce 1", "--load-teacher: is not given"),
         ("--rampup-batch-size 8 8 100", "--train-iters 100: counts steps that --rampup-batch-size makes unequal; give"),
-        ("--reset-attention-mask", "--reset-attention-mask: comes with --reset-position-ids here"),
-        ("--zero-stage 3", "--zero-stage 3: only 0, 1, 2 can be translated"),
         ("--load other --save mine --save-interval 1", "--load other: starts from another run's checkpoint"),
-        ("--max-position-embeddings 16", "--max-position-embeddings 16: is below --seq-length 32"),
         ("--num-layers four", "--num-layers four: 'four' is not an integer; correct it"),
     ],
 )
@@ -226,28 +204,3 @@ def test_the_deepspeed_configuration_must_agree_with_the_flags(
     with pytest.raises(ValueError) as error:
         translated(configured(flags, config, tmp_path))
     assert message in str(error.value)
-
-
-@pytest.fixture(scope="module")
-def parser() -> ArgumentParser:
-    """What train.py parses with, without its command line."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(MoEGPTModule, "model")
-    parser.add_class_arguments(PileDataModule, "data")
-    parser.add_class_arguments(Trainer, "trainer")
-    parser.set_defaults({"model.config.vocab_size": 50257})  # the tokenizer's, as train.py does
-    return parser
-
-
-ALONE = [flags for flags, _ in EFFECTS if not flags.startswith(("--num-experts", "--expert-interval"))]
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(chosen=st.lists(st.sampled_from(ALONE), unique=True, max_size=12))
-def test_flags_in_any_combination_parse_or_are_refused_by_name(chosen: Sequence[str], parser: ArgumentParser) -> None:
-    try:
-        text = translated(launched(" ".join(chosen)))
-    except ValueError as error:
-        assert all(re.match(r"(--|the launch)", line) for line in str(error).splitlines())
-        return
-    parser.parse_object(yaml.safe_load(text))
