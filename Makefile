@@ -65,8 +65,7 @@ check: develop  ## format, lint, spelling, types, shell scripts
 	$(BIN)/shellcheck .ci/run .ci/browser docs/examples/slurm.sbatch docs/examples/prepare_pile.sbatch
 	$(BIN)/hadolint docs/examples/Dockerfile
 
-docs: develop  ## renew the lists of flags (docs/megatron_flags.md), and build the site: site/index.html
-	$(BIN)/python -m benchmarks.flag_table
+docs: develop  ## build the site: site/index.html
 	$(PIP_INSTALL) --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.flag_table import PAGE, with_table
 from benchmarks.timing import RESULTS, Benchmark, Part, interleaved
 
 NAMES = ("checkpoint", "data", "generation", "layer", "parity", "ranks", "scaling", "step")
@@ -18,11 +17,6 @@ def test_timing_tables_of_a_page_are_those_of_the_results(name: str, monkeypatch
     results = json.loads((RESULTS / f"{name}.json").read_text())
     page = (RESULTS / benchmark.page).read_text()
     assert list(results) == list(benchmark.parts) and benchmark.in_page(page, results) == page
-
-
-def test_flag_table_of_the_docs_is_the_translators() -> None:
-    page = PAGE.read_text()
-    assert with_table(page) == page, "run `make docs`"
 
 
 def test_timing_measures_a_part_and_rewrites_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,10 +92,10 @@ def test_script_in_the_tutorials_style_is_translated(
 
 def test_script_is_refused_with_all_reasons_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
-        main(["from-megatron", "--", *launched("--use-tutel --swiglu --lr nothing")])
+        main(["from-megatron", "--", *launched("--use-tutel --optimizer sgd --lr nothing")])
     lines = capsys.readouterr().err.splitlines()
     assert error.value.code == 2
-    assert [line.split(": ")[1] for line in lines] == ["--lr nothing", "--use-tutel", "--swiglu"]
+    assert [line.split(": ")[1] for line in lines] == ["--use-tutel", "--lr nothing", "--optimizer sgd"]
     assert all(line.startswith("error: --") for line in lines)
 
 

@@ -1,6 +1,6 @@
 """The table of Megatron-DeepSpeed's flags (`flags.yaml`), the flags of one launch, and the settings that they become.
 
-A flag becomes a setting, is ignored, or is refused; the table says which, and why.
+A flag becomes a setting or is ignored, as the table says; all others are refused as unknown.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 
 from nlgmoe.validation import SettingError
 
-IGNORED, REFUSED = "Not needed here", "Refused"  # sections; the flags of the others become settings
+IGNORED = "Not needed here"  # a section; the flags of the others become settings
 _TYPES = {"int": int, "float": float, "str": str}
 
 
@@ -27,20 +27,17 @@ class Row:
 
     section: str  # its heading in the table
     flags: Mapping[str, Mapping[str, Any]]  # name of each flag, with its dashes -> the keys that `flags.yaml` explains
-    here: str = ""  # their settings, in Markdown; empty where there are none
-    note: str = ""  # a remark; of a refused flag the reason and, after a semicolon, the remedy
+    note: str = ""  # a remark
 
 
 def read_table() -> list[Row]:
     """Read `flags.yaml`."""
     sections = yaml.safe_load(Path(__file__).with_name("flags.yaml").read_text(encoding="utf-8"))
-    rows = []
-    for section, entries in sections.items():
-        for entry in entries:
-            flags = {name: keys or {} for name, keys in entry["flags"].items()}
-            settings = [f"`{keys['setting']}`" for keys in flags.values() if "setting" in keys]
-            rows.append(Row(section, flags, entry.get("here") or ", ".join(settings), entry.get("note", "")))
-    return rows
+    return [
+        Row(section, {name: keys or {} for name, keys in entry["flags"].items()}, entry.get("note", ""))
+        for section, entries in sections.items()
+        for entry in entries
+    ]
 
 
 TABLE = read_table()
@@ -73,10 +70,7 @@ class Arguments:
         if self.unknown and not skip_unknown:
             self.add_problem(" ".join(self.unknown), "is unknown; remove it, or skip such flags with --skip-unknown")
         for name, values in self.given.items():
-            keys, row = FLAGS[name], ROWS[name]
-            if row.section == REFUSED and "allowed" not in keys:
-                self.refuse(name, row.note)
-            elif values:
+            if values:
                 self.value(name)  # adds a problem if it is not a number, or not allowed
 
     def has(self, *names: str) -> bool:
@@ -97,8 +91,8 @@ class Arguments:
             return values
         allowed = keys.get("allowed")
         if allowed and values[0] not in allowed:
-            reason = f"only {', '.join(map(str, allowed))} can be translated; change it"
-            self.refuse(name, ROWS[name].note if ROWS[name].section == REFUSED else reason)
+            reason = f" ({ROWS[name].note})" if ROWS[name].section == IGNORED else ""
+            self.refuse(name, f"only {', '.join(map(str, allowed))} can be translated{reason}; change it")
             return None
         return values[0]
 
@@ -213,7 +207,7 @@ class Translation:
         """Return the YAML file, with the notes as comments."""
         self._note_flags_without_setting()
         lines = [
-            "# A launch of Megatron-DeepSpeed, translated by `nlgmoe from-megatron`; docs/megatron_flags.md explains each flag.",
+            "# A launch of Megatron-DeepSpeed, translated by `nlgmoe from-megatron`; docs/megatron_flags.md explains it.",
             "#   python train.py fit --config THIS_FILE",
         ]
         for note in self.notes:

@@ -107,7 +107,6 @@ def _experts(counts: Sequence[int]) -> int | list[int]:
 
 def _tokenizer(job: Translation) -> None:
     """Set the tokenizer, whose number of tokens `train.py` reads when it starts."""
-    job.arguments.value("--tokenizer-type")
     paths = [job.arguments.required(name) for name in ("--vocab-file", "--merge-file")]
     if None in paths:
         return
