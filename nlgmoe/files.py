@@ -36,6 +36,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def expand_home(text: str) -> str:
+    """Replace `~/` at the beginning by the home folder, which a shell does not do in `--name=~/...`."""
+    return os.path.expanduser(text) if text.startswith("~/") else text
+
+
 def yaml_beside(checkpoint: Path) -> Path:
     """Return `NAME.yaml` of `NAME.ckpt`: settings with which `train.py` validates the checkpoint or trains from its weights."""
     return checkpoint.with_suffix(".yaml")

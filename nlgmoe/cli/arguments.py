@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 from docstring_parser import parse as parse_docstring
 
 from nlgmoe.cli.errors import did_you_mean, one_line
-from nlgmoe.files import atomic_write, yaml_beside
+from nlgmoe.files import atomic_write, expand_home, yaml_beside
 from nlgmoe.validation import RunError, SettingError, require
 
 
@@ -74,16 +74,16 @@ def _options(hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {"action": "store_true"}
     if hint == tuple[str, ...]:
-        return {"nargs": "*"}
+        return {"nargs": "*", "type": expand_home}
     if hint == list[str]:
-        return {"nargs": "+"}
+        return {"nargs": "+", "type": expand_home}
     if kinds == [str, list[str]]:
-        return {"nargs": "+", "action": "extend"}
+        return {"nargs": "+", "action": "extend", "type": expand_home}
     if kinds == [list[str]]:
         return {"action": "append"}
     if kinds == [int, list[int]]:
         return {"type": number_or_list}
-    return {"type": kinds[0]}
+    return {"type": expand_home if kinds == [str] else kinds[0]}
 
 
 def number_or_list(text: str) -> int | list[int]:

@@ -28,6 +28,7 @@ from nlgmoe.cli.given_settings import GivenSettings
 from nlgmoe.data import PileDataModule
 from nlgmoe.data.tokenizer_loading import tokenizer_of, vocab_size_of
 from nlgmoe.device import name_deepspeeds_device
+from nlgmoe.files import expand_home
 from nlgmoe.layers import routers  # noqa: F401 (so that a configuration can name its routers by their class)
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.run.folder import RunFolder, run_folder_loggers, with_run_csv
@@ -45,7 +46,7 @@ class TrainCLI(LightningCLI):
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
         name_deepspeeds_device()  # parsing a strategy imports DeepSpeed
         self._runs = run
-        self._words = list(sys.argv[1:] if args is None else args)
+        self._words = [_with_home(word) for word in (sys.argv[1:] if args is None else args)]
         self._refusal: Exception | None = None  # of the last constructor, if that raised one
         callbacks: list[Callback] = [SaveCheckpoints(), TokenProgressBar(), Throughput(), ExpertLoad()]
         callbacks += [ExpertSpecialisation(), RunSummary(), PredictionFile()]
@@ -197,6 +198,12 @@ def main(args: list[str] | None = None) -> None:
 def _settings(config: Namespace) -> Namespace:
     """Return the settings of the subcommand, or all of them if there is none."""
     return config.get(config.get("subcommand") or "", config)
+
+
+def _with_home(word: str) -> str:
+    """Expand `~/` at the start of a word and in `--name=~/...`."""
+    name, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
+    return expand_home(name) + equals + expand_home(value)
 
 
 def hide_tips_of_packages() -> None:

@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import get_loader, set_loader
 
 from nlgmoe.cli.errors import one_line
+from nlgmoe.files import expand_home
 from nlgmoe.validation import SettingError
 
 CONFIG_OPTIONS = ("--config", "-c")  # LightningCLI's
@@ -23,7 +24,7 @@ _read_number = get_loader("yaml")  # jsonargparse's loader: 1e-3 is a number, wh
 
 
 class ConfigLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads files and values: numbers as jsonargparse does, dates as text."""
+    """Reads files and values: numbers as jsonargparse does, dates as text, `~/` as the home folder."""
 
 
 def _text(loader: Any, node: yaml.ScalarNode) -> Any:
@@ -31,7 +32,7 @@ def _text(loader: Any, node: yaml.ScalarNode) -> Any:
         with suppress(yaml.YAMLError):
             if isinstance(number := _read_number(node.value), float):
                 return number
-    return node.value
+    return expand_home(node.value)
 
 
 ConfigLoader.add_constructor("tag:yaml.org,2002:str", _text)

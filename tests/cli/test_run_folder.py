@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from nlgmoe import load_config
 from nlgmoe.callbacks import ExpertLoad
 from nlgmoe.cli.train import main
+from nlgmoe.commands import main as nlgmoe_command
 from nlgmoe.experiment import parse_config
 from nlgmoe.run.folder import starts_of
 from nlgmoe.run.save_checkpoints import SaveCheckpoints
@@ -39,6 +40,18 @@ def test_checkpoints_stay_where_they_are_with_other_loggers_and_callbacks(pocket
     flat = yaml.safe_load((run / "hparams.yaml").read_text())  # what every logger gets
     assert flat["config"] == str(ROOT / "configs/quickstart.yaml")
     assert (flat["model.train_tokens"], flat["model.config.moe.top_k"], flat["data.seed"]) == (512, 1, 1234)
+
+
+def test_the_home_folder_is_that_of_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here.yaml").write_text("data: {data_dir: ~/pile}\ntrainer: {default_root_dir: '~/run'}")
+    files = [ROOT / "configs/quickstart.yaml", tmp_path / "here.yaml"]
+    found = parse_config(files, model__warm_start__checkpoint="~/a.ckpt")
+    assert found["data"]["data_dir"] == f"{tmp_path}/pile"
+    assert found["trainer"]["default_root_dir"] == f"{tmp_path}/run"
+    assert found["model"]["warm_start"]["checkpoint"] == f"{tmp_path}/a.ckpt"
+    nlgmoe_command.main(["configs", "copy", "quickstart.yaml", "--output=~/mine"])
+    assert (tmp_path / "mine/quickstart.yaml").is_file()
 
 
 class OwnLoad(ExpertLoad):

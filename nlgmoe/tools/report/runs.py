@@ -102,7 +102,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     """Read run folders, each once; paths of files, such as `report.html` in `runs/*`, are skipped."""
     folders: dict[str, Path] = {}  # by the resolved path
     for path in paths:
-        folder = Path(os.path.abspath(path))
+        folder = Path(os.path.abspath(os.path.expanduser(path)))
         if not folder.exists():
             raise SettingError(f"{path} does not exist; give the folder of a run (its trainer.default_root_dir)")
         if folder.is_file():
