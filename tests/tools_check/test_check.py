@@ -23,8 +23,7 @@ from nlgmoe.tools.check.properties import PROPERTIES, check_layer
 from nlgmoe.tools.check.targets import find_layers
 from tests.support.checkpoints import write
 from tests.tools_check import defects
-from tests.tools_check.broken import DEFECTS
-from tests.tools_check.defects import CAPACITY, DROPLESS, TWO, broken, clean, own_loss
+from tests.tools_check.defects import CAPACITY, DEFECTS, DROPLESS, TWO, broken, clean, own_loss
 from tests.tools_check.own_routers import DeclaredCapacityConfig, OwnCapacityConfig
 
 RANKS, CAPACITY_RULE = "ranks equal one process", "capacity is the formula"
@@ -138,7 +137,7 @@ def test_check_on_ranks_finds_outputs_of_other_slots() -> None:
 
 def test_check_passes_idioms_of_routers() -> None:
     collapse = "the balance loss sees a collapse"  # which a z-loss of the router's own does not
-    found = verdicts(broken(TWO, own_loss(lambda log_z: log_z.square().mean())), {collapse})
+    found = verdicts(broken(TWO, own_loss("logits.logsumexp(-1).square().mean()")), {collapse})
     assert found[collapse].startswith("pass"), found
     # The one normalises its input, the other has a straight-through estimate.
     for layer in [*find_layers(["cosine_router.CosineRouterConfig"]), *find_layers(["dense_mixer.DenseMixerConfig"])]:
@@ -202,7 +201,9 @@ def test_check_command_prints_json_and_ends_with_a_code(
 
 
 def test_check_takes_a_layer_that_does_not_use_nlgmoe() -> None:
-    (good,), (bad,) = (find_layers([f"tests.tools_check.broken.{name}"]) for name in ("PlainMoE", "detached_plain_moe"))
+    (good,), (bad,) = (
+        find_layers([f"tests.tools_check.plain_moe.{name}"]) for name in ("PlainMoE", "detached_plain_moe")
+    )
     found = verdicts(good, QUICK)
     failed = {one: text for one, text in found.items() if text.startswith("fail")}
     assert set(failed) == {TYPES, SIZES} and "bfloat16" in failed[TYPES] and "0 sequences" in failed[SIZES]
