@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from nlgmoe import GPTConfig, MoEConfig, SigmoidRouterConfig
+from nlgmoe import FrozenRouterConfig, GPTConfig, HashRouterConfig, MoEConfig, SigmoidRouterConfig
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import RoutingContext
@@ -61,6 +61,8 @@ OURS = {
     "top-1, groups, gated": MoEConfig(8, groups=[4, 2], mlp_type="residual", residual_mix="sigmoid", noise="rsample"),
     "top-3, groups, gated": MoEConfig(12, top_k=3, groups=[3, 2], residual_mix="sigmoid", mlp_type="residual"),
     "sigmoid, groups": replace(SIGMOID, groups=[2, 1]),
+    "hash": MoEConfig(8, router=HashRouterConfig()),
+    "frozen": MoEConfig(8, router=FrozenRouterConfig()),
 }
 
 
@@ -69,7 +71,7 @@ def test_check_passes_our_layers(name: str) -> None:
     ours = OURS[name]
     found = verdicts(own_layer(ours, "ours") if isinstance(ours, GPTConfig) else clean(ours), QUICK)
     assert not [f"{name}: {text}" for name, text in found.items() if text.startswith("fail")]
-    asked = {"top-1": 18, "one expert": 11}.get(name, 17)
+    asked = {"top-1": 18, "one expert": 11, "hash": 14}.get(name, 17)
     assert sum(text.startswith("pass") for text in found.values()) >= asked
 
 
