@@ -1,7 +1,6 @@
 """The shape of the house: imports go downwards, and what is not needed is not imported."""
 
 import ast
-import pkgutil
 import re
 import subprocess
 import sys
@@ -134,34 +133,3 @@ def test_public_names_resolve() -> None:
         assert getattr(nlgmoe, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = nlgmoe.nothing
-
-
-PATHS = re.compile(r"class_path[\"']?: [\"']?(nlgmoe(?:\.\w+)+)")
-
-
-def test_class_paths_of_yaml_files_and_docs_resolve() -> None:
-    patterns = ("configs/**/*.yaml", "docs/**/*.md", "tests/golden/**/*.yaml")
-    files = [file for pattern in patterns for file in ROOT.parent.glob(pattern)]
-    found = {path for file in files for path in PATHS.findall(file.read_text())}
-    assert len(found) > 5
-    for path in found:
-        assert isinstance(pkgutil.resolve_name(path), type)
-
-
-FROM = re.compile(r"^ *from ((?:tests|benchmarks)\S*) import \(?\s*(.*)", re.MULTILINE)
-NAMES = re.compile(r"(?:[\"']|^ *import )((?:tests|benchmarks)(?:\.\w+)+)", re.MULTILINE)
-
-
-def test_tests_and_benchmarks_share_the_support_package_alone() -> None:
-    """Other modules beside tests are for the tests of their folder; `tests/benchmarks` imports what it tests."""
-    for file in (file for part in ("tests", "benchmarks") for file in (ROOT.parent / part).rglob("*.py")):
-        *folder, name = file.relative_to(ROOT.parent).with_suffix("").parts
-        text, own = file.read_text(), ".".join([*folder, name])  # its own classes are named in settings
-        known = {"tests.support", ".".join(folder[:2]) if folder[0] == "tests" else "benchmarks"} - {"tests"}
-        known |= {"benchmarks"} if folder == ["tests", "benchmarks"] else set()
-        used = {f"{module}.{one}" for module, names in FROM.findall(text) for one in names.split(", ")}
-        for one in used | set(NAMES.findall(text)):
-            if one != own and not one.startswith(f"{own}."):
-                assert any(f"{one}.".startswith(f"{part}.") for part in known), f"{file} uses {one}, of another folder"
-                assert not re.search(r"\.(_[a-z]|test_)", one), f"{file} uses {one}, a test or a private name"
-        assert name == "transformers_common" or not re.search(r"^ *from \.", text, re.MULTILINE), f"{file}: relative"

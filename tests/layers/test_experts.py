@@ -71,11 +71,9 @@ def test_products_of_all_experts_equal_the_loop(
                 assert not found[idle].any() and not loop[idle].any(), "an expert without rows has a gradient"
 
 
-@pytest.mark.parametrize("product", ["grouped_mm", "loop"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_dense_feed_forward_equals_one_expert(network: str, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_feed_forward_equals_one_expert(network: str) -> None:
     """The dense layer is compared with that of `transformers` in tests/equivalence."""
-    monkeypatch.setattr(experts_module, "choose_product", lambda *_: product)
     layer, rows = Experts(3, 16, 24, network=NETWORKS[network]), [2, 0, 5]
     draw(layer, std=0.3)
     dense = [FeedForward(GPTConfig(8, 8, 1, 16, 1, ffn_network=network), 24) for _ in rows]
@@ -116,18 +114,11 @@ HALF, WIDTHS = torch.bfloat16, (256, 1024)
     ("expected", "given"),  # given: dtype, widths, compute capability, in slots, has Triton
     [
         ("grouped_mm", (torch.float32, WIDTHS, None, False, False)),
-        ("grouped_mm", (torch.float16, (8, 16), None, False, False)),
         ("loop", (torch.float64, WIDTHS, None, False, False)),  # grouped_mm refuses it
-        ("loop", (HALF, (16, 20), None, False, False)),  # rows of 40 bytes
-        ("bmm", (torch.float64, (16, 20), None, True, False)),
         ("grouped_mm", (HALF, WIDTHS, (9, 0), False, True)),
         ("bmm", (HALF, WIDTHS, (9, 0), True, True)),
-        ("triton", (HALF, (256, 1020), (9, 0), False, True)),
-        ("triton", (HALF, WIDTHS, (8, 0), False, True)),
         ("triton", (torch.float16, WIDTHS, (9, 0), False, True)),
         ("triton", (HALF, WIDTHS, (10, 0), False, True)),
-        ("loop", (torch.float16, WIDTHS, (7, 0), False, True)),
-        ("loop", (HALF, WIDTHS, (8, 0), False, False)),
         ("loop", (torch.float32, WIDTHS, (8, 0), False, True)),  # it would compute in TF32
     ],
 )

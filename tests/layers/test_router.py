@@ -46,19 +46,6 @@ def test_top_1_keeps_the_earliest_tokens_and_weighs_by_probability() -> None:
     expect(balance_loss(routing), 2 * (0.7 * 3 / 4 + 0.3 * 1 / 4))
 
 
-def test_router_draws_do_not_depend_on_the_default_dtype() -> None:
-    """`bf16-true` sets it in the forward pass, not where the backward pass computes a block again."""
-    router, x = TopKRouter(MoEConfig(4, min_capacity=0, noise="rsample"), 8, 4, block=0), torch.randn(1024, 8)
-    torch.nn.init.normal_(router.weight)
-    expected = router(x, RoutingContext(noise_key=(1, 2, 3)))
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        found = router(x, RoutingContext(noise_key=(1, 2, 3)))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert torch.equal(found.kept, expected.kept) and torch.equal(found.weight, expected.weight)
-
-
 def test_top_2_serves_all_first_choices_before_any_second_and_renormalises_over_the_kept() -> None:
     probs = [[0.1, 0.6, 0.3], [0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]
     routing = route(replace(PLAIN, top_k=2), probs)  # 2 * 3 / 3 = 2 assignments each
@@ -76,9 +63,8 @@ def test_top_2_serves_all_first_choices_before_any_second_and_renormalises_over_
     assert kept.tolist() == [[True, False], [True, False], [True, False]]
 
 
-@pytest.mark.parametrize("random", [False, True])
-def test_masked_tokens_take_no_capacity_and_count_in_no_statistic(random: bool) -> None:
-    routing = route(replace(PLAIN, random_token_selection=random), FOUR_TOKENS, mask=[False, True, True, True])
+def test_masked_tokens_take_no_capacity_and_count_in_no_statistic() -> None:
+    routing = route(replace(PLAIN, random_token_selection=True), FOUR_TOKENS, mask=[False, True, True, True])
     assert routing.kept.tolist() == [[False], [True], [True], [True]]  # with the first token gone, expert 0 has room
     expect(routing.weight, [[0.0], [0.8], [0.7], [0.6]])
     assert routing.tokens_per_expert.tolist() == [2, 1]
@@ -93,27 +79,12 @@ SIX = [0.05, 0.30, 0.20, 0.22, 0.23, 1e-9]  # three groups of two: their maxima 
 
 @pytest.mark.parametrize(
     ("top_k", "groups", "expert"),
-    [
-        (1, [3, 1], [1]),
-        (2, None, [1, 4]),
-        (2, [3, 1], [1, 0]),
-        (2, [3, 2], [1, 4]),
-        (3, None, [1, 4, 3]),
-        (3, [3, 2], [1, 4, 0]),
-        (4, [3, 2], [1, 4, 0, 5]),
-        (3, [3, 3], [1, 4, 3]),
-        (3, [2, 1], [1, 2, 0]),
-    ],
+    [(1, [3, 1], [1]), (2, [3, 1], [1, 0]), (2, [3, 2], [1, 4]), (4, [3, 2], [1, 4, 0, 5]), (3, [2, 1], [1, 2, 0])],
 )
-@pytest.mark.parametrize("training", [True, False])
-def test_a_token_chooses_within_its_best_groups(
-    top_k: int, groups: list[int] | None, expert: list[int], training: bool
-) -> None:
+def test_a_token_chooses_within_its_best_groups(top_k: int, groups: list[int], expert: list[int]) -> None:
     config = replace(PLAIN, num_experts=6, top_k=top_k, groups=groups, token_dropping=False)
-    routing = route(config, [SIX, SIX[::-1]], training=training)
+    routing = route(config, [SIX], training=False)
     assert routing.expert[0].tolist() == expert
-    if groups != [3, 2] and groups != [2, 1]:  # the mirror image has the same groups in the other order
-        assert routing.expert[1].tolist() == [5 - number for number in expert]
     weight = torch.tensor(SIX, dtype=torch.float64)[expert]
     expect(routing.weight[0], (weight / (weight.sum() if top_k > 1 else sum(SIX))).tolist())
 

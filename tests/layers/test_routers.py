@@ -20,7 +20,6 @@ from nlgmoe import (
     RoutingContext,
     SigmoidRouterConfig,
     UniformRouterConfig,
-    generate,
 )
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.layers.router import Router
@@ -176,40 +175,7 @@ def test_a_router_in_another_block_routes_by_its_entries_alone(name: str) -> Non
     assert torch.equal(first(x, context).expert, second(x, context).expert)
 
 
-def test_frozen_router_does_not_learn_and_is_drawn_from_its_seed() -> None:
-    moe = MOES["frozen"]
-    gpt = GPT(model(replace(moe, expert_interval=1)))
-    gates = [block.moe.router.weight for block in gpt.blocks]
-    assert not any(".router." in name for name, _ in gpt.named_parameters())
-    assert not torch.equal(*gates) and abs(float(gates[0].std()) - 0.5) < 0.15
-    again = GPT(model(replace(moe, expert_interval=1)), seed=9)
-    assert torch.equal(gates[0], again.blocks[0].moe.router.weight)
-    assert not torch.equal(gates[1], router_of(replace(moe, router=replace(moe.router, seed=1))).weight)
-
-
 # ---- each of them
-
-
-@torch.no_grad()
-@each
-def test_routers_in_evaluation_do_not_depend_on_other_sequences_or_padding(name: str) -> None:
-    gpt = GPT(model(MOES[name], init_std=0.3)).eval()
-    tokens = torch.randint(61, (3, 8), generator=torch.Generator().manual_seed(0))
-    alone = gpt(tokens[:1]).hidden
-    torch.testing.assert_close(gpt(tokens).hidden[:1], alone, rtol=1e-4, atol=1e-5)
-    padded = torch.cat([torch.zeros(3, 4, dtype=torch.long), tokens], dim=1)
-    mask = torch.ones_like(padded, dtype=torch.bool)
-    mask[0, :4] = False
-    output = gpt(padded, mask)
-    torch.testing.assert_close(output.hidden[:1, 4:], alone, rtol=1e-4, atol=1e-5)
-    assert not output.routings[0].kept[:4].any()
-    document = torch.tensor([[0, 0, 0, 0, *[1] * 8]]).expand(3, -1)
-    torch.testing.assert_close(gpt(padded, documents=document).hidden[:1, 4:], alone, rtol=1e-4, atol=1e-5)
-    sampled = generate(gpt, tokens.tolist(), 4, top_k=1)  # with a cache: positions go on
-    again = generate(gpt, [*tokens[:1].tolist(), tokens[1, :3].tolist()], 4, top_k=1)
-    assert sampled[0] == again[0] and gpt(torch.tensor(sampled[:1])).hidden.isfinite().all()
-    whole = gpt.logits(gpt(torch.tensor(sampled[:1])).hidden)[0, 7:-1].argmax(-1)
-    assert sampled[0][8:] == whole.tolist()
 
 
 def run(name: str, folder: Path, steps: int, checkpoint: Path | None = None) -> Trainer:

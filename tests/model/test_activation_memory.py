@@ -28,14 +28,7 @@ RESIDUAL: dict[str, Any] = {"mlp_type": "residual"}
 CONFIGS = {
     "dense, odd shape": GPTConfig(61, 48, 3, 60, 3, ffn_hidden_size=100),
     "top-1, jitter": replace(DENSE, moe=MoEConfig(8, noise="jitter")),
-    "top-1, capacity": replace(DENSE, moe=MoEConfig(8, train_capacity_factor=1.2)),
     "top-2, capacity": replace(DENSE, moe=MoEConfig(4, top_k=2, mlp_type="residual", train_capacity_factor=0.8)),
-    "many experts": replace(DENSE, hidden_size=32, moe=MoEConfig(64)),
-    "residual, pyramid": replace(DENSE, num_layers=4, moe=MoEConfig([2, 8], mlp_type="residual")),
-    "residual, sum": replace(DENSE, moe=MoEConfig(4, mlp_type="residual", residual_mix="sum")),
-    "residual, sigmoid, groups": replace(
-        DENSE, moe=MoEConfig(4, 2, 2, **RESIDUAL, residual_mix="sigmoid", groups=[2, 1])
-    ),
     "Qwen2-MoE": replace(DENSE, **MODERN, moe=MoEConfig(8, 1, 2, **RESIDUAL, residual_mix="sigmoid", noise="jitter")),
     "dropout": replace(DENSE, hidden_dropout=0.1, moe=MoEConfig(4)),
     "layer map, widths, swiglu": replace(
@@ -51,7 +44,6 @@ CONFIGS = {
     "latent attention, one width, biases": replace(
         DENSE, rope_theta=1e4, num_heads=3, attention=MLAConfig(72, 32, 16, 48, q_lora_rank=88)
     ),
-    "latent attention, one width, whole queries": replace(DENSE, **MODERN, attention=MLAConfig(72, 32, 16, 48)),
 }
 # How a precision of `Topology` looks on one process; the half-precision model is what DeepSpeed's engine runs.
 PRECISIONS = {

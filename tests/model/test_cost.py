@@ -7,7 +7,7 @@ import torch
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.hardware import Hardware
-from nlgmoe.model.counting import flops_per_token
+from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.optimizer import AdamWConfig, MuonConfig, build_optimizer
 from nlgmoe.tools.planner.cost import UTILISATION, estimate
@@ -79,26 +79,10 @@ def test_memory_and_traffic_of_ranks_are_those_of_a_cut_up_model(
     assert sent.all_to_all == sum(exchange * (degree - 1) // degree for degree in degrees)
 
 
-def test_memory_moves_with_precision_and_offloading() -> None:
-    with torch.device("meta"):
-        parameters = {name: parameter.numel() for name, parameter in GPT(PYRAMID).named_parameters()}
-    total = sum(parameters.values())
-    fp32 = ("norm", "position", "router", "coefficient")  # autocast does not touch these
-    cast = sum(size for name, size in parameters.items() if not any(part in name for part in fp32))
-    assert estimate(PYRAMID, Topology(deepspeed=False), A100).memory.weights == 4 * total + 2 * cast
-    zero = estimate(PYRAMID, Topology(zero_stage=1, precision="32-true"), A100).memory
-    assert (zero.weights, zero.gradients, zero.optimizer, zero.host) == (4 * total, 4 * total, 12 * total, 0)
+def test_offloading_moves_the_optimizer_to_the_host() -> None:
+    total = count_parameters(PYRAMID).total
     offloaded = estimate(PYRAMID, Topology(zero_stage=1, offload_optimizer=True), A100).memory
     assert (offloaded.optimizer, offloaded.host) == (0, 12 * total)
-
-
-def test_activation_checkpointing_costs_the_forward_pass_again() -> None:
-    kept = Topology(8, 8, 1, micro_batch_size=2, global_batch_size=16)
-    one, other = (estimate(PYRAMID, replace(kept, activation_checkpointing=again), A100) for again in (False, True))
-    assert other.communication.all_to_all == 1.5 * one.communication.all_to_all
-    forward, head = flops_per_token(PYRAMID) / 3, 2 * 16 * 61  # the head is not computed again
-    assert other.time.compute / one.time.compute == pytest.approx((4 * forward - head) / (3 * forward))
-    assert other.memory.activations < one.memory.activations
 
 
 def test_step_times_by_hand() -> None:

@@ -73,14 +73,6 @@ def test_dense_weights_do_not_depend_on_the_experts(moe: MoEConfig | None) -> No
         assert torch.equal(reference[name], other[name]), name
 
 
-def test_expert_weights_differ_and_are_the_same_in_a_larger_stack() -> None:
-    few, many = GPT(replace(WIDE, moe=MoEConfig(3))), GPT(replace(WIDE, moe=MoEConfig(5)))
-    for leaf in ("expand_weight", "project_weight"):
-        a, b = (model.blocks[1].moe.experts.get_parameter(leaf) for model in (few, many))
-        assert torch.equal(a, b[:3])
-        assert all((b[i] - b[j]).abs().max() > 0.01 for i in range(5) for j in range(i))
-
-
 @pytest.mark.parametrize("noise_key", [None, (0, 3, 1)], ids=["keyless", "keyed"])
 @pytest.mark.parametrize("moe", [SMALL.moe, replace(SMALL.moe, top_k=2, noise="jitter")], ids=["random", "sampled"])
 def test_activation_checkpointing_gives_the_same_loss_and_gradients_to_the_bit(
@@ -108,28 +100,6 @@ def test_activation_checkpointing_gives_the_same_loss_and_gradients_to_the_bit(
     for routing, reference in zip(recomputed.routings, output.routings, strict=True):
         assert torch.equal(routing.kept, reference.kept)
         assert not routing.kept[mask.flatten()].all(), "nothing was dropped"
-
-
-def test_a_layer_map_is_the_model_that_it_describes() -> None:
-    """Zeros in `num_experts` with `expert_interval` 1 give the same weights and outputs as the interval, to the bit."""
-    by_interval, by_map = GPT(WIDE), GPT(replace(WIDE, moe=MoEConfig([0, 2, 0, 3], 1, mlp_type="residual")))
-    tokens = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0))
-    ours, theirs = (model(tokens, noise_key=(0, 0, 0)) for model in (by_map, by_interval))
-    assert by_map.state_dict().keys() == by_interval.state_dict().keys()
-    assert torch.equal(ours.hidden, theirs.hidden) and len(ours.routings) == 2
-
-
-def test_activation_checkpointing_recomputes_each_block_once_and_only_for_a_backward_pass() -> None:
-    model = GPT(SMALL, activation_checkpointing=True)
-    calls: list[int] = []
-    for index, block in enumerate(model.blocks):
-        block.attention.register_forward_hook(lambda *_, index=index: calls.append(index))
-    tokens = torch.zeros(1, 16, dtype=torch.long)
-    with torch.no_grad():
-        model(tokens)
-    assert calls == [0, 1, 2, 3]
-    model(tokens).hidden.square().sum().backward()
-    assert calls[4:] == [0, 1, 2, 3, 3, 2, 1, 0]
 
 
 class Scale(nn.Module):

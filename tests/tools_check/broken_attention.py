@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nlgmoe import AttentionConfig, AttentionContext, GPTConfig
+from nlgmoe import AttentionConfig, GPTConfig
 from nlgmoe.layers.attention import CausalSelfAttention
-from nlgmoe.layers.rotary import rotations
 from nlgmoe.tools.check.attention import AttentionLayer
+from tests.tools_check.defects import edited, with_methods
 
-
-class Broken(CausalSelfAttention):
-    """Changes the context before the layer, or its output behind it."""
-
-    context: Callable[[Broken, Tensor, AttentionContext], AttentionContext] | None = None
-    output: Callable[[Broken, Tensor, Tensor], Tensor] | None = None
-    drawn: Tensor
-    seen: Tensor
-
-    def __init__(self, config: GPTConfig, block: int) -> None:
-        super().__init__(config, block)
-        self.generator = torch.Generator("cpu").manual_seed(block)
-
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        y = super().forward(x, context if self.context is None else self.context(x, context))
-        return y if self.output is None else self.output(x, y)
+Spoil = Callable[[CausalSelfAttention], None]
 
 
 @dataclass(frozen=True)
@@ -38,11 +22,8 @@ class BrokenConfig(AttentionConfig):
     defect: str = ""
 
     def build(self, config: GPTConfig, block: int) -> nn.Module:
-        _, change = DEFECTS[self.defect]
-        kind = type("BrokenAttention", (Broken,), change if isinstance(change, dict) else {})
-        module = kind(config, block)
-        if callable(change):
-            change(module)
+        module = CausalSelfAttention(config, block)
+        DEFECTS[self.defect][1](module)
         return module
 
 
@@ -51,87 +32,75 @@ def broken(defect: str) -> AttentionLayer:
     return AttentionLayer(defect, config=config)
 
 
-def blind_in_evaluation_alone(self: Broken, x: Tensor, context: AttentionContext) -> AttentionContext:
-    if not self.training or context.visible is not None:
-        return context
-    return replace(context, visible=torch.ones(1, 1, x.shape[1], x.shape[1], dtype=torch.bool, device=x.device))
+def attention(*changes: tuple[str, str]) -> Spoil:
+    """Edit `forward`."""
+    return lambda module: with_methods(module, forward=edited(CausalSelfAttention.forward, *changes))
 
 
-def positions_by_index(self: Broken, x: Tensor, context: AttentionContext) -> AttentionContext:
-    begin = 0 if context.cache is None else context.cache.length - x.shape[1]
-    index = torch.arange(begin, begin + x.shape[1], device=x.device)
-    return replace(context, rotation=rotations(index[None], self.head_size, 1e4))
+def output(new: str, statement: str = "pass") -> Spoil:
+    """Return something else than `y`, after a statement."""
+    behind = f"y = self.project(y.transpose(1, 2).flatten(2))\n    {statement}\n    return {new}"
+    return attention(("return self.project(y.transpose(1, 2).flatten(2))", behind))
 
 
-def mask_of_padding_alone(self: Broken, x: Tensor, context: AttentionContext) -> AttentionContext:
-    """Keep from the mask which keys are padding: those that no other position sees."""
-    if context.visible is None or context.cache is not None:
-        return context
-    square = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
-    real = context.visible.sum(dim=2, keepdim=True) > 1  # [B, 1, 1, S]
-    itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    return replace(context, visible=square.tril() & (real | itself))
+def with_buffer(name: str, persistent: bool, spoil: Spoil) -> Spoil:
+    def both(module: CausalSelfAttention) -> None:
+        module.register_buffer(name, torch.rand(16), persistent)
+        spoil(module)
+
+    return both
 
 
-def dropout_of_its_own(self: Broken, x: Tensor, y: Tensor) -> Tensor:
-    if not self.training or not self.dropout:
-        return y
-    return y * (torch.rand(y.shape, generator=self.generator) > self.dropout)
-
-
-def read_on_host(self: Broken, x: Tensor, y: Tensor) -> Tensor:
-    return y / y.detach().abs().max() if y.detach().abs().max() > 1e6 else y
-
-
-def count(self: Broken, x: Tensor, y: Tensor) -> Tensor:
-    self.seen += x.shape[1]
-    return y
-
-
-def with_buffer(name: str, persistent: bool) -> Callable[[Broken], None]:
-    return lambda module: module.register_buffer(name, torch.rand(16), persistent)
-
-
-def counting(module: Broken) -> None:
-    with_buffer("seen", True)(module)
-    type(module).output = count
-
-
-def scaled_by_a_buffer(module: Broken) -> None:
-    with_buffer("drawn", False)(module)
-    type(module).output = lambda self, x, y: y * self.drawn.to(y.dtype)
-
-
-def one_key_of_the_cache(module: Broken) -> None:
+def one_key_of_the_cache(module: CausalSelfAttention) -> None:
     module.block = 0
 
 
-def of_other_shapes_on_meta(module: Broken) -> None:
+def dropout_of_its_own(module: CausalSelfAttention) -> None:
+    module.generator = torch.Generator("cpu").manual_seed(module.block)
+    dropped = "y * (torch.rand(y.shape, generator=self.generator) > self.dropout)"
+    output(f"{dropped} if self.training and self.dropout else y")(module)
+
+
+def of_other_shapes_on_meta(module: CausalSelfAttention) -> None:
     if module.project.weight.is_meta:
         module.project = nn.Linear(16, 16, bias=False)
 
 
-def without_a_role(module: Broken) -> None:
+def without_a_role(module: CausalSelfAttention) -> None:
     module.gain = nn.Parameter(torch.ones(1))
-    type(module).output = lambda self, x, y: y * self.gain
+    output("y * self.gain")(module)
 
+
+ROTATES = "if context.rotation is not None:"
+BY_INDEX = """begin = 0 if context.cache is None else context.cache.length - x.shape[1]
+    turn = rotations(torch.arange(begin, begin + x.shape[1])[None], self.head_size, 1e4)
+    context = AttentionContext(context.positions, context.visible, context.cache, turn)
+    """
+SPLITS = "q, k, v = self.qkv(x)"
+# The mask keeps which keys are padding: those that no other position sees.
+PADDING_ALONE = """if context.visible is not None and context.cache is None:
+        square = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+        real = context.visible.sum(dim=2, keepdim=True) > 1  # [B, 1, 1, S]
+        visible = square.tril() & (real | torch.eye(x.shape[1], dtype=torch.bool, device=x.device))
+        context = AttentionContext(context.positions, visible, context.cache, context.rotation)
+    """
+ATTENDS = "attend(q, k, v, context,"
+BLIND = f"F.scaled_dot_product_attention(q, k, v) if self.training and context.visible is None else {ATTENDS}"
+READ = "y / y.detach().abs().max() if y.detach().abs().max() > 1e6 else y"
 
 STATE, TYPES = "a resumed run is the same to the bit", "types are kept"
-DEFECTS: dict[str, tuple[str, dict[str, Any] | Callable[[Broken], None]]] = {
-    "a detached branch": (
-        "gradients equal finite differences",
-        {"output": lambda self, x, y: y + self.project(x).detach()},
-    ),
-    "no triangle in training": ("a token sees no later one", {"context": blind_in_evaluation_alone}),
+DEFECTS: dict[str, tuple[str, Spoil]] = {
+    "a detached branch": ("gradients equal finite differences", output("y + self.project(x).detach()")),
+    "no triangle in training": ("a token sees no later one", attention((ATTENDS, BLIND))),
     "one key of the cache for all blocks": ("a cache changes no output", one_key_of_the_cache),
-    "positions count padding": ("padding changes no output", {"context": positions_by_index}),
-    "documents are ignored": ("documents do not see each other", {"context": mask_of_padding_alone}),
-    "outputs in fp32": (TYPES, {"output": lambda self, x, y: y.float() if y.dtype.itemsize < 4 else y}),
-    "overflow in half precision": (TYPES, {"output": lambda self, x, y: (y * 1e5) / 1e5}),
-    "dropout of its own generator": ("recomputation changes no gradient", {"output": dropout_of_its_own}),
-    "a read by the host": ("the host reads no device", {"output": read_on_host}),
-    "a buffer that is not saved": (STATE, scaled_by_a_buffer),
-    "a counter in forward": (STATE, counting),
+    "positions count padding": ("padding changes no output", attention((ROTATES, BY_INDEX + ROTATES))),
+    "documents are ignored": ("documents do not see each other", attention((SPLITS, PADDING_ALONE + SPLITS))),
+    "outputs in fp32": (TYPES, output("y.float() if y.dtype.itemsize < 4 else y")),
+    "overflow in half precision": (TYPES, output("(y * 1e5) / 1e5")),
+    "dropout of its own generator": ("recomputation changes no gradient", dropout_of_its_own),
+    "a read by the host": ("the host reads no device", output(READ)),
+    "a buffer that is not saved": (STATE, with_buffer("drawn", False, output("y * self.drawn.to(y.dtype)"))),
+    "a counter in forward": (STATE, with_buffer("seen", True, output("y", "self.seen += x.shape[1]"))),
     "other parameters on the meta device": (STATE, of_other_shapes_on_meta),
     "a parameter without a role": (STATE, without_a_role),
 }

@@ -1,5 +1,8 @@
-"""Defects of a MoE layer, of the kinds that other code bases had, and the layer that has one."""
+"""Our layer with one defect each, planted into the text of a method, under the property that finds it."""
 
+import inspect
+import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,22 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from nlgmoe import GPTConfig, MoEConfig, MoELayer, Router, Routing, RoutingContext
+from nlgmoe import GPTConfig, MoEConfig, MoELayer, Router
 from nlgmoe.layers import dispatch
 from nlgmoe.layers.experts import Experts
-from nlgmoe.layers.router import TopKRouter
-from nlgmoe.seeding import RoutingNoise
+from nlgmoe.layers.router import RoutingContext, TopKRouter
 from nlgmoe.tools.check.layer import Layer
 from nlgmoe.tools.check.own import OwnLayer, own_layer
 
 CAPACITY = MoEConfig(8, loss_coeff=0.01)
 TWO = MoEConfig(8, top_k=2, second_expert="argmax")
 DROPLESS = replace(TWO, token_dropping=False)
+Spoil = Callable[[MoELayer], None]
 
 
 @dataclass(frozen=True)
 class Broken(OwnLayer):
-    spoil: Callable[[MoELayer], None] | None = None
+    spoil: Spoil | None = None
 
     def build(self) -> nn.Module:
         module = super().build()
@@ -45,126 +48,93 @@ def clean(moe: MoEConfig) -> OwnLayer:
     return own_layer(GPTConfig(61, moe=moe), "ours")
 
 
-def broken(moe: MoEConfig, spoil: Callable[[MoELayer], None]) -> Broken:
+def broken(moe: MoEConfig, spoil: Spoil) -> Broken:
     return Broken(**vars(clean(moe)), spoil=spoil)
 
 
-def router(**methods: Any) -> Callable[[MoELayer], None]:
-    """Replace methods of the router."""
-
-    def spoil(module: MoELayer) -> None:
-        module.router.__class__ = type("BrokenRouter", (type(module.router),), methods)
-
-    return spoil
-
-
-def routed(change: Callable[[Routing, Tensor], Routing]) -> Callable[[MoELayer], None]:
-    """Change what the router returns; `change` also gets its input."""
-
-    def forward(self: TopKRouter, x: Tensor, context: RoutingContext) -> Routing:
-        return change(TopKRouter.forward(self, x, context), x)
-
-    return router(forward=forward)
+def edited(function: Callable[..., Any], *changes: tuple[str, str]) -> Callable[..., Any]:
+    """Return a function with pieces of its source replaced; the new ones may use what this file has."""
+    source = textwrap.dedent(inspect.getsource(function))
+    for old, new in changes:
+        assert source.count(old) == 1, (
+            f"{function.__qualname__} has {source.count(old)} of {old!r}; write the defect anew"
+        )
+        source = source.replace(old, new)
+    scope = globals() | vars(sys.modules[function.__module__])
+    exec(source, scope)
+    changed: Callable[..., Any] = scope[function.__name__]
+    return changed
 
 
-def layer(change: Callable[[MoELayer, Tensor, Tensor, Routing], Tensor]) -> Callable[[MoELayer], None]:
-    """Change the output, `change(layer, x, y, routing)`."""
-
-    def forward(self: MoELayer, x: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
-        y, routing = MoELayer.forward(self, x, context)
-        return change(self, x, y, routing), routing
-
-    def spoil(module: MoELayer) -> None:
-        module.__class__ = type("BrokenLayer", (MoELayer,), {"forward": forward})
-
-    return spoil
+def with_methods(module: nn.Module, **methods: Any) -> None:
+    """Replace methods of a module."""
+    module.__class__ = type(f"Broken{type(module).__name__}", (type(module),), methods)
 
 
-def experts(forward: Callable[..., Tensor]) -> Callable[[MoELayer], None]:
-    def spoil(module: MoELayer) -> None:
-        module.experts.__class__ = type("BrokenExperts", (Experts,), {"forward": forward})
+def router(function: Callable[..., Any], *changes: tuple[str, str]) -> Spoil:
+    """Edit a method of the router."""
+    return lambda module: with_methods(module.router, **{function.__name__: edited(function, *changes)})
 
-    return spoil
+
+def routed(statement: str, *changes: tuple[str, str]) -> Spoil:
+    """Let the router run a statement before it returns the routing."""
+    return router(TopKRouter.forward, *changes, ("return Routing(", f"{statement}\n    return Routing("))
+
+
+def own_loss(loss: str, name: str = "own_z_loss") -> Spoil:
+    """Add a loss of the router's own."""
+    return router(TopKRouter.forward, ("{}", f"{{'{name}': {loss}}}"))
+
+
+LOGITS = "F.linear(x, self.weight.to(x.dtype))"
+
+
+def logits(new: str) -> Spoil:
+    """Let the router compute other logits."""
+    return router(TopKRouter._logits, (LOGITS, new))
+
+
+def experts(*changes: tuple[str, str]) -> Spoil:
+    """Edit how experts are applied in fp64."""
+    return lambda module: with_methods(module.experts, _loop=edited(Experts._loop, *changes))
+
+
+def layer(new: str) -> Spoil:
+    """Let the layer return something else than `y`."""
+    change = "return y.to(x.dtype).view_as(x)", f"y = y.to(x.dtype).view_as(x)\n    return {new}"
+    return lambda module: with_methods(module, forward=edited(MoELayer.forward, change))
 
 
 def outputs_of_other_slots(module: MoELayer) -> None:
     """Let each row of a rank take the output of another one's slot."""
-    assign = dispatch.assign_slots
-
-    def rolled(*args: Any) -> tuple[Tensor, Tensor]:
-        row_of_slot, slot_of_row = assign(*args)
-        return row_of_slot, slot_of_row.roll(1)
-
     if distributed.is_initialized():
-        dispatch.assign_slots = rolled
+        change = "return row_of_slot, slot_of_row", "return row_of_slot, slot_of_row.roll(1)"
+        dispatch.assign_slots = edited(dispatch.assign_slots, change)
 
 
-# ---- routers
+def with_load(spoil: Spoil) -> Spoil:
+    def both(module: MoELayer) -> None:
+        Router.register_buffer(module.router, "load", torch.zeros(8))
+        spoil(module)
+
+    return both
 
 
-def capacity_of_training(self: TopKRouter, num_tokens: int) -> int | None:
-    training, self.training = self.training, True
-    try:
-        return TopKRouter._capacity(self, num_tokens)
-    finally:
-        self.training = training
+def after_step(load: Callable[[TopKRouter, Tensor], Tensor]) -> Spoil:
+    """Keep a load, `load(router, requests)`, in a buffer after each step."""
+
+    def step(self: TopKRouter, requests: Tensor) -> None:
+        self.load.copy_(load(self, requests))
+
+    def spoil(module: MoELayer) -> None:
+        routed("self.seen = count(expert, self.num_experts)")(module)
+        with_methods(module.router, after_step=step)
+
+    return with_load(spoil)
 
 
-def one_more(self: TopKRouter, num_tokens: int) -> int | None:
-    capacity = TopKRouter._capacity(self, num_tokens)
-    return None if capacity is None else capacity + 1
-
-
-def padding_in_the_queue(
-    self: TopKRouter, capacity: int | None, expert: Tensor, probs: Tensor, mask: Tensor | None, draw: RoutingNoise
-) -> Tensor:
-    kept = TopKRouter._within_capacity(self, capacity, expert, probs, None, draw)
-    return kept if mask is None else kept & mask.unsqueeze(-1)
-
-
-def padding_kept(
-    self: TopKRouter, capacity: int | None, expert: Tensor, probs: Tensor, mask: Tensor | None, draw: RoutingNoise
-) -> Tensor:
-    return TopKRouter._within_capacity(self, capacity, expert, probs, None, draw)
-
-
-def first_tokens_stay(self: TopKRouter, *args: Any) -> Tensor:
-    training, self.training = self.training, False
-    try:
-        return TopKRouter._within_capacity(self, *args)
-    finally:
-        self.training = training
-
-
-def token_by_token(
-    self: TopKRouter, capacity: int | None, expert: Tensor, probs: Tensor, mask: Tensor | None, draw: RoutingNoise
-) -> Tensor:
-    wanted = nn.functional.one_hot(expert.flatten(), self.num_experts)
-    place = ((wanted.cumsum(0) - 1) * wanted).sum(1).view_as(expert)
-    return place < (capacity or len(expert))
-
-
-def normalised_before_dropping(self: TopKRouter, x: Tensor, context: RoutingContext) -> Routing:
-    routing = TopKRouter.forward(self, x, context)
-    weight = routing.probs.gather(1, routing.expert)
-    weight = weight / weight.sum(dim=1, keepdim=True)
-    return replace(routing, weight=torch.where(routing.kept, weight, 0))
-
-
-def without_last_expert(self: TopKRouter, x: Tensor) -> Tensor:
-    return TopKRouter._logits(self, x) - 1e4 * torch.eye(self.num_experts, dtype=x.dtype, device=x.device)[-1]
-
-
-def bias_from_forward(self: TopKRouter, x: Tensor, context: RoutingContext) -> Routing:
-    routing = TopKRouter.forward(self, x, context)
-    if self.training:
-        self.load += routing.tokens_per_expert
-    return routing
-
-
-def add_load(module: MoELayer) -> None:
-    Router.register_buffer(module.router, "load", torch.zeros(8))
-    router(forward=bias_from_forward)(module)
+def clipped(self: TopKRouter, requests: Tensor) -> Tensor:
+    return requests / requests.sum().clamp(min=1) if requests.max() > 0 else requests
 
 
 def add_lost_state(module: MoELayer) -> None:
@@ -174,106 +144,22 @@ def add_lost_state(module: MoELayer) -> None:
     def after_step(self: Any, requests: Tensor) -> None:
         self.bias = self.bias + 0.05 * (requests.float().mean() - requests).sign()
 
-    router(after_step=after_step, _logits=lambda self, x: TopKRouter._logits(self, x) + self.bias.to(x))(module)
+    logits(f"{LOGITS} + self.bias.to(x)")(module)
+    with_methods(module.router, after_step=after_step)
 
 
-def of_a_pool(always: bool) -> Callable[[MoELayer], None]:
-    """Let a sequence choose among the four experts that it likes best as a whole (EMO), or do so in training."""
-
-    def forward(self: TopKRouter, x: Tensor, context: RoutingContext) -> Routing:
-        self.sequences = len(context.tokens)
-        return TopKRouter.forward(self, x, context)
-
-    def logits(self: TopKRouter, x: Tensor) -> Tensor:
-        each = TopKRouter._logits(self, x).unflatten(0, (self.sequences, -1))  # [B, T, E]
-        liked = each.softmax(-1).mean(dim=1, keepdim=True).topk(4).indices
-        pooled = torch.full_like(each[:, :1], -1e4).scatter(2, liked, 0) + each
-        return (pooled if always or self.training else each).flatten(0, 1)
-
-    return router(forward=forward, _logits=logits)
+def of_a_pool(always: bool) -> Spoil:
+    """Let a sequence choose from a pool of experts, or do so in training."""
+    of_training = "" if always else " if training else self._logits(gate_input)"
+    new = f"pooled(self._logits(gate_input), context){of_training}"
+    return router(TopKRouter.forward, ("self._logits(gate_input)", new))
 
 
-def half_gate(self: TopKRouter, x: Tensor) -> Tensor:
-    return nn.functional.linear(x.bfloat16(), self.weight.bfloat16()).to(x.dtype)
-
-
-def read_on_host(routing: Routing, x: Tensor) -> Routing:
-    assert routing.tokens_per_expert.max().item() >= 0
-    return routing
-
-
-def counted_in_bf16(
-    self: TopKRouter, capacity: int | None, expert: Tensor, probs: Tensor, mask: Tensor | None, draw: RoutingNoise
-) -> Tensor:
-    valid = torch.ones(len(expert), dtype=torch.bool) if mask is None else mask
-    wanted = nn.functional.one_hot(expert.t(), self.num_experts) * valid.view(1, -1, 1)  # [k, N, E]
-    place = ((wanted.flatten(0, 1).bfloat16().cumsum(0) - 1).view_as(wanted) * wanted).sum(2).t()
-    return (place < (capacity or len(expert))) & valid.unsqueeze(-1)
-
-
-def other_experts_in_evaluation(self: TopKRouter, x: Tensor) -> Tensor:
-    logits = TopKRouter._logits(self, x)
-    return logits if self.training else logits.roll(1, -1)
-
-
-def after_step(load: Callable[[TopKRouter, Tensor], Tensor]) -> Callable[[MoELayer], None]:
-    """Keep a load, `load(router, requests)`, in a buffer after each step."""
-
-    def forward(self: TopKRouter, x: Tensor, context: RoutingContext) -> Routing:
-        routing = TopKRouter.forward(self, x, context)
-        self.seen = routing.tokens_per_expert
-        return routing
-
-    def step(self: TopKRouter, requests: Tensor) -> None:
-        self.load.copy_(load(self, requests))
-
-    def spoil(module: MoELayer) -> None:
-        Router.register_buffer(module.router, "load", torch.zeros(8))
-        router(forward=forward, after_step=step)(module)
-
-    return spoil
-
-
-def clipped(self: TopKRouter, requests: Tensor) -> Tensor:
-    return requests / requests.sum().clamp(min=1) if requests.max() > 0 else requests
-
-
-def own_loss(loss: Callable[[Tensor], Tensor]) -> Callable[[MoELayer], None]:
-    """Add a loss of the router's own, `loss(log_z)`, `[N] -> []`."""
-    return routed(lambda routing, x: replace(routing, losses={"own_z_loss": loss(routing.logits.logsumexp(-1))}))
-
-
-# ---- experts and the layer
-
-
-def without_gradients_of_expert_0(self: Experts, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    y = Experts.forward(self, x, tokens_per_expert)
-    first = (torch.arange(len(y)) < tokens_per_expert[0]).unsqueeze(-1)
-    return torch.where(first, y.detach(), y)
-
-
-def lost_expert(self: Experts, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """The last expert's tokens go to the one before it."""
-    merged = tokens_per_expert.clone()
-    merged[-2] += merged[-1]
-    merged[-1] = 0
-    return Experts.forward(self, x, merged)
-
-
-def copy_dropped(self: MoELayer, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
-    return torch.where(routing.kept.any(1).view(*x.shape[:2], 1), y, x)
-
-
-def batch_normalised(self: MoELayer, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
-    return y - y.mean(dim=(0, 1)) if self.training else y
-
-
-def shifted(self: MoELayer, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
-    return y + 1e-2 * x.roll(1, 1)
-
-
-def even_widths(self: MoELayer, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
-    return y.view(*y.shape[:2], -1, 2).flatten(2)
+def pooled(logits: Tensor, context: RoutingContext) -> Tensor:
+    """Leave each sequence the four experts that it likes best as a whole (EMO)."""
+    each = logits.unflatten(0, (len(context.tokens), -1))  # [B, T, E]
+    liked = each.softmax(-1).mean(dim=1, keepdim=True).topk(4).indices
+    return (torch.full_like(each[:, :1], -1e4).scatter(2, liked, 0) + each).flatten(0, 1)
 
 
 class TimesRanks(torch.autograd.Function):
@@ -290,4 +176,99 @@ class TimesRanks(torch.autograd.Function):
 
 def gate_of_ranks(module: MoELayer) -> None:
     """Sum the gate's gradient over ranks instead of averaging it (transformers#48687)."""
-    router(_logits=lambda self, x: TimesRanks.apply(TopKRouter._logits(self, x)))(module)
+    logits(f"TimesRanks.apply({LOGITS})")(module)
+
+
+CAPACITY_OF, KEPT, SCORES = TopKRouter._capacity, TopKRouter._within_capacity, TopKRouter._scores
+BY_PROPERTY: dict[str, dict[str, tuple[MoEConfig, Spoil]]] = {  # that finds them
+    "weights follow the logits": {
+        "double softmax": (CAPACITY, router(SCORES, ("return probs", "return probs.softmax(-1)"))),
+        "double softmax, normalised": (TWO, router(SCORES, ("return probs", "return probs.softmax(-1)"))),
+        "an expert twice": (DROPLESS, routed("expert = expert[:, :1].expand_as(expert)")),
+        "weights in another order than experts": (DROPLESS, routed("weight = weight.flip(1)")),
+    },
+    "the balance loss sees a collapse": {
+        "double softmax in the balance loss": (TWO, routed("probs = probs.softmax(-1)")),
+    },
+    "the losses reach the gate": {
+        "detached auxiliary loss": (TWO, routed("probs = probs.detach()")),
+        "detached weights": (CAPACITY, routed("weight = weight.detach()")),
+        "a parameter that nothing uses":
+            (TWO, lambda module: module.router.register_parameter("idle", nn.Parameter(torch.zeros(8)))),
+        "a detached loss beside the balance loss": (TWO, own_loss("logits.logsumexp(-1).detach().square().mean()")),
+        "a loss under another metric's name": (TWO, own_loss("logits.logsumexp(-1).mean()", "balance_loss")),
+        "a loss for each token": (TWO, own_loss("logits.logsumexp(-1).square()")),
+    },
+    "weights sum as declared": {
+        "weights renormalised before dropping":
+            (TWO, routed("weight = torch.where(kept, weight, 0)", ("weight = torch.where(kept, weight, 0.0)", "pass"))),
+    },
+    "capacity is the formula": {
+        "capacity off by one": (CAPACITY, router(CAPACITY_OF, ("return capacity(", "return 1 + capacity("))),
+        "tokens dropped without a capacity": (DROPLESS, router(CAPACITY_OF, ("return None", "return 5"))),
+        "padding takes capacity":
+            (CAPACITY, router(KEPT, ("torch.where(requested, expert, self.num_experts)", "expert"))),
+        "padding is computed": (DROPLESS, router(KEPT, ("token_mask is not None", "False"))),
+        "capacity counted in bf16":
+            (TWO, router(KEPT, ("(len(queue), device=expert.device)", "(len(queue)).bfloat16()"))),
+        "all_kept of padding": (DROPLESS, routed("all_kept = True")),
+        "a capacity below the kept tokens": (TWO, routed("capacity = 4")),
+    },
+    "the declared tokens are dropped": {
+        "the first tokens stay": (CAPACITY, router(KEPT, ("config.random_token_selection and self.training", "False"))),
+        "second choices before first": (TWO, router(KEPT, (".view(num_tokens, 2).t().flatten()", ""))),
+    },
+    "padding counts in no output or loss": {"padding in the balance loss": (CAPACITY, routed("token_mask = None"))},
+    "evaluation does not see neighbours": {
+        "evaluation drops tokens": (CAPACITY, router(CAPACITY_OF, ("config.eval_token_dropping", "True"))),
+        "tokens mixed up": (DROPLESS, layer("y + 1e-2 * x.roll(1, 1)")),
+    },
+    "a token sees no later one": {
+        "a pool of experts for a sequence": (TWO, of_a_pool(always=True)),
+        "a pool of experts in training": (DROPLESS, of_a_pool(always=False)),
+    },
+    "micro-batches add up": {
+        "statistics of the micro-batch": (DROPLESS, layer("y - y.mean(dim=(0, 1)) if self.training else y")),
+        "a loss that is a sum over tokens": (DROPLESS, own_loss("logits.logsumexp(-1).square().sum()")),
+    },
+    "output = sum of weight * expert(x)": {
+        "dropped tokens copied": (CAPACITY, layer("torch.where(routing.kept.any(1).view(*x.shape[:2], 1), y, x)")),
+        "a lost expert":  # the last one, whose tokens go to the one before it
+            (DROPLESS, experts(("rows = x", "counts[-2:] = sum(counts[-2:]), 0\n    rows = x"))),
+    },
+    "gradients equal finite differences": {
+        "no gradient of an expert": (CAPACITY, experts(("(parts)", "([parts[0].detach(), *parts[1:]])"))),
+    },
+    "forward writes no state": {
+        "state written in forward": (CAPACITY, with_load(routed("self.load += self.training * count(expert, 8)"))),
+        "noise of the global generator": (TWO, logits(f"{LOGITS} + torch.randn(8, dtype=x.dtype)")),
+    },
+    "a resumed run is the same to the bit": {"state that no checkpoint holds": (CAPACITY, add_lost_state)},
+    "types are kept": {
+        "output in fp32": (CAPACITY, layer("y.float()")),
+        "weights in half precision": (CAPACITY, routed("weight = weight.to(x.dtype)")),
+        "overflow in fp16": (CAPACITY, layer("y * 3e5 / 3e5")),
+    },
+    "50 steps balance the load": {
+        "an expert out of reach": (TWO, logits(f"{LOGITS} - 1e4 * torch.eye(8, dtype=x.dtype)[-1]")),
+        "balance loss with the wrong sign": (TWO, routed("probs = -probs")),
+    },
+    "unusual sizes work": {
+        "even widths only": (CAPACITY, layer("y.view(*y.shape[:2], -1, 2).flatten(2)")),
+        "overflow of large logits":
+            (DROPLESS, router(SCORES, ("return probs", "return logits.exp() / logits.exp().sum(-1, keepdim=True)"))),
+    },
+    "evaluation chooses as training does": {
+        "other experts in evaluation": (TWO, logits(f"{LOGITS} if self.training else {LOGITS}.roll(1, -1)")),
+    },
+    "steps follow the requests": {
+        "the load of the last micro-batch": (TWO, after_step(lambda self, requests: self.seen)),
+        "loads counted in the weights' type": (TWO, after_step(lambda self, requests: requests.to(self.weight.dtype))),
+        "shares of no request": (TWO, after_step(lambda self, requests: requests / requests.sum())),
+    },
+    "the host reads no device": {
+        "a read by the host after a step": (TWO, after_step(clipped)),
+        "a read by the host": (CAPACITY, routed("assert expert.max().item() >= 0")),
+    },
+}  # fmt: skip
+DEFECTS = {defect: (name, made) for name, those in BY_PROPERTY.items() for defect, made in those.items()}
