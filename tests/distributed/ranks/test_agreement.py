@@ -5,6 +5,7 @@ done the same. To add one, add it to `SPOILT` (a bad expert) or to `INTERRUPTED`
 end); a disturbance of another kind is a job, a function that returns what each rank saw, and a line in `JOBS`.
 """
 
+import errno
 import os
 import shutil
 import signal
@@ -13,16 +14,20 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
+from safetensors.torch import save_file
 from torch import Tensor, distributed
 
 import nlgmoe
 from nlgmoe.callbacks import SaveCheckpoints
+from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.reading import read_document
+from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.parallel.sharded_checkpoint import LOSS_SCALE_KEYS
@@ -145,9 +150,28 @@ def refused(cell: Cell, ranks: int, folder: Path) -> list[str]:
     ]
 
 
+def disk_full(cell: Cell, ranks: int, folder: Path) -> tuple[str, list[str]]:
+    """The error of a save for which rank 1 has no room, and problems of the checkpoint that it was to replace."""
+    where, errors = folder / "full disk", list[str]()
+    path = where / "full.ckpt"
+
+    def write(entries: dict[str, Tensor], file: Path) -> None:
+        if distributed.get_rank() == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save_file(entries, file)
+
+    def save(trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(path)
+        with mock.patch.object(writing, "save_file", write):
+            errors.append(error_of(lambda: trainer.save_checkpoint(path)))
+
+    on_ranks(cell, ranks, where, LambdaCallback(on_train_start=save))
+    return errors[0], [*find_problems(path), *(path.name for path in where.glob(".*"))]
+
+
 JOBS: Jobs = {2: [(on_ranks, cell) for cell in (PLAIN, *(cell for cell, _ in INTERRUPTED))]}
 JOBS[2] += [(spoilt, cell) for cell in SPOILT] + [(interrupted, cell) for cell, _ in INTERRUPTED]
-JOBS[2] += [(overflow, OVERFLOW), (refused, PLAIN)]
+JOBS[2] += [(overflow, OVERFLOW), (refused, PLAIN), (disk_full, PLAIN)]
 
 
 def test_overflow_changes_scale_and_clock_alone_and_ends_a_run_at_the_lowest_scale(found: Found) -> None:
@@ -186,6 +210,12 @@ def test_signal_to_one_rank_ends_all_after_the_same_step(cell: Cell, step: int, 
     for rank, (code, saved, resumed) in enumerate(found[interrupted, cell.name]):
         assert (code, saved) == (0, step)
         assert resumed == pytest.approx(found[on_ranks, cell.name][rank].losses[step:], rel=1e-6)
+
+
+def test_disk_full_on_one_rank_is_named_by_both_and_leaves_the_checkpoint_before(found: Found) -> None:
+    for error, problems in found[disk_full, PLAIN.name]:
+        assert error.startswith("rank 1: the checkpoint ") and "No space left" in error and "make room" in error
+        assert not problems
 
 
 def test_unusable_checkpoint_or_module_is_named_by_every_rank(found: Found) -> None:
