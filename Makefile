@@ -108,7 +108,7 @@ test-oldest:  ### the suite with the oldest releases that pyproject.toml admits,
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pytest
 
-test-faults: develop  ### kills, full disks, two hosts (root and ip), on two ranks; part of test-nightly
+test-faults: develop  ### kills at every call, two hosts (root and ip); part of test-nightly
 	$(BIN)/python -m pytest -n 0 tests/faults
 
 reproduce-tables: develop  ### tables of README.md and docs/claims.md, and the figures, from docs/results/reproduce.json

@@ -128,7 +128,8 @@ def test_model_configs_have_the_papers_shapes_sizes_and_recipes(name: str) -> No
     assert data.batch_ramp_up == RAMP_UPS.get(name)
     assert not data.document_attention and not data.mask_eod_loss and module.curriculum is None
     assert (data.corpus.prefix, data.corpus.split) == (["data/pile/pile_text_document"], [98, 2, 0])  # type: ignore[attr-defined]
-    assert read(name)["data"]["tokenizer"] == "gpt2"
+    assert read(name)["data"]["tokenizer"] == "gpt2" and data.seq_len == config.seq_len
+    assert trainer.default_root_dir == f"runs/{name.partition('/')[2]}"
     assert (trainer.gradient_clip_val, trainer.val_check_interval, trainer.check_val_every_n_epoch) == (1.0, 100, None)
     if (moe := config.moe) is not None:
         residual = not name.startswith("moe/")
@@ -164,25 +165,6 @@ def test_model_configs_run_on_every_machine(overlay: str) -> None:
             assert all(size % (steps * GPUS[overlay]) == 0 for size in sizes)
 
 
-BLEND = {  # file, as the scripts' internal branch names it -> weight there
-    "Books3_ftfy_cleaned_id_shuf": 0.14336,
-    "rn_dedup_shuf_cleaned_0.7_cleaned_shuf": 0.08962,
-    "OpenWebText2_ftfy_cleaned_id_shuf": 0.19336,
-    "StackExchange_ftfy_id_shuf": 0.05689,
-    "stories_dedup0.7_shuf_cleaned_shuf": 0.00859,
-    "PubMed_Abstracts_ftfy_id_shuf": 0.02897,
-    "Wikipedia_en_ftfy_id_shuf": 0.04771,
-    "Gutenberg_PG-19_ftfy_cleaned_id_cleaned_shuf": 0.00873,
-    "BookCorpus2_ftfy_cleaned_id_shuf": 0.01007,
-    "NIH_ExPorter_ftfy_id_shuf": 0.00208,
-    "CC-2020-50_id_cleaned_shuf": 0.13017,
-    "Pile-CC_id_cleaned_shuf": 0.09446,
-    "CC-2021-04_id_cleaned_shuf": 0.15652,
-    "ArXiv_ftfy_cleaned_id_shuf": 0.01359,
-    "Github_ftfy_id_shuf": 0.01588,
-}
-
-
 def test_blend_config_replaces_a_models_corpus_and_nothing_else() -> None:
     name = "pr_moe/350m_pr_moe_32_64"
     plain, blended = (parse(name, *more, "hardware/cpu") for more in ((), ("data/paper_blend",)))
@@ -192,10 +174,9 @@ def test_blend_config_replaces_a_models_corpus_and_nothing_else() -> None:
     del plain["data"]["max_eval_windows"], plain["data"]["corpus"], plain["config"], blended["config"]
     assert blended == plain
     corpora = [part["corpus"]["init_args"] for part in parts]
-    assert [Path(corpus["prefix"]).name for corpus in corpora] == [f"{file}_text_document" for file in BLEND]
-    assert [part["weight"] for part in parts] == list(BLEND.values()) and sum(BLEND.values()) == pytest.approx(1)
+    assert len(parts) == 15 and sum(part["weight"] for part in parts) == pytest.approx(1)
+    assert len({corpus["prefix"] for corpus in corpora}) == len({part["name"] for part in parts}) == len(parts)
     assert {tuple(corpus["split"]) for corpus in corpora} == {(98, 2, 0)}
-    assert len({part["name"] for part in parts}) == len(BLEND)
 
 
 def test_streamed_pile_config_goes_over_every_model() -> None:
@@ -227,19 +208,10 @@ def test_the_laptop_twins_differ_in_nothing_but_the_architecture(family: str) ->
     assert apart_from_its_architecture(f"{family}/laptop") == apart_from_its_architecture("dense/laptop")
 
 
-@pytest.mark.parametrize("name", [*PAPER, "quickstart", *(f"{family}/laptop" for family in FAMILIES)])
-def test_model_configs_have_a_run_folder_of_their_own_and_data_of_their_length(name: str) -> None:
-    experiment = experiment_of(name)
-    family, _, model = name.rpartition("/")
-    folder = f"laptop_{family}" if model == "laptop" else model
-    assert experiment.trainer.default_root_dir == read(name)["trainer"]["default_root_dir"] == f"runs/{folder}"
-    assert experiment.data.seq_len == experiment.module.config.seq_len
+GATE = sorted((ROOT.parent / "docs/examples/gate").glob("*.yaml"))
 
 
-GATE = sorted((ROOT.parent / "docs/examples/gate").glob("*.*"))
-
-
-@pytest.mark.parametrize("file", [file for file in GATE if file.suffix == ".yaml"], ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", GATE, ids=lambda file: file.stem)
 def test_gate_configs_change_model_and_optimizer_alone(file: Path) -> None:
     """It is laid over the claims' setting, states its FLOPs, and computes."""
     entry = yaml.safe_load(file.read_text())
@@ -256,11 +228,3 @@ def test_gate_configs_change_model_and_optimizer_alone(file: Path) -> None:
     initialise(model, config, 0)
     tokens = torch.arange(64).view(2, 32)
     assert bool(model(tokens).hidden.isfinite().all())
-
-
-def test_gate_configs_say_how_they_are_judged() -> None:
-    assert len(GATE) == 13
-    parts = ("Source: ", "Rule: judged by `make gate`, 8 pairs, margin 0.02, rule of docs/gate.md; expected: ")
-    for file in GATE:
-        text = file.read_text()
-        assert text.count("\n") <= 90 and all(part in text for part in parts), file

@@ -3,8 +3,6 @@
 import csv
 import math
 import re
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +14,15 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.nn import functional as F
 
-from nlgmoe import ZeroShotEval
 from nlgmoe.batch import Batch
-from nlgmoe.callbacks import ExpertLoad, SaveCheckpoints, Throughput
+from nlgmoe.callbacks import Throughput
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.non_finite import NonFinite
-from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
-from nlgmoe.step import Window
-from nlgmoe.validation import RunError
 from tests.support.synthetic import SyntheticData
-from tests.support.trainers import CONFIG, Recorder, SaveAt, run_validation, trainer
+from tests.support.trainers import CONFIG, Recorder, SaveAt, trainer
 
 DROPLESS = GPTConfig(61, 16, 2, 32, 2, init_std=0.2, moe=MoEConfig(4, token_dropping=False, loss_coeff=0.0))
 
@@ -70,23 +64,10 @@ def test_clock_counts_tokens_and_the_learning_rate_follows_it(tmp_path: Path) ->
     assert float(run.callback_metrics["train/lr"]) == pytest.approx(cosine[-1])
 
 
-class OptimizerAlone(MoEGPTModule):
-    """A subclass with an optimizer of its own groups and, as Lightning allows, no scheduler."""
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(build_optimizer(self.gpt, self.optimizer_config).param_groups, lr=1e-3)
-
-
-def test_train_tokens_ends_the_run_at_the_end_of_that_step_also_without_a_scheduler(tmp_path: Path) -> None:
-    schedule = LearningRateSchedule(warmup_tokens=128, decay_tokens=512)
-    rates: list[list[float]] = []
-    for kind in (MoEGPTModule, OptimizerAlone):
-        module, data, recorder = kind(CONFIG, schedule=schedule, train_tokens=150), SyntheticData(), Recorder()
-        run = trainer(tmp_path, recorder, max_steps=9)
-        run.fit(module, data)  # 64 tokens a step
-        assert (run.global_step, module.tokens_seen, data.samples_consumed) == (3, 192, 12)
-        rates.append(recorder.rates)
-    assert rates[0] == rates[1] and len(set(rates[0])) == 3
+def test_train_tokens_ends_the_run_at_the_end_of_that_step(tmp_path: Path) -> None:
+    module, data, run = MoEGPTModule(CONFIG, train_tokens=150), SyntheticData(), trainer(tmp_path, max_steps=9)
+    run.fit(module, data)  # 64 tokens a step
+    assert (run.global_step, module.tokens_seen, data.samples_consumed) == (3, 192, 12)
 
 
 def test_a_run_ends_with_a_whole_step_that_is_logged_and_validated(tmp_path: Path) -> None:
@@ -120,43 +101,6 @@ def test_a_run_that_ends_before_its_schedule_says_so(tmp_path: Path, recwarn: py
         assert any(re.search("is above|is below|training has ended after", text) for text in told) != fits
 
 
-def test_accumulated_micro_batches_weigh_equally(tmp_path: Path) -> None:
-    """Two micro-batches of two are one of four, where nothing depends on the micro-batch (dropless, no noise)."""
-    weights = []
-    for micro_batch_size, accumulate in ((4, 1), (2, 2)):
-        module = MoEGPTModule(replace(DROPLESS, init_std=CONFIG.init_std), AdamWConfig(lr=1e-3))
-        data = SyntheticData(micro_batch_size=micro_batch_size)
-        trainer(tmp_path, max_steps=3, accumulate_grad_batches=accumulate).fit(module, data)
-        weights.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
-    assert torch.allclose(*weights, atol=1e-5)
-
-
-def test_micro_batches_of_a_step_have_the_same_losses_and_are_averaged() -> None:
-    window, batch = Window(), {"tokens": torch.zeros(2, 4, dtype=torch.int64)}
-    for loss in (5.0, 1.0):
-        window.add(batch, {"loss": torch.tensor(loss), "own": torch.tensor(2.0)})
-    assert window.read(torch.tensor(0.5), 7) == ({"loss": 3.0, "own": 2.0}, 0.5, 7)
-    assert (window.samples, window.tokens) == (4, 16)
-    with pytest.raises(RunError, match=r"different losses: \['loss', 'own'\] and \['loss', 'other'\]"):
-        window.add(batch, {"loss": torch.tensor(1.0), "other": torch.tensor(2.0)})
-
-
-def test_module_settings_all_have_an_effect(tmp_path: Path) -> None:
-    def losses(**settings: Any) -> list[float]:
-        recorder, module = Recorder(), MoEGPTModule(CONFIG, **settings)
-        trainer(tmp_path, recorder, max_steps=3).fit(module, SyntheticData())
-        assert module.gpt.activation_checkpointing == settings.get("activation_checkpointing", False)
-        return recorder.losses
-
-    plain = losses()
-    assert losses(activation_checkpointing=True) == plain  # memory, not numbers
-    assert losses(loss_chunk_size=3) == pytest.approx(plain, rel=1e-5)
-    assert losses(seed=5) != plain
-    assert losses(optimizer=AdamWConfig(lr=1e-2)) != plain
-    assert losses(schedule=LearningRateSchedule("constant", warmup_tokens=1000)) != plain
-    assert losses(curriculum=SequenceCurriculum(1000, 8, 8)) != plain
-
-
 def test_dropout_and_routing_draw_from_seed_and_step_alone(tmp_path: Path) -> None:
     """The global generator neither decides nor notices."""
     config = GPTConfig(61, 16, 2, 32, 2, hidden_dropout=0.2, attention_dropout=0.1, moe=MoEConfig(4, noise="jitter"))
@@ -168,23 +112,6 @@ def test_dropout_and_routing_draw_from_seed_and_step_alone(tmp_path: Path) -> No
         runs.append(recorder.losses)
     assert runs[0] == runs[1]
     assert len(set(runs[0])) == 4
-
-
-def test_lower_precision_trains_to_about_the_same_loss(tmp_path: Path) -> None:
-    trained, validated = {}, {}
-    for precision in ("32-true", "bf16-mixed", "bf16-true"):
-        recorder, module = Recorder(), MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2))
-        run = trainer(tmp_path, recorder, max_steps=30, gradient_clip_val=1.0, precision=precision)
-        run.fit(module, SyntheticData())
-        assert recorder.losses[0] == pytest.approx(math.log(61), abs=0.1)
-        validated[precision] = run_validation(module, tmp_path, precision=precision)
-        trained[precision] = sum(recorder.losses[-10:]) / 10
-        weight = torch.float32 if precision != "bf16-true" else torch.bfloat16
-        assert module.gpt.blocks[1].moe.experts.expand_weight.dtype == weight
-        assert module.routings[0].weight.dtype == torch.float32
-        assert validated[precision] == pytest.approx(validated["32-true"], rel=0.1)
-        assert trained[precision] == pytest.approx(trained["32-true"], rel=0.1)
-        assert trained[precision] < 0.7 * math.log(61)
 
 
 def test_validation_test_and_prediction_have_the_losses_of_each_domain(tmp_path: Path) -> None:
@@ -278,25 +205,3 @@ def test_training_does_not_read_the_data_of_an_evaluation_before_it(tmp_path: Pa
     resumed.validate(MoEGPTModule(CONFIG), datamodule=SyntheticData(seq_len=8), verbose=False)
     with pytest.warns(UserWarning, match="goes on at step 1 with data that may repeat, skip or begin again"):
         resumed.fit(MoEGPTModule(CONFIG), train_dataloaders=loader, ckpt_path=saved)  # other data had been evaluated
-
-
-def test_a_dataloader_without_names_of_domains_is_one_domain(tmp_path: Path) -> None:
-    loader, run = SyntheticData().val_dataloader(), trainer(tmp_path, limit_val_batches=1.0)
-    (found,) = run.validate(MoEGPTModule(CONFIG), loader, verbose=False)
-    assert found["val/loss/all"] == found["val/loss"] == pytest.approx(run_validation(MoEGPTModule(CONFIG), tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("make", "settings"),
-    [
-        (partial(MoEGPTModule, CONFIG), {"train_tokens": 0}),
-        (NonFinite, {"action": "ignore"}),
-        (SaveCheckpoints, {"every_n_steps": 0}),
-        (ExpertLoad, {"dead_window": 0}),
-        (Throughput, {"peak_tflops": 0}),
-        (partial(ZeroShotEval, ["piqa"]), {"limit": 0}),
-    ],
-)
-def test_module_refuses_impossible_settings_by_name(make: Any, settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(settings))}="):
-        make(**settings)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from nlgmoe.cli.arguments import write_whole
 from nlgmoe.data.source_files import input_files
 
 
@@ -25,21 +24,3 @@ def test_folder_of_text_gives_its_records_else_plain_text_and_names_other_files(
     with pytest.raises(ValueError, match=r"inside is a folder without text files of its own.*inside/\*\*/\*\.txt'"):
         input_files(str(tmp_path / "inside"))
     assert input_files(f"{tmp_path}/*.md") == [str(tmp_path / "README.md")]
-
-
-def test_atomic_write_writes_a_file_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "out"
-
-    def full(file: Path, text: str, encoding: str) -> None:
-        file.open("w").close()
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", full)
-        with pytest.raises(ValueError, match=r"output=.*out cannot be written \(No space left on device\); make room"):
-            write_whole(str(path), "text")
-    assert not list(tmp_path.iterdir())
-    write_whole(str(path), "text")
-    with pytest.raises(ValueError, match="exists already"):
-        write_whole(str(path), "another")
-    assert path.read_text() == "text"

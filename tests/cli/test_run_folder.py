@@ -69,21 +69,6 @@ def test_callback_that_varies_a_default_one_takes_its_place() -> None:
     assert sorted(found) == ["OwnLoad", "TQDMProgressBar"]
 
 
-def test_text_that_could_be_something_else_is_recorded_as_text(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given, recorded = tmp_path / "given.yaml", tmp_path / "recorded.yaml"
-    for text in ("08", "1:30", "no"):
-        logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": text, "name": text}}
-        given.write_text(json.dumps({"trainer": {"logger": [logger], "default_root_dir": text}}))
-        with pytest.raises(SystemExit):
-            main(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), "--config", str(given), "--print_config"])
-        recorded.write_text(capsys.readouterr().out)
-        for found in (parse_config(recorded)["trainer"], yaml.safe_load(recorded.read_text())["trainer"]):
-            made = found["logger"][0]["init_args"]
-            assert (found["default_root_dir"], made["save_dir"], made["name"]) == (text, text, text)
-
-
 def test_callbacks_with_a_plus_sign_are_added_and_without_replace_the_others(tmp_path: Path) -> None:
     laptop, more = ROOT / "configs/dense/laptop.yaml", tmp_path / "more.yaml"
 

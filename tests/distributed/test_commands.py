@@ -3,13 +3,14 @@
 import base64
 import csv
 import json
+import signal
 from pathlib import Path
 
 import psutil
 import pytest
 
 from nlgmoe.cli.train import main
-from tests.support.commands import ENVIRONMENT, SETTINGS_ON_RANKS, train_py
+from tests.support.commands import ENVIRONMENT, SETTINGS_ON_RANKS, metrics_of, train_py
 from tests.support.processes import Started
 from tests.support.spawn import free_port
 
@@ -94,3 +95,20 @@ def test_two_ranks_stop_on_sigterm_to_the_one_process_that_the_user_knows_and_on
     assert json.loads((run / "summary.json").read_text())["steps"] == 5
     with (run / "metrics.csv").open() as file:
         assert [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]] == [0, 1, 2, 3, 4]
+
+
+def test_two_ranks_killed_while_they_save_go_on_as_if_undisturbed(pocket_pile: Path, tmp_path: Path) -> None:
+    run, undisturbed, output = tmp_path / "run", tmp_path / "undisturbed", tmp_path / "output.txt"
+    others = (FEW, "--trainer.devices=2", "--model.train_tokens=1536", "--ckpt_path=auto")
+    killed = ["fit", *settings_of(run, pocket_pile, *others)]
+    kills = "--trainer.callbacks+=tests.support.disturbances.KillsAllInASave"
+    started = Started(["train.py", *killed, kills], output, output, ENVIRONMENT, new_session=True)
+    assert started.wait(timeout=200) == -signal.SIGKILL, output.read_text()[-2000:]
+    assert (run / "checkpoints/.step-4.ckpt.writing").exists()
+    resumed = train_py(*killed)
+    assert resumed.returncode == 0 and "step-2.ckpt" in resumed.stdout + resumed.stderr, resumed.stderr
+    assert not list(run.rglob(".*.ckpt.*"))
+    done = train_py("fit", *settings_of(undisturbed, pocket_pile, *others))
+    assert done.returncode == 0, done.stderr
+    for row, expected in zip(metrics_of(run), metrics_of(undisturbed), strict=True):
+        assert row == pytest.approx(expected, rel=1e-6, nan_ok=True)

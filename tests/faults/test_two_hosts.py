@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import ENVIRONMENT, Ended, Launched, Run
+from tests.support.commands import ENVIRONMENT, SETTINGS_ON_RANKS, metrics_of, train_py
 from tests.support.processes import ROOT
 
 PORT = 29511  # the namespaces have all ports to themselves
 TIMEOUT = 40.0  # seconds that a rank waits for another one; below that hosts may start apart
 GRACE = 30.0  # for torchrun to notice that its rank has ended, on a busy machine
-_PATH = {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+TOOLS = ENVIRONMENT | {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 
 
 class Cluster:
@@ -47,57 +47,55 @@ class Cluster:
         for name in (self.switch, *self.hosts):
             for number in processes_on(name):
                 os.kill(number, signal.SIGKILL)
-            subprocess.run(["ip", "netns", "del", name], env=os.environ | _PATH, capture_output=True)
+            subprocess.run(["ip", "netns", "del", name], env=TOOLS, capture_output=True)
 
-    def start(self, run: Run) -> list[Launched]:
+    def start(self, arguments: list[str], folder: Path) -> list[subprocess.Popen[bytes]]:
         """Start one rank of two on each host, as on a cluster: torchrun, the first one's address given to both."""
         launched = []
         for number, host in enumerate(self.hosts):
-            words = ["ip", "netns", "exec", host, "env", "GLOO_SOCKET_IFNAME=eth0", f"PATH={_PATH['PATH']}"]
+            words = ["ip", "netns", "exec", host, "env", "GLOO_SOCKET_IFNAME=eth0", f"PATH={TOOLS['PATH']}"]
             words += [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-            words += [f"--node_rank={number}", "--master_addr=10.77.0.1", f"--master_port={PORT}"]
-            words += [str(ROOT / "train.py"), *run.arguments(), "--trainer.devices=1", "--trainer.num_nodes=2"]
-            output = run.next_output()
-            with output.open("w") as file:
-                process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT | _PATH, stdout=file, stderr=file)
-            # torchrun gives its ranks process groups of their own.
-            launched.append(Launched(process, output, lambda host=host: processes_on(host)))  # type: ignore[misc]
+            words += [f"--node_rank={number}", "--master_addr=10.77.0.1", f"--master_port={PORT}", "train.py"]
+            words += [*arguments, "--trainer.devices=1", "--trainer.num_nodes=2"]
+            with (folder / f"{number}.txt").open("w") as file:
+                launched.append(subprocess.Popen(words, cwd=ROOT, env=TOOLS, stdout=file, stderr=file))
         return launched
+
+    def codes(self, launched: list[subprocess.Popen[bytes]]) -> list[int]:
+        """Wait until nothing runs on the hosts; return how torchrun ended on each."""
+        codes = [process.wait(timeout=300) for process in launched]
+        until = time.monotonic() + GRACE
+        while any(processes_on(host) for host in self.hosts):
+            assert time.monotonic() < until, "a rank outlives torchrun"
+            time.sleep(0.1)
+        return codes
 
     def turn(self, state: str) -> None:
         """Turn the switch `up` or `down`: packets vanish, while the hosts' own links stay up and no connection is closed."""
         ip("-n", self.switch, "link", "set", "bridge", state)
 
 
-def wait(launched: list[Launched], timeout: float = 300) -> list[Ended]:
-    try:
-        return [each.wait(timeout) for each in launched]
-    finally:
-        for each in launched:
-            each.kill()
-
-
-def wait_for_step(run: Run, step: int, timeout: float = 120) -> None:
+def wait_for_step(run: Path, step: int, timeout: float = 120) -> None:
     """Wait until the run has trained that many steps."""
-    rows = run.folder / "metrics.csv"
+    rows = run / "metrics.csv"
     until = time.monotonic() + timeout
     while not rows.exists() or rows.read_text().count("\n") <= step:
-        assert time.monotonic() < until, f"{run.folder} does not train"
+        assert time.monotonic() < until, f"{run} does not train"
         time.sleep(0.1)
 
 
 def processes_on(host: str) -> list[int]:
     """Numbers of everything that runs on a host; none if there is no such host."""
-    found = subprocess.run(["ip", "netns", "pids", host], env=os.environ | _PATH, capture_output=True, text=True)
+    found = subprocess.run(["ip", "netns", "pids", host], env=TOOLS, capture_output=True, text=True)
     return [int(number) for number in found.stdout.split()]
 
 
 def ip(*args: str) -> None:
-    subprocess.run(["ip", *args], env=os.environ | _PATH, capture_output=True, check=True)
+    subprocess.run(["ip", *args], env=TOOLS, capture_output=True, check=True)
 
 
 @pytest.fixture
-def hosts() -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     made = Cluster()
     try:
         made.build()
@@ -109,22 +107,22 @@ def hosts() -> Iterator[Cluster]:
 
 
 def test_two_hosts_end_in_time_when_the_network_is_silent_and_the_run_goes_on(
-    hosts: Cluster, undisturbed: Run, tmp_path: Path
+    cluster: Cluster, pocket_pile: Path, tmp_path: Path
 ) -> None:
-    run = Run(tmp_path / "run", undisturbed.data, timeout_seconds=TIMEOUT)
-    launched = hosts.start(run)
-    try:
-        wait_for_step(run, 8)
-        began = time.monotonic()
-        hosts.turn("down")
-        ended = [each.wait() for each in launched]
-        seconds = time.monotonic() - began
-    finally:
-        hosts.turn("up")
-        wait(launched)
-    assert all(each.code != 0 for each in ended), ended[0].output
-    assert seconds < TIMEOUT + GRACE
-    assert run.newest() > 0
-    for each in wait(hosts.start(run)):
-        assert each.code == 0, each.output
-    run.compare(undisturbed)
+    settings = ["fit", *SETTINGS_ON_RANKS, f"--data.data_dir={pocket_pile}", "--trainer.callbacks=[]"]
+    settings += ["--model.train_tokens=8192", f"--trainer.strategy.init_args.timeout_seconds={TIMEOUT}"]  # 32 steps
+    run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    disturbed = [*settings, f"--trainer.default_root_dir={run}", "--ckpt_path=auto"]
+    launched = cluster.start(disturbed, tmp_path)
+    wait_for_step(run, 8)
+    began = time.monotonic()
+    cluster.turn("down")
+    assert all(code != 0 for code in cluster.codes(launched))
+    assert time.monotonic() - began < TIMEOUT + GRACE
+    cluster.turn("up")
+    assert cluster.codes(cluster.start(disturbed, tmp_path)) == [0, 0], (tmp_path / "0.txt").read_text()
+    assert "step-" in (tmp_path / "0.txt").read_text() and not list(run.rglob(".*.ckpt.*"))
+    done = train_py(*settings, f"--trainer.default_root_dir={undisturbed}", "--trainer.devices=2")
+    assert done.returncode == 0, done.stderr
+    for row, expected in zip(metrics_of(run), metrics_of(undisturbed), strict=True):
+        assert row == pytest.approx(expected, rel=1e-6, nan_ok=True)

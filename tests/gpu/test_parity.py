@@ -6,24 +6,20 @@ A GPU draws other random numbers than a CPU: the routing's are drawn on the CPU 
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers import router as router_module
 from nlgmoe.layers.attention import AttentionContext, CausalSelfAttention, KVCache
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.experts import Experts
-from nlgmoe.layers.losses import SoftTargets, TopTargets, cross_entropy, distilled_cross_entropy
-from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.router import RoutingContext, TopKRouter
+from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parallel.triton_product import triton_product
-from nlgmoe.pyramid import ExpertPlacement
 from tests.gpu.conftest import DRY
 from tests.support.devices import draw, error
 
@@ -98,46 +94,6 @@ def test_attention(name: str, sees: str, device: torch.device, near: Near) -> No
     with torch.no_grad():
         found, expected = forward(on(layer, device, TYPES[name]), x.to(device, TYPES[name])), forward(layer, x)
     near(f"output, {name}", error(found, expected), OUTPUT[name])
-
-
-ROUTERS: dict[str, dict[str, Any]] = {
-    "capacity": {},
-    "jitter": {"noise": "jitter"},
-    "rsample": {"noise": "rsample"},
-    "top-2, sampled": {"top_k": 2},
-    "top-4": {"top_k": 4, "train_capacity_factor": 0.5},
-}
-
-
-@pytest.mark.parametrize("variant", ROUTERS)
-@pytest.mark.parametrize("padded", [False, True])
-def test_router(variant: str, padded: bool, device: torch.device, near: Near) -> None:
-    tokens, width = (64, 32) if DRY else (4096, 512)
-    router = TopKRouter(MoEConfig(16, **ROUTERS[variant]), width, 16, 0)
-    draw(router)
-    x, mask = tensor(tokens, width), torch.arange(tokens) % 5 > 0
-    expected, found = (
-        on(router, where)(x.to(where), RoutingContext(mask=mask.to(where) if padded else None, noise_key=(0, 1, 2)))
-        for where in (torch.device("cpu"), device)
-    )
-    other = (found.expert.cpu() != expected.expert).any(dim=1) | (found.kept.cpu() != expected.kept).any(dim=1)
-    near("tokens with another expert", float(other.float().mean()), 0.0)
-    for part in ("weight", "probs", "logits"):
-        near(part, error(getattr(found, part), getattr(expected, part)), 1e-5)
-
-
-@pytest.mark.parametrize("allowed", ["high", "medium"])
-def test_router_where_a_script_allows_tf32(allowed: str, device: torch.device, near: Near) -> None:
-    tokens, width = (64, 32) if DRY else (4096, 512)
-    router = TopKRouter(MoEConfig(16), width, 16, 0)
-    draw(router)
-    there, x = on(router, device), tensor(tokens, width).to(device)
-    exact = there(x).logits
-    torch.set_float32_matmul_precision(allowed)
-    try:
-        near("logits", error(there(x).logits, exact), 0.0)
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 def rows_of(load: str, rows: int, experts: int) -> Tensor:
@@ -215,28 +171,10 @@ def test_loss(name: str, device: torch.device, near: Near) -> None:
     near(f"gradient of padding, {name}", float(given[1].grad[VOCABULARY:].abs().sum()), 0.0)
 
 
-@pytest.mark.parametrize("cut", [False, True], ids=["whole", "top-k"])
-def test_distillation(cut: bool, device: torch.device, near: Near) -> None:
-    results = []
-    for where in (torch.device("cpu"), device):
-        hidden, table, targets = (part.to(where) for part in head(torch.device("cpu"), "fp32", 64 if DRY else 1024))
-        teacher = (hidden.roll(1, 0) @ table[:VOCABULARY].t()) / 2
-        ids = teacher.topk(8).indices
-        top = torch.cat([teacher.log_softmax(-1).gather(1, ids), torch.full((len(ids), 1), -1.0, device=where)], dim=1)
-        whole = SoftTargets(teacher.__getitem__, 0.7, 2.0)
-        said = TopTargets(lambda part, ids=ids, top=top: (ids[part], top[part]), 0.7, 2.0) if cut else whole
-        given = [hidden.requires_grad_(), table.requires_grad_()]
-        found = distilled_cross_entropy(given[0], given[1], VOCABULARY, targets, None, 256, None, said)
-        found.loss.backward()
-        results.append([*found, *(part.grad for part in given)])
-    names = ("loss", "language", "distillation", "agreement", "gradient of hidden states", "gradient of unembedding")
-    for name, expected, other in zip(names, *results, strict=True):
-        near(name, error(other, expected), 1e-5)
-
-
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {},
     "capacity": {"num_experts": 8},
+    "jitter": {"num_experts": 8, "noise": "jitter"},
     "dropless, residual": {"num_experts": [8, 16], "token_dropping": False, "mlp_type": "residual"},
     "top-2": {"num_experts": 8, "top_k": 2, "second_expert": "argmax", "token_dropping": False},
 }
@@ -265,31 +203,3 @@ def test_model(variant: str, recomputed: bool, device: torch.device, near: Near)
     pairs = zip(gradients, others, strict=True)
     worst = max(float((other.cpu() - one).norm() / max(one.norm(), 1e-3 * total)) for one, other in pairs)
     near("gradients", worst, 1e-4)
-
-
-@pytest.fixture
-def one_rank(device: torch.device, tmp_path: Path) -> Any:
-    """A process group of this process alone."""
-    backend = "gloo" if device.type == "cpu" else "nccl"
-    distributed.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield distributed.new_group([0])
-    distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("variant", ["capacity", "dropless, residual", "top-2"])
-def test_a_group_of_one_rank_changes_nothing(variant: str, device: torch.device, one_rank: Any, near: Near) -> None:
-    width = 32 if DRY else 512
-    config = GPTConfig(257, 64, 2, width, 4, moe=MoEConfig(**MODELS[variant] | {"num_experts": 8}))
-    alone = MoELayer(config, 1)
-    draw(alone, std=0.1)
-    spread = MoELayer(config, 1, ExpertPlacement(0, 8, one_rank))
-    spread.load_state_dict(alone.state_dict())
-    spread.dispatcher.equal_batches = True
-    results = []
-    for layer in (alone.to(device), spread.to(device)):
-        x = tensor(4, 64, width).to(device).requires_grad_()
-        context = RoutingContext(noise_key=(0, 0, 0))
-        y, _ = torch.utils.checkpoint.checkpoint(layer, x, context, use_reentrant=False)
-        y.square().sum().backward()
-        results.append([y, x.grad, *(parameter.grad for parameter in layer.parameters())])
-    near("output and gradients", max(map(error, *results)), 1e-6)

@@ -15,7 +15,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, saved_steps
 from nlgmoe.run import trainer as trainer_module
-from nlgmoe.run.folder import starts_of
 from tests.support.run_folders import Send, assert_equal, fit, in_process, make_trainer, module, outcome
 from tests.support.synthetic import SyntheticData
 
@@ -80,12 +79,6 @@ def test_run_folder_refuses_a_second_process_while_one_trains(tmp_path: Path, mo
     fit(tmp_path, max_steps=1)
 
 
-def test_run_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"trainer.default_root_dir=.*file cannot be written"):
-        fit(tmp_path / "file")
-
-
 def test_an_evaluation_touches_neither_tables_nor_lock(ended: Path) -> None:
     files = {file: file.read_bytes() for file in ended.rglob("*") if file.is_file()}
     losses = set()
@@ -104,15 +97,6 @@ def test_evaluation_names_what_it_cannot_evaluate(tmp_path: Path) -> None:
     other = make_trainer(tmp_path, ModelCheckpoint(tmp_path / "other"), enable_checkpointing=True)
     with pytest.raises(ValueError, match="no best checkpoint yet"):
         other.validate(module(), datamodule=SyntheticData(), ckpt_path="best")
-
-
-def test_settings_that_change_are_recorded_with_their_step(tmp_path: Path) -> None:
-    fit(tmp_path, max_steps=3)
-    fit(tmp_path, max_steps=5)
-    assert [step for step, _ in starts_of(tmp_path)] == [0]  # `RunFolder` of these tests knows one configuration
-    (tmp_path / "starts/step-0.yaml").write_text("# {}\nother: 1\n")
-    fit(tmp_path, max_steps=7)
-    assert [step for step, _ in starts_of(tmp_path)] == [0, 5]
 
 
 @pytest.mark.parametrize("settings", [{"fast_dev_run": 2}, {"save": None}], ids=["fast_dev_run", "no checkpoints"])

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 from lightning import Trainer
-from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import LambdaCallback
 
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, saved_steps
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import MoEConfig
 from nlgmoe.run.checks import warn_of_another_size
-from nlgmoe.run.folder import RunCSVLogger
 from tests.support.run_folders import SETTINGS, Send, assert_equal, fit, in_process, make_trainer, module, outcome, run
 from tests.support.synthetic import SyntheticData
 
@@ -113,18 +111,6 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_is_resumed(undi
     assert list(find_problems(damaged))
     shutil.rmtree(damaged)
     assert_equal(outcome(tmp_path, step), expected)
-
-
-def test_losses_do_not_depend_on_loggers_callbacks_and_bars(undisturbed: Any, tmp_path: Path) -> None:
-    expected, step, _ = undisturbed("saves before validations")
-    seen: list[int] = []
-    looks = LambdaCallback(on_train_batch_end=lambda trainer, *_: seen.append(trainer.global_step))
-    others = [TQDMProgressBar(), looks, ModelCheckpoint(tmp_path / "other", monitor="val/loss", every_n_train_steps=2)]
-    loggers = [RunCSVLogger(tmp_path / "run"), CSVLogger(tmp_path, name="csv")]
-    settings = {"logger": loggers, "enable_progress_bar": True}
-    assert in_process(lambda: fit(tmp_path / "run", *others, **settings), 70, tmp_path / "run") == -9
-    fit(tmp_path / "run", *others, **settings)
-    assert_equal(outcome(tmp_path / "run", step) | {"files": []}, expected | {"files": []})
 
 
 def test_a_run_whose_time_is_over_takes_no_step_when_it_is_resumed(tmp_path: Path) -> None:

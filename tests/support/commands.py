@@ -1,5 +1,6 @@
-"""Settings and errors of commands."""
+"""Settings, errors and results of commands."""
 
+import csv
 import os
 import subprocess
 from pathlib import Path
@@ -61,3 +62,15 @@ SETTINGS_ON_RANKS = [
 
 def train_py(*args: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     return python(*launcher, "train.py", *args, env=ENVIRONMENT, timeout=300)
+
+
+NOT_REPEATABLE = ("train/tokens_per_second", "train/tflops_per_second", "time/", "memory/")
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    """Rows of `metrics.csv`, without what differs between two runs of one command."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [
+            {key: float(value) for key, value in row.items() if value and not key.startswith(NOT_REPEATABLE)}
+            for row in csv.DictReader(file)
+        ]

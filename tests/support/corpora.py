@@ -11,7 +11,7 @@ import lightning
 import numpy as np
 import torch
 
-from nlgmoe.data import PileDataModule, load_tokenizer
+from nlgmoe.data import PileDataModule
 from nlgmoe.data.pocket_build import write_corpus
 from nlgmoe.data.pocket_documents import Document
 from nlgmoe.data.tokenizer import Tokenizer
@@ -66,9 +66,3 @@ def make_trainer(folder: Path, **options: Any) -> lightning.Trainer:
 
 def small() -> Tokenizer:
     return Tokenizer(train_byte_level_bpe(iter(["low lower lowest", "new newer newest"] * 9), 300), "small")
-
-
-def saved_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Tokenizer:
-    """A tokenizer trained on texts, read from a folder."""
-    train_byte_level_bpe(iter(texts), vocab_size).save(str(folder / "tokenizer.json"))
-    return load_tokenizer(str(folder), folder)

@@ -36,12 +36,11 @@ def record(
     folder: Path,
     data: NumberedData | None = None,
     report: Callable[[Any], None] = lambda progress: None,
-    device: torch.device | str = "cpu",
     **changes: Any,
 ) -> recording.Progress:
     data = data or NumberedData()
     spoken = MixtureOfStudents(str(teacher))
-    spoken.load(STUDENT, torch.empty(0, device=device), data)
+    spoken.load(STUDENT, torch.empty(0), data)
     settings = {
         "teacher": {"checkpoint": str(teacher), "weights": hash_of_weights(teacher)},
         "data": data.fingerprint(),

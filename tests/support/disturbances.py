@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -29,3 +30,21 @@ class TellsMain(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         if trainer.global_rank == 1 and trainer.global_step == 2:
             os.kill(os.getppid(), signal.SIGTERM)
+
+
+class KillsAllInASave(Callback):
+    """Rank 0 kills all processes of its group while it writes the second checkpoint."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        saves = 0
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            """Count the files of moments that are opened; Python reports a call before it makes it (PEP 578)."""
+            nonlocal saves
+            if event == "open" and ".ckpt.writing/optimizer" in str(arguments[0]):
+                saves += 1
+                if saves == 2:
+                    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+        if trainer.global_rank == 0:
+            sys.addaudithook(hook)

@@ -66,19 +66,6 @@ def python(
         return subprocess.CompletedProcess(args, code, output.read_text(), errors.read_text())
 
 
-def processes_of_group(group: int) -> list[Path]:
-    """Return folders in /proc of a group's processes; without one that is dead but not collected by its parent."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
-        except OSError:  # it has just ended
-            continue
-        if int(its_group) == group and state != "Z":
-            found.append(stat.parent)
-    return found
-
-
 def _run(args: list[str], output: Path, errors: Path, env: dict[str, str], cwd: Path, new_session: bool) -> None:
     if new_session:
         os.setsid()

@@ -6,7 +6,7 @@ every rank runs on it. A file lists its jobs by number of ranks as `JOBS`, and i
 `CELLS`. Six steps are enough; cells of one job have different names.
 
 A job of 1 rank runs in this process, before the spawns. A job that requires a parameter `checkpoint` gets the fixture below.
-`LAST_JOBS` come after those of all files. Only the jobs of files with chosen tests run: one file alone takes less time.
+Only the jobs of files with chosen tests run: one file alone takes less time.
 """
 
 from dataclasses import replace
@@ -38,8 +38,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chosen_jobs(modules: list[Any]) -> Jobs:
     """The jobs of these modules, each once."""
     jobs: Jobs = {}
-    for part in [*(module.JOBS for module in modules), *(getattr(module, "LAST_JOBS", {}) for module in modules)]:
-        for ranks, here in part.items():
+    for module in modules:
+        for ranks, here in module.JOBS.items():
             known = jobs.setdefault(ranks, [])
             known += [job for job in here if job not in known]
     return jobs

@@ -1,44 +1,41 @@
 """What ranks agree about: steps that are not finite, overflows, signals and errors.
 
 A cell here is a run (`Cell` in tests/support/ranks.py) that something disturbs on one rank, and after which all ranks have
-done the same. To add one, add it to `SPOILT` (a bad expert) or to `INTERRUPTED` (a signal, with the step at which all ranks
-end); a disturbance of another kind is a job, a function that returns what each rank saw, and a line in `JOBS`.
+done the same. A disturbance is a job, a function that returns what each rank saw, and a line in `JOBS`.
 """
 
+import errno
 import os
-import shutil
 import signal
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
+from safetensors.torch import save_file
 from torch import Tensor, distributed
 
 import nlgmoe
 from nlgmoe.callbacks import SaveCheckpoints
+from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.reading import read_document
+from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.parallel.sharded_checkpoint import LOSS_SCALE_KEYS
-from tests.support.cells import DROPLESS, FROZEN, LEARNS, LEARNS_DDP, PLAIN
+from tests.support.cells import DROPLESS, LEARNS, PLAIN
 from tests.support.jobs import Found, Jobs, allow_fp16, error_of, saves_at_start
 from tests.support.non_finite import Spoils, Undo
-from tests.support.ranks import SAMPLES, Cell, make_trainer, on_ranks, train
-from tests.support.synthetic import SyntheticData
+from tests.support.ranks import SAMPLES, Cell, on_ranks, train
 
+SPOILT = Cell("skip, ZeRO 1, accumulation", 2, 1, accumulate=2, moe=DROPLESS, non_finite=NonFinite("skip"))
 OVERFLOW = Cell("overflow", 2, 1, precision="16-mixed", moe=DROPLESS, steps=4, options={"hysteresis": 1})
-SKIPS: dict[str, Any] = {"moe": DROPLESS, "non_finite": NonFinite("skip")}
-SPOILT = [
-    Cell("skip, ZeRO 1, accumulation", 2, 1, accumulate=2, **SKIPS),
-    Cell("skip, ddp", strategy="ddp", **SKIPS),
-]
-INTERRUPTED = [(LEARNS, 3), (LEARNS_DDP, 3), (FROZEN[0], 3)]
 
 
 class SpoilsExpert(Spoils):
@@ -126,28 +123,28 @@ def interrupted(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, list[fl
     return code, step, on_ranks(cell, ranks, where, checkpoint=path).losses
 
 
-def refused(cell: Cell, ranks: int, folder: Path) -> list[str]:
-    """Errors for a folder that lacks a rank's file, and for a module built before."""
+def disk_full(cell: Cell, ranks: int, folder: Path) -> tuple[str, list[str]]:
+    """The error of a save for which rank 1 has no room, and problems of the checkpoint that it was to replace."""
+    where, errors = folder / "full disk", list[str]()
+    path = where / "full.ckpt"
 
-    def trainer() -> Trainer:
-        return make_trainer(replace(cell, steps=2), ranks, folder)
+    def write(entries: dict[str, Tensor], file: Path) -> None:
+        if distributed.get_rank() == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save_file(entries, file)
 
-    path = folder / f"{cell.name} broken.ckpt"
-    if distributed.get_rank() == 0:
-        shutil.copytree(folder / f"{cell.name} at the end.ckpt", path)
-        (path / f"model-00001-of-{ranks:05}.safetensors").unlink()
-    distributed.barrier()
-    built = cell.module()
-    assert built.gpt is not None
-    return [
-        error_of(lambda: trainer().validate(cell.module(), SyntheticData(), ckpt_path=path, verbose=False)),
-        error_of(lambda: trainer().fit(built, SyntheticData())),
-    ]
+    def save(trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(path)
+        with mock.patch.object(writing, "save_file", write):
+            errors.append(error_of(lambda: trainer.save_checkpoint(path)))
+
+    on_ranks(cell, ranks, where, LambdaCallback(on_train_start=save))
+    return errors[0], [*find_problems(path), *(path.name for path in where.glob(".*"))]
 
 
-JOBS: Jobs = {2: [(on_ranks, cell) for cell in (PLAIN, *(cell for cell, _ in INTERRUPTED))]}
-JOBS[2] += [(spoilt, cell) for cell in SPOILT] + [(interrupted, cell) for cell, _ in INTERRUPTED]
-JOBS[2] += [(overflow, OVERFLOW), (refused, PLAIN)]
+JOBS: Jobs = {
+    2: [(on_ranks, LEARNS), (interrupted, LEARNS), (spoilt, SPOILT), (overflow, OVERFLOW), (disk_full, PLAIN)]
+}
 
 
 def test_overflow_changes_scale_and_clock_alone_and_ends_a_run_at_the_lowest_scale(found: Found) -> None:
@@ -162,36 +159,33 @@ def test_overflow_changes_scale_and_clock_alone_and_ends_a_run_at_the_lowest_sca
         assert error.startswith(f"step 2: the gradient norm is inf; {where}")
 
 
-@pytest.mark.parametrize("cell", SPOILT, ids=lambda cell: cell.name)
-def test_bad_expert_of_one_rank_makes_all_ranks_stop_or_skip(cell: Cell, found: Found, tmp_path: Path) -> None:
+def test_bad_expert_of_one_rank_makes_all_ranks_stop_or_skip(found: Found, tmp_path: Path) -> None:
     alone = SpoilsExpert()
-    expected = train(cell, 1, tmp_path, SAMPLES, cell.accumulate, alone)
-    for losses, clocks, norms, skipped, error in found[spoilt, cell.name]:
+    expected = train(SPOILT, 1, tmp_path, SAMPLES, SPOILT.accumulate, alone)
+    for losses, clocks, norms, skipped, error in found[spoilt, SPOILT.name]:
         assert losses == pytest.approx(expected.losses, rel=1e-5)
         others = [
             (norms[step], alone.logs("train/grad_norm")[step]) for step in (0, 1, 3, 4, 5)
         ]  # all but the spoilt one
         assert all(norm == pytest.approx(wanted, rel=1e-4) for norm, wanted in others)
         tokens, weights = zip(*clocks, strict=True)
-        assert tokens == tuple(SAMPLES * 16 * cell.accumulate * step for step in range(7))
+        assert tokens == tuple(SAMPLES * 16 * SPOILT.accumulate * step for step in range(7))
         assert [before == after for before, after in pairwise(weights)] == [step == 2 for step in range(6)]
         assert skipped == alone.logs("train/skipped_steps")[-1] == 1
-        ranks = "rank 1" if cell.strategy == "ddp" else "all ranks"  # whose tokens the expert gets
-        where = f"the loss of micro-batch 1 of {cell.accumulate} on {ranks}"
+        where = "the loss of micro-batch 1 of 2 on all ranks"  # whose tokens the expert gets
         assert error.startswith(f"step 2: the loss is nan; first not finite: {where};")
 
 
-@pytest.mark.parametrize(("cell", "step"), INTERRUPTED, ids=[cell.name for cell, _ in INTERRUPTED])
-def test_signal_to_one_rank_ends_all_after_the_same_step(cell: Cell, step: int, found: Found) -> None:
-    for rank, (code, saved, resumed) in enumerate(found[interrupted, cell.name]):
-        assert (code, saved) == (0, step)
-        assert resumed == pytest.approx(found[on_ranks, cell.name][rank].losses[step:], rel=1e-6)
+def test_signal_to_one_rank_ends_all_after_the_same_step(found: Found) -> None:
+    for rank, (code, saved, resumed) in enumerate(found[interrupted, LEARNS.name]):
+        assert (code, saved) == (0, 3)
+        assert resumed == pytest.approx(found[on_ranks, LEARNS.name][rank].losses[3:], rel=1e-6)
 
 
-def test_unusable_checkpoint_or_module_is_named_by_every_rank(found: Found) -> None:
-    for lacks, built in found[refused, PLAIN.name]:
-        assert "broken.ckpt has no model-00001-of-00002.safetensors, with blocks." in lacks
-        assert "make a new MoEGPTModule for every trainer" in built
+def test_disk_full_on_one_rank_is_named_by_both_and_leaves_the_checkpoint_before(found: Found) -> None:
+    for error, problems in found[disk_full, PLAIN.name]:
+        assert error.startswith("rank 1: the checkpoint ") and "No space left" in error and "make room" in error
+        assert not problems
 
 
 def test_a_parameter_that_the_engine_cannot_train_is_refused_by_name() -> None:

@@ -21,24 +21,21 @@ from safetensors.torch import load_file
 from torch import distributed
 
 import nlgmoe
-from nlgmoe.callbacks import ExpertSpecialisation
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data import BatchRampUp, PileDataModule
-from nlgmoe.eval.specialisation import Specialisation
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.optimizer import AdamWConfig, is_frozen
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from tests.support.cells import CELLS, DROPLESS, FROZEN
 from tests.support.jobs import Found, Jobs, cases
-from tests.support.ranks import SAMPLES, Cell, Recorder, alone, assert_close, make_trainer, on_ranks, train
+from tests.support.ranks import Cell, Recorder, alone, assert_close, make_trainer, on_ranks
 from tests.support.synthetic import ToLongest
 
 UNEVEN = CELLS[3][0]  # 20 windows over 3 ranks, in batches of 3
-SPECIALISED = Cell("specialised", 2, moe=DROPLESS, steps=2, padded=True)
 UNEQUAL = Cell("unequal", 2, 1, moe=DROPLESS, steps=20)
 GROWING = Cell("growing", 2, moe=DROPLESS, steps=9)
 TEXT = Path(__file__).parents[3] / "data" / "pocket_pile"  # where the fixture `pocket_pile` builds it
@@ -60,13 +57,6 @@ def evaluate_text(cell: Cell, ranks: int, folder: Path) -> dict[str, float]:
     written = load_file(folder / f"evaluated/predictions{rank}.safetensors")
     losses = zip(written["windows"].tolist(), written["losses"].mean(dim=1).tolist(), strict=True)
     return {**validated, **tested, **{f"window {window}": loss for window, loss in losses}}
-
-
-def specialised(cell: Cell, ranks: int, folder: Path) -> Specialisation:
-    """What the experts are used for after training."""
-    place = folder / "specialised"
-    train(cell, ranks, place, SAMPLES // ranks, cell.accumulate, ExpertSpecialisation())
-    return Specialisation.load(place)
 
 
 def growing(cell: Cell, ranks: int, folder: Path) -> tuple[list[float], list[int], int, float]:
@@ -103,7 +93,7 @@ def uneven(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, int, float]:
 
 
 JOBS: Jobs = {ranks: [(on_ranks, cell) for cell in cells] for ranks, cells in CELLS.items()}
-JOBS[2] += [(uneven, UNEQUAL), (growing, GROWING), (specialised, SPECIALISED)]
+JOBS[2] += [(uneven, UNEQUAL), (growing, GROWING)]
 JOBS[3] += [(evaluate_text, UNEVEN)]
 
 
@@ -180,11 +170,3 @@ def test_the_clock_counts_the_tokens_of_all_ranks(found: Found) -> None:
     assert (steps, clock, fed, rate) == other
     assert 400 <= clock == fed and 2 < steps < UNEQUAL.steps
     assert rate == pytest.approx(3e-3 * (1 + math.cos(math.pi * clock / 1000)) / 2)
-
-
-def test_specialisation_is_added_up_over_ranks(found: Found, tmp_path: Path) -> None:
-    expected = specialised(SPECIALISED, 1, tmp_path)
-    assert expected.counts.sum() > 100
-    for rank in found[specialised, SPECIALISED.name]:
-        assert (rank.counts == expected.counts).all()
-        assert (rank.domains, rank.experts, rank.step) == (expected.domains, expected.experts, 2)
