@@ -66,7 +66,7 @@ WRONG = {
     "no shard": ("nlgmoe prepare-data --input=RUN --output=FOLDER/own --shard=5/4",
         "shard=5/4 is not I/N with I from 1 to N"),
     "a tokenizer of one shard": ("nlgmoe prepare-data --input=RUN --output=FOLDER/own --shard=1/4 --vocab-size=300",
-        "shard=1/4 takes a tokenizer that all shards share; train it first"),
+        "shard=1/4 takes a tokenizer that all shards share; prepare a first file"),
     "misspelt task": ("nlgmoe evaluate RUN --tasks=piqua", "did you mean piqa?"),
     "no folder for results": ("nlgmoe evaluate RUN --output=nowhere/out.json", "output=nowhere/out.json: there is no folder"),
     "option twice": ("nlgmoe evaluate x --output=x --output y",

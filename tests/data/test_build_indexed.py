@@ -17,7 +17,7 @@ import xxhash
 import zstandard
 from filelock import FileLock
 
-from nlgmoe.commands import prepare_text
+from nlgmoe.commands import prepare_data
 from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, IndexedWriter, Tokenizer, build_indexed
 from nlgmoe.data.documents import Fields, Record
@@ -184,15 +184,15 @@ def test_build_reads_addresses_like_files_and_notices_changes(
 def test_build_trains_its_tokenizer_on_the_first_documents_of_each_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_text, "TRAINING_BYTES", 9_000)
+    monkeypatch.setattr(prepare_data, "TRAINING_BYTES", 9_000)
     texts = [[f"{name} {'x' * 90}"] * 300 for name in "abc"]
     for name, part in zip("abc", texts, strict=True):
         compressed = zstandard.ZstdCompressor().compress(lines(part))
         fsspec.filesystem("memory").pipe(f"/training/{name}.jsonl.zst", compressed)
-    found = list(prepare_text._texts(input_files("memory://training/*.zst"), Fields(), False))
+    found = list(prepare_data._texts(input_files("memory://training/*.zst"), Fields(), False))
     assert 80 < len(found) < 92 and [text[0] for text in found[::30]] == ["a", "b", "c"]
     (path := tmp_path / "all.jsonl").write_bytes(lines(TEXTS[:40]))
-    assert list(prepare_text._texts([str(path)], Fields(), False)) == TEXTS[:40]
+    assert list(prepare_data._texts([str(path)], Fields(), False)) == TEXTS[:40]
 
 
 def test_build_is_not_continued_with_other_settings(tokenizer: Tokenizer, files: list[str], tmp_path: Path) -> None:
@@ -239,8 +239,11 @@ def test_prepare_data_says_what_it_writes(tokenizer: Tokenizer, files: list[str]
     main([*arguments, "--input", *files, "--on-bad-data=skip", "--workers=2"])
     out, err = capsys.readouterr()
     table = dict(line.split(None, 1) for line in out.splitlines())
-    assert (table["files"], table["documents"]) == ("3", "90")
-    assert "left out   4 documents" in out and f"init_args.prefix {prefix}" in out.splitlines()[-1]
+    assert table["files"] == "3" and f"documents  90, {sum(map(is_held_out, TEXTS))} of them chosen by hash" in out
+    assert (
+        "left out   4 that cannot be used, 0 without text" in out
+        and f"init_args.prefix {prefix}" in out.splitlines()[-1]
+    )
     assert "left out: " in err and "a.jsonl, line 11: not JSON" in err
     assert table["validation"].startswith(f"{sum(map(is_held_out, TEXTS))} documents, ")
     assert len(IndexedDataset(Path(prefix))) == 90
