@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nlgmoe.data.corpus import PIECES, Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of, hash_of_pieces
+from nlgmoe.data.corpus import PIECES, Fingerprint, OpenCorpus, build_lock, hash_of, hash_of_pieces
 from nlgmoe.data.indexed import IndexedDataset
 from nlgmoe.data.prefix import Sidecar, check_inputs, find_prefixes
 from nlgmoe.data.tokenizer import COMPARED_TOKENS, SAME_TOKENIZER, Tokenizer
@@ -90,7 +90,7 @@ class MegatronIndexed:
         maps: dict[Path, np.ndarray] = {}
         present = [(number, name) for number, name in enumerate(SPLITS) if sizes[number]]
         tokens = {name: [_tokens(members, number, maps) for members in domains.values()] for number, name in present}
-        return TokenArrays(loaded, list(domains), tokens, _fingerprint(parts))
+        return OpenCorpus(loaded, list(domains), tokens, _fingerprint(parts))
 
 
 @dataclass

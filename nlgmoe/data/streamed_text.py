@@ -13,7 +13,7 @@ from typing import Literal
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of
+from nlgmoe.data.corpus import Fingerprint, OpenCorpus, build_lock, hash_of
 from nlgmoe.data.documents import MAX_DOCUMENT_BYTES, Fields
 from nlgmoe.data.samples import TokenSource
 from nlgmoe.data.streamed_files import cache_eval_tokens, find_files, open_eval_cache, read_files
@@ -140,7 +140,7 @@ class StreamedText:
 
 
 @dataclass(frozen=True)
-class OpenStreamedText(TokenArrays):
+class OpenStreamedText(OpenCorpus):
     """A streamed corpus that can be read; of its training text, `tokens` has a sample."""
 
     config: StreamConfig

@@ -22,7 +22,7 @@ import torch
 from torch import distributed
 
 from nlgmoe.data.documents import Fields, Record, read_documents
-from nlgmoe.data.samples import Sample
+from nlgmoe.data.samples import Sample, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import RunError
@@ -168,23 +168,24 @@ def _take(records: Iterator[tuple[int, Record]], count: int) -> list[tuple[int, 
     return taken
 
 
-class StreamedSource:
+class StreamedSource(TokenSource):
     """The windows of all streams in turn, without end: sample i is window `i // S` of stream `i % S`, S the number of streams.
 
     A process opens the streams of the samples that it reads, and reads each forwards; an earlier sample is read from the
     stream's cursor again.
     """
 
+    cursor_length = 1 + len(Cursor())
+
     def __init__(self, config: StreamConfig, seq_len: int, seed: int) -> None:
         self.seq_len = seq_len
-        self.cursor_length = 1 + len(Cursor())
         self._config = config
         self._seed = seed
         self._cursors: dict[int, Cursor] = {}
         self._open: dict[int, tuple[int, Iterator[Window]]] = {}  # stream -> number of its next window, and the rest
 
     def seek(self, cursors: Sequence[Sequence[int]]) -> None:
-        """See `CursorSource`."""
+        """See `TokenSource`."""
         self._cursors = {stream: Cursor(*numbers) for stream, *numbers in cursors}
         self._open = {}
 

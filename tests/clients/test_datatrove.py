@@ -30,8 +30,8 @@ def test_datatrove_files_are_read_as_they_are(tmp_path: Path) -> None:
     assert len([*(tmp_path / "data" / "trove").glob("*.idx")]) == 4
     tokenizer = load_tokenizer(str(tmp_path / "data" / "first.tokenizer"), tmp_path)
     corpus = MegatronIndexed(str(tmp_path / "data" / "trove" / "*"), [90, 10, 0]).open(tmp_path, tokenizer.name)
-    (training,), held_out = corpus.training_tokens(), corpus.evaluation_tokens("validation")
-    assert held_out is not None and corpus.domains == ["trove"]
+    (training,), held_out = corpus.tokens["train"], corpus.tokens["validation"]
+    assert corpus.domains == ["trove"]
     wanted = [[*tokenizer.encode(text), tokenizer.eod_id] for text in TEXTS]
     split = [[ids for i, ids in enumerate(wanted) if (i % 30 >= 27) == last] for last in (False, True)]
     for found, texts in ((training, split[0]), (held_out[0], split[1])):

@@ -58,7 +58,7 @@ def test_shards_have_the_documents_of_one_build(tokenizer: Tokenizer, folder: Pa
     # In this order: shard by shard it is that of the text.
     assert [[text for part in found for text in part[split]] for split in (0, 1)] == list(documents(tmp_path / "whole"))
     corpora = [MegatronIndexed(str(tmp_path / name)).open(tmp_path, tokenizer.name) for name in ("whole", "own")]
-    (one,), (many,) = [corpus.training_tokens() for corpus in corpora]
+    (one,), (many,) = [corpus.tokens["train"] for corpus in corpora]
     assert np.array_equal(one[:], many[:]) and corpora[1].domains == ["own"]
     if count in (3, 4):
         assert max(part.documents for part in built) < 2.2 * 300 / count

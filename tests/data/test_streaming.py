@@ -245,8 +245,8 @@ def test_stream_of_ids_is_trained_on_as_their_text_is(
         corpus = StreamedText(str(folder), files, ids_field=ids_field, num_streams=3)
         corpus.prepare(tmp_path / "built", str(tiny_corpus / "tokenizer"))
         opened = corpus.open(tmp_path / "built", str(tiny_corpus / "tokenizer"))
-        evaluated = opened.evaluation_tokens("validation")
-        assert evaluated is not None and opened.evaluation_tokens("test") is None
+        evaluated = opened.tokens["validation"]
+        assert "test" not in opened.tokens
         source = opened.training_source(SEQ_LEN, 1)
         loaded.append(([source.sample(i)["targets"].tolist() for i in range(30)], evaluated[0].tolist()))
     assert loaded[0] == loaded[1]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nlgmoe.data import streams as streams_module
 from nlgmoe.data.blend import BlendedSource
 from nlgmoe.data.documents import Fields
-from nlgmoe.data.samples import Sample
+from nlgmoe.data.samples import Sample, TokenSource
 from nlgmoe.data.sampling import TrainingSampler
 from nlgmoe.data.streams import Cursor, Cursors, Stream, StreamConfig, StreamedSource, Window
 from nlgmoe.data.tokenizer import Tokenizer
@@ -193,7 +193,7 @@ def test_stream_reads_a_block_and_tokenises_less_to_resume(
     assert len(read) <= 20 and len(tokenised) <= 20  # two blocks, if the window reaches into the next
 
 
-class NotStreamed:
+class NotStreamed(TokenSource):
     seq_len = SEQ_LEN
 
     def sample(self, index: int) -> Sample:
