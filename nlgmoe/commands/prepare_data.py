@@ -66,20 +66,20 @@ def prepare_data(
         raise SettingError(f"missing setting {missing}; --input and --output go together")
     _check_own_text(tokenizer, output, vocab_size, workers, shard)
     from nlgmoe.data.build_indexed import build_indexed, check_new
-    from nlgmoe.data.source_files import Shard
+    from nlgmoe.data.source_files import part_of
 
-    part = None if shard is None else Shard.parse(shard)
-    files, fields = _files_and_fields(input, text_field)
-    check_new(prefix := Path(output))
-    if part is not None:
-        check_new(prefix := part.prefix(prefix))
+    whole, fields = _files_and_fields(input, text_field)
+    files, suffix = (whole, "") if shard is None else part_of(whole, shard)
+    check_new(base := Path(output))
+    check_new(prefix := base.with_name(base.name + suffix))
     texts = _texts(files, fields, on_bad_data == "skip")
     loaded = _load(tokenizer, Path(data_dir)) if vocab_size is None else _train(texts, vocab_size, prefix)
     loaded = loaded.reading_special_tokens() if special_tokens == "read" else loaded
     with _progress(len(files)) as (report, skip):
         skip_or_stop, threads = skip if on_bad_data == "skip" else None, workers or _cpus()
-        built = build_indexed(files, prefix, loaded, fields, threads, report, skip_or_stop, domain, part)
-    _print_built(built, len(files), prefix, loaded, data_dir, output if part else None)
+        all_files = None if shard is None else whole
+        built = build_indexed(files, prefix, loaded, fields, threads, report, skip_or_stop, domain, all_files)
+    _print_built(built, len(files), prefix, loaded, data_dir, None if shard is None else output)
 
 
 def _check_own_text(

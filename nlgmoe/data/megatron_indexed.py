@@ -14,7 +14,7 @@ import numpy as np
 
 from nlgmoe.data.corpus import PIECES, Fingerprint, OpenCorpus, build_lock, hash_of, hash_of_pieces
 from nlgmoe.data.indexed import IndexedDataset
-from nlgmoe.data.prefix import Sidecar, check_inputs, find_prefixes
+from nlgmoe.data.prefix import Sidecar, find_prefixes
 from nlgmoe.data.tokenizer import COMPARED_TOKENS, SAME_TOKENIZER, Tokenizer
 from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.data.tokens import ChainedTokens, Piece, Tokens
@@ -71,7 +71,6 @@ class MegatronIndexed:
         prefixes = find_prefixes(self.prefix)
         loaded = load_tokenizer(tokenizer, data_dir)
         parts = [_open_part(prefix, len(prefixes), self.split, loaded) for prefix in prefixes]
-        check_inputs((part.prefix, part.input) for part in parts)
         if other := next((part for part in parts if part.dtype != parts[0].dtype), None):
             types = f"its tokens are of type {other.dtype}, those of {parts[0].prefix} of {parts[0].dtype}"
             raise SettingError(f"prefix={other.prefix}: {types}; write one of them again, or train on one")
@@ -103,7 +102,6 @@ class Part:
     bounds: list[int]  # first document of each split, and the number of documents
     ends: list[int]  # the same in tokens
     hashes: dict[str, str]  # of its two files
-    input: str | None = None  # of its sidecar
 
 
 def _open_part(prefix: Path, prefixes: int, split: Sequence[float] | None, tokenizer: Tokenizer) -> Part:
@@ -120,8 +118,8 @@ def _open_part(prefix: Path, prefixes: int, split: Sequence[float] | None, token
     pieces = PIECES if prefixes == 1 else PIECES_OF_MANY
     hashes = {kind: hash_of_pieces(f"{prefix}.{kind}", pieces) for kind in ("idx", "bin")}
     domain = sidecar.domain if sidecar else prefix.name if prefixes == 1 else ""
-    ends, input = [dataset.first_token(number) for number in bounds], sidecar.input if sidecar else None
-    return Part(prefix, dataset.dtype, domain, bounds, ends, hashes, input)
+    ends = [dataset.first_token(number) for number in bounds]
+    return Part(prefix, dataset.dtype, domain, bounds, ends, hashes)
 
 
 def _without_sidecar(prefix: Path) -> SettingError:
