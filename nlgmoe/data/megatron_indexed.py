@@ -15,13 +15,14 @@ import numpy as np
 from nlgmoe.data.corpus import PIECES, Fingerprint, OpenCorpus, build_lock, hash_of, hash_of_pieces
 from nlgmoe.data.indexed import IndexedDataset
 from nlgmoe.data.prefix import Sidecar, find_prefixes
-from nlgmoe.data.tokenizer import COMPARED_TOKENS, SAME_TOKENIZER, Tokenizer
+from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.data.tokens import ChainedTokens, Piece, Tokens
 from nlgmoe.validation import RunError, SettingError, require
 
 # Evenly spaced over the corpus. Few, because each is a random read, slow on a network disk.
-SAMPLED_DOCUMENTS = 100  # for their ends and their tokenizer; of many prefixes at least two each
+SAMPLED_DOCUMENTS = 100  # for their ends; of many prefixes at least two each
+COMPARED_DOCUMENTS = 20  # at most, with the tokenizer
 VALIDATION_TOKENS = 2048  # at least, of a small corpus a tenth: a sequence of the paper's models
 PIECES_OF_MANY = 4  # hashed of each file of many, whatever their number: an added one changes no other's hash
 NAMED_PREFIXES = 100  # up to this many, a checkpoint has an entry for each
@@ -108,7 +109,7 @@ def _open_part(prefix: Path, prefixes: int, split: Sequence[float] | None, token
     dataset, sidecar = IndexedDataset(prefix), Sidecar.read(prefix)
     if sidecar is not None:
         sidecar.check(prefix, dataset.documents, len(dataset.tokens), tokenizer)
-    _check_sample(dataset, tokenizer, max(2, SAMPLED_DOCUMENTS // prefixes), prefixes)
+    _check_sample(dataset, tokenizer, max(2, SAMPLED_DOCUMENTS // prefixes), compares=sidecar is None)
     if split is not None:
         bounds = split_documents(dataset.documents, split)
     elif sidecar is not None:
@@ -176,8 +177,8 @@ def _fingerprint(parts: Sequence[Part]) -> Fingerprint:
     return fingerprint
 
 
-def _check_sample(dataset: IndexedDataset, tokenizer: Tokenizer, count: int, prefixes: int) -> None:
-    """Check that sampled documents end with the end-of-document token, and have the tokenizer's ids."""
+def _check_sample(dataset: IndexedDataset, tokenizer: Tokenizer, count: int, compares: bool) -> None:
+    """Check that sampled documents end with the end-of-document token, and, without a sidecar, have the tokenizer's ids."""
     path, documents = f"{dataset.prefix}.bin", dataset.documents
     sampled = np.unique(np.linspace(0, documents - 1, min(documents, count), dtype=np.int64)).tolist()
     bounds = [(dataset.first_token(number), dataset.first_token(number + 1)) for number in sampled]
@@ -188,15 +189,11 @@ def _check_sample(dataset: IndexedDataset, tokenizer: Tokenizer, count: int, pre
         remedy = "write the corpus again with --append-eod, or set data.tokenizer to the one it was made with."
         raise RunError(f"{problem}: {remedy}")
     # First sequences, because Megatron can tokenise each sentence by itself.
-    filled = [number for number, (first, end) in zip(sampled, bounds, strict=True) if end > first]
-    texts = [dataset[int(dataset.document_indices[number])] for number in filled]
-    # A document of two such tokens may be the token's name as text, and its end.
-    if empty := sum(len(ids) > 2 and bool((ids[:COMPARED_TOKENS] == tokenizer.eod_id).all()) for ids in texts):
-        problem = f"{empty} of {len(texts)} sampled documents in {path} hold end-of-document tokens alone"
-        raise RunError(f"{problem}: parts of the file are missing; copy it again, or write the corpus again.")
-    compared = max(64, COMPARED_TOKENS * SAMPLED_DOCUMENTS // (count * prefixes))
-    if (same := tokenizer.share_reproduced(ids[:compared] for ids in texts)) < SAME_TOKENIZER:
-        share = f"{same:.0%} of those in {len(texts)} documents come back when their text is tokenised with"
+    filled = [number for number, (first, end) in zip(sampled, bounds, strict=True) if end > first + 1]
+    step = -(-len(filled) // COMPARED_DOCUMENTS) or 1
+    texts = [dataset[int(dataset.document_indices[number])] for number in filled[::step] if compares]
+    if (same := sum(map(tokenizer.reproduces, texts))) < len(texts) / 2:
+        share = f"{same} of {len(texts)} sampled documents come back when their text is tokenised with"
         problem = f"{path} holds another tokenizer's ids: {share} {tokenizer.name}"
         raise RunError(f"{problem}: set data.tokenizer to the one they were made with.")
 

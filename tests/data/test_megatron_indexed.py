@@ -105,15 +105,12 @@ def test_megatron_corpus_is_resumed_on_a_copy_but_not_on_another(
 
 
 def test_megatron_corpus_is_refused_for_one_bad_document(write: Write, open_corpus: Open) -> None:
-    """Two corpora merged, one without --append-eod; a hole of zeros, the end-of-document token of this tokenizer too."""
+    """Two corpora merged, one without --append-eod."""
     prefix = write(["", *TEXTS])  # an empty document is not bad
     open_corpus(prefix, (16, 4, 0))
     tokens = np.memmap(prefix.with_suffix(".bin"), np.int32, mode="r+")
     tokens[-1] = 5
     with pytest.raises(ValueError, match=r"1 of 21 sampled documents .* do not end with .* --append-eod"):
-        open_corpus(prefix, (16, 4, 0))
-    tokens[-1] = tokens[: len(tokens) // 10] = 0
-    with pytest.raises(ValueError, match=r"2 of 21 sampled documents in .* hold end-of-document tokens alone"):
         open_corpus(prefix, (16, 4, 0))
     with pytest.raises(ValueError, match=r"leaves validation none of the 20 documents"):
         open_corpus(write(TEXTS), (1, 0, 0))
@@ -145,7 +142,9 @@ def test_a_tokenizer_with_as_many_tokens_is_not_the_same(write: Write, open_corp
     (tmp_path / "other").mkdir()
     other.save(str(tmp_path / "other" / "tokenizer.json"))
     data = PileDataModule(str(tmp_path), str(tmp_path / "other"), MegatronIndexed(str(prefix), (16, 4, 0)))
-    with pytest.raises(ValueError, match=r"holds another tokenizer's ids: \d+% of .* tokenised with .*other: set"):
+    with pytest.raises(
+        ValueError, match=r"holds another tokenizer's ids: \d+ of \d+ sampled documents .* tokenised with .*other: set"
+    ):
         data.setup()
 
 
