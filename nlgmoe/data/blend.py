@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
@@ -130,6 +129,8 @@ class OpenBlend(OpenCorpus):
         for name, weight, corpus in self.parts:
             with _naming(name):
                 source = corpus.training_source(seq_len, derive_seed(seed, name))
+                remedy = "tokenise it in advance with nlgmoe prepare-data"
+                require(source.cursor_length == 0, f"corpus is a stream, of which a blend has none; {remedy}")
             epoch = ""
             if windows := getattr(source, "num_windows", None):
                 epoch = f", used up every {round(windows * seq_len * total / weight):,} tokens of the blend"
@@ -142,8 +143,6 @@ class OpenBlend(OpenCorpus):
 class BlendedSource(TokenSource):
     """Training samples of several sources, interleaved by weight.
 
-    Stream s of part p, of P parts, is stream s P + p of the blend.
-
     Args:
         sources: endless sources of the parts, all of one sequence length.
         weights: whole numbers above 0.
@@ -155,27 +154,12 @@ class BlendedSource(TokenSource):
         self._sources = list(sources)
         self._interleaving = Interleaving(weights)
         self._first_domains = [sum(domains[:part]) for part in range(len(sources))]
-        self._streamed = {part: source for part, source in enumerate(sources) if source.cursor_length}
-        self.cursor_length = max((source.cursor_length for source in self._streamed.values()), default=0)
-
-    def seek(self, cursors: Sequence[Sequence[int]]) -> None:
-        """See `TokenSource`."""
-        parts = len(self._sources)
-        for part, source in self._streamed.items():
-            own, length = [cursor for cursor in cursors if cursor[0] % parts == part], source.cursor_length
-            source.seek([[stream // parts, *rest[: length - 1]] for stream, *rest in own])
 
     def sample(self, index: int) -> Sample:
         """Return the next sample of the part that `Interleaving` names."""
         part, own_index = self._interleaving.place(index)
         sample = self._sources[part].sample(own_index).copy()
         sample["domain"] = sample["domain"] + self._first_domains[part]
-        if self.cursor_length:
-            cursor = torch.full((self.cursor_length,), -1)
-            if "cursor" in sample:
-                cursor[: len(sample["cursor"])] = sample["cursor"]
-                cursor[0] = cursor[0] * len(self._sources) + part if cursor[0] >= 0 else -1
-            sample["cursor"] = cursor
         return sample
 
 

@@ -13,7 +13,7 @@ and the first input of a stream is the end-of-document token.
 import math
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,7 +40,6 @@ class Cursor(NamedTuple):
     first: int = 0  # number in that file of the block's first document
     document: int = 0  # number in the block's order of the document in which, or right after which, the window begins
     token: int = 0  # number in that document of the window's first target
-    empty: int = 0  # documents without text that were left out before the block, in all epochs
 
 
 class Window(NamedTuple):
@@ -126,30 +125,24 @@ class Stream:
 
     def _blocks(self, cursor: Cursor) -> Iterator[tuple[list[Record], Cursor]]:
         """Yield the shuffled documents of each block, and its cursor, from that of `cursor` on."""
-        empty = cursor.empty
-
-        def count_empty() -> None:
-            nonlocal empty
-            empty += 1
-
         while True:
-            records = self._records(cursor, count_empty)
+            records = self._records(cursor)
             while block := _take(records, self._config.shuffle_buffer):
                 order = self._permutation("block", len(block), cursor.epoch, cursor.block)
                 yield [block[i][1] for i in order], cursor
                 file, last = block[-1]
-                cursor = cursor._replace(block=cursor.block + 1, file=file, first=last.number + 1, empty=empty)
+                cursor = cursor._replace(block=cursor.block + 1, file=file, first=last.number + 1)
             if cursor.block == 0:
                 problem = f"num_streams={self._config.num_streams} leaves stream {self._stream} no document"
                 raise RunError(f"{problem}; lower it, or use a larger corpus")
-            cursor = cursor._replace(epoch=cursor.epoch + 1, block=0, file=0, first=0, empty=empty)
+            cursor = cursor._replace(epoch=cursor.epoch + 1, block=0, file=0, first=0)
 
-    def _records(self, cursor: Cursor, count_empty: Callable[[], object]) -> Iterator[tuple[int, Record]]:
+    def _records(self, cursor: Cursor) -> Iterator[tuple[int, Record]]:
         """Yield the rest of an epoch's documents, each with its file's index in the epoch's order."""
         files, first = self._permutation("files", len(self._files), cursor.epoch), cursor.first
         for number in range(cursor.file, len(files)):
             path = self._files[files[number]]
-            for record in read_documents(path, self._config.fields, self._shard, first, count_empty=count_empty):
+            for record in read_documents(path, self._config.fields, self._shard, first):
                 yield number, record
             first = 0
 
@@ -186,7 +179,8 @@ class StreamedSource(TokenSource):
 
     def seek(self, cursors: Sequence[Sequence[int]]) -> None:
         """See `TokenSource`."""
-        self._cursors = {stream: Cursor(*numbers) for stream, *numbers in cursors}
+        # Checkpoints of versions before 0.11 have one number more.
+        self._cursors = {stream: Cursor(*numbers[: len(Cursor())]) for stream, *numbers in cursors}
         self._open = {}
 
     def sample(self, index: int) -> Sample:
@@ -256,5 +250,5 @@ class Cursors:
 
     def _keep(self, cursors: Sequence[Sequence[int]]) -> None:
         for stream, window, *rest in cursors:
-            if stream >= 0 and (stream not in self._latest or self._latest[stream][1] < window):
+            if stream not in self._latest or self._latest[stream][1] < window:
                 self._latest[stream] = [stream, window, *rest]
