@@ -3,7 +3,6 @@
 `PileDataModule` reads any `Corpus`: `PocketPile`, `MegatronIndexed`, `StreamedText`, `Blend`, or a user's.
 """
 
-import errno
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,6 @@ from nlgmoe.data.tokens import Tokens
 from nlgmoe.validation import require
 
 WAITING_SECONDS = 3.0  # of waiting for a build by another process, before a message
-NO_LOCK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 PIECES, PIECE_BYTES = 64, 1 << 15  # of a file, for its hash
 
 Fingerprint = dict[str, str | int]
@@ -89,8 +87,8 @@ def own_tokenizer(corpus: Corpus) -> str | None:
 def build_lock(data_dir: Path) -> Iterator[None]:
     """Create the folder, and lock it: one process at a time builds in it.
 
-    Without write permission no lock is needed: writing a missing file raises the error. Some file systems have no locks: prepare
-    the data there by one process, before the run.
+    Where there is no lock, without write permission or on some file systems, none is waited for: prepare the data there by one
+    process, before the run.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(data_dir / ".lock")
@@ -100,9 +98,8 @@ def build_lock(data_dir: Path) -> Iterator[None]:
         except Timeout:
             print(f"waiting for another process, which builds in {data_dir}", file=sys.stderr, flush=True)
             lock.acquire()
-    except OSError as error:
-        if error.errno not in NO_LOCK:
-            raise
+    except OSError:
+        pass
     try:
         yield
     finally:

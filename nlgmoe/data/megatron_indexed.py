@@ -24,8 +24,7 @@ from nlgmoe.validation import RunError, SettingError, require
 SAMPLED_DOCUMENTS = 100  # for their ends; of many prefixes at least two each
 COMPARED_DOCUMENTS = 20  # at most, with the tokenizer
 VALIDATION_TOKENS = 2048  # at least, of a small corpus a tenth: a sequence of the paper's models
-PIECES_OF_MANY = 4  # hashed of each file of many, whatever their number: an added one changes no other's hash
-NAMED_PREFIXES = 100  # up to this many, a checkpoint has an entry for each
+PIECES_OF_MANY = 4  # hashed of each file of many, whatever their number
 SPLITS = ("train", "validation", "test")
 
 
@@ -170,11 +169,7 @@ def _fingerprint(parts: Sequence[Part]) -> Fingerprint:
     if len(parts) == 1:
         return {**parts[0].hashes, "training documents": parts[0].bounds[1]}
     facts = [(part.domain, part.bounds[1], *part.hashes.values()) for part in parts]
-    fingerprint: Fingerprint = {"prefixes": f"{len(parts)} of {hash_of(facts)}"}
-    if len(parts) <= NAMED_PREFIXES:
-        names = ["/".join(part.prefix.absolute().parts[-2:]) for part in parts]
-        fingerprint |= dict(zip(names, map(hash_of, facts), strict=True))
-    return fingerprint
+    return {"prefixes": f"{len(parts)} of {hash_of(facts)}"}
 
 
 def _check_sample(dataset: IndexedDataset, tokenizer: Tokenizer, count: int, compares: bool) -> None:

@@ -121,12 +121,9 @@ def input_files(given: str | Sequence[str]) -> list[str]:
                 problem = f"input={source} is a folder without text files of its own"
                 raise SettingError(f"{problem}; known endings are {ENDINGS}; {patterns}")
             if others := [os.path.basename(child) for child in children if child not in files]:
-                reason = f"known endings are {ENDINGS}; for folders inside give '{source}/**/*{Path(files[0]).suffix}'"
-                if plain := [name for name in others if is_plain_text(name)]:
-                    ending = Path(plain[0]).suffix
-                    reason = f"plain text beside JSON lines or Parquet; to read it too, add '{source}/*{ending}'"
-                named = f"{len(others)} entries of {source} are left out, such as {(plain or others)[0]}"
-                print(f"note: {named}: {reason}", file=sys.stderr)
+                named = f"{len(others)} entries of {source} are left out, such as {others[0]}"
+                reason = "folders, unknown endings, or plain text beside records; to read more, add patterns"
+                print(f"note: {named}: {reason}, such as '{source}/**/*.txt'", file=sys.stderr)
         require(bool(files), f"input={source} matches no file; give a path, a folder, or a pattern in quotes")
         all_files += files
     seen: set[str] = set()

@@ -23,7 +23,6 @@ from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.validation import SettingError, require, require_at_least
 
 OTHER = "other"
-NAMED_FILES = 100  # up to this many files, a checkpoint has an entry for each
 
 
 class StreamedText:
@@ -110,8 +109,6 @@ class StreamedText:
         config = self._config(loaded, [file.path for file in files])
         facts = [(os.path.basename(file.path), file.bytes, file.contents) for file in files]
         fingerprint: Fingerprint = {"files": f"{len(files)} of {hash_of(facts)}"}
-        if len(files) <= NAMED_FILES:
-            fingerprint |= {name: f"{size} bytes, {contents}" for name, size, contents in facts}
         fingerprint |= {
             "num_streams": self.num_streams,
             "shuffle_buffer": self.shuffle_buffer,

@@ -239,9 +239,8 @@ def test_prefixes_are_read_as_one_array(
     evaluated = dict(zip(data.domains, wanted[True], strict=True))
     assert data.xz_bits_per_byte() == xz_bits_per_byte(evaluated, tokenizer)
     state = data.state_dict()
-    assert {"corpus.prefixes", "corpus.corpus/a", "corpus.corpus/d"} <= state["fingerprint"].keys()
     more = open_corpus([words[0], *(str(tmp_path / "corpus" / name) for name in "ac")], None)
-    with pytest.raises(ValueError, match=r"differ: corpus\.prefixes \(.*corpus\.corpus/d \(saved: .*, now: missing\)"):
+    with pytest.raises(ValueError, match=r"differ: corpus\.prefixes \(saved: 4 of \w+, now: 3 of \w+\)"):
         more.load_state_dict(state)
 
 

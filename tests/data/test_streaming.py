@@ -107,7 +107,7 @@ def test_stream_of_edited_files_is_evaluated_anew_and_not_resumed(open_corpus: O
         assert name in data.tokenizer.decode(np.concatenate(tokens_of(data, "validation"))[:30].tolist())
         states.append((data.state_dict(), train.stat().st_size))
     assert states[0][1] == states[1][1]
-    with pytest.raises(ValueError, match=r"differ: .*corpus\.a\.jsonl \(saved: \d+ bytes, \w+, now: \d+ bytes, \w+\)"):
+    with pytest.raises(ValueError, match=r"differ: corpus\.files \(saved: 1 of \w+, now: 1 of \w+\)"):
         data.load_state_dict(states[0][0])
 
 
@@ -195,7 +195,7 @@ def test_stream_reads_an_object_store_like_a_folder(open_corpus: Open, tmp_path:
     assert batches[0] == batches[1] == batches[2]
     before = open_corpus(path="memory://bucket").state_dict()
     store.pipe("/bucket/train/00.jsonl.zst", (tmp_path / "pile/train/01.jsonl.zst").read_bytes())
-    with pytest.raises(ValueError, match=r"these differ: .*corpus\.00\.jsonl\.zst"):
+    with pytest.raises(ValueError, match=r"these differ: corpus\.files"):
         open_corpus(path="memory://bucket").load_state_dict(before)
 
 
