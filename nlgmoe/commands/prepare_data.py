@@ -176,11 +176,10 @@ def _note(line: str) -> None:
 def _print_built(
     built: Progress, files: int, prefix: Path, tokenizer: Tokenizer, data_dir: str, whole: str | None
 ) -> None:
-    from nlgmoe.data.megatron_indexed import split_of
     from nlgmoe.data.tokenizer_loading import BUILT
 
     print(f"files      {files:,}")
-    print(f"documents  {built.documents:,}, {built.held_out:,} of them chosen by hash for validation")
+    print(f"documents  {built.documents:,}, {built.held_out:,} of them for validation")
     print(f"tokens     {built.tokens:,} of {built.bytes / 1e6:,.2f} MB of text")
     if built.skipped or built.empty:
         print(f"left out   {built.skipped:,} that cannot be used, {built.empty:,} without text")
@@ -191,9 +190,6 @@ def _print_built(
     if built.documents < 2:
         print("split      one document cannot be divided into training and validation: give more files")
         return
-    (_, first, count, _), (_, first_token, tokens, _) = split_of(prefix, built.held_out)
-    print(f"training   {first:,} documents, {first_token:,} tokens")
-    print(f"validation {count - first:,} documents, {tokens - first_token:,} tokens, chosen by hash and put last")
     options = {"data.corpus": "nlgmoe.data.MegatronIndexed", "data.corpus.init_args.prefix": str(prefix)}
     if tokenizer.name in BUILT and data_dir != DATA_DIR:
         options["data.data_dir"] = data_dir

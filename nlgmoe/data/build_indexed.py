@@ -41,6 +41,7 @@ QUEUED = 3  # chunks per thread that are read ahead
 RECORD_SECONDS = 30.0  # between two records of progress; a killed build loses no more
 SMALL_BYTES = 5_000_000  # of files, below which more is held out
 HELD_OUT, HELD_OUT_OF_SMALL = 0.02, 0.1  # shares of the documents
+VALIDATION_TOKENS = 2048  # at least, of a small corpus a tenth: a sequence of the paper's models
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Progress:
     documents: int = 0  # written
     bytes: int = 0  # UTF-8, of their texts
     tokens: int = 0  # written, one end-of-document token per document included
-    held_out: int = 0  # documents of those written that are for validation
+    held_out: int = 0  # documents of those written that are for validation; at the end, with those of `enough_held_out`
     skipped: int = 0  # documents, files and ends of files that could not be used
     empty: int = 0  # documents without text, which were left out
 
@@ -142,10 +143,25 @@ def _write(
                 recorded = time.monotonic()
         for tokens in held_out.read_back():
             writer.add_document(tokens)
+        held_out_tokens = held_out.position()["bin"] // dtype.itemsize
+        if done.documents and min(held_out_tokens, done.tokens - held_out_tokens) < VALIDATION_TOKENS:
+            done = replace(done, held_out=enough_held_out(writer.lengths(), done.held_out))
         if done.documents == 0 and not may_be_empty:
             raise RunError("input has no document that can be used; give other files, or the text_field of records")
         writer.sidecar = describe(prefix, tokenizer, domain, done.held_out, done.bytes)
     return done
+
+
+def enough_held_out(lengths: np.ndarray, chosen: int) -> int:
+    """Return how many documents, the last ones, are held out: more than the chosen ones if these have too few tokens.
+
+    Args:
+        lengths: tokens of each document, [N], N at least 1; one is left for training.
+        chosen: number of documents chosen by hash.
+    """
+    tokens = np.cumsum(lengths[::-1], dtype=np.int64)  # of the last documents
+    wanted = min(VALIDATION_TOKENS, tokens[-1] // 10)
+    return min(max(chosen, 1 + int(np.searchsorted(tokens, wanted))), len(lengths) - 1)
 
 
 def building(prefix: Path) -> Path:

@@ -23,7 +23,6 @@ from nlgmoe.validation import RunError, SettingError, require
 # Evenly spaced over the corpus. Few, because each is a random read, slow on a network disk.
 SAMPLED_DOCUMENTS = 100  # for their ends; of many prefixes at least two each
 COMPARED_DOCUMENTS = 20  # at most, with the tokenizer
-VALIDATION_TOKENS = 2048  # at least, of a small corpus a tenth: a sequence of the paper's models
 PIECES_OF_MANY = 4  # hashed of each file of many, whatever their number
 SPLITS = ("train", "validation", "test")
 
@@ -40,7 +39,7 @@ class MegatronIndexed:
             `data/pile/*`; or a list of these.
         split: shares of training, validation and test documents of each prefix, in file order, in any unit (`--split` of
             Megatron); without test documents, `test` evaluates the validation documents. None: the documents held out are for
-            validation, and more of a small corpus.
+            validation.
     """
 
     def __init__(self, prefix: list[str] | str, split: Sequence[float] | None = None) -> None:
@@ -78,13 +77,11 @@ class MegatronIndexed:
         folder = Path(commonpath([part.prefix.absolute().parent for part in parts])).name
         for part in parts:
             domains.setdefault(part.domain or folder, []).append(part)
-        if self.split is None:
-            for members in domains.values():
-                hold_out_more(members)
         sizes = [sum(part.ends[number + 1] - part.ends[number] for part in parts) for number in range(len(SPLITS))]
         if missing := [name for name, size in zip(SPLITS[:2], sizes, strict=False) if size == 0]:
             documents = f"{sum(part.bounds[-1] for part in parts):,} documents of {', '.join(self.prefix)}"
-            problem = f"split {list(self.split or ())} leaves {' and '.join(missing)} none of the {documents}"
+            split = "null" if self.split is None else list(self.split)
+            problem = f"split={split} leaves {' and '.join(missing)} none of the {documents}"
             raise SettingError(f"{problem}: raise the share, or use a larger corpus.")
         maps: dict[Path, np.ndarray] = {}
         present = [(number, name) for number, name in enumerate(SPLITS) if sizes[number]]
@@ -92,7 +89,7 @@ class MegatronIndexed:
         return OpenCorpus(loaded, list(domains), tokens, _fingerprint(parts))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Part:
     """A prefix and its splits."""
 
@@ -125,36 +122,6 @@ def _open_part(prefix: Path, prefixes: int, split: Sequence[float] | None, token
 def _without_sidecar(prefix: Path) -> SettingError:
     remedy = "set data.tokenizer to the tokenizer that they were made with, and split of the corpus, such as [98, 2, 0]"
     return SettingError(f"prefix={prefix}: there is no {prefix.name}.json, as beside files of Megatron; {remedy}")
-
-
-def hold_out_more(parts: Sequence[Part]) -> None:
-    """Give validation of a small domain more documents, the last ones: at least 2,048 tokens or a tenth of all."""
-    if sum(part.bounds[-1] for part in parts) < 2:
-        problem = "its one document cannot be divided into training and validation"
-        raise SettingError(f"prefix={parts[0].prefix}: {problem}; give more text")
-    if (training := sum(part.bounds[1] for part in parts)) == 0:
-        first = next(part for part in parts if part.bounds[-1])
-        first.bounds[1], training = 1, 1
-        first.ends[1] = IndexedDataset(first.prefix).first_token(1)
-    held_out = sum(part.ends[2] - part.ends[1] for part in parts)
-    wanted = max(1, min(VALIDATION_TOKENS, sum(part.ends[-1] for part in parts) // 10))
-    for part in reversed(parts):
-        if held_out >= wanted:
-            break
-        dataset = IndexedDataset(part.prefix)
-        while held_out < wanted and training > 1 and part.bounds[1] > 0:
-            part.bounds[1], training = part.bounds[1] - 1, training - 1
-            first_token = dataset.first_token(part.bounds[1])
-            part.ends[1], held_out = first_token, held_out + part.ends[1] - first_token
-
-
-def split_of(prefix: Path, held_out: int) -> tuple[list[int], list[int]]:
-    """Return the `bounds` and `ends` of a corpus of one prefix, see `Part`."""
-    dataset = IndexedDataset(prefix)
-    bounds = [0, dataset.documents - held_out, dataset.documents, dataset.documents]
-    part = Part(prefix, dataset.dtype, "", bounds, [dataset.first_token(number) for number in bounds], {})
-    hold_out_more([part])
-    return part.bounds, part.ends
 
 
 def _tokens(parts: Sequence[Part], split: int, maps: dict[Path, np.ndarray]) -> Tokens:

@@ -21,12 +21,10 @@ from nlgmoe.commands import prepare_data
 from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, IndexedWriter, Tokenizer, build_indexed
 from nlgmoe.data.documents import Fields, Record
-from nlgmoe.data.megatron_indexed import split_of
 from nlgmoe.data.prefix import Sidecar
 from nlgmoe.data.source_files import input_files
 from nlgmoe.experiment import load_config
 from tests.data.oracles import MegatronDataset
-from tests.support.corpora import tokens_of
 from tests.support.documents import lines, write_bytes, write_records
 
 build: Any = build_indexed.build_indexed
@@ -238,14 +236,12 @@ def test_prepare_data_says_what_it_writes(tokenizer: Tokenizer, files: list[str]
     pattern = str(tmp_path / "text" / "*.*")
     main([*arguments, "--input", *files, "--on-bad-data=skip", "--workers=2"])
     out, err = capsys.readouterr()
-    table = dict(line.split(None, 1) for line in out.splitlines())
-    assert table["files"] == "3" and f"documents  90, {sum(map(is_held_out, TEXTS))} of them chosen by hash" in out
+    assert f"documents  90, {sum(map(is_held_out, TEXTS))} of them for validation" in out
     assert (
         "left out   4 that cannot be used, 0 without text" in out
         and f"init_args.prefix {prefix}" in out.splitlines()[-1]
     )
     assert "left out: " in err and "a.jsonl, line 11: not JSON" in err
-    assert table["validation"].startswith(f"{sum(map(is_held_out, TEXTS))} documents, ")
     assert len(IndexedDataset(Path(prefix))) == 90
     for kind in ("idx", "bin", "json"):  # a .json may be the user's text
         with pytest.raises(SystemExit):
@@ -277,19 +273,12 @@ def test_own_text_is_prepared_and_trained_on_with_its_own_tokenizer(tmp_path: Pa
     data = load_config(config, data__corpus=corpus, data__data_dir=str(tmp_path / "empty"), data__seq_len=16).data
     data.prepare_data()
     assert next(iter(data.train_dataloader())) and next(iter(data.val_dataloader())) and 256 < data.vocab_size <= 280
-    tokens = [len(tokens_of(data, split)[0]) for split in ("train", "validation")]
-    assert f"training   1 documents, {tokens[0]:,} tokens" in out and f" 1 documents, {tokens[1]:,} tokens" in out
+    assert "documents  2, 1 of them for validation" in out
 
 
 @pytest.mark.parametrize(
-    ("lengths", "held_out", "split"),
-    [([1100] * 200, 4, [196, 4, 0]), ([1100] * 200, 0, [198, 2, 0]), ([90, 5, 5], 1, [1, 2, 0])],
+    ("lengths", "chosen", "held_out"),
+    [([1100] * 200, 4, 4), ([1100] * 200, 0, 2), ([90, 5, 5], 1, 2), ([5, 5], 2, 1), ([7], 1, 0)],
 )
-def test_validation_split_has_what_is_held_out_and_enough(
-    tmp_path: Path, lengths: list[int], held_out: int, split: list[int]
-) -> None:
-    with IndexedWriter(tmp_path / "pile", np.dtype(np.uint16)) as writer:
-        for length in lengths:
-            writer.add_document(np.zeros(length, np.uint16))
-    first, count, _ = split_of(tmp_path / "pile", held_out)[0][1:]
-    assert [first, count - first, 0] == split
+def test_validation_split_has_what_is_held_out_and_enough(lengths: list[int], chosen: int, held_out: int) -> None:
+    assert build_indexed.enough_held_out(np.array(lengths, np.int32), chosen) == held_out

@@ -183,7 +183,7 @@ def test_prefix_suffices_where_a_sidecar_has_tokenizer_and_split(write: Write, o
     other = str(Path(__file__).parents[1] / "golden" / "corpus" / "tokenizer")
     with pytest.raises(ValueError, match=r"tokenizer=.*golden.* is not .*pile's, .*; leave data\.tokenizer out"):
         open_corpus(prefix, None, tokenizer=other)
-    with pytest.raises(ValueError, match=r"pile: its one document cannot be divided"):
+    with pytest.raises(ValueError, match=r"split=null leaves validation none of the 1 documents"):
         open_corpus(write(TEXTS[:1], held_out=0), None)
     for options in ({"tokenizer": None}, {}):
         with pytest.raises(ValueError, match=r"no bare\.json, .*; set data\.tokenizer to .*, and split"):

@@ -51,7 +51,10 @@ def documents(prefix: Path) -> tuple[list[bytes], list[bytes]]:
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])
-def test_shards_have_the_documents_of_one_build(tokenizer: Tokenizer, folder: Path, tmp_path: Path, count: int) -> None:
+def test_shards_have_the_documents_of_one_build(
+    tokenizer: Tokenizer, folder: Path, tmp_path: Path, monkeypatch: Any, count: int
+) -> None:
+    monkeypatch.setattr("nlgmoe.data.build_indexed.VALIDATION_TOKENS", 0)  # no more than those chosen by hash
     whole = build(sorted(map(str, folder.iterdir())), tmp_path / "whole", tokenizer)
     built = build_shards(folder, tmp_path / "own", tokenizer, count)
     for fact in ("documents", "bytes", "tokens", "held_out", "empty", "skipped"):
@@ -66,6 +69,7 @@ def test_shards_have_the_documents_of_one_build(tokenizer: Tokenizer, folder: Pa
 
 def test_shards_hold_out_the_share_of_all_files(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("nlgmoe.data.build_indexed.SMALL_BYTES", 200_000)
+    monkeypatch.setattr("nlgmoe.data.build_indexed.VALIDATION_TOKENS", 0)
     files = [write_bytes(tmp_path / "text" / f"{number}.jsonl", lines(TEXTS)) for number in range(3)]
     assert all(path.stat().st_size < 200_000 / 2 for path in files)
     whole = build(list(map(str, files)), tmp_path / "whole", tokenizer)
