@@ -132,7 +132,7 @@ class PileDataModule(TrainingData):
         return self.tokenizer.vocab_size
 
     def token_counts(self) -> list[int]:
-        """Return the number of training tokens of each id, `[V]`; of a long corpus, in evenly spaced slices."""
+        """Return the number of training tokens of each id, `[V]`; of a long corpus, of the first ones."""
         return count_tokens(self._opened().tokens["train"], self.vocab_size).tolist()
 
     def unigram_entropy(self) -> float:
