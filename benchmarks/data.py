@@ -44,7 +44,7 @@ from nlgmoe.data.documents import Fields
 from nlgmoe.data.indexed import token_dtype
 from nlgmoe.data.pocket_build import open_corpus, read_texts, text_path
 from nlgmoe.data.prefix import describe
-from nlgmoe.data.source_files import Shard
+from nlgmoe.data.source_files import part_of
 
 DATA = ROOT / "data/pocket_pile"
 SEQ_LEN, BATCH, BATCHES, WORKERS = 2048, 8, 64, (0, 1, 2)
@@ -155,19 +155,20 @@ def preparing(rounds: int) -> dict[str, dict[str, float]]:
     """Return seconds for a MB of text by threads, and the CPU seconds of all but the tokenizer, which hold the GIL."""
     tokenizer, measured = load_tokenizer("gpt2", DATA), dict[str, dict[str, float]]()
     with TemporaryDirectory() as name:
-        path = Path(name) / "text.jsonl"
+        paths = [str(Path(name) / f"{number}.jsonl") for number in range(8)]
         texts = corpus_texts()
         texts = texts[: len(texts) * PREPARED_BYTES // sum(map(len, texts))]
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        for number, path in enumerate(paths):
+            Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[number :: len(paths)]))
         size = sum(len(text.encode()) for text in texts) / 1e6
         numbers = count()
 
-        def build(used: Tokenizer, threads: int, shard: Shard | None = None) -> None:
-            prefix = Path(name) / f"{next(numbers)}-{shard and shard.number}"
-            build_indexed([str(path)], prefix, used, Fields(), threads, lambda done: None, shard=shard)
+        def build(used: Tokenizer, threads: int, shard: str = "1/1") -> None:
+            files, suffix = part_of(paths, shard)
+            build_indexed(files, Path(name) / f"{next(numbers)}{suffix}", used, Fields(), threads, lambda done: None)
 
         def build_shards(processes: int) -> None:
-            shards = [Shard(number + 1, processes) for number in range(processes)]
+            shards = [f"{number + 1}/{processes}" for number in range(processes)]
             started = [
                 multiprocessing.get_context("fork").Process(target=build, args=(tokenizer, 1, s)) for s in shards
             ]

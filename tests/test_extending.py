@@ -24,7 +24,7 @@ from nlgmoe.checkpoint.reading import TensorFiles, read_document
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main
 from nlgmoe.commands.main import main as nlgmoe
-from nlgmoe.data import TokenArrays, load_tokenizer
+from nlgmoe.data import OpenCorpus, load_tokenizer
 from tests.support.commands import TINY
 from tests.support.processes import ROOT, python
 
@@ -203,7 +203,7 @@ def test_own_corpus_is_trained_on_resumed_and_blended(
     (validation := tmp_path / "validation.txt").write_text("the queen and the king\n" * 20)
     files = {"train": str(train), "validation": str(validation)}
     tokenizer = load_tokenizer("pocket-1k", pocket_pile)
-    tokens = LineCorpus(**files).open(pocket_pile, "pocket-1k").training_tokens()[0]
+    tokens = LineCorpus(**files).open(pocket_pile, "pocket-1k").tokens["train"][0]
     assert tokens[-1] == tokenizer.eod_id and (tokens == tokenizer.eod_id).sum() == 100
     assert tokenizer.decode([one for one in tokens if one != tokenizer.eod_id]) == train.read_text().replace("\n", "")
     lines = {"class_path": "line_corpus.LineCorpus", "init_args": files}
@@ -215,12 +215,12 @@ def test_own_corpus_is_trained_on_resumed_and_blended(
         assert "lines" in json.loads((tmp_path / name / "summary.json").read_text())["bits_per_byte"]
     main([*words, "--model.train_tokens=256", "--ckpt_path=last"])
     for arrays, message in (
-        ({"train": [tokens]}, "TokenArrays.tokens has ['train']; give train and validation"),
-        ({"train": [tokens], "validation": [tokens[:0]]}, "TokenArrays.tokens has no token of validation"),
-        ({"train": [tokens / 1], "validation": [tokens]}, "TokenArrays.tokens has ['float64 "),
+        ({"train": [tokens]}, "OpenCorpus.tokens has ['train']; give train and validation"),
+        ({"train": [tokens], "validation": [tokens[:0]]}, "OpenCorpus.tokens has no token of validation"),
+        ({"train": [tokens / 1], "validation": [tokens]}, "OpenCorpus.tokens has ['float64 "),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
-            TokenArrays(tokenizer, ["lines"], arrays, {})
+            OpenCorpus(tokenizer, ["lines"], arrays, {})
     train.write_text("another text\n" * 99)
     with pytest.raises(SystemExit):
         main([*words, "--model.train_tokens=512", "--ckpt_path=last"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nlgmoe.data import OpenCorpus, TokenArrays, Tokenizer, load_tokenizer
+from nlgmoe.data import OpenCorpus, Tokenizer, load_tokenizer
 
 
 class LineCorpus:
@@ -28,7 +28,7 @@ class LineCorpus:
         loaded = load_tokenizer(tokenizer, data_dir)
         tokens = {split: [_tokenise(file, loaded)] for split, file in self.files.items()}
         text = hashlib.sha256(self.files["train"].read_bytes()).hexdigest()  # a checkpoint resumes on this text alone
-        return TokenArrays(loaded, ["lines"], tokens, {"lines": text})  # one domain
+        return OpenCorpus(loaded, ["lines"], tokens, {"lines": text})  # one domain
 
 
 def _tokenise(file: Path, tokenizer: Tokenizer) -> np.ndarray:

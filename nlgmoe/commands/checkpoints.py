@@ -7,6 +7,8 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
+from tqdm import tqdm
+
 from nlgmoe.cli.arguments import check_device, check_new_checkpoint, import_allowed
 from nlgmoe.files import yaml_beside
 from nlgmoe.validation import RunError, SettingError
@@ -150,7 +152,7 @@ def prune_checkpoint(
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
     from nlgmoe.checkpoint.portable import load_model
     from nlgmoe.checkpoint.reading import run_config
-    from nlgmoe.commands.measured_text import read_batches, with_progress
+    from nlgmoe.commands.measured_text import read_batches
     from nlgmoe.eval.importance import measure_use
     from nlgmoe.eval.loaded_model import load_pretrained
     from nlgmoe.surgery.prune import most_used, prune, pruned_config
@@ -163,13 +165,13 @@ def prune_checkpoint(
     num_experts = _by_position(num_experts, before)
     after = pruned_config(before, num_experts)
     batches = read_batches(run_config(Path(run)), loaded, text, windows, tokenizer)
-    use = measure_use(loaded.model, with_progress(batches, "measuring use"))
+    use = measure_use(loaded.model, tqdm(batches, "measuring use", mininterval=1))
     kept = most_used(use.weights if by == "use" else use.saliency, after)
     path, tokens_seen = loaded.path, loaded.document["tokens_seen"]
     del loaded  # the device need not hold both models
     prune(path, checkpoint, num_experts, kept, overwrite)
     _print_kept(before, kept, use)
-    loss = measure_use(load_model(checkpoint).to(device), with_progress(batches, "measuring loss")).loss
+    loss = measure_use(load_model(checkpoint).to(device), tqdm(batches, "measuring loss", mininterval=1)).loss
     print(f"loss {use.loss:.4f} -> {loss:.4f} nats per token ({use.tokens:,} tokens)")
     _print_pruned(before, after, Path(checkpoint), path)
     _print_command(run_config(Path(run)), Path(checkpoint), path, tokens_seen)

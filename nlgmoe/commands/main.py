@@ -15,7 +15,7 @@ from nlgmoe.versions import versions
 TRAIN_PY = ("fit", "validate", "test", "predict")
 COMMANDS = {
     "configs": ("commands.configs", "list the package's configuration files, or copy them into a folder"),
-    "prepare-data": ("commands.prepare_data", "build the pocket Pile, a tokenizer, or a corpus of your own text"),
+    "prepare-data": ("commands.prepare_data", "build the pocket Pile, or a corpus of your own text"),
     "inspect": ("tools.planner.inspect_config", "predict a run's parameters, memory, communication and speed"),
     "from-megatron": ("tools.megatron.from_megatron", "translate a launch of Megatron-DeepSpeed into YAML"),
     "verify": ("commands.checkpoints:verify_checkpoint", "check every byte of a checkpoint, and print its contents"),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, cast
 
 from nlgmoe.validation import SettingError, require
 
@@ -35,24 +32,14 @@ def read_batches(
         return list(_file_batches(text, loaded, windows))
     if config is None:
         raise SettingError("text=null: there is no config.yaml that names its text; give --text FILE")
-    return list(_run_batches(config, windows, tokenizer))
-
-
-def with_progress(batches: list[Batch], work: str) -> Iterable[Batch]:
-    """Return the batches, with a progress bar on standard error that names the work."""
-    return tqdm(batches, desc=work, unit="batch", mininterval=0.1 if sys.stderr.isatty() else 10.0)
-
-
-def _run_batches(config: Path, windows: int, tokenizer: str | None) -> Any:
     from nlgmoe.experiment import ONE_PROCESS, load_config
 
-    changes: dict[str, Any] = {"data__max_eval_windows": windows}
-    if tokenizer is not None:
-        changes["data__tokenizer"] = tokenizer
+    changes: dict[str, Any] = {} if tokenizer is None else {"data__tokenizer": tokenizer}
+    changes["data__max_eval_windows"] = windows
     # Of the trainer nothing is used, but it must fit this machine.
     data = load_config(config, **ONE_PROCESS, trainer__accelerator="cpu", trainer__logger=False, **changes).data
     data.prepare_data()
-    return data.val_dataloader()
+    return cast("list[Batch]", list(data.val_dataloader()))
 
 
 def _file_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Batch]:

@@ -9,6 +9,7 @@ from shlex import quote
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from nlgmoe.checkpoint.reading import run_config
 from nlgmoe.cli.arguments import check_device, check_output, number_or_list, write_whole
@@ -130,14 +131,14 @@ def _write(comment: list[str], changes: dict[str, Any], output: str | None) -> N
 def _measure(
     teacher: str, file: Path, text: str | None, windows: int, tokenizer: str | None, device: str
 ) -> list[float]:
-    from nlgmoe.commands.measured_text import read_batches, with_progress
+    from nlgmoe.commands.measured_text import read_batches
     from nlgmoe.eval.importance import measure_influence
     from nlgmoe.eval.loaded_model import load_pretrained
 
     check_device(device)
     loaded = load_pretrained(teacher, tokenizer, device)
     batches = read_batches(file, loaded, text, windows, tokenizer)
-    return measure_influence(loaded.model, with_progress(batches, "measuring influence"))
+    return measure_influence(loaded.model, tqdm(batches, "measuring influence", mininterval=1))
 
 
 def _overlay(settings: dict[str, Any], ours: GPTConfig, end: dict[str, Any], teacher: str, folder: str) -> Any:

@@ -8,7 +8,7 @@ for Lightning).
 """
 
 from nlgmoe.data.blend import Blend, BlendPart
-from nlgmoe.data.corpus import Corpus, OpenCorpus, TokenArrays
+from nlgmoe.data.corpus import Corpus, OpenCorpus
 from nlgmoe.data.datamodule import PileDataModule
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter
 from nlgmoe.data.megatron_indexed import MegatronIndexed
@@ -33,7 +33,6 @@ __all__ = [
     "PocketPile",
     "Sample",
     "StreamedText",
-    "TokenArrays",
     "TokenSource",
     "Tokenizer",
     "TrainingData",

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
 
 from nlgmoe.data.corpus import Corpus, Fingerprint, OpenCorpus, own_tokenizer
-from nlgmoe.data.samples import CursorSource, Sample, TokenSource
-from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.samples import Sample, TokenSource
 from nlgmoe.data.tokens import Tokens
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import RunError, SettingError, error_type_like, require
@@ -73,7 +72,9 @@ class Blend:
         for part in self.parts:
             with _naming(part.name):
                 opened.append(part.corpus.open(data_dir, tokenizer))
-        return OpenBlend(self.parts, opened)
+        weights = integer_weights([part.weight for part in self.parts])
+        names = [part.name for part in self.parts]
+        return OpenBlend.of([_Part(*part) for part in zip(names, weights, opened, strict=True)])
 
 
 class _Part(NamedTuple):
@@ -82,67 +83,65 @@ class _Part(NamedTuple):
     corpus: OpenCorpus
 
 
-class OpenBlend:
-    """A blend that can be read."""
+@dataclass(frozen=True)
+class OpenBlend(OpenCorpus):
+    """A blend that can be read; a part has empty arrays for a split that it lacks."""
 
-    def __init__(self, parts: Sequence[BlendPart], opened: Sequence[OpenCorpus]) -> None:
-        names, self.weights = [part.name for part in parts], integer_weights([part.weight for part in parts])
-        self._parts = [_Part(*part) for part in zip(names, self.weights, opened, strict=True)]
-        self.tokenizer: Tokenizer = opened[0].tokenizer
-        self.domains: list[str] = []
-        shares = [f"{name} {Fraction(weight, sum(self.weights))}" for name, weight, _ in self._parts]
-        self.fingerprint: Fingerprint = {"parts": ", ".join(shares)}
-        for name, _, corpus in self._parts:
-            if corpus.tokenizer.fingerprint != self.tokenizer.fingerprint:
-                problem = f"The part {name!r} is tokenised with {corpus.tokenizer.name}, {names[0]!r} with"
-                raise SettingError(f"{problem} {self.tokenizer.name}: give the parts of a blend one tokenizer.")
-            self.domains += [f"{name}/{domain}" for domain in corpus.domains] if len(corpus.domains) > 1 else [name]
-            self.fingerprint |= {f"{name}/{entry}": value for entry, value in corpus.fingerprint.items()}
-        if duplicates := {name for name in self.domains if self.domains.count(name) > 1}:
+    parts: Sequence[_Part]
+
+    @classmethod
+    def of(cls, parts: Sequence[_Part]) -> "OpenBlend":
+        """Join open parts."""
+        tokenizer, total = parts[0].corpus.tokenizer, sum(part.weight for part in parts)
+        fingerprint: Fingerprint = {"parts": ", ".join(f"{part.name} {Fraction(part.weight, total)}" for part in parts)}
+        domains: list[str] = []
+        for name, _, corpus in parts:
+            if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
+                problem = f"The part {name!r} is tokenised with {corpus.tokenizer.name}, {parts[0].name!r} with"
+                raise SettingError(f"{problem} {tokenizer.name}: give the parts of a blend one tokenizer.")
+            domains += [f"{name}/{domain}" for domain in corpus.domains] if len(corpus.domains) > 1 else [name]
+            fingerprint |= {f"{name}/{entry}": value for entry, value in corpus.fingerprint.items()}
+        if duplicates := {name for name in domains if domains.count(name) > 1}:
             raise SettingError(f"two domains of the blend are called {min(duplicates)}; change the name of a part")
+        tokens: dict[str, list[Tokens]] = {}
+        for split in dict.fromkeys(split for part in parts for split in part.corpus.tokens):
+            tokens[split] = []
+            for part in parts:
+                lacking = [np.zeros(0, np.int64)] * len(part.corpus.domains)
+                tokens[split] += part.corpus.tokens.get(split, lacking)
+        return cls(tokenizer, domains, tokens, fingerprint, parts)
 
     @property
     def shares(self) -> list[float]:
         """Share of each domain in the training samples, `[D]`; within a part proportional to training tokens."""
         shares: list[float] = []
-        for _, weight, corpus in self._parts:
+        total = sum(part.weight for part in self.parts)
+        for _, weight, corpus in self.parts:
             sizes: Sequence[float]
-            sizes = corpus.shares if isinstance(corpus, OpenBlend) else [len(t) for t in corpus.training_tokens()]
-            shares += [weight / sum(self.weights) * size / sum(sizes) for size in sizes]
+            sizes = corpus.shares if isinstance(corpus, OpenBlend) else [len(array) for array in corpus.tokens["train"]]
+            shares += [weight / total * size / sum(sizes) for size in sizes]
         return shares
 
+    @override
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
         """Return the parts' samples in turn, each part with a seed of its own; log how often each part is repeated."""
-        sources = []
-        for name, weight, corpus in self._parts:
+        sources, total = [], sum(part.weight for part in self.parts)
+        for name, weight, corpus in self.parts:
             with _naming(name):
                 source = corpus.training_source(seq_len, derive_seed(seed, name))
-            share, epoch = weight / sum(self.weights), ""
+                remedy = "tokenise it in advance with nlgmoe prepare-data"
+                require(source.cursor_length == 0, f"corpus is a stream, of which a blend has none; {remedy}")
+            epoch = ""
             if windows := getattr(source, "num_windows", None):
-                epoch = f", used up every {round(windows * seq_len / share):,} tokens of the blend"
-            rank_zero_info(f"blend: {name} has {share:.2%} of the samples{epoch}")
+                epoch = f", used up every {round(windows * seq_len * total / weight):,} tokens of the blend"
+            rank_zero_info(f"blend: {name} has {weight / total:.2%} of the samples{epoch}")
             sources.append(source)
-        return BlendedSource(sources, self.weights, [len(part.corpus.domains) for part in self._parts])
-
-    def training_tokens(self) -> Sequence[Tokens]:
-        """Return the training tokens of all parts, not in the blend's shares."""
-        return [tokens for part in self._parts for tokens in part.corpus.training_tokens()]
-
-    def evaluation_tokens(self, split: str) -> Sequence[Tokens] | None:
-        """Return the evaluation tokens of all parts, empty for a part without this split; None if no part has it."""
-        arrays_of_parts = [part.corpus.evaluation_tokens(split) for part in self._parts]
-        if all(arrays is None for arrays in arrays_of_parts):
-            return None
-        tokens: list[Tokens] = []
-        for arrays, part in zip(arrays_of_parts, self._parts, strict=True):
-            tokens += [np.zeros(0, dtype=np.int64)] * len(part.corpus.domains) if arrays is None else arrays
-        return tokens
+        domains = [len(part.corpus.domains) for part in self.parts]
+        return BlendedSource(sources, [part.weight for part in self.parts], domains)
 
 
-class BlendedSource:
+class BlendedSource(TokenSource):
     """Training samples of several sources, interleaved by weight.
-
-    It is a `CursorSource` if a part is one; stream s of part p, of P parts, is stream s P + p of the blend.
 
     Args:
         sources: endless sources of the parts, all of one sequence length.
@@ -155,28 +154,12 @@ class BlendedSource:
         self._sources = list(sources)
         self._interleaving = Interleaving(weights)
         self._first_domains = [sum(domains[:part]) for part in range(len(sources))]
-        streamed = [(part, each) for part, each in enumerate(sources) if isinstance(each, CursorSource)]
-        self._streamed = {part: source for part, source in streamed if source.cursor_length}
-        self.cursor_length = max((source.cursor_length for source in self._streamed.values()), default=0)
-
-    def seek(self, cursors: Sequence[Sequence[int]]) -> None:
-        """See `CursorSource`."""
-        parts = len(self._sources)
-        for part, source in self._streamed.items():
-            own, length = [cursor for cursor in cursors if cursor[0] % parts == part], source.cursor_length
-            source.seek([[stream // parts, *rest[: length - 1]] for stream, *rest in own])
 
     def sample(self, index: int) -> Sample:
         """Return the next sample of the part that `Interleaving` names."""
         part, own_index = self._interleaving.place(index)
         sample = self._sources[part].sample(own_index).copy()
         sample["domain"] = sample["domain"] + self._first_domains[part]
-        if self.cursor_length:
-            cursor = torch.full((self.cursor_length,), -1)
-            if "cursor" in sample:
-                cursor[: len(sample["cursor"])] = sample["cursor"]
-                cursor[0] = cursor[0] * len(self._sources) + part if cursor[0] >= 0 else -1
-            sample["cursor"] = cursor
         return sample
 
 

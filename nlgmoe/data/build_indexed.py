@@ -28,11 +28,10 @@ import numpy as np
 import xxhash
 from filelock import FileLock, Timeout
 
-from nlgmoe.data.corpus import hash_of
 from nlgmoe.data.documents import Fields, Skip, read_documents
 from nlgmoe.data.indexed import IndexedWriter, token_dtype
 from nlgmoe.data.prefix import describe
-from nlgmoe.data.source_files import WHOLE, Shard, describe_file, is_local
+from nlgmoe.data.source_files import WHOLE, describe_file, is_local
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.files import write_json
 from nlgmoe.validation import RunError, SettingError
@@ -42,6 +41,7 @@ QUEUED = 3  # chunks per thread that are read ahead
 RECORD_SECONDS = 30.0  # between two records of progress; a killed build loses no more
 SMALL_BYTES = 5_000_000  # of files, below which more is held out
 HELD_OUT, HELD_OUT_OF_SMALL = 0.02, 0.1  # shares of the documents
+VALIDATION_TOKENS = 2048  # at least, of a small corpus a tenth: a sequence of the paper's models
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Progress:
     documents: int = 0  # written
     bytes: int = 0  # UTF-8, of their texts
     tokens: int = 0  # written, one end-of-document token per document included
-    held_out: int = 0  # documents of those written that are for validation
+    held_out: int = 0  # documents of those written that are for validation; at the end, with those of `enough_held_out`
     skipped: int = 0  # documents, files and ends of files that could not be used
     empty: int = 0  # documents without text, which were left out
 
@@ -67,7 +67,7 @@ def build_indexed(
     report: Callable[[Progress], object],
     skip: Skip | None = None,
     domain: str | None = None,
-    shard: Shard | None = None,
+    whole: Sequence[str] | None = None,
 ) -> Progress:
     """Write the files of a prefix: a sequence for each document, closed by the end-of-document token.
 
@@ -78,16 +78,17 @@ def build_indexed(
         report: called with the progress at the start and after each chunk.
         skip: called with place and reason of unusable data; None: raise an error.
         domain: name of the documents' domain; None: the last part of the prefix, without the number of a shard.
-        shard: the part of the files that is built; it may be empty. None: all of them.
+        whole: all files of the corpus of which this is a part, whose size determines the share held out; the part may be empty.
+            None: `files` are all.
     """
     folder = building(prefix)
     folder.mkdir(parents=True, exist_ok=True)
-    described = [describe_file(file) for file in files]
+    described = {file: describe_file(file) for file in whole or files}
     # Some servers report no size: such files are taken as large.
-    size = sum(file.bytes or (0 if is_local(file.path) else SMALL_BYTES) for file in described)
-    settings = {
-        "files": [asdict(file) for file in described],
-        "shard": None if shard is None else str(shard),
+    size = sum(file.bytes or (0 if is_local(file.path) else SMALL_BYTES) for file in described.values())
+    settings: dict[str, Any] = {
+        "files": [asdict(described[file]) for file in files],
+        "held out": HELD_OUT if size >= SMALL_BYTES else HELD_OUT_OF_SMALL,
         "tokenizer": tokenizer.fingerprint,
         "special_tokens": tokenizer.reads_special_tokens,
         "fields": {name: value for name, value in asdict(fields).items() if name != "missing_bytes"},
@@ -97,11 +98,9 @@ def build_indexed(
         with FileLock(folder / ".lock", timeout=0):
             check_new(prefix)
             done, sizes = _read_progress(folder, settings)
-            share = HELD_OUT if size >= SMALL_BYTES else HELD_OUT_OF_SMALL
-            spans = [WHOLE] * len(files) if shard is None else shard.spans(described)
-            chunks = _tokenise(_chunks(files, spans, fields, skip, done), tokenizer, share, workers, done)
+            chunks = _tokenise(_chunks(files, fields, skip, done), tokenizer, settings["held out"], workers, done)
             report(done)
-            return _write(chunks, prefix, tokenizer, domain, sizes, settings, report)
+            return _write(chunks, prefix, tokenizer, domain, sizes, settings, report, may_be_empty=whole is not None)
     except Timeout:
         raise RunError(f"{folder} is in use: another process builds {prefix.name}; wait for it, or stop it.") from None
     except BaseException as error:
@@ -122,6 +121,7 @@ def _write(
     sizes: dict[str, dict[str, int]],
     settings: dict[str, Any],
     report: Callable[[Progress], object],
+    may_be_empty: bool,
 ) -> Progress:
     """Write all documents and record the progress from time to time."""
     folder, dtype = building(prefix), token_dtype(tokenizer.vocab_size)
@@ -143,13 +143,25 @@ def _write(
                 recorded = time.monotonic()
         for tokens in held_out.read_back():
             writer.add_document(tokens)
-        if done.documents == 0 and settings["shard"] is None:
+        held_out_tokens = held_out.position()["bin"] // dtype.itemsize
+        if done.documents and min(held_out_tokens, done.tokens - held_out_tokens) < VALIDATION_TOKENS:
+            done = replace(done, held_out=enough_held_out(writer.lengths(), done.held_out))
+        if done.documents == 0 and not may_be_empty:
             raise RunError("input has no document that can be used; give other files, or the text_field of records")
         writer.sidecar = describe(prefix, tokenizer, domain, done.held_out, done.bytes)
-        if settings["shard"] is not None:  # without paths: they may differ on the machines of the tasks
-            divided = [(os.path.basename(file["path"]), file["bytes"]) for file in settings["files"]]
-            writer.sidecar = replace(writer.sidecar, input=hash_of(divided))
     return done
+
+
+def enough_held_out(lengths: np.ndarray, chosen: int) -> int:
+    """Return how many documents, the last ones, are held out: more than the chosen ones if these have too few tokens.
+
+    Args:
+        lengths: tokens of each document, [N], N at least 1; one is left for training.
+        chosen: number of documents chosen by hash.
+    """
+    tokens = np.cumsum(lengths[::-1], dtype=np.int64)  # of the last documents
+    wanted = min(VALIDATION_TOKENS, tokens[-1] // 10)
+    return min(max(chosen, 1 + int(np.searchsorted(tokens, wanted))), len(lengths) - 1)
 
 
 def building(prefix: Path) -> Path:
@@ -182,7 +194,7 @@ def _read_progress(folder: Path, settings: dict[str, Any]) -> tuple[Progress, di
 
 
 def _chunks(
-    files: Sequence[str], spans: Sequence[range], fields: Fields, skip: Skip | None, done: Progress
+    files: Sequence[str], fields: Fields, skip: Skip | None, done: Progress
 ) -> Iterator[tuple[list[str], Progress]]:
     """Yield chunks of texts from `done` on, with the position behind each; `_tokenise` adds the counts of documents."""
     texts: list[str] = []
@@ -194,11 +206,9 @@ def _chunks(
         skip(line)
 
     for number in range(done.file, len(files)):
-        if not spans[number]:
-            continue
         start = done.number if number == done.file else 0
         counting = (skip and count, partial(left_out.update, ["empty"]))
-        for record in read_documents(files[number], fields, WHOLE, start, *counting, spans[number]):
+        for record in read_documents(files[number], fields, WHOLE, start, *counting):
             assert isinstance(record.content, str)
             texts.append(record.content)
             size += len(record.content)

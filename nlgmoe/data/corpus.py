@@ -3,7 +3,6 @@
 `PileDataModule` reads any `Corpus`: `PocketPile`, `MegatronIndexed`, `StreamedText`, `Blend`, or a user's.
 """
 
-import errno
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,44 +21,19 @@ from nlgmoe.data.tokens import Tokens
 from nlgmoe.validation import require
 
 WAITING_SECONDS = 3.0  # of waiting for a build by another process, before a message
-NO_LOCK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 PIECES, PIECE_BYTES = 64, 1 << 15  # of a file, for its hash
 
 Fingerprint = dict[str, str | int]
 """Name -> setting or hash of contents. Equal ones mean the same training tokens; an error names the entries that differ."""
 
 
-class OpenCorpus(Protocol):
-    """A corpus that can be read."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Tokenizer of the tokens."""
-
-    @property
-    def domains(self) -> list[str]:
-        """Names of the domains, indexed by a batch's domain ids."""
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        """Settings and hashes that determine the training tokens and their order."""
-
-    def training_source(self, seq_len: int, seed: int) -> TokenSource:
-        """Return endless training samples of `seq_len` tokens; `seed` determines their order."""
-
-    def training_tokens(self) -> Sequence[Tokens]:
-        """Return the tokens of each domain's training text, `[N_d]` each, or of a representative part, for statistics."""
-
-    def evaluation_tokens(self, split: str) -> Sequence[Tokens] | None:
-        """Return the tokens of each domain in the form of `samples.py`, `[N_d]` each.
-
-        `split` is "validation", which every corpus has, or "test"; None if there is no test split.
-        """
-
-
 @dataclass(frozen=True)
-class TokenArrays:
-    """An open corpus whose tokens lie in arrays, memory-mapped or not."""
+class OpenCorpus:
+    """A corpus that can be read: its tokens lie in arrays, memory-mapped or not.
+
+    Where the training samples are no windows of `tokens`, a class of its own overrides `training_source`; "train" then has a
+    representative part of the training text, for statistics.
+    """
 
     tokenizer: Tokenizer
     domains: list[str]  # names, indexed by a batch's domain ids
@@ -71,26 +45,18 @@ class TokenArrays:
     def __post_init__(self) -> None:
         """Check the values, which may come from user code."""
         known = {"train", "validation"} <= self.tokens.keys()
-        require(known, f"TokenArrays.tokens has {[*self.tokens]}; give train and validation")
+        require(known, f"OpenCorpus.tokens has {[*self.tokens]}; give train and validation")
         for split, arrays in self.tokens.items():
             integers = all(np.issubdtype(array.dtype, np.integer) for array in arrays)  # floats would be truncated
             given = f"{[f'{array.dtype} [{len(array)}]' for array in arrays]} for {split}"
             remedy = f"give an array of integers for each of the domains {self.domains}"
-            require(integers and len(arrays) == len(self.domains), f"TokenArrays.tokens has {given}; {remedy}")
+            require(integers and len(arrays) == len(self.domains), f"OpenCorpus.tokens has {given}; {remedy}")
         evaluates = any(map(len, self.tokens["validation"])) or not any(map(len, self.tokens["train"]))
-        require(evaluates, "TokenArrays.tokens has no token of validation; give some text for it")
+        require(evaluates, "OpenCorpus.tokens has no token of validation; give some text for it")
 
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
-        """Return the windows of all domains, in a new random order every epoch."""
+        """Return endless training samples of `seq_len` tokens; `seed` determines their order."""
         return PackedSource(self.tokens["train"], seq_len, self.tokenizer.eod_id, seed)
-
-    def training_tokens(self) -> Sequence[Tokens]:
-        """Return all training tokens."""
-        return self.tokens["train"]
-
-    def evaluation_tokens(self, split: str) -> Sequence[Tokens] | None:
-        """See `OpenCorpus`."""
-        return self.tokens.get(split)
 
 
 class Corpus(Protocol):
@@ -121,8 +87,8 @@ def own_tokenizer(corpus: Corpus) -> str | None:
 def build_lock(data_dir: Path) -> Iterator[None]:
     """Create the folder, and lock it: one process at a time builds in it.
 
-    Without write permission no lock is needed: writing a missing file raises the error. Some file systems have no locks: prepare
-    the data there by one process, before the run.
+    Where there is no lock, without write permission or on some file systems, none is waited for: prepare the data there by one
+    process, before the run.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(data_dir / ".lock")
@@ -132,9 +98,8 @@ def build_lock(data_dir: Path) -> Iterator[None]:
         except Timeout:
             print(f"waiting for another process, which builds in {data_dir}", file=sys.stderr, flush=True)
             lock.acquire()
-    except OSError as error:
-        if error.errno not in NO_LOCK:
-            raise
+    except OSError:
+        pass
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from nlgmoe.data import sampling
 from nlgmoe.data.blend import OpenBlend
 from nlgmoe.data.corpus import Corpus, OpenCorpus, own_tokenizer
 from nlgmoe.data.pocket_pile import PocketPile
-from nlgmoe.data.samples import ORDER, CursorSource, EvaluationSource, Sample, TokenSource
+from nlgmoe.data.samples import ORDER, EvaluationSource, Sample, TokenSource
 from nlgmoe.data.streams import Cursors
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import DEFAULT_TOKENIZER
@@ -90,7 +90,7 @@ class PileDataModule(TrainingData):
         if batch_ramp_up is not None:
             sampling.check_ramp_up(batch_ramp_up, global_batch_size, micro_batch_size)
         self._cursors = Cursors()
-        self._cursor_source: CursorSource | None = None
+        self._has_cursors = False
         self._tokenizer_name = tokenizer
         self._open_corpus: OpenCorpus | None = None
 
@@ -132,8 +132,8 @@ class PileDataModule(TrainingData):
         return self.tokenizer.vocab_size
 
     def token_counts(self) -> list[int]:
-        """Return the number of training tokens of each id, `[V]`; of a long corpus, in evenly spaced slices."""
-        return count_tokens(self._opened().training_tokens(), self.vocab_size).tolist()
+        """Return the number of training tokens of each id, `[V]`; of a long corpus, of the first ones."""
+        return count_tokens(self._opened().tokens["train"], self.vocab_size).tolist()
 
     def unigram_entropy(self) -> float:
         """Compute the loss of the best context-free model on the tokens that have a loss in evaluation, in nats per token."""
@@ -141,7 +141,7 @@ class PileDataModule(TrainingData):
         if self.mask_eod_loss:
             eod = self.tokenizer.eod_id
             evaluated = [tokens[1:][tokens[:-1] != eod] for tokens in evaluated]  # the first one has no loss either
-        return unigram_entropy(self._opened().training_tokens(), evaluated, self.vocab_size)
+        return unigram_entropy(self._opened().tokens["train"], evaluated, self.vocab_size)
 
     def xz_bits_per_byte(self) -> dict[str, float]:
         """Compress the evaluated text by a general-purpose compressor: domain -> bits per byte, and "all"."""
@@ -153,9 +153,8 @@ class PileDataModule(TrainingData):
         """Return this rank's endless micro-batches, from sample `samples_consumed` on."""
         rank, world_size = self._rank_and_world_size()
         source = self._opened().training_source(self.seq_len, self.seed)
-        if isinstance(source, CursorSource):
-            self._cursor_source = source
-            source.seek(self._cursors.latest())
+        self._has_cursors = source.cursor_length > 0
+        source.seek(self._cursors.latest())
         full_batch_size = self.global_batch_size or self.micro_batch_size * world_size
         sampler = sampling.TrainingSampler(
             self._begin,
@@ -174,7 +173,7 @@ class PileDataModule(TrainingData):
 
     def test_dataloader(self) -> DataLoader[Sample]:
         """Return the same for the test split, or the validation split if there is none (the pocket Pile)."""
-        return self._evaluation_loader("test" if self._opened().evaluation_tokens("test") is not None else "validation")
+        return self._evaluation_loader("test" if "test" in self._opened().tokens else "validation")
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         """Return the validation windows."""
@@ -205,8 +204,8 @@ class PileDataModule(TrainingData):
         self._cursors.commit(samples // self._rank_and_world_size()[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Add for a `CursorSource` the `cursors` of all streams, which is a collective."""
-        cursors = self._cursors.latest() if self._cursor_source is None else self._cursors.gather()
+        """Add the `cursors` of all streams, which is a collective if there are some."""
+        cursors = self._cursors.gather() if self._has_cursors else self._cursors.latest()
         return super().state_dict() | ({"cursors": cursors} if cursors else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -235,9 +234,9 @@ class PileDataModule(TrainingData):
         return self._open_corpus
 
     def _evaluation_source(self, split: str) -> EvaluationSource:
-        tokens = self._opened().evaluation_tokens(split)
-        assert tokens is not None, f"the corpus has no split {split}"
-        return EvaluationSource(tokens, self.seq_len, self.tokenizer.eod_id, self.max_eval_windows)
+        return EvaluationSource(
+            self._opened().tokens[split], self.seq_len, self.tokenizer.eod_id, self.max_eval_windows
+        )
 
     def _evaluated_tokens(self) -> dict[str, Tokens]:
         source = self._evaluation_source("validation")

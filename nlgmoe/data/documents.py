@@ -79,7 +79,6 @@ def read_documents(
     start: int = 0,
     skip: Skip | None = None,
     count_empty: Callable[[], object] = lambda: None,
-    span: range = WHOLE,
 ) -> Iterator[Record]:
     """Yield the documents of a file that have text.
 
@@ -90,7 +89,6 @@ def read_documents(
         start: documents at the beginning to leave out.
         skip: called with place and reason of each document, file or end of a file that cannot be used; None: raise an error.
         count_empty: called for each document without text.
-        span: bytes of the file in which the lines, or the row groups, to read begin; lines are numbered from there.
     """
     read, unit = (_read_parquet, "row") if str(path).endswith(".parquet") else (_read_lines, "line")
     if is_plain_text(path):
@@ -101,11 +99,11 @@ def read_documents(
             raise RunError(f"{place}: {reason}; repair it, or leave it out with nlgmoe prepare-data --on-bad-data skip")
         skip(f"{place}: {reason}")
 
-    number, cut = start, f" of those from byte {span.start:,} on" if unit == "line" and span.start else ""
+    number = start
     try:
         file_system, name = url_to_fs(str(path))
         with file_system.open(name, "rb") as opened:
-            for number, size, parsed in read(opened, str(path), fields, start, span):
+            for number, size, parsed in read(opened, str(path), fields, start):
                 if number in shard:
                     try:
                         content, domain = parsed()
@@ -114,11 +112,11 @@ def read_documents(
                     except NoTextError:
                         count_empty()
                     except UnusableError as error:
-                        refuse(f"{path}{unit and f', {unit} {number + 1:,}'}{cut}", error)
+                        refuse(f"{path}{unit and f', {unit} {number + 1:,}'}", error)
                     else:
                         yield Record(number, content, domain, size or len(content) * (1 if fields.ids is None else 4))
                 number += 1
-        if number == 0 and unit and span == WHOLE:
+        if number == 0 and unit:
             raise UnusableError("empty file")
         if number == 0 in shard and not unit:
             count_empty()
@@ -127,7 +125,7 @@ def read_documents(
     except (UnusableError, FileNotFoundError) as error:
         refuse(str(path), error if isinstance(error, UnusableError) else "missing file")
     except (OSError, pa.ArrowException, HTTPError) as failure:
-        place = f"{path}, after document {number:,}{cut}"
+        place = f"{path}, after document {number:,}"
         refuse(place, f"damaged or cut off ({_require_damage(failure, place)})")
 
 
@@ -146,25 +144,19 @@ _Content = tuple[str | np.ndarray, str | None]  # and domain
 _Documents = Iterator[tuple[int, int, Callable[[], _Content]]]
 
 
-def _read_lines(opened: Any, path: str, fields: Fields, start: int, span: range) -> _Documents:
-    lines, number, position = _decompressed(opened, path), 0, span.start
-    if position > 0:  # skip the rest of a line that begins in another span
-        position, line = lines.seek(position - 1), b"."
-        while line and not line.endswith(b"\n"):
-            line = lines.readline(PIECE_BYTES)
-            position += len(line)
-    while position in span and (line := lines.readline(fields.max_bytes + 1)):
+def _read_lines(opened: Any, path: str, fields: Fields, start: int) -> _Documents:
+    lines, number = _decompressed(opened, path), 0
+    while line := lines.readline(fields.max_bytes + 1):
         length, complete = len(line), len(line) <= fields.max_bytes or line.endswith(b"\n")
         while not (complete or line.endswith(b"\n")) and (line := lines.readline(PIECE_BYTES)):
             length += len(line)  # the rest of a document that is too long
-        position += length
         if number >= start:
             parse = partial(_parse_line, line if complete else None, length - line.endswith(b"\n"), fields)
             yield number, length, parse
         number += 1
 
 
-def _read_text(opened: Any, path: str, fields: Fields, start: int, span: range) -> _Documents:
+def _read_text(opened: Any, path: str, fields: Fields, start: int) -> _Documents:
     for number, content in enumerate(_pieces(_decompressed(opened, path), fields)):
         if len(content) > fields.max_bytes:
             raise UnusableError(f"document too long (more than {fields.max_bytes:,} bytes; make several files of it)")
@@ -183,7 +175,7 @@ def _pieces(stream: io.BufferedReader, fields: Fields) -> Iterator[bytes]:
         yield content
 
 
-def _read_parquet(opened: Any, path: str, fields: Fields, start: int, span: range) -> _Documents:
+def _read_parquet(opened: Any, path: str, fields: Fields, start: int) -> _Documents:
     """Skip the row groups before `start`; hold a row group's bytes of two columns."""
     file = pq.ParquetFile(opened)
     known = file.schema_arrow.names
@@ -192,9 +184,8 @@ def _read_parquet(opened: Any, path: str, fields: Fields, start: int, span: rang
     columns = {column} | ({fields.domain.split(".")[0]} & set(known) if fields.domain else set())
     number = 0
     for group in range(file.num_row_groups):
-        described = file.metadata.row_group(group)
-        if number + described.num_rows <= start or described.column(0).data_page_offset not in span:
-            number += described.num_rows
+        if number + (rows := file.metadata.row_group(group).num_rows) <= start:
+            number += rows
             continue
         for batch in file.iter_batches(ROWS, [group], sorted(columns), use_threads=False):
             for row in range(batch.num_rows):

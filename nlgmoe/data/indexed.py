@@ -179,6 +179,11 @@ class IndexedWriter:
             os.fsync(file.fileno())
         return {kind: file.tell() for kind, file in self._files.items()}
 
+    def lengths(self) -> np.ndarray:
+        """Return the tokens of each sequence written so far, int32 [S]."""
+        self.position()
+        return np.fromfile(self._folder / "lengths", "<i4")
+
     def read_back(self) -> Iterator[np.ndarray]:
         """Yield the sequences written so far."""
         self.position()

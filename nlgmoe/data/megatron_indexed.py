@@ -12,19 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from nlgmoe.data.corpus import PIECES, Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of, hash_of_pieces
+from nlgmoe.data.corpus import PIECES, Fingerprint, OpenCorpus, build_lock, hash_of, hash_of_pieces
 from nlgmoe.data.indexed import IndexedDataset
-from nlgmoe.data.prefix import Sidecar, check_inputs, find_prefixes
-from nlgmoe.data.tokenizer import COMPARED_TOKENS, SAME_TOKENIZER, Tokenizer
+from nlgmoe.data.prefix import Sidecar, find_prefixes
+from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.data.tokens import ChainedTokens, Piece, Tokens
 from nlgmoe.validation import RunError, SettingError, require
 
 # Evenly spaced over the corpus. Few, because each is a random read, slow on a network disk.
-SAMPLED_DOCUMENTS = 100  # for their ends and their tokenizer; of many prefixes at least two each
-VALIDATION_TOKENS = 2048  # at least, of a small corpus a tenth: a sequence of the paper's models
-PIECES_OF_MANY = 4  # hashed of each file of many, whatever their number: an added one changes no other's hash
-NAMED_PREFIXES = 100  # up to this many, a checkpoint has an entry for each
+SAMPLED_DOCUMENTS = 100  # for their ends; of many prefixes at least two each
+COMPARED_DOCUMENTS = 20  # at most, with the tokenizer
+PIECES_OF_MANY = 4  # hashed of each file of many, whatever their number
 SPLITS = ("train", "validation", "test")
 
 
@@ -40,7 +39,7 @@ class MegatronIndexed:
             `data/pile/*`; or a list of these.
         split: shares of training, validation and test documents of each prefix, in file order, in any unit (`--split` of
             Megatron); without test documents, `test` evaluates the validation documents. None: the documents held out are for
-            validation, and more of a small corpus.
+            validation.
     """
 
     def __init__(self, prefix: list[str] | str, split: Sequence[float] | None = None) -> None:
@@ -71,7 +70,6 @@ class MegatronIndexed:
         prefixes = find_prefixes(self.prefix)
         loaded = load_tokenizer(tokenizer, data_dir)
         parts = [_open_part(prefix, len(prefixes), self.split, loaded) for prefix in prefixes]
-        check_inputs((part.prefix, part.input) for part in parts)
         if other := next((part for part in parts if part.dtype != parts[0].dtype), None):
             types = f"its tokens are of type {other.dtype}, those of {parts[0].prefix} of {parts[0].dtype}"
             raise SettingError(f"prefix={other.prefix}: {types}; write one of them again, or train on one")
@@ -79,21 +77,19 @@ class MegatronIndexed:
         folder = Path(commonpath([part.prefix.absolute().parent for part in parts])).name
         for part in parts:
             domains.setdefault(part.domain or folder, []).append(part)
-        if self.split is None:
-            for members in domains.values():
-                hold_out_more(members)
         sizes = [sum(part.ends[number + 1] - part.ends[number] for part in parts) for number in range(len(SPLITS))]
         if missing := [name for name, size in zip(SPLITS[:2], sizes, strict=False) if size == 0]:
             documents = f"{sum(part.bounds[-1] for part in parts):,} documents of {', '.join(self.prefix)}"
-            problem = f"split {list(self.split or ())} leaves {' and '.join(missing)} none of the {documents}"
+            split = "null" if self.split is None else list(self.split)
+            problem = f"split={split} leaves {' and '.join(missing)} none of the {documents}"
             raise SettingError(f"{problem}: raise the share, or use a larger corpus.")
         maps: dict[Path, np.ndarray] = {}
         present = [(number, name) for number, name in enumerate(SPLITS) if sizes[number]]
         tokens = {name: [_tokens(members, number, maps) for members in domains.values()] for number, name in present}
-        return TokenArrays(loaded, list(domains), tokens, _fingerprint(parts))
+        return OpenCorpus(loaded, list(domains), tokens, _fingerprint(parts))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Part:
     """A prefix and its splits."""
 
@@ -103,14 +99,13 @@ class Part:
     bounds: list[int]  # first document of each split, and the number of documents
     ends: list[int]  # the same in tokens
     hashes: dict[str, str]  # of its two files
-    input: str | None = None  # of its sidecar
 
 
 def _open_part(prefix: Path, prefixes: int, split: Sequence[float] | None, tokenizer: Tokenizer) -> Part:
     dataset, sidecar = IndexedDataset(prefix), Sidecar.read(prefix)
     if sidecar is not None:
         sidecar.check(prefix, dataset.documents, len(dataset.tokens), tokenizer)
-    _check_sample(dataset, tokenizer, max(2, SAMPLED_DOCUMENTS // prefixes), prefixes)
+    _check_sample(dataset, tokenizer, max(2, SAMPLED_DOCUMENTS // prefixes), compares=sidecar is None)
     if split is not None:
         bounds = split_documents(dataset.documents, split)
     elif sidecar is not None:
@@ -120,43 +115,13 @@ def _open_part(prefix: Path, prefixes: int, split: Sequence[float] | None, token
     pieces = PIECES if prefixes == 1 else PIECES_OF_MANY
     hashes = {kind: hash_of_pieces(f"{prefix}.{kind}", pieces) for kind in ("idx", "bin")}
     domain = sidecar.domain if sidecar else prefix.name if prefixes == 1 else ""
-    ends, input = [dataset.first_token(number) for number in bounds], sidecar.input if sidecar else None
-    return Part(prefix, dataset.dtype, domain, bounds, ends, hashes, input)
+    ends = [dataset.first_token(number) for number in bounds]
+    return Part(prefix, dataset.dtype, domain, bounds, ends, hashes)
 
 
 def _without_sidecar(prefix: Path) -> SettingError:
     remedy = "set data.tokenizer to the tokenizer that they were made with, and split of the corpus, such as [98, 2, 0]"
     return SettingError(f"prefix={prefix}: there is no {prefix.name}.json, as beside files of Megatron; {remedy}")
-
-
-def hold_out_more(parts: Sequence[Part]) -> None:
-    """Give validation of a small domain more documents, the last ones: at least 2,048 tokens or a tenth of all."""
-    if sum(part.bounds[-1] for part in parts) < 2:
-        problem = "its one document cannot be divided into training and validation"
-        raise SettingError(f"prefix={parts[0].prefix}: {problem}; give more text")
-    if (training := sum(part.bounds[1] for part in parts)) == 0:
-        first = next(part for part in parts if part.bounds[-1])
-        first.bounds[1], training = 1, 1
-        first.ends[1] = IndexedDataset(first.prefix).first_token(1)
-    held_out = sum(part.ends[2] - part.ends[1] for part in parts)
-    wanted = max(1, min(VALIDATION_TOKENS, sum(part.ends[-1] for part in parts) // 10))
-    for part in reversed(parts):
-        if held_out >= wanted:
-            break
-        dataset = IndexedDataset(part.prefix)
-        while held_out < wanted and training > 1 and part.bounds[1] > 0:
-            part.bounds[1], training = part.bounds[1] - 1, training - 1
-            first_token = dataset.first_token(part.bounds[1])
-            part.ends[1], held_out = first_token, held_out + part.ends[1] - first_token
-
-
-def split_of(prefix: Path, held_out: int) -> tuple[list[int], list[int]]:
-    """Return the `bounds` and `ends` of a corpus of one prefix, see `Part`."""
-    dataset = IndexedDataset(prefix)
-    bounds = [0, dataset.documents - held_out, dataset.documents, dataset.documents]
-    part = Part(prefix, dataset.dtype, "", bounds, [dataset.first_token(number) for number in bounds], {})
-    hold_out_more([part])
-    return part.bounds, part.ends
 
 
 def _tokens(parts: Sequence[Part], split: int, maps: dict[Path, np.ndarray]) -> Tokens:
@@ -171,15 +136,11 @@ def _fingerprint(parts: Sequence[Part]) -> Fingerprint:
     if len(parts) == 1:
         return {**parts[0].hashes, "training documents": parts[0].bounds[1]}
     facts = [(part.domain, part.bounds[1], *part.hashes.values()) for part in parts]
-    fingerprint: Fingerprint = {"prefixes": f"{len(parts)} of {hash_of(facts)}"}
-    if len(parts) <= NAMED_PREFIXES:
-        names = ["/".join(part.prefix.absolute().parts[-2:]) for part in parts]
-        fingerprint |= dict(zip(names, map(hash_of, facts), strict=True))
-    return fingerprint
+    return {"prefixes": f"{len(parts)} of {hash_of(facts)}"}
 
 
-def _check_sample(dataset: IndexedDataset, tokenizer: Tokenizer, count: int, prefixes: int) -> None:
-    """Check that sampled documents end with the end-of-document token, and have the tokenizer's ids."""
+def _check_sample(dataset: IndexedDataset, tokenizer: Tokenizer, count: int, compares: bool) -> None:
+    """Check that sampled documents end with the end-of-document token, and, without a sidecar, have the tokenizer's ids."""
     path, documents = f"{dataset.prefix}.bin", dataset.documents
     sampled = np.unique(np.linspace(0, documents - 1, min(documents, count), dtype=np.int64)).tolist()
     bounds = [(dataset.first_token(number), dataset.first_token(number + 1)) for number in sampled]
@@ -190,15 +151,11 @@ def _check_sample(dataset: IndexedDataset, tokenizer: Tokenizer, count: int, pre
         remedy = "write the corpus again with --append-eod, or set data.tokenizer to the one it was made with."
         raise RunError(f"{problem}: {remedy}")
     # First sequences, because Megatron can tokenise each sentence by itself.
-    filled = [number for number, (first, end) in zip(sampled, bounds, strict=True) if end > first]
-    texts = [dataset[int(dataset.document_indices[number])] for number in filled]
-    # A document of two such tokens may be the token's name as text, and its end.
-    if empty := sum(len(ids) > 2 and bool((ids[:COMPARED_TOKENS] == tokenizer.eod_id).all()) for ids in texts):
-        problem = f"{empty} of {len(texts)} sampled documents in {path} hold end-of-document tokens alone"
-        raise RunError(f"{problem}: parts of the file are missing; copy it again, or write the corpus again.")
-    compared = max(64, COMPARED_TOKENS * SAMPLED_DOCUMENTS // (count * prefixes))
-    if (same := tokenizer.share_reproduced(ids[:compared] for ids in texts)) < SAME_TOKENIZER:
-        share = f"{same:.0%} of those in {len(texts)} documents come back when their text is tokenised with"
+    filled = [number for number, (first, end) in zip(sampled, bounds, strict=True) if end > first + 1]
+    step = -(-len(filled) // COMPARED_DOCUMENTS) or 1
+    texts = [dataset[int(dataset.document_indices[number])] for number in filled[::step] if compares]
+    if (same := sum(map(tokenizer.reproduces, texts))) < len(texts) / 2:
+        share = f"{same} of {len(texts)} sampled documents come back when their text is tokenised with"
         problem = f"{path} holds another tokenizer's ids: {share} {tokenizer.name}"
         raise RunError(f"{problem}: set data.tokenizer to the one they were made with.")
 

@@ -42,10 +42,8 @@ def fetch(package: Package, folder: Path) -> Path:
         result = subprocess.run(command, capture_output=True, text=True)
         downloaded = Path(temporary) / package.archive
         if result.returncode != 0 or not downloaded.exists():
-            errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")] or ["no such file"]
-            if errors[-1] == "ERROR: Exception:":  # of pip's own, such as a full disk: a traceback follows
-                errors = result.stderr.split("\n\n")[0].rstrip().splitlines()
-            problem = f"pip could not download {package.requirement} ({errors[-1]})"
+            lines = result.stderr.strip().splitlines() or ["no such file"]
+            problem = f"pip could not download {package.requirement} ({lines[-1]})"
             remedy = f"check the network and pip's index settings, or put {package.archive} into {folder} yourself"
             raise RunError(f"{problem}; {remedy}")
         _check_archive(downloaded, package)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import xxhash
 
-from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of
+from nlgmoe.data.corpus import Fingerprint, OpenCorpus, build_lock, hash_of
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from nlgmoe.data.pocket_build import SPLITS, Manifest, open_corpus, read_manifest, read_texts, text_path
 from nlgmoe.data.prefix import Sidecar, describe
@@ -74,7 +74,7 @@ class PocketPile:
                 tokens[split].append(part)
         fingerprint: Fingerprint = {"domains": ", ".join(domains)}
         fingerprint |= {domain: manifest.files[f"{domain}.train"].sha256[:16] for domain in domains}
-        return TokenArrays(loaded, list(domains), tokens, fingerprint)
+        return OpenCorpus(loaded, list(domains), tokens, fingerprint)
 
 
 def token_folder(data_dir: Path, tokenizer: Tokenizer) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from glob import escape, glob, has_magic
 from pathlib import Path
@@ -36,7 +36,6 @@ class Sidecar:
     bytes: int  # UTF-8, of the documents' text
     text: str | None = None  # hash of the text; None: not recorded
     xxh3: str | None = None  # hash of `PREFIX.bin`; None: not recorded
-    input: str | None = None  # of a shard, the hash of the names and sizes of the files that were divided
 
     def write(self, path: Path) -> None:
         """Write the file."""
@@ -48,6 +47,7 @@ class Sidecar:
         path = Path(f"{prefix}.json")
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
+            facts.pop("input", None)  # of versions before 0.11
             if (number := facts.pop("format")) == FORMAT:
                 sidecar = cls(**facts)
                 if not 0 <= sidecar.held_out <= sidecar.documents:
@@ -132,16 +132,6 @@ def _matching(word: str) -> list[Path]:
         if not os.path.exists(index := f"{file.removesuffix('.bin')}.idx"):
             raise SettingError(f"prefix={word}: {index} is missing; wait for it, or write it again, or move {file}")
     return [prefix for *_, prefix in sorted(matches)]
-
-
-def check_inputs(inputs: Iterable[tuple[Path, str | None]]) -> None:
-    """Check that the shards of each corpus are of the same input, see `Sidecar.input`: others repeat or lack documents."""
-    known: dict[str, str | None] = {}
-    for prefix, input in inputs:
-        base, number, _ = _shard(str(prefix))
-        if number and known.setdefault(base, input) != input:
-            problem = f"other files were divided than for the first shard of {base}"
-            raise SettingError(f"prefix={prefix}: {problem}; write all shards again")
 
 
 def _shard(name: str) -> tuple[str, int, int]:

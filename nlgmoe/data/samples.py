@@ -1,7 +1,7 @@
 """Samples: windows of fixed length over the tokens of a split, by index, and the order of their epochs.
 
 A source maps an index to a sample and has no state, so a batch is a function of (seed, samples consumed) alone: ranks,
-workers and restarts do not change it. A new source (blended, streamed, synthetic) implements `TokenSource`.
+workers and restarts do not change it. A new source (blended, streamed, synthetic) derives from `TokenSource`.
 
 A domain's text is EOD, document, EOD, document, EOD, ...: every document is followed by the end-of-document
 token, and one more precedes the first document, so that every token has a preceding input.
@@ -15,10 +15,11 @@ token, and one more precedes the first document, so that every token has a prece
 Windows hold T + 1 tokens and start every T, so each token is a target exactly once.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from math import isqrt
-from typing import NotRequired, Protocol, runtime_checkable
+from typing import NotRequired
 
 import numpy as np
 import torch
@@ -36,36 +37,32 @@ _WORD = (1 << 64) - 1
 class Sample(Batch):
     """One sequence: the tensors of a `Batch` without the dimension B."""
 
-    cursor: NotRequired[torch.Tensor]  # int64 [K], of a `CursorSource`; the data module removes it from the batch
+    cursor: NotRequired[torch.Tensor]  # int64 [K], of a source with cursors; the data module removes it from the batch
 
 
-class TokenSource(Protocol):
-    """An endless sequence of training samples, or a finite one of evaluation samples."""
+class TokenSource(ABC):
+    """An endless sequence of training samples, or a finite one of evaluation samples.
+
+    Samples of a source that is read in order have a `cursor`: a stream index, the index of the stream's next sample, and its
+    position in the files. Cursors affect only the time to the first sample.
+
+    Attributes:
+        seq_len: tokens of a sample.
+        cursor_length: numbers in a cursor; 0: samples have none.
+    """
 
     seq_len: int
+    cursor_length = 0
 
+    @abstractmethod
     def sample(self, index: int) -> Sample:
         """Return the `index`-th sample: a pure function of the index and of the settings of the source."""
 
-
-@runtime_checkable
-class CursorSource(Protocol):
-    """A source that is read in order and can seek.
-
-    Every sample has a `cursor`: a stream index, the index of the stream's next sample, and its position in the files. Cursors
-    affect only the time to the first sample. Stream index -1 marks samples outside all streams.
-
-    Attributes:
-        cursor_length: numbers in a cursor; 0 where samples have none.
-    """
-
-    cursor_length: int
-
-    def seek(self, cursors: Sequence[Sequence[int]]) -> None:
+    def seek(self, cursors: Sequence[Sequence[int]]) -> None:  # noqa: B027 (most sources have no position)
         """Continue at a run's cursors, at most one for each stream."""
 
 
-class _Windows:
+class _Windows(TokenSource):
     """Windows of all domains, numbered consecutively; none crosses a border between domains.
 
     Args:

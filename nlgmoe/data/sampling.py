@@ -176,18 +176,14 @@ def check_ramp_up(ramp_up: BatchRampUp, global_batch_size: int | None, micro_bat
     """Check that every batch of the ramp-up can be made, on any number of ranks."""
     if global_batch_size is None:
         raise SettingError("global_batch_size=null: batch_ramp_up has no batch to grow to; set it")
-    growth = global_batch_size - ramp_up.start
-    require(growth >= 0, f"start={ramp_up.start} is above global_batch_size={global_batch_size}; lower it")
-    if growth % ramp_up.increment:
-        problem = f"start={ramp_up.start} does not reach global_batch_size={global_batch_size}"
-        raise SettingError(f"{problem} by increment={ramp_up.increment}; change one of them")
     if global_batch_size % micro_batch_size:
         return  # `micro_batches_per_step` reports that
-    unit = global_batch_size // micro_batch_size
-    for setting in ("start", "increment"):
-        if (value := getattr(ramp_up, setting)) % unit:
-            sizes = f"global_batch_size={global_batch_size} with micro_batch_size={micro_batch_size}"
-            raise SettingError(f"{setting}={value} must be a multiple of the {unit} micro-batches that make up {sizes}")
+    growth, unit = global_batch_size - ramp_up.start, global_batch_size // micro_batch_size
+    fits = growth >= 0 and growth % ramp_up.increment == 0
+    fits = fits and ramp_up.start % unit == 0 and ramp_up.increment % unit == 0
+    problem = f"start={ramp_up.start} does not grow to global_batch_size={global_batch_size} by increment="
+    remedy = f"make both a multiple of global_batch_size / micro_batch_size, {unit}, and the growth one of increment"
+    require(fits, f"{problem}{ramp_up.increment}; {remedy}")
 
 
 def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
@@ -197,7 +193,6 @@ def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_
     if rest == 0:
         return count
     ranks = "1 rank feeds" if world_size == 1 else f"{world_size} ranks feed"
-    nearest = " or ".join(str(value) for value in (count * per_round, (count + 1) * per_round) if value > 0)
     unit = f"the {per_round} sequences that {ranks} at a time with data.micro_batch_size={micro_batch_size}"
     problem = f"data.global_batch_size={global_batch_size} is not a multiple of {unit}"
-    raise SettingError(f"{problem}; set it to {nearest}, or another size")
+    raise SettingError(f"{problem}; change one of them")

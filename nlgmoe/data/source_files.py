@@ -16,7 +16,7 @@ JSON_LINES = (".jsonl", ".json", ".ndjson")
 PLAIN_TEXT = (".txt", ".md")  # one document a file, unless `Fields.text_bytes` is set
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 ENDINGS = ", ".join([*JSON_LINES, *PLAIN_TEXT, *(f"{JSON_LINES[0]}{ending}" for ending in COMPRESSIONS), ".parquet"])
-WHOLE = range(sys.maxsize)  # numbers of all documents, or all bytes
+WHOLE = range(sys.maxsize)  # numbers of all documents
 # Entries of fsspec's `info` that change with a file's contents; each server has some of them.
 VERSIONS = ("blob_id", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 
@@ -121,12 +121,9 @@ def input_files(given: str | Sequence[str]) -> list[str]:
                 problem = f"input={source} is a folder without text files of its own"
                 raise SettingError(f"{problem}; known endings are {ENDINGS}; {patterns}")
             if others := [os.path.basename(child) for child in children if child not in files]:
-                reason = f"known endings are {ENDINGS}; for folders inside give '{source}/**/*{Path(files[0]).suffix}'"
-                if plain := [name for name in others if is_plain_text(name)]:
-                    ending = Path(plain[0]).suffix
-                    reason = f"plain text beside JSON lines or Parquet; to read it too, add '{source}/*{ending}'"
-                named = f"{len(others)} entries of {source} are left out, such as {(plain or others)[0]}"
-                print(f"note: {named}: {reason}", file=sys.stderr)
+                named = f"{len(others)} entries of {source} are left out, such as {others[0]}"
+                reason = "folders, unknown endings, or plain text beside records; to read more, add patterns"
+                print(f"note: {named}: {reason}, such as '{source}/**/*.txt'", file=sys.stderr)
         require(bool(files), f"input={source} matches no file; give a path, a folder, or a pattern in quotes")
         all_files += files
     seen: set[str] = set()
@@ -138,42 +135,14 @@ def input_files(given: str | Sequence[str]) -> list[str]:
     return all_files
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Part `number` (from 1) of `count` of a build's input, prepared by a process that knows nothing of the others.
+def part_of(files: Sequence[str], shard: str) -> tuple[list[str], str]:
+    """Return the files of part I of N, every N-th one, and the suffix of its prefix, `-I-of-N`.
 
-    All files, in order, are one line of bytes, which is cut into equal pieces. JSON lines and Parquet are cut with it: a line,
-    or a row group, belongs to the piece in which it begins. Any other file belongs to the piece in which its middle lies.
+    Args:
+        files: all files of the corpus.
+        shard: I/N, with I from 1; other processes prepare the other parts.
     """
-
-    number: int
-    count: int
-
-    @classmethod
-    def parse(cls, word: str) -> "Shard":
-        """Read I/N."""
-        number, _, count = word.partition("/")
-        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-            raise SettingError(f"shard={word} is not I/N with I from 1 to N; give 1/4 to 4/4 for four shards")
-        return cls(int(number), int(count))
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
-
-    def prefix(self, prefix: Path) -> Path:
-        """Return the prefix of this part of a corpus."""
-        return prefix.with_name(f"{prefix.name}-{self.number}-of-{self.count}")
-
-    def spans(self, files: Sequence[DataFile]) -> list[range]:
-        """Return which bytes of each file belong to this part: `WHOLE`, or an empty range, for all or none."""
-        sizes = [max(1, file.bytes) for file in files]  # 0: empty, or not known
-        first, last = (sum(sizes) * number // self.count for number in (self.number - 1, self.number))
-        spans, begin = list[range](), 0
-        for file, size in zip(files, sizes, strict=True):
-            start, stop = max(0, first - begin), min(size, last - begin)
-            divisible = file.path.endswith(".parquet") or (is_local(file.path) and file.path.endswith(JSON_LINES))
-            if not divisible:
-                start, stop = 0, size if first <= begin + size // 2 < last else 0
-            spans.append(WHOLE if range(start, stop) == range(size) else range(start, stop))
-            begin += size
-        return spans
+    number, _, count = shard.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise SettingError(f"shard={shard} is not I/N with I from 1 to N; give 1/4 to 4/4 for four shards")
+    return list(files[int(number) - 1 :: int(count)]), f"-{int(number)}-of-{int(count)}"

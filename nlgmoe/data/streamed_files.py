@@ -25,7 +25,6 @@ from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from nlgmoe.data.prefix import describe
 from nlgmoe.data.source_files import DataFile, describe_file, find_addressed, has_records, is_local
 from nlgmoe.data.streams import StreamConfig
-from nlgmoe.data.tokenizer import SAME_TOKENIZER
 from nlgmoe.files import write_json
 from nlgmoe.validation import RunError, SettingError
 
@@ -46,8 +45,10 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], con
     if config.fields.ids is not None:
         records = (record for file in files["train"] for record in read_documents(file.path, config.fields))
         first = [np.asarray(record.content) for record in islice(records, CHECKED_DOCUMENTS)]
-        if (same := config.tokenizer.share_reproduced(first)) < SAME_TOKENIZER:
-            share = f"{same:.0%} of the first ones come back when their text is tokenised with {config.tokenizer.name}"
+        if (same := sum(map(config.tokenizer.reproduces, first))) < len(first) / 2:
+            share = (
+                f"{same} of {len(first)} documents come back when their text is tokenised with {config.tokenizer.name}"
+            )
             problem = f"ids_field={config.fields.ids} holds another tokenizer's ids: {share}"
             raise RunError(f"{problem}; set data.tokenizer to the one they were made with")
     for split, found in files.items():

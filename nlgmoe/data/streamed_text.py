@@ -13,7 +13,7 @@ from typing import Literal
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of
+from nlgmoe.data.corpus import Fingerprint, OpenCorpus, build_lock, hash_of
 from nlgmoe.data.documents import MAX_DOCUMENT_BYTES, Fields
 from nlgmoe.data.samples import TokenSource
 from nlgmoe.data.streamed_files import cache_eval_tokens, find_files, open_eval_cache, read_files
@@ -23,7 +23,6 @@ from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.validation import SettingError, require, require_at_least
 
 OTHER = "other"
-NAMED_FILES = 100  # up to this many files, a checkpoint has an entry for each
 
 
 class StreamedText:
@@ -110,8 +109,6 @@ class StreamedText:
         config = self._config(loaded, [file.path for file in files])
         facts = [(os.path.basename(file.path), file.bytes, file.contents) for file in files]
         fingerprint: Fingerprint = {"files": f"{len(files)} of {hash_of(facts)}"}
-        if len(files) <= NAMED_FILES:
-            fingerprint |= {name: f"{size} bytes, {contents}" for name, size, contents in facts}
         fingerprint |= {
             "num_streams": self.num_streams,
             "shuffle_buffer": self.shuffle_buffer,
@@ -140,7 +137,7 @@ class StreamedText:
 
 
 @dataclass(frozen=True)
-class OpenStreamedText(TokenArrays):
+class OpenStreamedText(OpenCorpus):
     """A streamed corpus that can be read; of its training text, `tokens` has a sample."""
 
     config: StreamConfig

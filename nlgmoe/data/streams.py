@@ -13,7 +13,7 @@ and the first input of a stream is the end-of-document token.
 import math
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import torch
 from torch import distributed
 
 from nlgmoe.data.documents import Fields, Record, read_documents
-from nlgmoe.data.samples import Sample
+from nlgmoe.data.samples import Sample, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import RunError
@@ -40,7 +40,6 @@ class Cursor(NamedTuple):
     first: int = 0  # number in that file of the block's first document
     document: int = 0  # number in the block's order of the document in which, or right after which, the window begins
     token: int = 0  # number in that document of the window's first target
-    empty: int = 0  # documents without text that were left out before the block, in all epochs
 
 
 class Window(NamedTuple):
@@ -126,30 +125,24 @@ class Stream:
 
     def _blocks(self, cursor: Cursor) -> Iterator[tuple[list[Record], Cursor]]:
         """Yield the shuffled documents of each block, and its cursor, from that of `cursor` on."""
-        empty = cursor.empty
-
-        def count_empty() -> None:
-            nonlocal empty
-            empty += 1
-
         while True:
-            records = self._records(cursor, count_empty)
+            records = self._records(cursor)
             while block := _take(records, self._config.shuffle_buffer):
                 order = self._permutation("block", len(block), cursor.epoch, cursor.block)
                 yield [block[i][1] for i in order], cursor
                 file, last = block[-1]
-                cursor = cursor._replace(block=cursor.block + 1, file=file, first=last.number + 1, empty=empty)
+                cursor = cursor._replace(block=cursor.block + 1, file=file, first=last.number + 1)
             if cursor.block == 0:
                 problem = f"num_streams={self._config.num_streams} leaves stream {self._stream} no document"
                 raise RunError(f"{problem}; lower it, or use a larger corpus")
-            cursor = cursor._replace(epoch=cursor.epoch + 1, block=0, file=0, first=0, empty=empty)
+            cursor = cursor._replace(epoch=cursor.epoch + 1, block=0, file=0, first=0)
 
-    def _records(self, cursor: Cursor, count_empty: Callable[[], object]) -> Iterator[tuple[int, Record]]:
+    def _records(self, cursor: Cursor) -> Iterator[tuple[int, Record]]:
         """Yield the rest of an epoch's documents, each with its file's index in the epoch's order."""
         files, first = self._permutation("files", len(self._files), cursor.epoch), cursor.first
         for number in range(cursor.file, len(files)):
             path = self._files[files[number]]
-            for record in read_documents(path, self._config.fields, self._shard, first, count_empty=count_empty):
+            for record in read_documents(path, self._config.fields, self._shard, first):
                 yield number, record
             first = 0
 
@@ -168,23 +161,24 @@ def _take(records: Iterator[tuple[int, Record]], count: int) -> list[tuple[int, 
     return taken
 
 
-class StreamedSource:
+class StreamedSource(TokenSource):
     """The windows of all streams in turn, without end: sample i is window `i // S` of stream `i % S`, S the number of streams.
 
     A process opens the streams of the samples that it reads, and reads each forwards; an earlier sample is read from the
     stream's cursor again.
     """
 
+    cursor_length = 1 + len(Cursor())
+
     def __init__(self, config: StreamConfig, seq_len: int, seed: int) -> None:
         self.seq_len = seq_len
-        self.cursor_length = 1 + len(Cursor())
         self._config = config
         self._seed = seed
         self._cursors: dict[int, Cursor] = {}
         self._open: dict[int, tuple[int, Iterator[Window]]] = {}  # stream -> number of its next window, and the rest
 
     def seek(self, cursors: Sequence[Sequence[int]]) -> None:
-        """See `CursorSource`."""
+        """See `TokenSource`."""
         self._cursors = {stream: Cursor(*numbers) for stream, *numbers in cursors}
         self._open = {}
 
@@ -255,5 +249,5 @@ class Cursors:
 
     def _keep(self, cursors: Sequence[Sequence[int]]) -> None:
         for stream, window, *rest in cursors:
-            if stream >= 0 and (stream not in self._latest or self._latest[stream][1] < window):
+            if stream not in self._latest or self._latest[stream][1] < window:
                 self._latest[stream] = [stream, window, *rest]

@@ -131,7 +131,7 @@ def write_corpus(folder: Path, tokenizer: Path, capsys: pytest.CaptureFixture[st
     line = "chats.jsonl, line 41: a byte without a token (0x51, at byte 0 of the text)"
     assert line in capsys.readouterr().err  # behind the progress
     out = run(capsys, *words, "--on-bad-data=skip")
-    assert "left out   1 documents" in out
+    assert "left out   1 that cannot be used" in out
     tokens = IndexedDataset(folder / "chats").tokens
     assert [int((tokens == special).sum()) for special in range(3)] == [40, 80, 80]
     corpus = {"data_dir": folder, "corpus": "nlgmoe.data.MegatronIndexed", "corpus.init_args.prefix": folder / "chats"}

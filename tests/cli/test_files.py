@@ -18,7 +18,7 @@ def test_folder_of_text_gives_its_records_else_plain_text_and_names_other_files(
         (tmp_path / name).touch()
     assert input_files(str(tmp_path)) == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz")]
     note = capsys.readouterr().err
-    assert "note: 3 entries of" in note and "such as README.md: plain text beside JSON lines" in note
+    assert "note: 3 entries of" in note and "unknown endings, or plain text beside records; to read more, add" in note
     (tmp_path / "inside" / "deep").mkdir(parents=True)
     (tmp_path / "inside" / "deep" / "d.txt").touch()
     with pytest.raises(ValueError, match=r"inside is a folder without text files of its own.*inside/\*\*/\*\.txt'"):

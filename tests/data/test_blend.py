@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from nlgmoe.cli.train import main
 from nlgmoe.config import GPTConfig
-from nlgmoe.data import Blend, BlendPart, Corpus, MegatronIndexed, PileDataModule, PocketPile
+from nlgmoe.data import Blend, BlendPart, Corpus, MegatronIndexed, PileDataModule, PocketPile, StreamedText
 from nlgmoe.data.blend import Interleaving, integer_weights
 from nlgmoe.data.pocket_pile import token_folder
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import SettingError
 from tests.support.corpora import tokens_of
-from tests.support.documents import evaluated
+from tests.support.documents import evaluated, make_texts, write
 from tests.support.trainers import trainer
 
 # ---- whose turn it is
@@ -121,7 +121,7 @@ def test_blend_evaluates_every_part_that_has_the_split(make_blend: Make, indexed
 
     data = make_blend((1, "pile", PocketPile()), (1, "poems", indexed))
     whole = {
-        split: indexed.open(data.data_dir, str(data.data_dir / "tokenizer")).evaluation_tokens(split)[0].tolist()  # type: ignore[index]
+        split: indexed.open(data.data_dir, str(data.data_dir / "tokenizer")).tokens[split][0].tolist()
         for split in ("validation", "test")
     }
     validated = by_domain(data, data.val_dataloader)
@@ -203,3 +203,13 @@ def test_blend_names_the_part_that_it_cannot_take(make_blend: Make, indexed: Meg
     for parts, words in cases:
         with pytest.raises(SettingError, match=words):
             make_blend(*parts)
+
+
+def test_blend_refuses_a_stream(make_blend: Make, tmp_path: Path) -> None:
+    for name in ("train", "validation"):
+        write(tmp_path / f"{name}.jsonl", make_texts(20))
+    data = make_blend((1, "web", StreamedText(str(tmp_path), num_streams=2)))
+    with pytest.raises(
+        SettingError, match=r"In the part 'web' of the blend: corpus is a stream, .* tokenise it in adv"
+    ):
+        data.train_dataloader()

@@ -17,16 +17,14 @@ import xxhash
 import zstandard
 from filelock import FileLock
 
-from nlgmoe.commands import prepare_text
+from nlgmoe.commands import prepare_data
 from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, IndexedWriter, Tokenizer, build_indexed
 from nlgmoe.data.documents import Fields, Record
-from nlgmoe.data.megatron_indexed import split_of
 from nlgmoe.data.prefix import Sidecar
 from nlgmoe.data.source_files import input_files
 from nlgmoe.experiment import load_config
 from tests.data.oracles import MegatronDataset
-from tests.support.corpora import tokens_of
 from tests.support.documents import lines, write_bytes, write_records
 
 build: Any = build_indexed.build_indexed
@@ -184,15 +182,15 @@ def test_build_reads_addresses_like_files_and_notices_changes(
 def test_build_trains_its_tokenizer_on_the_first_documents_of_each_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_text, "TRAINING_BYTES", 9_000)
+    monkeypatch.setattr(prepare_data, "TRAINING_BYTES", 9_000)
     texts = [[f"{name} {'x' * 90}"] * 300 for name in "abc"]
     for name, part in zip("abc", texts, strict=True):
         compressed = zstandard.ZstdCompressor().compress(lines(part))
         fsspec.filesystem("memory").pipe(f"/training/{name}.jsonl.zst", compressed)
-    found = list(prepare_text._texts(input_files("memory://training/*.zst"), Fields(), False))
+    found = list(prepare_data._texts(input_files("memory://training/*.zst"), Fields(), False))
     assert 80 < len(found) < 92 and [text[0] for text in found[::30]] == ["a", "b", "c"]
     (path := tmp_path / "all.jsonl").write_bytes(lines(TEXTS[:40]))
-    assert list(prepare_text._texts([str(path)], Fields(), False)) == TEXTS[:40]
+    assert list(prepare_data._texts([str(path)], Fields(), False)) == TEXTS[:40]
 
 
 def test_build_is_not_continued_with_other_settings(tokenizer: Tokenizer, files: list[str], tmp_path: Path) -> None:
@@ -238,11 +236,12 @@ def test_prepare_data_says_what_it_writes(tokenizer: Tokenizer, files: list[str]
     pattern = str(tmp_path / "text" / "*.*")
     main([*arguments, "--input", *files, "--on-bad-data=skip", "--workers=2"])
     out, err = capsys.readouterr()
-    table = dict(line.split(None, 1) for line in out.splitlines())
-    assert (table["files"], table["documents"]) == ("3", "90")
-    assert "left out   4 documents" in out and f"init_args.prefix {prefix}" in out.splitlines()[-1]
+    assert f"documents  90, {sum(map(is_held_out, TEXTS))} of them for validation" in out
+    assert (
+        "left out   4 that cannot be used, 0 without text" in out
+        and f"init_args.prefix {prefix}" in out.splitlines()[-1]
+    )
     assert "left out: " in err and "a.jsonl, line 11: not JSON" in err
-    assert table["validation"].startswith(f"{sum(map(is_held_out, TEXTS))} documents, ")
     assert len(IndexedDataset(Path(prefix))) == 90
     for kind in ("idx", "bin", "json"):  # a .json may be the user's text
         with pytest.raises(SystemExit):
@@ -274,19 +273,12 @@ def test_own_text_is_prepared_and_trained_on_with_its_own_tokenizer(tmp_path: Pa
     data = load_config(config, data__corpus=corpus, data__data_dir=str(tmp_path / "empty"), data__seq_len=16).data
     data.prepare_data()
     assert next(iter(data.train_dataloader())) and next(iter(data.val_dataloader())) and 256 < data.vocab_size <= 280
-    tokens = [len(tokens_of(data, split)[0]) for split in ("train", "validation")]
-    assert f"training   1 documents, {tokens[0]:,} tokens" in out and f" 1 documents, {tokens[1]:,} tokens" in out
+    assert "documents  2, 1 of them for validation" in out
 
 
 @pytest.mark.parametrize(
-    ("lengths", "held_out", "split"),
-    [([1100] * 200, 4, [196, 4, 0]), ([1100] * 200, 0, [198, 2, 0]), ([90, 5, 5], 1, [1, 2, 0])],
+    ("lengths", "chosen", "held_out"),
+    [([1100] * 200, 4, 4), ([1100] * 200, 0, 2), ([90, 5, 5], 1, 2), ([5, 5], 2, 1), ([7], 1, 0)],
 )
-def test_validation_split_has_what_is_held_out_and_enough(
-    tmp_path: Path, lengths: list[int], held_out: int, split: list[int]
-) -> None:
-    with IndexedWriter(tmp_path / "pile", np.dtype(np.uint16)) as writer:
-        for length in lengths:
-            writer.add_document(np.zeros(length, np.uint16))
-    first, count, _ = split_of(tmp_path / "pile", held_out)[0][1:]
-    assert [first, count - first, 0] == split
+def test_validation_split_has_what_is_held_out_and_enough(lengths: list[int], chosen: int, held_out: int) -> None:
+    assert build_indexed.enough_held_out(np.array(lengths, np.int32), chosen) == held_out

@@ -5,16 +5,15 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, MegatronIndexed, Tokenizer
 from nlgmoe.data.build_indexed import build_indexed, building
-from nlgmoe.data.documents import Fields, read_documents
+from nlgmoe.data.documents import Fields
 from nlgmoe.data.prefix import Sidecar, find_prefixes
-from nlgmoe.data.source_files import DataFile, Shard
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.data.source_files import part_of
+from nlgmoe.validation import RunError
 from tests.support.documents import lines, write_bytes, write_records
 
 ROOT = Path(__file__).parents[2]
@@ -32,9 +31,14 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def build(folder: Path, prefix: Path, tokenizer: Tokenizer, shard: Shard | None = None) -> Any:
+def build(files: list[str], prefix: Path, tokenizer: Tokenizer, **options: Any) -> Any:
+    return build_indexed(files, prefix, tokenizer, Fields(), 1, lambda done: None, **options)
+
+
+def build_shards(folder: Path, output: Path, tokenizer: Tokenizer, count: int) -> list[Any]:
     files = sorted(map(str, folder.iterdir()))
-    return build_indexed(files, prefix, tokenizer, Fields(), 1, lambda done: None, shard=shard)
+    parts = [part_of(files, f"{number}/{count}") for number in range(1, count + 1)]
+    return [build(part, Path(f"{output}{suffix}"), tokenizer, whole=files) for part, suffix in parts]
 
 
 def documents(prefix: Path) -> tuple[list[bytes], list[bytes]]:
@@ -46,60 +50,31 @@ def documents(prefix: Path) -> tuple[list[bytes], list[bytes]]:
     return found[:first], found[first:]
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 40])
-def test_shards_have_the_documents_of_one_build(tokenizer: Tokenizer, folder: Path, tmp_path: Path, count: int) -> None:
-    whole = build(folder, tmp_path / "whole", tokenizer)
-    shards = [Shard(number + 1, count) for number in range(count)]
-    built = [build(folder, shard.prefix(tmp_path / "own"), tokenizer, shard) for shard in shards]
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_shards_have_the_documents_of_one_build(
+    tokenizer: Tokenizer, folder: Path, tmp_path: Path, monkeypatch: Any, count: int
+) -> None:
+    monkeypatch.setattr("nlgmoe.data.build_indexed.VALIDATION_TOKENS", 0)  # no more than those chosen by hash
+    whole = build(sorted(map(str, folder.iterdir())), tmp_path / "whole", tokenizer)
+    built = build_shards(folder, tmp_path / "own", tokenizer, count)
     for fact in ("documents", "bytes", "tokens", "held_out", "empty", "skipped"):
         assert sum(getattr(part, fact) for part in built) == getattr(whole, fact)
     assert whole.documents == 300 and whole.empty == 1 and whole.held_out > 10
     found = [documents(prefix) for prefix in find_prefixes([str(tmp_path / "own")])]
-    # In this order: shard by shard it is that of the text.
-    assert [[text for part in found for text in part[split]] for split in (0, 1)] == list(documents(tmp_path / "whole"))
-    corpora = [MegatronIndexed(str(tmp_path / name)).open(tmp_path, tokenizer.name) for name in ("whole", "own")]
-    (one,), (many,) = [corpus.training_tokens() for corpus in corpora]
-    assert np.array_equal(one[:], many[:]) and corpora[1].domains == ["own"]
-    if count in (3, 4):
-        assert max(part.documents for part in built) < 2.2 * 300 / count
+    for split, wanted in enumerate(documents(tmp_path / "whole")):
+        assert sorted(text for part in found for text in part[split]) == sorted(wanted)
+    assert MegatronIndexed(str(tmp_path / "own")).open(tmp_path, tokenizer.name).domains == ["own"]
     assert (min(part.documents for part in built) == 0) == (count == 40)
 
 
 def test_shards_hold_out_the_share_of_all_files(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("nlgmoe.data.build_indexed.SMALL_BYTES", 30_000)
-    path = write_bytes(tmp_path / "text" / "large.jsonl", lines(TEXTS * 3))
-    assert path.stat().st_size > 30_000 * 4
-    whole = build(path.parent, tmp_path / "whole", tokenizer)
-    shards = [Shard(number, 9) for number in range(1, 10)]
-    built = [build(path.parent, shard.prefix(tmp_path / "own"), tokenizer, shard).held_out for shard in shards]
-    assert sum(built) == whole.held_out < 0.04 * 900
-
-
-def test_shards_read_each_line_once_wherever_a_file_is_cut(tmp_path: Path) -> None:
-    """Also at a line's first byte, its last, and behind an end without a line break."""
-    (path := tmp_path / "text.jsonl").write_bytes(lines(["a", "b" * 40, "", "c"]).rstrip(b"\n"))
-    size = path.stat().st_size
-    for cut in range(1, size):
-        spans = [range(cut), range(cut, size)]
-        texts = [[record.content for record in read_documents(path, Fields(), span=span)] for span in spans]
-        assert texts[0] + texts[1] == ["a", "b" * 40, "c"]
-        begins = [len(lines(["a", "b" * 40, "", "c"][:count])) for count in range(1, 4)]
-        assert len(texts[0]) == 1 + (cut > begins[0]) + (cut > begins[2])
-    path.write_bytes(lines(["a" * 100, "b"]) + b"no JSON\n")
-    with pytest.raises(RunError, match=r"text\.jsonl, line 2 of those from byte 50 on: not JSON"):
-        list(read_documents(path, Fields(), span=range(50, 1000)))
-
-
-def test_shards_divide_bytes_without_gaps(tmp_path: Path) -> None:
-    sizes = {"a.json": 100, "b.gz": 30, "s3://c.jsonl": 30, "d.parquet": 7}
-    files = [DataFile(name, size) for name, size in sizes.items()]
-    for count in (1, 2, 3, 7, 200):
-        columns = zip(*(Shard(number + 1, count).spans(files) for number in range(count)), strict=True)
-        for file, spans in zip(files, columns, strict=True):
-            assert [byte for span in spans for byte in span[: file.bytes]] == list(range(file.bytes))
-    empty = [DataFile("memory://a.jsonl", 0), DataFile("b.jsonl", 0)]  # or of unknown sizes
-    for number in (1, 2):
-        assert [bool(span) for span in Shard(number, 2).spans(empty)] == [number == 1, number == 2]
+    monkeypatch.setattr("nlgmoe.data.build_indexed.SMALL_BYTES", 200_000)
+    monkeypatch.setattr("nlgmoe.data.build_indexed.VALIDATION_TOKENS", 0)
+    files = [write_bytes(tmp_path / "text" / f"{number}.jsonl", lines(TEXTS)) for number in range(3)]
+    assert all(path.stat().st_size < 200_000 / 2 for path in files)
+    whole = build(list(map(str, files)), tmp_path / "whole", tokenizer)
+    built = build_shards(tmp_path / "text", tmp_path / "own", tokenizer, 3)
+    assert sum(part.held_out for part in built) == whole.held_out < 0.04 * 900
 
 
 def test_a_killed_shard_resumes_with_the_same_input_alone(
@@ -112,47 +87,26 @@ def test_a_killed_shard_resumes_with_the_same_input_alone(
         if done.documents > 20:
             raise KeyboardInterrupt
 
-    files = sorted(map(str, folder.iterdir()))
-    for number in (2, 3):
-        begun: list[Any] = []
-        prefix, shard = tmp_path / str(number), Shard(number, 4)
-        wanted = build(folder, tmp_path / f"{number}-whole", tokenizer, shard)
-        with pytest.raises(KeyboardInterrupt):
-            build_indexed(files, prefix, tokenizer, Fields(), 1, stop, shard=shard)
-        assert building(prefix).exists()
-        with pytest.raises(RunError, match=r"other settings \(shard\)"):
-            build(folder, prefix, tokenizer, Shard(number, 5))
-        with pytest.raises(RunError, match=r"other settings \(files\)"):
-            build_indexed(files[1:], prefix, tokenizer, Fields(), 1, stop, shard=shard)
-        done = build_indexed(files, prefix, tokenizer, Fields(), 1, begun.append, shard=shard)
-        assert done == wanted and begun[0].documents > 0
-        assert documents(prefix) == documents(tmp_path / f"{number}-whole")
+    files, begun = sorted(map(str, folder.iterdir())), list[Any]()
+    (part, _), prefix = part_of(files, "1/2"), tmp_path / "own-1-of-2"
+    wanted = build(part, tmp_path / "whole", tokenizer, whole=files)
+    with pytest.raises(KeyboardInterrupt):
+        build_indexed(part, prefix, tokenizer, Fields(), 1, stop, whole=files)
+    assert building(prefix).exists()
+    with pytest.raises(RunError, match=r"other settings \(files\)"):
+        build(part[1:], prefix, tokenizer, whole=files)
+    done = build_indexed(part, prefix, tokenizer, Fields(), 1, begun.append, whole=files)
+    assert done == wanted and begun[0].documents > 0
+    assert documents(prefix) == documents(tmp_path / "whole")
 
 
-def test_shards_of_a_folder_that_changed_are_refused(tokenizer: Tokenizer, folder: Path, tmp_path: Path) -> None:
-    """A file more moves the borders: documents are repeated, or lost."""
-    for number in (1, 2):
-        build(folder, tmp_path / f"own-{number}-of-2", tokenizer, Shard(number, 2))
-        (folder / "aa.jsonl").write_bytes(lines(TEXTS[:50]))
-    with pytest.raises(SettingError, match=r"own-2-of-2: other files were divided than for the first shard of .*own;"):
-        MegatronIndexed(str(tmp_path / "own")).open(tmp_path, tokenizer.name)
-
-
-def test_array_job_prepares_shards_with_a_tokenizer_that_is_trained_once(
-    folder: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_array_job_prepares_shards_with_a_tokenizer_that_is_trained_once(folder: Path, tmp_path: Path) -> None:
     """By two processes, with the words of the script for Slurm; the second task is submitted by itself, after it failed."""
-    tokenizer = tmp_path / "tokenizer"
-    train = ["prepare-data", f"--input={folder}", "--vocab-size=300", f"--tokenizer={tokenizer}"]
-    main(train)
-    assert "300 tokens" in capsys.readouterr().out and sorted(tmp_path.iterdir()) == [folder, tokenizer]
-    with pytest.raises(SystemExit):
-        main(train)
-    assert "is to be trained, with vocab_size=300; give a new folder" in capsys.readouterr().err
+    main(["prepare-data", f"--input={folder}/a.jsonl", "--vocab-size=300", f"--output={tmp_path}/first"])
     (command := tmp_path / ".venv" / "bin" / "nlgmoe").parent.mkdir(parents=True)
     command.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     command.chmod(0o755)
-    settings = {"INPUT": f"{folder}/*", "OUTPUT": f"{tmp_path}/own", "TOKENIZER": str(tokenizer)}
+    settings = {"INPUT": f"{folder}/*", "OUTPUT": f"{tmp_path}/own", "TOKENIZER": f"{tmp_path}/first.tokenizer"}
     settings["PATH"] = "/usr/bin:/bin"
     processes = []
     for number, shards in (1, {"SLURM_ARRAY_TASK_COUNT": "2"}), (2, {"SLURM_ARRAY_TASK_COUNT": "1", "SHARDS": "2"}):

@@ -28,10 +28,7 @@ def make_documents(count: int, domain: str, seed: int) -> list[Document]:
 
 def tokens_of(data: PileDataModule, split: str) -> Sequence[np.ndarray]:
     """Tokens of each domain, in the order in which they lie on disk."""
-    corpus = data._opened()
-    tokens = corpus.training_tokens() if split == "train" else corpus.evaluation_tokens(split)
-    assert tokens is not None
-    return tokens
+    return data._opened().tokens[split]
 
 
 def write_tiny_corpus(root: Path) -> None:
