@@ -110,13 +110,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mixtral, yarn of lengths": MOE
     | {"num_local_experts": 4, "head_dim": 12, "rope_parameters": scaled("yarn", 100.0, factor=None)},
 }
+IMPORTED: dict[str, dict[str, Any]] = VARIANTS | {"gpt2": {"n_inner": 80, "layer_norm_epsilon": 1e-4}}
 
 
 def their_model(variant: str) -> Any:
     classes = FAMILIES[variant.partition(",")[0]].classes
     torch.manual_seed(0)
-    config = getattr(transformers, f"{classes}Config")(**SHAPE | VARIANTS[variant])
-    model = getattr(transformers, f"{classes}ForCausalLM")(config).eval()
+    config = getattr(transformers, f"{classes}Config")(**SHAPE | IMPORTED[variant])
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for tensor in model.state_dict().values():  # scales and biases
             if tensor.dim() == 1:
