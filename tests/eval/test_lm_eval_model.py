@@ -15,9 +15,7 @@ from tests.support.checkpoints import write
 from tests.support.tasks import TOKENIZER, WORDS, text
 
 SEQ_LEN = 24
-PR_MOE = GPTConfig(
-    TOKENIZER.vocab_size, SEQ_LEN, 2, 32, 2, vocab_size_multiple=1, moe=MoEConfig([4], mlp_type="residual")
-)
+PR_MOE = GPTConfig(TOKENIZER.vocab_size, SEQ_LEN, 2, 32, 2, moe=MoEConfig([4], mlp_type="residual"))  # a padded table
 UNTIL = {"until": ["e", " q"], "max_gen_toks": 7, "do_sample": False}
 
 
