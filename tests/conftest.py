@@ -51,7 +51,6 @@ SLOW = (
 NIGHTLY = (
     "tests/cli/test_errors.py::test_a_real_command_prints_one_line_and_nothing_else",
     "tests/cli/test_errors.py::test_a_wrong_command_is_refused_before_anything_runs[misspelt task]",
-    "tests/checkpoint/test_own_model.py::test_own_model_computes_the_same_when_compiled",
     "tests/checkpoint/test_transformers_common.py",
     "tests/checkpoint/test_megatron.py::test_import_megatron_reads_what_deepspeeds_engine_writes_on_two_ranks",
     "tests/cli/test_wheel.py",
