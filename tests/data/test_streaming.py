@@ -20,9 +20,10 @@ from nlgmoe.data.streams import Cursors
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.validation import SettingError
-from tests.support.corpora import make_trainer, rows, tokens_of
+from tests.support.corpora import rows, tokens_of
 from tests.support.documents import SEQ_LEN, make_texts, write, write_records
 from tests.support.spawn import spawn
+from tests.support.trainers import trainer as quiet_trainer
 
 Open = Callable[..., PileDataModule]
 
@@ -71,7 +72,7 @@ def fit(data: PileDataModule, steps: int, folder: Path, checkpoint: Path | None 
             assert set(batch) == {"tokens", "targets", "token_mask", "domain", "padded", "samples"}
             batches.extend(rows(batch))
 
-    trainer = make_trainer(folder, max_steps=steps, max_epochs=-1, callbacks=[Seen()], limit_val_batches=2)
+    trainer = quiet_trainer(folder, Seen(), max_steps=steps, limit_val_batches=2)
     trainer.fit(make_module(data), data, ckpt_path=checkpoint)
     return trainer, batches
 
@@ -86,7 +87,7 @@ def test_training_on_a_stream_resumes_on_other_workers_after_a_kill(open_corpus:
     data = open_corpus(workers=1)
     _, second = fit(data, 20, tmp_path, tmp_path / "nine.ckpt")
     assert first + second == straight
-    trainer = make_trainer(tmp_path)
+    trainer = quiet_trainer(tmp_path, limit_val_batches=1.0)
     trainer.validate(make_module(data), data)
     assert {"val/loss/domain 0", "val/loss/domain 1", "val/loss/other"} <= trainer.callback_metrics.keys()
     with pytest.raises(ValueError, match=r"these differ: corpus.shuffle_buffer \(saved: 10, now: 11\)\."):
