@@ -50,7 +50,6 @@ SLOW = (
 # they run.
 NIGHTLY = (
     "tests/cli/test_errors.py::test_a_real_command_prints_one_line_and_nothing_else",
-    "tests/checkpoint/test_own_model.py::test_own_model_computes_the_same_when_compiled",
     "tests/checkpoint/test_transformers_common.py",
     "tests/cli/test_wheel.py",
     "tests/clients/",

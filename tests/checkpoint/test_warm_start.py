@@ -3,23 +3,18 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from shutil import copytree
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 
-from nlgmoe.checkpoint.entries import Entry
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.verify import describe
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.optimizer import AdamWConfig
-from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from nlgmoe.pyramid import ExpertPlacement
 from nlgmoe.surgery.warm_start import WarmStart, load_initial_weights
 from nlgmoe.surgery.write_weights import write_weights
@@ -95,26 +90,6 @@ def test_warm_start_refuses_or_lists_what_does_not_fit(
     assert f"loaded {counted:,} of {total:,} values" in loaded.report
 
 
-def test_warm_start_does_not_read_a_checkpoint_that_the_other_run_saves_meanwhile(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In half precision DeepSpeed reads the weights twice: fp32 weights of another step would replace the rounded ones."""
-    running, masters = tmp_path / "run", {}
-    copytree(trained / "run", running)
-    strategy, warm = ExpertParallelStrategy(), module(WarmStart(str(running)))
-    strategy.connect(warm)
-    strategy.precision_plugin = DeepSpeedPrecision("bf16-true")
-    warm.configure_model()
-    (other := trainer(tmp_path, max_steps=6)).fit(module(None), SyntheticData())
-    other.save_checkpoint(running / "checkpoints/step-6.ckpt")
-    engine = SimpleNamespace(load=lambda entry, moment, value: masters.update({entry.name: value}))
-    monkeypatch.setattr("nlgmoe.parallel.engine.EngineState", lambda _: engine)
-    strategy._restore_fp32_warm_start()
-    files = TensorFiles(trained / "run/checkpoints/step-5.ckpt", "model")
-    assert masters.keys() == files.shapes.keys()
-    assert all(torch.equal(value, files.read(name)) for name, value in masters.items())
-
-
 def test_warm_start_refuses_nothing_in_common_and_names_another_number_of_heads(
     trained: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -176,13 +151,3 @@ def test_weights_alone_do_not_replace_a_checkpoint_that_a_run_can_resume(trained
     read = TensorFiles(trained / "whole.ckpt", "model").read
     with pytest.raises(ValueError, match=r"whole.ckpt is not replaced by weights alone: a run can be resumed from it"):
         write_weights(trained / "whole.ckpt", read, CONFIG, overwrite=True)
-
-
-def test_warm_start_does_not_look_for_buffers_of_a_router_in_the_engine() -> None:
-    """A warm start in half precision loads its entries into ZeRO's fp32 copies, which buffers do not have."""
-    from nlgmoe.parallel.engine import EngineState  # imports DeepSpeed
-
-    optimizer = SimpleNamespace(state={})
-    zero = SimpleNamespace(optimizer=optimizer, single_partition_of_fp32_groups=[], bit16_groups=[])
-    state, bias = EngineState(SimpleNamespace(optimizer=zero, device="cpu")), torch.zeros(4)
-    state.load(Entry("bias", "bias", True, bias, 0, bias.shape), None, torch.ones(4))

@@ -104,27 +104,21 @@ def test_datamodule_resumes_with_the_next_sample_whatever_the_batch_size(make_da
 
 
 def test_datamodule_refuses_the_state_of_another_run(make_data: Make, tmp_path: Path, tiny_corpus: Path) -> None:
-    def longer(verses: int, domains: list[str] | None = None) -> PileDataModule:
-        write_corpus(tmp_path, "tiny", make_documents(20, "prose", 1) + make_documents(verses, "verse", 2), {})
+    def of_domains(domains: list[str] | None) -> PileDataModule:
+        write_corpus(tmp_path, "tiny", make_documents(20, "prose", 1) + make_documents(9, "verse", 2), {})
         data = PileDataModule(str(tmp_path), str(tiny_corpus / "tokenizer"), PocketPile(domains), seq_len=32)
         data.prepare_data()
         return data
 
     state = json.loads(json.dumps(make_data().state_dict()))
-    del state["fingerprint"]["order"]
-    with pytest.raises(SettingError, match=r"order \(saved: missing, now: feistel-8\)\. Set the data options as"):
-        make_data().load_state_dict(state)
-    with pytest.raises(SettingError, match=r"seq_len \(saved: 32, now: 16\), seed \(saved: 7, now: 8\), order "):
+    with pytest.raises(SettingError, match=r"seq_len \(saved: 32, now: 16\), seed \(saved: 7, now: 8\)\. Set the data"):
         make_data(seed=8, seq_len=16).load_state_dict(state)
-    state = longer(9).state_dict()
     words = r"corpus\.domains \(saved: prose, verse, now: verse\), corpus\.prose \(saved: \w{16}, now: missing\)"
     with pytest.raises(SettingError, match=rf"differ: {words}\."):
-        longer(9, ["verse"]).load_state_dict(state)
-    with pytest.raises(SettingError, match=r"differ: corpus\.verse \(saved: \w{16}, now: \w{16}\)\."):
-        longer(12).load_state_dict(state)
+        of_domains(["verse"]).load_state_dict(of_domains(None).state_dict())
 
 
-@pytest.mark.parametrize(("world_size", "max_eval_windows"), [(1, None), (3, None), (2, 2)])
+@pytest.mark.parametrize(("world_size", "max_eval_windows"), [(3, None), (2, 2)])
 def test_evaluation_covers_each_byte_once(make_data: Make, world_size: int, max_eval_windows: int | None) -> None:
     data = make_data(max_eval_windows=max_eval_windows, eval_micro_batch_size=5)
     by_rank = [evaluated(data, data.val_dataloader, rank, world_size) for rank in range(world_size)]
@@ -143,13 +137,11 @@ def test_evaluation_covers_each_byte_once(make_data: Make, world_size: int, max_
             assert 0 < num_bytes < len(whole.encode())
 
 
-@pytest.mark.parametrize("mask_eod_loss", [False, True])
-def test_the_unigram_baseline_is_of_the_tokens_that_have_a_loss(make_data: Make, mask_eod_loss: bool) -> None:
-    data = make_data(mask_eod_loss=mask_eod_loss)
+def test_the_unigram_baseline_is_of_the_tokens_that_have_a_loss(make_data: Make) -> None:
+    data = make_data(mask_eod_loss=True)
     counts = np.zeros(data.vocab_size)
     for batch in data.val_dataloader():
-        counted = batch.get("loss_mask", batch["token_mask"]) & batch["token_mask"]
-        counts += np.bincount(batch["targets"][counted], minlength=data.vocab_size)
+        counts += np.bincount(batch["targets"][batch["loss_mask"]], minlength=data.vocab_size)
     train = np.bincount(np.concatenate(tokens_of(data, "train")), minlength=data.vocab_size)
     assert data.token_counts() == train.tolist()
     expected = -(counts * np.log((train + 1) / (train + 1).sum())).sum() / counts.sum()

@@ -69,8 +69,6 @@ TEXTS = [f"document {number} " + "reading books " * (number % 5 + 1) for number 
     ("documents", "split", "bounds"),
     [
         (100, (98, 2, 0), [0, 98, 100, 100]),
-        (10, (98, 2, 0), [0, 10, 10, 10]),  # 9.8 and 0.2
-        (10, (8, 1, 1), [0, 8, 9, 10]),
         (7, (0.5, 0.25, 0.25), [0, 3, 5, 7]),  # 3.5 -> 4, 1.75 -> 2 twice: one too many, taken from the first
         (101, (1, 1, 1), [0, 33, 67, 101]),  # 33.67 -> 34 three times
     ],
@@ -79,29 +77,20 @@ def test_documents_are_split_as_megatron_rounds(documents: int, split: tuple[flo
     assert split_documents(documents, split) == bounds
 
 
-def test_splits_hold_their_documents(write: Write, open_corpus: Open) -> None:
+def test_splits_hold_their_documents_also_when_resumed(write: Write, open_corpus: Open) -> None:
     data = open_corpus(write(TEXTS), (14, 4, 2))
     assert data.domains == ["pile"]
     for split, expected in {"train": TEXTS[:14], "validation": TEXTS[14:18], "test": TEXTS[18:]}.items():
         assert texts_of(data, split) == expected
     without = open_corpus(data.corpus.prefix, (16, 4, 0))  # type: ignore[attr-defined]
+    open_corpus(write(TEXTS, name="copy"), (14, 4, 2)).load_state_dict(data.state_dict())
+    for other in (without, open_corpus(write(["another " + TEXTS[0], *TEXTS[1:]], name="other"), (14, 4, 2))):
+        with pytest.raises(ValueError, match=r"these differ: corpus\.(idx|training documents) \("):
+            other.load_state_dict(data.state_dict())
     for corpus, split in ((data, "test"), (without, "validation")):
         targets = torch.cat([row for _, row in evaluated(corpus, corpus.test_dataloader)])
         assert targets.tolist() == tokens_of(corpus, split)[0].tolist()
     assert set(data.xz_bits_per_byte()) == {"pile", "all"} and data.unigram_entropy() > 0
-
-
-def test_megatron_corpus_is_resumed_on_a_copy_but_not_on_another(
-    write: Write, open_corpus: Open, tmp_path: Path
-) -> None:
-    data = open_corpus(write(TEXTS), (16, 4, 0))
-    open_corpus(write(TEXTS, name="copy"), (16, 4, 0)).load_state_dict(data.state_dict())
-    for other in (
-        open_corpus(write(["another " + TEXTS[0], *TEXTS[1:]], name="other"), (16, 4, 0)),
-        open_corpus(data.corpus.prefix, (15, 5, 0)),  # type: ignore[attr-defined]
-    ):
-        with pytest.raises(ValueError, match=r"these differ: corpus\.(idx|training documents) \("):
-            other.load_state_dict(data.state_dict())
 
 
 def test_megatron_corpus_is_refused_for_one_bad_document(write: Write, open_corpus: Open) -> None:
@@ -190,20 +179,10 @@ def test_prefix_suffices_where_a_sidecar_has_tokenizer_and_split(write: Write, o
             open_corpus(write(TEXTS, "bare"), None, **options)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ('"domain"', '"kind"', r"pile\.json is damaged .*kind"),
-        ('"held_out": 5', '"held_out": 50', r"pile\.json is damaged .*50 of 20 documents are held out"),
-        ('"documents": 20', '"documents": 19', r"describes 19 documents of .*, the \.idx has 20"),
-    ],
-)
-def test_a_sidecar_that_does_not_fit_is_refused(
-    write: Write, open_corpus: Open, old: str, new: str, message: str
-) -> None:
+def test_a_sidecar_that_does_not_fit_is_refused(write: Write, open_corpus: Open) -> None:
     path = write(TEXTS, held_out=5).with_suffix(".json")
-    path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(ValueError, match=message):
+    path.write_text(path.read_text().replace('"documents": 20', '"documents": 19'))
+    with pytest.raises(ValueError, match=r"describes 19 documents of .*, the \.idx has 20"):
         open_corpus(path.with_suffix(""), None)
 
 

@@ -1,15 +1,11 @@
 """Windows of tokens, and the order in which an epoch visits them."""
 
-import tracemalloc
-from collections import Counter
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nlgmoe.data.samples import (
-    EvaluationSource,
     PackedSource,
     Permutation,
     count_windows,
@@ -61,31 +57,9 @@ def test_an_epoch_visits_every_window_of_every_domain_once_in_a_new_order() -> N
         assert int(sample["domain"]) == int(sample["targets"][0] >= 1000)
 
 
-def test_evaluation_takes_no_memory_for_its_windows() -> None:
-    """2% of 300 billion tokens are 3 million windows of 2,048; here 10 million are counted in less than a megabyte."""
-    tokens = [np.broadcast_to(np.int32(7), 4 * 10**7 - 1), np.broadcast_to(np.int32(8), 9)]
-    tracemalloc.start()
-    try:
-        source = EvaluationSource(tokens, 4, 0, None)
-        first, last = source.sample(0), source.sample(len(source) - 1)
-        assert tracemalloc.get_traced_memory()[1] < 1e6
-    finally:
-        tracemalloc.stop()
-    assert len(source) == 10**7 + 3 and first["targets"].tolist() == [7] * 4
-    assert source.sample(10**7 - 1)["token_mask"].tolist() == [True, True, True, False]
-    assert (int(last["domain"]), last["token_mask"].tolist()) == (1, [True, False, False, False])
-    assert len(source.evaluated_tokens(0)) == 4 * 10**7 - 1 and source.evaluated_tokens(1).tolist() == [8] * 9
-
-
 def order(n: int, *seed_parts: int | str) -> np.ndarray:
     permutation = Permutation(n, *seed_parts)
     return np.array([permutation[i] for i in range(n)])
-
-
-def chi_squared(counts: np.ndarray) -> float:
-    """In standard deviations above what equal frequencies give."""
-    expected, freedom = counts.mean(), len(counts) - 1
-    return float((((counts - expected) ** 2).sum() / expected - freedom) / np.sqrt(2 * freedom))
 
 
 def test_permutation_visits_every_number_of_items_whole() -> None:
@@ -100,24 +74,12 @@ def test_permutation_of_very_many_items_has_different_places_in_its_range(n: int
     assert len(set(visited)) == 400 and min(visited) >= 0 and max(visited) < n
 
 
-def test_permutation_of_a_few_items_has_all_orders_equally_likely() -> None:
-    found = Counter(tuple(order(4, seed)) for seed in range(4_800))
-    assert len(found) == 24 and chi_squared(np.array(list(found.values()))) < 4
-
-
 @pytest.mark.parametrize("n", [9_973, 2**14])  # a prime, a power of two
 def test_permutation_looks_random(n: int) -> None:
-    found, places = order(n, 1234, "epoch", 0), np.arange(n)
-    others = {"epoch": order(n, 1234, "epoch", 1), "seed": order(n, 1235, "epoch", 0)}
-    pairs = {"place": (places, found), "neighbour": (found[:-1], found[1:]), "ten on": (found[:-10], found[10:])}
-    pairs |= {name: (found, other) for name, other in others.items()}
-    for name, (first, second) in pairs.items():
-        assert abs(np.corrcoef(first, second)[0, 1]) < 4 / np.sqrt(n), name
-    # Neighbours that stay neighbours, and items that stay in place, are as rare as in a random order: one or two.
+    """Neighbours that stay neighbours are as rare as in a random order, one or two; pairs of neighbours fill the plane."""
+    found = order(n, 1234, "epoch", 0)
     assert (np.abs(np.diff(found)) == 1).sum() < 8
-    assert max((found == place).sum() for place in (places, *others.values())) < 8
-    # Each run of 100 places draws from all over, and pairs of neighbours fill the plane.
-    grid, _, _ = np.histogram2d(found[:-1], found[1:], 16, [[0, n], [0, n]])
-    assert chi_squared(grid.ravel()) < 4
-    by_hundred = found[: n // 100 * 100].reshape(-1, 100).mean(axis=1)
-    assert by_hundred.std() == pytest.approx(n / np.sqrt(12 * 100), rel=0.25)
+    counts, _, _ = np.histogram2d(found[:-1], found[1:], 16, [[0, n], [0, n]])
+    expected, freedom = counts.mean(), counts.size - 1
+    chi_squared = ((counts - expected) ** 2).sum() / expected
+    assert chi_squared < freedom + 4 * np.sqrt(2 * freedom)

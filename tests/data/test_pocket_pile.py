@@ -14,7 +14,6 @@ import xxhash
 from nlgmoe.commands.prepare_data import prepare_data
 from nlgmoe.data import PileDataModule, load_tokenizer, packages, pocket_documents
 from nlgmoe.data.pocket_build import GENSIM, SPLITS, open_corpus, read_manifest, text_path, write_corpus
-from nlgmoe.data.pocket_documents import Document
 from tests.support.corpora import make_documents, tokens_of
 
 ROOT = Path(__file__).parents[2] / "data" / "pocket_pile"
@@ -59,14 +58,7 @@ def test_pocket_pile_is_the_one_that_its_manifest_describes() -> None:
     data = PileDataModule(str(ROOT))
     data.prepare_data()
     assert data.vocab_size == 8192
-    lengths, spelled = data.token_byte_lengths(), [0] * len(data.domains)
-    for batch in data.val_dataloader():
-        for domain, row, mask in zip(batch["domain"].tolist(), batch["targets"], batch["token_mask"], strict=True):
-            spelled[domain] += int(lengths[row[mask]].sum())
-    assert spelled == [manifest.files[f"{domain}.validation"].bytes for domain in manifest.domains]
-    bits = data.xz_bits_per_byte()
-    assert 1 < bits["all"] < 4
-    assert 5 < data.unigram_entropy() < 8
+    assert 1 < data.xz_bits_per_byte()["all"] < 4 and 5 < data.unigram_entropy() < 8
 
 
 def test_tokens_and_batches_are_those_of_recorded_runs(pocket_pile: Path) -> None:
@@ -100,25 +92,6 @@ def test_a_package_that_is_not_the_pinned_one_is_not_kept(tmp_path: Path, monkey
     with pytest.raises(ValueError, match=GENSIM.archive):
         packages.fetch(GENSIM, tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def paragraphs(*names: str) -> str:
-    return "\n\n".join(f"{name} {'lorem ipsum ' * 20}{name}" for name in names)
-
-
-def test_deduplication_keeps_the_first_copy() -> None:
-    original = Document(paragraphs("a", "b", "c"), "prose", "1")
-    kept = pocket_documents.drop_duplicates(
-        [
-            original,
-            Document(original.text.upper().replace(" ", "  "), "verse", "equal up to case and blanks, other domain"),
-            Document(paragraphs("c", "x", "a"), "prose", "two thirds seen"),
-            Document(paragraphs("b", "y", "z"), "prose", "one third seen"),
-            Document(paragraphs("d", "d", "d"), "prose", "repeats itself only"),
-            Document("short", "prose", "too short"),
-        ]
-    )
-    assert [document.source for document in kept] == ["1", "one third seen", "repeats itself only"]
 
 
 def test_split_is_by_group_disjoint_and_independent_of_order() -> None:

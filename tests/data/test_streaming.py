@@ -1,9 +1,7 @@
 """The corpus of streamed text in training and evaluation: nothing is lost or unusable in silence."""
 
 import json
-import os
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +10,20 @@ import lightning
 import numpy as np
 import pytest
 import zstandard
-from filelock import FileLock
 from torch import distributed
 
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, PileDataModule
 from nlgmoe.cli.errors import describe
 from nlgmoe.data import StreamedText
 from nlgmoe.data import streamed_files as prepared_files
-from nlgmoe.data.streams import Cursors, Stream
+from nlgmoe.data.streams import Cursors
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.validation import SettingError
-from tests.support.corpora import make_trainer, rows, tokens_of
+from tests.support.corpora import rows, tokens_of
 from tests.support.documents import SEQ_LEN, make_texts, write, write_records
 from tests.support.spawn import spawn
+from tests.support.trainers import trainer as quiet_trainer
 
 Open = Callable[..., PileDataModule]
 
@@ -74,7 +72,7 @@ def fit(data: PileDataModule, steps: int, folder: Path, checkpoint: Path | None 
             assert set(batch) == {"tokens", "targets", "token_mask", "domain", "padded", "samples"}
             batches.extend(rows(batch))
 
-    trainer = make_trainer(folder, max_steps=steps, max_epochs=-1, callbacks=[Seen()], limit_val_batches=2)
+    trainer = quiet_trainer(folder, Seen(), max_steps=steps, limit_val_batches=2)
     trainer.fit(make_module(data), data, ckpt_path=checkpoint)
     return trainer, batches
 
@@ -89,7 +87,7 @@ def test_training_on_a_stream_resumes_on_other_workers_after_a_kill(open_corpus:
     data = open_corpus(workers=1)
     _, second = fit(data, 20, tmp_path, tmp_path / "nine.ckpt")
     assert first + second == straight
-    trainer = make_trainer(tmp_path)
+    trainer = quiet_trainer(tmp_path, limit_val_batches=1.0)
     trainer.validate(make_module(data), data)
     assert {"val/loss/domain 0", "val/loss/domain 1", "val/loss/other"} <= trainer.callback_metrics.keys()
     with pytest.raises(ValueError, match=r"these differ: corpus.shuffle_buffer \(saved: 10, now: 11\)\."):
@@ -111,26 +109,6 @@ def test_stream_of_edited_files_is_evaluated_anew_and_not_resumed(open_corpus: O
         data.load_state_dict(states[0][0])
 
 
-def test_stream_state_has_what_was_trained_on_and_is_resumed(
-    open_corpus: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = open_corpus()
-    for batch in islice(data.train_dataloader(), 5):
-        assert "cursor" not in data.on_before_batch_transfer(batch, 0)
-    data.advance(4 * 3)
-    state = data.state_dict()
-    # Of five micro-batches, three.
-    assert [cursor[:2] for cursor in state["cursors"]] == [[stream, 2 - stream // 4] for stream in range(8)]
-    starts = []
-    read = Stream.windows
-    monkeypatch.setattr(Stream, "windows", lambda self, start: starts.append(start.window) or read(self, start))
-    resumed = open_corpus(max_document_bytes=1_000_000)  # changes no sample
-    resumed.load_state_dict(json.loads(json.dumps(state)))
-    assert len(list(islice(resumed.train_dataloader(), 2))) == 2
-    assert starts == [1] * 4 + [2] * 4
-    assert resumed.state_dict() == state
-
-
 def test_stream_evaluates_the_first_documents_of_each_domain(open_corpus: Open) -> None:
     data = open_corpus(evaluation_tokens=60)
     assert data.domains == ["domain 0", "domain 1", "other"]
@@ -145,43 +123,6 @@ def test_stream_evaluates_the_first_documents_of_each_domain(open_corpus: Open) 
     data = open_corpus(domains=["domain 1", "absent"])
     assert [len(tokens) > 0 for tokens in tokens_of(data, "validation")] == [True, False, True]
     assert data.unigram_entropy() > 0 and set(data.xz_bits_per_byte()) == {"domain 1", "other", "all"}
-
-
-def test_stream_ends_its_search_for_an_absent_domain(
-    open_corpus: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So many bytes after the last document that was of use; a rare domain that comes before is found."""
-    texts = [*["text of a domain"] * 30, "rare", *["text of a domain"] * 900]
-    records = [{"text": text, "meta": {"name": "rare" if text == "rare" else "domain 0"}} for text in texts]
-    with write_records(tmp_path / "val.jsonl", records).open("a") as file:
-        file.write("no JSON\n")
-    monkeypatch.setattr(prepared_files, "SEARCHED_BYTES", 60 * len(json.dumps(records[0])))
-    files = {"train": "train/*.jsonl.zst", "validation": f"file://{tmp_path}/val.jsonl"}
-    data = open_corpus(data_files=files, domains=["domain 0", "rare"], evaluation_tokens=20)
-    documents = [int((tokens == data.tokenizer.eod_id).sum()) for tokens in tokens_of(data, "validation")]
-    assert documents[1:] == [1, 0] and 0 < documents[0] < 30
-
-
-def test_streamed_files_are_hashed_once_and_without_the_lock(
-    open_corpus: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hashed: list[str] = []
-    hash_of_pieces = prepared_files.hash_of_pieces
-
-    def hash_unlocked(path: str, pieces: int) -> str:
-        with FileLock(tmp_path / "built" / ".lock", timeout=0):
-            hashed.append(Path(path).name)
-        return hash_of_pieces(path, pieces)
-
-    monkeypatch.setattr(prepared_files, "hash_of_pieces", hash_unlocked)
-    first = open_corpus().fingerprint()
-    assert sorted(hashed) == [f"{number:02}.jsonl.zst" for number in range(4)]
-    hashed.clear()
-    assert open_corpus().fingerprint() == first and not hashed
-    os.utime(tmp_path / "pile/train/02.jsonl.zst")
-    assert open_corpus().fingerprint() == first and hashed == ["02.jsonl.zst"]
-    write(tmp_path / "pile/train/04.jsonl.zst", make_texts(60, "new"))
-    assert open_corpus().fingerprint() != first and len(hashed) == 1 + 5  # another number of pieces for each
 
 
 def test_stream_reads_an_object_store_like_a_folder(open_corpus: Open, tmp_path: Path) -> None:

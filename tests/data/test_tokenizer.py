@@ -1,5 +1,4 @@
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +39,10 @@ def test_tokenizer_folder_is_read_in_both_layouts(tmp_path: Path) -> None:
 
 def test_tokenizer_files_that_are_damaged_are_named(tmp_path: Path) -> None:
     backend = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300)
-    backend.model.save(str(tmp_path))
-    os.truncate(tmp_path / "vocab.json", 100)
-    with pytest.raises(ValueError, match=r"vocab.json or .*merges.txt is damaged or not a tokenizer \(.*; replace it$"):
-        load_tokenizer(str(tmp_path), tmp_path)
     settings = json.loads(backend.to_str())
     settings["model"]["continuing_subword_prefix"] = "##"  # that no merge has: the library panics
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"tokenizer.json is damaged or not a tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer.json is damaged or not a tokenizer \(.*; replace it$"):
         load_tokenizer(str(tmp_path), tmp_path)
 
 
@@ -151,13 +146,6 @@ def test_vocabulary_of_the_model_is_the_tokenizers_unless_it_is_set(tmp_path: Pa
 # BPE, post-processor, the special tokens, and the end of a text by generation_config.json.
 GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN = GPT4.replace("{1,3}", "")
-WORD = r"[^\r\n\p{L}\p{N}]?"
-UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-GPT4O = (
-    rf"{WORD}{UPPER}*{LOWER}+{SHORT}|{WORD}{UPPER}+{LOWER}*{SHORT}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+"
-)
 DEEPSEEK = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -179,23 +167,16 @@ def begins_with(token: str) -> dict[str, Any]:
 NFC, EMPTY = {"type": "NFC"}, {"type": "Sequence", "normalizers": []}
 DIGITS = {"type": "Digits", "individual_digits": True}
 PUBLISHED: dict[str, tuple[Any, list[Any], dict[str, Any], Any, list[str], list[str]]] = {
-    "GPT-NeoX": (NFC, [], {}, None, ["<|endoftext|>", "<|padding|>"], ["<|endoftext|>"]),
     "Qwen2": (NFC, [split(QWEN)], {}, None, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<|im_end|>", "<|endoftext|>"]),
-    "Qwen3": (NFC, [split(QWEN)], {}, None, ["<|endoftext|>", "<|im_end|>", "<think>"], ["<|im_end|>", "<|endoftext|>"]),
     "Llama 3": (
         None, [split(GPT4)], {"ignore_merges": True}, begins_with("<|begin_of_text|>"),
         ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], ["<|end_of_text|>", "<|eot_id|>"],
     ),
-    "OLMo 2": (None, [split(GPT4)], {}, None, ["<|endoftext|>", "<|im_start|>", "<|pad|>"], ["<|endoftext|>"]),
     "SmolLM2": (None, [DIGITS], {}, None, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<|im_end|>"]),
     "DeepSeek V3": (
         EMPTY, [split(r"\p{N}{1,3}"), split("[一-龥぀-ゟ゠-ヿ]+"), split(DEEPSEEK)], {},
         begins_with("<｜begin▁of▁sentence｜>"), ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>"],
         ["<｜end▁of▁sentence｜>"],
-    ),
-    "gpt-oss": (
-        None, [split(GPT4O)], {"ignore_merges": True}, None,
-        ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|call|>"], ["<|return|>", "<|endoftext|>", "<|call|>"],
     ),
 }  # fmt: skip
 TEXT = "It's 12345 o'clock:\tthe king and the QUEEN's\r\n\n  日本語 über naïve def f(x): return x / 2 <br> 🙂 "
@@ -205,16 +186,16 @@ TEXT = "It's 12345 o'clock:\tthe king and the QUEEN's\r\n\n  日本語 über na�
 def published(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A folder with a small tokenizer of a published family's form, and settings of generation."""
     normalizer, cuts, bpe, post_processor, special, ends = PUBLISHED[request.param]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": cuts in ([], [DIGITS])}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": cuts == [DIGITS]}
     form = {"normalizer": normalizer, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*cuts, level]}}
     form |= {"decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}}
     empty = json.loads(tokenizers.Tokenizer(models.BPE()).to_str())
     backend = tokenizers.Tokenizer.from_str(json.dumps(empty | form))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    plain = [token for token in special if token != "<think>"]
-    trainer = trainers.BpeTrainer(vocab_size=560, special_tokens=plain, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=560, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator([TEXT] * 9, trainer)
-    backend.add_tokens([tokenizers.AddedToken("<think>", normalized=False)] if "<think>" in special else [])
     saved = json.loads(backend.to_str()) | {"post_processor": post_processor}
     saved["model"] |= bpe
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved, ensure_ascii=False), encoding="utf-8")

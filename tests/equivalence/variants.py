@@ -22,36 +22,24 @@ def built_name(family: str, name: str) -> str:
 
 GRANITE_3 = {"embedding_multiplier": 12.0, "attention_multiplier": 0.015625, "residual_multiplier": 0.22}
 GRANITE_3 |= {"logits_scaling": 6.0, "max_position_embeddings": 4096, "tie_word_embeddings": True, "vocab_size": 49_155}
-GRANITE_3B = GRANITE_3 | {"hidden_size": 1536, "intermediate_size": 512, "num_hidden_layers": 32}
-GRANITE_3B |= {"num_attention_heads": 24, "num_key_value_heads": 8, "num_local_experts": 40, "num_experts_per_tok": 8}
 # Settings of files on the hub that the classes do not know.
 HUB: dict[str, Any] = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1, "ep_size": 1}
 HUB_YARN: dict[str, Any] = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0}
 HUB_YARN |= {"mscale_all_dim": 1.0, "original_max_position_embeddings": 4096}
-# Of Moonlight-16B-A3B and DeepSeek-V2-Lite.
-DEEPSEEK_16B = {"hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16}
-DEEPSEEK_16B |= {
-    "moe_intermediate_size": 1408,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "first_k_dense_replace": 1,
-}
-DEEPSEEK_16B |= {"n_group": 1, "topk_group": 1, "q_lora_rank": None}
 LLAMA_3 = scaled("llama3", 5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, length=8192)
-# family, and model where it is not the only one -> parameters and active ones in billions, values of config.json
+# family -> parameters and active ones in billions, values of config.json
 PUBLISHED: dict[str, tuple[float, float, dict[str, Any]]] = {
     "olmoe": (6.92, 1.28, {"intermediate_size": 1024}),  # OLMoE-1B-7B
     "qwen3_moe": (30.53, 3.35, {"num_hidden_layers": 48, "head_dim": 128, "num_experts": 128, "norm_topk_prob": True}),
     "mixtral": (46.70, 12.88, {}),  # Mixtral-8x7B
-    "deepseek_v3, Moonlight-16B-A3B": (15.96, 2.91, HUB | DEEPSEEK_16B | {
-        "vocab_size": 163_840, "intermediate_size": 11_264, "n_routed_experts": 64, "routed_scaling_factor": 2.446,
-        "max_position_embeddings": 8192, "rope_theta": 50_000.0, "rms_norm_eps": 1e-5,
-    }),
     "deepseek_v3": (671.03, 37.55, HUB | {  # DeepSeek-V3, without the block that predicts a further token
         "max_position_embeddings": 163_840, "rope_theta": 10_000.0, "rope_scaling": HUB_YARN,
     }),
-    "deepseek_v2": (15.71, 2.66, HUB | DEEPSEEK_16B | {  # DeepSeek-V2-Lite
-        "topk_method": "greedy", "scoring_func": "softmax", "vocab_size": 102_400, "intermediate_size": 10_944,
+    "deepseek_v2": (15.71, 2.66, HUB | {  # DeepSeek-V2-Lite
+        "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "moe_intermediate_size": 1408, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+        "n_group": 1, "topk_group": 1, "q_lora_rank": None, "topk_method": "greedy", "scoring_func": "softmax",
+        "vocab_size": 102_400, "intermediate_size": 10_944,
         "max_position_embeddings": 163_840, "rope_theta": 10_000.0,
         "rope_scaling": HUB_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
     }),
@@ -69,9 +57,11 @@ PUBLISHED: dict[str, tuple[float, float, dict[str, Any]]] = {
         "hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 24, "num_attention_heads": 16,
         "num_key_value_heads": 8, "num_local_experts": 32, "num_experts_per_tok": 8,
     }),
-    "granitemoe, 3B": (3.3, 0.88, GRANITE_3B),  # granite-3.0-3b-a800m
     # The shape of granite-3.0-3b-a800m, and a shared MLP: no published model's settings were at hand.
-    "granitemoeshared": (3.45, 1.03, GRANITE_3B | {"shared_intermediate_size": 1024}),
+    "granitemoeshared": (3.45, 1.03, GRANITE_3 | {
+        "hidden_size": 1536, "intermediate_size": 512, "num_hidden_layers": 32, "num_attention_heads": 24,
+        "num_key_value_heads": 8, "num_local_experts": 40, "num_experts_per_tok": 8, "shared_intermediate_size": 1024,
+    }),
     "llama": (1.24, 1.24, {  # Llama-3.2-1B
         "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
@@ -132,6 +122,7 @@ def interleaved(rows: Tensor) -> Tensor:
     return torch.cat([rows[:, :-4], rows[:, [-4, -2, -3, -1]]], dim=1)
 
 
+NOT_TRUNCATED = "qwen3_moe, yarn, attention_factor, not truncated"
 SHARED_TIED = "deepseek_v3, whole queries, two shared experts, tied"
 QUERIES = changed("attention.query_up.weight", lambda rows: interleaved(rows.unflatten(0, (4, 12))).flatten(0, 1))
 WHOLE_QUERIES = changed("attention.query.weight", lambda rows: interleaved(rows.unflatten(0, (4, 12))).flatten(0, 1))
@@ -156,7 +147,7 @@ FAULTS: list[tuple[str, str, Fault]] = [  # variant, what is wrong, fault
     ("llama, scaled as Llama 3", "another factor", setting("rotary_scaling.factor", 8.5)),
     ("llama, scaled as Llama 3", "not scaled", setting("rotary_scaling", None)),
     ("qwen3, yarn", "no temperature", setting("attention_scale", None)),
-    ("llama, yarn, beta", "another beta_fast", setting("rotary_scaling.beta_fast", 0.6)),
+    (NOT_TRUNCATED, "another beta_fast", setting("rotary_scaling.beta_fast", 0.6)),
     ("mixtral, yarn of lengths", "the factor of the lengths", setting("rotary_scaling.factor", 4.0)),
     ("deepseek_v3, groups, yarn", "rows of queries are not reordered", QUERIES),
     (SHARED_TIED, "rows of whole queries are not reordered", WHOLE_QUERIES),

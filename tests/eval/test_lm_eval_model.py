@@ -1,46 +1,22 @@
-"""Log-likelihoods and generated texts, compared with lm-eval's `hf` model with the same weights and with forward passes."""
+"""Log-likelihoods and generated texts, compared with lm-eval's `hf` model of the exported folder."""
 
 import random
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tokenizers
-import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from nlgmoe import load_model
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.lm_eval.harness import EvaluatedGPT
 from tests.support.checkpoints import write
-from tests.support.gpt2 import as_theirs, our_name
 from tests.support.tasks import TOKENIZER, WORDS, text
 
 SEQ_LEN = 24
-DENSE = GPTConfig(TOKENIZER.vocab_size, SEQ_LEN, 2, 32, 2, vocab_size_multiple=1)
-PR_MOE = replace(DENSE, moe=MoEConfig([4], mlp_type="residual"))
+PR_MOE = GPTConfig(TOKENIZER.vocab_size, SEQ_LEN, 2, 32, 2, moe=MoEConfig([4], mlp_type="residual"))  # a padded table
 UNTIL = {"until": ["e", " q"], "max_gen_toks": 7, "do_sample": False}
-
-
-def theirs(gpt: GPT) -> HFLM:
-    config = GPT2Config(
-        vocab_size=TOKENIZER.vocab_size, n_positions=SEQ_LEN, n_embd=32, n_layer=2, n_head=2,
-        activation_function="gelu_new", bos_token_id=TOKENIZER.eod_id, eos_token_id=TOKENIZER.eod_id,
-    )  # fmt: skip
-    model, values = GPT2LMHeadModel(config), dict(gpt.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            value = values[our_name(name)]
-            parameter.copy_(value if name.endswith("wte.weight") else as_theirs(name, value))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(TOKENIZER.files["tokenizer.json"]), eos_token="<|endoftext|>"
-    )
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, device="cpu")
 
 
 def requests(*arguments: tuple[Any, ...]) -> list[Any]:
@@ -56,17 +32,13 @@ PAIRS = [
 ]
 
 
-def exported(checkpoint: Path) -> HFLM:
-    folder = checkpoint.with_suffix("")
-    export(checkpoint, folder)
-    return HFLM(pretrained=str(folder), trust_remote_code=True, batch_size=3, device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module", params=["GPT-2", "an exported PR-MoE"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluatedGPT, HFLM]:
-    dense, path = request.param == "GPT-2", tmp_path_factory.mktemp("models") / "a.ckpt"
-    gpt = load_model(write(path, DENSE if dense else PR_MOE, tokenizer=TOKENIZER.files)).eval()
-    return EvaluatedGPT(gpt, TOKENIZER, batch_size=4), theirs(gpt) if dense else exported(path)
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluatedGPT, HFLM]:
+    folder = tmp_path_factory.mktemp("models")
+    checkpoint = write(folder / "a.ckpt", PR_MOE, tokenizer=TOKENIZER.files)
+    export(checkpoint, folder / "a")
+    theirs = HFLM(pretrained=str(folder / "a"), trust_remote_code=True, batch_size=3, device="cpu", dtype="float32")
+    return EvaluatedGPT(load_model(checkpoint).eval(), TOKENIZER, batch_size=4), theirs
 
 
 def test_log_likelihoods_are_those_of_lm_evals_hf_model(pair: tuple[EvaluatedGPT, HFLM]) -> None:

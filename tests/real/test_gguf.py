@@ -1,4 +1,4 @@
-"""A GGUF file of a real model, cut to 2 MB (`make.py`), and files that cannot be imported."""
+"""A GGUF file of a real model, cut to 2 MB, and files that cannot be imported."""
 
 import re
 import shutil

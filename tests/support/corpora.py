@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import lightning
 import numpy as np
 import torch
 
@@ -54,11 +52,6 @@ def batches(data: PileDataModule, count: int, rank: int = 0, world_size: int = 1
 
 def rows(batch: dict[str, torch.Tensor]) -> list[list[int]]:
     return batch["targets"].tolist()
-
-
-def make_trainer(folder: Path, **options: Any) -> lightning.Trainer:
-    options |= {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return lightning.Trainer(accelerator="cpu", default_root_dir=folder, **options)
 
 
 def small() -> Tokenizer:

@@ -109,6 +109,9 @@ class _Wrapped(NlgmoeForCausalLM):
         self.model.gpt = model
         self.lm_head.weight = nn.Parameter(model.unembedding[: model.config.vocab_size].detach(), requires_grad=False)
 
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the head's weights: lm-eval would tie them to the whole table, whose padding gets no logits."""
+
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Generate; each rank makes as many forward passes as the rank that generates the longest text."""
         return super().generate(*args, synced_gpus=distributed.is_initialized(), **kwargs)
