@@ -59,8 +59,8 @@ def evaluate(
         limit: maximum number of documents per task.
         num_fewshot: examples before each document; default: the task's setting, which is 0 for the paper's tasks.
         batch_size: sequences per batch.
-        include_path: folder with tasks in lm-eval's YAML, as `nlgmoe prepare-eval` writes them; a task with the name of a
-            built-in one replaces it. The documents of other tasks are downloaded from the Hugging Face hub.
+        include_path: folder with tasks in lm-eval's YAML; a task with the name of a built-in one replaces it. The documents of
+            other tasks are downloaded from the Hugging Face hub.
         output: new JSON file for lm-eval's results and a description of the model.
         tokenizer: as `data.tokenizer`, for a checkpoint without a tokenizer.
         device: cpu, cuda or cuda:N; default: a GPU if there is one.

@@ -31,7 +31,6 @@ from nlgmoe.tools.hugging_face.modeling_nlgmoe import NlgmoeForCausalLM
 from nlgmoe.validation import RunError, SettingError, require
 
 try:
-    import lm_eval.tasks
     from lm_eval.evaluator import evaluate as run_tasks
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -41,9 +40,8 @@ except ModuleNotFoundError as missing:
         f"zero-shot evaluation needs lm-eval ({missing.name} is missing): pip install -e '.[eval]' in the project's folder"
     ) from missing
 
-__all__ = ["BUILT_IN", "EvaluatedGPT", "Tasks", "describe", "handle_non_serializable", "quiet"]
+__all__ = ["EvaluatedGPT", "Tasks", "describe", "handle_non_serializable", "quiet"]
 
-BUILT_IN = Path(lm_eval.tasks.__file__).parent  # lm-eval's own tasks, in YAML files
 SEED = 1234  # lm-eval's
 
 
@@ -143,12 +141,6 @@ class Tasks:
         self._loaded: dict[str, dict[str, Any]] = {}
         self._manager = TaskManager(include_path=include_path, include_defaults=False)
         index = self._manager.task_index
-        for name in names:  # lm-eval skips a file that it cannot read, and takes its own task of that name
-            if include_path is not None and name not in index and (file := Path(include_path, f"{name}.yaml")).exists():
-                raise SettingError(
-                    f"include_path={include_path}: {file} cannot be read (it is no task's YAML, or includes a file that is not "
-                    "there); correct it, or run `nlgmoe prepare-eval` again"
-                )
         if not all(name in index and index[name].kind.name == "TASK" for name in names):
             self._manager = TaskManager(include_path=include_path)  # 20 seconds for 14,000 built-in tasks
         for name in names:
@@ -174,7 +166,7 @@ class Tasks:
             except Exception as error:
                 raise SettingError(
                     f"tasks={name}: lm-eval cannot load it ({describe(error)}); correct its YAML or documents, or lower "
-                    "num_fewshot; without a network, run `nlgmoe prepare-eval DIR` and set include_path=DIR"
+                    "num_fewshot; without a network, name tasks with documents of your own by include_path"
                 ) from error
         return self._loaded.setdefault(name, loaded)
 

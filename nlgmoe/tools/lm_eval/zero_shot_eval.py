@@ -33,8 +33,7 @@ class ZeroShotEval(Callback):
         limit: maximum number of documents per task; null: all documents.
         every_n_steps: evaluate only at validations after a multiple of this many optimizer steps; null: at every validation.
         num_fewshot: example documents before each document; null: the task's setting.
-        include_path: folder with tasks in lm-eval's YAML, as `nlgmoe prepare-eval` writes them; null: lm-eval's own, with
-            documents from the Hugging Face hub.
+        include_path: folder with tasks in lm-eval's YAML; null: lm-eval's own, with documents from the Hugging Face hub.
         batch_size: sequences per batch.
     """
 
