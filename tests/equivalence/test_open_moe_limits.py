@@ -90,10 +90,7 @@ def test_a_model_is_native_only_if_a_family_computes_it(
     [
         ({"qk_norm": "projection", "moe": {"normalize_weights": False}}, []),
         ({"qk_norm": "projection"}, ["norm_topk_prob=true"]),
-        ({"qk_norm": "projection", "tied_embeddings": True}, ["norm_topk_prob=true", "tied embeddings"]),
         ({"qk_norm": "head"}, []),
-        ({"qk_norm": "head", "moe": {"num_experts": [0, 4, 4, 4]}}, ["dense blocks"]),
-        ({"head_dim": 12}, ["mlx-lm refuses the model: for mixtral it takes no head_dim=12"]),
         ({"moe": {"gate_scale": 2.0}}, ["llama.cpp, vLLM and mlx-lm refuse"]),
     ],
 )
