@@ -40,8 +40,8 @@ def documented(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_task(lm: EvaluatedGPT, name: str, folder: Path, limit: int | None = None, shots: int | None = None) -> Results:
-    return Tasks([name], str(folder), limit, shots).evaluate(lm, name, bootstrap_iters=10)
+def run_task(lm: EvaluatedGPT, name: str, folder: Path, limit: int | None = None) -> Results:
+    return Tasks([name], str(folder), limit).evaluate(lm, name, bootstrap_iters=10)
 
 
 def test_a_task_of_a_local_file_scores_its_documents(lm: EvaluatedGPT, documented: Path) -> None:
@@ -67,10 +67,13 @@ def test_a_task_of_a_local_file_scores_its_documents(lm: EvaluatedGPT, documente
 def test_zero_shot_results_are_those_of_lm_evals_simple_evaluate(lm: EvaluatedGPT, tmp_path: Path) -> None:
     folder = write_tasks(tmp_path)
     manager = TaskManager(include_path=folder, include_defaults=False)
-    settings = {"limit": 4, "num_fewshot": 2, "bootstrap_iters": 10, "log_samples": False}
+    for name in TASKS:  # with two examples before each document
+        with (folder / f"{name}.yaml").open("a") as file:
+            file.write("num_fewshot: 2\n")
+    settings = {"limit": 4, "bootstrap_iters": 10, "log_samples": False}
     theirs = simple_evaluate(lm, tasks=list(TASKS), task_manager=manager, **settings)
     for name in TASKS:
-        ours = run_task(lm, name, folder, limit=4, shots=2)["results"][name]
+        ours = run_task(lm, name, folder, limit=4)["results"][name]
         for key, value in theirs["results"][name].items():
             assert ours.pop(key) == (pytest.approx(value, 1e-6) if isinstance(value, float) else value)
         assert not ours
