@@ -155,7 +155,7 @@ def test_import_megatron_command_writes_a_checkpoint(tmp_path: Path, capsys: pyt
     assert "position   step 7, 336 tokens" in capsys.readouterr().out
     trained = load_pretrained(tmp_path / "ours.ckpt")
     assert trained.model.config.vocab_size == tokenizer.vocab_size == 259
-    generate(trained.model, torch.tensor([trained.tokenizer.encode("the")]), 4)
+    generate(trained.model, [trained.tokenizer.encode("the")], 4)
     with pytest.raises(SystemExit):
         main([*command, str(tmp_path / "tokenizer"), "--vocab-size=258", "--overwrite"])
     assert "vocab_size=258 is below the 259 ids of tokenizer" in capsys.readouterr().err
