@@ -117,7 +117,8 @@ def same_model(family: str) -> tuple[GPT, nn.Module]:
 def greedy(model: Any, tokens: Tensor) -> Callable[[], object]:
     """Return greedy decoding of `NEW` tokens after prompts `[B, T]`, by us or by `transformers`."""
     if isinstance(model, GPT):
-        return lambda: generate(model, tokens, NEW, temperature=0)
+        prompts = tokens.tolist()
+        return lambda: generate(model, prompts, NEW, temperature=0)
     options = {"max_new_tokens": NEW, "do_sample": False, "use_cache": True}
     return lambda: model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
 

@@ -27,7 +27,6 @@ COMMANDS = {
     "distill-logits": ("commands.distill_logits", "record a teacher's most likely next tokens for a student"),
     "student": ("commands.student", "write a student's YAML, to be used with its teacher's"),
     "evaluate": ("tools.lm_eval.evaluate", "evaluate a checkpoint on zero-shot tasks with lm-eval"),
-    "prepare-eval": ("tools.lm_eval.prepare_eval", "write evaluation sets for `evaluate` without a network"),
     "report": ("tools.report", "draw run folders as one HTML page"),
     "check": ("tools.check", "test a MoE layer or an attention for known defects"),
 }  # name -> module below `nlgmoe` (and its function, if that has another name), help

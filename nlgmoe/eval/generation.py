@@ -81,7 +81,6 @@ class Sampling:
         return tokens[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
-Prompts = Sequence[Sequence[int]] | Tensor
 EndReason = Literal["stop", "max_new_tokens", "seq_len"]
 
 
@@ -91,7 +90,6 @@ class NewToken:
 
     sequence: int  # index of the prompt
     token: int  # id
-    log_prob: float  # nats, under the model's full distribution, before `temperature`, `top_k` and `top_p`
     end: EndReason | None  # reason for which the sequence ends with this token; None: it continues
 
 
@@ -100,13 +98,12 @@ class Completion:
     """The tokens generated for one prompt."""
 
     tokens: list[int] = field(default_factory=list)  # ids, with the stop token if the sequence ended with one
-    log_prob: float = 0.0  # sum over tokens, nats
     end: EndReason = "max_new_tokens"  # reason for which the sequence ended
 
 
 def generate(
     model: GPT,
-    prompts: Prompts,
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -126,15 +123,14 @@ def generate(
     Raises:
         ValueError: a prompt is too long, or a setting is out of range.
     """
-    texts = _as_lists(prompts)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    completions = complete(model, texts, max_new_tokens, sampling, stop_ids, max(1, len(texts)))
-    return [text + completion.tokens for text, completion in zip(texts, completions, strict=True)]
+    completions = complete(model, prompts, max_new_tokens, sampling, stop_ids, max(1, len(prompts)))
+    return [[*prompt, *completion.tokens] for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def complete(
     model: GPT,
-    prompts: Prompts,
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     stop_ids: Collection[int] = (),
@@ -142,29 +138,30 @@ def complete(
 ) -> list[Completion]:
     """Generate a completion of each prompt, in batches of `batch_size` prompts of similar length; arguments as for `generate`."""
     require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
-    texts = _as_lists(prompts)
-    check_prompts(model, texts, max_new_tokens)
-    generators = sampling.generators(texts)
-    completions = [Completion() for _ in texts]
-    by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    for start in range(0, len(texts), batch_size):
+    check_prompts(model, prompts, max_new_tokens)
+    generators = sampling.generators(prompts)
+    completions = [Completion() for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(prompts), batch_size):
         batch = by_length[start : start + batch_size]
         prompt_generators = [generators[index] for index in batch]
-        for new in _stream(model, [texts[i] for i in batch], max_new_tokens, sampling, stop_ids, prompt_generators):
+        for new in _stream(model, [prompts[i] for i in batch], max_new_tokens, sampling, stop_ids, prompt_generators):
             completion = completions[batch[new.sequence]]
             completion.tokens.append(new.token)
-            completion.log_prob += new.log_prob
             completion.end = new.end or completion.end
     return completions
 
 
 def stream(
-    model: GPT, prompts: Prompts, max_new_tokens: int, sampling: Sampling = Sampling(), stop_ids: Collection[int] = ()
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop_ids: Collection[int] = (),
 ) -> Iterator[NewToken]:
     """Yield the tokens of one batch: one token of each unfinished sequence per forward pass; arguments as for `generate`."""
-    texts = _as_lists(prompts)
-    check_prompts(model, texts, max_new_tokens)
-    return _stream(model, texts, max_new_tokens, sampling, stop_ids, sampling.generators(texts))
+    check_prompts(model, prompts, max_new_tokens)
+    return _stream(model, prompts, max_new_tokens, sampling, stop_ids, sampling.generators(prompts))
 
 
 def check_prompts(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -186,7 +183,7 @@ def check_prompts(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: 
 @torch.no_grad()
 def _stream(
     model: GPT,
-    prompts: list[list[int]],
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
     stop_ids: Collection[int],
@@ -204,10 +201,9 @@ def _stream(
         logits = model.logits(hidden).float()  # [B, V]
         require_finite_logits(model, logits)
         sampled = sampling.sample(logits, [generators[index] for index in unfinished])  # [B]
-        log_probs = logits.gather(1, sampled[:, None])[:, 0] - logits.logsumexp(dim=-1)
         num_new += 1
-        rows, ids = [], sampled.tolist()
-        for row, (index, token, log_prob) in enumerate(zip(unfinished, ids, log_probs.tolist(), strict=True)):
+        rows = []
+        for row, (index, token) in enumerate(zip(unfinished, sampled.tolist(), strict=True)):
             end: EndReason | None = None
             if token in stop_ids:
                 end = "stop"
@@ -215,7 +211,7 @@ def _stream(
                 end = "max_new_tokens" if num_new == max_new_tokens else "seq_len"
             else:
                 rows.append(row)
-            yield NewToken(index, token, log_prob, end)
+            yield NewToken(index, token, end)
         if len(rows) < len(unfinished):
             kept = torch.tensor(rows, device=sampled.device, dtype=torch.long)
             unfinished, sampled = [unfinished[row] for row in rows], sampled[kept]
@@ -223,15 +219,7 @@ def _stream(
         tokens, mask = sampled[:, None], None  # [B, 1]
 
 
-def _as_lists(prompts: Prompts) -> list[list[int]]:
-    if isinstance(prompts, Tensor):
-        if prompts.dim() != 2 or prompts.dtype != torch.long:
-            raise SettingError(f"prompts are lists of ids or [B, T] int64, not {list(prompts.shape)} {prompts.dtype}")
-        prompts = prompts.tolist()
-    return [[int(token) for token in prompt] for prompt in prompts]
-
-
-def _pad_left(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _pad_left(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Return tokens `[B, T]` padded with 0, and a bool mask `[B, T]`, False at padding; None without padding."""
     rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
     tokens = pad_sequence(rows, batch_first=True, padding_side="left")

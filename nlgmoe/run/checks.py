@@ -18,7 +18,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from nlgmoe.checkpoint.reading import tokenizer_matches
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.training_data import TrainingData, training_data
-from nlgmoe.distill.distiller import End
 from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.parts import IGNORED_IN_EVALUATION
@@ -129,25 +128,6 @@ def warn_about_end(
         if share * min(ends, default=math.inf) < 1:
             problem = f"{domain} has {share:.2g} of the samples, less than one in the {min(ends):,.0f} of this run"
             rank_zero_warn(f"{problem}; raise the weight of its part, or remove the part")
-
-
-def warn_about_distillation(
-    end: End, seq_len: int, curriculum: SequenceCurriculum | None, train_tokens: int | None, trainer: Trainer
-) -> None:
-    """Warn if training ends before distillation does, so that no step is on text alone."""
-    steps = float(trainer.max_steps if trainer.max_steps >= 0 else math.inf)
-    tokens = float(math.inf if train_tokens is None else train_tokens)
-    if (data := training_data(trainer)) is not None:  # the most tokens and steps that the run can have
-        shortest = seq_len if curriculum is None else curriculum.start
-        most = steps * data.batch_size_after(sys.maxsize) * seq_len
-        steps = min(steps, tokens / (data.batch_size_after(0) * shortest) + 1)
-        tokens = min(tokens, most)
-    late = (end.tokens is not None and end.tokens > tokens) or (end.steps is not None and end.steps > steps)
-    if late:
-        place = f"{end.steps:,} steps" if end.tokens is None else f"{end.tokens:,} tokens"
-        by = f"model.train_tokens={train_tokens} or trainer.max_steps={trainer.max_steps}"
-        problem = f"distillation ends after {place}, and the run before that, by {by}: no step is on text alone"
-        rank_zero_warn(f"{problem}; lower the end of StagedDistillation, or remove it")
 
 
 def warn_about_rate(schedule: LearningRateSchedule, tokens: int, train_tokens: int | None) -> None:

@@ -3,9 +3,8 @@
 Every expert is a copy of its block's feed-forward layer f; all other weights are copied unchanged. Without dropping and noise,
 the weights of a token's k experts of E have the same sum S for every token, and the experts' output projections are divided by S:
 
-    normalised weights                     S = gate_scale             any gate
-    softmax, not normalised                S = gate_scale k / E       a gate so small that the softmax rounds to 1 / E
-    sigmoid scores, not normalised         S = gate_scale k / 2       a small gate: scores are 1/2, up to their last bits
+    normalised weights          S = gate_scale             any gate
+    not normalised              S = gate_scale k / E       a gate so small that the softmax rounds to 1 / E
 
     residual, learned   y = c_1 f(x) + c_0 (as above), and the coefficients c sum to 1
     residual, sum       y = f(x) / 2 + (as above) / 2, of the shared MLP and the experts: both output projections are halved
@@ -13,14 +12,13 @@ the weights of a token's k experts of E have the same sum S for every token, and
 
 This equals the dense model's output up to rounding; with powers of two the factors themselves are exact.
 
-Gates of weights that are not normalised still distribute the tokens over the experts: by logits that differ where their softmax
-does not, or by the last bits of sigmoid scores. The first optimizer step brings such a gate to its usual size. Scaling for a
-softmax before the top-k: He et al., arXiv 2410.07524. Other gates are initialised as in a new model.
+Gates of weights that are not normalised still distribute the tokens over the experts, by logits that differ where their softmax
+does not. The first optimizer step brings such a gate to its usual size. Scaling for a softmax before the top-k: He et al., arXiv
+2410.07524. Other gates are initialised as in a new model.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +30,6 @@ from nlgmoe.checkpoint.entries import EXPERT, Shapes
 from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.routers.sigmoid import SigmoidRouterConfig
 from nlgmoe.parts import require_paper_parts
 from nlgmoe.pyramid import experts_at
 from nlgmoe.seeding import draw_normal
@@ -40,7 +37,6 @@ from nlgmoe.surgery.write_weights import weight_shapes, write_weights
 from nlgmoe.validation import require
 
 TINY = 1e-12  # times a normed input of thousands of values: far below half the last bit of 1 in fp32
-SMALL = 2e-6  # standard deviation of logits of a normed input: a change of some bits of a sigmoid in fp32
 
 
 @dataclass(frozen=True)
@@ -81,12 +77,7 @@ def upcycle(
             f"{name}={size} is not the width of the dense model's layers, which are copied; leave it null",
         )
     config = replace(dense_config, moe=moe)
-    require_paper_parts(config, "upcycling supports", ("moe.expert",))
-    require(
-        moe.router is None or type(moe.router) is SigmoidRouterConfig,
-        f"router={type(moe.router).__name__} has weights of unknown sum, by which upcycling divides; use the paper's router, or "
-        "SigmoidRouterConfig",
-    )
+    require_paper_parts(config, "upcycling supports", ("moe.expert", "moe.router"))
     read = _entry_reader(files, config, weight_shapes(config), noise, seed)
     origin = f"{path}, by `nlgmoe upcycle`"
     write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin, source=path)
@@ -97,7 +88,7 @@ def expert_factor(moe: MoEConfig, num_experts: int) -> float:
     """Return the factor of the experts' output projections in a layer of so many experts, by the table above."""
     share = 0.5 if moe.mlp_type == "residual" and moe.residual_mix != "learned" else 1.0
     if not moe.normalizes:
-        share *= (num_experts if moe.router is None else 2) / moe.top_k
+        share *= num_experts / moe.top_k
     return share / moe.gate_scale
 
 
@@ -108,7 +99,7 @@ def _gate_std(config: GPTConfig, dtype: torch.dtype) -> float:
     if moe.normalizes:
         return moe.gate_init_std or config.init_std
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # 6e-8 in fp16, which makes TINY zero
-    return max(TINY if moe.router is None else SMALL / math.sqrt(config.hidden_size), 16 * least)
+    return max(TINY, 16 * least)
 
 
 def _entry_reader(
@@ -129,8 +120,6 @@ def _entry_reader(
         if rest.startswith("mlp."):
             value = files.read(f"{block}.ffn.{rest.removeprefix('mlp.')}")
             return value / 2 if summed and rest.startswith("mlp.project") else value
-        if rest == "router.bias":
-            return torch.zeros(shapes[name])  # a buffer, in fp32
         dtype = files.read(f"{block}.ffn.project.weight").dtype
         if rest.endswith("bias") or (gated and rest.startswith("coefficient")):
             return torch.zeros(shapes[name], dtype=dtype)

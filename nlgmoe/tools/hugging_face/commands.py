@@ -61,8 +61,7 @@ def export_checkpoint(
 def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> None:
     """Convert a folder of Hugging Face's format, or a GGUF file, into a checkpoint, and write a YAML file to use it with.
 
-    Supported are the families of docs/open_moes.md, GPT-2, and what nlgmoe export writes; of GGUF files Llama, Qwen3 and
-    Qwen3-MoE.
+    Supported are the families of docs/open_moes.md, GPT-2, and what nlgmoe export writes; of GGUF files Llama.
 
     Args:
         source: the folder, a file NAME.gguf, or the name of a model on the Hugging Face hub, such as allenai/OLMoE-1B-7B-0924.

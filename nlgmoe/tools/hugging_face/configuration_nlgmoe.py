@@ -80,11 +80,8 @@ class NlgmoeConfig(PreTrainedConfig):
 
     @property
     def num_experts_per_tok(self) -> int:
-        """Experts per token."""
-        moe = self.gpt_config().moe
-        if moe is None:
-            raise AttributeError(f"{type(self).__name__} has no num_experts_per_tok: the model is dense")
-        return moe.top_k
+        """Experts per token; an `AttributeError` if the model is dense."""
+        return self.gpt_config().moe.top_k  # type: ignore[union-attr]
 
     def gpt_config(self) -> GPTConfig:
         """Return the settings as a `GPTConfig`."""

@@ -1,7 +1,7 @@
 """Conversion of a GGUF file to a folder of Hugging Face's format, by transformers and the packages `gguf` and `accelerate`.
 
-transformers reads weights, settings, vocabulary and chat template. It leaves out the pre-tokenizer, which a GGUF file gives by a
-name of llama.cpp's; `_PRE_TOKENIZERS` has those of byte-level BPE tokenizers of the families that we import.
+transformers reads weights, settings, vocabulary and chat template, and some of the pre-tokenizers, which a GGUF file gives by a
+name of llama.cpp's.
 """
 
 from __future__ import annotations
@@ -22,30 +22,11 @@ import transformers
 from nlgmoe.device import available_memory, name_deepspeeds_device
 from nlgmoe.validation import RunError, SettingError
 
-_ARCHITECTURES = ("llama", "qwen3", "qwen3moe")  # of GGUF, which transformers reads and we import
+_ARCHITECTURE = "llama"  # of GGUF, which transformers reads and we import
 _BYTES = 4  # of a value in fp32, to which transformers dequantises
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
-
-
-def _byte_level(use_regex: bool) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
-def _split(pattern: str) -> dict[str, Any]:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-_GPT2 = [_byte_level(True)]
-_SMOLLM = [{"type": "Digits", "individual_digits": True}, _byte_level(True)]
-_LLAMA3 = [_split(_CONTRACTIONS + _WORDS % "{1,3}"), _byte_level(False)]
-_QWEN2 = [_split(_CONTRACTIONS + _WORDS % ""), _byte_level(False)]
-_PRE_TOKENIZERS = {
-    **dict.fromkeys(("gpt-2", "olmo"), _GPT2),
-    **dict.fromkeys(("smollm", "starcoder"), _SMOLLM),
-    **dict.fromkeys(("llama-bpe", "dbrx"), _LLAMA3),
-    "qwen2": _QWEN2,
-}  # llama.cpp's name -> parts of the pre-tokenizer, as in the models' tokenizer.json
+# Names of llama.cpp for pre-tokenizers of byte-level BPE.
+_READ = ("gpt-2", "olmo", "llama-bpe", "dbrx")  # by transformers
+_OF_DIGITS = ("smollm", "starcoder")  # each digit is a token; transformers takes GPT-2's pre-tokenizer
 
 
 @contextmanager
@@ -98,21 +79,20 @@ def _checked(file: Path) -> tuple[dict[str, Any], int]:
         )
     if problem := _unread(fields, [tensor.name for tensor in reader.tensors]):
         raise SettingError(
-            f"{problem} of {file} cannot be imported; supported are {', '.join(_ARCHITECTURES)} without scaled positions: name a "
-            "folder of Hugging Face's format"
+            f"{problem} of {file} cannot be imported; supported is {_ARCHITECTURE} without scaled positions: name a folder of "
+            "Hugging Face's format"
         )
     return fields, sum(int(tensor.n_elements) for tensor in reader.tensors)
 
 
 def _unread(fields: dict[str, Any], tensors: list[str]) -> str | None:
     """Return a property of the model that transformers does not read from a GGUF file; None if there is none."""
-    architecture = fields.get("general.architecture")
-    if architecture not in _ARCHITECTURES:
+    if (architecture := fields.get("general.architecture")) != _ARCHITECTURE:
         return f"general.architecture={architecture}"
     if experts := fields.get("llama.expert_count"):  # Mixtral's are left out
         return f"llama.expert_count={experts}"
-    if (scaling := fields.get(f"{architecture}.rope.scaling.type", "none")) != "none":
-        return f"{architecture}.rope.scaling.type={scaling}"
+    if (scaling := fields.get("llama.rope.scaling.type", "none")) != "none":
+        return f"llama.rope.scaling.type={scaling}"
     return "rope_freqs.weight" if "rope_freqs.weight" in tensors else None
 
 
@@ -138,18 +118,18 @@ def _convert(file: Path, folder: Path, tokenizer: bool) -> None:
 
 
 def _write_tokenizer(file: Path, folder: Path, fields: dict[str, Any]) -> None:
-    """Give the saved tokenizer the pre-tokenizer that the file names."""
+    """Give the saved tokenizer what the pre-tokenizer that the file names has, and transformers leaves out."""
     path, name = folder / "tokenizer.json", fields.get("tokenizer.ggml.pre", "gpt-2")
     if not path.exists():
         return
-    if name not in _PRE_TOKENIZERS:
+    if name not in (known := _READ + _OF_DIGITS):
         raise SettingError(
-            f"tokenizer.ggml.pre={name} of {file} is not known here (known are {', '.join(_PRE_TOKENIZERS)}); name a folder of "
-            "Hugging Face's format, whose tokenizer.json has the pre-tokenizer"
+            f"tokenizer.ggml.pre={name} of {file} is not known here (known are {', '.join(known)}); name a folder of Hugging "
+            "Face's format, whose tokenizer.json has the pre-tokenizer"
         )
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    parts = _PRE_TOKENIZERS[name]
-    tokenizer["pre_tokenizer"] = parts[0] if len(parts) == 1 else {"type": "Sequence", "pretokenizers": parts}
-    tokenizer["normalizer"] = {"type": "NFC"} if name == "qwen2" else None
+    if name in _OF_DIGITS:
+        parts = [{"type": "Digits", "individual_digits": True}, tokenizer["pre_tokenizer"]]
+        tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
     tokenizer["model"]["ignore_merges"] = name == "llama-bpe"
     path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False), encoding="utf-8")

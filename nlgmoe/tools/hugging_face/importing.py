@@ -124,11 +124,10 @@ class WeightFiles:
             raise RunError(
                 f"{file}: {saved} is of {tensor.get_dtype()}, and nlgmoe reads no quantised files; name a conversion to bf16"
             )
-        if name in self._places:
-            raise RunError(
-                f"{name} is in {self._places[name][0]} and in {file.name}; remove the file that is not meant"
-            )
-        self._places[name] = file, saved
+        self._places[name] = (
+            file,
+            saved,
+        )  # of a tensor in several files, that of model.safetensors, the last of the loop
         self.shapes[name] = torch.Size(tensor.get_shape())
 
     def drop(self, prefixes: list[str]) -> list[str]:
@@ -142,9 +141,7 @@ class WeightFiles:
         """Check that the files have tensors of these names and shapes, and no others; `embedding` names that of tokens."""
         for name, shape in expected.items():
             if name not in self.shapes:
-                fused = next((saved for saved in self.shapes if "experts.gate_up_proj" in saved), None)
-                reason = f": it has {fused}, of a fused format; save it with save_original_format=True"
-                raise RunError(f"{self._folder} lacks {name}{reason if fused else f'; {_REMEDY}'}")
+                raise RunError(f"{self._folder} lacks {name}; {_REMEDY}")
             if self.shapes[name] != shape:
                 raise RunError(
                     f"{self._folder}: {name} is {list(self.shapes[name])}, by config.json it is {list(shape)}; {_REMEDY}"

@@ -1,7 +1,6 @@
 """What the reader of an exported folder must know: its model card (README.md), and limits of other programs with it.
 
-Nothing here changes those programs, which refuse the model or compute another one; docs/hugging_face.md has the versions that
-were tried.
+Named are those that compute another model without a message; docs/hugging_face.md has the versions that were tried.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ def _summary_of(checkpoint: Path, document: dict[str, Any], size: int) -> dict[s
 
 
 def client_limits(config: GPTConfig, family: str | None, own_tokenizer: bool) -> Iterator[str]:
-    """Yield a line for each program and limit that concerns the exported model; `own_tokenizer`: no published model's."""
+    """Yield a line for each limit that concerns the exported model; `own_tokenizer`: no published model's."""
     moe = config.moe
     if family is None:
         yield "llama.cpp, vLLM and mlx-lm refuse the folder: they take no model with code of its own"
@@ -117,35 +116,7 @@ def client_limits(config: GPTConfig, family: str | None, own_tokenizer: bool) ->
         yield f"llama.cpp computes another model: for {family} it ignores norm_topk_prob={value}"
     if family == "olmoe" and config.layer_norm_eps != _OLMOE_EPS:
         yield f"llama.cpp computes another model: for olmoe it ignores rms_norm_eps={config.layer_norm_eps}"
-    if family == "olmoe" and config.kv_heads != config.num_heads:
-        yield f"llama.cpp refuses the model: for olmoe it takes no grouped queries (num_kv_heads={config.kv_heads})"
-    if family == "olmoe" and config.tied_embeddings:
-        yield "llama.cpp refuses the model: for olmoe it takes no tied embeddings"
-    if family == "qwen3_moe" and 0 in experts_per_layer(config):
-        yield "llama.cpp refuses the model: for qwen3_moe it takes no dense blocks"
-    yield from _limits_of_mlx_lm(config, family)
+    if config.rotary_scaling is not None and family in ("minimax_m2", "mixtral", "qwen3_moe"):
+        yield f"mlx-lm computes another model: for {family} it ignores scaled positions"
     if own_tokenizer:
         yield "llama.cpp converts tokenizers of published models alone; docs/hugging_face.md has a remedy"
-
-
-def _limits_of_mlx_lm(config: GPTConfig, family: str) -> Iterator[str]:
-    """Yield a line for each limit of mlx-lm; tests/clients compares its logits."""
-    dense = [count == 0 for count in experts_per_layer(config)]
-    leading = sorted(dense, reverse=True)  # dense blocks before all others
-    scaled, width = config.rotary_scaling is not None, config.head_size * config.num_heads
-    refused = {
-        "tied embeddings": config.tied_embeddings
-        and family in ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "qwen2_moe"),
-        f"head_dim={config.head_size}": width != config.hidden_size and family in ("granitemoe", "mixtral"),
-        "dense blocks": any(dense) and family == "qwen2_moe",
-        "dense blocks after experts": dense != leading and family == "glm4_moe_lite",
-        "queries without biases": not config.has_qkv_bias and family == "qwen2_moe",
-        "positions without scaling": not scaled and family == "deepseek_v2",
-        "scaled positions": scaled and family == "qwen2_moe",
-    }
-    if family == "granitemoeshared":
-        yield "mlx-lm refuses the model: it has no granitemoeshared"
-    for what in (what for what, concerns in refused.items() if concerns):
-        yield f"mlx-lm refuses the model: for {family} it takes no {what}"
-    if scaled and family in ("minimax_m2", "mixtral", "qwen3_moe"):
-        yield f"mlx-lm computes another model: for {family} it ignores scaled positions"

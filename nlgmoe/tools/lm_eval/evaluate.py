@@ -42,7 +42,6 @@ def evaluate(
     checkpoint: str,
     tasks: str = "lambada_openai,piqa,boolq,race,triviaqa,webqs",
     limit: int | None = None,
-    num_fewshot: int | None = None,
     batch_size: int = 16,
     include_path: str | None = None,
     output: str | None = None,
@@ -57,19 +56,16 @@ def evaluate(
         checkpoint: the folder, `NAME.ckpt`, or a run folder: its newest valid checkpoint is evaluated.
         tasks: names of lm-eval's tasks, groups or tags, separated by commas.
         limit: maximum number of documents per task.
-        num_fewshot: examples before each document; default: the task's setting, which is 0 for the paper's tasks.
         batch_size: sequences per batch.
-        include_path: folder with tasks in lm-eval's YAML, as `nlgmoe prepare-eval` writes them; a task with the name of a
-            built-in one replaces it. The documents of other tasks are downloaded from the Hugging Face hub.
+        include_path: folder with tasks in lm-eval's YAML; a task with the name of a built-in one replaces it. The documents of
+            other tasks are downloaded from the Hugging Face hub.
         output: new JSON file for lm-eval's results and a description of the model.
         tokenizer: as `data.tokenizer`, for a checkpoint without a tokenizer.
         device: cpu, cuda or cuda:N; default: a GPU if there is one.
         precision: precision of weights and matrix products; default: the checkpoint's.
         allow_code: module of the checkpoint's router, expert or attention to import; may be given several times.
     """
-    given = SimpleNamespace(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
-    require_at_least(1, given, "limit", "batch_size")
-    require_at_least(0, given, "num_fewshot")
+    require_at_least(1, SimpleNamespace(limit=limit, batch_size=batch_size), "limit", "batch_size")
     if output is not None:
         check_output(output)
     import_allowed(allow_code)
@@ -81,7 +77,7 @@ def evaluate(
     check_device(device)
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
     with quiet(progress=True):
-        selected = Tasks(names, include_path, limit, num_fewshot)
+        selected = Tasks(names, include_path, limit)
         loaded = load_pretrained(checkpoint, tokenizer, device, precision)
         model = EvaluatedGPT(loaded.model, loaded.tokenizer, batch_size)
         for name in names:  # all before the first is evaluated, so that mistakes show at once

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 
 from nlgmoe.cli.errors import did_you_mean
@@ -31,7 +30,6 @@ from nlgmoe.tools.hugging_face.modeling_nlgmoe import NlgmoeForCausalLM
 from nlgmoe.validation import RunError, SettingError, require
 
 try:
-    import lm_eval.tasks
     from lm_eval.evaluator import evaluate as run_tasks
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -41,9 +39,8 @@ except ModuleNotFoundError as missing:
         f"zero-shot evaluation needs lm-eval ({missing.name} is missing): pip install -e '.[eval]' in the project's folder"
     ) from missing
 
-__all__ = ["BUILT_IN", "EvaluatedGPT", "Tasks", "describe", "handle_non_serializable", "quiet"]
+__all__ = ["EvaluatedGPT", "Tasks", "describe", "handle_non_serializable", "quiet"]
 
-BUILT_IN = Path(lm_eval.tasks.__file__).parent  # lm-eval's own tasks, in YAML files
 SEED = 1234  # lm-eval's
 
 
@@ -137,21 +134,13 @@ def quiet(progress: bool = False) -> Iterator[None]:
 class Tasks:
     """Some of lm-eval's tasks, groups or tags; the arguments are those of `ZeroShotEval`."""
 
-    def __init__(
-        self, names: Sequence[str], include_path: str | None, limit: int | None = None, num_fewshot: int | None = None
-    ) -> None:
+    def __init__(self, names: Sequence[str], include_path: str | None, limit: int | None = None) -> None:
         require(bool(names), "tasks= names no task; name at least one, such as lambada_openai")
         require(include_path is None or Path(include_path).is_dir(), f"include_path={include_path} is not a folder")
-        self._limit, self._num_fewshot = limit, num_fewshot
+        self._limit = limit
         self._loaded: dict[str, dict[str, Any]] = {}
         self._manager = TaskManager(include_path=include_path, include_defaults=False)
         index = self._manager.task_index
-        for name in names:  # lm-eval skips a file that it cannot read, and takes its own task of that name
-            if include_path is not None and name not in index and (file := Path(include_path, f"{name}.yaml")).exists():
-                raise SettingError(
-                    f"include_path={include_path}: {file} cannot be read (it is no task's YAML, or includes a file that is not "
-                    "there); correct it, or run `nlgmoe prepare-eval` again"
-                )
         if not all(name in index and index[name].kind.name == "TASK" for name in names):
             self._manager = TaskManager(include_path=include_path)  # 20 seconds for 14,000 built-in tasks
         for name in names:
@@ -170,14 +159,14 @@ class Tasks:
         with raise_on_all_ranks():
             try:
                 loaded = dict(self._manager.load(name))
-                for task_name, task in loaded["tasks"].items():
-                    _set_examples(task_name, task, self._num_fewshot)
+                for task in loaded["tasks"].values():
+                    task.set_config(key="num_fewshot", value=task.get_config("num_fewshot") or 0)
                     task.set_fewshot_seed(SEED)
                     task.build_all_requests(limit=self._limit)
             except Exception as error:
                 raise SettingError(
-                    f"tasks={name}: lm-eval cannot load it ({describe(error)}); correct its YAML or documents, or lower "
-                    "num_fewshot; without a network, run `nlgmoe prepare-eval DIR` and set include_path=DIR"
+                    f"tasks={name}: lm-eval cannot load it ({describe(error)}); correct its YAML or documents; without "
+                    "a network, name tasks with documents of your own by include_path"
                 ) from error
         return self._loaded.setdefault(name, loaded)
 
@@ -210,15 +199,6 @@ def describe(error: BaseException) -> str:
     """Format an exception in one line; the type is left out for errors that are written for users."""
     text = " ".join(str(error).split())
     return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
-
-
-def _set_examples(name: str, task: Any, num_fewshot: int | None) -> None:
-    """Set the number of examples, as lm-eval's command does: a task that sets 0 keeps 0."""
-    given = task.get_config("num_fewshot")
-    if given is None or (given and num_fewshot is not None):
-        task.set_config(key="num_fewshot", value=num_fewshot or 0)
-    elif num_fewshot:
-        rank_zero_warn(f"num_fewshot={num_fewshot} does not count for task {name}: its YAML sets 0 examples")
 
 
 def chance(task: Any) -> dict[str, float]:

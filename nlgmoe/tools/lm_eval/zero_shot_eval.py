@@ -32,9 +32,7 @@ class ZeroShotEval(Callback):
         tasks: names of lm-eval's tasks, groups or tags.
         limit: maximum number of documents per task; null: all documents.
         every_n_steps: evaluate only at validations after a multiple of this many optimizer steps; null: at every validation.
-        num_fewshot: example documents before each document; null: the task's setting.
-        include_path: folder with tasks in lm-eval's YAML, as `nlgmoe prepare-eval` writes them; null: lm-eval's own, with
-            documents from the Hugging Face hub.
+        include_path: folder with tasks in lm-eval's YAML; null: lm-eval's own, with documents from the Hugging Face hub.
         batch_size: sequences per batch.
     """
 
@@ -43,15 +41,13 @@ class ZeroShotEval(Callback):
         tasks: list[str],
         limit: int | None = None,
         every_n_steps: int | None = None,
-        num_fewshot: int | None = None,
         include_path: str | None = None,
         batch_size: int = 16,
     ) -> None:
         self.names = list(dict.fromkeys([tasks] if isinstance(tasks, str) else tasks))
-        self.limit, self.num_fewshot, self.batch_size = limit, num_fewshot, batch_size
+        self.limit, self.batch_size = limit, batch_size
         self.include_path, self.every_n_steps = include_path, every_n_steps
         require_at_least(1, self, "limit", "batch_size", "every_n_steps")
-        require_at_least(0, self, "num_fewshot")
         self._tasks: Tasks | None = None
         self._warned: set[str] = set()
 
@@ -68,7 +64,7 @@ class ZeroShotEval(Callback):
         if data is None or data.tokenizer is None:
             raise AllRanksError("ZeroShotEval needs a data module with a tokenizer, such as nlgmoe.PileDataModule")
         with quiet():
-            self._tasks = Tasks(self.names, self.include_path, self.limit, self.num_fewshot)
+            self._tasks = Tasks(self.names, self.include_path, self.limit)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
