@@ -1,4 +1,4 @@
-"""`nlgmoe inspect`: the cost of a configuration, predicted without building the model, as a table or JSON."""
+"""`nlgmoe inspect`: the cost of a configuration, predicted without running it, as a table or JSON."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def inspect_config(
     disk: float = 5.0,
     json: bool = False,
 ) -> None:
-    """Predict a run's parameters, memory, communication and speed, and whether it fits, without building the model.
+    """Predict a run's parameters, memory, communication and speed, and whether it fits, without running it.
 
     Args:
         files: YAML files of train.py, later ones override earlier ones; or one folder of a checkpoint or run.
