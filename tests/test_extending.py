@@ -115,6 +115,7 @@ def test_own_file_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.Monke
             lambda r: replace(r, kept=r.kept[:, :1]),
             "Routing has kept of [32, 1], and expert of [32, 2]; both are [tokens, top_k]",
         ),
+        (lambda r: replace(r, losses={"own_loss": r.logits}), "Routing has loss own_loss of [32, 4]; return a mean"),
         (
             lambda r: Routing(r.expert[:, :1], r.weight[:, :1], r.kept[:, :1], 4),
             "CosineRouter returned expert of [32, 1], not [tokens, top_k] = [32, 2]; set model.config.moe.top_k",

@@ -30,9 +30,6 @@ BY_PROPERTY: dict[str, dict[str, Defect]] = {  # that finds them
         "a parameter that nothing uses":
             (TWO, lambda module: module.router.register_parameter("idle", nn.Parameter(torch.zeros(8)))),
         "a detached loss beside the balance loss": (TWO, own_loss(lambda log_z: log_z.detach().square().mean())),
-        "a loss under another metric's name":
-            (TWO, routed(lambda routing, x: replace(routing, losses={"balance_loss": routing.logits.logsumexp(-1).mean()}))),
-        "a loss for each token": (TWO, own_loss(lambda log_z: log_z.square())),
     },
     "weights sum as declared": {
         "weights renormalised before dropping": (TWO, router(forward=defects.normalised_before_dropping)),

@@ -106,16 +106,6 @@ def one_key_of_the_cache(module: Broken) -> None:
     module.block = 0
 
 
-def of_other_shapes_on_meta(module: Broken) -> None:
-    if module.project.weight.is_meta:
-        module.project = nn.Linear(16, 16, bias=False)
-
-
-def without_a_role(module: Broken) -> None:
-    module.gain = nn.Parameter(torch.ones(1))
-    type(module).output = lambda self, x, y: y * self.gain
-
-
 STATE, TYPES = "a resumed run is the same to the bit", "types are kept"
 DEFECTS: dict[str, tuple[str, dict[str, Any] | Callable[[Broken], None]]] = {
     "a detached branch": (
@@ -132,6 +122,4 @@ DEFECTS: dict[str, tuple[str, dict[str, Any] | Callable[[Broken], None]]] = {
     "a read by the host": ("the host reads no device", {"output": read_on_host}),
     "a buffer that is not saved": (STATE, scaled_by_a_buffer),
     "a counter in forward": (STATE, counting),
-    "other parameters on the meta device": (STATE, of_other_shapes_on_meta),
-    "a parameter without a role": (STATE, without_a_role),
 }
