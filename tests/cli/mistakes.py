@@ -51,7 +51,7 @@ WRONG = {
     "nothing to check": ("nlgmoe check configs/dense/laptop.yaml",
         "laptop.yaml has no MoE layer and names no attention; set"),
     "no layer": ("nlgmoe check torch.nn.Identity",
-        "torch.nn.Identity makes a module without the attribute hidden_size"),
+        "torch.nn.Identity makes a module without the attributes hidden_size, num_experts, top_k"),
     "half a layer": ("nlgmoe check nlgmoe.MLAConfig",
         "'v_head_dim'); give a function that makes one, or a configuration"),
     "too many blocks": (f"nlgmoe student {LAPTOP} --num-layers=6",

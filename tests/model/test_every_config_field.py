@@ -184,10 +184,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"moe": {"shared_ffn_size": 8}}, "shared_ffn_size=8 has no effect with mlp_type=standard"),
     ({"moe": {"expert_interval": 0}}, "expert_interval=0 must be at least 1"),
     ({"moe": {"top_k": 3, "num_experts": [4, 2]}}, r"top_k=3 must be between 1 and the smallest num_experts \(2\)"),
-    ({"moe": {"num_experts": [4, 6], "groups": [4, 2]}, "num_layers": 4}, r"num_experts=\[4, 6\] cannot be divided"),
-    ({"moe": {"num_experts": 4, "top_k": 3, "groups": [2, 1]}}, "top_k=3 must be at most 2, the experts in 1 of the 2"),
+    ({"moe": {"num_experts": [4, 6], "groups": [4, 2]}, "num_layers": 4}, r"groups=\[4, 2\] must be a number"),
+    ({"moe": {"num_experts": 4, "top_k": 3, "groups": [2, 1]}}, r"groups=\[2, 1\] must .* top_k=3 experts"),
     *(
-        ({"moe": {"groups": groups}}, rf"groups=\[{', '.join(map(str, groups))}\] must be two numbers, of groups and")
+        ({"moe": {"groups": groups}}, rf"groups=\[{', '.join(map(str, groups))}\] must be a number of groups")
         for groups in ([], [2], [2, 1, 1], [2, 0], [2, 3], [0, 0], [-2, -1])
     ),
     ({"moe": {"groups": [2, 1.0]}}, r"groups=\[2, 1.0\] must be of the type list\[int\] | None"),
