@@ -96,7 +96,11 @@ class MoEConfig:
         top_k = f"top_k={self.top_k}"
         require(1 <= self.top_k <= fewest, f"{top_k} must be between 1 and the smallest num_experts ({fewest})")
         if self.groups is not None:
-            self._check_groups(self.groups, fewest, counts)
+            number, chosen = self.groups if len(self.groups) == 2 else (1, 0)
+            fits = 1 <= chosen <= number and not any(count % number for count in counts)
+            meaning = f"a number of groups that divides num_experts={self.num_experts}, and of those that a token chooses from"
+            problem = f"groups={self.groups} must be {meaning}, with at least {top_k} experts, such as [8, 4]"
+            require(fits and self.top_k <= chosen * fewest // number, problem)
         widths = ("expert_ffn_size", "shared_ffn_size")
         require_at_least(1, self, *widths, remedy=", or null for the model's ffn_hidden_size")
         problem = f"shared_ffn_size={self.shared_ffn_size} has no effect with mlp_type={self.mlp_type}"
@@ -114,15 +118,6 @@ class MoEConfig:
         require(self.top_k != 1 or not self.normalize_weights, f"{problem}; leave it out")
         if self.router is not None:
             self.router.check_settings(self)
-
-    def _check_groups(self, groups: list[int], fewest: int, counts: list[int]) -> None:
-        meaning = "two numbers, of groups and of those that a token chooses from, such as [8, 4]"
-        require(len(groups) == 2 and 1 <= groups[1] <= groups[0], f"groups={groups} must be {meaning}")
-        number, chosen = groups
-        problem = f"num_experts={self.num_experts} cannot be divided into the {number} equal groups of groups={groups}"
-        require(not any(count % number for count in counts), f"{problem}; use multiples of {number}")
-        most = f"{chosen * fewest // number}, the experts in {chosen} of the {number} groups of groups={groups}"
-        require(self.top_k <= chosen * fewest // number, f"top_k={self.top_k} must be at most {most}")
 
     @property
     def mix_outputs(self) -> int:

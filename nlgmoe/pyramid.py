@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import require
 
 
 def experts_at(config: GPTConfig, block: int) -> int:
@@ -76,16 +76,12 @@ def evenly_spaced_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
 def check_blocks(teacher: GPTConfig, blocks: object, num_layers: int) -> None:
     """Check that this is a list of `num_layers` of the teacher's blocks, from 0, in their order, and not of all."""
     _require_fewer(teacher, num_layers)
-    known = range(teacher.num_layers)
-    if (
-        isinstance(blocks, list)
-        and len(blocks) == num_layers
-        and blocks == [block for block in known if block in blocks]
-    ):
-        return
-    example = f"from 0 to {known[-1]}, in their order, such as {evenly_spaced_layers(teacher, num_layers)}"
-    names = f"influence, even, upper, or a list of num_layers={num_layers} of the teacher's blocks {example}"
-    raise SettingError(f"blocks={blocks} is not {names}; give one of these")
+    listed = blocks if isinstance(blocks, list) else []
+    ordered = [block for block in range(teacher.num_layers) if block in listed]
+    names = (
+        f"influence, even, upper, or a list of num_layers={num_layers} of the teacher's blocks, from 0, in their order"
+    )
+    require(listed == ordered and len(listed) == num_layers, f"blocks={blocks} is not {names}; give one of these")
 
 
 def config_of_blocks(teacher: GPTConfig, blocks: Sequence[int]) -> GPTConfig:

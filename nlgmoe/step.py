@@ -80,7 +80,7 @@ class TrainingStep(LightningModule):
         self.train_tokens, self.loss_chunk_size, self.seed = train_tokens, loss_chunk_size, seed
         self.distiller = copy(distiller)  # a fit changes it
         self.tokens_seen, self.rate = 0, optimizer.lr
-        self._flops: dict[int, int] = {}  # of a token, by length: counting builds a model's own routers and attentions
+        self._flops: dict[int, int] = {}  # of a token, by length: counting builds the model
         self.clock = RunClock()
         self.resuming = Resuming()
         self.guard = StepGuard(non_finite)

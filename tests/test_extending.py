@@ -109,6 +109,7 @@ def test_own_file_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     [
         (lambda r: replace(r, weight=r.weight.bfloat16()), "returned weights of torch.bfloat16; compute them in fp32"),
         (lambda r: replace(r, kept=r.kept[:, :1]), "Routing has kept of [32, 1], and expert of [32, 2]; both are"),
+        (lambda r: replace(r, losses={"own_loss": r.logits}), "Routing has loss own_loss of [32, 4]; return a mean"),
         (lambda r: Routing(r.expert[:, :1], r.weight[:, :1], r.kept[:, :1], 4), "returned expert of [32, 1], not"),
     ],
 )

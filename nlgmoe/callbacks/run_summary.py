@@ -61,10 +61,10 @@ class RunSummary(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, MoEGPTModule)
-        (total, active), formula = parameters_of(pl_module.gpt), count_parameters(pl_module.config).total
+        (total, active), described = parameters_of(pl_module.gpt), count_parameters(pl_module.config).total
         rank_zero_info(f"{total:,} parameters, {active:,} of them active for a token{_products(trainer, pl_module)}")
-        if total != formula:
-            problem = f"the model has {total:,} parameters, model.config describes {formula:,}"
+        if total != described:
+            problem = f"the model has {total:,} parameters, model.config describes {described:,}"
             rank_zero_warn(f"{problem}: code has changed the model; FLOPs and MFU are computed from model.config")
         if _leaves_out_domains(trainer):
             problem = f"trainer.limit_val_batches={trainer.limit_val_batches} validates only the first domains"

@@ -103,6 +103,9 @@ class Routing:
             raise RunError(f"Routing has expert of {self.expert.dtype}; give numbers of experts, torch.int64")
         if self.kept.dtype != torch.bool:
             raise RunError(f"Routing has kept of {self.kept.dtype}, not torch.bool")
+        for name, loss in self.losses.items():
+            if loss.dim() > 0:
+                raise RunError(f"Routing has loss {name} of {list(loss.shape)}; return a mean over tokens")
 
     @cached_property
     def tokens_per_expert(self) -> Tensor:

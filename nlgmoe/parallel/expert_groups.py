@@ -13,7 +13,7 @@ from torch import distributed
 from torch.distributed import ProcessGroup
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.model.counting import expert_parameters
+from nlgmoe.model.counting import count_parameters
 from nlgmoe.pyramid import ExpertPlacement, expert_parallel_degree, experts_per_layer, moe_blocks
 from nlgmoe.ranks import AllRanksSettingError
 
@@ -96,10 +96,10 @@ def describe_degrees(config: GPTConfig, degrees: dict[int, int], world_size: int
     kinds: dict[tuple[int, int], list[int]] = {}  # (experts, degree) -> blocks
     for block, degree in degrees.items():
         kinds.setdefault((experts[block], degree), []).append(block)
-    lines = []
+    lines, parameters = [], count_parameters(config).experts
     for (count, degree), blocks in sorted(kinds.items()):
         per_rank = count // degree
-        size = per_rank * expert_parameters(config) * len(blocks)
+        size = parameters // sum(experts) * per_rank * len(blocks)
         lines.append(
             f"blocks {', '.join(map(str, blocks))} of the {model_name}: {count} experts, expert-parallel degree {degree}, "
             f"{per_rank} a rank ({size / 1e6:,.1f}M parameters), each on {world_size // degree}"

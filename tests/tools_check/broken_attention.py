@@ -61,16 +61,6 @@ def dropout_of_its_own(module: CausalSelfAttention) -> None:
     output(f"{dropped} if self.training and self.dropout else y")(module)
 
 
-def of_other_shapes_on_meta(module: CausalSelfAttention) -> None:
-    if module.project.weight.is_meta:
-        module.project = nn.Linear(16, 16, bias=False)
-
-
-def without_a_role(module: CausalSelfAttention) -> None:
-    module.gain = nn.Parameter(torch.ones(1))
-    output("y * self.gain")(module)
-
-
 ROTATES = "if context.rotation is not None:"
 BY_INDEX = """begin = 0 if context.cache is None else context.cache.length - x.shape[1]
     turn = rotations(torch.arange(begin, begin + x.shape[1])[None], self.head_size, 1e4)
@@ -101,6 +91,4 @@ DEFECTS: dict[str, tuple[str, Spoil]] = {
     "a read by the host": ("the host reads no device", output(READ)),
     "a buffer that is not saved": (STATE, with_buffer("drawn", False, output("y * self.drawn.to(y.dtype)"))),
     "a counter in forward": (STATE, with_buffer("seen", True, output("y", "self.seen += x.shape[1]"))),
-    "other parameters on the meta device": (STATE, of_other_shapes_on_meta),
-    "a parameter without a role": (STATE, without_a_role),
 }

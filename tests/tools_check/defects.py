@@ -81,9 +81,9 @@ def routed(statement: str, *changes: tuple[str, str]) -> Spoil:
     return router(TopKRouter.forward, *changes, ("return Routing(", f"{statement}\n    return Routing("))
 
 
-def own_loss(loss: str, name: str = "own_z_loss") -> Spoil:
+def own_loss(loss: str) -> Spoil:
     """Add a loss of the router's own."""
-    return router(TopKRouter.forward, ("{}", f"{{'{name}': {loss}}}"))
+    return router(TopKRouter.forward, ("{}", f"{{'own_z_loss': {loss}}}"))
 
 
 LOGITS = "F.linear(x, self.weight.to(x.dtype))"
@@ -196,8 +196,6 @@ BY_PROPERTY: dict[str, dict[str, tuple[MoEConfig, Spoil]]] = {  # that finds the
         "a parameter that nothing uses":
             (TWO, lambda module: module.router.register_parameter("idle", nn.Parameter(torch.zeros(8)))),
         "a detached loss beside the balance loss": (TWO, own_loss("logits.logsumexp(-1).detach().square().mean()")),
-        "a loss under another metric's name": (TWO, own_loss("logits.logsumexp(-1).mean()", "balance_loss")),
-        "a loss for each token": (TWO, own_loss("logits.logsumexp(-1).square()")),
     },
     "weights sum as declared": {
         "weights renormalised before dropping":

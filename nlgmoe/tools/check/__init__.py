@@ -1,4 +1,4 @@
-"""`nlgmoe check`: properties that any MoE layer or attention must have, of this project or of others."""
+"""`nlgmoe check`: properties that any MoE layer or attention must have, of this project or of a user's."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ def check(target: list[str], allow_code: list[str] | None = None, json: bool = F
 
     Args:
         target: YAML files of train.py; a checkpoint or run folder; a class_path of a RouterConfig, ExpertConfig or
-            AttentionConfig, or of a whole MoE layer; or a name: deepspeed, mixtral, olmoe, qwen3-moe, deepseek-v3,
-            multi-head, mla.
+            AttentionConfig, or of a whole MoE layer; or a name: multi-head, mla.
         allow_code: module of the checkpoint's router, expert or attention to import; may be given several times.
         json: print one JSON object instead of a table.
     """

@@ -1,4 +1,4 @@
-"""An attention layer under test: what it must not see, and the cache, types, recomputation and settings.
+"""An attention layer under test: what it must not see, and the cache, types and recomputation.
 
 Letters: B sequences, T positions, H hidden size.
 """
@@ -16,19 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.attention import AttentionContext, KVCache, MultiHead, attention_config, build_attention
 from nlgmoe.layers.mla import MLAConfig
-from nlgmoe.model.initialisation import initialise
-from nlgmoe.parts import ATTENTION_FIELDS, AttentionConfig
+from nlgmoe.parts import AttentionConfig
 from nlgmoe.tools.check.layer import Batch, Failed, Output, Target, gradients, require_close, trained
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import require
 
 TOKENS = 48  # of a sequence
 BLOCKS = 4  # at most; an attention may differ from block to block
 ATTENTIONS: dict[str, AttentionConfig] = {"multi-head": MultiHead(), "mla": MLAConfig(12, 4, 4, 6, q_lora_rank=10)}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "learned positions": {},
-    "rotary positions": {"rope_theta": 1e4},
-    "grouped queries": {"rope_theta": 1e4, "num_kv_heads": 2, "head_dim": 6, "rotary_dim": 4, "qk_norm": "head"},
-}  # settings of the model by which a class is tested, as far as it reads them
+SHARED_KEYS: dict[str, Any] = {"num_kv_heads": 2, "head_dim": 6, "rotary_dim": 4, "qk_norm": "head"}
 
 
 @dataclass(frozen=True)
@@ -88,21 +83,19 @@ def attention_layer(config: GPTConfig, name: str) -> AttentionLayer:
 
 
 def layers_of_attention(name: str, part: AttentionConfig) -> list[AttentionLayer]:
-    """Return layers with the settings of `VARIANTS` that the attention takes."""
-    layers, refusals = [], []
-    for variant, settings in VARIANTS.items():
-        if not ATTENTION_FIELDS.intersection(settings) <= part.reads_fields:
-            continue
+    """Return layers with learned and with rotary positions, as far as the attention takes them; with shared keys if it can."""
+    rotary = {"rope_theta": 1e4} | (SHARED_KEYS if part.reads_fields.issuperset(SHARED_KEYS) else {})
+    layers: list[AttentionLayer] = []
+    refusal: ValueError | None = None
+    for positions, settings in (("learned", {}), ("rotary", rotary)):
         try:
             config = GPTConfig(512, 64, BLOCKS, 16, 4, attention=part, **settings)
-            layer = AttentionLayer(f"{name}, {variant}", config=config)
+            layer = AttentionLayer(f"{name}, {positions} positions", config=config)
             layer.build()
+            layers.append(layer)
         except ValueError as error:
-            refusals.append(str(error))
-            continue
-        layers.append(layer)
-    if not layers:
-        raise SettingError(f"{name} takes no model of width 16 with 4 heads: {refusals[0]}")
+            refusal = error
+    require(bool(layers), f"{name} takes no model of width 16 with 4 heads: {refusal}")
     return layers
 
 
@@ -195,21 +188,3 @@ def recomputation_changes_nothing(layer: AttentionLayer) -> str:
         if different := [name for name, value in results[0].items() if not torch.equal(value, results[1][name])]:
             raise Failed(f"with attention_dropout={dropout:g} the gradient of {different[0]} differs")
     return "without dropout" + ", and with it" * reads
-
-
-def settings_give_the_layer(layer: AttentionLayer) -> str:
-    """Build the layer again, from its settings in plain values, and on the meta device; the weights of one fit the others."""
-    read = replace(layer, config=GPTConfig.from_dict(layer.config.to_dict()))
-    first, second = layer.make(torch.float32, training=False), read.make(torch.float32, training=False, seed=1)
-    second.load_state_dict(first.state_dict())
-    with torch.device("meta"):
-        modules = first, layer.build()
-        shapes = [[(name, value.shape) for name, value in module.named_parameters()] for module in modules]
-    if shapes[0] != shapes[1]:
-        raise Failed("built on the meta device it has other parameters")
-    initialise(layer.build(), layer.config, 0)  # raises for a parameter without a role
-    with torch.no_grad():
-        outputs = [layer.run(module, Batch.random(layer, 2, 16, dtype=torch.float32)).y for module in (first, second)]
-    if not torch.equal(*outputs):
-        raise Failed("a second layer with the state_dict() of the first gives other outputs: state outside of it")
-    return f"{len(shapes[0])} parameters, also on the meta device"

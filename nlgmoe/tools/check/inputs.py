@@ -234,8 +234,8 @@ def types_do_not_leak(layer: Target) -> str:
 def host_reads_nothing(layer: Target) -> str:
     """Run forward, backward and `after_step` on fake tensors, which have no values: reading one is an error.
 
-    They are on a CPU, because PyTorch has no autocast for `meta`. A foreign layer may read values in
-    a branch for CPUs: that fails only if it reads on `meta` too.
+    They are on a CPU, because PyTorch has no autocast for `meta`. A layer of the user's may read values in a branch for CPUs:
+    that fails only if it reads on `meta` too.
     """
     for training in (True, False):
         place = _place_of_read(layer, training, "cpu")

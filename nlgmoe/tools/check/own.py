@@ -1,4 +1,4 @@
-"""A MoE layer of this project, from a configuration, at small widths: in one process, and divided over 2 and 3 ranks."""
+"""A MoE layer of this project, from a configuration, at small widths: in one process, and divided over two ranks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, Output
 from nlgmoe.validation import SettingError
 
 MOST_EXPERTS = 8  # of a layer under test, unless `top_k` is larger
-RANKED_EXPERTS = 6  # which 2 and 3 ranks divide; with groups a multiple
-WORLDS = (2, 3)  # ranks
+RANKS = 2
 
 
 @dataclass(frozen=True)
@@ -127,19 +126,12 @@ class OwnLayer(Layer):
         return own_layer(replace(self.config, hidden_size=15, ffn_hidden_size=13), self.name, width=15)
 
     def on_ranks(self) -> OwnLayer:
-        """Return the layer with experts that 2 and 3 ranks divide, without noise where they have to equal the whole batch."""
-        multiple = math.lcm(RANKED_EXPERTS, _groups(self.moe)[0])
-        experts = multiple * -(-_fewest_experts(self.moe) // multiple)
-        quiet = {} if self.drops else {"noise": None, "second_expert": "argmax"}
-        quiet = {name: value for name, value in quiet.items() if _reads(self.moe, name)}
-        scope = {"aux_scope": "rank"} if self.accumulates and _reads(self.moe, "aux_scope") else {}
-        moe = replace(self.moe, num_experts=experts, **quiet, **scope)  # type: ignore[arg-type]
+        """Return the layer with experts that the ranks divide, and a balance loss of each micro-batch."""
+        multiple = math.lcm(RANKS, _groups(self.moe)[0])
+        experts = multiple * -(-self.num_experts // multiple)
+        scope = {"aux_scope": "rank"} if _reads(self.moe, "aux_scope") else {}
+        moe = replace(self.moe, num_experts=experts, **scope)  # type: ignore[arg-type]
         return own_layer(replace(self.config, moe=moe), self.name, most=experts)
-
-    @property
-    def accumulates(self) -> bool:
-        """Return True if ranks equal one process that accumulates their micro-batches, not one with the whole batch."""
-        return bool(self.drops) or self.moe.router is not None or self.moe.aux_scope == "rank"
 
     def build_on_rank(self, whole: nn.Module) -> nn.Module:
         """Make this rank's share of `whole`, with its weights. A collective."""
@@ -233,62 +225,51 @@ def own_layer(config: GPTConfig, name: str, width: int = 16, most: int = MOST_EX
 
 
 def ranks_equal_one_process(layer: Layer) -> str:
-    """Compare outputs and averaged gradients of 2 and of 3 gloo ranks with those of one process.
-
-    By default of one that accumulates the ranks' micro-batches; dropless with `aux_scope: global`, of one with the whole batch.
-    """
+    """Compare outputs and averaged gradients of two gloo ranks with those of one process that accumulates their micro-batches."""
     if not isinstance(layer, OwnLayer):
         raise NotApplicable("the layer does not declare how its experts are divided over ranks")
-    placed = layer.on_ranks()
-    if scalars := [name for name, parameter in placed.make().named_parameters() if parameter.dim() == 0]:
+    if scalars := [name for name, parameter in layer.make().named_parameters() if parameter.dim() == 0]:
         raise Failed(f"{scalars[0]} has no dimension: DeepSpeed cannot send it to other ranks; give it the shape [1]")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            multiprocessing.spawn(_rank, (layer, Path(folder)), nprocs=max(WORLDS), daemon=True)
+            multiprocessing.spawn(_rank, (layer, Path(folder)), nprocs=RANKS, daemon=True)
         except Exception as error:
             files = sorted(Path(folder).glob("*.failed"), key=lambda file: file.stat().st_mtime_ns)
             if not files:
                 raise
-            raise Failed(files[0].read_text(encoding="utf-8")) from error  # the other ranks fail as a consequence
-    return f"2 and 3 ranks, one process with {'their micro-batches' if placed.accumulates else 'the whole batch'}"
+            raise Failed(files[0].read_text(encoding="utf-8")) from error  # the other rank fails as a consequence
+    return f"{RANKS} ranks, one process with their micro-batches"
 
 
 def _rank(rank: int, layer: OwnLayer, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    for ranks in (world for world in WORLDS if rank < world):
-        try:
-            _compare(layer, rank, ranks, folder)
-        except Exception as error:
-            kind = "" if isinstance(error, Failed) else f"{type(error).__name__}: "
-            reason = " ".join(f"{ranks} ranks, rank {rank}: {kind}{error}".split())[:200]
-            (folder / f"{ranks}-{rank}.failed").write_text(reason, encoding="utf-8")
-            os._exit(1)  # the other ranks may wait in a collective
+    try:
+        _compare(layer, rank, folder)
+    except Exception as error:
+        kind = "" if isinstance(error, Failed) else f"{type(error).__name__}: "
+        reason = " ".join(f"{RANKS} ranks, rank {rank}: {kind}{error}".split())[:200]
+        (folder / f"{rank}.failed").write_text(reason, encoding="utf-8")
+        os._exit(1)  # the other rank may wait in a collective
 
 
-def _compare(layer: OwnLayer, rank: int, ranks: int, folder: Path) -> None:
+def _compare(layer: OwnLayer, rank: int, folder: Path) -> None:
     placed = layer.on_ranks()
-    whole, batch = placed.make(), Batch.random(placed, 2 * ranks, 8)
-    parts = [batch[2 * part : 2 * part + 2] for part in range(ranks)]
-    if placed.accumulates:
-        runs = [_step(placed, whole, part, seed) for seed, part in enumerate(parts)]
-        y = runs[rank][0]
-        expected = {name: torch.stack([grads[name] for _, grads in runs]).mean(0) for name in runs[0][1]}
-    else:
-        y, expected = _step(placed, whole, batch, 0)
-        y = y[2 * rank : 2 * rank + 2]
-    store = distributed.FileStore(str(folder / f"store-{ranks}"), ranks)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    whole, batch = placed.make(), Batch.random(placed, 2 * RANKS, 8)
+    parts = [batch[2 * part : 2 * part + 2] for part in range(RANKS)]
+    runs = [_step(placed, whole, part, seed) for seed, part in enumerate(parts)]
+    store = distributed.FileStore(str(folder / "store"), RANKS)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     try:
         actual, grads = _step(placed, placed.build_on_rank(whole), parts[rank], rank)
-        require_close("output", actual, y, 1e-6)
+        require_close("output", actual, runs[rank][0], 1e-6)
         for name, gradient in grads.items():
-            wanted = expected[name]
+            wanted = torch.stack([accumulated[name] for _, accumulated in runs]).mean(0)
             if gradient.shape == wanted.shape:
                 distributed.all_reduce(gradient)
             else:  # a rank's experts have seen the tokens of all ranks
                 wanted = wanted[rank * len(gradient) : (rank + 1) * len(gradient)]
-            require_close(f"gradient of {name}", gradient / ranks, wanted, 1e-6)
+            require_close(f"gradient of {name}", gradient / RANKS, wanted, 1e-6)
         distributed.barrier()
     finally:
         distributed.destroy_process_group()

@@ -1,27 +1,68 @@
-"""The layers that the words of the command name."""
+"""The layers that the words of the command name, among them a module of the user's."""
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from nlgmoe.cli.errors import one_line
 from nlgmoe.cli.type_hints import find_class
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.router import Routing
 from nlgmoe.parts import AttentionConfig, ExpertConfig, RouterConfig
 from nlgmoe.tools.check.attention import ATTENTIONS, attention_layer, layers_of_attention
-from nlgmoe.tools.check.foreign import ADAPTERS, ForeignLayer
-from nlgmoe.tools.check.layer import Batch, Layer, Target
+from nlgmoe.tools.check.layer import Batch, Layer, Output, Target
 from nlgmoe.tools.check.own import own_layer
 from nlgmoe.tools.planner.topology import read_settings
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import RunError, SettingError, require
 
 KINDS = "RouterConfig, ExpertConfig, AttentionConfig or nn.Module"
+
+
+@dataclass(frozen=True)
+class ForeignLayer(Layer):
+    """A module that takes `x`, and `mask` if its `forward` has one, and returns `y`, or a tuple that begins with `y`.
+
+    A scalar tensor among the others is the auxiliary loss, a `Routing` the routing. Its gate is its child `router` or `gate`.
+    """
+
+    factory: Callable[[], nn.Module] | None = None  # makes the module
+
+    def build(self) -> nn.Module:
+        assert self.factory is not None
+        return self.factory()
+
+    def forward(self, module: nn.Module, batch: Batch) -> Output:
+        returned: Any = module(batch.x, **({"mask": batch.mask} if self.takes_mask and batch.mask is not None else {}))
+        y, *rest = returned if isinstance(returned, tuple | list) else (returned,)
+        if not isinstance(y, Tensor) or y.shape != batch.x.shape:
+            kind = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            raise RunError(
+                f"forward returns {kind}, not a tensor y of {list(batch.x.shape)} or a tuple that begins with it"
+            )
+        losses = [value for value in rest if isinstance(value, Tensor) and value.ndim == 0]
+        for value in rest:  # values like a loss, which would have no gradient or be ignored
+            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim > 0 and value.numel() == 1):
+                kind = f"a tensor of {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise RunError(f"forward returns {kind} behind y; return a loss as a tensor without dimensions")
+        routing = next((value for value in rest if isinstance(value, Routing)), None)
+        return Output(y, routing, losses[0] if losses else None)
+
+    def gate_weight(self, module: nn.Module) -> Tensor | None:
+        gate = getattr(module, "router", getattr(module, "gate", None))
+        shape = (self.num_experts, self.hidden_size)
+        tensors = [*gate.parameters(), *gate.buffers()] if isinstance(gate, nn.Module) else [gate]
+        return next((tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.shape == shape), None)
+
+    def gate_bias(self, module: nn.Module) -> Tensor | None:
+        gate = getattr(module, "router", getattr(module, "gate", None))
+        bias = getattr(gate, "bias", None)
+        return bias if isinstance(gate, nn.Linear) and isinstance(bias, Tensor) else None
 
 
 def find_layers(words: Sequence[str]) -> Sequence[Target]:
@@ -30,16 +71,12 @@ def find_layers(words: Sequence[str]) -> Sequence[Target]:
         return _of_config(" ".join(words), read_settings(words)[0])
     require(len(words) == 1, f"{' '.join(words)}: give YAML files, or one checkpoint, class_path or name")
     (word,) = words
-    if word in ADAPTERS:
-        return ADAPTERS[word]
     if word in ATTENTIONS:
         return layers_of_attention(word, ATTENTIONS[word])
     if Path(word).is_dir() or word.endswith(".ckpt"):
         return _of_config(word, read_settings(words)[0])
     if "." not in word or os.sep in word:
-        raise SettingError(
-            f"{word} is no YAML file, checkpoint or class_path, and none of {', '.join([*ADAPTERS, *ATTENTIONS])}"
-        )
+        raise SettingError(f"{word} is no YAML file, checkpoint or class_path, and none of {', '.join(ATTENTIONS)}")
     try:
         kind = find_class(word)
     except ValueError as error:
@@ -75,17 +112,10 @@ def _of_class(path: str, kind: Any) -> Sequence[Target]:
         return [own_layer(GPTConfig(512, moe=moe), path)]
     require(isinstance(part, nn.Module), f"{path} makes a {type(part).__name__}; give a {KINDS}")
     sizes = {name: getattr(part, name, None) for name in ("hidden_size", "num_experts", "top_k")}
-    if missing := [name for name, value in sizes.items() if not isinstance(value, int)]:
-        raise SettingError(f"{path} makes a module without the attribute {missing[0]}, a number; add it")
+    complete = all(isinstance(size, int) for size in sizes.values())
+    require(complete, f"{path} makes a module without the attributes {', '.join(sizes)}, three numbers; add them")
     takes_mask = "mask" in inspect.signature(part.forward).parameters
-    layer = ForeignLayer(path, **sizes, takes_mask=takes_mask, factory=kind)  # type: ignore[arg-type]
-    try:
-        layer.run(layer.make(), Batch.random(layer, 2, 8))
-    except Exception as error:
-        raise SettingError(
-            f"{path} cannot be called with x of [2, 8, {layer.hidden_size}]: {type(error).__name__}: {one_line(str(error))}"
-        ) from error
-    return [layer]
+    return [ForeignLayer(path, **sizes, takes_mask=takes_mask, factory=kind)]  # type: ignore[arg-type]
 
 
 def _of_router(path: str, router: RouterConfig) -> list[Layer]:

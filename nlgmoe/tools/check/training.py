@@ -27,7 +27,6 @@ from nlgmoe.tools.check.layer import (
 # Of the finite differences: some layers compute parts in fp32, others have kinks (ReLU) or choices of their own.
 DIFFERENCES = (1e-3, 1e-5)
 TOLERANCE = 1e-2
-PAPER_LOSSES = frozenset({"balance_loss", "z_loss", "distillation_loss"})  # logged as `train/NAME`
 STEPS = 50  # after which the load is balanced
 
 
@@ -132,20 +131,6 @@ def output_reaches_the_gate(layer: Layer) -> str:
     return f"gradient norm of the output's loss in the gate {norm:.2g}"
 
 
-def own_losses_are_named_scalars(layer: Layer) -> str:
-    """Check that each loss that the router adds has no dimension, and a name of its own, under which it is logged."""
-    module = layer.make()
-    losses = layer.routing(layer.run(module, _separated(layer, module))).losses
-    for name, loss in losses.items():
-        if not isinstance(loss, Tensor) or loss.ndim > 0:
-            raise Failed(f"loss {name} is no tensor without dimensions; return a mean over tokens")
-        if not name.endswith("_loss") or name in PAPER_LOSSES:
-            raise Failed(f"loss {name} needs a name of its own that ends with _loss; rename it")
-    if not losses:
-        raise NotApplicable("the router adds no loss")
-    return f"the router adds {', '.join(losses)}"
-
-
 def auxiliary_loss_reaches_the_gate(layer: Layer) -> str:
     """Check that the auxiliary loss has a gradient in the gate, and so has each loss that the router adds."""
     gate, output = _gate_and_output(layer)
@@ -153,8 +138,6 @@ def auxiliary_loss_reaches_the_gate(layer: Layer) -> str:
         raise NotApplicable("the layer has no auxiliary loss")
     losses = {} if output.routing is None else output.routing.losses
     for name, loss in {"the auxiliary loss": output.aux, **losses}.items():
-        if loss.ndim > 0:
-            continue  # `own_losses_are_named_scalars` refuses it
         if float(loss.detach().abs()) > 0 and max(_norms(loss, gate).values()) < 1e-9:
             raise Failed(f"{name} is {float(loss.detach()):.4g}, and has no gradient in the gate")
     if float(output.aux.detach()) == 0:

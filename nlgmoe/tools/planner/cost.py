@@ -1,4 +1,4 @@
-"""The cost model: memory, communication and time of a training step, by arithmetic; no model is built.
+"""The cost model: memory, communication and time of a training step, by arithmetic.
 
     memory         weights + gradients + optimizer + activations + ZeRO's buckets, on one rank
     communication  bytes that one rank sends in one optimizer step
@@ -79,7 +79,7 @@ def estimate(config: GPTConfig, topology: Topology, machine: Machine, utilisatio
     fits = None if machine.memory is None else memory.total <= machine.memory
     if machine.rates is None:
         return Cost(memory, communication, None, None, None, fits)
-    time = _time(config, topology, machine.rates, utilisation)
+    time = _time(config, topology, groups, machine.rates, utilisation)
     samples = topology.global_batch_size / time.total
     return Cost(memory, communication, time, samples, samples * topology.length(config), fits)
 
@@ -114,8 +114,10 @@ def _all_gather_bytes(group: ParameterGroup, topology: Topology) -> int:
     return group.parameters * topology.bytes_per.weight * (group.copies - 1) // group.copies
 
 
-def _time(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: float) -> StepTime:
-    groups, size = parameter_groups(config, topology), topology.bytes_per
+def _time(
+    config: GPTConfig, topology: Topology, groups: list[ParameterGroup], gpu: Hardware, utilisation: float
+) -> StepTime:
+    size = topology.bytes_per
     tokens = topology.micro_batch_size * topology.length(config) * topology.accumulation  # of one rank
     peak = (gpu.fp32_flops if size.compute == 4 else gpu.half_flops) * utilisation
     forward = flops_per_token(config, topology.length(config)) / 3

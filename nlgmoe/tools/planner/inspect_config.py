@@ -1,4 +1,4 @@
-"""`nlgmoe inspect`: the cost of a configuration, predicted without building the model, as a table or JSON."""
+"""`nlgmoe inspect`: the cost of a configuration, predicted without running it, as a table or JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from nlgmoe.pyramid import experts_per_layer, moe_blocks
 from nlgmoe.tools.planner.cost import UTILISATION, Cost, Parts, estimate
 from nlgmoe.tools.planner.memory import Memory, memory_options
 from nlgmoe.tools.planner.topology import Machine, Topology, layout, machine_of, read_settings
-from nlgmoe.validation import require
 
 if TYPE_CHECKING:
     from nlgmoe.tools.planner.simulate import Simulated
@@ -46,10 +45,9 @@ def inspect_config(
     utilisation: float = UTILISATION,
     simulate: bool = False,
     rank: int = 0,
-    disk: float = 5.0,
     json: bool = False,
 ) -> None:
-    """Predict a run's parameters, memory, communication and speed, and whether it fits, without building the model.
+    """Predict a run's parameters, memory, communication and speed, and whether it fits, without running it.
 
     Args:
         files: YAML files of train.py, later ones override earlier ones; or one folder of a checkpoint or run.
@@ -66,7 +64,6 @@ def inspect_config(
         utilisation: achieved fraction of peak FLOP/s in matrix products; docs/planning.md documents the default.
         simulate: also run one rank's optimizer step without values, and compare; 30 to 60 seconds.
         rank: of --simulate: number of the rank.
-        disk: of --simulate: GB/s of the file system of checkpoints, of all ranks together.
         json: print one JSON object instead of a table.
     """
     model, settings = read_settings(files)
@@ -88,8 +85,7 @@ def inspect_config(
     if simulate:
         from nlgmoe.tools.planner.simulate import simulate as simulate_rank  # imports DeepSpeed, which takes seconds
 
-        require(disk > 0, f"--disk={disk} must be above 0 GB/s")
-        simulation = simulation_as_json(model, topology, cost, simulate_rank(files, settings, topology, rank), disk)
+        simulation = simulation_as_json(model, topology, cost, simulate_rank(files, settings, topology, rank))
     if json:
         inputs = {"files": files, "hardware": machine.name, "utilisation": utilisation}
         print(json_format.dumps(as_json(model, topology, machine, cost, options, inputs) | simulation, indent=2))
@@ -98,7 +94,7 @@ def inspect_config(
         print(f"note                   the files set a CPU; speed and memory below are those of {hardware}")
     print(as_text(model, topology, machine, cost, options, utilisation))
     if simulate:
-        print(simulation_as_text(simulation, topology))
+        print(simulation_as_text(simulation))
 
 
 def as_json(
@@ -134,10 +130,8 @@ def as_json(
     }
 
 
-def simulation_as_json(
-    config: GPTConfig, topology: Topology, cost: Cost, simulated: Simulated, disk: float
-) -> dict[str, Any]:
-    """Return prediction and simulation under the same keys; bytes, seconds and counts."""
+def simulation_as_json(config: GPTConfig, topology: Topology, cost: Cost, simulated: Simulated) -> dict[str, Any]:
+    """Return prediction and simulation under the same keys; bytes and counts."""
     groups = topology.communicators(config)
     predicted: dict[str, Any] = {
         "peak_bytes": cost.memory.total,
@@ -145,11 +139,7 @@ def simulation_as_json(
         "communicators": groups,
         "communicator_bytes": int(COMMUNICATOR * len(groups)),
     }
-    measured = asdict(simulated) | {
-        "bytes": dict.fromkeys(predicted["bytes"], 0) | simulated.bytes,
-        "save_seconds": simulated.checkpoint_bytes / (disk * 1e9),
-        "resume_seconds": simulated.resume_bytes * topology.gpus / (disk * 1e9),
-    }
+    measured = asdict(simulated) | {"bytes": dict.fromkeys(predicted["bytes"], 0) | simulated.bytes}
     return {"predicted": predicted, "simulated": measured}
 
 
@@ -184,7 +174,7 @@ def as_text(
     return "\n".join(f"{title:<23}{text}" for title, text in lines)
 
 
-def simulation_as_text(report: dict[str, Any], topology: Topology) -> str:
+def simulation_as_text(report: dict[str, Any]) -> str:
     """Format the result of `simulation_as_json`."""
     predicted, simulated = report["predicted"], report["simulated"]
     lines = [("", f"{'predicted':>14}{'simulated':>14}")]
@@ -199,15 +189,8 @@ def simulation_as_text(report: dict[str, Any], topology: Topology) -> str:
     sizes = ["".join(f"{len(values['communicators']):>14}") for values in (predicted, simulated)]
     ranks = ", ".join(map(str, simulated["communicators"]))
     gib = predicted["communicator_bytes"] / 2**30
-    lines += [
-        ("communicators", f"{''.join(sizes)}  of {ranks} ranks; about {gib:.1f} GiB of NCCL's, beyond the tensors"),
-        ("save", f"{simulated['checkpoint_bytes'] / 1e9:,.1f} GB of all ranks, {simulated['save_seconds']:,.0f} s"),
-        (
-            "resume",
-            f"{simulated['resume_opens']} files opened and {simulated['resume_bytes'] / 1e9:,.2f} GB read by this rank, by the "
-            f"layout; {simulated['resume_seconds']:,.0f} s for all {topology.gpus} ranks",
-        ),
-    ]
+    text = f"{''.join(sizes)}  of {ranks} ranks; about {gib:.1f} GiB of NCCL's, beyond the tensors"
+    lines.append(("communicators", text))
     return "\n".join(f"{title:<23}{text}" for title, text in lines) + f"\n{NOT_SHOWN}"
 
 

@@ -20,7 +20,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.layers.attention import attention_config
 from nlgmoe.layers.expert_products import training_slots
 from nlgmoe.layers.experts import BIAS_WIDTH
-from nlgmoe.model.counting import count_parameters, expert_parameters
+from nlgmoe.model.counting import count_parameters
 from nlgmoe.parts import require_paper_parts
 from nlgmoe.pyramid import experts_at, experts_per_layer
 from nlgmoe.tools.planner.topology import BytesPer, Topology
@@ -73,11 +73,12 @@ class ParameterGroup:
 def parameter_groups(config: GPTConfig, topology: Topology) -> list[ParameterGroup]:
     """Return the dense parameters, then the experts of every MoE layer."""
     require_paper_parts(config, "the cost model supports", ["moe.expert"])
-    count = count_parameters(config)
+    count, layers = count_parameters(config), experts_per_layer(config)
     groups = [ParameterGroup(count.total - count.experts, topology.gpus)]
-    for experts, degree in zip(experts_per_layer(config), topology.degrees(config), strict=True):
+    for experts, degree in zip(layers, topology.degrees(config), strict=True):
         if experts:
-            groups.append(ParameterGroup(experts // degree * expert_parameters(config), topology.gpus // degree))
+            size = count.experts // sum(layers) * (experts // degree)
+            groups.append(ParameterGroup(size, topology.gpus // degree))
     return groups
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, repeat
+from itertools import repeat
 from typing import Any
 from unittest import mock
 
@@ -35,7 +35,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from nlgmoe import loss
-from nlgmoe.checkpoint.entries import local_entries
 from nlgmoe.config import GPTConfig
 from nlgmoe.data import PileDataModule, TrainingData
 from nlgmoe.experiment import Experiment, load_config
@@ -62,9 +61,6 @@ class Simulated:
     bytes: dict[str, int]  # that the rank sends in the step by kind of collective, as rings send them
     calls: dict[str, int]  # of collectives by kind
     communicators: list[int]  # ranks of each process group that had a collective, those of one rank aside
-    resume_opens: int  # files of the checkpoint that the rank opens in a resume, computed from their layout
-    resume_bytes: int  # that it reads from them, likewise
-    checkpoint_bytes: int  # of weights and moments, of all ranks
 
 
 class Recorder(TorchDispatchMode):
@@ -159,11 +155,9 @@ def simulate(files: list[str], settings: dict[str, Any], topology: Topology, ran
             stack.enter_context(recorder)
             run.module.on_train_batch_start = partial(recorder.begin, run.trainer)  # type: ignore[method-assign]
             Trainer.fit(run.trainer, run.module, datamodule=data)  # not `RunTrainer`'s, which makes a folder
-            engine = run.trainer.strategy._engine  # type: ignore[attr-defined]
-            resumed = _resume(run.module.gpt, engine, topology.gpus)
         gc.unfreeze()
     groups = sorted(recorder.groups.values(), reverse=True)
-    return Simulated(rank, recorder.peak, dict(recorder.sent), dict(recorder.calls), groups, *resumed)
+    return Simulated(rank, recorder.peak, dict(recorder.sent), dict(recorder.calls), groups)
 
 
 @contextmanager
@@ -313,29 +307,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _resume(model: nn.Module, engine: Any, ranks: int) -> tuple[int, int, int]:
-    """Return files that this rank opens in a resume, bytes that it reads, and bytes of a checkpoint, by the layout.
-
-    Every rank writes a file of weights and one of moments. In a resume it verifies two whole files, then reads of the entries
-    that its groups share consecutive ones, and sends them to the others.
-    """
-    state = EngineState(engine)
-    sharing: dict[Any, list[int]] = {}  # group -> values of each writer
-    total = 0
-    for entry in local_entries(model):
-        group = state.ranks_of(entry.parameter)
-        load = sharing.setdefault(group, [0] * group.size())
-        load[load.index(min(load))] += entry.shape.numel()
-    opens, read, written = 2, 0, 0
-    for group, load in sharing.items():
-        own, values = group.rank(), sum(load)
-        first, last = own * values // group.size(), (own + 1) * values // group.size()
-        ends = list(accumulate(load))
-        files = [end for size, end in zip(load, ends, strict=True) if end > first and end - size < last]
-        opens += 2 * len(files)
-        read += 12 * (last - first)
-        written += 12 * load[own]
-        total += 12 * values * ranks // group.size()
-    return opens, read + written, total
