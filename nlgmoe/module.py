@@ -188,6 +188,7 @@ class MoEGPTModule(TrainingStep):
     @override
     def on_validation_end(self) -> None:
         self.clock.stop("validation")
+        self.clock.start("data")
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
