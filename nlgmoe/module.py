@@ -172,9 +172,8 @@ class MoEGPTModule(TrainingStep):
 
     @override
     def on_train_end(self) -> None:
-        """Free the teacher, which evaluation does not need, and warn if the learning rate has not reached its final value."""
+        """Free the teacher, which evaluation does not need."""
         self.clock.stop("run")
-        checks.warn_about_rate(self.schedule, self.tokens_seen, self.train_tokens)
         if self.distiller is not None:
             self.distiller.release()
 

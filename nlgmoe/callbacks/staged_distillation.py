@@ -8,7 +8,6 @@ from typing_extensions import override
 from nlgmoe.distill.distiller import End
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import distillation_weight
-from nlgmoe.run.checks import warn_about_distillation
 from nlgmoe.validation import SettingError, require
 
 LOGGED = ("train/distillation_loss", "train/teacher_agreement")  # only while distilling
@@ -69,7 +68,6 @@ class StagedDistillation(Callback):
             end = self.distillation_end(pl_module.train_tokens)
             place = f"{end.tokens:,} tokens" if end.tokens is not None else f"{end.steps:,} steps"
             rank_zero_info(f"distillation ends after {place}")
-            warn_about_distillation(end, pl_module.seq_len, pl_module.curriculum, pl_module.train_tokens, trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:

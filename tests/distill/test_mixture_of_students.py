@@ -195,22 +195,6 @@ def test_distillation_weight_by_the_clock() -> None:
     assert distillation_weight(0, 100, 100) == 1
 
 
-@pytest.mark.parametrize(
-    ("end", "late"),
-    [
-        ({"step": 3}, "after 3 steps, and the run before that, by model.train_tokens=None or trainer.max_steps=2"),
-        ({"tokens": 2 * TOKENS + 1}, f"after {2 * TOKENS + 1} tokens"),  # the other clock
-        ({"step": 2}, ""),
-    ],
-)
-def test_a_distillation_that_outlasts_its_run_is_warned_of(
-    end: dict[str, Any], late: str, teacher: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
-    fit(tmp_path, teacher, StagedDistillation(**end), steps=2)
-    told = [str(warning.message) for warning in recwarn if "no step is on text alone" in str(warning.message)]
-    assert len(told) == bool(late) and all(late in line for line in told)
-
-
 def test_evaluation_does_not_load_the_teacher(tmp_path: Path) -> None:
     module = MoEGPTModule(STUDENT, distiller=MixtureOfStudents("nowhere"))
     run = trainer(tmp_path, limit_val_batches=1.0)
