@@ -90,17 +90,14 @@ class StepGradients:
         """Return the gradient of one parameter of this rank. A collective."""
         return parameter.grad
 
-    def clip(self, norm: float, value: float, algorithm: str | None) -> None:
-        """Clip by Lightning's `gradient_clip_val` and `gradient_clip_algorithm`: to a norm, by default, or to absolute values.
+    def clip(self, norm: float, limit: float) -> None:
+        """Clip to the norm `limit`, Lightning's `gradient_clip_val`.
 
         `norm` is that of `norm()` on the host, so that the factor is no device tensor, which half-precision gradients round.
         """
-        if algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self._parameters, value)
-        else:
-            exact = torch.tensor(norm, dtype=self._total_norm.dtype, device="cpu")
-            factor = torch.clamp(value / (exact + 1e-6), max=1.0)
-            torch._foreach_mul_(self._gradients, factor)
+        exact = torch.tensor(norm, dtype=self._total_norm.dtype, device="cpu")
+        factor = torch.clamp(limit / (exact + 1e-6), max=1.0)
+        torch._foreach_mul_(self._gradients, factor)
 
     def discard(self) -> None:
         """Make the step change no weight, no moment and no step count of AdamW, which skips parameters without a gradient."""

@@ -173,7 +173,7 @@ class TrainingStep(LightningModule):
         if not window.allowed:
             gradients.discard()
         elif gradient_clip_val:
-            gradients.clip(norm, gradient_clip_val, gradient_clip_algorithm)
+            gradients.clip(norm, gradient_clip_val)
         self.log("train/skipped_steps", float(self.guard.skipped))
 
     @override

@@ -62,8 +62,10 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
         raise SettingError("trainer.val_check_interval as a time depends on the machine's speed; give optimizer steps")
     if trainer.precision == "16-true":
         raise SettingError("trainer.precision=16-true trains in fp16 alone, where eps is 0; use bf16-mixed or 16-mixed")
-    if trainer.gradient_clip_algorithm == "value" and isinstance(strategy, PlacesExperts):
-        raise SettingError("trainer.gradient_clip_algorithm=value: DeepSpeed does not clip by value; use norm, or ddp")
+    if trainer.gradient_clip_algorithm == "value":
+        raise SettingError(
+            "trainer.gradient_clip_algorithm=value: gradients are clipped to a norm alone; use norm, or null"
+        )
     config: AdamWConfig | None = getattr(trainer.lightning_module, "optimizer_config", None)
     if config is not None and config.muon is not None and isinstance(strategy, PlacesExperts):
         reason = "Muon needs whole matrices, and ZeRO divides them over ranks"
