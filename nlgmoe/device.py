@@ -6,7 +6,6 @@
 import os
 import resource
 import sys
-import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -44,15 +43,6 @@ def fork_rng(device: torch.device) -> AbstractContextManager[None]:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to `device`, asynchronously if that is an accelerator."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-def time_stamp(device: torch.device) -> float | torch.Event:
-    """Return the time in seconds; on an accelerator, record an event after the work submitted so far."""
-    if device.type == "cpu":
-        return time.perf_counter()
-    event = torch.Event(device, enable_timing=True)
-    event.record()
-    return event
 
 
 def peak_memory(device: torch.device) -> list[int]:

@@ -19,14 +19,13 @@ from nlgmoe.data.training_data import training_data
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.eval.perplexity import Evaluation, batch_losses
 from nlgmoe.layers.attention import AttentionContext
-from nlgmoe.layers.moe import MoELayer
 from nlgmoe.model.gpt import GPT, Block
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer, freeze
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.parallel.triton_product import hand_in_triton_product
 from nlgmoe.parts import IGNORED_IN_EVALUATION
-from nlgmoe.pyramid import ExpertPlacement, PlacesExperts, experts_per_layer
+from nlgmoe.pyramid import ExpertPlacement, PlacesExperts
 from nlgmoe.ranks import AllRanksError
 from nlgmoe.run import checks
 from nlgmoe.run.signals import leave_signals_to_callbacks
@@ -82,6 +81,7 @@ class MoEGPTModule(TrainingStep):
         self.started_from: str | None = None  # the checkpoint of the warm start
         self.family: str | None = None  # of transformers, that its model was imported from
         self.model: GPT | None = None  # built by configure_model, once the strategy is ready for it
+        self._sharded: dict[int, tuple[int, int]] = {}  # first and number of this rank's experts, by block
         self._evaluation: Evaluation | None = None
 
     @override
@@ -105,6 +105,7 @@ class MoEGPTModule(TrainingStep):
         placed: Mapping[int, ExpertPlacement] = {}
         if isinstance(strategy, PlacesExperts):
             placed = strategy.expert_placements(self.config)
+        sharded = {block: (place.first, place.count) for block, place in placed.items() if place.group is not None}
         if self.model is None:
             model = GPT(self.config, self.seed, self.activation_checkpointing, placed)
             freeze(model, self.optimizer_config.frozen)
@@ -114,8 +115,8 @@ class MoEGPTModule(TrainingStep):
                 compile_dense_parts(model)
             if strategy is not None:
                 hand_in_triton_product(model, strategy.root_device)
-            self.model = model
-        elif not _has_placements(self.model, placed):
+            self.model, self._sharded = model, sharded
+        elif sharded != self._sharded:
             problem = "this module's model was built before, with other placements of experts than trainer.strategy's"
             remedy = "make a new MoEGPTModule for every trainer, and do not use module.gpt before fit"
             raise AllRanksError(f"{problem}; {remedy}")
@@ -172,9 +173,8 @@ class MoEGPTModule(TrainingStep):
 
     @override
     def on_train_end(self) -> None:
-        """Free the teacher, which evaluation does not need, and warn if the learning rate has not reached its final value."""
+        """Free the teacher, which evaluation does not need."""
         self.clock.stop("run")
-        checks.warn_about_rate(self.schedule, self.tokens_seen, self.train_tokens)
         if self.distiller is not None:
             self.distiller.release()
 
@@ -188,6 +188,7 @@ class MoEGPTModule(TrainingStep):
     @override
     def on_validation_end(self) -> None:
         self.clock.stop("validation")
+        self.clock.start("data")
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -277,16 +278,6 @@ class MoEGPTModule(TrainingStep):
         else:
             # Log where training logs a validation of this step.
             self.trainer.fit_loop.epoch_loop._batches_that_stepped = max(checkpoint["global_step"] - 1, 0)
-
-
-def _has_placements(model: GPT, placements: Mapping[int, ExpertPlacement]) -> bool:
-    """Return whether this rank holds the experts of `placements`; a block that is not named holds all of its experts."""
-    for layer, count in enumerate(experts_per_layer(model.config)):
-        wanted = placements.get(layer, ExpertPlacement(first=0, count=count))
-        moe = model.blocks[layer].moe
-        if isinstance(moe, MoELayer) and (moe.placement.first, moe.placement.count) != (wanted.first, wanted.count):
-            return False
-    return True
 
 
 def compile_dense_parts(model: GPT) -> None:

@@ -90,17 +90,14 @@ class StepGradients:
         """Return the gradient of one parameter of this rank. A collective."""
         return parameter.grad
 
-    def clip(self, norm: float, value: float, algorithm: str | None) -> None:
-        """Clip by Lightning's `gradient_clip_val` and `gradient_clip_algorithm`: to a norm, by default, or to absolute values.
+    def clip(self, norm: float, limit: float) -> None:
+        """Clip to the norm `limit`, Lightning's `gradient_clip_val`.
 
         `norm` is that of `norm()` on the host, so that the factor is no device tensor, which half-precision gradients round.
         """
-        if algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self._parameters, value)
-        else:
-            exact = torch.tensor(norm, dtype=self._total_norm.dtype, device="cpu")
-            factor = torch.clamp(value / (exact + 1e-6), max=1.0)
-            torch._foreach_mul_(self._gradients, factor)
+        exact = torch.tensor(norm, dtype=self._total_norm.dtype, device="cpu")
+        factor = torch.clamp(limit / (exact + 1e-6), max=1.0)
+        torch._foreach_mul_(self._gradients, factor)
 
     def discard(self) -> None:
         """Make the step change no weight, no moment and no step count of AdamW, which skips parameters without a gradient."""
@@ -152,7 +149,10 @@ class StepGuard:
         problem = f"step {step}: the {name} is {value}; first not finite: "
         if (weight := first_bad_weight(model)) is not None:
             raise NonFiniteError(f"{problem}the weight {weight}; {EARLIER}. {_remedy(fp16)}")
-        problem += _bad_loss(losses) if not math.isfinite(loss) else _bad_gradient(model, gradients)
+        if math.isfinite(loss):
+            problem += _bad_gradient(model, gradients)
+        else:
+            problem += _first_bad(["the loss"], [all(map(_finite, losses))]) or "the mean of finite losses"
         if self.settings.action == "stop":
             remedy = f"{_remedy(fp16)}, or with model.non_finite.action set to skip"
             raise NonFiniteError(f"{problem}; nothing was updated. {remedy}")
@@ -188,7 +188,7 @@ def first_bad_weight(model: nn.Module) -> str | None:
     A collective; all ranks get the same answer.
     """
     names, weights = zip(*model.named_parameters(), strict=True)
-    return _first_bad(names, [_finite(weight) for weight in weights], weights[0].device)
+    return _first_bad(names, [_finite(weight) for weight in weights])
 
 
 def require_finite_logits(model: nn.Module, logits: Tensor) -> None:
@@ -200,17 +200,11 @@ def require_finite_logits(model: nn.Module, logits: Tensor) -> None:
     raise RunError(f"the model's logits are NaN or infinite: {cause}")
 
 
-def _bad_loss(losses: Sequence[Tensor]) -> str:
-    """Name the first micro-batch with a loss that is not finite, and its ranks."""
-    names = [f"the loss of micro-batch {index + 1} of {len(losses)}" for index in range(len(losses))]
-    return _first_bad(names, [_finite(loss) for loss in losses], losses[0].device) or "the mean of finite losses"
-
-
 def _bad_gradient(model: nn.Module, gradients: StepGradients) -> str:
     """Name the gradient that is not finite and nearest to the loss, and its ranks."""
     names, weights = zip(*reversed(list(model.named_parameters())), strict=True)
     finite = [_finite(gradients.full_gradient(weight)) for weight in weights]  # of all weights: each is a collective
-    bad = _first_bad(names, finite, weights[0].device)
+    bad = _first_bad(names, finite)
     return f"the gradient of {bad}" if bad else "no single gradient, but their squares are too large for float32"
 
 
@@ -218,21 +212,18 @@ def _finite(value: Tensor | None) -> bool:
     return value is None or bool(value.detach().isfinite().all())
 
 
-def _first_bad(names: Sequence[str], finite: Sequence[bool], device: torch.device) -> str | None:
+def _first_bad(names: Sequence[str], finite: Sequence[bool]) -> str | None:
     """Return the first name that is not finite on any rank, with those ranks: `name on rank 3`. A collective.
 
-    Names of other ranks may be those of other experts; their order is the same.
+    Ranks may have different names, those of their experts, in the same order.
     """
-    here = torch.tensor(finite, device=device)
-    everywhere = [here]
+    own = min(((index, names[index]) for index, is_finite in enumerate(finite) if not is_finite), default=None)
+    firsts = [own]  # of each rank
     if distributed.is_initialized():
-        everywhere = [torch.empty_like(here) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(everywhere, here)
-    bad = ~torch.stack(everywhere).cpu()  # [ranks, names]
-    if not bad.any():
+        firsts = [None] * distributed.get_world_size()
+        distributed.all_gather_object(firsts, own)
+    if (first := min((bad for bad in firsts if bad is not None), default=None)) is None:
         return None
-    first = int(bad.any(0).nonzero()[0])
-    ranks = bad[:, first].nonzero().flatten().tolist()
-    if len(ranks) == len(bad) > 1:
-        return f"{names[first]} on all ranks"
-    return f"{names[first]} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    ranks = [rank for rank, bad in enumerate(firsts) if bad is not None and bad[0] == first[0]]
+    where = "all ranks" if len(ranks) == len(firsts) > 1 else f"rank {', '.join(map(str, ranks))}"
+    return f"{first[1]} on {where}"

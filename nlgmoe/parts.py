@@ -189,14 +189,6 @@ def require_paper_parts(config: Any, what: str, parts: Iterable[str] = PARTS) ->
         require(part is None, f"{what} only the paper's {name}, not {type(part).__name__} (model.config.{path})")
 
 
-def named_parts(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts in the values of `GPTConfig.to_dict` that are not the paper's, by the names of `PARTS`."""
-    moe = values.get("moe") or {}
-    sections = {path: moe if path.startswith("moe.") else values for path in PARTS}
-    parts = {path: section.get(path.removeprefix("moe.")) for path, section in sections.items()}
-    return {path: part for path, part in parts.items() if part is not None}
-
-
 def without_parts(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of `GPTConfig.to_dict` without parts."""
     rest = {name: value for name, value in values.items() if name not in MODEL_PARTS}

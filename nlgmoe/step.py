@@ -125,12 +125,14 @@ class TrainingStep(LightningModule):
             moe.dispatcher.equal_batches = equal
         self._set_rate()
         self.clock.start("run")
+        self.clock.start("data")
 
     @override
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Set what Lightning loses: the loggers' step in a resumed run, the validation interval where it reloads data."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         validate_by_steps(self.trainer)
+        self.clock.stop("data")
         self.clock.start("steps")
 
     @override
@@ -171,7 +173,7 @@ class TrainingStep(LightningModule):
         if not window.allowed:
             gradients.discard()
         elif gradient_clip_val:
-            gradients.clip(norm, gradient_clip_val, gradient_clip_algorithm)
+            gradients.clip(norm, gradient_clip_val)
         self.log("train/skipped_steps", float(self.guard.skipped))
 
     @override
@@ -213,6 +215,7 @@ class TrainingStep(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Postpone a stop within a step, such as a `Timer`'s, to the end of the step."""
         self.clock.stop("steps")
+        self.clock.start("data")
         if self.trainer.should_stop and not ends_step(self.trainer):
             self.trainer.should_stop, self._stops_after_step = False, True
 

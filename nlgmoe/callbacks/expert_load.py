@@ -18,7 +18,6 @@ from nlgmoe.batch import Batch
 from nlgmoe.callbacks import routing_statistics as statistics
 from nlgmoe.callbacks.routing_statistics import routing_totals, split_totals
 from nlgmoe.layers.moe import moe_layers
-from nlgmoe.layers.router import Routing
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.ranks import sum_over_ranks
@@ -40,48 +39,13 @@ def has_row(interval: int) -> bool:
     return interval % spacing == 0
 
 
-class LoadTable:
-    """The file, on the process that writes it.
-
-    Args:
-        rows: of the checkpoint that is resumed; later rows are cut. None: the checkpoint does not count them, and all are kept.
-
-    Attributes:
-        rows: number of rows, without the header.
-    """
-
-    def __init__(self, path: Path, rows: int | None) -> None:
-        self.path, self.rows = path, cut_rows(path, rows)
-
-    def append(self, step: int, tokens: int, loads: Sequence[np.ndarray], dropped: Sequence[float]) -> None:
-        """Append a row for each MoE layer; cells are empty where a layer has fewer experts.
-
-            step,tokens,moe_layer,dropped,expert_0,expert_1,...
-
-        `step` is that of `metrics.csv`. `loads`, `[E]` for each layer, counts assignments since the last row, before dropping,
-        over all ranks; `dropped` is the fraction of each layer's.
-        """
-        width = max(map(len, loads))
-        rows: list[list[object]] = []
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            rows.append(["step", "tokens", "moe_layer", "dropped", *(f"expert_{index}" for index in range(width))])
-            self.rows = 0
-        for moe_layer, (load, share) in enumerate(zip(loads, dropped, strict=True)):
-            cells = [*(int(count) for count in load), *[""] * (width - len(load))]
-            rows.append([step, tokens, moe_layer, f"{share:.6g}", *cells])
-        with self.path.open("a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
-        self.rows += len(loads)
-
-
 class ExpertLoad(Callback):
     """Logs load, drops, router statistics and gradient norms per MoE layer, as `experts/MOE_LAYER/...` (docs/metrics.md).
 
     A value covers a logging interval, over restarts too, and all ranks and micro-batches; skipped steps are excluded.
-    `expert_load.csv` in the run folder has the load of every expert over time; a row covers all intervals since the last row, and
-    on resume the file is cut to the rows that the checkpoint counts. Sums stay on the device until the step is logged, or saved
-    in a checkpoint; one collective then adds them over ranks.
+    `expert_load.csv` in the run folder has the load of every expert in intervals that thin out; on resume the file is cut to the
+    rows that the checkpoint counts. Sums stay on the device until the step is logged, or saved in a checkpoint; one collective
+    then adds them over ranks.
 
     Args:
         dead_window: an expert without tokens in the last `dead_window` steps, rounded up to logging intervals, is dead.
@@ -101,9 +65,8 @@ class ExpertLoad(Callback):
         self._step = self._interval = torch.zeros(0)  # sums of all layers, fp64, on the device
         self._resumed: list[float] = []  # sums over all ranks of the interval at the checkpoint
         self._last_used: list[list[int]] = []  # by MoE layer and expert: last logged step in which it got a token
-        self._since_row: list[float] = []  # sums over all ranks of the logged intervals since the last row of the table
-        self._table: LoadTable | None = None  # on the process that writes it
-        self._rows: int | None = 0  # of the table at the checkpoint; None: all, the checkpoint does not count them
+        self._path: Path | None = None  # of the table, on the process that writes it
+        self._rows: int | None = 0  # of the table, without the header; None: all, the checkpoint does not count them
         self._is_fork = False
 
     @override
@@ -115,8 +78,8 @@ class ExpertLoad(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the last step in which each expert got a token, sums, and the rows. A collective once a fit has begun."""
         sums = sum_over_ranks(self._interval.clone()).tolist() if len(self._interval) else self._resumed
-        rows = self._rows if self._table is None else self._table.rows
-        return {"last_used": self._last_used, "interval": sums, "since_row": self._since_row, "rows": rows}
+        interval = [None if math.isnan(total) else total for total in sums]  # JSON has no NaN
+        return {"last_used": self._last_used, "interval": interval, "rows": self._rows}
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -126,8 +89,7 @@ class ExpertLoad(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last_used = [[int(step) for step in layer] for layer in state_dict["last_used"]]
-        self._resumed = state_dict.get("interval", [])
-        self._since_row = state_dict.get("since_row", [])
+        self._resumed = [math.nan if total is None else total for total in state_dict.get("interval", [])]
         self._rows = 0 if self._is_fork else state_dict.get("rows")
 
     @override
@@ -146,7 +108,8 @@ class ExpertLoad(Callback):
         if trainer.is_global_zero:
             if self._resumed:
                 self._interval += torch.tensor(self._resumed, dtype=torch.float64, device=pl_module.device)
-            self._table = LoadTable(Path(trainer.default_root_dir, "expert_load.csv"), self._rows)
+            self._path = Path(trainer.default_root_dir, "expert_load.csv")
+            self._rows = cut_rows(self._path, self._rows)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -189,8 +152,8 @@ class ExpertLoad(Callback):
             return
         self._experts = list(moe_blocks(pl_module.config).values())
         layers = split_totals(sum_over_ranks(self._evaluated).tolist(), self._experts)
-        for moe_layer, (totals, routing) in enumerate(zip(layers, pl_module.routings, strict=True)):
-            values = statistics.routing_statistics(totals, routing)
+        for moe_layer, totals in enumerate(layers):
+            values = statistics.routing_statistics(totals)
             shown = {name: values[name] for name in EVALUATED if name in values}
             pl_module.log_dict({f"experts/{moe_layer}/{name}": value for name, value in shown.items()})
 
@@ -210,24 +173,39 @@ class ExpertLoad(Callback):
     def _log(self, trainer: Trainer, module: MoEGPTModule, sums: list[float]) -> None:
         layers = split_totals(sums, self._experts)
         norms = [math.sqrt(square) for square in sums[-len(self._components) :]]
-        module.log_dict(self._metrics(layers, norms, trainer.global_step, module.routings))
-        totals = sums[: len(self._interval)]
-        self._since_row = np.add(self._since_row, totals).tolist() if self._since_row else totals
+        module.log_dict(self._metrics(layers, norms, trainer.global_step))
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         interval = -(-(step + 1) // trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if has_row(interval):
-            layers, self._since_row = split_totals(self._since_row, self._experts), []
-            if self._table is not None:
-                pairs = zip(layers, module.routings, strict=True)
-                dropped = [statistics.routing_statistics(*pair)["dropped"] for pair in pairs]
-                self._table.append(step, module.tokens_seen, list(map(statistics.requests_of, layers)), dropped)
+        if self._path is not None and has_row(interval):
+            self._append(self._path, step, module.tokens_seen, layers)
 
-    def _metrics(
-        self, layers: Sequence[Sequence[float]], norms: list[float], steps: int, routings: Sequence[Routing]
-    ) -> dict[str, float]:
+    def _append(self, path: Path, step: int, tokens: int, layers: Sequence[Sequence[float]]) -> None:
+        """Append a row for each MoE layer to the table; cells are empty where a layer has fewer experts.
+
+            step,tokens,moe_layer,dropped,expert_0,expert_1,...
+
+        `step` is that of `metrics.csv`; an expert's assignments are those of the interval, before dropping, over all ranks;
+        `dropped` is the fraction of the layer's.
+        """
+        width = max(self._experts)
+        rows: list[list[object]] = []
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows.append(["step", "tokens", "moe_layer", "dropped", *(f"expert_{index}" for index in range(width))])
+            self._rows = 0
+        for moe_layer, totals in enumerate(layers):
+            load, dropped = statistics.requests_of(totals), statistics.routing_statistics(totals)["dropped"]
+            cells = [*(int(count) for count in load), *[""] * (width - len(load))]
+            rows.append([step, tokens, moe_layer, f"{dropped:.6g}", *cells])
+        with path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+        assert self._rows is not None
+        self._rows += len(layers)
+
+    def _metrics(self, layers: Sequence[Sequence[float]], norms: list[float], steps: int) -> dict[str, float]:
         metrics = {"train/grad_norm_dense": norms[-1]}
-        for moe_layer, (totals, last_used, routing) in enumerate(zip(layers, self._last_used, routings, strict=True)):
-            values = statistics.routing_statistics(totals, routing)
+        for moe_layer, (totals, last_used) in enumerate(zip(layers, self._last_used, strict=True)):
+            values = statistics.routing_statistics(totals)
             values["dead"] = float(sum(steps - last >= self.dead_window for last in last_used))
             values["grad_norm_router"], values["grad_norm_experts"] = norms[2 * moe_layer : 2 * moe_layer + 2]
             metrics |= {f"experts/{moe_layer}/{name}": value for name, value in values.items()}

@@ -8,13 +8,10 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from typing_extensions import override
 
-from nlgmoe.checkpoint.writing import write_error_reason
 from nlgmoe.files import atomic_write
-from nlgmoe.validation import RunError
 
 
 class PredictionFile(BasePredictionWriter):
@@ -22,8 +19,7 @@ class PredictionFile(BasePredictionWriter):
 
     `windows` is the index of each row among the data module's prediction windows; it is absent for an iterable data set.
     With several ranks, each writes a file with its rank in the name; sorting all rows by `windows` restores the order of
-    the data. Files of an earlier prediction are removed. The files' metadata name the `checkpoint`
-    and its `step`.
+    the data. Files of an earlier prediction on other ranks stay. The files' metadata name the `checkpoint` and its `step`.
     """
 
     def __init__(self) -> None:
@@ -45,25 +41,15 @@ class PredictionFile(BasePredictionWriter):
     ) -> None:
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        ranks = [f"-{rank}" for rank in range(trainer.world_size)] if trainer.world_size > 1 else [""]
-        paths = [folder / f"predictions{rank}.safetensors" for rank in ranks]
-        path = paths[trainer.global_rank]
+        rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = folder / f"predictions{rank}.safetensors"
         windows = torch.tensor([index for loader in batch_indices for batch in loader for index in batch])
         losses = torch.cat([batch.float().cpu() for batch in predictions])
         written = {"losses": losses}
         if len(windows) == len(losses):  # data without a sampler have none
             real = windows >= 0  # ranks have equally many rows: the last ones may be padding
             written = {"losses": losses[real], "windows": windows[real]}
-        try:
-            with atomic_write(path) as temporary:
-                save_file(written, temporary, self._metadata)
-                temporary.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files with mode 600
-        except (OSError, SafetensorError) as error:
-            remedy = "make room, or set trainer.default_root_dir to another folder, and give the checkpoint's path"
-            raise RunError(f"{path} cannot be written ({write_error_reason(error)}); {remedy}") from error
-        if trainer.is_global_zero:
-            outdated = {*folder.glob("predictions.safetensors"), *folder.glob("predictions-*.safetensors")} - {*paths}
-            for file in outdated:  # of a prediction with another number of ranks
-                file.unlink()
-        more = " and a file for each other rank; `windows` has the order of the rows" if len(ranks) > 1 else ""
-        rank_zero_info(f"token losses written to {path}{more}")
+        with atomic_write(path) as temporary:
+            save_file(written, temporary, self._metadata)
+            temporary.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files with mode 600
+        rank_zero_info(f"token losses written to {path}")

@@ -2,7 +2,6 @@
 
 import io
 import sys
-import time
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -11,14 +10,12 @@ from typing_extensions import override
 
 from nlgmoe.module import MoEGPTModule
 
-FILE_SECONDS = 10.0  # between updates if standard output is a file or a pipe, which keeps all of them
-
 
 class TokenProgressBar(TQDMProgressBar):
     """Lightning's progress bar in tokens, since a curriculum changes the tokens of a batch.
 
     The bar has a total if the run ends at a token count or a step count. If standard output is a file, it is updated every ten
-    seconds.
+    seconds, unlike bars of evaluation.
 
     Args:
         refresh_rate: micro-batches between updates; 0 hides the bar.
@@ -27,7 +24,6 @@ class TokenProgressBar(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 1) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self._validation: dict[str, str] = {}  # metrics of the latest validation
-        self._drawn = 0.0  # time of the last update of an evaluation bar in a file
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -36,8 +32,8 @@ class TokenProgressBar(TQDMProgressBar):
         bar.unit, bar.unit_scale, bar.total = " tok", True, module.train_tokens
         bar.initial = bar.n = module.tokens_seen
         bar.set_description("Training")
-        if _writes_to_file():
-            bar.mininterval = FILE_SECONDS
+        if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+            bar.mininterval = 10.0  # seconds: a file or a pipe keeps all updates
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -51,22 +47,12 @@ class TokenProgressBar(TQDMProgressBar):
         if module.train_tokens is None and trainer.max_steps > 0 and trainer.global_step > 0:
             # later steps may have more tokens
             bar.total = module.tokens_seen * trainer.max_steps // trainer.global_step
-        if self._should_update(batch_idx + 1, -1):
+        if self.is_enabled and (batch_idx + 1) % self.refresh_rate == 0:
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             if bar.total is not None:
                 # The last step may exceed the total; tqdm would then discard the total.
                 bar.total = max(bar.total, module.tokens_seen)
             bar.update(module.tokens_seen - bar.n)
-
-    @override
-    def _should_update(self, current: int, total: int) -> bool:
-        due = super()._should_update(current, total)
-        # A negative total is the training bar's; tqdm limits its updates itself.
-        if total < 0 or current == total or not _writes_to_file():
-            return due
-        if due := due and time.monotonic() - self._drawn >= FILE_SECONDS:
-            self._drawn = time.monotonic()
-        return due
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,10 +66,6 @@ class TokenProgressBar(TQDMProgressBar):
         loss = _module(trainer).losses.get("train/loss")
         lr = f"{_module(trainer).rate:.2e}" if trainer.optimizers else ""
         return ({} if loss is None else {"loss": f"{loss:.3f}"}) | self._validation | {"lr": lr}
-
-
-def _writes_to_file() -> bool:
-    return isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty()
 
 
 def _module(trainer: Trainer) -> MoEGPTModule:

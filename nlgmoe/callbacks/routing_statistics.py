@@ -21,98 +21,61 @@ from nlgmoe.layers.router import Routing
 
 
 @dataclass(frozen=True)
-class Interval:
-    """What a layer has routed in an interval, over micro-batches and ranks.
-
-    Attributes:
-        requests: `[E]` assignments to each expert, before dropping.
-        tokens: tokens without padding; NaN if there was none.
-    """
-
-    requests: np.ndarray
-    tokens: float
-
-    @property
-    def experts(self) -> int:
-        """Number of experts, E."""
-        return len(self.requests)
-
-    @property
-    def assignments(self) -> float:
-        """Assignments to all experts, at least 1; NaN without a token."""
-        return self.tokens if math.isnan(self.tokens) else max(1.0, float(self.requests.sum()))
-
-    @property
-    def load(self) -> np.ndarray:
-        """`[E]` load of each expert: 1 is the fair share."""
-        return self.requests * self.experts / self.assignments
-
-
-@dataclass(frozen=True)
 class Statistic:
     """One routing statistic.
 
     Attributes:
-        value: computes it from its total and the interval.
-        total: returns its sum over a micro-batch, a scalar on the device; None: it is computed from the requests alone.
-        needs: fields of `Routing` that it reads; it is omitted for a router that leaves one of them None.
+        value: computes it from its total, `[E]` loads (1 is the fair share), tokens without padding, and assignments.
+        total: returns its sum over a micro-batch, a scalar on the device, or None if the router has not returned what it reads:
+            the statistic is then omitted. None: it is computed from the loads alone.
     """
 
-    value: Callable[[float, Interval], float]
-    total: Callable[[Any], Tensor] | None = None  # of a `Routing`
-    needs: tuple[str, ...] = ()
-
-    def is_known(self, routing: Routing) -> bool:
-        """Return True if the router has returned what the statistic reads."""
-        return all(getattr(routing, name) is not None for name in self.needs)
+    value: Callable[[float, np.ndarray, float, float], float]
+    total: Callable[[Any], Tensor | None] | None = None  # of a `Routing`
 
 
-def _entropy(routing: Any) -> Tensor:
+def _entropy(routing: Any) -> Tensor | None:
     """Sum the entropies of the gate's distributions, nats.
 
     -sum p log p = log(sum exp(logits)) - sum p logits: one logarithm per token, of the largest probability.
     """
+    if routing.probs is None:
+        return None
     log_total = routing.logits.amax(dim=1) - routing.probs.amax(dim=1).log()  # [N]
     products = torch.dot(routing.unpadded(routing.probs).flatten(), routing.unpadded(routing.logits).flatten())
     return routing.unpadded(log_total).sum() - products
 
 
-def _logit_squares(routing: Any) -> Tensor:
+def _confidence(routing: Any) -> Tensor | None:
+    return None if routing.probs is None else routing.unpadded(routing.probs.gather(1, routing.expert)).sum()
+
+
+def _logit_squares(routing: Any) -> Tensor | None:
+    if routing.logits is None:
+        return None
     logits = routing.unpadded(routing.logits).flatten()
     return torch.dot(logits, logits)
 
 
-GATE = ("probs", "logits")
+def _expert_share(routing: Any) -> Tensor | None:
+    return None if routing.expert_share is None else routing.unpadded(routing.expert_share).sum()
+
+
 STATISTICS: dict[str, Statistic] = {
-    "load_max_over_mean": Statistic(lambda _, interval: interval.load.max()),
-    "load_min_over_mean": Statistic(lambda _, interval: interval.load.min()),
-    "load_p10_over_mean": Statistic(lambda _, interval: np.percentile(interval.load, 10)),
-    "load_p50_over_mean": Statistic(lambda _, interval: np.percentile(interval.load, 50)),
-    "load_p90_over_mean": Statistic(lambda _, interval: np.percentile(interval.load, 90)),
-    "load_cv": Statistic(lambda _, interval: interval.load.std()),
+    "load_max_over_mean": Statistic(lambda _, load, tokens, assignments: load.max()),
+    "load_min_over_mean": Statistic(lambda _, load, tokens, assignments: load.min()),
+    "load_cv": Statistic(lambda _, load, tokens, assignments: load.std()),
     "dropped": Statistic(
-        lambda kept, interval: 1 - kept / interval.assignments, total=lambda routing: routing.kept.sum()
+        lambda kept, load, tokens, assignments: 1 - kept / assignments, lambda routing: routing.kept.sum()
     ),
     "entropy": Statistic(
-        lambda entropy, interval: entropy / interval.tokens / math.log(max(2, interval.experts)),
-        total=_entropy,
-        needs=GATE,
+        lambda entropy, load, tokens, assignments: entropy / tokens / math.log(max(2, len(load))), _entropy
     ),
-    "confidence": Statistic(
-        lambda probability, interval: probability / interval.assignments,
-        total=lambda routing: routing.unpadded(routing.probs.gather(1, routing.expert)).sum(),
-        needs=GATE,
-    ),
+    "confidence": Statistic(lambda probability, load, tokens, assignments: probability / assignments, _confidence),
     "logit_rms": Statistic(
-        lambda squares, interval: math.sqrt(squares / interval.tokens / interval.experts),
-        total=_logit_squares,
-        needs=GATE,
+        lambda squares, load, tokens, assignments: math.sqrt(squares / tokens / len(load)), _logit_squares
     ),
-    "expert_share": Statistic(
-        lambda share, interval: share / interval.tokens,
-        total=lambda routing: routing.unpadded(routing.expert_share).sum(),
-        needs=("expert_share",),
-    ),
+    "expert_share": Statistic(lambda share, load, tokens, assignments: share / tokens, _expert_share),
 }
 WITH_TOTAL = [name for name, statistic in STATISTICS.items() if statistic.total is not None]
 
@@ -121,13 +84,13 @@ WITH_TOTAL = [name for name, statistic in STATISTICS.items() if statistic.total 
 def routing_totals(routing: Routing) -> Tensor:
     """Return the totals of one micro-batch, `[E + 1 + S]` fp64: requests of each expert, tokens, then each of `WITH_TOTAL`.
 
-    The total of a statistic that the router does not know is 0.
+    The total of a statistic that is omitted is NaN.
     """
     totals = [routing.num_tokens]
     for statistic in (STATISTICS[name] for name in WITH_TOTAL):
         assert statistic.total is not None
-        known = statistic.is_known(routing)
-        totals.append(statistic.total(routing) if known else routing.weight.new_zeros(()))
+        total = statistic.total(routing)
+        totals.append(routing.weight.new_full((), math.nan) if total is None else total)
     return torch.cat([routing.tokens_per_expert.double(), torch.stack([total.double() for total in totals])])
 
 
@@ -146,13 +109,15 @@ def requests_of(totals: Sequence[float]) -> np.ndarray:
     return np.asarray(totals[: -1 - len(WITH_TOTAL)])
 
 
-def routing_statistics(totals: Sequence[float], routing: Routing) -> dict[str, float]:
+def routing_statistics(totals: Sequence[float]) -> dict[str, float]:
     """Compute the statistics of a layer by name from the totals of an interval, `[E + 1 + S]`.
 
-    Any routing of the layer tells what its router knows. All are NaN without a token, as in an interval of skipped steps.
+    All are NaN without a token, as in an interval of skipped steps.
     """
-    tokens, *sums = totals[-1 - len(WITH_TOTAL) :]
-    interval = Interval(requests_of(totals), tokens or math.nan)
-    total = dict(zip(WITH_TOTAL, sums, strict=True))
-    known = {name: statistic for name, statistic in STATISTICS.items() if statistic.is_known(routing)}
-    return {name: float(statistic.value(total.get(name, 0.0), interval)) for name, statistic in known.items()}
+    requests, (count, *sums) = requests_of(totals), totals[-1 - len(WITH_TOTAL) :]
+    tokens = count or math.nan
+    assignments = max(1.0, float(requests.sum())) if count else math.nan
+    load = requests * len(requests) / assignments
+    total = dict.fromkeys(STATISTICS, 0.0) | dict(zip(WITH_TOTAL, sums, strict=True))
+    known = {name: value for name, value in total.items() if not math.isnan(value)}
+    return {name: float(STATISTICS[name].value(value, load, tokens, assignments)) for name, value in known.items()}

@@ -5,7 +5,6 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import Callback
@@ -18,7 +17,7 @@ from nlgmoe.device import peak_memory_bytes
 from nlgmoe.files import write_json
 from nlgmoe.layers.expert_products import compute_capability, describe_products
 from nlgmoe.layers.moe import moe_layers
-from nlgmoe.model.counting import count_parameters, parameters_of
+from nlgmoe.model.counting import parameters_of
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.run.resume import ends_step
 from nlgmoe.versions import versions
@@ -28,7 +27,7 @@ class RunSummary(Callback):
     """Writes `summary.json` into the run folder (`trainer.default_root_dir`) when `fit` ends; a resumed run removes it.
 
     `train_loss` is the mean of the finite losses of the last 50 steps. Times and tokens are summed over the resumed parts of a
-    run, and `peak_memory_bytes` is the largest of them. `tokens_per_second` and `step_seconds` cover only training steps,
+    run; `peak_memory_bytes` is of the last part. `tokens_per_second` and `step_seconds` cover only training steps,
     `validation_seconds` only validation; `wall_seconds` includes waiting for data, other callbacks and checkpoints.
     """
 
@@ -38,8 +37,6 @@ class RunSummary(Callback):
     def _begin_run(self) -> None:
         self._losses: deque[float] = deque(maxlen=50)
         self._has_trained = self._has_validated = False  # in this fit
-        self._peak_memory = 0  # of earlier starts, in bytes
-        self._device: torch.device | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -49,28 +46,22 @@ class RunSummary(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         # Losses that are not finite are kept: they count among the last 50 steps.
-        losses = [loss if math.isfinite(loss) else None for loss in self._losses]
-        return {"losses": losses, "peak_memory_bytes": self._peak_so_far()}
+        return {"losses": [loss if math.isfinite(loss) else None for loss in self._losses]}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         losses = (math.nan if loss is None else float(loss) for loss in state_dict["losses"])
         self._losses = deque(losses, self._losses.maxlen)
-        self._peak_memory = state_dict.get("peak_memory_bytes", 0)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, MoEGPTModule)
-        (total, active), described = parameters_of(pl_module.gpt), count_parameters(pl_module.config).total
+        total, active = parameters_of(pl_module.gpt)
         rank_zero_info(f"{total:,} parameters, {active:,} of them active for a token{_products(trainer, pl_module)}")
-        if total != described:
-            problem = f"the model has {total:,} parameters, model.config describes {described:,}"
-            rank_zero_warn(f"{problem}: code has changed the model; FLOPs and MFU are computed from model.config")
         if _leaves_out_domains(trainer):
             problem = f"trainer.limit_val_batches={trainer.limit_val_batches} validates only the first domains"
             remedy = "remove it and set data.max_eval_windows, which limits each domain"
             rank_zero_warn(f"{problem}, so summary.json has no comparisons; {remedy}")
-        self._device = trainer.strategy.root_device
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
@@ -101,9 +92,6 @@ class RunSummary(Callback):
         write_json(folder / "summary.json", summary, indent=2)
         rank_zero_info(format_summary(summary, _baseline(trainer, "xz_bits_per_byte") or {}, folder))
 
-    def _peak_so_far(self) -> int:
-        return self._peak_memory if self._device is None else max(self._peak_memory, peak_memory_bytes(self._device))
-
     def _summary(self, trainer: Trainer, module: MoEGPTModule) -> dict[str, Any]:
         # JSON lacks NaN and infinity.
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.isfinite()}
@@ -121,7 +109,7 @@ class RunSummary(Callback):
             "bits_per_byte": {"all": metrics.get("val/bits_per_byte")}
             | {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)},
             "tokens_per_second": module.tokens_seen / step_seconds if step_seconds else None,
-            "peak_memory_bytes": self._peak_so_far(),
+            "peak_memory_bytes": peak_memory_bytes(trainer.strategy.root_device),
             "params_total": total,
             "params_active": active,
             "wall_seconds": module.clock.seconds("run"),

@@ -120,7 +120,7 @@ class TensorFiles:
         own = {name: contents for name, contents in files.items() if kind_of(name) == kind}
         if not verified:
             headers = (file_problems(self.folder / name, contents, read=False) for name, contents in own.items())
-            for problem in chain(unknown_files(self.folder, files), *headers):
+            for problem in chain(*headers):
                 raise RunError(f"{problem}; {REMEDY}")
         self._contents: Contents = {}
         self._file_of: dict[str, Path] = {}
@@ -168,12 +168,6 @@ class TensorFiles:
         if problem := entry_problem(self._kind, tensor, self._contents[name]):
             raise RunError(f"{self._file_of[name]}: {name} {problem}; {REMEDY}")
         return tensor
-
-
-def unknown_files(folder: Path, files: dict[str, Contents]) -> Iterator[str]:
-    """Yield a line for each tensor file of a checkpoint that is not in its manifest's `files`."""
-    for name in sorted({file.name for file in folder.glob("*.safetensors")} - files.keys()):
-        yield f"{folder / name} is unknown to manifest.json"
 
 
 def file_problems(file: Path, contents: Contents, read: bool = True) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """Verify a checkpoint: on one process, or on all ranks together, each of which reads a share of the files. Describe it."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,9 @@ from nlgmoe.checkpoint import reading
 from nlgmoe.checkpoint.entries import Shapes, entry_shapes, optimizer_shapes
 from nlgmoe.checkpoint.reading import REMEDY, Contents, kind_of, read_document, read_manifest
 from nlgmoe.config import GPTConfig
-from nlgmoe.data.model_files import TOKENIZER
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.optimizer import freeze
-from nlgmoe.parts import ForeignCodeError, named_parts, without_parts
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.parts import ForeignCodeError
 from nlgmoe.ranks import raise_on_all_ranks
 from nlgmoe.validation import list_differences
 
@@ -30,7 +27,6 @@ def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[s
         path = reading.resolve_link(Path(path))
         document, files = read_document(path), read_manifest(path)["files"]
         reading.read_tokenizer(path)
-        yield from reading.unknown_files(path, files)
         for name in sorted(files)[rank::ranks]:
             yield from reading.file_problems(path / name, files[name])
         if rank == 0:
@@ -76,45 +72,11 @@ def _model_differences(path: str | Path, document: dict[str, Any], files: dict[s
 
 
 def describe(path: Path) -> str:
-    """Describe a valid checkpoint, one line for each aspect."""
-    document, manifest = read_document(path), read_manifest(path)
-    files, saved_by = manifest["files"], {"nlgmoe": "unknown", "torch": "unknown"} | document["versions"]
-    by_kind: dict[str, Contents] = {}
-    for file, contents in sorted(files.items()):
-        by_kind.setdefault(kind_of(file), {}).update(contents)
+    """Describe a valid checkpoint in two lines."""
+    document, files = read_document(path), read_manifest(path)["files"]
     size = sum(file.stat().st_size for file in path.iterdir())
-    start = f", from the weights of {document['started_from']}" if "started_from" in document else ""
-    lines = [
-        f"{path}",
-        f"saved      {document['saved_at'][:19].replace('T', ' ')} UTC by nlgmoe {saved_by['nlgmoe']}, torch {saved_by['torch']}",
-        f"position   step {document['global_step']:,}, {document['tokens_seen']:,} tokens{start}",
-        *(f"{kind:<10} {_count_values(contents)}" for kind, contents in by_kind.items()),
-        *_describe_model(document["model_config"]),
-        f"tokenizer  {'included' if TOKENIZER in manifest else 'not included: commands need --tokenizer'}",
-        f"resumable  {'yes' if 'optimizer_groups' in document else 'no: weights only; start a run with model.warm_start'}",
-        f"valid      {sum(map(len, files.values())):,} tensors in {len(files)} files, {size / 1e6:,.1f} MB",
-    ]
-    return "\n".join(lines)
-
-
-def _count_values(contents: Contents) -> str:
-    values: dict[str, int] = {}
-    for dtype, shape, _ in contents.values():
-        values[dtype] = values.get(dtype, 0) + math.prod(shape)
-    counts = ", ".join(f"{count:,} values of {dtype}" for dtype, count in values.items())
-    return f"{counts} in {len(contents):,} entries"
-
-
-def _describe_model(values: dict[str, Any]) -> list[str]:
-    """Describe the experts, and name parts that are not the paper's; those from outside nlgmoe are not imported."""
-    parts = {name: str(part["class_path"]) for name, part in named_parts(values).items()}
-    unknown = ": its entries are not compared with the model"
-    blocks: dict[int, list[str]] = {}
-    for block, count in enumerate(experts_per_layer(GPTConfig.from_dict(without_parts(values)))):
-        if count:
-            blocks.setdefault(count, []).append(str(block))
-    experts = "; ".join(f"{count} in block {', '.join(numbers)}" for count, numbers in blocks.items())
-    return [
-        f"experts    {experts or 'none: a dense model'}",
-        *(f"parts      {name}={path}{'' if path.startswith('nlgmoe.') else unknown}" for name, path in parts.items()),
-    ]
+    use = "resumable" if "optimizer_groups" in document else "weights only: start a run with model.warm_start"
+    return (
+        f"{path}: step {document['global_step']:,}, {document['tokens_seen']:,} tokens; {use}\n"
+        f"valid: {sum(map(len, files.values())):,} tensors in {len(files)} files, {size / 1e6:,.1f} MB"
+    )

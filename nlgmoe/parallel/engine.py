@@ -243,7 +243,7 @@ class EngineGradients(StepGradients):
         return gradient
 
     @override
-    def clip(self, norm: float, value: float, algorithm: str | None) -> None:
+    def clip(self, norm: float, limit: float) -> None:
         """Do nothing: the engine clips in its step."""
 
     @override

@@ -243,11 +243,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Create the engine, also for a device without an index, which the base class requires."""
         import deepspeed
 
-        if scalars := [name for name, parameter in model.named_parameters() if parameter.dim() == 0]:
-            raise AllRanksError(  # `_broadcast_model` (0.19.8) views a parameter as bytes, which fails for a scalar
-                f"trainer.strategy=ExpertParallelStrategy: DeepSpeed cannot send {scalars[0]} to other ranks, because it has no "
-                "dimension; give it the shape [1]"
-            )
         index = self.root_device.index
         engine, engine_optimizer, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank if index is None else index),

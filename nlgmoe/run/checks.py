@@ -1,12 +1,10 @@
-"""Checks of a run, before its first step or at its end. Each refuses or warns; none changes the run, but `validate_by_steps`.
+"""Checks of a run before its first step. Each refuses or warns; none changes the run, but `validate_by_steps`.
 
 SETTINGS, STRATEGIES, CALLBACKS   options of Lightning that would make a run wrong without an error: option, reason
 check_...                         what does not fit together, or would be lost
-warn_...                          ends that come too early or too late, and a resumed run that differs from its beginning
+warn_...                          an end that comes too early or not at all, and a resumed run that differs from its beginning
 """
 
-import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,16 +36,15 @@ STRATEGIES: dict[Kinds, str] = {
     ),
     DeepSpeedStrategy: "does not support experts; write {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2}}",
 }
-CALLBACKS: dict[type, str] = {
-    callbacks.GradientAccumulationScheduler: "changes the batch that data.global_batch_size sets; remove it",
-    callbacks.BatchSizeFinder: "changes the batch that data.global_batch_size sets; remove it",
-    callbacks.LearningRateFinder: "sets the rate of one optimizer group; try values of model.optimizer.lr instead",
-    callbacks.StochasticWeightAveraging: "replaces the weights that a resumed run needs; remove it",
-    callbacks.WeightAveraging: "replaces the weights that a resumed run needs; remove it",
-    callbacks.BaseFinetuning: "changes optimizer groups, of which no checkpoint here has moments; remove it",
-    callbacks.ModelPruning: "changes names that no checkpoint here holds; remove it",
-    callbacks.OnExceptionCheckpoint: "saves within a step, where weights and clock are of different steps; remove it",
-}
+CALLBACKS = (  # each changes weights, batch or optimizer groups
+    callbacks.GradientAccumulationScheduler,
+    callbacks.BatchSizeFinder,
+    callbacks.LearningRateFinder,
+    callbacks.StochasticWeightAveraging,
+    callbacks.WeightAveraging,
+    callbacks.BaseFinetuning,
+    callbacks.ModelPruning,
+)
 
 
 def check_trainer(trainer: Trainer, stage: str) -> None:
@@ -65,22 +62,23 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
         raise SettingError("trainer.val_check_interval as a time depends on the machine's speed; give optimizer steps")
     if trainer.precision == "16-true":
         raise SettingError("trainer.precision=16-true trains in fp16 alone, where eps is 0; use bf16-mixed or 16-mixed")
-    if trainer.gradient_clip_algorithm == "value" and isinstance(strategy, PlacesExperts):
-        raise SettingError("trainer.gradient_clip_algorithm=value: DeepSpeed does not clip by value; use norm, or ddp")
+    if trainer.gradient_clip_algorithm == "value":
+        raise SettingError(
+            "trainer.gradient_clip_algorithm=value: gradients are clipped to a norm alone; use norm, or null"
+        )
     config: AdamWConfig | None = getattr(trainer.lightning_module, "optimizer_config", None)
     if config is not None and config.muon is not None and isinstance(strategy, PlacesExperts):
         reason = "Muon needs whole matrices, and ZeRO divides them over ranks"
         raise SettingError(f"model.optimizer.muon: {reason}; use trainer.strategy=ddp or auto")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
-        for refused, reason in CALLBACKS.items():
-            require(not isinstance(callback, refused), f"trainer.callbacks: {name} {reason}")
-        if getattr(callback, "save_on_exception", False):
-            raise SettingError(f"trainer.callbacks: {name}.save_on_exception saves within a step; set it to false")
-    for logger in trainer.loggers:
-        if kept := vars(logger).get("_log_model"):  # of MLFlowLogger and WandbLogger
-            name, remedy = type(logger).__name__, "leave it out, and upload the folder as docs/metrics.md shows"
-            raise SettingError(f"trainer.logger: {name}.log_model={kept} uploads checkpoints that are files; {remedy}")
+        if isinstance(callback, CALLBACKS):
+            raise SettingError(
+                f"trainer.callbacks: {name} changes weights, batch or optimizer that a resumed run needs; remove it"
+            )
+        if isinstance(callback, callbacks.OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
+            problem = f"{name} saves within a step, where weights and clock are of different steps"
+            raise SettingError(f"trainer.callbacks: {problem}; remove it, or set save_on_exception to false")
 
 
 def check_vocabulary(config: GPTConfig, data: TrainingData) -> None:
@@ -106,7 +104,7 @@ def warn_about_end(
     train_tokens: int | None,
     trainer: Trainer,
 ) -> None:
-    """Warn if training has no end, or ends before curriculum or schedule, or the first sample of a part of a blend."""
+    """Warn if training has no end, or ends before curriculum or schedule."""
     stoppers = (callbacks.Timer, callbacks.EarlyStopping)
     stopped = any(isinstance(callback, stoppers) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if train_tokens is None and trainer.max_steps < 0 and trainer.max_epochs in (None, -1) and not stopped:
@@ -118,25 +116,6 @@ def warn_about_end(
         problem = f"model.train_tokens={train_tokens} is below model.schedule.decay_tokens={schedule.decay_tokens}"
         remedy = f"set decay_tokens, and warmup_tokens={schedule.warmup_tokens}, for this length"
         rank_zero_warn(f"{problem}: the learning rate does not fall to its end; {remedy}")
-    data = training_data(trainer)
-    if data is None or data.domain_shares is None:
-        return
-    shortest = seq_len if curriculum is None else curriculum.start
-    ends = [] if train_tokens is None else [train_tokens / shortest]
-    ends += [trainer.max_steps * data.batch_size_after(sys.maxsize)] if trainer.max_steps >= 0 else []
-    for domain, share in zip(data.domains, data.domain_shares, strict=True):
-        if share * min(ends, default=math.inf) < 1:
-            problem = f"{domain} has {share:.2g} of the samples, less than one in the {min(ends):,.0f} of this run"
-            rank_zero_warn(f"{problem}; raise the weight of its part, or remove the part")
-
-
-def warn_about_rate(schedule: LearningRateSchedule, tokens: int, train_tokens: int | None) -> None:
-    """Warn if training has ended, by `max_steps`, `max_time` or a callback, before the learning rate has fallen to its end."""
-    warned = train_tokens is not None and schedule.decay_tokens is not None and train_tokens < schedule.decay_tokens
-    if schedule.decay_tokens is not None and tokens < schedule.decay_tokens and not warned:
-        problem = f"the learning rate falls until model.schedule.decay_tokens={schedule.decay_tokens}"
-        remedy = "set decay_tokens for a run of this length"
-        rank_zero_warn(f"training has ended after {tokens} tokens, and {problem}: the rate was high; {remedy}")
 
 
 def warn_of_another_size(before: dict[str, int], now: dict[str, int], moe: MoEConfig | None) -> None:
@@ -168,9 +147,6 @@ def check_optimizer(trainer: Trainer) -> None:
     if not all("decays" in group for group in optimizer.param_groups):
         problem = f"configure_optimizers returns {type(optimizer).__name__}, but checkpoints need nlgmoe's optimizer"
         raise SettingError(f"{problem}: return super().configure_optimizers(), and set model.optimizer")
-    if trainer.lr_scheduler_configs:
-        problem = "configure_optimizers returns a learning-rate scheduler, but model.schedule sets the rate"
-        raise SettingError(f"{problem}: return the optimizer alone")
 
 
 def validate_by_steps(trainer: Trainer) -> None:

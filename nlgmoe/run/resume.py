@@ -47,7 +47,7 @@ from nlgmoe.run.checks import warn_of_another_size, warn_of_repeated_data
 #                               `max_steps`; to True in `begin` at a run's end; `step.py`: to True at `train_tokens`, and
 #                               postponed to the end of an accumulation window
 
-SPANS = ("run", "steps", "validation")  # of `RunClock`
+SPANS = ("run", "steps", "data", "validation")  # of `RunClock`
 
 
 def ends_step(trainer: Trainer) -> bool:
@@ -64,6 +64,7 @@ class RunClock:
     Spans:
         run: from the start of training, with everything between steps.
         steps: training steps, without waiting for data and without callbacks.
+        data: waiting for the next micro-batch, from the end of the one before, without saves and validations.
         validation: validations of the fit.
     """
 
@@ -92,7 +93,8 @@ class RunClock:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the sums of a checkpoint."""
-        self.flops, self._seconds, self._started = state["flops"], dict(state["seconds"]), {}
+        self.flops, self._started = state["flops"], {}
+        self._seconds = dict.fromkeys(SPANS, 0.0) | state["seconds"]
 
 
 class Resuming:

@@ -178,6 +178,8 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
     # ---- saving
 
     def _save(self, trainer: Trainer) -> None:
+        module: Any = trainer.lightning_module  # a `TrainingStep`
+        module.clock.stop("data")  # a save is no waiting for data
         for logger in trainer.loggers:
             logger.save()  # the step's row is in the table before the checkpoint that counts it
         trainer.save_checkpoint(checkpoint_path(self._folder, trainer.global_step), weights_only=False)

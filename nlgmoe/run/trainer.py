@@ -107,59 +107,50 @@ class RunTrainer(Trainer):
         return self.num_nodes == 1 and not environment.creates_processes_externally
 
     @override
-    def validate(
+    def validate(  # type: ignore[override]
         self,
         model: LightningModule | None = None,
         dataloaders: Any = None,
         ckpt_path: str | Path | None = None,
-        verbose: bool = True,
-        datamodule: Any = None,
-        weights_only: bool | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Evaluate on validation data.
 
         Args:
             ckpt_path: checkpoint to evaluate: last or best of the run folder, a path, or a run's folder (its newest one).
-            verbose: print the results.
         """
-        return super().validate(model, dataloaders, self._to_evaluate(model, ckpt_path), verbose, datamodule)
+        return super().validate(model, dataloaders, self._to_evaluate(model, ckpt_path), **kwargs)
 
     @override
-    def test(
+    def test(  # type: ignore[override]
         self,
         model: LightningModule | None = None,
         dataloaders: Any = None,
         ckpt_path: str | Path | None = None,
-        verbose: bool = True,
-        datamodule: Any = None,
-        weights_only: bool | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Evaluate on test data.
 
         Args:
             ckpt_path: checkpoint to evaluate: last or best of the run folder, a path, or a run's folder (its newest one).
-            verbose: print the results.
         """
-        return super().test(model, dataloaders, self._to_evaluate(model, ckpt_path), verbose, datamodule)
+        return super().test(model, dataloaders, self._to_evaluate(model, ckpt_path), **kwargs)
 
     @override
-    def predict(
+    def predict(  # type: ignore[override]
         self,
         model: LightningModule | None = None,
         dataloaders: Any = None,
-        datamodule: Any = None,
-        return_predictions: bool | None = None,
+        *,
         ckpt_path: str | Path | None = None,
-        weights_only: bool | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Compute the loss of every token.
 
         Args:
-            return_predictions: return them, beside what callbacks write.
             ckpt_path: checkpoint to evaluate: last or best of the run folder, a path, or a run's folder (its newest one).
         """
-        path = self._to_evaluate(model, ckpt_path)
-        return super().predict(model, dataloaders, datamodule, return_predictions, path)
+        return super().predict(model, dataloaders, ckpt_path=self._to_evaluate(model, ckpt_path), **kwargs)
 
     def _to_evaluate(self, model: LightningModule | None, name: str | Path | None) -> str | Path | None:
         prepare_allocator(self.strategy.root_device)

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, LambdaCallback
-from lightning.pytorch.loggers import CSVLogger
 
-from nlgmoe.callbacks import ExpertLoad, RunSummary, SampleText, Throughput, TokenProgressBar
+from nlgmoe.callbacks import RunSummary, SampleText, TokenProgressBar
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import SequenceCurriculum
@@ -20,15 +18,9 @@ from tests.support.synthetic import SyntheticData
 from tests.support.trainers import CONFIG, SaveAt, trainer
 
 
-def test_a_run_logs_experts_speed_and_learning_rate_and_ends_with_a_summary(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path, name="", version="")
-    settings = {"max_steps": 6, "logger": logger, "log_every_n_steps": 2, "limit_val_batches": 1.0}
-    run = trainer(tmp_path, ExpertLoad(), Throughput(), RunSummary(), **settings)
+def test_a_run_ends_with_a_summary(tmp_path: Path) -> None:
+    run = trainer(tmp_path, RunSummary(), max_steps=6, limit_val_batches=1.0)
     run.fit(MoEGPTModule(CONFIG, curriculum=SequenceCurriculum(tokens=200, start=4, increment=4)), SyntheticData())
-    header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
-    expected = {"train/loss", "train/balance_loss", "train/lr", "train/tokens", "train/tokens_per_second"}
-    expected |= {f"experts/{layer}/{name}" for layer in (0, 1) for name in ("load_max_over_mean", "dropped", "entropy")}
-    assert expected <= set(header)
     summary = json.loads((tmp_path / "summary.json").read_text())
     count = count_parameters(CONFIG)
     assert summary["steps"] == 6 and summary["tokens"] < 6 * 64  # the curriculum cuts sequences off
@@ -38,17 +30,6 @@ def test_a_run_logs_experts_speed_and_learning_rate_and_ends_with_a_summary(tmp_
     assert summary["peak_memory_bytes"] > 50e6 and summary["wall_seconds"] > 0
     assert 0 < summary["validation_seconds"] < summary["wall_seconds"] - summary["step_seconds"]
     assert summary["versions"]["torch"]
-
-
-def test_a_model_that_was_changed_in_code_is_counted_as_it_is(tmp_path: Path) -> None:
-    module = MoEGPTModule(CONFIG)
-    block, width = module.gpt.blocks[0], CONFIG.hidden_size
-    block.ffn_norm = torch.nn.Sequential(block.ffn_norm, torch.nn.Linear(width, width))
-    with pytest.warns(UserWarning, match=r"parameters, model.config describes [\d,]+: code has changed the model"):
-        trainer(tmp_path, RunSummary(), max_steps=1).fit(module, SyntheticData())
-    summary, count = json.loads((tmp_path / "summary.json").read_text()), count_parameters(CONFIG)
-    more = width * (width + 1)
-    assert (summary["params_total"], summary["params_active"]) == (count.total + more, count.active + more)
 
 
 def test_the_summary_has_the_validation_loss_and_continues_when_resumed(tmp_path: Path) -> None:

@@ -45,16 +45,14 @@ def test_expert_load_statistics_by_hand() -> None:
     entropy = -0.97 * math.log(0.97) - 0.03 * math.log(0.01) + math.log(4)
     squares = (math.log(0.97) + 1) ** 2 + 3 * (math.log(0.01) + 1) ** 2 + 4 * (math.log(0.25) + 1) ** 2
     sums = routing_totals(routing).tolist()
-    # The 90th percentile is 0.7 of the way from the third expert to the fourth.
-    load = {"max": 4.0, "min": 0.0, "p10": 0.0, "p50": 0.0, "p90": 2.8}
-    expected = {f"load_{name}_over_mean": value for name, value in load.items()}
+    expected = {"load_max_over_mean": 4.0, "load_min_over_mean": 0.0}
     expected |= {"load_cv": math.sqrt(3), "dropped": 0.5, "entropy": entropy / 2 / math.log(4), "expert_share": 0.5}
     expected |= {"confidence": (0.97 + 0.25) / 2, "logit_rms": math.sqrt(squares / 8)}
-    assert routing_statistics(sums, routing) == pytest.approx(expected, rel=1e-5)
-    without = replace(routing, probs=None, logits=None, expert_share=None)
+    assert routing_statistics(sums) == pytest.approx(expected, rel=1e-5)
+    without = routing_totals(replace(routing, probs=None, logits=None, expert_share=None)).tolist()
     lacking = {"entropy", "confidence", "logit_rms", "expert_share"}
-    assert routing_statistics(sums, routing).keys() - routing_statistics(sums, without).keys() == lacking
-    none = routing_statistics([0.0] * (4 + 1 + len(WITH_TOTAL)), routing)
+    assert expected.keys() - routing_statistics(without).keys() == lacking
+    none = routing_statistics([0.0] * (4 + 1 + len(WITH_TOTAL)))
     assert all(map(math.isnan, none.values()))  # an interval of skipped steps: nothing was dropped, nothing balanced
 
 
@@ -153,7 +151,9 @@ def test_expert_load_rows_thin_out_by_the_step_alone() -> None:
     ]  # fmt: skip
 
 
-def test_expert_load_row_covers_all_steps_since_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expert_load_rows_that_thin_out_are_those_of_their_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where a run is killed and resumed between rows, and in a fork; rows are counted without reading the file."""
 
     def rows(folder: str, *callbacks: Callback, checkpoint: Path | None = None) -> list[dict[str, str]]:
@@ -164,14 +164,7 @@ def test_expert_load_row_covers_all_steps_since_the_last_one(tmp_path: Path, mon
     monkeypatch.setattr("nlgmoe.callbacks.expert_load.ROWS_PER_DOUBLING", 2)
     saved = tmp_path / "thin/checkpoints/step-7.ckpt"
     thin = rows("thin", SaveAt(7, saved))
-    assert [int(row["step"]) for row in thin[::2]] == [0, 1, 2, 3, 5, 7, 11]
-    for before, row in zip([None, None, *thin], thin, strict=False):
-        begin, end = int(before["step"]) if before is not None else -1, int(row["step"])
-        covered = [one for one in every if one["moe_layer"] == row["moe_layer"] and begin < int(one["step"]) <= end]
-        for name in ("expert_0", "expert_1"):
-            assert int(row[name]) == sum(int(one[name]) for one in covered)
-        dropped = [float(one["dropped"]) for one in covered]
-        assert float(row["dropped"]) == pytest.approx(sum(dropped) / len(dropped), abs=1e-5)
+    assert thin == [row for row in every if int(row["step"]) in (0, 1, 2, 3, 5, 7, 11)]
     states = json.loads((saved / "checkpoint.json").read_text())["callbacks"]
     assert [state["rows"] for name, state in states.items() if name.startswith("ExpertLoad")] == [10]
     assert rows("thin", checkpoint=saved) == thin

@@ -1,5 +1,6 @@
-"""Speed, time and memory, without assertions on times."""
+"""Speed, time and memory, without assertions on speeds."""
 
+import time
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.profilers import SimpleProfiler
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 
-from nlgmoe.callbacks import Throughput
-from nlgmoe.callbacks.throughput import PARTS, StepProfiler, _over_ranks
+from nlgmoe.callbacks import SaveCheckpoints, Throughput
+from nlgmoe.callbacks.throughput import _over_ranks
 from nlgmoe.hardware import peak_of
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.module import MoEGPTModule
@@ -24,10 +24,8 @@ from tests.support.trainers import CONFIG, SaveAt, trainer
 class Logged(Callback):
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
-        self.profiler: Any = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.profiler = trainer.profiler
         if not trainer.fit_loop._should_accumulate():
             self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
@@ -56,17 +54,17 @@ def test_flops_are_those_of_the_lengths_fed_and_continue_when_resumed(tmp_path: 
     assert again[0]["time/elapsed"] > straight[2]["time/elapsed"]
 
 
-def test_parts_of_a_step_follow_each_other_and_the_users_profiler_goes_on(tmp_path: Path) -> None:
-    logged, profiler = Logged(), SimpleProfiler()
-    run = trainer(tmp_path, Throughput(), logged, max_steps=4, log_every_n_steps=2, profiler=profiler)
+def test_waiting_for_data_counts_neither_saves_nor_validations(tmp_path: Path) -> None:
+    logged, pause = Logged(), lambda *_: time.sleep(0.4)
+    pauses = LambdaCallback(on_save_checkpoint=pause, on_validation_end=pause)  # once each between the two steps
+    settings = {"max_steps": 2, "log_every_n_steps": 2, "val_check_interval": 1}
+    settings |= {"limit_val_batches": 1, "enable_checkpointing": True}
+    run = trainer(tmp_path, Throughput(), logged, pauses, SaveCheckpoints(every_n_steps=1), **settings)
     run.fit(MoEGPTModule(CONFIG), SyntheticData())
     found = logged.steps[-1]
-    parts = {part: found[f"time/{part}"] for part in PARTS}
-    assert min(parts.values()) > 0 and sum(parts.values()) < found["time/step"] < found["time/elapsed"]
+    assert 0 < found["time/data"] < min(0.2, found["time/step"]) and found["time/elapsed"] > 0.8 + found["time/step"]
     assert found["memory/process_bytes"] > 50e6
     assert "train/mfu" not in found  # nobody knows this CPU's
-    assert isinstance(logged.profiler, StepProfiler) and run.profiler is profiler
-    assert len(profiler.recorded_durations["run_training_batch"]) == 4
 
 
 def test_times_are_means_and_memory_is_the_maximum_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,8 +83,4 @@ def test_times_are_means_and_memory_is_the_maximum_over_ranks(monkeypatch: pytes
 
 def test_throughput_knows_the_peaks_of_gpus() -> None:
     assert peak_of("NVIDIA A100-SXM4-80GB", "bf16-mixed", False) == pytest.approx(312e12)
-    assert peak_of("NVIDIA A100-SXM4-40GB", "32-true", True) == pytest.approx(156e12)
-    assert peak_of("Tesla V100-SXM2-32GB", "32-true", True) == pytest.approx(15.7e12)
-    assert peak_of("NVIDIA H100 80GB HBM3", "bf16-mixed", False) == pytest.approx(989e12)
-    for other in ("NVIDIA GeForce RTX 4090", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA GH200 480GB", "NVIDIA H200 NVL"):
-        assert peak_of(other, "bf16-mixed", False) is None
+    assert peak_of("NVIDIA H200 NVL", "bf16-mixed", False) is None

@@ -152,9 +152,7 @@ def test_verify_command_names_damage_and_ends_with_a_code(
     good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["verify", str(good)])
-    output = capsys.readouterr().out
-    for part in ("step 1, 192 tokens", "experts    2 in block 1; 4 in block 3", "resumable  yes", "valid      "):
-        assert part in output
+    assert "step 1, 192 tokens; resumable\nvalid: " in capsys.readouterr().out
     shutil.copytree(good, tmp_path / "b.ckpt")
     flip(tmp_path / "b.ckpt" / "model.safetensors", EXPERT)
     flip(tmp_path / "b.ckpt" / "optimizer.safetensors", f"exp_avg/{EXPERT}")

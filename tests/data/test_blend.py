@@ -13,16 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlgmoe.cli.train import main
-from nlgmoe.config import GPTConfig
 from nlgmoe.data import Blend, BlendPart, Corpus, MegatronIndexed, PileDataModule, PocketPile, StreamedText
 from nlgmoe.data.blend import Interleaving, integer_weights
 from nlgmoe.data.pocket_pile import token_folder
-from nlgmoe.module import MoEGPTModule
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import SettingError
 from tests.support.corpora import tokens_of
 from tests.support.documents import evaluated, make_texts, write
-from tests.support.trainers import trainer
 
 # ---- whose turn it is
 
@@ -181,17 +178,6 @@ def test_blend_is_trained_on_and_resumed(make_data: Make, indexed: MegatronIndex
 
 
 # ---- mistakes
-
-
-@pytest.mark.parametrize(("weight", "warned"), [(0.01, True), (0.1, False)])
-def test_blend_warns_of_a_part_that_the_run_does_not_come_to(
-    weight: float, warned: bool, make_blend: Make, indexed: MegatronIndexed, tmp_path: Path, recwarn: Any
-) -> None:
-    data = make_blend((1 - weight, "books", PocketPile(["prose"])), (weight, "poems", indexed))
-    module = MoEGPTModule(GPTConfig(data.vocab_size, 32, 1, 16, 2), train_tokens=5 * 4 * 32)
-    trainer(tmp_path).fit(module, data)
-    words = "poems has 0.01 of the samples, less than one in the 20 of this run; raise the weight of its part"
-    assert any(words in str(warning.message) for warning in recwarn) == warned
 
 
 def test_blend_names_the_part_that_it_cannot_take(make_blend: Make, indexed: MegatronIndexed) -> None:

@@ -185,6 +185,12 @@ def test_distillation_weight_by_the_clock() -> None:
     assert distillation_weight(0, 100, 100) == 1
 
 
+def test_evaluation_does_not_load_the_teacher(tmp_path: Path) -> None:
+    module = MoEGPTModule(STUDENT, distiller=MixtureOfStudents("nowhere"))
+    run = trainer(tmp_path, limit_val_batches=1.0)
+    assert run.validate(module, SyntheticData(), verbose=False) and run.test(module, SyntheticData(), verbose=False)
+
+
 def test_teacher_in_fp32_has_its_logits_bit_for_bit_under_bf16(teacher: Path, tmp_path: Path) -> None:
     watch = Watch()
     module = MoEGPTModule(STUDENT, distiller=MixtureOfStudents(str(teacher), precision="fp32"))

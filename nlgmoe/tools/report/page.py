@@ -63,7 +63,7 @@ def page(runs: Sequence[Run], group_by: str | None = None, verdict: str | None =
         f"<section><h2>Verdict</h2><pre>{escape(verdict)}</pre></section>" if verdict is not None else "",
         controls(layers, "all" if len(curves) == 1 else "mean", bool(grouped)),
         section("Groups", [overlaid] if overlaid else []),
-        section("Training", figures.training(curves), tables.step_times(runs)),
+        section("Training", figures.training(curves)),
         section("Experts", figures.experts(curves)),
         section("Specialisation", figures.specialisation(runs)),
         tables.samples(runs),
@@ -94,7 +94,7 @@ def page(runs: Sequence[Run], group_by: str | None = None, verdict: str | None =
 """
 
 
-def section(name: str, charts: Sequence[Chart], rest: str = "") -> str:
+def section(name: str, charts: Sequence[Chart]) -> str:
     """Return the HTML of charts under a heading; empty if there are none."""
     parts = []
     for chart in charts:
@@ -107,7 +107,7 @@ def section(name: str, charts: Sequence[Chart], rest: str = "") -> str:
             f'<article id="{chart.name}"><h3>{escape(chart.title)}</h3><p>{escape(chart.text)}</p><div class="legend"></div>'
             f'<div class="panels" style="--width: {chart.width}px">{panels}</div></article>'
         )
-    return f"<section><h2>{escape(name)}</h2>{''.join(parts)}{rest}</section>" if parts or rest else ""
+    return f"<section><h2>{escape(name)}</h2>{''.join(parts)}</section>" if parts else ""
 
 
 def comparison(grouped: Sequence[groups.Group], setting: str) -> str:

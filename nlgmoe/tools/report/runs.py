@@ -180,7 +180,7 @@ def metrics_of(text: str) -> dict[str, pd.Series]:
 
 
 def loads_of(text: str) -> list[pd.DataFrame]:
-    """Return `expert_load.csv` as assignments `[rows, experts]` of each layer, over the steps up to which each row counts."""
+    """Return `expert_load.csv` as assignments `[rows, experts]` of each layer, by the number of steps at each row."""
     table = _cells(text, dtype="float64", na_values="", usecols=lambda name: name not in ("tokens", "dropped"))
     loads = []
     for _, rows in table.groupby("moe_layer"):

@@ -12,7 +12,6 @@ import pandas as pd
 import yaml
 from jsonargparse import ArgumentError
 
-from nlgmoe.callbacks.throughput import PARTS
 from nlgmoe.data.tokenizer_loading import fingerprint_of, tokenizer_of
 from nlgmoe.run.folder import flattened
 from nlgmoe.tools.report.runs import BITS, Run
@@ -78,18 +77,6 @@ def results(runs: Sequence[Run]) -> str:
         ("ended", str, lambda run: "yes" if run.summary else "no, or not yet"),
     ]
     return table("results", runs, [(name, form, [fact(run) for run in runs]) for name, form, fact in facts])
-
-
-def step_times(runs: Sequence[Run]) -> str:
-    """Return what a step's time goes to, a column per run; empty if no run was timed."""
-    timed = [run for run in runs if "time/step" in run.metrics]
-    if not timed:
-        return ""
-    logged = [{name.removeprefix("time/"): series.mean() for name, series in run.metrics.items()} for run in timed]
-    times = 1e3 * pd.DataFrame(logged).reindex(columns=["step", *PARTS])
-    times.insert(1 + len(PARTS), "rest", times["step"] - times[list(PARTS)].sum(axis=1))
-    rows: list[Row] = [(part, "{:.1f}".format, times[part].tolist()) for part in times]
-    return f"<h3>What a step's time goes to (milliseconds, mean over ranks and steps)</h3>{table('step_times', timed, rows)}"
 
 
 def versions(runs: Sequence[Run]) -> str:
