@@ -28,9 +28,9 @@ from nlgmoe.layers.losses import SoftTargets, TeacherTargets
 from nlgmoe.layers.precision import cast_by_autocast
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parallel.triton_product import hand_in_triton_product
-from nlgmoe.pyramid import PlacesExperts, experts_per_layer, experts_per_position
+from nlgmoe.pyramid import PlacesExperts, experts_per_layer
 from nlgmoe.ranks import raise_on_all_ranks
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import require
 
 
 class MixtureOfStudents(Distiller):
@@ -46,10 +46,6 @@ class MixtureOfStudents(Distiller):
         beta: weight of the distillation loss.
         temperature: divides the logits of both models before the KL divergence.
         precision: precision of the teacher's weights and matrix products, `fp32` or `bf16`; null: the student's.
-        num_layers: required number of blocks of the teacher; null: any number. The next three are requirements too.
-        hidden_size: the teacher's width, in values per token.
-        num_heads: the teacher's attention heads.
-        num_experts: the teacher's experts, one number for all MoE layers or one for each position; 0: a dense teacher.
     """
 
     def __init__(
@@ -58,16 +54,10 @@ class MixtureOfStudents(Distiller):
         beta: float = 1.0,
         temperature: float = 1.0,
         precision: Literal["fp32", "bf16"] | None = None,
-        num_layers: int | None = None,
-        hidden_size: int | None = None,
-        num_heads: int | None = None,
-        num_experts: int | list[int] | None = None,
     ) -> None:
         super().__init__(beta, temperature)
         require(precision in (None, *PRECISIONS), f"precision={precision} must be fp32, bf16 or null")
         self.teacher, self.precision = teacher, precision
-        self.expected: dict[str, Any] = {"num_layers": num_layers, "hidden_size": hidden_size, "num_heads": num_heads}
-        self.expected["num_experts"] = num_experts
         self.model: GPT | None = None  # this rank's shard of the teacher, until `release`
 
     @override
@@ -82,7 +72,6 @@ class MixtureOfStudents(Distiller):
         with raise_on_all_ranks():
             path, document = self._find()
             config = GPTConfig.from_dict(document["model_config"])
-            _check_shape(config, self.expected, path)
             _check_fit(config, student, data, path)
         divides = isinstance(strategy, PlacesExperts)
         placements = strategy.expert_placements(config, model_name="teacher") if divides else {}
@@ -140,22 +129,6 @@ def _describe(teacher: GPT) -> str:
         f"{config.num_layers} blocks, {config.hidden_size} wide; a rank holds {experts} of its {sum(experts_per_layer(config))} "
         f"experts, in all {size / 1e6:,.1f}M parameters of {parameters[0].dtype} on {parameters[0].device}"
     )
-
-
-def _check_shape(teacher: GPTConfig, expected: dict[str, Any], path: Path) -> None:
-    counts = experts_per_position(teacher)
-    for name, value in expected.items():
-        if name != "num_experts":
-            actual = getattr(teacher, name)
-            same = value == actual
-        else:
-            actual = counts or 0
-            same = value == counts or (isinstance(value, int) and set(counts) == {value} - {0})
-        if value is not None and not same:
-            raise SettingError(
-                f"model.distiller.{name}={value}, but model.distiller.teacher={path} has {actual}; use the intended "
-                f"teacher, or set {name} to null to accept any value"
-            )
 
 
 def _check_fit(teacher: GPTConfig, student: GPTConfig, data: TrainingData | None, path: Path) -> None:

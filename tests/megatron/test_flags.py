@@ -91,10 +91,6 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--cpu-optimizer", {"trainer.strategy.init_args.offload_optimizer": True}),
     ("--kd --load-teacher a", {"model.distiller.class_path": "nlgmoe.MixtureOfStudents"}),
     ("--mos --load-teacher a", {"model.distiller.init_args": {"teacher": "a", "beta": 1.0, "temperature": 1.0}}),
-    ("--mos --load-teacher a --num-experts-teacher 8", {"model.distiller.init_args.num_experts": 8}),
-    ("--mos --load-teacher a --num-experts-teacher 4 8", {"model.distiller.init_args.num_experts": [4, 8]}),
-    ("--mos --load-teacher a --num-experts-teacher 1 8", {"model.distiller.init_args.num_experts": [0, 8]}),
-    ("--mos --load-teacher a --num-experts-teacher 1", {"model.distiller.init_args.num_experts": 0}),
     ("--distributed-timeout-minutes 90", {"trainer.strategy.init_args.timeout_seconds": 5400.0}),
 ]
 

@@ -128,9 +128,6 @@ def _distiller(job: Translation) -> None:
         return
     job.set("model.distiller.class_path", "nlgmoe.MixtureOfStudents")
     job.copy("Distillation", "model.distiller.")
-    counts = job.arguments.value("--num-experts-teacher")
-    if counts is not None:
-        job.set("model.distiller.init_args.num_experts", _experts(counts))
 
 
 def _schedule(job: Translation) -> None:
