@@ -9,8 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from nlgmoe.checkpoint.reading import TensorFiles
-from nlgmoe.checkpoint.verify import describe
+from nlgmoe.checkpoint.reading import TensorFiles, read_document
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
@@ -121,7 +120,7 @@ def test_warm_start_is_still_named_by_a_resumed_run(trained: Path, tmp_path: Pat
         run = trainer(tmp_path, max_steps=steps)
         run.fit(module(start), SyntheticData(), ckpt_path=resumed)
         run.save_checkpoint(path)
-    assert f"256 tokens, from the weights of {source}\n" in describe(path)
+    assert read_document(path)["started_from"] == str(source)
     export(path, tmp_path / "exported")
     assert f"from the weights of {'/'.join(source.parts[-3:])} |" in (tmp_path / "exported/README.md").read_text()
 

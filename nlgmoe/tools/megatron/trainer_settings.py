@@ -7,7 +7,6 @@ scale, and clipping are read.
 from __future__ import annotations
 
 import json
-import math
 import posixpath
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,25 +149,11 @@ def _strategy(job: Translation, precision: str, deepspeed: DeepSpeedConfig | Non
     offload = arguments.has("--cpu-optimizer") or (deepspeed is not None and deepspeed.offload)
     job.set(f"{path}offload_optimizer", offload)
     if precision == "16-mixed":
-        for name, value in _loss_scale(job.arguments, deepspeed).items():
+        without = TEMPLATE_FP16 if arguments.has("--deepspeed") else MEGATRON_FP16
+        for name, value in (without if deepspeed is None else deepspeed.fp16_scale).items():
             job.set(path + name, value)
     if (minutes := arguments.value("--distributed-timeout-minutes")) is not None:
         job.set(f"{path}timeout_seconds", 60.0 * minutes)
-
-
-def _loss_scale(arguments: Arguments, deepspeed: DeepSpeedConfig | None) -> dict[str, int]:
-    if deepspeed is not None:
-        return deepspeed.fp16_scale
-    scale = dict(TEMPLATE_FP16 if arguments.has("--deepspeed") else MEGATRON_FP16)
-    if (initial := arguments.value("--initial-loss-scale")) is not None:
-        if not math.log2(initial).is_integer():
-            arguments.refuse("--initial-loss-scale", "is no power of 2, as loss scales are here; change it")
-        scale["initial_scale_power"] = round(math.log2(initial))
-    if (window := arguments.value("--loss-scale-window")) is not None:
-        scale["loss_scale_window"] = int(window)
-    if (hysteresis := arguments.value("--hysteresis")) is not None:
-        scale["hysteresis"] = hysteresis
-    return scale
 
 
 def _evaluation(job: Translation) -> None:

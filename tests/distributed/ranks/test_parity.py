@@ -108,7 +108,7 @@ def test_ranks_compute_what_one_process_computes(
         assert outcome.losses == pytest.approx(expected.losses, rel=1e-5)
         assert outcome.validation == pytest.approx(expected.validation, rel=1e-5)
         experts = [name for name in expected.metrics if name.startswith(("experts/", "train/grad_norm"))]
-        assert len(experts) >= 2 * 12
+        assert len(experts) >= 2 * 9
         for name in experts:
             assert outcome.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-3, abs=1e-6), name
         assert outcome.metrics.keys() == expected.metrics.keys()
