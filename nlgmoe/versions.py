@@ -3,7 +3,7 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-__version__ = "0.11.0.dev0"  # pyproject.toml reads it, without importing this file
+__version__ = "0.11.0"  # pyproject.toml reads it, without importing this file
 PACKAGES = ("torch", "lightning", "deepspeed", "torchmetrics", "datasets", "transformers", "tokenizers", "jsonargparse")
 
 
