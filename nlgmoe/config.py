@@ -98,8 +98,12 @@ class MoEConfig:
         if self.groups is not None:
             number, chosen = self.groups if len(self.groups) == 2 else (1, 0)
             fits = 1 <= chosen <= number and not any(count % number for count in counts)
-            meaning = f"a number of groups that divides num_experts={self.num_experts}, and of those that a token chooses from"
-            problem = f"groups={self.groups} must be {meaning}, with at least {top_k} experts, such as [8, 4]"
+            meaning = (
+                f"two numbers: of groups, which divides num_experts={self.num_experts}, and of groups that a token"
+            )
+            problem = (
+                f"groups={self.groups} must be {meaning} chooses from, with at least {top_k} experts, such as [8, 4]"
+            )
             require(fits and self.top_k <= chosen * fewest // number, problem)
         widths = ("expert_ffn_size", "shared_ffn_size")
         require_at_least(1, self, *widths, remedy=", or null for the model's ffn_hidden_size")

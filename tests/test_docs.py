@@ -1,5 +1,6 @@
 """The documents speak of things that exist."""
 
+import pkgutil
 import re
 from contextlib import redirect_stdout, suppress
 from functools import lru_cache
@@ -45,6 +46,8 @@ def test_files_tests_make_targets_and_links_in_the_documents_exist(name: str) ->
     assert not [test for test in re.findall(r"`(test_\w+)`", text) if f"def {test}(" not in tests]
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.MULTILINE)) <= targets
+    for part in re.findall(r"class_path[\"']?: [\"']?(nlgmoe(?:\.\w+)+)", text):
+        assert isinstance(pkgutil.resolve_name(part), type), part
     broken = []
     for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
         path, _, anchor = link.partition("#")

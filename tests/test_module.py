@@ -28,7 +28,7 @@ DROPLESS = GPTConfig(61, 16, 2, 32, 2, init_std=0.2, moe=MoEConfig(4, token_drop
 
 
 def test_the_loss_is_cross_entropy_plus_weighted_router_losses(tmp_path: Path) -> None:
-    module, data, recorder = MoEGPTModule(CONFIG, loss_chunk_size=7), SyntheticData(), Recorder()
+    module, data, recorder = MoEGPTModule(CONFIG, loss_chunk_size=7, seed=5), SyntheticData(), Recorder()
     batch = next(iter(data.train_dataloader()))
     output = module.gpt(batch["tokens"], noise_key=(module.seed, 0, 0))
     expected = F.cross_entropy(module.gpt.logits(output.hidden).flatten(0, 1), batch["targets"].flatten())
@@ -50,6 +50,7 @@ def test_compile_setting_compiles_the_dense_parts(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function.__name__) or function)
     assert MoEGPTModule(CONFIG).gpt and not compiled
     assert MoEGPTModule(CONFIG, compile=True).gpt and compiled.count("attend") == CONFIG.num_layers
+    assert MoEGPTModule(CONFIG, activation_checkpointing=True).gpt.activation_checkpointing
 
 
 def test_clock_counts_tokens_and_the_learning_rate_follows_it(tmp_path: Path) -> None:
@@ -104,13 +105,15 @@ def test_dropout_and_routing_draw_from_seed_and_step_alone(tmp_path: Path) -> No
     """The global generator neither decides nor notices."""
     config = GPTConfig(61, 16, 2, 32, 2, hidden_dropout=0.2, attention_dropout=0.1, moe=MoEConfig(4, noise="jitter"))
     runs = []
-    for global_seed in (1, 2):
+    for global_seed, seed in ((1, 1234), (2, 1234), (2, 5)):
         torch.manual_seed(global_seed)
         recorder = Recorder()
-        trainer(tmp_path, recorder, max_steps=4).fit(MoEGPTModule(config), SyntheticData())
+        trainer(tmp_path, recorder, max_steps=4).fit(MoEGPTModule(config, seed=seed), SyntheticData())
         runs.append(recorder.losses)
-    assert runs[0] == runs[1]
+    assert runs[0] == runs[1] and not set(runs[0]) & set(runs[2])
     assert len(set(runs[0])) == 4
+    weights, others = (MoEGPTModule(config, seed=seed).gpt.unembedding for seed in (1234, 5))
+    assert not torch.equal(weights, others)
 
 
 def test_validation_test_and_prediction_have_the_losses_of_each_domain(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.process import prepare_allocator, prepare_process
 from nlgmoe.run.trainer import RunTrainer
 from tests.support.processes import python
 from tests.support.synthetic import SyntheticData
@@ -73,3 +74,12 @@ load_config("configs/moe/laptop.yaml")
     RunTrainer(default_root_dir=tmp_path, fast_dev_run=1, **quiet).fit(MoEGPTModule(CONFIG), SyntheticData())
     RunTrainer(default_root_dir=tmp_path, **quiet).validate(MoEGPTModule(CONFIG), SyntheticData(), verbose=False)
     assert prepared == [torch.device("cpu")] * 2
+
+
+def test_threads_and_segments_are_set_unless_the_environment_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = {"GOMP_SPINCOUNT": "1000", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for given in ({}, dict.fromkeys(ours, "7"), {"OMP_WAIT_POLICY": "active", "PYTORCH_CUDA_ALLOC_CONF": "7"}):
+        monkeypatch.setattr(os, "environ", dict(given))
+        prepare_process()
+        prepare_allocator(torch.device("cuda"))
+        assert os.environ == (given if "OMP_WAIT_POLICY" in given else ours | given)

@@ -15,7 +15,7 @@ class TokenProgressBar(TQDMProgressBar):
     """Lightning's progress bar in tokens, since a curriculum changes the tokens of a batch.
 
     The bar has a total if the run ends at a token count or a step count. If standard output is a file, it is updated every ten
-    seconds, unlike bars of evaluation.
+    seconds; bars of evaluation are not.
 
     Args:
         refresh_rate: micro-batches between updates; 0 hides the bar.

@@ -16,7 +16,7 @@ from nlgmoe.validation import SettingError, require
 
 
 class SampleText(Callback):
-    """Continues each prompt after every validation of `fit` and at its end, and appends them to `samples.txt` in the run folder.
+    """Continues each prompt after every validation of `fit` and at its end; appends the texts to `samples.txt` in the run folder.
 
     Prints the first text on one line after a validation, and all texts at the end.
 

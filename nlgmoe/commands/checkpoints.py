@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def verify_checkpoint(checkpoint: str) -> None:
-    """Read a whole checkpoint, compare it with its checksums and its model, and print its contents.
+    """Read a whole checkpoint, compare it with its checksums and its model, and print its step, tokens and size.
 
     Args:
         checkpoint: the folder, `NAME.ckpt`.

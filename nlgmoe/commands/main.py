@@ -18,7 +18,7 @@ COMMANDS = {
     "prepare-data": ("commands.prepare_data", "build the pocket Pile, or a corpus of your own text"),
     "inspect": ("tools.planner.inspect_config", "predict a run's parameters, memory, communication and speed"),
     "from-megatron": ("tools.megatron.from_megatron", "translate a launch of Megatron-DeepSpeed into YAML"),
-    "verify": ("commands.checkpoints:verify_checkpoint", "check every byte of a checkpoint, and print its contents"),
+    "verify": ("commands.checkpoints:verify_checkpoint", "check every byte of a checkpoint"),
     "generate": ("commands.generate_text", "continue texts"),
     "export": ("tools.hugging_face.commands:export_checkpoint", "write a folder for transformers"),
     "import": ("tools.hugging_face.commands:import_checkpoint", "convert a folder of transformers into a checkpoint"),

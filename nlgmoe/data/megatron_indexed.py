@@ -82,7 +82,7 @@ class MegatronIndexed:
             documents = f"{sum(part.bounds[-1] for part in parts):,} documents of {', '.join(self.prefix)}"
             split = "null" if self.split is None else list(self.split)
             problem = f"split={split} leaves {' and '.join(missing)} none of the {documents}"
-            raise SettingError(f"{problem}: raise the share, or use a larger corpus.")
+            raise SettingError(f"{problem}; set split, such as [90, 10, 0], raise the share, or give more text")
         maps: dict[Path, np.ndarray] = {}
         present = [(number, name) for number, name in enumerate(SPLITS) if sizes[number]]
         tokens = {name: [_tokens(members, number, maps) for members in domains.values()] for number, name in present}

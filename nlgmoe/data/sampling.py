@@ -182,7 +182,7 @@ def check_ramp_up(ramp_up: BatchRampUp, global_batch_size: int | None, micro_bat
     fits = growth >= 0 and growth % ramp_up.increment == 0
     fits = fits and ramp_up.start % unit == 0 and ramp_up.increment % unit == 0
     problem = f"start={ramp_up.start} does not grow to global_batch_size={global_batch_size} by increment="
-    remedy = f"make both a multiple of global_batch_size / micro_batch_size, {unit}, and the growth one of increment"
+    remedy = f"make start and increment multiples of {unit}, and global_batch_size - start one of increment"
     require(fits, f"{problem}{ramp_up.increment}; {remedy}")
 
 

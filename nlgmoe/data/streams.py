@@ -179,7 +179,7 @@ class StreamedSource(TokenSource):
 
     def seek(self, cursors: Sequence[Sequence[int]]) -> None:
         """See `TokenSource`."""
-        self._cursors = {stream: Cursor(*numbers) for stream, *numbers in cursors}
+        self._cursors = {stream: Cursor(*numbers[: len(Cursor())]) for stream, *numbers in cursors}
         self._open = {}
 
     def sample(self, index: int) -> Sample:

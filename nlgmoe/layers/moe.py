@@ -91,7 +91,7 @@ class MoELayer(nn.Module):
             )
         if routing.num_experts != num_experts:
             raise RunError(f"{name} returned num_experts={routing.num_experts} in a layer of {num_experts} experts")
-        # Not in `Routing`: `nlgmoe check` takes one of a layer of the user's, and reports weights in half precision.
+        # Not in `Routing`: `nlgmoe check` reports weights in half precision as a property that fails.
         if routing.weight.dtype.itemsize < 4:
             raise RunError(f"{name} returned weights of {routing.weight.dtype}; compute them in fp32")
         return routing

@@ -106,6 +106,8 @@ class Routing:
         for name, loss in self.losses.items():
             if loss.dim() > 0:
                 raise RunError(f"Routing has loss {name} of {list(loss.shape)}; return a mean over tokens")
+            if not name.endswith("_loss") or name in ("balance_loss", "z_loss", "distillation_loss"):
+                raise RunError(f"Routing has loss {name}; give it a name of its own that ends with _loss")
 
     @cached_property
     def tokens_per_expert(self) -> Tensor:

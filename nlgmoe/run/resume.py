@@ -64,7 +64,7 @@ class RunClock:
     Spans:
         run: from the start of training, with everything between steps.
         steps: training steps, without waiting for data and without callbacks.
-        data: waiting for the next micro-batch, from the end of the one before, without saves and validations.
+        data: between micro-batches, which is mainly waiting for data; without saves and validations.
         validation: validations of the fit.
     """
 

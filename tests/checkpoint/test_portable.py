@@ -21,6 +21,7 @@ from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
 from nlgmoe.run.checks import check_same_run
 from tests.checkpoint.runs import ACCUMULATE, CONFIG, NEEDED, fit
+from tests.support.memory import peak_bytes
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import Recorder, SaveAt, trainer
 
@@ -180,3 +181,10 @@ def test_evaluation_may_change_how_the_gate_begins_and_not_its_weights() -> None
             saved = {"model_config": replace(config, moe=moe).to_dict()}
             with pytest.raises(ValueError, match=f"differs from model.config: moe.{next(iter(change))}"):
                 check_same_run(saved, replace(config, moe=replace(moe, **change)), None, "NAME.ckpt")
+
+
+def test_save_copies_no_tensor(tmp_path: Path) -> None:
+    module, run = MoEGPTModule(GPTConfig(61, 16, 4, 128, 2, moe=MoEConfig([2, 4]))), trainer(tmp_path, max_steps=1)
+    run.fit(module, SyntheticData())
+    weights = sum(value.numel() * 4 for value in module.parameters())
+    assert peak_bytes(lambda: run.save_checkpoint(tmp_path / "a.ckpt")) < 0.2 * weights

@@ -170,3 +170,8 @@ def test_a_document_without_text_is_left_out_and_counted(tmp_path: Path) -> None
 def test_text_file_has_its_open_last_line_and_no_byte_order_mark(tmp_path: Path) -> None:
     (path := tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD)
     assert [record.content for record in read(path)] == ["good", "good"]
+    latin, wide = "naïve".encode("latin-1"), "naïve".encode("utf-16")
+    for content, reason in ((latin, r"not UTF-8 \(from byte 2 on; convert"), (wide, r"not text \(it has zero bytes")):
+        (path := tmp_path / "other.txt").write_bytes(content)
+        with pytest.raises(RunError, match=rf"other\.txt: {reason}"):
+            read(path)

@@ -121,7 +121,7 @@ def head(dtype: torch.dtype, kind: str, autocast: bool, scale: float) -> list[Te
             loss = loss + _divergence(top.double(), ours)[mask].sum()
         loss = loss / DIVISOR
     else:
-        arguments = hidden, table, VOCABULARY, targets, mask, 100, torch.tensor(DIVISOR)
+        arguments = hidden, table, VOCABULARY, targets, mask, 8, torch.tensor(DIVISOR)
         with torch.autocast("cpu", dtype, enabled=autocast):
             if kind == "plain":
                 loss = cross_entropy(*arguments)
@@ -129,6 +129,7 @@ def head(dtype: torch.dtype, kind: str, autocast: bool, scale: float) -> list[Te
                 whole = SoftTargets(lambda part: teacher[part], 1.0, 2.0)
                 said = whole if kind == "distilled" else TopTargets(lambda part: (ids[part], top[part]), 1.0, 1.0)
                 loss = distilled_cross_entropy(*arguments, said).loss
+        assert loss.dtype == torch.float32
     (loss * scale).backward()
     assert not table.grad[VOCABULARY:].any()
     return [gradient.double() / scale for gradient in (hidden.grad[mask], bias.grad, table.grad[:VOCABULARY])]

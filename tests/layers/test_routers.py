@@ -20,6 +20,7 @@ from nlgmoe import (
     RoutingContext,
     SigmoidRouterConfig,
     UniformRouterConfig,
+    generate,
 )
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.layers.router import Router
@@ -176,6 +177,21 @@ def test_a_router_in_another_block_routes_by_its_entries_alone(name: str) -> Non
 
 
 # ---- each of them
+
+
+@torch.no_grad()
+@each
+def test_routers_in_evaluation_do_not_depend_on_a_cache_other_sequences_or_documents(name: str) -> None:
+    gpt = GPT(model(MOES[name], init_std=0.3)).eval()
+    tokens = torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(0))
+    prompts = [tokens[0].tolist(), tokens[1, :3].tolist()]  # the second is padded on the left
+    for prompt, ids in zip(prompts, generate(gpt, prompts, 4, temperature=0), strict=True):
+        whole = gpt.logits(gpt(torch.tensor([ids])).hidden)[0, len(prompt) - 1 : -1]
+        assert ids[len(prompt) :] == whole.argmax(-1).tolist()
+    after = torch.cat([torch.zeros_like(tokens[:, :4]), tokens], dim=1)
+    documents = torch.arange(12).ge(4).long().expand(2, -1)
+    found = gpt(after, documents=documents).hidden[:, 4:]
+    torch.testing.assert_close(found, gpt(tokens).hidden, rtol=1e-4, atol=1e-5)
 
 
 def run(name: str, folder: Path, steps: int, checkpoint: Path | None = None) -> Trainer:

@@ -63,6 +63,14 @@ def test_signal_handlers_are_restored_after_training(tmp_path: Path) -> None:
     ours = seen[-1]
     assert ours[0] == ours[2] not in before and ours[1] == signal.SIG_IGN
 
+    class Fails(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("a failure")
+
+    with pytest.raises(RuntimeError, match="a failure"):
+        fit(tmp_path / "fails", Fails())
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
 
 @pytest.mark.parametrize("succeeds", [True, False])
 def test_slurm_requeues_the_job_after_its_requeue_signal(

@@ -53,7 +53,7 @@ class Exported:
     checkpoint: Path  # the exported checkpoint
     family: str | None  # whose class loads it; None: ours, because of `reason`
     reason: str  # settings that no family has; empty if our code was asked for
-    limits: list[str]  # lines about other programs that compute another model
+    limits: list[str]  # lines about limits of other programs
 
 
 def export(

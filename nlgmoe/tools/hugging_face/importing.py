@@ -124,10 +124,7 @@ class WeightFiles:
             raise RunError(
                 f"{file}: {saved} is of {tensor.get_dtype()}, and nlgmoe reads no quantised files; name a conversion to bf16"
             )
-        self._places[name] = (
-            file,
-            saved,
-        )  # of a tensor in several files, that of model.safetensors, the last of the loop
+        self._places[name] = file, saved  # the last file counts: model.safetensors
         self.shapes[name] = torch.Size(tensor.get_shape())
 
     def drop(self, prefixes: list[str]) -> list[str]:

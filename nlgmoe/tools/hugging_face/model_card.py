@@ -1,6 +1,7 @@
 """What the reader of an exported folder must know: its model card (README.md), and limits of other programs with it.
 
-Named are those that compute another model without a message; docs/hugging_face.md has the versions that were tried.
+Named are programs that refuse our code, compute another model, or refuse our tokenizers; docs/hugging_face.md has the versions
+that were tried.
 """
 
 from __future__ import annotations

@@ -141,6 +141,9 @@ class Tasks:
         self._loaded: dict[str, dict[str, Any]] = {}
         self._manager = TaskManager(include_path=include_path, include_defaults=False)
         index = self._manager.task_index
+        for name in names:  # lm-eval leaves out a file that it cannot read, and takes its own task of that name
+            if include_path is not None and name not in index and (file := Path(include_path, f"{name}.yaml")).exists():
+                raise SettingError(f"include_path={include_path}: {file} cannot be read as a task; correct it")
         if not all(name in index and index[name].kind.name == "TASK" for name in names):
             self._manager = TaskManager(include_path=include_path)  # 20 seconds for 14,000 built-in tasks
         for name in names:

@@ -184,12 +184,8 @@ def _verdict(difference: PairedDifference | None, losses: dict[Key, float], refe
     if losses is reference:
         return None
     if difference is None:
-        reason = (
-            "no setting has the same value in a run of both"
-            if losses and reference
-            else "a group has no loss at the end"
-        )
-        return f"no pairs: {reason}"
+        shared = "no setting has the same value in a run of both"
+        return f"no pairs: {shared if losses and reference else 'a group has no loss at the end'}"
     low, high = difference.interval()
     return "lower" if high < 0 else "higher" if low > 0 else "unresolved"
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -29,6 +30,7 @@ from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.parallel.sharded_checkpoint import LOSS_SCALE_KEYS
+from nlgmoe.pyramid import ExpertPlacement
 from tests.support.cells import DROPLESS, LEARNS, PLAIN
 from tests.support.jobs import Found, Jobs, allow_fp16, error_of, saves_at_start
 from tests.support.non_finite import Spoils, Undo
@@ -195,3 +197,13 @@ def test_a_parameter_that_a_callback_has_frozen_is_refused_by_name() -> None:
     (strategy := nlgmoe.ExpertParallelStrategy()).connect(module)
     with pytest.raises(ValueError, match=r"requires_grad of final_norm\.\w+ is False; train on one process or"):
         strategy.on_train_start()
+
+
+def test_a_module_that_was_built_with_other_placements_is_refused() -> None:
+    module = nlgmoe.MoEGPTModule(nlgmoe.GPTConfig(61, 16, 2, 16, 2, moe=nlgmoe.MoEConfig(4)))
+    assert module.gpt is not None  # built with all experts
+    placed = {1: ExpertPlacement(0, 2, group=object())}
+    strategy = SimpleNamespace(expert_placements=lambda config: placed)
+    module._trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="make a new MoEGPTModule for every trainer"):
+        module.configure_model()

@@ -21,12 +21,14 @@ from safetensors.torch import load_file
 from torch import distributed
 
 import nlgmoe
+from nlgmoe.callbacks import ExpertSpecialisation
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data import BatchRampUp, PileDataModule
+from nlgmoe.eval.specialisation import Specialisation
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.optimizer import AdamWConfig, is_frozen
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
@@ -50,7 +52,7 @@ def evaluate_text(cell: Cell, ranks: int, folder: Path) -> dict[str, float]:
     def trainer(*callbacks: Callback) -> Trainer:
         return make_trainer(cell, ranks, folder / "evaluated", *callbacks)
 
-    (validated,) = trainer().validate(MoEGPTModule(config), data, verbose=False)
+    (validated,) = trainer(ExpertSpecialisation()).validate(MoEGPTModule(config), data, verbose=False)
     (tested,) = trainer().test(MoEGPTModule(config), data, verbose=False)
     (run := trainer(PredictionFile())).predict(MoEGPTModule(config), data, return_predictions=False)
     rank = f"-{run.global_rank}" if ranks > 1 else ""
@@ -144,7 +146,7 @@ def test_frozen_weights_of_every_rank_stay_as_they_were(cell: Cell, found: Found
     assert list(find_problems(end)) == []
 
 
-def test_evaluation_with_uneven_last_batches_equals_one_process(found: Found, tmp_path: Path) -> None:
+def test_evaluation_with_uneven_last_batches_equals_one_process(found: Found, checkpoint: Path, tmp_path: Path) -> None:
     expected = evaluate_text(UNEVEN, 1, tmp_path)
     by_rank = found[evaluate_text, UNEVEN.name]
     windows = sorted(name for rank in by_rank for name in rank if name.startswith("window "))
@@ -152,6 +154,9 @@ def test_evaluation_with_uneven_last_batches_equals_one_process(found: Found, tm
     for rank in by_rank:
         assert rank == pytest.approx({name: expected[name] for name in rank}, rel=1e-5)
         assert {name for name in expected if not name.startswith("window ")} <= rank.keys()
+    folders = tmp_path, checkpoint.parent / "3"
+    one, ranks = (Specialisation.load(folder / "evaluated").counts for folder in folders)
+    assert one.sum() > 100 and (ranks == one).all()
 
 
 def test_batches_and_sequences_grow_alike_on_ranks(found: Found, tmp_path: Path) -> None:
