@@ -92,6 +92,26 @@ def test_router_and_mix_are_in_fp32_where_a_script_allows_less(allowed: str, mix
     assert after == calls.products[id(moe.mlp.expand.weight)] == allowed  # all other products: as the script says
 
 
+@pytest.mark.parametrize("name", ["bf16-mixed", "bf16-true"])
+def test_cross_entropy_rounds_the_logits_once_and_sums_loss_and_gradient_in_fp32(name: str) -> None:
+    torch.manual_seed(0)
+    hidden, table = torch.randn(2000, 16).to(torch.bfloat16), torch.randn(50, 16).to(torch.bfloat16)
+    targets = torch.randint(50, (2000,))
+    given = [t.to(torch.bfloat16 if name == "bf16-true" else torch.float32).requires_grad_() for t in (hidden, table)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16-mixed"):
+        loss = cross_entropy(*given, 50, targets, None, chunk_size=8)
+    expected = F.cross_entropy((hidden @ table.t()).float(), targets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+    exact = [t.detach().float().requires_grad_() for t in (hidden, table)]
+    F.cross_entropy(exact[0] @ exact[1].t(), targets).backward()
+    for leaf, reference, gradient in zip(given, exact, torch.autograd.grad(loss, given), strict=True):
+        assert gradient.dtype == leaf.dtype
+        error = (gradient.float() - reference.grad).norm() / reference.grad.norm()
+        assert error < 0.005, f"{error:.4f}"  # 250 sums in bf16 would lose much more
+
+
 TOKENS, VOCABULARY, ROWS, WIDTH = 512, 2001, 2048, 32
 DIVISOR = 8192 * 50257 / VOCABULARY  # a probability divided by it is as small as in 8,192 tokens of 50,257 classes
 
@@ -121,7 +141,7 @@ def head(dtype: torch.dtype, kind: str, autocast: bool, scale: float) -> list[Te
             loss = loss + _divergence(top.double(), ours)[mask].sum()
         loss = loss / DIVISOR
     else:
-        arguments = hidden, table, VOCABULARY, targets, mask, 8, torch.tensor(DIVISOR)
+        arguments = hidden, table, VOCABULARY, targets, mask, 100, torch.tensor(DIVISOR)
         with torch.autocast("cpu", dtype, enabled=autocast):
             if kind == "plain":
                 loss = cross_entropy(*arguments)
@@ -129,7 +149,6 @@ def head(dtype: torch.dtype, kind: str, autocast: bool, scale: float) -> list[Te
                 whole = SoftTargets(lambda part: teacher[part], 1.0, 2.0)
                 said = whole if kind == "distilled" else TopTargets(lambda part: (ids[part], top[part]), 1.0, 1.0)
                 loss = distilled_cross_entropy(*arguments, said).loss
-        assert loss.dtype == torch.float32
     (loss * scale).backward()
     assert not table.grad[VOCABULARY:].any()
     return [gradient.double() / scale for gradient in (hidden.grad[mask], bias.grad, table.grad[:VOCABULARY])]
