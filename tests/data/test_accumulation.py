@@ -26,7 +26,8 @@ def test_micro_batches_per_step() -> None:
     with pytest.raises(SettingError, match=r"1 rank feeds .*; change one of them$"):
         micro_batches_per_step(10, 4, 1)
     with pytest.raises(
-        SettingError, match=r"^start=4 does not grow to global_batch_size=12 by increment=4; .* micro_batch_size, 6, "
+        SettingError,
+        match=r"^start=4 does not grow to global_batch_size=12 by increment=4; make start and increment multiples of 6",
     ):
         PileDataModule(global_batch_size=12, batch_ramp_up=RAMP_UP, micro_batch_size=2)
 
