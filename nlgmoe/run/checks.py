@@ -147,6 +147,9 @@ def check_optimizer(trainer: Trainer) -> None:
     if not all("decays" in group for group in optimizer.param_groups):
         problem = f"configure_optimizers returns {type(optimizer).__name__}, but checkpoints need nlgmoe's optimizer"
         raise SettingError(f"{problem}: return super().configure_optimizers(), and set model.optimizer")
+    if trainer.lr_scheduler_configs:
+        problem = "configure_optimizers returns a learning-rate scheduler, but model.schedule sets the rate"
+        raise SettingError(f"{problem}: return the optimizer alone")
 
 
 def validate_by_steps(trainer: Trainer) -> None:

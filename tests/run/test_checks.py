@@ -8,12 +8,15 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ConstantLR
 
 from nlgmoe.checkpoint.portable import use_portable_checkpoints
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.optimizer import AdamWConfig, MuonConfig
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from nlgmoe.run.checks import check_trainer
+from tests.support.synthetic import SyntheticData
 from tests.support.trainers import CONFIG
 
 
@@ -59,3 +62,22 @@ def test_strategy_that_cannot_train_the_model_is_refused(tmp_path: Path) -> None
         run._accelerator_connector.strategy = strategy()
         with pytest.raises(ValueError, match=f"trainer.strategy={strategy.__name__} "):
             check_trainer(run, "validate")
+
+
+class WithScheduler(MoEGPTModule):
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [ConstantLR(optimizer)]
+
+
+class OfItsOwn(MoEGPTModule):
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"), [(WithScheduler, "a learning-rate scheduler, but"), (OfItsOwn, "SGD, but")]
+)
+def test_what_configure_optimizers_may_not_return_is_refused(module: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^configure_optimizers returns {words} "):
+        trainer(tmp_path, max_steps=1).fit(module(CONFIG), SyntheticData())
