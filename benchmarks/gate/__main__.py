@@ -15,7 +15,6 @@ import logging
 import os
 import signal
 import sys
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,12 @@ from filelock import FileLock, Timeout
 
 from benchmarks.gate.candidate import RATE, Side, check, costs, memory, read_candidate
 from benchmarks.gate.page import RESULTS, Row, add_row, in_lines, make_row, write_table
-from benchmarks.gate.runs import Run, fingerprint, placed, series, train
+from benchmarks.gate.runs import fingerprint, placed, run_of, series
 from benchmarks.gate.verdict import PLANNED_PAIRS, steps_at_equal_cost, verdict
 from benchmarks.reproduce.campaign import best_rate
-from benchmarks.reproduce.launching import CPU, TINY, Launch, Scale, launch
+from benchmarks.reproduce.scale import CPU, TINY, Scale
 from benchmarks.runs import ROOT
+from benchmarks.training import Launcher, train
 from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.files import write_json
 from nlgmoe.tools.report.page import write_report
@@ -40,7 +40,7 @@ COSTS, MOST = ("flops", "seconds"), 20  # a shorter run has a warm-up too
 BUSY = 3.0  # load average; the gate's own checks and first steps, just before, reach 2 on two cores
 
 
-def judge(candidate: Side, out: Path, pairs: int, jobs: int, tune: bool, launch: Launch) -> dict[str, Any]:
+def judge(candidate: Side, out: Path, pairs: int, jobs: int, tune: bool, launch: Launcher) -> dict[str, Any]:
     """Check, measure, train and compare; return what a row has of it.
 
     Args:
@@ -56,24 +56,21 @@ def judge(candidate: Side, out: Path, pairs: int, jobs: int, tune: bool, launch:
     searched: dict[float, float] = {}
     if tune:
         sides = [placed(replace(candidate, rate=factor * RATE), out, launch) for factor in FACTORS]
-        tuning = [Run(side, TUNING_SEED, side.scale.steps // 2) for side in sides]
-        train([[trial] for trial in tuning], jobs, launch)
-        searched = {trial.side.learning_rate: trial.loss for trial in tuning}
+        tuning = {side.learning_rate: run_of(side, TUNING_SEED, side.scale.steps // 2) for side in sides}
+        train([[run] for run in tuning.values()], jobs, launch)
+        searched = {rate: run.loss for rate, run in tuning.items()}
         candidate = replace(candidate, rate=best_rate(searched, searched.values()))
         print(f"learning rate: {candidate.learning_rate:.2g}, from the losses {searched}")
     both = candidate, baseline = placed(candidate, out, launch), placed(baseline, out, launch)
     measured, whole = costs_of(candidate, baseline), candidate.scale.steps
     steps = {"tokens": (whole, whole)} | {kind: steps_at_equal_cost(measured[kind], whole) for kind in COSTS}
-    lines = [
-        series(side, seed, [lengths[place] for lengths in steps.values()])
-        for seed in seeds_of(pairs)
-        for place, side in enumerate(both)
-    ]
-    train(lines, jobs, launch)
-    losses: Any = {side.home: defaultdict(dict) for side in both}
-    for run in (run for line in lines for run in line):
-        losses[run.side.home][run.steps][run.seed] = run.loss
-    ours, theirs = losses.values()
+    seeds, lengths = seeds_of(pairs), [*zip(*steps.values(), strict=True)]  # of the candidate, of the baseline
+    lines = {(place, seed): series(both[place], seed, lengths[place]) for seed in seeds for place in (0, 1)}
+    train([[*line.values()] for line in lines.values()], jobs, launch)
+    ours, theirs = (
+        {length: {seed: lines[place, seed][length].loss for seed in seeds} for length in lines[place, 1]}
+        for place in (0, 1)
+    )
     judged = {kind: verdict([*ours[n].values()], [*theirs[m].values()]) for kind, (n, m) in steps.items()}
     found = {
         "numerics": baseline.home.name.removeprefix("baseline-"),
@@ -85,7 +82,7 @@ def judge(candidate: Side, out: Path, pairs: int, jobs: int, tune: bool, launch:
         "verdicts": judged,
     }
     text = in_lines({"name": candidate.name, **found}) + "\n\nBelow are the runs of all tokens, without shorter ones."
-    runs = read_runs([line[0].folder for line in lines])
+    runs = read_runs([line[whole].folder for line in lines.values()])
     print(f"curves: {write_report(runs, out / f'{candidate.name}.html', 'seed', text)}")
     return found
 
@@ -118,7 +115,7 @@ def costs_of(candidate: Side, baseline: Side) -> dict[str, Any]:
     return measured
 
 
-def main(argv: list[str] | None = None, run: Launch = launch) -> None:
+def main(argv: list[str] | None = None, launch: Launcher | None = None) -> None:
     """Judge a candidate, and add its row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -129,31 +126,36 @@ def main(argv: list[str] | None = None, run: Launch = launch) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--tune", action="store_true", help="search the learning rate: three runs of half the tokens")
     parser.add_argument("--author", help="default: git's user.name")
-    parser.add_argument("--results", type=Path, help="JSON file of the rows; default: docs/results/gate.json")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="JSON file of the rows; default: docs/results/gate.json; of a first look OUT/gate.json",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gate", help="folder of the runs")
     parser.add_argument("--tables", action="store_true", help="train nothing; renew the table of docs/gate.md")
     parser.add_argument("--scale", choices=["cpu", "tiny"], default="cpu", help="tiny: twenty steps a run, for a test")
     args = parser.parse_args(argv)
-    scale = {"cpu": CPU, "tiny": TINY}[args.scale]
+    scale, launch = {"cpu": CPU, "tiny": TINY}[args.scale], launch or Launcher()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which devices there are
     with one_line_errors():
         if args.tables:
-            write_table(fingerprint(Side("baseline", scale), args.out.resolve(), run))
+            write_table(fingerprint(Side("baseline", scale), args.out.resolve(), launch))
             return
         require(bool(args.candidate), "no candidate: give a class_path or a YAML file")
         require(args.pairs > 0 and args.jobs > 0, "--pairs and --jobs must be at least 1")
-        print(in_lines(enter(args, scale, run)))
+        print(in_lines(enter(args, scale, launch)))
 
 
-def enter(args: argparse.Namespace, scale: Scale, run: Launch) -> Row:
+def enter(args: argparse.Namespace, scale: Scale, launch: Launcher) -> Row:
     """Judge the candidate of a command line, and add its row to the file."""
     out = args.out.resolve()
     candidate = read_candidate(args.candidate, args.name, scale)
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / ".lock", timeout=0):
-            row = make_row(candidate, args.author, **judge(candidate, out, args.pairs, args.jobs, args.tune, run))
-            add_row(args.results or (out / "gate.json" if scale is TINY else RESULTS), row)
+            row = make_row(candidate, args.author, **judge(candidate, out, args.pairs, args.jobs, args.tune, launch))
+            whole = scale is CPU and args.pairs >= PLANNED_PAIRS
+            add_row(args.results or (RESULTS if whole else out / "gate.json"), row)
             return row
     except Timeout:
         raise SettingError(f"--out={out}: another process works in it; wait for it, or name another one") from None

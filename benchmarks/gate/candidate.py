@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import nn
 
-from benchmarks.reproduce.launching import CONFIGS, Scale, run_settings
+from benchmarks.reproduce.scale import CONFIGS, Scale, run_settings
 from benchmarks.runs import ROOT
 from benchmarks.timing import interleaved
 from nlgmoe.cli.type_hints import class_named, find_class

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.documents import markdown_table, with_text
 from benchmarks.gate.candidate import Side
 from benchmarks.gate.verdict import CHANCE, PLANNED_PAIRS, in_words
-from benchmarks.reproduce.launching import machine
+from benchmarks.reproduce.scale import machine
 from benchmarks.runs import ROOT, git
 from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters

@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 
 from benchmarks.reproduce.campaign import Campaign
 from benchmarks.reproduce.cells import SEEDS
-from benchmarks.reproduce.launching import CPU, TINY
 from benchmarks.reproduce.questions import LARGER, QUESTIONS, runs_of
+from benchmarks.reproduce.scale import CPU, TINY
 from benchmarks.reproduce.speed import measure
 from benchmarks.reproduce.tables import long_table, write
 from benchmarks.runs import ROOT, git

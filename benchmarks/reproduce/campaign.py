@@ -1,22 +1,13 @@
-"""Train the missing runs, some at a time; write each result to one JSON file when its run ends.
-
-All runs of a campaign use the code of one commit. A killed run resumes its newest checkpoint.
-"""
+"""Train the missing runs of a campaign with the code of one commit, and write their results to one JSON file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import shutil
-import time
 from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from threading import Lock
 from typing import Any
-
-import yaml
 
 from benchmarks.reproduce.cells import (
     COOLDOWN,
@@ -31,12 +22,30 @@ from benchmarks.reproduce.cells import (
     WIDEST,
     Cell,
 )
-from benchmarks.reproduce.launching import CONFIGS, CPU, Launch, Scale, call, fit, launch, machine, run_settings
+from benchmarks.reproduce.scale import CONFIGS, CPU, Scale, machine, run_settings
 from benchmarks.runs import ROOT
+from benchmarks.training import Launcher, Run, call, train
 from nlgmoe.config import GPTConfig
 from nlgmoe.experiment import parse_config
 from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters, flops_per_token
+
+Trained = tuple[Cell, int, float | None]  # cell, seed, and the learning rate of a search
+
+
+class Recording(Run):
+    """The recording of a teacher's logits: `files` are those of the student's data, and further words of the command."""
+
+    @property
+    def has_ended(self) -> bool:
+        """See `Run`."""
+        return self.folder.exists()
+
+    def train(self, launch: Launcher) -> str:
+        """See `Run`."""
+        command = ["-m", "nlgmoe", "distill-logits", *self.files, "--output", str(self.folder)]
+        call(launch, self.name, command, self.folder.with_suffix(".log"), self.tree)
+        return "recorded"
 
 
 class Campaign:
@@ -45,20 +54,21 @@ class Campaign:
     Args:
         folder: of runs.
         results: JSON file; what it has is trained again only if another run needs its checkpoints and they are not in
-            `folder`. Then the second loss is kept beside the first.
+            `folder`. It is written when runs have ended or failed.
         commit: of the code that trains.
         tree: folder of that code.
         scale: size of the runs.
-        run: starts a command.
+        launch: starts a command.
 
     Raises:
         ValueError: the results are of another commit or scale.
     """
 
     def __init__(
-        self, folder: Path, results: Path, commit: str, tree: Path, scale: Scale = CPU, run: Launch = launch
+        self, folder: Path, results: Path, commit: str, tree: Path, scale: Scale = CPU, launch: Launcher | None = None
     ) -> None:
-        self.folder, self.file, self.tree, self.scale, self._run = folder, results, tree, scale, run
+        self.folder, self.file, self.tree, self.scale = folder, results, tree, scale
+        self._launch = launch or Launcher()
         head = {"commit": commit, "scale": scale.name, "machine": machine()}
         self.results: dict[str, Any] = {**head, "learning_rates": {}, "runs": {}}
         if results.exists():
@@ -69,7 +79,6 @@ class Campaign:
                         f"{results} has {name} {self.results[name]}, this is {head[name]}: runs of both are no pairs; train with "
                         f"that one, or name another --results"
                     )
-        self._lock = Lock()
         self._shapes: dict[str, GPTConfig] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -89,69 +98,60 @@ class Campaign:
         """Train the runs, each after the runs whose checkpoints it resumes."""
         self._all([(cell, seed, None) for cell, seed in runs], jobs)
 
-    def _all(self, runs: list[tuple[Cell, int, float | None]], jobs: int) -> None:
+    def _all(self, runs: list[Trained], jobs: int) -> None:
+        self._collect(runs)
         missing = [run for run in runs if self.key(*run) not in self.results["runs"]]
-        sources = {source for run in missing for source in self._before(*run) if not self._has_checkpoints(*source)}
-        missing = [run for run in runs if run in missing or (run[2] is None and run[:2] in sources)]
-        self._left, self._began, self._done = sum(map(self._cost, missing)), time.monotonic(), 0.0
-        running: dict[Future[None], tuple[Cell, int]] = {}
-        with ThreadPoolExecutor(jobs) as pool:
-            try:
-                while missing or running:
-                    unfinished = {*running.values(), *((cell, seed) for cell, seed, rate in missing if rate is None)}
-                    ready = [run for run in missing if not unfinished & set(self._before(*run))]
-                    for run in ready[: jobs - len(running)]:
-                        missing.remove(run)
-                        running[pool.submit(self._one, *run)] = run[:2]
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        del running[future]
-                        future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        needed = {*missing, *((cell, seed, None) for run in missing for cell, seed in self._before(*run))}
+        lines: dict[tuple[str, int, float | None], list[Run]] = {}
+        for cell, seed, rate in [run for run in runs if run in needed]:
+            taught = cell.distilled is not None or cell.config == TEACHER.config
+            line = lines.setdefault(("taught" if taught else cell.config, seed, rate), [])
+            if cell.distilled and not any(isinstance(run, Recording) for run in line):
+                line.append(self._recording(seed))
+            line.append(self.run(cell, seed, rate))
+        try:
+            train([*lines.values()], jobs, self._launch)
+        finally:
+            self._collect(missing)
+
+    def _collect(self, runs: Iterable[Trained]) -> None:
+        """Write the results of runs that have ended and are not in the file."""
+        for run in runs:
+            if self.key(*run) not in self.results["runs"] and self.run(*run).has_ended:
+                self.results["runs"][self.key(*run)] = self._record(*run)
+        write_json(self.file, self.results)
 
     def _before(self, cell: Cell, seed: int, rate: float | None) -> list[tuple[Cell, int]]:
-        """Return the runs whose checkpoints this one resumes."""
-        sources = [cell.trunk, TEACHER if cell.distilled else None] if rate is None else []
+        """Return the runs whose checkpoints this one needs."""
+        teacher = TEACHER if cell.distilled and not self._logits(seed).exists() else None
+        sources = [cell.trunk, teacher] if rate is None else []
         return [(source, seed) for source in sources if source is not None]
-
-    def _has_checkpoints(self, cell: Cell, seed: int) -> bool:
-        """Return True if other runs can resume this one, or need not, because the teacher's logits are recorded."""
-        recorded = cell == TEACHER and (self.folder / f"logits-seed{seed}").exists()
-        folder = self.folder / self.key(cell, seed)
-        return recorded or ((folder / "checkpoints").exists() and (folder / "summary.json").exists())  # it has ended
 
     def key(self, cell: Cell, seed: int, rate: float | None = None) -> str:
         """Return the name of a run."""
         return f"{cell.name}-seed{seed}" + (f"-lr{rate:g}" if rate is not None else "")
 
-    def _one(self, cell: Cell, seed: int, rate: float | None) -> None:
-        key = self.key(cell, seed, rate)
-        folder, learning_rate = self.folder / key, rate or self.learning_rate(cell.config)
-        settings = self.settings(cell, seed, learning_rate)
-        if cell.distilled:
-            settings["model"]["distiller"] = {
-                "class_path": "nlgmoe.OfflineTeacher",
-                "init_args": {"logits": str(self._logits(seed))},
-            }
-        if cell.distilled == "staged":
-            stage = {"class_path": "nlgmoe.StagedDistillation", "init_args": {"fraction": STAGED}}
-            settings["trainer"]["callbacks"].append(stage)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-        files = [*self._configs(cell.config), folder / "settings.yaml"]
-        start = "auto"
+    def run(self, cell: Cell, seed: int, rate: float | None = None) -> Run:
+        """Return the run of a cell and a seed; with a rate, of the search for one."""
+        key, steps = self.key(cell, seed, rate), round(cell.budget * self.scale.steps)
+        files = (*map(str, self._configs(cell.config)), json.dumps(self.settings(cell, seed, rate)))
+        keep = rate is None and (cell == TEACHER or any(cell == other.trunk for other in TABLES))
+        trunk, start = None, 0
         if rate is None and cell.trunk is not None:
-            steps = round(cell.budget * (1 - COOLDOWN) * self.scale.steps)
-            start = str(self.folder / self.key(cell.trunk, seed) / f"checkpoints/step-{steps}.ckpt")
-        summary = fit(self._run, files, folder, self.tree, start)
+            start = round(cell.budget * (1 - COOLDOWN) * self.scale.steps)
+            trunk = self.folder / self.key(cell.trunk, seed) / f"checkpoints/step-{start}.ckpt"
+        return Run(key, self.folder / key, files, steps, trunk, start, keep, self.tree)
+
+    def _record(self, cell: Cell, seed: int, rate: float | None) -> dict[str, Any]:
+        """Return the result of a run that has ended."""
+        summary, settings = self.run(cell, seed, rate).summary, self.settings(cell, seed, rate)
         shape = self.shape(cell.config)
         count = count_parameters(shape)
-        record = {
+        return {
             "val_loss": summary["val_loss"],
             "bits_per_byte": summary["bits_per_byte"]["all"],
             "seed": seed,
-            "learning_rate": learning_rate,
+            "learning_rate": settings["model"]["optimizer"]["lr"],
             "tokens": summary["tokens"],
             "tokens_per_active_parameter": summary["tokens"] / count.active,
             "params_total": count.total,
@@ -160,39 +160,34 @@ class Campaign:
             "seconds": summary["wall_seconds"],
             "tokens_per_second": summary["tokens_per_second"],
             "config_sha256": hashlib.sha256(
-                b"".join(file.read_bytes() for file in files[:2])
+                b"".join(file.read_bytes() for file in self._configs(cell.config))
                 + json.dumps({**settings["model"], **settings["data"]}, sort_keys=True, default=str).encode()
             ).hexdigest(),
         }
-        with self._lock:
-            if first := self.results["runs"].get(key):  # trained again for its checkpoints
-                record = {**first, "val_loss_again": record["val_loss"]}
-            self.results["runs"][key] = record
-            write_json(self.file, self.results)
-            self._done += self._cost((cell, seed, rate))
-            self._report(key, record)
-        if rate is not None or not self._is_needed(cell):
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def _logits(self, seed: int) -> Path:
-        """Return the teacher's recorded logits for the samples of a seed; record them if they are missing."""
-        with self._lock:  # one recording at a time
-            folder = self.folder / f"logits-seed{seed}"
-            if not folder.exists():
-                settings = self.folder / f"logits-seed{seed}.yaml"
-                settings.write_text(yaml.safe_dump(self.settings(Cell("student"), seed, 1e-3)))
-                files = [*self._configs("student"), settings]
-                teacher = self.folder / self.key(TEACHER, seed)
-                samples = self.scale.steps * self.scale.step_tokens // self.shape("student").seq_len
-                options = {"--teacher": teacher, "--output": folder, "--samples": samples, "--top-k": 32}
-                words = [str(word) for pair in options.items() for word in pair]
-                command = ["-m", "nlgmoe", "distill-logits", *map(str, files), *words]
-                call(self._run, command, self.folder / f"logits-seed{seed}.log", self.tree)
-            return folder
+        """Return the folder of the teacher's logits for the samples of a seed."""
+        return self.folder / f"logits-seed{seed}"
 
-    def settings(self, cell: Cell, seed: int, rate: float) -> dict[str, Any]:
+    def _recording(self, seed: int) -> Recording:
+        """Return the recording of the teacher's logits."""
+        settings = json.dumps(run_settings(self.scale, self.tree, self.scale.steps, seed, 1e-3))
+        samples = self.scale.steps * self.scale.step_tokens // self.shape("student").seq_len
+        options = {"--teacher": self.folder / self.key(TEACHER, seed), "--samples": samples, "--top-k": 32}
+        files = (*map(str, self._configs("student")), settings, *(str(w) for pair in options.items() for w in pair))
+        return Recording(f"logits-seed{seed}", self._logits(seed), files, steps=0, tree=self.tree)
+
+    def settings(self, cell: Cell, seed: int, rate: float | None) -> dict[str, Any]:
         """Return the settings of a run besides the files of configs/reproduce."""
-        return run_settings(self.scale, self.tree, round(cell.budget * self.scale.steps), seed, rate)
+        steps, rate = round(cell.budget * self.scale.steps), rate or self.learning_rate(cell.config)
+        settings = run_settings(self.scale, self.tree, steps, seed, rate)
+        if cell.distilled:
+            logits = {"logits": str(self._logits(seed))}
+            settings["model"]["distiller"] = {"class_path": "nlgmoe.OfflineTeacher", "init_args": logits}
+        if cell.distilled == "staged":
+            stage = {"class_path": "nlgmoe.StagedDistillation", "init_args": {"fraction": STAGED}}
+            settings["trainer"]["callbacks"].append(stage)
+        return settings
 
     def shape(self, config: str) -> GPTConfig:
         """Return the model of a file of the code that trains."""
@@ -224,24 +219,6 @@ class Campaign:
         else:
             of_experts = _between(rates["moe_8"], rates["moe_32"], math.log(experts / 8) / math.log(4))
         return of_experts * (rate / rates["dense"])
-
-    def _is_needed(self, cell: Cell) -> bool:
-        """Return True if other runs resume this cell's checkpoints."""
-        return cell == TEACHER or any(cell == other.trunk for other in TABLES)
-
-    def _cost(self, run: tuple[Cell, int, float | None]) -> float:
-        cell, _, rate = run
-        share = cell.budget * (COOLDOWN if rate is None and cell.trunk is not None else 1)
-        return share * self.scale.steps * self.scale.step_tokens * flops_per_token(self.shape(cell.config))
-
-    def _report(self, key: str, record: dict[str, Any]) -> None:
-        elapsed = time.monotonic() - self._began
-        left = elapsed / self._done * max(0.0, self._left - self._done)
-        print(
-            f"{time.strftime('%H:%M')} {key}: val_loss {record['val_loss']:.4f}, "
-            f"{record['tokens_per_second'] or 0:,.0f} tokens/s; {self._done / self._left:.0%}, about {left / 3600:.1f} h left",
-            flush=True,
-        )
 
 
 def best_rate(rates: Iterable[float], losses: Iterable[float]) -> float:

@@ -17,9 +17,10 @@ from benchmarks.gate import page
 from benchmarks.gate.__main__ import main as gate
 from benchmarks.gate.__main__ import seeds_of
 from benchmarks.gate.candidate import Side, check, costs, memory, read_candidate
-from benchmarks.gate.runs import Run, series, train
+from benchmarks.gate.runs import series
 from benchmarks.gate.verdict import AS_GOOD, BETTER, UNRESOLVED, WORSE, steps_at_equal_cost, verdict
-from benchmarks.reproduce.launching import CPU, TINY
+from benchmarks.reproduce.scale import CPU, TINY
+from benchmarks.training import Launcher, train
 from docs.examples.cosine_router import CosineRouter, CosineRouterConfig
 from nlgmoe import Router, Routing, RoutingContext
 from nlgmoe.tools.check.properties import check_layer
@@ -81,7 +82,11 @@ def test_gate_gives_the_costlier_side_fewer_tokens_and_starts_at_a_constant_rate
     assert [steps_at_equal_cost(ratio, 2400) for ratio in (1.2, 0.5)] == [(2000, 2400), (2400, 1200)]
     assert seeds_of(8) == [1, 2, 3, 4, 5, 6, 7, 8] and seeds_of(10)[-2:] == [10, 11]  # 9 is for the learning rate
     side = Side("s", CPU, ("{}",))
-    assert [(run.steps, run.start) for run in series(side, 1, [2400, 2000, 590])] == [(2400, 0), (2000, 1440), (590, 0)]
+    assert [(steps, run.start) for steps, run in series(side, 1, [2400, 2000, 590]).items()] == [
+        (2400, 0),
+        (2000, 1440),
+        (590, 0),
+    ]
     own = json.loads(side.files(2000, 3)[-1])["model"]
     assert own["schedule"] == {"warmup_tokens": 60 * 2048, "decay_tokens": 2000 * 2048, "cooldown_tokens": 400 * 2048}
     assert own["seed"] == 3 and own["train_tokens"] == 2000 * 2048
@@ -139,17 +144,19 @@ def test_gate_runs_no_candidate_that_fails_a_property_or_needs_too_much_memory(m
 
 
 def test_gate_ends_at_a_failed_run(tmp_path: Path) -> None:
-    commands: list[list[str]] = []
+    class Failing(Launcher):
+        started = 0
 
-    def run(words: list[str], log: Path, tree: Path) -> int:
-        commands.append(words)
-        log.write_text("...\nerror: step 12: the loss is nan")
-        return 1
+        def __call__(self, command: list[str], log: Path, tree: Path) -> int:
+            self.started += 1
+            log.write_text("...\nerror: step 12: the loss is nan")
+            return 1
 
-    lines = [[Run(replace(BASELINE, home=tmp_path), seed, 20)] for seed in range(1, 9)]
-    with pytest.raises(RunError, match=r"baseline: seed. ended with exit code 1: error: step 12: the loss is nan"):
-        train(lines, 1, run)
-    assert len(commands) == 1
+    launch, side = Failing(), replace(BASELINE, home=tmp_path)
+    lines = [[*series(side, seed, []).values()] for seed in range(1, 9)]
+    with pytest.raises(RunError, match=r"baseline seed. ended with exit code 1: error: step 12: the loss is nan"):
+        train(lines, 1, launch)
+    assert launch.started == 1
 
 
 def test_gate_names_a_loss_that_is_not_finite_in_one_line(

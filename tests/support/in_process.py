@@ -3,14 +3,16 @@
 import os
 from pathlib import Path
 
+from benchmarks.training import Launcher
 from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main as nlgmoe
 
 
-class Here:
+class Here(Launcher):
     """Runs commands in this process; the training run of that number ends before its first step."""
 
     def __init__(self, killed: int = 1) -> None:
+        super().__init__()
         self.commands: list[list[str]] = []
         self.killed = killed
 

@@ -1,13 +1,9 @@
-"""Start runs of `configs/reproduce`: their size, their settings, and a process for each."""
+"""The size of the runs of `configs/reproduce`, and their settings."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +11,8 @@ from typing import Any
 import yaml
 
 from benchmarks.reproduce.cells import BUDGETS, COOLDOWN, STEP_TOKENS, STEPS
-from nlgmoe.validation import RunError
 
 CONFIGS = Path("configs/reproduce")
-Launch = Callable[[list[str], Path, Path], int]  # command of nlgmoe or train.py, log file, tree -> exit code
 
 
 @dataclass(frozen=True)
@@ -53,62 +47,6 @@ TINY = Scale(
         "data": {"micro_batch_size": 2, "max_eval_windows": 8},
     },
 )
-
-
-_running: set[subprocess.Popen[bytes]] = set()
-
-
-def launch(command: list[str], log: Path, tree: Path) -> int:
-    """Run a command with one thread in a process of its own."""
-    path = os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    with (
-        log.open("a") as file,
-        subprocess.Popen(
-            [sys.executable, *command], cwd=tree, stdout=file, stderr=subprocess.STDOUT, env=environment
-        ) as process,
-    ):
-        _running.add(process)
-        code = process.wait()
-        _running.discard(process)
-        return code
-
-
-def end_running() -> None:
-    """Let the commands of `launch` save a checkpoint and end."""
-    for process in list(_running):
-        process.terminate()
-
-
-def call(run: Launch, command: list[str], log: Path, tree: Path) -> None:
-    """Run a command.
-
-    Raises:
-        RunError: it failed; the message has the last line of its log.
-    """
-    if code := run(command, log, tree):
-        lines = log.read_text().rstrip().splitlines() if log.exists() else []
-        raise RunError(f"{log.parent.name} ended with exit code {code}: {lines[-1] if lines else ''} ({log})")
-
-
-def fit(run: Launch, files: Iterable[Path | str], folder: Path, tree: Path, start: str = "auto") -> dict[str, Any]:
-    """Train a run, or resume it, and return its summary.
-
-    Args:
-        run: starts a command.
-        files: of settings, or their text as JSON.
-        folder: of the run.
-        tree: folder of the code.
-        start: the checkpoint that it begins from, unless `folder` has some; `auto`: random weights.
-    """
-    start = "auto" if (folder / "checkpoints").exists() else start
-    command = ["train.py", "fit", *(part for file in files for part in ("--config", str(file)))]
-    command += [f"--trainer.default_root_dir={folder}", f"--ckpt_path={start}"]
-    call(run, command, folder / "log.txt", tree)
-    if not (folder / "summary.json").exists():
-        raise RunError(f"{folder.name} was stopped; start the command again, and it goes on")
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return summary
 
 
 def run_settings(scale: Scale, tree: Path, steps: int, seed: int, rate: float) -> dict[str, Any]:
