@@ -69,9 +69,9 @@ docs: develop  ## build the site: site/index.html
 	$(PIP_INSTALL) --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-notebooks: develop  ## run the notebooks and keep what they show; trains ten small models
+notebooks: develop  ## run notebooks 01 to 04 and keep what they show; trains ten small models (05: `notebooks/execute.py`, after `make real-model`)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
-	$(BIN)/python notebooks/execute.py
+	$(BIN)/python notebooks/execute.py notebooks/0[1-4]_*.ipynb
 
 reproduce: develop  ## the paper's claims with small models, QUESTION=capacity for one; resumable (20 to 40 hours on 2 cores; docs/claims.md)
 	$(BIN)/python -m benchmarks.reproduce $(if $(QUESTION),--question $(QUESTION)) $(if $(SCALE),--scale $(SCALE))

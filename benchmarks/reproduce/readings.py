@@ -67,10 +67,10 @@ def difference(runs: Runs, first: Cell, second: Cell, pairs: int = MAX_SEED) -> 
     return paired_difference([a[s] for s in seeds], [b[s] for s in seeds]) if len(seeds) > 1 else None
 
 
-def with_interval(paired: PairedDifference, unit: str = " nats") -> str:
+def with_interval(paired: PairedDifference) -> str:
     """Return a difference with its 95% interval."""
     low, high = paired.interval()
-    return f"{paired.mean:+.3f}{unit} ({low:+.3f} to {high:+.3f})"
+    return f"{paired.mean:+.3f} nats ({low:+.3f} to {high:+.3f})"
 
 
 def answers(results: dict[str, Any]) -> dict[str, Answer]:

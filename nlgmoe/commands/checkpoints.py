@@ -56,7 +56,7 @@ def upcycle_checkpoint(
     """Copy each block's feed-forward layer into its experts, so that the MoE model computes the same as the dense one.
 
     A Llama becomes a Mixtral, a Qwen3 a Qwen3-MoE, a Granite a GraniteMoe: every block has experts, two for each token, trained
-    as those families are (dropless, second expert by argmax). Other models, and residual ones, become the paper's. Other routers,
+    as those families are (dropless, second expert by argmax). Other models, and residual ones, become the paper's. Other
     weights and groups: `nlgmoe.surgery.upcycle.upcycle`.
 
     Set model.config.moe to the same values in a run that starts from the result with model.warm_start.checkpoint.

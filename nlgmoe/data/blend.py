@@ -28,7 +28,7 @@ class BlendPart:
     Args:
         weight: share of the training samples as a weight in any unit; weights need not sum to 1.
         name: name of the part in the logs, such as `val/loss/NAME`.
-        corpus: any corpus, including a blend, by class_path and init_args.
+        corpus: any corpus but a stream, also a blend, by class_path and init_args.
     """
 
     weight: float

@@ -18,7 +18,6 @@ from tests.support.synthetic import SyntheticData
 from tests.support.trainers import SaveAt, trainer
 
 CONFIG = GPTConfig(61, 16, 4, 32, 2, hidden_dropout=0.1, moe=MoEConfig(4, mlp_type="residual", noise="jitter"))
-ALL_BUT_ROUTER: tuple[Component, ...] = ("experts", "attention", "ffn", "norms", "embeddings")
 CASES: dict[str, tuple[tuple[Component, ...], dict[str, Any]]] = {
     "tied embeddings": (("embeddings",), {}),
     "all but the router, recomputed": (

@@ -1,6 +1,5 @@
 """A small teacher, its student, and the teacher's recorded logits."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ def record(
     teacher: Path,
     folder: Path,
     data: NumberedData | None = None,
-    report: Callable[[Any], None] = lambda progress: None,
     **changes: Any,
 ) -> recording.Progress:
     data = data or NumberedData()
@@ -53,4 +51,4 @@ def record(
         "micro_batch_size": 4,
         "loss_chunk_size": 24,
     }
-    return record_logits(spoken, data, settings | changes, folder, report)
+    return record_logits(spoken, data, settings | changes, folder, lambda progress: None)

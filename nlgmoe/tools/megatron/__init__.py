@@ -1,1 +1,1 @@
-"""Megatron-DeepSpeed: its flags as our configurations, its checkpoints as ours."""
+"""Megatron-DeepSpeed: its flags as our configurations."""

@@ -62,7 +62,7 @@ def inspect_config(
         hardware: v100-32, a100-40, a100-80, h100 or h200; default: this machine. Its accelerator's speed is predicted if it
             is one of these; a CPU's never.
         utilisation: achieved fraction of peak FLOP/s in matrix products; docs/planning.md documents the default.
-        simulate: also run one rank's optimizer step without values, and compare; 30 to 60 seconds.
+        simulate: also run one rank's optimizer step without values, and compare.
         rank: of --simulate: number of the rank.
         json: print one JSON object instead of a table.
     """

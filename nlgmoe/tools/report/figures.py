@@ -194,7 +194,7 @@ def _load_maps(run: Run) -> Chart:
         title = f"{run.layer(layer)}, {load.shape[1]} experts"
         panels.append(Panel(title, [heat_map], {"yaxis": {"title": {"text": "expert"}}}, height))
     text = (
-        "Assignments to each expert since the column before, before dropping: white is the fair share, red more "
+        "Assignments to each expert in logged intervals, before dropping: white is the fair share, red more "
         f"(dark red {RATIO_MAX:g} times and above), blue less, black none."
     )
     title = f"Load of every expert over time (times a fair share): {run.name}"
