@@ -25,6 +25,7 @@ from nlgmoe.validation import RunError, SettingError, list_differences, require
 
 Kinds = type | tuple[type, ...]
 _END = "continues a run after its end or a stop; leave it out"
+PRECISIONS = ("bf16-mixed", "16-mixed", "bf16-true", "32-true", "64-true")
 SETTINGS = {  # of a Trainer, unless they are 0 or null
     "min_steps": _END,
     "min_epochs": _END,
@@ -60,8 +61,8 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
             raise SettingError(f"trainer.{name}={value} {reason}")
     if getattr(trainer, "_val_check_time_interval", None) is not None:
         raise SettingError("trainer.val_check_interval as a time depends on the machine's speed; give optimizer steps")
-    if trainer.precision == "16-true":
-        raise SettingError("trainer.precision=16-true trains in fp16 alone, where eps is 0; use bf16-mixed or 16-mixed")
+    if trainer.precision not in PRECISIONS:  # in 16-true, eps is 0
+        raise SettingError(f"trainer.precision={trainer.precision} does not train here; use {', '.join(PRECISIONS)}")
     if trainer.gradient_clip_algorithm == "value":
         raise SettingError(
             "trainer.gradient_clip_algorithm=value: gradients are clipped to a norm alone; use norm, or null"

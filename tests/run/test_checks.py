@@ -30,7 +30,7 @@ def trainer(folder: Path, **settings: Any) -> Trainer:
         ({"min_steps": 2}, "trainer.min_steps=2 continues a run after its end"),
         ({"val_check_interval": "00:01:00:00"}, "val_check_interval as a time depends on"),
         ({"gradient_clip_algorithm": "value"}, "clipped to a norm alone; use norm"),
-        ({"precision": "16-true"}, "trainer.precision=16-true trains in fp16 alone"),
+        ({"precision": "16-true"}, "trainer.precision=16-true does not train here; use bf16-mixed"),
         ({"plugins": [AsyncCheckpointIO()]}, "AsyncCheckpointIO writes checkpoints that no run here"),
         ({"callbacks": [type("Frozen", (BaseFinetuning,), {})()]}, "Frozen changes weights, batch or optimizer"),
         ({"callbacks": [ModelCheckpoint(save_on_exception=True)]}, "saves within a step"),
