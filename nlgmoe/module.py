@@ -283,7 +283,7 @@ class MoEGPTModule(TrainingStep):
 def compile_dense_parts(model: GPT) -> None:
     """Compile attention and the dense feed-forward layers, whose shapes do not depend on the routing, at their first use.
 
-    Generation stays uncompiled: its shapes change with every token. Compiled dropout draws other random numbers.
+    Attention with a cache stays uncompiled: its shapes change with every token. Compiled dropout draws other random numbers.
     """
     for block in model.blocks:
         assert isinstance(block, Block)

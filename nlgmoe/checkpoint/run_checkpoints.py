@@ -6,12 +6,13 @@
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
 
-from nlgmoe.checkpoint.reading import resolve_link
+from nlgmoe.checkpoint.reading import KINDS, resolve_link
 from nlgmoe.checkpoint.verify import gather_problems
 from nlgmoe.ranks import AllRanksError, of_rank_zero
 from nlgmoe.validation import SettingError, require
@@ -53,8 +54,8 @@ def is_checkpoint(path: str | Path) -> bool:
     return path.suffix == ".ckpt" or (path / "checkpoint.json").exists() or not path.is_dir()
 
 
-def choose_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint `path`, or the newest valid checkpoint of a run folder. A collective.
+def choose_checkpoint(path: str | Path, kinds: Collection[str] = KINDS) -> Path:
+    """Return the checkpoint `path`, or the newest of a run folder whose files of these kinds are valid. A collective.
 
     What is listed in the folder, and where a link points, is rank 0's view alone: a running `fit` may change both. Ranks verify
     a checkpoint together before they use it, so that all raise the same error; a single process verifies a given checkpoint
@@ -64,12 +65,12 @@ def choose_checkpoint(path: str | Path) -> Path:
     checkpoint_or_steps = of_rank_zero(resolve_link(path) if is_checkpoint(path) else saved_steps(path))
     if isinstance(checkpoint_or_steps, Path):
         path = checkpoint_or_steps
-        if distributed.is_initialized() and (problems := gather_problems(path)):
+        if distributed.is_initialized() and (problems := gather_problems(path, kinds)):
             raise AllRanksError(f"{_summary(problems)}; use another checkpoint")
         return path
     skipped = []
     for step in reversed(checkpoint_or_steps):
-        problems = gather_problems(checkpoint_path(path, step))
+        problems = gather_problems(checkpoint_path(path, step), kinds)
         if not problems:
             rank_zero_info(f"newest checkpoint: {checkpoint_path(path, step)}")
             return checkpoint_path(path, step)
@@ -85,8 +86,8 @@ def choose_checkpoint(path: str | Path) -> Path:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint `path`, unverified, or the newest valid one of a run folder, to read weights from. A collective."""
-    return resolve_link(Path(path)) if is_checkpoint(path) else choose_checkpoint(path)
+    """Return the checkpoint `path`, unverified, or the newest of a run folder with valid weights, to read these. A collective."""
+    return resolve_link(Path(path)) if is_checkpoint(path) else choose_checkpoint(path, ("model",))
 
 
 def _summary(problems: list[str]) -> str:

@@ -1,6 +1,6 @@
 """Verify a checkpoint: on one process, or on all ranks together, each of which reads a share of the files. Describe it."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import distributed
 
 from nlgmoe.checkpoint import reading
 from nlgmoe.checkpoint.entries import Shapes, entry_shapes, optimizer_shapes
-from nlgmoe.checkpoint.reading import REMEDY, Contents, kind_of, read_document, read_manifest
+from nlgmoe.checkpoint.reading import KINDS, REMEDY, Contents, kind_of, read_document, read_manifest
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.optimizer import freeze
@@ -18,16 +18,16 @@ from nlgmoe.ranks import raise_on_all_ranks
 from nlgmoe.validation import list_differences
 
 
-def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:
+def find_problems(path: str | Path, rank: int = 0, ranks: int = 1, kinds: Collection[str] = KINDS) -> Iterator[str]:
     """Yield each defect of a checkpoint folder as a line. Raises an OSError if a file exists but cannot be read.
 
-    Reads the files of share `rank` of `ranks`; rank 0 also compares names and shapes with the model's.
+    Reads the files of share `rank` of `ranks` of some kinds; rank 0 also compares names and shapes with the model's.
     """
     try:
         path = reading.resolve_link(Path(path))
         document, files = read_document(path), read_manifest(path)["files"]
         reading.read_tokenizer(path)
-        for name in sorted(files)[rank::ranks]:
+        for name in sorted(name for name in files if kind_of(name) in kinds)[rank::ranks]:
             yield from reading.file_problems(path / name, files[name])
         if rank == 0:
             yield from _model_differences(path, document, files)
@@ -40,13 +40,13 @@ def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[s
         yield f"{path} is not an nlgmoe checkpoint ({type(error).__name__}: {reason})"
 
 
-def gather_problems(path: str | Path) -> list[str]:
+def gather_problems(path: str | Path, kinds: Collection[str]) -> list[str]:
     """Verify a checkpoint on all ranks and return each defect once, on every rank. A collective."""
     if not distributed.is_initialized():
-        return list(find_problems(path))
+        return list(find_problems(path, kinds=kinds))
     problems_by_rank: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
     with raise_on_all_ranks():
-        own = list(find_problems(path, distributed.get_rank(), len(problems_by_rank)))
+        own = list(find_problems(path, distributed.get_rank(), len(problems_by_rank), kinds))
     distributed.all_gather_object(problems_by_rank, own)
     return list(dict.fromkeys(problem for problems in problems_by_rank for problem in problems))
 

@@ -55,7 +55,8 @@ class _Layer:
     def computed(self, module: Any, inputs: Any, y: Tensor) -> None:
         assert self._routing is not None and self._dispatch is not None
         weight = self._routing.weight.flatten().double()  # [N * k], 0 where dropped
-        norm = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float64)[self._dispatch.row_of_assignment()]
+        norms = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float64).flatten()  # [M]; [E * S] of slots
+        norm = norms[self._dispatch.row_of_assignment()]
         kept = self._routing.kept.flatten().double()
         self.sums.index_add_(1, self._routing.expert.flatten(), torch.stack([weight, weight * norm, kept]))
 

@@ -134,7 +134,8 @@ class Experts(nn.Module):
         chosen = [e for e, count in enumerate(counts) if count or learns]  # on every rank each weight has a gradient
         rows = x.split([counts[e] for e in chosen])
         # The gradient of `unbind` is one stack; indexing would add up E of them.
-        stacks = {name: stack.unbind() if learns else stack for name, stack in self.named_parameters(recurse=False)}
+        named = {name: stack for name in self.roles if (stack := getattr(self, name)) is not None}  # PEFT computes it
+        stacks = {name: stack.unbind() if learns else stack for name, stack in named.items()}
         parts = [
             self._apply_network(part, _dense(lambda name, e=e: stacks[name][e] if name in stacks else None))  # type: ignore[misc]
             for e, part in zip(chosen, rows, strict=True)
@@ -164,8 +165,8 @@ def _dense(parameter: Callable[[str], Tensor | None]) -> Linear:
 def _multiply(product: Function, rows: Tensor, weight: Tensor) -> Tensor:
     """Compute `product(rows, weight)` in the dtype of the rows.
 
-    If the weight is cast, the backward pass casts it again instead of keeping the copy. The product is not repeated there: its
-    backward pass needs only its inputs, and recomputation stops at them.
+    If the weight is cast, the backward pass casts it again instead of keeping the copy. PyTorch's products are not repeated:
+    recomputation stops at their inputs. Triton's is: its inputs are saved after it.
     """
     if not torch.is_grad_enabled() or weight.dtype == rows.dtype:
         y: Tensor = product(rows, weight.to(rows.dtype))

@@ -45,7 +45,8 @@ def gather_owned_entries(
     """
     state = EngineState(engine)
     if with_moments and not state.has_moments:  # all steps were skipped
-        state.init_moments()
+        with torch.inference_mode(False):  # a validation's: steps update the moments later
+            state.init_moments()
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     loads: dict[Any, list[int]] = {}  # group of ranks -> values that each writes

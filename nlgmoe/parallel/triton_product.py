@@ -21,6 +21,7 @@ def triton_product(device: torch.device) -> Callable[..., Tensor] | None:
 
 def hand_in_triton_product(model: nn.Module, device: torch.device) -> None:
     """Give the product to all experts of `model`; `layers/expert_products.py` chooses where they use it."""
-    product = triton_product(device)
-    for moe in moe_layers(model):
+    layers = moe_layers(model)
+    product = triton_product(device) if layers else None  # DeepSpeed's import takes seconds
+    for moe in layers:
         moe.experts.triton_product = product

@@ -18,6 +18,7 @@ from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.eval.importance import measure_use
+from nlgmoe.layers import dispatch
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.surgery.prune import most_used, prune, pruned_config
 from tests.support.checkpoints import TOKENIZER, write
@@ -40,7 +41,8 @@ def batch_of(tokens: Tensor) -> dict[str, Tensor]:
 
 
 def whole(folder: Path, kind: str) -> Path:
-    config = GPTConfig(300, 16, 6, 16, 2, init_std=0.3, moe=MOES[kind])
+    moes = MOES | {"slots": replace(MOES["softmax"], eval_token_dropping=True)}
+    config = GPTConfig(300, 16, 6, 16, 2, init_std=0.3, moe=moes[kind])
     return write(folder / "whole.ckpt", config, tokenizer=TOKENIZER.files)
 
 
@@ -67,13 +69,14 @@ def test_pruning_experts_that_no_token_uses_changes_no_output(kind: str, tmp_pat
     assert read_tokenizer(tmp_path / "small.ckpt") == TOKENIZER.files
 
 
-@pytest.mark.parametrize("kind", ["softmax", "gated"])
+@pytest.mark.parametrize("kind", ["softmax", "gated", "slots"])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @torch.no_grad()
 def test_pruning_use_is_the_sum_of_weights_and_saliency_the_mean_weight_times_norm(
-    dtype: torch.dtype, error: float, kind: str, tmp_path: Path
+    dtype: torch.dtype, error: float, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Saliency: REAP's, of each expert over its tokens. In bf16 experts compute rows of no token too."""
+    """Saliency: REAP's, of each expert over its tokens. In bf16 and in slots experts compute rows of no token too."""
+    monkeypatch.setattr(dispatch, "has_slots", lambda device: True)
     model = load_model(whole(tmp_path, kind)).to(dtype)
     layer = moe_layers(model)[1]
     inputs: list[Tensor] = []
@@ -87,7 +90,7 @@ def test_pruning_use_is_the_sum_of_weights_and_saliency_the_mean_weight_times_no
         terms = [
             routing.weight[token, choice]
             * layer.experts(inputs[0][token : token + 1], torch.eye(5).long()[expert]).norm()
-            for token, choice in (routing.expert == expert).nonzero().tolist()
+            for token, choice in ((routing.expert == expert) & routing.kept).nonzero().tolist()
         ]
         assert float(use.weights[1][expert]) == pytest.approx(2 * float(weights.sum()), rel=error)
         assert float(use.saliency[1][expert]) == pytest.approx(float(sum(terms)) / max(1, len(terms)), rel=error)

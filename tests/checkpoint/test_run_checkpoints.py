@@ -74,6 +74,8 @@ def test_the_newest_valid_checkpoint_has_the_highest_number(tmp_path: Path) -> N
     (tmp_path / "checkpoints/step-300.ckpt.damaged").mkdir()
     assert saved_steps(tmp_path) == [9, 10, 20, 100]
     assert choose_checkpoint(tmp_path) == checkpoint_path(tmp_path, 100)
+    (checkpoint_path(tmp_path, 100) / "optimizer.safetensors").write_bytes(b"damaged")
+    assert find_checkpoint(tmp_path) == checkpoint_path(tmp_path, 100)  # readers of weights read no more
     (checkpoint_path(tmp_path, 100) / "manifest.json").unlink()
     file = checkpoint_path(tmp_path, 20) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\0")

@@ -156,9 +156,9 @@ def _this_machine(accelerator: str, ranks_per_node: int) -> Machine:
 def read_settings(paths: Sequence[str]) -> tuple[GPTConfig, dict[str, Any]]:
     """Read the model and train.py's settings; a checkpoint or a run's folder has no settings."""
     if len(paths) == 1 and (Path(paths[0]).is_dir() or paths[0].endswith(".ckpt")):
-        from nlgmoe.checkpoint.run_checkpoints import find_checkpoint  # imports Lightning, which takes seconds
+        from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint  # imports Lightning, which takes seconds
 
-        return GPTConfig.from_dict(read_document(find_checkpoint(paths[0]))["model_config"]), {}
+        return GPTConfig.from_dict(read_document(choose_checkpoint(paths[0], kinds=()))["model_config"]), {}
     # train.py's parser, for the same defaults and errors; its imports take seconds.
     from nlgmoe.experiment import parse_config
 
