@@ -51,8 +51,8 @@ def batch(rows: int = 4) -> Tensor:
 
 
 @torch.no_grad()
-def logits(model: Any) -> Tensor:
-    result: Tensor = model.eval()(input_ids=batch(2)).logits
+def logits(model: Any, length: int | None = None) -> Tensor:
+    result: Tensor = model.eval()(input_ids=batch(2)[:, :length]).logits
     return result
 
 
@@ -79,6 +79,7 @@ def test_lora_trains_merges_and_is_imported(name: str, target: str, folders: dic
     assert all(p.grad.any() for p in learning.values())
     after = logits(model)
     assert losses[-1] < losses[0] and (after - before).abs().max() > 1e-2
+    torch.testing.assert_close(logits(model, 2), after[:, :2], rtol=0, atol=1e-5)  # few rows, as in generation
 
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(load(folders[name]), tmp_path / "adapter")
