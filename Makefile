@@ -1,5 +1,5 @@
 # Everything runs in a virtual environment of its own, made on first use; nothing has to be installed by hand but
-# Python 3.11 or newer.
+# Python 3.11 to 3.13.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 OLDEST := .venv-oldest
@@ -22,7 +22,7 @@ help-developers:  ## show what changes or tries the package itself
 install: $(VENV)/.installed  ## virtual environment with nlgmoe
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "nlgmoe needs Python 3.11 or newer; say which with make PYTHON=...")'
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "nlgmoe needs Python 3.11 to 3.13; say which with make PYTHON=...")'
 	@echo "installing nlgmoe and PyTorch into $(VENV): 2 GB, some minutes; several times that with a CUDA build of PyTorch"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --editable . --constraint constraints.txt

@@ -35,15 +35,8 @@ class Statistic:
 
 
 def _entropy(routing: Any) -> Tensor | None:
-    """Sum the entropies of the gate's distributions, nats.
-
-    -sum p log p = log(sum exp(logits)) - sum p logits: one logarithm per token, of the largest probability.
-    """
-    if routing.probs is None:
-        return None
-    log_total = routing.logits.amax(dim=1) - routing.probs.amax(dim=1).log()  # [N]
-    products = torch.dot(routing.unpadded(routing.probs).flatten(), routing.unpadded(routing.logits).flatten())
-    return routing.unpadded(log_total).sum() - products
+    """Sum the entropies of the gate's distributions, nats."""
+    return None if routing.probs is None else torch.special.entr(routing.unpadded(routing.probs)).sum()
 
 
 def _confidence(routing: Any) -> Tensor | None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch import distributed
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
@@ -91,13 +92,10 @@ class Throughput(Callback):
 
 
 def _over_ranks(trainer: Trainer, times: list[float], memory: list[int]) -> tuple[list[float], list[float]]:
-    """Return the mean over ranks of `times` and the maximum of each value of `memory`, in one all-reduce."""
-    ranks, count = trainer.world_size, len(memory)
-    if ranks == 1:
-        return times, [float(value) for value in memory]
-    table = torch.zeros(len(times) + ranks * count, dtype=torch.float64)  # each rank's memory has its own cells
-    table[: len(times)] = torch.tensor(times, dtype=torch.float64) / ranks
-    first = len(times) + trainer.global_rank * count
-    table[first : first + count] = torch.tensor(memory, dtype=torch.float64)
-    total = sum_over_ranks(table.to(trainer.strategy.root_device)).cpu()
-    return total[: len(times)].tolist(), total[len(times) :].view(ranks, count).amax(dim=0).tolist()
+    """Return the mean over ranks of `times` and the maximum of each value of `memory`."""
+    device = trainer.strategy.root_device
+    sums, largest = (torch.tensor(values, dtype=torch.float64, device=device) for values in (times, memory))
+    if trainer.world_size > 1:
+        sums = sum_over_ranks(sums)
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return (sums / trainer.world_size).tolist(), largest.tolist()

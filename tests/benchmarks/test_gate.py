@@ -176,15 +176,8 @@ def test_gate_writes_the_row_of_a_candidate(pocket_pile: Path, tmp_path: Path, m
     rows, out = tmp_path / "rows.json", tmp_path / "runs"
     monkeypatch.setattr(candidates, "check_layer", partial(check_layer, only={"capacity is the formula"}))
     monkeypatch.setattr(command, "costs", lambda *sides: {**costs(*sides, rounds=1), "seconds": 1.01})
-    words = [
-        str(tmp_path / "top-2.yaml"),
-        f"--out={out}",
-        f"--results={rows}",
-        "--scale=tiny",
-        "--jobs=1",
-        "--author=me",
-    ]
-    words.append("--pairs=2")
+    words = [str(tmp_path / "top-2.yaml"), f"--out={out}", f"--results={rows}"]
+    words += ["--scale=tiny", "--jobs=1", "--author=me", "--pairs=2"]
 
     first = Here(killed=5)  # two fingerprints, then the runs
     with pytest.raises(SystemExit):

@@ -37,13 +37,13 @@ def test_expert_load_statistics_by_hand() -> None:
         weight=torch.tensor([[0.97], [0.0], [0.0]]),
         kept=torch.tensor([[True], [False], [False]]),
         num_experts=4,
-        logits=probs.log() + 1,
+        logits=3 * probs.log(),  # of a router whose distribution is not their softmax
         probs=probs,
         token_mask=torch.tensor([True, True, False]),
         expert_share=torch.tensor([0.25, 0.75, 0.9]),
     )
     entropy = -0.97 * math.log(0.97) - 0.03 * math.log(0.01) + math.log(4)
-    squares = (math.log(0.97) + 1) ** 2 + 3 * (math.log(0.01) + 1) ** 2 + 4 * (math.log(0.25) + 1) ** 2
+    squares = 9 * (math.log(0.97) ** 2 + 3 * math.log(0.01) ** 2 + 4 * math.log(0.25) ** 2)
     sums = routing_totals(routing).tolist()
     expected = {"load_max_over_mean": 4.0, "load_min_over_mean": 0.0}
     expected |= {"load_cv": math.sqrt(3), "dropped": 0.5, "entropy": entropy / 2 / math.log(4), "expert_share": 0.5}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback
+from torch import distributed
 
 from nlgmoe.callbacks import SaveCheckpoints, Throughput
 from nlgmoe.callbacks.throughput import _over_ranks
@@ -69,12 +70,9 @@ def test_waiting_for_data_counts_neither_saves_nor_validations(tmp_path: Path) -
 
 def test_times_are_means_and_memory_is_the_maximum_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen from the second of three ranks; the others have 1 and 3 times what it has."""
-
-    def total(table: torch.Tensor) -> torch.Tensor:
-        own = table[2:].view(3, 2)[1]
-        return torch.cat([table[:2] * (1 + 1 + 3), own, own, 3 * own])
-
-    monkeypatch.setattr("nlgmoe.callbacks.throughput.sum_over_ranks", total)
+    monkeypatch.setattr("nlgmoe.callbacks.throughput.sum_over_ranks", lambda own: own * (1 + 1 + 3))
+    largest = {distributed.ReduceOp.MAX: 3}
+    monkeypatch.setattr(distributed, "all_reduce", lambda own, operation: own.mul_(largest[operation]))
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     second: Any = SimpleNamespace(world_size=3, global_rank=1, strategy=strategy)
     times, memory = _over_ranks(second, [0.6, 3.0], [7, 5])

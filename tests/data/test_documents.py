@@ -61,6 +61,7 @@ GOOD, GOOD_IDS = b'{"text": "good"}', b'{"ids": [49]}'
 BAD_LINES = [
     (b'{"text": "\xff"}', "not UTF-8", "from byte 10 on"),
     (b'{"text": "cut o', "not JSON", "Unterminated string"),
+    (b'[{"text": "good"}]', "no JSON object", "one document a line"),
     (b'{"content": "good"}', "no such field", "(text)"),
     (b'{"text": ["good"]}', "not text", "text is of type list"),
     (b'{"text": "' + b"x" * 200_000 + b'"}', "document too long", "200,012 bytes; at most 150,000 are allowed"),

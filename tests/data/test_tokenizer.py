@@ -1,4 +1,5 @@
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,8 @@ def test_tokenizers_of_published_models_are_taken(published: Path, request: pyte
     assert ids == plain.encode(TEXT, add_special_tokens=False).ids and len(ids) < len(TEXT.encode())
     assert tokenizer.decode(ids) == TEXT and tokenizer.token_bytes[ids].sum() == len(TEXT.encode())
     named = f"a{ends[0]} b" + "".join(special)
-    assert tokenizer.encode_batch([named]) == [tokenizer.encode(named)] and tokenizer.token_bytes[tokenizer.eod_id] == 0
+    assert tokenizer.encode_batch([named]) == [tokenizer.encode(named)] == [deepcopy(tokenizer).encode(named)]
+    assert tokenizer.token_bytes[tokenizer.eod_id] == 0
     as_text, read = tokenizer.encode(named), tokenizer.reading_special_tokens().encode(named)
     assert tokenizer.decode(as_text) == tokenizer.decode(read) == named and tokenizer.eod_id not in as_text
     assert read == plain.encode(named, add_special_tokens=False).ids and len(read) <= 4 + len(special)

@@ -69,7 +69,7 @@ def results(runs: Sequence[Run]) -> str:
             for fact, name in bits.items()
         ),
         ("speed (tokens/s)", whole, lambda run: run.fact("tokens_per_second", "train/tokens_per_second")),
-        ("peak memory (bytes)", count, lambda run: run.fact("peak_memory_bytes", "memory/process_bytes")),
+        ("peak memory (bytes)", count, lambda run: run.summary.get("peak_memory_bytes")),
         ("time", duration, lambda run: run.fact("wall_seconds", "time/elapsed")),
         ("time of training steps", duration, lambda run: run.summary.get("step_seconds")),
         ("time of validations", duration, lambda run: run.summary.get("validation_seconds")),
