@@ -247,8 +247,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         *sums, factor = ctx.saved_tensors
-        scaled = (  # in place: the unembedding's is the step's largest tensor
-            None if total is None else total.to(factor.dtype).mul_(grad * factor).to(dtype)
+        scaled = (  # not in place: a second backward pass may follow
+            None if total is None else (total.to(factor.dtype) * (grad * factor)).to(dtype)
             for total, dtype in zip(sums, ctx.dtypes, strict=True)
         )
         return *scaled, None, None, None, None, None, None
