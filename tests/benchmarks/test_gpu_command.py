@@ -27,7 +27,7 @@ def test_gpu_command_takes_every_step_in_a_dry_run(tmp_path: Path, pocket_pile: 
         for figure in step["figures"]:
             judged = figure["kind"] == "correct" and not figure["name"].startswith(NEEDS_A_GPU)
             assert figure["met"] is (True if judged else None), figure  # no speed is judged on a CPU
-    assert sum(figure["met"] is True for step in run["steps"].values() for figure in step["figures"]) > 50
+    assert sum(figure["met"] is True for step in run["steps"].values() for figure in step["figures"]) > 40
     page = output.with_suffix(".md").read_text()
     assert run["commit"] in page and "| strategy | losses off fp32 without the strategy, ZeRO 2, bf16 | " in page
 
