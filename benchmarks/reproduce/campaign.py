@@ -26,6 +26,7 @@ from benchmarks.reproduce.scale import CONFIGS, CPU, Scale, machine, run_setting
 from benchmarks.runs import ROOT
 from benchmarks.training import Launcher, Run, call, train
 from nlgmoe.config import GPTConfig
+from nlgmoe.distill.offline_teacher import HEADER, POSITION
 from nlgmoe.experiment import parse_config
 from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters, flops_per_token
@@ -38,8 +39,8 @@ class Recording(Run):
 
     @property
     def has_ended(self) -> bool:
-        """See `Run`."""
-        return self.folder.exists()
+        """See `Run`; one that was stopped has its position."""
+        return (self.folder / HEADER).exists() and not (self.folder / POSITION).exists()
 
     def train(self, launch: Launcher) -> str:
         """See `Run`."""
@@ -123,7 +124,7 @@ class Campaign:
 
     def _before(self, cell: Cell, seed: int, rate: float | None) -> list[tuple[Cell, int]]:
         """Return the runs whose checkpoints this one needs."""
-        teacher = TEACHER if cell.distilled and not self._logits(seed).exists() else None
+        teacher = TEACHER if cell.distilled and not self._recording(seed).has_ended else None
         sources = [cell.trunk, teacher] if rate is None else []
         return [(source, seed) for source in sources if source is not None]
 

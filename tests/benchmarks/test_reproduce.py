@@ -48,7 +48,10 @@ def test_campaign_resumes_trunks_and_logits_and_repeats_no_run(pocket_pile: Path
     assert [Path(start).name for start in starts] == ["auto"] * 3 + ["step-4.ckpt", "auto", "auto", "step-8.ckpt"]
     assert sum("distill-logits" in command for command in here.commands) == 1
     campaign().train(runs, 1)
-    assert len(here.commands) == 8
+    assert len(here.commands) == 8 and campaign()._recording(1).has_ended
+    (position := tmp_path / "runs/logits-seed1/position.json").touch()
+    assert not campaign()._recording(1).has_ended  # it was stopped
+    position.unlink()
     with pytest.raises(ValueError, match="has commit abc, this is def: runs of both are no pairs"):
         campaign("def")
     # In a new folder the trunk of a missing run is trained again.
