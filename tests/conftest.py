@@ -44,6 +44,8 @@ SLOW = (
     "test_run_folder",
     "test_errors",
     "end_to_end/",
+    "tools_check/",
+    "test_notebooks",
 )
 
 # Slow tests of what changes rarely. `make test` leaves them out, `make test-nightly` runs them alone; named on the command line,
