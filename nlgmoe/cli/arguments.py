@@ -6,7 +6,6 @@ Output files are written completely or not at all.
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import json
 import types
@@ -16,7 +15,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from docstring_parser import parse as parse_docstring
 
-from nlgmoe.cli.errors import did_you_mean, one_line
+from nlgmoe.cli.errors import did_you_mean, import_module
 from nlgmoe.files import atomic_write, expand_home, yaml_beside
 from nlgmoe.validation import RunError, SettingError, require
 
@@ -147,8 +146,4 @@ def check_device(device: str) -> None:
 def import_allowed(modules: Sequence[str] | None) -> None:
     """Import modules that the user trusts, for checkpoints that name their classes."""
     for module in modules or ():
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # the module's code may raise any exception
-            reason = f"{type(error).__name__}: {one_line(str(error))}"
-            raise SettingError(f"allow_code={module} cannot be imported ({reason}); start in its folder") from error
+        import_module(module, "start in its folder")

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import select
 import signal
@@ -22,6 +23,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 
 from nlgmoe.validation import RunError, SettingError
 
@@ -84,6 +86,19 @@ def describe(error: BaseException) -> list[str] | None:
     if isinstance(error, RunError) or is_wrong_setting(error):
         return [one_line(line) for line in text.splitlines()]
     return None
+
+
+def import_module(name: str, remedy: str) -> ModuleType:
+    """Import a user's module.
+
+    Raises:
+        SettingError: its code raises an exception, or there is none; with the remedy.
+    """
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(str(error))}"
+        raise SettingError(f"cannot import {name} ({reason}); {remedy}") from error
 
 
 def one_line(text: str, limit: int = 600) -> str:

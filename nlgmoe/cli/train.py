@@ -34,7 +34,7 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.run.folder import RunFolder, run_folder_loggers, with_run_csv
 from nlgmoe.run.save_checkpoints import SaveCheckpoints
 from nlgmoe.run.signals import StopOnSignal
-from nlgmoe.run.trainer import RunTrainer, require_checkpoint
+from nlgmoe.run.trainer import RunTrainer
 from nlgmoe.validation import SettingError
 
 PACKAGE = Path(__file__).parents[1]
@@ -120,8 +120,6 @@ class TrainCLI(LightningCLI):
         if (seed := config.get("seed_everything")) is not None and seed is not False:
             reason = "which draws by model.seed (weights, noise) and data.seed (order); set those"
             rank_zero_warn(f"seed_everything={seed} changes nothing in a run, {reason}")
-        if (path := config.get("ckpt_path")) not in (None, "last", "auto", "best"):
-            require_checkpoint(path)
 
     @override
     def instantiate_classes(self) -> None:

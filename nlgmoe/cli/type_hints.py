@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib
 import inspect
 import sys
 import typing
@@ -20,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import register_type
 from typing_extensions import is_protocol
 
-from nlgmoe.cli.errors import did_you_mean, one_line
+from nlgmoe.cli.errors import did_you_mean, import_module
 from nlgmoe.cli.yaml_places import Setting
 from nlgmoe.parts import AttentionConfig, ExpertConfig, RotaryScaling, RouterConfig
 from nlgmoe.validation import SettingError
@@ -136,12 +135,7 @@ def class_named(path: str, bases: list[type]) -> Any:
 def find_class(path: str) -> Any:
     """Import a class."""
     module_name, _, name = path.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the module's code may raise any exception
-        reason = f"{type(error).__name__}: {one_line(str(error))}"
-        remedy = "put its file beside train.py or on PYTHONPATH"
-        raise SettingError(f"cannot import {module_name} ({reason}); {remedy}") from error
+    module = import_module(module_name, "put its file beside train.py or on PYTHONPATH")
     if not hasattr(module, name):
         classes = [other for other in (*getattr(module, "__all__", ()), *vars(module)) if other[:1].isupper()]
         raise SettingError(f"{module_name} has no class {name}{did_you_mean(name, classes)}")

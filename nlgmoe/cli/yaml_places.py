@@ -5,6 +5,7 @@ jsonargparse reads the same files by the same loader, but does not record where 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import set_loader
 
 from nlgmoe.cli.errors import one_line
 from nlgmoe.files import expand_home
@@ -20,7 +21,6 @@ from nlgmoe.validation import SettingError
 
 CONFIG_OPTIONS = ("--config", "-c")  # LightningCLI's
 _MERGE = "tag:yaml.org,2002:merge"  # the name `<<`
-_read_number = get_loader("yaml")  # jsonargparse's loader: 1e-3 is a number, which PyYAML takes for text
 
 
 class ConfigLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -28,13 +28,12 @@ class ConfigLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: igno
 
 
 def _text(loader: Any, node: yaml.ScalarNode) -> Any:
-    if not node.style:  # without quotes
-        with suppress(yaml.YAMLError):
-            if isinstance(number := _read_number(node.value), float):
-                return number
     return expand_home(node.value)
 
 
+# A number, which PyYAML takes for text, and jsonargparse does not: 1e-3
+_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 ConfigLoader.add_constructor("tag:yaml.org,2002:str", _text)
 ConfigLoader.add_constructor("tag:yaml.org,2002:timestamp", _text)
 set_loader("yaml", lambda text: yaml.load(text, Loader=ConfigLoader), (yaml.YAMLError,))

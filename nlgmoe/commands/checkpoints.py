@@ -28,7 +28,7 @@ def verify_checkpoint(checkpoint: str) -> None:
     from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, is_checkpoint, saved_steps
     from nlgmoe.checkpoint.verify import describe, find_problems
 
-    if checkpoint and not Path(checkpoint).exists():
+    if not Path(checkpoint).exists():
         raise SettingError(f"{checkpoint} does not exist; name a checkpoint")
     if not is_checkpoint(checkpoint) or not Path(checkpoint).is_dir():
         folder = Path(checkpoint)
@@ -155,6 +155,7 @@ def prune_checkpoint(
     from nlgmoe.commands.measured_text import read_batches
     from nlgmoe.eval.importance import measure_use
     from nlgmoe.eval.loaded_model import load_pretrained
+    from nlgmoe.model.counting import count_parameters
     from nlgmoe.surgery.prune import most_used, prune, pruned_config
 
     check_device(device)
@@ -173,7 +174,9 @@ def prune_checkpoint(
     _print_kept(before, kept, use)
     loss = measure_use(load_model(checkpoint).to(device), tqdm(batches, "measuring loss", mininterval=1)).loss
     print(f"loss {use.loss:.4f} -> {loss:.4f} nats per token ({use.tokens:,} tokens)")
-    _print_pruned(before, after, Path(checkpoint), path)
+    sizes = [count_parameters(config).total for config in (before, after)]
+    print(f"{checkpoint}: {sizes[0]:,} parameters of {path} have become {sizes[1]:,}")
+    print(f"{yaml_beside(Path(checkpoint))}: its settings")
     _print_command(run_config(Path(run)), Path(checkpoint), path, tokens_seen)
 
 
@@ -196,14 +199,6 @@ def _print_kept(before: GPTConfig, kept: Sequence[Sequence[int]], use: ExpertUse
         share = float(weights[experts].sum() / weights.sum())
         numbers = " ".join(map(str, experts))
         print(f"block {block}: {len(experts)} of {len(weights)} experts, with {share:.1%} of the weight: {numbers}")
-
-
-def _print_pruned(before: GPTConfig, after: GPTConfig, checkpoint: Path, unpruned: Path) -> None:
-    from nlgmoe.model.counting import count_parameters
-
-    sizes = [count_parameters(config).total for config in (before, after)]
-    print(f"{checkpoint}: {sizes[0]:,} parameters of {unpruned} have become {sizes[1]:,}")
-    print(f"{yaml_beside(checkpoint)}: its settings")
 
 
 def _print_command(config: Path | None, checkpoint: Path, unpruned: Path, tokens_seen: int) -> None:

@@ -76,7 +76,3 @@ def _run(name: str, words: list[str]) -> None:
 
     function = function_of(name)
     function(**CommandParser(name, function).read(words))
-
-
-if __name__ == "__main__":
-    main()

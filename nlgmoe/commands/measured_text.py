@@ -43,20 +43,19 @@ def read_batches(
 
 
 def _file_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Batch]:
-    import torch
+    import numpy as np
 
-    from nlgmoe.batch import Batch
     from nlgmoe.data.documents import UnusableError, decode_text
+    from nlgmoe.data.samples import EvaluationSource
+    from nlgmoe.data.sampling import collate
 
     try:
         ids = loaded.tokenizer.encode(decode_text(Path(text).read_bytes()))
     except (OSError, UnusableError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise SettingError(f"text={text} cannot be read ({reason}); give a file of text in UTF-8") from error
+    require(len(ids) > 0, f"text={text} has no token; give text")
     length = min(loaded.model.config.seq_len, LENGTH)
-    count = min(windows, (len(ids) - 1) // length)
-    require(count >= 1, f"text={text} has {len(ids)} tokens, fewer than one sequence of {length}; give more text")
-    tokens, targets = (torch.tensor(ids[i : i + count * length]).view(count, length) for i in (0, 1))
-    for batch_tokens, batch_targets in zip(tokens.split(BATCH), targets.split(BATCH), strict=True):
-        mask, domain = torch.ones_like(batch_tokens, dtype=torch.bool), torch.zeros(len(batch_tokens), dtype=torch.long)
-        yield Batch(tokens=batch_tokens, targets=batch_targets, token_mask=mask, domain=domain)
+    source = EvaluationSource([np.array(ids)], length, loaded.tokenizer.eod_id, windows)
+    for first in range(0, len(source), BATCH):
+        yield collate([source.sample(index) for index in range(first, min(first + BATCH, len(source)))])

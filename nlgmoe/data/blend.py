@@ -130,7 +130,7 @@ class OpenBlend(OpenCorpus):
             with _naming(name):
                 source = corpus.training_source(seq_len, derive_seed(seed, name))
                 remedy = "tokenise it in advance with nlgmoe prepare-data"
-                require(source.cursor_length == 0, f"corpus is a stream, of which a blend has none; {remedy}")
+                require(not source.has_cursors, f"corpus is a stream, of which a blend has none; {remedy}")
             epoch = ""
             if windows := getattr(source, "num_windows", None):
                 epoch = f", used up every {round(windows * seq_len * total / weight):,} tokens of the blend"
@@ -224,11 +224,10 @@ class Interleaving:
 
 
 def integer_weights(weights: Sequence[float]) -> list[int]:
-    """Return the smallest whole numbers in the same ratio; 0.1 is a tenth, not the nearest binary fraction."""
+    """Return whole numbers in the same ratio; 0.1 is a tenth, not the nearest binary fraction."""
     exact = [Fraction(repr(float(weight))) for weight in weights]
-    numerators, denominators = zip(*(weight.as_integer_ratio() for weight in exact), strict=True)
-    unit = Fraction(math.gcd(*numerators), math.lcm(*denominators))
-    return [int(weight / unit) for weight in exact]
+    unit = math.lcm(*(weight.denominator for weight in exact))
+    return [int(weight * unit) for weight in exact]
 
 
 @contextmanager

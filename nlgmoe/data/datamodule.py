@@ -2,7 +2,6 @@
 
 import os
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +152,7 @@ class PileDataModule(TrainingData):
         """Return this rank's endless micro-batches, from sample `samples_consumed` on."""
         rank, world_size = self._rank_and_world_size()
         source = self._opened().training_source(self.seq_len, self.seed)
-        self._has_cursors = source.cursor_length > 0
+        self._has_cursors = source.has_cursors
         source.seek(self._cursors.latest())
         full_batch_size = self.global_batch_size or self.micro_batch_size * world_size
         sampler = sampling.TrainingSampler(
@@ -164,8 +163,8 @@ class PileDataModule(TrainingData):
             world_size,
         )
         batches = sampling.MicroBatches(self._dataset(source))
-        # "Batches" of one micro-batch each: Lightning would divide those of a batch sampler between ranks again.
-        return self._loader(batches, sampler, batch_size=1, collate_fn=itemgetter(0))
+        # Items are micro-batches: Lightning would divide those of a batch sampler between ranks again.
+        return self._loader(batches, sampler, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """Return this rank's share of the validation windows of all domains; every rank has equally many batches."""

@@ -125,8 +125,6 @@ def _without_sidecar(prefix: Path) -> SettingError:
 
 
 def _tokens(parts: Sequence[Part], split: int, maps: dict[Path, np.ndarray]) -> Tokens:
-    if len(parts) == 1:
-        return IndexedDataset(parts[0].prefix).tokens[parts[0].ends[split] : parts[0].ends[split + 1]]
     bounds = [(part, part.ends[split], part.ends[split + 1]) for part in parts]
     pieces = [Piece(Path(f"{part.prefix}.bin"), first, end - first) for part, first, end in bounds]
     return ChainedTokens(pieces, parts[0].dtype, maps)
@@ -154,10 +152,7 @@ def _check_sample(dataset: IndexedDataset, tokenizer: Tokenizer, count: int, com
     filled = [number for number, (first, end) in zip(sampled, bounds, strict=True) if end > first + 1]
     step = -(-len(filled) // COMPARED_DOCUMENTS) or 1
     texts = [dataset[int(dataset.document_indices[number])] for number in filled[::step] if compares]
-    if (same := sum(map(tokenizer.reproduces, texts))) < len(texts) / 2:
-        share = f"{same} of {len(texts)} sampled documents come back when their text is tokenised with"
-        problem = f"{path} holds another tokenizer's ids: {share} {tokenizer.name}"
-        raise RunError(f"{problem}: set data.tokenizer to the one they were made with.")
+    tokenizer.check_documents(texts, path)
 
 
 def split_documents(documents: int, split: Sequence[float]) -> list[int]:

@@ -44,11 +44,6 @@ class Manifest:
     files: dict[str, TextFile]  # `{domain}.{split}` -> text file
     sources: dict[str, str]  # package -> licence
 
-    @property
-    def total_bytes(self) -> int:
-        """UTF-8 bytes of all texts."""
-        return sum(file.bytes for file in self.files.values())
-
 
 @dataclass(frozen=True)
 class Part:
@@ -198,7 +193,7 @@ def write_corpus(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     manifest = Manifest(name, domains, files, sources)
-    write_json(root / "manifest.json", asdict(manifest) | {"total_bytes": manifest.total_bytes})
+    write_json(root / "manifest.json", asdict(manifest))
     return manifest
 
 

@@ -17,7 +17,6 @@ Windows hold T + 1 tokens and start every T, so each token is a target exactly o
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
 from math import isqrt
 from typing import NotRequired
 
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 
 from nlgmoe.batch import Batch
-from nlgmoe.data.tokens import Tokens, first_tokens
+from nlgmoe.data.tokens import ChainedTokens, Tokens
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import require
 
@@ -48,11 +47,11 @@ class TokenSource(ABC):
 
     Attributes:
         seq_len: tokens of a sample.
-        cursor_length: numbers in a cursor; 0: samples have none.
+        has_cursors: samples have a cursor.
     """
 
     seq_len: int
-    cursor_length = 0
+    has_cursors = False
 
     @abstractmethod
     def sample(self, index: int) -> Sample:
@@ -108,7 +107,7 @@ class PackedSource(_Windows):
     def sample(self, index: int) -> Sample:
         """Return window `order(seed, epoch)[index % n]` with `epoch = index // n`, n the number of windows."""
         epoch, position = divmod(index, self.num_windows)
-        return self._window(epoch_permutation(self.num_windows, self._seed, epoch)[position])
+        return self._window(Permutation(self.num_windows, self._seed, "epoch", epoch)[position])
 
 
 class EvaluationSource(_Windows):
@@ -135,7 +134,8 @@ class EvaluationSource(_Windows):
 
     def evaluated_tokens(self, domain: int) -> Tokens:
         """Return the targets that the domain's windows cover, in order."""
-        return first_tokens(self._tokens[domain], self._counts[domain] * self.seq_len)
+        tokens, count = self._tokens[domain], self._counts[domain] * self.seq_len
+        return tokens.first(count) if isinstance(tokens, ChainedTokens) else tokens[:count]
 
 
 def count_windows(num_tokens: int, seq_len: int, keep_tail: bool) -> int:
@@ -185,12 +185,7 @@ class Permutation:
         self._right = -(-n // self._left)  # b
         self._keys = [derive_seed(*seed_parts, number) for number in range(ROUNDS)]
 
-    def __len__(self) -> int:
-        return self._n
-
     def __getitem__(self, index: int) -> int:
-        if not 0 <= index < self._n:
-            raise IndexError(index)
         index = self._once(index)
         while index >= self._n:  # for one index in sqrt(n), on average
             index = self._once(index)
@@ -210,9 +205,3 @@ def _mix(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
     return x ^ (x >> 31)
-
-
-@lru_cache(maxsize=64)  # neighbouring samples share an epoch; workers run ahead into the next one
-def epoch_permutation(num_windows: int, seed: int, epoch: int) -> Permutation:
-    """Return the order in which an epoch visits the windows, a function of its arguments alone."""
-    return Permutation(num_windows, seed, "epoch", epoch)

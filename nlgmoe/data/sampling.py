@@ -8,10 +8,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch.utils.data import Dataset, DistributedSampler, default_collate
 
+from nlgmoe.batch import Batch
 from nlgmoe.data.samples import Sample, TokenSource
 from nlgmoe.data.tokens import check_ids
 from nlgmoe.validation import SettingError, require, require_at_least
@@ -34,13 +34,13 @@ class SourceDataset(Dataset[Sample]):
 
 
 @dataclass(eq=False)
-class MicroBatches(Dataset[Any]):
+class MicroBatches(Dataset[Batch]):
     """Micro-batches by the indices of their samples, which they have as `samples`."""
 
     dataset: SourceDataset
 
-    def __getitem__(self, indices: list[int]) -> Any:
-        return collate([self.dataset[index] for index in indices]) | {"samples": indices}
+    def __getitem__(self, indices: list[int]) -> Batch:
+        return {**collate([self.dataset[index] for index in indices]), "samples": indices}
 
 
 @dataclass(eq=False)
@@ -115,10 +115,10 @@ def mark_documents(sample: Sample, eod_id: int, attention: bool, mask_loss: bool
     return marked
 
 
-def collate(samples: list[Sample]) -> dict[str, Any]:
+def collate(samples: list[Sample]) -> Batch:
     """Collate samples into a batch."""
-    batch: dict[str, Any] = default_collate(samples)
-    return batch | {"padded": not bool(batch["token_mask"].all())}
+    batch: Batch = default_collate(samples)
+    return {**batch, "padded": not bool(batch["token_mask"].all())}
 
 
 def ignore_worker_signals(worker: int) -> None:
@@ -129,7 +129,6 @@ def ignore_worker_signals(worker: int) -> None:
     Terminals, Slurm and DeepSpeed's launcher send signals to every process, and training needs batches to reach its next
     step. For `DataLoader(worker_init_fn=...)`.
     """
-    signal.set_wakeup_fd(-1)  # inherited from the training process, which uses it for its own signals
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # Blocked, and read one by one by a thread: a handler does not get the sender of a signal.

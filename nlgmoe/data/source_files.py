@@ -72,7 +72,7 @@ def find_addressed(source: str) -> list[str]:
         if "::" in source:
             raise ValueError("patterns and folders of chained addresses are not read, only single files")
         files = file_system.glob(name) if glob.has_magic(name) else file_system.ls(name, detail=False)
-        return sorted(str(file_system.unstrip_protocol(file)) for file in files)
+        return sorted(str(file_system.unstrip_protocol(file)).removeprefix("file://") for file in files)
     return []
 
 

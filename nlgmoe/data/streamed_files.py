@@ -1,7 +1,7 @@
 """The files of a streamed corpus, and tokens of some of its documents, kept on disk for evaluation and statistics.
 
-FOLDER/{number of the split}-{number of the domain}.bin, .idx, .json
-FOLDER/files.json                                                    the corpus's files by split; written last
+FOLDER/{number of the split}-{number of the domain}.bin, .idx
+FOLDER/files.json                                             the corpus's files by split; written last
 """
 
 import json
@@ -22,7 +22,6 @@ from huggingface_hub.errors import HTTPError
 from nlgmoe.data.corpus import hash_of_pieces
 from nlgmoe.data.documents import read_documents, read_shares
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
-from nlgmoe.data.prefix import describe
 from nlgmoe.data.source_files import DataFile, describe_file, find_addressed, has_records, is_local
 from nlgmoe.data.streams import StreamConfig
 from nlgmoe.files import write_json
@@ -37,20 +36,14 @@ SPLITS = ("train", "validation", "test")
 
 def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], config: StreamConfig, limit: int) -> None:
     """Write about `limit` tokens of each evaluation split and domain, and a sample of the training files, unless they exist."""
-    prefixes = (_prefix(folder, domain, split) for split in files for domain in range(len(config.domains)))
-    if read_files(folder) == files and all(Path(f"{prefix}.json").exists() for prefix in prefixes):
+    if read_files(folder) == files:
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "files.json").unlink(missing_ok=True)
     if config.fields.ids is not None:
         records = (record for file in files["train"] for record in read_documents(file.path, config.fields))
         first = [np.asarray(record.content) for record in islice(records, CHECKED_DOCUMENTS)]
-        if (same := sum(map(config.tokenizer.reproduces, first))) < len(first) / 2:
-            share = (
-                f"{same} of {len(first)} documents come back when their text is tokenised with {config.tokenizer.name}"
-            )
-            problem = f"ids_field={config.fields.ids} holds another tokenizer's ids: {share}"
-            raise RunError(f"{problem}; set data.tokenizer to the one they were made with")
+        config.tokenizer.check_documents(first, f"ids_field={config.fields.ids}")
     for split, found in files.items():
         trains = split == "train"
         documents = _training_sample(found, config) if trains else _first_of_each_domain(found, config, limit)
@@ -116,15 +109,9 @@ def _write(folder: Path, split: str, documents: Iterator[tuple[np.ndarray, int]]
     with ExitStack() as stack:
         domains = range(len(config.domains))
         writers = [stack.enter_context(IndexedWriter(_prefix(folder, number, split), dtype)) for number in domains]
-        counts, sizes = [0] * len(writers), [0] * len(writers)
         for tokens, domain in documents:
             writers[domain].add_document(tokens)
-            counts[domain] += 1
-            sizes[domain] += int(config.tokenizer.token_bytes[tokens].sum())
             written += len(tokens)
-        for domain, writer in enumerate(writers):
-            held_out, prefix = 0 if split == "train" else counts[domain], _prefix(folder, domain, split)
-            writer.sidecar = describe(prefix, config.tokenizer, config.domains[domain], held_out, sizes[domain])
     return written
 
 

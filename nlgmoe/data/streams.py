@@ -168,7 +168,7 @@ class StreamedSource(TokenSource):
     stream's cursor again.
     """
 
-    cursor_length = 1 + len(Cursor())
+    has_cursors = True
 
     def __init__(self, config: StreamConfig, seq_len: int, seed: int) -> None:
         self.seq_len = seq_len
@@ -179,7 +179,7 @@ class StreamedSource(TokenSource):
 
     def seek(self, cursors: Sequence[Sequence[int]]) -> None:
         """See `TokenSource`."""
-        self._cursors = {stream: Cursor(*numbers[: len(Cursor())]) for stream, *numbers in cursors}
+        self._cursors = {stream: Cursor(*numbers) for stream, *numbers in cursors}
         self._open = {}
 
     def sample(self, index: int) -> Sample:

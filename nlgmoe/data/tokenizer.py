@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 
 from nlgmoe.data.model_files import TOKENIZER, TokenizerFiles, end_ids
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import RunError, SettingError, require
 
 EOD = "<|endoftext|>"
 EOD_NAMES = (EOD, "<eod>", "</s>", "<|end_of_text|>")
@@ -168,6 +168,15 @@ class Tokenizer:
             return False
         sure = COMPARED_TOKENS * 3 // 4  # the last ones depend on those behind them
         return self.encode(self.decode(compared))[:sure] == compared[:sure]
+
+    def check_documents(self, documents: Sequence[np.ndarray], place: str) -> None:
+        """Check that at least half of the documents' ids, each [N], are reproduced."""
+        if (same := sum(map(self.reproduces, documents))) < len(documents) / 2:
+            share = (
+                f"{same} of {len(documents)} sampled documents come back when their text is tokenised with {self.name}"
+            )
+            problem = f"{place} holds another tokenizer's ids: {share}"
+            raise RunError(f"{problem}; set data.tokenizer to the one they were made with")
 
     def has_same_ids(self, other: Tokenizer) -> bool:
         """Return whether each token id has the same bytes of text in both."""

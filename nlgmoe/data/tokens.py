@@ -78,35 +78,26 @@ Tokens: TypeAlias = np.ndarray | ChainedTokens
 """Token ids, [N]: what has a length, a dtype and slices."""
 
 
-def first_tokens(tokens: Tokens, count: int) -> Tokens:
-    """Return the first `count` tokens, without reading them."""
-    return tokens.first(count) if isinstance(tokens, ChainedTokens) else tokens[:count]
-
-
-def unigram_entropy(
-    train: Sequence[Tokens], evaluated: Sequence[Tokens], vocab_size: int, max_tokens: int = MAX_TOKENS
-) -> float:
+def unigram_entropy(train: Sequence[Tokens], evaluated: Sequence[Tokens], vocab_size: int) -> float:
     """Compute the loss of the best context-free model, in nats per token.
 
     Cross-entropy of the training tokens' frequencies (add-one smoothed) on the evaluated tokens, both of each domain, [N_d]. A
-    model that uses context has a lower loss. At most `max_tokens` are counted of either, see `count_tokens`.
+    model that uses context has a lower loss. At most `MAX_TOKENS` are counted of either, see `count_tokens`.
     """
-    train_counts = count_tokens(train, vocab_size, max_tokens) + 1
-    counts = count_tokens(evaluated, vocab_size, max_tokens)
+    train_counts = count_tokens(train, vocab_size) + 1
+    counts = count_tokens(evaluated, vocab_size)
     return float(-(counts * np.log(train_counts / train_counts.sum())).sum() / counts.sum())
 
 
-def xz_bits_per_byte(
-    evaluated: Mapping[str, Tokens], tokenizer: Tokenizer, max_bytes: int = MAX_BYTES
-) -> dict[str, float]:
+def xz_bits_per_byte(evaluated: Mapping[str, Tokens], tokenizer: Tokenizer) -> dict[str, float]:
     """Compress the evaluated text by `xz -9`: domain -> bits per byte, and "all" for all domains together.
 
-    Each domain's tokens, [N_d], are cut to an equal share of `max_bytes`, from their beginning. Domains without text are left
+    Each domain's tokens, [N_d], are cut to an equal share of `MAX_BYTES`, from their beginning. Domains without text are left
     out; the result is empty if no domain has text.
     """
     texts = {}
     for name, tokens in evaluated.items():
-        share = max_bytes // len(evaluated)
+        share = MAX_BYTES // len(evaluated)
         tokens = tokens[:share]  # each token but the end of a document has a byte or more
         tokens = tokens[tokens != tokenizer.eod_id]
         fitting = int(np.searchsorted(np.cumsum(tokenizer.token_bytes[tokens]), share, side="right"))
@@ -120,12 +111,12 @@ def xz_bits_per_byte(
     return bits_per_byte
 
 
-def count_tokens(streams: Sequence[Tokens], vocab_size: int, max_tokens: int = MAX_TOKENS) -> np.ndarray:
-    """Count each token id, [vocab_size]; above `max_tokens`, the first ones of each stream, by its share."""
+def count_tokens(streams: Sequence[Tokens], vocab_size: int) -> np.ndarray:
+    """Count each token id, [vocab_size]; above `MAX_TOKENS`, the first ones of each stream, by its share."""
     total = sum(len(stream) for stream in streams)
     counts = np.zeros(vocab_size, dtype=np.int64)
     for stream in streams:
-        wanted = len(stream) if total <= max_tokens else len(stream) * max_tokens // total
+        wanted = len(stream) if total <= MAX_TOKENS else len(stream) * MAX_TOKENS // total
         tokens = stream[:wanted]
         check_ids(tokens, vocab_size, "The corpus")
         counts += np.bincount(tokens, minlength=vocab_size)

@@ -199,11 +199,9 @@ class _AppendingWriter(ExperimentWriter):
     @override
     def _check_log_dir_exists(self) -> None:
         """Read the columns of an existing file, and discard an incomplete last row."""
-        if os.path.exists(self.metrics_file_path):
-            with open(self.metrics_file_path, "rb+") as binary_file:
-                binary_file.truncate(binary_file.read().rfind(b"\n") + 1)
+        if cut_rows(Path(self.metrics_file_path), None):
             with open(self.metrics_file_path, newline="") as file:
-                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+                self.metrics_keys = next(csv.reader(file))
 
     @override
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:

@@ -22,7 +22,7 @@ from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, saved_steps, set_link
 from nlgmoe.run.resume import ends_step
 from nlgmoe.run.signals import StopOnSignal
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import SettingError, require, require_above, require_at_least
 
 _SAVE = 1  # request of a rank: save after this step; larger ones end the run
 
@@ -56,11 +56,10 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
         mode: Literal["min", "max"] = "min",
         save_before_validation: bool = True,
     ) -> None:
-        for name, value in {"every_n_steps": every_n_steps, "milestones": milestones, "keep": keep}.items():
-            require(value is None or value >= 1, f"{name}={value} must be at least 1")
-        require(minutes is None or minutes > 0, f"minutes={minutes} must be above 0")
         require(mode in ("min", "max"), f"mode={mode} must be min or max")
         self.every_n_steps, self.minutes, self.keep, self.milestones = every_n_steps, minutes, keep, milestones
+        require_at_least(1, self, "every_n_steps", "keep", "milestones")
+        require_above(0, self, "minutes")
         self.monitor, self.mode, self.save_before_validation = monitor, mode, save_before_validation
         self._folder = Path()
         self._best: tuple[int, float] | None = None  # step and score

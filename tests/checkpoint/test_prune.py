@@ -198,9 +198,9 @@ def test_pruning_reads_text_as_prepare_data_does(tmp_path: Path, capsys: pytest.
     source = whole(tmp_path, "softmax")
     main(["prune", str(source), str(tmp_path / "small.ckpt"), "--num-experts=[3,0,4]", f"--text={tmp_path}/text.txt"])
     ids = torch.tensor(TOKENIZER.encode(text))
-    count = (len(ids) - 1) // 16
-    tokens, targets = ids[: count * 16].view(count, 16), ids[1 : count * 16 + 1]
-    loss = cross_entropy(logits(load_model(source), tokens).flatten(0, 1), targets)
+    tokens, targets = (torch.full((-(-len(ids) // 16) * 16,), TOKENIZER.eod_id) for _ in range(2))
+    targets[: len(ids)], tokens[1 : len(ids)] = ids, ids[:-1]
+    loss = cross_entropy(logits(load_model(source), tokens.view(-1, 16)).flatten(0, 1)[: len(ids)], targets[: len(ids)])
     said = capsys.readouterr()
     assert f"loss {loss:.4f} -> " in said.out
     assert "measuring use: 100%" in said.err and "measuring loss: 100%" in said.err

@@ -118,7 +118,7 @@ def test_blend_evaluates_every_part_that_has_the_split(make_blend: Make, indexed
 
     data = make_blend((1, "pile", PocketPile()), (1, "poems", indexed))
     whole = {
-        split: indexed.open(data.data_dir, str(data.data_dir / "tokenizer")).tokens[split][0].tolist()
+        split: indexed.open(data.data_dir, str(data.data_dir / "tokenizer")).tokens[split][0][:].tolist()
         for split in ("validation", "test")
     }
     validated = by_domain(data, data.val_dataloader)

@@ -10,7 +10,6 @@ from nlgmoe.data.samples import (
     Permutation,
     count_windows,
     cut_window,
-    epoch_permutation,
 )
 
 EOD = 0
@@ -33,9 +32,9 @@ def test_windows_predict_every_token_exactly_once_from_its_predecessor(num_token
 
 def test_permutation_is_pinned() -> None:
     """A checkpoint's data order must survive upgrades, so the numbers stand here."""
-    assert list(epoch_permutation(8, seed=1234, epoch=0)) == PERMUTATION
-    assert list(epoch_permutation(8, seed=1234, epoch=1)) != PERMUTATION
-    assert epoch_permutation(146_000_000, seed=1234, epoch=2)[0] == FIRST_OF_MANY
+    assert order(8, 1234, "epoch", 0).tolist() == PERMUTATION
+    assert order(8, 1234, "epoch", 1).tolist() != PERMUTATION
+    assert Permutation(146_000_000, 1234, "epoch", 2)[0] == FIRST_OF_MANY
 
 
 def make_source() -> tuple[PackedSource, set[tuple[int, ...]]]:

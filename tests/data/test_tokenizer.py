@@ -39,10 +39,8 @@ def test_tokenizer_folder_is_read_in_both_layouts(tmp_path: Path) -> None:
 
 
 def test_tokenizer_files_that_are_damaged_are_named(tmp_path: Path) -> None:
-    backend = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300)
-    settings = json.loads(backend.to_str())
-    settings["model"]["continuing_subword_prefix"] = "##"  # that no merge has: the library panics
-    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    text = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300).to_str()
+    (tmp_path / "tokenizer.json").write_text(text[: len(text) // 2])
     with pytest.raises(ValueError, match=r"tokenizer.json is damaged or not a tokenizer \(.*; replace it$"):
         load_tokenizer(str(tmp_path), tmp_path)
 
