@@ -112,7 +112,7 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
 
 def half(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convert everything but the gate, which DeepSpeed keeps in fp32."""
+    """Convert everything but DeepSpeed's gate, which it keeps in fp32."""
     for name, parameter in layer.named_parameters():
         if "gate" not in name:
             parameter.data = parameter.data.to(dtype)

@@ -43,7 +43,7 @@ SAME: dict[str, Any] = {
 
 
 def gpt_step(model: GPT, half: bool) -> Callable[[], None]:
-    """Return the step that `train.py` takes; `half`: under bf16 autocast."""
+    """Return a step: forward, loss, backward, clipping, AdamW; `half`: under bf16 autocast."""
     vocab_size = model.config.vocab_size
 
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from nlgmoe.module import MoEGPTModule
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
     from nlgmoe.parts import AttentionConfig, ExpertConfig, RotaryScaling, RouterConfig
-    from nlgmoe.pyramid import experts_at, student_config, student_layers
+    from nlgmoe.pyramid import experts_at, student_layers
     from nlgmoe.surgery.warm_start import WarmStart
     from nlgmoe.tools.lm_eval.zero_shot_eval import ZeroShotEval
     from nlgmoe.tools.report.write_report import WriteReport

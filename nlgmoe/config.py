@@ -155,9 +155,9 @@ class GPTConfig:
         ffn_network: network of feed-forward layers, shared MLPs and experts: `gelu`, two matrices (the paper's), or `swiglu`
             (arXiv 2002.05202), three matrices of the same inner width, and so 1.5 times the parameters.
         norm: `layernorm`, or `rmsnorm` (arXiv 1910.07467), which has no mean and no bias.
-        rope_theta: rotary position embeddings (arXiv 2104.09864) with this base: values i and i + D / 2 of a head turn by
+        rope_theta: rotary position embeddings (arXiv 2104.09864) with this base: values i and i + D / 2 of a head are rotated by
             position * rope_theta^(-2i / D), such as 10000; null: learned positions.
-        rotary_dim: the first values of a head that turn, an even number; null: all of them.
+        rotary_dim: the number of values of a head that are rotated, the first ones; even; null: all.
         rotary_scaling: a change of the rotary frequencies for texts longer than those of training, by class_path: `nlgmoe.Yarn`
             or `nlgmoe.Llama3`; null: none.
         attention: another attention than multi-head attention, by class_path: `nlgmoe.MLAConfig`, or your own
@@ -239,8 +239,10 @@ class GPTConfig:
                 require(getattr(self, name) is None, f"{name}={getattr(self, name)} {reason}")
             return
         problem = f"rotary_dim={self.rotary_dim} is above the {self.head_size} values of a head"
-        require((self.rotary_dim or 0) <= self.head_size, f"{problem}; null turns all of them")
-        problem = f"rope_theta={self.rope_theta} rotates pairs of values, but {self.rotary_size} values of a head turn"
+        require((self.rotary_dim or 0) <= self.head_size, f"{problem}; null rotates all of them")
+        problem = (
+            f"rope_theta={self.rope_theta} rotates pairs of values, but {self.rotary_size} values of a head are rotated"
+        )
         require(self.rotary_size % 2 == 0, f"{problem}; set an even head_dim, rotary_dim, or other num_heads")
 
     @property
@@ -260,7 +262,7 @@ class GPTConfig:
 
     @property
     def rotary_size(self) -> int:
-        """Number of values of a head that turn with the position."""
+        """Number of values of a head that are rotated."""
         return (self.attention or AttentionConfig()).rotary_size(self)
 
     @property

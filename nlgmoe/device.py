@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MEMORY = ("process_bytes", "gpu_bytes", "gpu_reserved_bytes")
-
 
 def default_device() -> str:
     """Return the type of this machine's accelerator, or `cpu` if it has none."""
@@ -45,14 +43,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def peak_memory(device: torch.device) -> list[int]:
-    """Return the peak bytes allocated by tensors and reserved by PyTorch's allocator; empty for a CPU, which counts neither."""
-    if device.type == "cpu":
-        return []
-    module: Any = torch.get_device_module(device)
-    return [module.max_memory_allocated(device), module.max_memory_reserved(device)]
-
-
 def product_name(device: torch.device) -> str | None:
     """Return an accelerator's product name; None for a CPU."""
     name: str | None = None if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
@@ -60,8 +50,13 @@ def product_name(device: torch.device) -> str | None:
 
 
 def memory_bytes(device: torch.device) -> dict[str, int]:
-    """Return peak bytes by name of `MEMORY`: resident in the process, and on a GPU of tensors and of PyTorch's allocator."""
-    return dict(zip(MEMORY, [resident_bytes(), *peak_memory(device)], strict=False))
+    """Return peak bytes: resident in the process, and on a GPU of tensors and of PyTorch's allocator."""
+    memory = {"process_bytes": resident_bytes()}
+    if device.type != "cpu":
+        module: Any = torch.get_device_module(device)
+        memory["gpu_bytes"] = module.max_memory_allocated(device)
+        memory["gpu_reserved_bytes"] = module.max_memory_reserved(device)
+    return memory
 
 
 def resident_bytes() -> int:
@@ -81,4 +76,5 @@ def available_memory() -> int | None:
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of the GPU that this process uses; without a GPU, of the process."""
-    return next(iter(peak_memory(device)), resident_bytes())
+    memory = memory_bytes(device)
+    return memory.get("gpu_bytes", memory["process_bytes"])

@@ -24,10 +24,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(path: Path, value: Any, indent: int = 1) -> None:
-    """Write a value as JSON, atomically."""
+def write_json(path: Path, value: Any, indent: int = 1, durable: bool = False) -> None:
+    """Write a value as JSON, atomically; `durable`: it is on the disk before it has its name."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+        if durable:
+            flush(temporary)
+
+
+def flush(path: Path) -> None:
+    """Write a file's or folder's cached data to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sha256_of(path: Path) -> str:

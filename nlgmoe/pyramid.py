@@ -44,20 +44,13 @@ def moe_blocks(config: GPTConfig) -> dict[int, int]:
     return {block: count for block, count in enumerate(experts_per_layer(config)) if count}
 
 
-def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
-    """Return the student of a Mixture-of-Students (paper, section 4.2): fewer blocks, with the top of the teacher's pyramid.
-
-    24 blocks with `num_experts` 10 x 32 and 2 x 64 become 21 with 8 x 32 and 2 x 64.
-    """
-    return config_of_blocks(teacher, student_layers(teacher, num_layers))
-
-
 def student_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
-    """Return the teacher's block, from 0, that each block of the paper's student has the expert count of.
+    """Return the teacher's block, from 0, that each block of the paper's student (section 4.2) has the expert count of.
 
-    The student leaves out the lowest blocks, as many as contain the MoE layers that it lacks, and keeps the order of the others,
-    so that the expert counts are those at the top of the pyramid. If the student ends in more dense blocks than the teacher has
-    left, those take the teacher's last dense block: 24 blocks become 21 as 4, 5, ..., 23, 22.
+    24 blocks with `num_experts` 10 x 32 and 2 x 64 become 21 with 8 x 32 and 2 x 64. The student leaves out the lowest
+    blocks, as many as contain the MoE layers that it lacks, and keeps the order of the others, so that the expert counts are
+    those at the top of the pyramid. If the student ends in more dense blocks than the teacher has left, those take the
+    teacher's last dense block: 24 blocks become 21 as 4, 5, ..., 23, 22.
     """
     _require_fewer(teacher, num_layers)
     interval = 1 if teacher.moe is None else teacher.moe.expert_interval

@@ -110,8 +110,8 @@ def _cheaper(results: dict[str, Any]) -> Answer:
 
 def _faster(results: dict[str, Any]) -> Answer:
     seconds = results.get("speed", {}).get("step_seconds", {})
-    name = "top_2_argmax" if "top_2_argmax" in seconds else "top_2"
-    ratio = seconds["residual"] / seconds[name] if {"residual", name} <= seconds.keys() else None
+    known = {"residual", "top_2_argmax"} <= seconds.keys()
+    ratio = seconds["residual"] / seconds["top_2_argmax"] if known else None
     reading = MISSING if ratio is None else AGREES if ratio <= 0.9 else DIFFERS
     paper = "more than 10% faster, on GPUs that exchange the second expert's tokens (section 4.1)"
     text = "" if ratio is None else f"{ratio:.2f} of the time of a step"

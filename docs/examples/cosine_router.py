@@ -47,6 +47,4 @@ class CosineRouter(Router):
         weight, expert = probs.topk(self.top_k, dim=-1)  # [N, k]
         mask = None if context.mask is None else context.mask.flatten()  # [N]
         kept = torch.ones_like(expert, dtype=torch.bool) if mask is None else mask.unsqueeze(-1).expand_as(expert)
-        return Routing(
-            expert, weight.masked_fill(~kept, 0), kept, self.num_experts, mask, logits, probs, all_kept=mask is None
-        )
+        return Routing(expert, weight.masked_fill(~kept, 0), kept, self.num_experts, mask, logits, probs)

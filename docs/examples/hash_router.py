@@ -41,4 +41,4 @@ class HashRouter(Router):
         mask = None if context.mask is None else context.mask.flatten()  # [N]
         kept = torch.ones_like(expert, dtype=torch.bool) if mask is None else mask.unsqueeze(-1)  # [N, 1]
         weight = kept.to(torch.promote_types(x.dtype, torch.float32))
-        return Routing(expert, weight, kept, self.num_experts, mask, all_kept=mask is None)
+        return Routing(expert, weight, kept, self.num_experts, mask)

@@ -26,7 +26,7 @@ def without(expert: int) -> Callable[[Routing], Routing]:
     def edit(routing: Routing) -> Routing:
         off = routing.expert == expert  # [N, k]
         weight = routing.weight.masked_fill(off, 0)
-        return replace(routing, weight=weight, kept=routing.kept & ~off, all_kept=False)
+        return replace(routing, weight=weight, kept=routing.kept & ~off)
 
     return edit
 
@@ -59,7 +59,7 @@ def replay(recorded: Routing) -> Callable[[Routing], Routing]:
     """Use the recorded experts and weights for any hidden states."""
 
     def edit(routing: Routing) -> Routing:
-        same = {name: getattr(recorded, name) for name in ("expert", "weight", "kept", "capacity", "all_kept")}
+        same = {name: getattr(recorded, name) for name in ("expert", "weight", "kept", "capacity")}
         return replace(routing, **same)
 
     return edit

@@ -1,17 +1,15 @@
-"""Routing statistics of a MoE layer: one table, `STATISTICS`, in which a new one is one entry.
+"""Routing statistics of a MoE layer: their sums over the tokens of a micro-batch, and the statistics of an interval.
 
-    total    its sum over the tokens of a micro-batch, on the device; totals are added over micro-batches and ranks
-    value    the statistic (docs/metrics.md), from the totals of an interval, on the host
+The sums are computed on the device, and added over micro-batches and ranks; the statistics (docs/metrics.md) on the host. A new
+one that needs a sum has it in `WITH_TOTAL` and `routing_totals`.
 
-Letters: N tokens of a micro-batch, E experts of a layer, k experts per token, S statistics with a total.
+Letters: N tokens of a micro-batch, E experts of a layer, k experts per token, S statistics with a sum.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,71 +17,28 @@ from torch import Tensor
 
 from nlgmoe.layers.router import Routing
 
-
-@dataclass(frozen=True)
-class Statistic:
-    """One routing statistic.
-
-    Attributes:
-        value: computes it from its total, `[E]` loads (1 is the fair share), tokens without padding, and assignments.
-        total: returns its sum over a micro-batch, a scalar on the device, or None if the router has not returned what it reads:
-            the statistic is then omitted. None: it is computed from the loads alone.
-    """
-
-    value: Callable[[float, np.ndarray, float, float], float]
-    total: Callable[[Any], Tensor | None] | None = None  # of a `Routing`
-
-
-def _entropy(routing: Any) -> Tensor | None:
-    """Sum the entropies of the gate's distributions, nats."""
-    return None if routing.probs is None else torch.special.entr(routing.unpadded(routing.probs)).sum()
-
-
-def _confidence(routing: Any) -> Tensor | None:
-    return None if routing.probs is None else routing.unpadded(routing.probs.gather(1, routing.expert)).sum()
-
-
-def _logit_squares(routing: Any) -> Tensor | None:
-    if routing.logits is None:
-        return None
-    logits = routing.unpadded(routing.logits).flatten()
-    return torch.dot(logits, logits)
-
-
-def _expert_share(routing: Any) -> Tensor | None:
-    return None if routing.expert_share is None else routing.unpadded(routing.expert_share).sum()
-
-
-STATISTICS: dict[str, Statistic] = {
-    "load_max_over_mean": Statistic(lambda _, load, tokens, assignments: load.max()),
-    "load_min_over_mean": Statistic(lambda _, load, tokens, assignments: load.min()),
-    "load_cv": Statistic(lambda _, load, tokens, assignments: load.std()),
-    "dropped": Statistic(
-        lambda kept, load, tokens, assignments: 1 - kept / assignments, lambda routing: routing.kept.sum()
-    ),
-    "entropy": Statistic(
-        lambda entropy, load, tokens, assignments: entropy / tokens / math.log(max(2, len(load))), _entropy
-    ),
-    "confidence": Statistic(lambda probability, load, tokens, assignments: probability / assignments, _confidence),
-    "logit_rms": Statistic(
-        lambda squares, load, tokens, assignments: math.sqrt(squares / tokens / len(load)), _logit_squares
-    ),
-    "expert_share": Statistic(lambda share, load, tokens, assignments: share / tokens, _expert_share),
-}
-WITH_TOTAL = [name for name, statistic in STATISTICS.items() if statistic.total is not None]
+WITH_TOTAL = ("dropped", "entropy", "confidence", "logit_rms", "expert_share")
 
 
 @torch.no_grad()
 def routing_totals(routing: Routing) -> Tensor:
-    """Return the totals of one micro-batch, `[E + 1 + S]` fp64: requests of each expert, tokens, then each of `WITH_TOTAL`.
+    """Return the sums of one micro-batch, `[E + 1 + S]` fp64: requests of each expert, tokens, then one for each of `WITH_TOTAL`.
 
-    The total of a statistic that is omitted is NaN.
+    NaN stands for a statistic whose tensor the router has not returned.
     """
-    totals = [routing.num_tokens]
-    for statistic in (STATISTICS[name] for name in WITH_TOTAL):
-        assert statistic.total is not None
-        total = statistic.total(routing)
-        totals.append(routing.weight.new_full((), math.nan) if total is None else total)
+    unknown = routing.weight.new_full((), math.nan)
+    probs, logits, share = (
+        None if value is None else routing.unpadded(value)
+        for value in (routing.probs, routing.logits, routing.expert_share)
+    )
+    totals = [
+        routing.num_tokens,
+        routing.kept.sum(),
+        unknown if probs is None else torch.special.entr(probs).sum(),  # nats
+        unknown if probs is None else probs.gather(1, routing.expert).sum(),
+        unknown if logits is None else torch.dot(logits.flatten(), logits.flatten()),
+        unknown if share is None else share.sum(),
+    ]
     return torch.cat([routing.tokens_per_expert.double(), torch.stack([total.double() for total in totals])])
 
 
@@ -103,14 +58,25 @@ def requests_of(totals: Sequence[float]) -> np.ndarray:
 
 
 def routing_statistics(totals: Sequence[float]) -> dict[str, float]:
-    """Compute the statistics of a layer by name from the totals of an interval, `[E + 1 + S]`.
+    """Compute the statistics of a layer by name from the sums of an interval, `[E + 1 + S]`.
 
-    All are NaN without a token, as in an interval of skipped steps.
+    Without the router's tensor for it a statistic is left out. All are NaN without a token, as in an interval of skipped steps.
     """
-    requests, (count, *sums) = requests_of(totals), totals[-1 - len(WITH_TOTAL) :]
+    requests, (count, kept, entropy, probability, squares, share) = requests_of(totals), totals[-1 - len(WITH_TOTAL) :]
     tokens = count or math.nan
     assignments = max(1.0, float(requests.sum())) if count else math.nan
-    load = requests * len(requests) / assignments
-    total = dict.fromkeys(STATISTICS, 0.0) | dict(zip(WITH_TOTAL, sums, strict=True))
-    known = {name: value for name, value in total.items() if not math.isnan(value)}
-    return {name: float(STATISTICS[name].value(value, load, tokens, assignments)) for name, value in known.items()}
+    load = requests * len(requests) / assignments  # [E]; 1 is the fair share
+    always = {
+        "load_max_over_mean": float(load.max()),
+        "load_min_over_mean": float(load.min()),
+        "load_cv": float(load.std()),
+        "dropped": 1 - kept / assignments,
+    }
+    of_router = {
+        "entropy": entropy / tokens / math.log(max(2, len(load))),
+        "confidence": probability / assignments,
+        "logit_rms": math.sqrt(squares / tokens / len(load)),
+        "expert_share": share / tokens,
+    }
+    lacking = dict(zip(WITH_TOTAL, map(math.isnan, totals[-len(WITH_TOTAL) :]), strict=True))
+    return always | {name: value for name, value in of_router.items() if not lacking[name]}

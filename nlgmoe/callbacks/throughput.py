@@ -12,6 +12,7 @@ from typing_extensions import override
 from nlgmoe.batch import Batch
 from nlgmoe.device import is_accelerator, memory_bytes, product_name
 from nlgmoe.hardware import peak_of
+from nlgmoe.layers.precision import allows_tf32
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.ranks import sum_over_ranks
 from nlgmoe.run.folder import is_logged
@@ -44,7 +45,7 @@ class Throughput(Callback):
         if self.peak_tflops is not None:
             self._peak = 1e12 * self.peak_tflops
         elif (name := product_name(device)) is not None:
-            self._peak = peak_of(name, trainer.precision, torch.get_float32_matmul_precision() != "highest")
+            self._peak = peak_of(name, trainer.precision, allows_tf32())
         assert isinstance(pl_module, MoEGPTModule)
         self._begin_interval(pl_module)
 

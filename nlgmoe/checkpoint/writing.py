@@ -6,7 +6,6 @@ deleted when the name is used again, and at the next start of a run.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from nlgmoe.checkpoint.reading import Contents, checksum_of_manifest, record_of
 from nlgmoe.data.model_files import TokenizerFiles
+from nlgmoe.files import flush
 from nlgmoe.validation import RunError
 
 
@@ -117,12 +117,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(renamed, ignore_errors=True)
         if renamed.exists():  # NFS keeps files that are open
             rank_zero_warn(f"{renamed} cannot be deleted as a whole; the next start of the run tries it again")
-
-
-def flush(path: Path) -> None:
-    """Write a file's or folder's cached data to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -19,11 +19,10 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from nlgmoe.batch import Batch, token_mask_or_none
-from nlgmoe.checkpoint.writing import flush
 from nlgmoe.data import PileDataModule
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import FORMAT, HEADER, POSITION, RECORDS, VERSION, read_header, record_type
-from nlgmoe.files import atomic_write
+from nlgmoe.files import flush, write_json
 from nlgmoe.layers.losses import SoftTargets
 from nlgmoe.non_finite import require_finite_logits
 from nlgmoe.validation import RunError, SettingError, list_differences
@@ -71,7 +70,7 @@ def record_logits(
         done = Progress()
         folder.mkdir(parents=True, exist_ok=True)
         _write_position(position, done, data)
-        _write_json(header, {"format": FORMAT, "version": VERSION, **settings, "versions": versions()})
+        write_json(header, {"format": FORMAT, "version": VERSION, **settings, "versions": versions()}, durable=True)
     report(done)
     with (folder / RECORDS).open("ab") as file:
         if file.tell() < (size := done.samples * record_type(settings).itemsize):
@@ -108,7 +107,7 @@ def _resume(position: Path, data: PileDataModule) -> Progress:
 
 
 def _write_position(position: Path, done: Progress, data: PileDataModule) -> None:
-    _write_json(position, {"done": asdict(done), "data": data.state_dict()})
+    write_json(position, {"done": asdict(done), "data": data.state_dict()}, durable=True)
 
 
 def _check_same(header: dict[str, Any], settings: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -159,9 +158,3 @@ def likeliest(targets: SoftTargets, positions: slice, top_k: int, temperature: f
     top, ids = log_probs.topk(top_k, dim=-1)
     tail = log_probs.exp_().scatter_(1, ids, 0).sum(dim=-1, keepdim=True).log()  # summed directly, without cancellation
     return ids, torch.cat([top, tail], dim=1)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        flush(temporary)

@@ -47,7 +47,7 @@ class LocalDispatch:
         # leaving them out would make the host wait for their number.
         self.order = torch.sort(expert, stable=True).indices
         self.tokens_per_expert = count(expert, num_experts + 1)[:num_experts]  # [E], kept ones
-        if expert.device.type == "cpu" and not routing.all_kept:
+        if not has_slots(expert.device):
             self.order = self.order[: max(int(self.tokens_per_expert.sum()), 1)]  # `combine` needs a row to read
         self._tokens, self._capacity = tokens, capacity
         self._token_of_row = self.order // self._top_k

@@ -9,6 +9,7 @@ Letters: E experts held here, M rows (assignments sorted by expert), S slots for
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Experts(nn.Module):
     The first one has the number `first` in the layer: under expert parallelism a rank holds a slice.
     """
 
-    # `(rows [M, in], weight [E, in, out], ends [E]) -> [M, out]` for GPUs; None unless it is handed in.
+    # `(rows [M, in], weight [E, in, out], offs [E]) -> [M, out]` for GPUs; None unless it is handed in.
     triton_product: Function | None = None
 
     def __init__(
@@ -103,17 +104,16 @@ class Experts(nn.Module):
     def _grouped(self, chosen: Product, x: Tensor, tokens_per_expert: Tensor) -> Linear:
         """Return `linear` as one grouped product; the host does not read the numbers of rows."""
         ends = tokens_per_expert.cumsum(0).to(torch.int32)  # [E]
-        product: Function = lambda rows, weight: F.grouped_mm(rows, weight, offs=ends)  # noqa: E731
-        if chosen == "triton":
-            assert self.triton_product is not None
-            triton_product = self.triton_product
-            product = lambda rows, weight: triton_product(rows, weight, ends)  # noqa: E731
-        add_bias: Function = lambda y, bias: y  # noqa: E731
+        kernel = self.triton_product if chosen == "triton" else F.grouped_mm
+        assert kernel is not None
+        product: Function = partial(kernel, offs=ends)
+        add_bias: Function | None = None
         if self.bias:
             add_bias = (self._gather_bias if x.device.type == "cpu" else self._multiply_bias)(product, ends, x)
 
         def linear(name: str, rows: Tensor) -> Tensor:
-            return add_bias(_multiply(product, rows, getattr(self, f"{name}_weight")), getattr(self, f"{name}_bias"))
+            y = _multiply(product, rows, getattr(self, f"{name}_weight"))
+            return y if add_bias is None else add_bias(y, getattr(self, f"{name}_bias"))
 
         return linear
 

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+
 
 def computing_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a network is applied to `x`: autocast's if it is on."""
@@ -29,15 +31,33 @@ def fp32_products() -> Iterator[None]:
 
     The setting is the process's: it is restored before the other products and the backward pass, which follow it.
     """
-    try:
-        allowed = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the precision of one backend is set: `torch.backends.cuda.matmul.fp32_precision`
-        allowed = "highest"
+    allowed = _allowed()
     if allowed == "highest":
         yield
         return
-    torch.set_float32_matmul_precision("highest")
+    _allow("highest" if isinstance(allowed, str) else ["ieee"] * len(BACKENDS))
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        _allow(allowed)
+
+
+def _allowed() -> str | list[str]:
+    """Return the process's setting, or one for each of `BACKENDS` if a script has set theirs: PyTorch mixes the two in no way."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return [backend.fp32_precision for backend in BACKENDS]
+
+
+def _allow(precision: str | list[str]) -> None:
+    if isinstance(precision, str):
+        torch.set_float32_matmul_precision(precision)
+    else:
+        for backend, value in zip(BACKENDS, precision, strict=True):
+            backend.fp32_precision = value
+
+
+def allows_tf32() -> bool:
+    """Return True if a GPU may compute products of fp32 matrices in TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -1,12 +1,12 @@
 """Rotary position embeddings (arXiv 2104.09864), and their scalings for texts longer than those of training.
 
     frequency_i = rope_theta^(-2i / R)                 i = 0 ... R / 2 - 1, radians per position
-    angle       = position * frequency_i               values i and i + R / 2 of a head turn by it
+    angle       = position * frequency_i               values i and i + R / 2 of a head are rotated by it
 
 Yarn     slow frequencies are divided by `factor`, fast ones are not, those between by a ramp of i        arXiv 2309.00071
 Llama3   likewise, by a ramp of the frequency                                                            Llama 3.1
 
-Letters: B sequences, T positions, N heads, D width of a head, of which the first R values turn.
+Letters: B sequences, T positions, N heads, D width of a head, of which the first R values are rotated.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     logits = x W                               [N, E]   in at least fp32
     p      = softmax(logits)                   [N, E]
-    expert = the k largest logits (k > 2: p)   [N, k]   k = 2, training: the second one is sampled (`second_expert`);
+    expert = the k largest logits              [N, k]   k = 2, training: the second one is sampled (`second_expert`);
                                                         equal ones: the lower expert for k <= 2, unspecified for k > 2;
                                                         with `groups` G, g: of the g groups with the largest maxima
     kept   = the assignments within capacity   [N, k]
@@ -18,7 +18,9 @@ Letters: N tokens of this rank's micro-batch, E experts, k experts per token, H 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from ctypes import c_float
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
@@ -68,7 +70,6 @@ class Routing:
         probs: `[N, E]` the gate's distribution; None for a router that has none, and so no balance loss.
         losses: name -> scalar; losses of the router's own, coefficients applied.
         capacity: an upper bound on the kept assignments of each expert, the same on all ranks; None: none is known.
-        all_kept: True only if `kept` has no False, so that rows need not be checked for dropped ones.
         expert_share: `[N]` weight of the experts in a residual mix divided by that of experts and shared MLP, detached: c_0 of
             the learned mix, 1 / (1 + g) of the sigmoid one (`moe.py`); else None.
 
@@ -85,7 +86,6 @@ class Routing:
     probs: Tensor | None = None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     capacity: int | None = None
-    all_kept: bool = False
     expert_share: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -146,8 +146,8 @@ def capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, minim
 
     Computed in float32, as DeepSpeed does: 100 tokens, 2 experts and factor 1.1 make 55, not the 56 of float64.
     """
-    share, scale = (torch.tensor(x, dtype=torch.float32) for x in (num_tokens / num_experts, factor * top_k))
-    return max(minimum, int(torch.ceil(share * scale).clamp_max(2.0**31)))  # within int64, at any factor
+    share, scale = c_float(num_tokens / num_experts).value, c_float(factor * top_k).value
+    return max(minimum, math.ceil(min(c_float(share * scale).value, 2.0**31)))  # within int64, at any factor
 
 
 class Router(nn.Module):
@@ -228,7 +228,7 @@ class TopKRouter(Router):
             logits = self._logits(gate_input)  # [N, E]
             probs = F.softmax(logits, dim=-1)
 
-            expert = self._choose(logits, probs, draw)  # [N, k]
+            expert = self._choose(logits, draw)  # [N, k]
             capacity = self._capacity(len(x))
             kept = self._within_capacity(capacity, expert, probs, token_mask, draw)
             weight = self._scores(logits, probs).gather(1, expert)
@@ -238,8 +238,7 @@ class TopKRouter(Router):
                 weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
             if config.gate_scale != 1:
                 weight = weight * config.gate_scale
-        all_kept = capacity is None and token_mask is None
-        return Routing(expert, weight, kept, self.num_experts, token_mask, logits, probs, {}, capacity, all_kept)
+        return Routing(expert, weight, kept, self.num_experts, token_mask, logits, probs, {}, capacity)
 
     def _logits(self, x: Tensor) -> Tensor:
         """Compute the logits, `[N, H] -> [N, E]`, in the dtype of `x`."""
@@ -258,7 +257,7 @@ class TopKRouter(Router):
         factor = config.train_capacity_factor if self.training else config.eval_capacity_factor
         return capacity(num_tokens, self.num_experts, config.top_k, factor, config.min_capacity)
 
-    def _choose(self, logits: Tensor, probs: Tensor, draw: RoutingNoise) -> Tensor:
+    def _choose(self, logits: Tensor, draw: RoutingNoise) -> Tensor:
         """Choose the k experts of each token, `[N, k]`, first choice first."""
         config, training = self.config, self.training
         logits = self._within_groups(logits.detach())

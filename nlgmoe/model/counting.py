@@ -54,20 +54,13 @@ class ParameterCount:
         return self.total - self.experts + self.active_experts
 
 
-def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
-    """Count the parameters of `GPT(config)`.
-
-    Args:
-        padded: count the padding rows of the embedding table (they exist); the paper's sizes leave them out.
-    """
+def count_parameters(config: GPTConfig) -> ParameterCount:
+    """Count the parameters of `GPT(config)`, with the padding rows of the embedding table."""
     sizes: Counter[str] = Counter()
     for component, _, parameter in _parameters(config):
         sizes[component] += parameter.numel()
         if component == "experts":
             sizes["active_experts"] += _active(parameter, config)
-    if not padded:
-        tables = 1 if config.tied_embeddings else 2
-        sizes["embedding"] -= tables * (config.padded_vocab_size - config.vocab_size) * config.hidden_size
     return ParameterCount(**{name: sizes[name] for name in ParameterCount.__dataclass_fields__})
 
 

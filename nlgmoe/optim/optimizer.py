@@ -84,7 +84,7 @@ class AdamWConfig:
         frozen: components of the model that keep their weights: `router`, `experts`, `attention`, `ffn` (dense layers and shared
             MLPs), `norms`, `embeddings` (and the head). They have no gradients and no moments; a frozen
             router's buffers, such as a bias of the choice, stay too.
-        lr_scale: factors of the learning rate by component, of those that `frozen` names, such as `{router: 0.25}`; 1 for the
+        lr_scale: factors of the learning rate by component, with the names of `frozen`, such as `{router: 0.25}`; 1 for the
             others. `train/lr` is the rate without them.
         muon: Muon for the matrices of attention, feed-forward layers and experts; null: AdamW for all parameters.
     """

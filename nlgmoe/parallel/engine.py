@@ -25,6 +25,7 @@ from nlgmoe.checkpoint.entries import Entry, initial_state
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.non_finite import StepGradients, squared_norm
 from nlgmoe.parallel.expert_groups import ExpertGroups
+from nlgmoe.ranks import sum_over_ranks
 
 
 class EngineMoELayer(MoELayer, MoE):
@@ -215,8 +216,8 @@ class EngineGradients(StepGradients):
     @override
     def norm(self) -> Tensor:
         if not self._measured:
-            self._norm = self._zero_norm()
-            self._measured = True
+            squares = self.squared_norms([list(self._engine.module.parameters())])  # [1]
+            self._norm, self._measured = sum_over_ranks(squares)[0].sqrt() * self._scale, True
         return self._norm / self._scale
 
     @override
@@ -244,7 +245,8 @@ class EngineGradients(StepGradients):
 
     @override
     def clip(self, norm: float, limit: float) -> None:
-        """Do nothing: the engine clips in its step."""
+        """Give the engine, which clips in its step and reads the norm for each group, a norm on the host."""
+        self._norm = torch.tensor(norm * self._scale)
 
     @override
     def discard(self) -> None:
@@ -254,11 +256,10 @@ class EngineGradients(StepGradients):
     def _patch_zero(self) -> None:
         """Use the norm computed here, and skip ZeRO's own overflow check, which would read all gradients once more."""
         optimizer = self._engine.optimizer
-        self._zero_norm = optimizer.scaled_global_norm
         optimizer.scaled_global_norm = lambda norm_type=2: self._norm
+        optimizer.check_overflow = lambda partition_gradients=True: None
         if self._loss_scaler is not None:
             self._loss_scaler.raise_error_at_min_scale = False  # `StepGuard` has handled that before the step
         else:
             optimizer.check_grad_overflow = True  # otherwise ZeRO ignores the norm in bf16
-            optimizer.check_overflow = lambda partition_gradients=True: None
             optimizer._update_scale = lambda overflow: None  # the scale is always 1; this would only repeat a warning

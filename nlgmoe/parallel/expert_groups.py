@@ -90,7 +90,7 @@ def expert_placements(
     return placements
 
 
-def describe_degrees(config: GPTConfig, degrees: dict[int, int], world_size: int, model_name: str = "model") -> str:
+def describe_degrees(config: GPTConfig, degrees: dict[int, int], world_size: int, model_name: str) -> str:
     """Describe each kind of layer in a line: blocks (counted from 0), degree, experts of a rank, ranks of an expert."""
     experts = experts_per_layer(config)
     kinds: dict[tuple[int, int], list[int]] = {}  # (experts, degree) -> blocks

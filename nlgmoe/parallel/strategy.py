@@ -98,7 +98,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             allgather_bucket_size=bucket_size,
             reduce_bucket_size=bucket_size,
         )
-        self.stage = stage
         self.expert_parallel_size = expert_parallel_size
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW also steps offloaded states

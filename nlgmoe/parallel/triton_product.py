@@ -1,6 +1,7 @@
 """DeepSpeed's product of rows with their experts' matrices in Triton, for GPUs on which PyTorch's makes the host wait."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +11,21 @@ from nlgmoe.layers.moe import moe_layers
 
 
 def triton_product(device: torch.device) -> Callable[..., Tensor] | None:
-    """Return `(rows [M, in], weight [E, in, out], ends [E]) -> [M, out]` if Triton can run on `device`, else None."""
-    if not is_accelerator(device):
+    """Return `(rows [M, in], weight [E, in, out], offs [E]) -> [M, out]` if Triton can run on `device`, else None."""
+    if not is_accelerator(device) or find_spec("triton") is None:
         return None
-    from deepspeed.ops.triton_ops import group_gemm_triton, is_triton_available
 
-    product: Callable[..., Tensor] = group_gemm_triton
-    return product if is_triton_available() else None
+    def product(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        from deepspeed.ops.triton_ops import group_gemm_triton  # takes seconds, and few GPUs need it
+
+        y: Tensor = group_gemm_triton(rows, weight, offs)
+        return y
+
+    return product
 
 
 def hand_in_triton_product(model: nn.Module, device: torch.device) -> None:
     """Give the product to all experts of `model`; `layers/expert_products.py` chooses where they use it."""
-    layers = moe_layers(model)
-    product = triton_product(device) if layers else None  # DeepSpeed's import takes seconds
-    for moe in layers:
+    product = triton_product(device)
+    for moe in moe_layers(model):
         moe.experts.triton_product = product

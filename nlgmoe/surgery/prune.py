@@ -83,7 +83,7 @@ def prune(
         value = files.read(name)
         return value[kept_in[block]] if name.startswith(f"{block}.moe.router.") else value
 
-    trained = document["global_step"], document["tokens_seen"]
-    start, family, origin = document.get("started_from"), document.get("family"), f"{source}, by `nlgmoe prune`"
-    write_weights(checkpoint, read, config, tokenizer, *trained, overwrite, start, origin, source, family)
+    stay = ("global_step", "tokens_seen", "started_from", "family")
+    entries, origin = {name: document[name] for name in stay if name in document}, f"{source}, by `nlgmoe prune`"
+    write_weights(checkpoint, read, config, tokenizer, overwrite, origin, source, entries)
     return config

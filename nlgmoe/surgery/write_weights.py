@@ -1,9 +1,10 @@
 """Write a weights-only checkpoint from another source, for evaluation or for `model.warm_start`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
+from types import MappingProxyType
 from typing import Any
 
 import lightning
@@ -33,13 +34,10 @@ def write_weights(
     read: Callable[[str], Tensor],
     config: GPTConfig,
     tokenizer: TokenizerFiles | None = None,
-    global_step: int = 0,
-    tokens_seen: int = 0,
     overwrite: bool = False,
-    started_from: str | None = None,
     origin: str | None = None,
     source: Path | None = None,
-    family: str | None = None,
+    document: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write the folder `path` file by file under a temporary name, and rename it when it is complete.
 
@@ -48,11 +46,11 @@ def write_weights(
         read: returns an entry by its name, such as `blocks.1.moe.experts.3.expand_weight`; called once for each, and
             consecutively for those of one expert.
         tokenizer: the tokenizer and the model's files beside it; None writes no tokenizer.
-        started_from: the checkpoint that this training started from; None: random weights.
         origin: source of the weights in words, the first line of `NAME.yaml`, which has settings to use the checkpoint with;
             None: no such file.
         source: checkpoint that the weights are from; the settings name the corpus of its run.
-        family: of `transformers`, that the model was imported from, and that an export prefers; None: no one.
+        document: further entries of `checkpoint.json`, such as `family`: that of `transformers` that the model was imported from,
+            and that an export prefers.
     """
     path, shards = Path(path), _shards(weight_shapes(config))
     _require_free(path, overwrite)
@@ -62,26 +60,24 @@ def write_weights(
         path.is_symlink() or not _is_resumable(path),
         f"{path} is not replaced by weights alone: a run can be resumed from it; name another",
     )
-    document, _ = make_document(
-        {
-            # Read by Lightning and `MoEGPTModule` in evaluation.
-            "epoch": 0,
-            "global_step": global_step,
-            "pytorch-lightning_version": lightning.__version__,
-            "model_config": config.to_dict(),
-            "tokens_seen": tokens_seen,
-            "non_finite": {"skipped": 0, "in_a_row": 0},
-            "seed": 0,
-        }
-        | {name: value for name, value in {"started_from": started_from, "family": family}.items() if value is not None}
-    )
+    entries_of_run = {
+        # Read by Lightning and `MoEGPTModule` in evaluation.
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": lightning.__version__,
+        "model_config": config.to_dict(),
+        "tokens_seen": 0,
+        "non_finite": {"skipped": 0, "in_a_row": 0},
+        "seed": 0,
+    }
+    whole, _ = make_document({**entries_of_run, **document})
     with writing.explain_write_errors(path), writing.new_folder(path) as temporary:
         files: dict[str, Contents] = {}
         for number, names in enumerate(shards):
             entries = {name: read(name) for name in names}
             files |= writing.write_tensors(temporary, "model", entries, number, len(shards))
         _require_free(path, overwrite)  # another process may have written it meanwhile
-        writing.finish(temporary, path, document, files, tokenizer)
+        writing.finish(temporary, path, whole, files, tokenizer)
     if origin is not None:
         _write_settings(path, config, tokenizer is not None, origin, source)
 

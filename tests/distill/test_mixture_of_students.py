@@ -23,7 +23,7 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum, distillation_weight
-from nlgmoe.pyramid import experts_per_layer, student_config, student_layers
+from nlgmoe.pyramid import config_of_blocks, experts_per_layer, student_layers
 from tests.support.distillation import STUDENT, TEACHER, trained
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import Recorder, SaveAt, trainer
@@ -192,6 +192,10 @@ def test_teacher_in_fp32_has_its_logits_bit_for_bit_under_bf16(teacher: Path, tm
     alone = dropless(load_model(teacher))
     assert logits.dtype == torch.float32
     assert torch.equal(logits, alone.logits(alone(tokens).hidden))
+
+
+def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
+    return config_of_blocks(teacher, student_layers(teacher, num_layers))
 
 
 def test_a_student_keeps_the_top_of_the_pyramid() -> None:

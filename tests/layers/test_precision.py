@@ -15,6 +15,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import SoftTargets, TopTargets, cross_entropy, distilled_cross_entropy
 from nlgmoe.layers.moe import MoELayer
+from nlgmoe.layers.precision import allows_tf32, fp32_products
 
 MOE = MoEConfig(4, 1, top_k=2, mlp_type="residual", second_expert="argmax", token_dropping=False)
 
@@ -53,6 +54,21 @@ class Calls(TorchFunctionMode):
         if func is F.linear:
             self.products[id(args[1])] = torch.get_float32_matmul_precision()
         return func(*args, **(kwargs or {}))
+
+
+def test_router_is_in_fp32_where_a_script_sets_one_backend() -> None:
+    """`torch.backends.cuda.matmul.fp32_precision`, with which PyTorch's older setting cannot be read."""
+    backends, within = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul), []
+    backends[0].fp32_precision = "tf32"
+    try:
+        assert allows_tf32()
+        with fp32_products():
+            within = [backend.fp32_precision for backend in backends]
+        assert allows_tf32() and within == ["ieee", "ieee"]
+    finally:
+        backends[0].fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+    assert not allows_tf32()
 
 
 @pytest.mark.parametrize("name", ["bf16-mixed", "bf16-true"])

@@ -209,7 +209,6 @@ BY_PROPERTY: dict[str, dict[str, tuple[MoEConfig, Spoil]]] = {  # that finds the
         "padding is computed": (DROPLESS, router(KEPT, ("token_mask is not None", "False"))),
         "capacity counted in bf16":
             (TWO, router(KEPT, ("(len(queue), device=expert.device)", "(len(queue)).bfloat16()"))),
-        "all_kept of padding": (DROPLESS, routed("all_kept = True")),
         "a capacity below the kept tokens": (TWO, routed("capacity = 4")),
     },
     "the declared tokens are dropped": {

@@ -98,7 +98,7 @@ class SigmoidRouter(TopKRouter):
     def _scores(self, logits: Tensor, probs: Tensor) -> Tensor:
         return logits.exp()
 
-    def _choose(self, logits: Tensor, probs: Tensor, draw: RoutingNoise) -> Tensor:
+    def _choose(self, logits: Tensor, draw: RoutingNoise) -> Tensor:
         scores = self._within_groups(logits.detach().exp() + self.bias, summed=2)
         return scores.topk(self.config.top_k, dim=-1).indices
 

@@ -22,6 +22,7 @@ from nlgmoe.pyramid import ExpertPlacement, experts_per_layer
 from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, Output, gradients, require_close, trained
 from nlgmoe.validation import SettingError
 
+UNREAD = ("num_kv_heads", "head_dim", "attention", "rope_theta", "rotary_dim", "rotary_scaling")  # by a MoE layer
 MOST_EXPERTS = 8  # of a layer under test, unless `top_k` is larger
 RANKS = 2
 
@@ -127,7 +128,7 @@ class OwnLayer(Layer):
 
     def on_ranks(self) -> OwnLayer:
         """Return the layer with experts that the ranks divide, and a balance loss of each micro-batch."""
-        multiple = math.lcm(RANKS, _groups(self.moe)[0])
+        multiple = math.lcm(RANKS, (self.moe.groups or (1, 1))[0])
         experts = multiple * -(-self.num_experts // multiple)
         scope = {"aux_scope": "rank"} if _reads(self.moe, "aux_scope") else {}
         moe = replace(self.moe, num_experts=experts, **scope)  # type: ignore[arg-type]
@@ -159,17 +160,6 @@ def _reads(moe: MoEConfig, *fields: str) -> bool:
     return moe.router is None or moe.router.reads_fields.issuperset(fields)
 
 
-def _groups(moe: MoEConfig) -> tuple[int, int]:
-    """Return the number of groups, and of those that a token chooses from."""
-    return (moe.groups[0], moe.groups[1]) if moe.groups is not None else (1, 1)
-
-
-def _fewest_experts(moe: MoEConfig) -> int:
-    """Return the smallest number of experts among which a token can choose, two in each group."""
-    number, chosen = _groups(moe)
-    return number * max(2, -(-moe.top_k // chosen))
-
-
 def own_layer(config: GPTConfig, name: str, width: int = 16, most: int = MOST_EXPERTS) -> OwnLayer:
     """Return the MoE layer of a configuration, at small widths.
 
@@ -177,9 +167,10 @@ def own_layer(config: GPTConfig, name: str, width: int = 16, most: int = MOST_EX
     """
     if config.moe is None or not any(experts_per_layer(config)):
         raise SettingError(f"{name} has no MoE layer; set model.config.moe")
-    top_k, (number, _) = config.moe.top_k, _groups(config.moe)
+    top_k, (number, chosen) = config.moe.top_k, config.moe.groups or (1, 1)
+    fewest = number * max(2, -(-top_k // chosen))  # two in each group
     divided = number * -(-max(most, 2 * top_k) // number)
-    experts = min(max(experts_per_layer(config)), max(divided, _fewest_experts(config.moe)))
+    experts = min(max(experts_per_layer(config)), max(divided, fewest))
     inner = 13 if width % 2 else 16
     shared = inner if config.moe.mlp_type == "residual" else None
     moe = replace(config.moe, num_experts=experts, expert_interval=1, expert_ffn_size=inner, shared_ffn_size=shared)
@@ -189,16 +180,11 @@ def own_layer(config: GPTConfig, name: str, width: int = 16, most: int = MOST_EX
         num_layers=1,
         hidden_size=width,
         num_heads=1,
-        num_kv_heads=None,
-        head_dim=None,
-        attention=None,
-        rope_theta=None,
-        rotary_dim=None,
-        rotary_scaling=None,
         ffn_hidden_size=inner,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         moe=moe,
+        **dict.fromkeys(UNREAD),  # type: ignore[arg-type]
     )
     router = MoELayer(small, 0).router
     order, drops = None, None

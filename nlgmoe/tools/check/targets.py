@@ -54,15 +54,19 @@ class ForeignLayer(Layer):
         return Output(y, routing, losses[0] if losses else None)
 
     def gate_weight(self, module: nn.Module) -> Tensor | None:
-        gate = getattr(module, "router", getattr(module, "gate", None))
+        gate = _gate(module)
         shape = (self.num_experts, self.hidden_size)
         tensors = [*gate.parameters(), *gate.buffers()] if isinstance(gate, nn.Module) else [gate]
         return next((tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.shape == shape), None)
 
     def gate_bias(self, module: nn.Module) -> Tensor | None:
-        gate = getattr(module, "router", getattr(module, "gate", None))
+        gate = _gate(module)
         bias = getattr(gate, "bias", None)
         return bias if isinstance(gate, nn.Linear) and isinstance(bias, Tensor) else None
+
+
+def _gate(module: nn.Module) -> Any:
+    return getattr(module, "router", getattr(module, "gate", None))
 
 
 def find_layers(words: Sequence[str]) -> Sequence[Target]:

@@ -26,6 +26,7 @@ _ARCHITECTURE = "llama"  # of GGUF, which transformers reads and we import
 _BYTES = 4  # of a value in fp32, to which transformers dequantises
 # Names of llama.cpp for pre-tokenizers of byte-level BPE.
 _READ = ("gpt-2", "olmo", "llama-bpe", "dbrx")  # by transformers
+_PRE = ("tokenizer.ggml.pre", "gpt-2")  # the field of the pre-tokenizer, and its default
 _OF_DIGITS = ("smollm", "starcoder")  # each digit is a token; transformers takes GPT-2's pre-tokenizer
 
 
@@ -51,7 +52,7 @@ def folder_of_gguf(file: Path, output: Path) -> Iterator[Path]:
         except Exception as error:  # of transformers and gguf, of many types
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise RunError(f"transformers cannot read {file} ({reason}); download it again, or another file") from error
-        _write_tokenizer(file, Path(temporary), fields)
+        _write_tokenizer(Path(temporary), fields)
         yield Path(temporary)
 
 
@@ -81,6 +82,12 @@ def _checked(file: Path) -> tuple[dict[str, Any], int]:
         raise SettingError(
             f"{problem} of {file} cannot be imported; supported is {_ARCHITECTURE} without scaled positions: name a folder of "
             "Hugging Face's format"
+        )
+    name = fields.get(*_PRE)
+    if fields.get("tokenizer.ggml.model") == "gpt2" and name not in (known := _READ + _OF_DIGITS):
+        raise SettingError(
+            f"tokenizer.ggml.pre={name} of {file} is not known here (known are {', '.join(known)}); name a folder of Hugging "
+            "Face's format, whose tokenizer.json has the pre-tokenizer"
         )
     return fields, sum(int(tensor.n_elements) for tensor in reader.tensors)
 
@@ -117,16 +124,11 @@ def _convert(file: Path, folder: Path, tokenizer: bool) -> None:
         transformers.AutoTokenizer.from_pretrained(**names, model_max_length=length).save_pretrained(folder)
 
 
-def _write_tokenizer(file: Path, folder: Path, fields: dict[str, Any]) -> None:
+def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
     """Give the saved tokenizer what the pre-tokenizer that the file names has, and transformers leaves out."""
-    path, name = folder / "tokenizer.json", fields.get("tokenizer.ggml.pre", "gpt-2")
+    path, name = folder / "tokenizer.json", fields.get(*_PRE)
     if not path.exists():
         return
-    if name not in (known := _READ + _OF_DIGITS):
-        raise SettingError(
-            f"tokenizer.ggml.pre={name} of {file} is not known here (known are {', '.join(known)}); name a folder of Hugging "
-            "Face's format, whose tokenizer.json has the pre-tokenizer"
-        )
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     if name in _OF_DIGITS:
         parts = [{"type": "Digits", "individual_digits": True}, tokenizer["pre_tokenizer"]]

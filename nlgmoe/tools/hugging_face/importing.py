@@ -83,7 +83,8 @@ def _import_folder(folder: Path, checkpoint: str | Path, overwrite: bool, origin
     files.check(layout.shapes, layout.of_entry["token_embedding.weight"][0].tensor)
     tokenizer, missing = _tokenizer(folder, config)
     read = partial(layout.entry, read=files.read)
-    write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin, family=preferred)
+    document = {} if preferred is None else {"family": preferred}
+    write_weights(checkpoint, read, config, tokenizer, overwrite, origin, document=document)
     return Imported(config, model_type, missing, dropped)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,6 @@ from nlgmoe.layers.router import Router
 from nlgmoe.model.gpt import GPT, Block
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import NlgmoeConfig
 
-# The field of the cache in the outputs of `transformers`: the second name before 5.24.
-CACHE = next(f.name for f in fields(MoeCausalLMOutputWithPast) if f.name in ("cache", "past_key_values"))
 _FIXED_SIZE = "cache_implementation=static, of fixed size, is not supported; use a growing cache such as DynamicCache"
 # Arguments of other models: the value that changes nothing, and why others are refused.
 _REFUSED = {
@@ -132,8 +130,8 @@ class NlgmoeModel(NlgmoePreTrainedModel):
             output_hidden_states: return the input of the first block and the output of each, the last after the final norm.
             output_router_logits: return the gates' logits, `[B * T, E]` for each MoE layer, and `aux_loss`.
             past_key_values: the name of `cache` in earlier versions.
-            kwargs: `cache_position`, `is_causal`, and descriptions of documents for other kernels (`cu_seq_lens_q`, `seq_idx`),
-                which must say what the other arguments say. Others are ignored, for they are the loss function's.
+            kwargs: `is_causal`, and what other kernels read besides `position_ids` (`cu_seq_lens_q`, `seq_idx`), are ignored, and
+                so are the loss function's.
 
         Raises:
             ValueError: an argument, named with its value, is one that this model does not compute.
@@ -145,7 +143,7 @@ class NlgmoeModel(NlgmoePreTrainedModel):
         tokens = inputs_embeds[..., 0] if input_ids is None else input_ids  # type: ignore[index]
         batch, new = tokens.shape
         asked = self._or_of_config(kwargs.get("output_attentions"), "output_attentions")
-        _refuse(kwargs | {"output_attentions": asked}, tokens, cached, position_ids)
+        _refuse(kwargs | {"output_attentions": asked}, position_ids)
         mask = _token_mask(attention_mask, batch, cached + new)
         documents = None if position_ids is None else _documents(position_ids, mask, batch, new, cached)
 
@@ -165,7 +163,7 @@ class NlgmoeModel(NlgmoePreTrainedModel):
             hidden_states=(*states, output.hidden) if states else None,
             router_logits=tuple(routing.logits for routing in output.routings) if returns_logits else None,
             aux_loss=aux_loss,
-            **{CACHE: cache},
+            cache=cache,
         )
 
     def _cache_to_use(self, cache: Any, use_cache: bool | None, has_documents: bool) -> Any:
@@ -234,7 +232,7 @@ class NlgmoeForCausalLM(NlgmoePreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=outputs.hidden_states,
             router_logits=outputs.router_logits,
-            **{CACHE: getattr(outputs, CACHE)},
+            cache=outputs.cache,
         )
 
 
@@ -289,29 +287,15 @@ def _documents(position_ids: Tensor, mask: Tensor | None, batch: int, new: int, 
     )
 
 
-def _refuse(given: dict[str, Any], tokens: Tensor, cached: int, position_ids: Tensor | None) -> None:
-    """Refuse arguments that would change the result of `tokens` `[B, T]`.
-
-    Descriptions of documents for other kernels must agree with `position_ids` `[1 or B, T]`; `cached` is S - T.
-    """
+def _refuse(given: dict[str, Any], position_ids: Tensor | None) -> None:
+    """Refuse arguments that would change the result; documents are read from `position_ids` `[1 or B, T]`."""
     given = {name: value for name, value in given.items() if value is not None}
     for name, (harmless, reason) in _REFUSED.items():
         if given.get(name, harmless) is not harmless:
             raise ValueError(f"{name}={given[name]} is not supported: {reason}; leave it out")
-    if not given.keys() & {"cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}:
-        return
-    own = torch.arange(cached, cached + tokens.shape[1], device=tokens.device)
-    if not torch.equal(place := given.get("cache_position", own).to(own), own):
-        raise ValueError(f"cache_position={place.tolist()} is not {own.tolist()}; leave it out")
-    begins = ((own if position_ids is None else position_ids) == 0).expand(tokens.shape)  # of a document
-    borders = [*begins.flatten().nonzero().flatten().tolist(), begins.numel()]
-    remedy = "is not supported: pass position_ids that begin again at 0 in each document"
-    for name in sorted(given.keys() & {"cu_seq_lens_q", "cu_seq_lens_k"}):
-        if (ends := given[name].flatten().tolist()) != borders:
-            raise ValueError(f"{name}={ends} {remedy}; by position_ids it is {borders}")
-    numbers = given.get("seq_idx")
-    if numbers is not None and not torch.equal(numbers[:, 1:] != numbers[:, :-1], begins[:, 1:]):
-        raise ValueError(f"seq_idx={numbers.tolist()} {remedy}")
+    documents = sorted(given.keys() & {"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
+    if documents and position_ids is None:
+        raise ValueError(f"{documents[0]} is not supported: pass position_ids that begin again at 0 in each document")
 
 
 def _share_of_step(

@@ -131,7 +131,7 @@ def results_table(results: Results) -> str:
         name = metric.partition("/")[0]
         unit = 100 if name in ACCURACIES or name == "f1" else 1
         guess = results["chance"].get(task, {}).get("guess") if name in ACCURACIES else None
-        if metric == "exact_match":
+        if name == "exact_match":
             guess = 0.0  # lists of answers too: an answer has to be generated word for word
         stderr = "-" if error is None else f"{unit * error:.3g}"
         line = f"{task:<26}{metric:<12}{unit * value:>11.4g} {stderr:>8} {'' if guess is None else f'{100 * guess:.1f}':>9}"

@@ -214,14 +214,11 @@ def chance(task: Any) -> dict[str, float]:
         return {"guess": 0.0}
     if callable(task.config.process_results):  # such as truthfulqa_mc2's share of probability
         return {}
-    requests = Counter(instance.doc_id for instance in task.instances)
-    # This score needs each choice without the question too.
-    of_a_choice = 2 if "acc_mutual_info" in task._metric_fn_list else 1
     documents = {instance.doc_id: instance.doc for instance in task.instances}
     targets = [task.doc_to_target(document) for document in documents.values()]
     right = [len(set(target)) if isinstance(target, list) else 1 for target in targets]
-    shares = [n * of_a_choice / requests[doc] for n, doc in zip(right, documents, strict=True)]
-    levels = {"guess": float(np.mean(shares))}
+    choices = [len(task.doc_to_choice(document)) for document in documents.values()]
+    levels = {"guess": float(np.mean(np.divide(right, choices)))}
     answers = Counter(target for target in targets if isinstance(target, int))
     if answers.total() == len(targets) and len(answers) > 1:
         levels["constant"] = max(answers.values()) / len(targets)

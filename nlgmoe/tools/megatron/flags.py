@@ -30,17 +30,12 @@ class Row:
     note: str = ""  # a remark
 
 
-def read_table() -> list[Row]:
-    """Read `flags.yaml`."""
-    sections = yaml.safe_load(Path(__file__).with_name("flags.yaml").read_text(encoding="utf-8"))
-    return [
-        Row(section, {name: keys or {} for name, keys in entry["flags"].items()}, entry.get("note", ""))
-        for section, entries in sections.items()
-        for entry in entries
-    ]
-
-
-TABLE = read_table()
+_SECTIONS = yaml.safe_load(Path(__file__).with_name("flags.yaml").read_text(encoding="utf-8"))
+TABLE = [
+    Row(section, {name: keys or {} for name, keys in entry["flags"].items()}, entry.get("note", ""))
+    for section, entries in _SECTIONS.items()
+    for entry in entries
+]
 ROWS = {name: row for row in TABLE for name in row.flags}  # flag -> its row
 FLAGS = {name: keys for row in TABLE for name, keys in row.flags.items()}  # flag -> its keys
 
@@ -51,9 +46,8 @@ class Arguments:
     def __init__(self, words: Sequence[str], skip_unknown: bool = False) -> None:
         # Reasons why the launch is not translated, `SUBJECT: REASON; REMEDY`, collected to be reported together.
         self.problems: list[str] = []
-        self.defaults: dict[
-            str, Any
-        ] = {}  # flag that is not given -> Megatron's default, where its value was asked for
+        # Flag that is not given -> Megatron's default, where its value was asked for.
+        self.defaults: dict[str, Any] = {}
         parser = argparse.ArgumentParser(
             add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
         )
@@ -166,8 +160,8 @@ class Translation:
 
     def copy(self, section: str, prefix: str) -> None:
         """Set the settings below `prefix` that take the value of one flag of a section of the table unchanged."""
-        for name, keys in ((name, keys) for row in TABLE if row.section == section for name, keys in row.flags.items()):
-            if keys.get("setting", "").startswith(prefix):
+        for name, keys in FLAGS.items():
+            if ROWS[name].section == section and keys.get("setting", "").startswith(prefix):
                 has_none = "default" not in keys and not keys.get("optional")
                 value = self.arguments.required(name) if has_none else self.arguments.value(name)
                 if value is not None:

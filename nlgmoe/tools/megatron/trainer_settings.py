@@ -63,7 +63,7 @@ def _parse(config: dict[str, Any], arguments: Arguments) -> DeepSpeedConfig:
     def refuse(message: str) -> None:
         arguments.add_problem(SUBJECT, message)
 
-    for name in config.keys() - _WITHOUT_EFFECT - _READ:
+    for name in sorted(config.keys() - _WITHOUT_EFFECT - _READ):
         value = config[name]
         if value and (not isinstance(value, dict) or value.get("enabled", True)):
             refuse(f"has {name}, which is not available here; remove it")

@@ -186,7 +186,7 @@ def simulation_as_text(report: dict[str, Any]) -> str:
     peaks = [values["peak_bytes"] for values in (predicted, simulated)]
     texts = [*(f"{peak / 2**30:>14.2f}" for peak in peaks), f"  {peaks[0] / peaks[1] - 1:+.1%}"]
     lines.append(("peak memory, GiB", "".join(texts)))
-    sizes = ["".join(f"{len(values['communicators']):>14}") for values in (predicted, simulated)]
+    sizes = [f"{len(values['communicators']):>14}" for values in (predicted, simulated)]
     ranks = ", ".join(map(str, simulated["communicators"]))
     gib = predicted["communicator_bytes"] / 2**30
     text = f"{''.join(sizes)}  of {ranks} ranks; about {gib:.1f} GiB of NCCL's, beyond the tensors"

@@ -93,7 +93,8 @@ def memory_of(config: GPTConfig, topology: Topology) -> Memory:
     sharded = sum(-(-group.parameters // group.copies) for group in groups)  # rounded up: ZeRO pads
     count = count_parameters(config)
     positions = config.seq_len * config.hidden_size if config.rope_theta is None else 0
-    uncast = count.norms + count.router + positions  # parameters that autocast leaves in fp32
+    embedding = 0 if config.tied_embeddings else config.padded_vocab_size * config.hidden_size
+    uncast = count.norms + count.router + positions + embedding  # parameters that autocast leaves in fp32
     optimizer = (sharded if topology.zero_stage else full) * (size.master + size.moments)
     if topology.muon:  # biases are counted with the matrices
         optimizer -= (count.attention + count.dense_ffn + count.experts) * size.moments // 2

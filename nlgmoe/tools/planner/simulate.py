@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import io
 import logging
-import math
 import os
 import warnings
 import weakref
@@ -23,7 +22,6 @@ from itertools import repeat
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from lightning import Trainer
 from lightning.pytorch.trainer.connectors import data_connector
@@ -38,7 +36,7 @@ from nlgmoe import loss
 from nlgmoe.config import GPTConfig
 from nlgmoe.data import PileDataModule, TrainingData
 from nlgmoe.experiment import Experiment, load_config
-from nlgmoe.layers import all_to_all, dispatch, router
+from nlgmoe.layers import all_to_all, dispatch
 from nlgmoe.layers.experts import Experts
 from nlgmoe.model import gpt
 from nlgmoe.module import MoEGPTModule
@@ -279,16 +277,12 @@ def _patches(topology: Topology, module: MoEGPTModule) -> Iterator[Any]:
                 tensor.data = convert(tensor)
         return module
 
-    def capacity(tokens: int, experts: int, top_k: int, factor: float, minimum: int) -> int:
-        return max(minimum, math.ceil(np.float32(tokens / experts) * np.float32(factor * top_k)))
-
     yield mock.patch.object(nn.Module, "_apply", in_place)  # the original one swaps FakeTensors
     yield mock.patch.object(FakeTensor, "tolist", read)
     yield mock.patch.object(F, "dropout", dropout)
     yield mock.patch.object(F, "scaled_dot_product_attention", without_dropout)
     yield mock.patch.object(Experts, "_gather_bias", Experts._multiply_bias)
     yield mock.patch.object(dispatch, "has_slots", lambda device: True)
-    yield mock.patch.object(router, "capacity", capacity)
     yield mock.patch.object(dispatch, "round_up_rows", keep_rows)
     yield mock.patch.object(all_to_all, "round_up_rows", keep_rows)
     yield mock.patch.object(loss, "fork_rng", nullcontext)

@@ -17,7 +17,7 @@ from nlgmoe.hardware import HARDWARE, RESERVED, Hardware, board_of, hardware
 from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer
 from nlgmoe.validation import SettingError, require, require_at_least
 
-Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
+Precision = Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true"]
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,8 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
     strategy = trainer.get("strategy") or "auto"
     strategy = {"class_path": strategy} if isinstance(strategy, str) else strategy
     name, init = strategy["class_path"], strategy.get("init_args") or {}
+    remedy = "train.py refuses it; write {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2}}"
+    require("deepspeed" not in name.lower(), f"trainer.strategy={name}: {remedy}")
     devices = _named_devices(trainer.get("devices"))
     # A model's file without a file of configs/hardware: Lightning's default, fp32, is not the precision of training.
     no_hardware = trainer.get("accelerator", "auto") == "auto"
@@ -200,7 +202,7 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
     values.setdefault("global_batch_size", global_batch)
     # --gpus without a strategy: assume this project's strategy. For `devices` in the files, "auto" is ddp, as in train.py.
     assumed = name == "auto" and given.get("gpus", 1) > 1
-    engine = "deepspeed" in name.lower() or "ExpertParallel" in name or assumed
+    engine = "ExpertParallel" in name or assumed
     values["deepspeed"] = engine or values["zero_stage"] > 0 or values["expert_parallel_size"] > 1
     values["zero_stage"] = max(values["zero_stage"], int(values["deepspeed"]))  # the strategy takes 0 as 1
     return Topology(**values)

@@ -30,7 +30,6 @@ from nlgmoe.tools.hugging_face.families.family import Family
 from nlgmoe.tools.hugging_face.families.llama import BLOCK, LAYER, MIXTRAL_TABLE, shared_mlp
 from nlgmoe.tools.hugging_face.families.settings import (
     REQUIRED,
-    REQUIRED_BY_LAYER,
     UnsupportedError,
     decoder_config,
     decoder_settings,
@@ -146,7 +145,7 @@ def _write_minimax(config: GPTConfig) -> dict[str, Any]:
 _GLM4_REQUIRED = REQUIRED | {"attention_bias": (False, True)}
 _MINIMAX_REQUIRED = REQUIRED | {name: (value,) for name, value in _MINIMAX.items()}
 
-DOTS1 = Family("dots1", "Dots1", BLOCK | _SIGMOID_MOE, _read_dots, _write_dots, REQUIRED_BY_LAYER)
+DOTS1 = Family("dots1", "Dots1", BLOCK | _SIGMOID_MOE, _read_dots, _write_dots)
 GLM4_MOE = Family("glm4_moe", "Glm4Moe", BLOCK | _SIGMOID_MOE, _read_glm4, _write_glm4, _GLM4_REQUIRED)
 MINIMAX_M2 = Family("minimax_m2", "MiniMaxM2", _MINIMAX_TABLE, _read_minimax, _write_minimax, _MINIMAX_REQUIRED)
 

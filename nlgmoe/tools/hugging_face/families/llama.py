@@ -24,7 +24,6 @@ from nlgmoe.layers.rotary import Yarn
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.hugging_face.families.family import Family
 from nlgmoe.tools.hugging_face.families.settings import (
-    REQUIRED_BY_LAYER,
     UnsupportedError,
     decoder_config,
     decoder_settings,
@@ -155,7 +154,7 @@ def _write_qwen3(config: GPTConfig) -> dict[str, Any]:
     return decoder_settings(config, head_dim=config.head_size, **_qwen_settings(config))
 
 
-QWEN2_MOE = Family("qwen2_moe", "Qwen2Moe", _QWEN2_TABLE, _read_qwen2, _write_qwen2, REQUIRED_BY_LAYER)
+QWEN2_MOE = Family("qwen2_moe", "Qwen2Moe", _QWEN2_TABLE, _read_qwen2, _write_qwen2)
 QWEN3_MOE = Family("qwen3_moe", "Qwen3Moe", BLOCK, _read_qwen3, _write_qwen3)
 
 

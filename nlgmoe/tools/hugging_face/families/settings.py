@@ -30,8 +30,6 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "router_jitter_noise": (0.0,),
 }
-# Of families whose `layer_types` say which layers have a window: `sliding_window` is its length.
-REQUIRED_BY_LAYER = {name: values for name, values in REQUIRED.items() if name != "sliding_window"}
 
 
 # ---- reading: `theirs` is the object of transformers' configuration class
@@ -40,6 +38,8 @@ REQUIRED_BY_LAYER = {name: values for name, values in REQUIRED.items() if name !
 def check_required(theirs: Any, required: Mapping[str, tuple[Any, ...]]) -> None:
     """Raise an `UnsupportedError` if a setting has another value."""
     for name, supported in required.items():
+        if name == "sliding_window" and getattr(theirs, "layer_types", None):  # which say it for each layer, below
+            continue
         if (value := getattr(theirs, name, supported[0])) not in supported:
             raise UnsupportedError(f"{name}={value}")
     if set(getattr(theirs, "layer_types", None) or ()) - {"full_attention"}:
