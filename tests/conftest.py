@@ -39,9 +39,7 @@ settings.load_profile("suite")
 SLOW = (
     "distributed/ranks/",
     "test_commands",
-    "test_gpu_command",
     "accelerator/",
-    "test_run_folder",
     "test_errors",
     "end_to_end/",
     "tools_check/",

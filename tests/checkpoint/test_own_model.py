@@ -26,16 +26,12 @@ def build(**settings: Any) -> NlgmoeForCausalLM:
     return model
 
 
-def separately(model: NlgmoeForCausalLM, row: Tensor) -> Tensor:
-    return torch.cat([model(part[None]).logits for part in row.split(LENGTHS)], dim=1)
-
-
 @pytest.mark.parametrize(
     "settings", [{}, {"rope_theta": 1e4, "num_kv_heads": 1, "qk_norm": "head"}], ids=["learned", "rotary"]
 )
 def test_own_model_computes_packed_documents_as_if_alone(settings: dict[str, Any]) -> None:
     model = build(**settings)
-    expected = torch.cat([separately(model, row) for row in IDS])
+    expected = torch.cat([torch.cat([model(part[None]).logits for part in row.split(LENGTHS)], dim=1) for row in IDS])
     packed = model(IDS, position_ids=PACKED)
     torch.testing.assert_close(packed.logits, expected)
     assert packed.cache is None and not torch.allclose(model(IDS).logits, expected, atol=1e-2)

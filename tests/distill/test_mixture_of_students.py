@@ -194,11 +194,10 @@ def test_teacher_in_fp32_has_its_logits_bit_for_bit_under_bf16(teacher: Path, tm
     assert torch.equal(logits, alone.logits(alone(tokens).hidden))
 
 
-def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
-    return config_of_blocks(teacher, student_layers(teacher, num_layers))
-
-
 def test_a_student_keeps_the_top_of_the_pyramid() -> None:
+    def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
+        return config_of_blocks(teacher, student_layers(teacher, num_layers))
+
     paper = GPTConfig(50_257, moe=MoEConfig([32] * 10 + [64] * 2, mlp_type="residual"))
     student = student_config(paper, 21)
     assert student.moe is not None and student.moe.num_experts == [32] * 8 + [64] * 2

@@ -164,8 +164,7 @@ def test_moe_layer_reads_no_number_from_the_device(monkeypatch: pytest.MonkeyPat
     model, tokens = GPT(config).to(torch.bfloat16), torch.randint(64, (2, 16))
     for method in ("item", "tolist", "__bool__", "__int__", "__float__"):
         monkeypatch.setattr(torch.Tensor, method, waits)
-    # On CPUs alone rows are counted, and rounded up.
-    monkeypatch.setattr(dispatch, "has_slots", lambda device: True)
+    monkeypatch.setattr(dispatch, "has_slots", lambda device: True)  # on CPUs alone rows are counted, and rounded up
     monkeypatch.setattr(dispatch, "computing_dtype", lambda x: torch.float32)
     with NoWaiting():
         output = model(tokens, noise_key=(0, 0, 0))

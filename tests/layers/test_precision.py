@@ -57,18 +57,14 @@ class Calls(TorchFunctionMode):
 
 
 def test_router_is_in_fp32_where_a_script_sets_one_backend() -> None:
-    """`torch.backends.cuda.matmul.fp32_precision`, with which PyTorch's older setting cannot be read."""
-    backends, within = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul), []
+    """By `fp32_precision`, after which PyTorch's older setting cannot be read."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     backends[0].fp32_precision = "tf32"
-    try:
-        assert allows_tf32()
-        with fp32_products():
-            within = [backend.fp32_precision for backend in backends]
-        assert allows_tf32() and within == ["ieee", "ieee"]
-    finally:
-        backends[0].fp32_precision = "none"
-        torch.set_float32_matmul_precision("highest")
-    assert not allows_tf32()
+    with fp32_products():
+        within = [backend.fp32_precision for backend in backends]
+    allowed, backends[0].fp32_precision = allows_tf32(), "none"
+    torch.set_float32_matmul_precision("highest")
+    assert within == ["ieee", "ieee"] and allowed and not allows_tf32()
 
 
 @pytest.mark.parametrize("name", ["bf16-mixed", "bf16-true"])

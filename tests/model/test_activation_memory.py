@@ -67,8 +67,7 @@ class FusedRMSNorm(torch.autograd.Function):
 @pytest.fixture(autouse=True)
 def kernels_of_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fused RMSNorm, slots, and the experts' biases added as a product: a CPU gathers them, in fp32."""
-    fused = FusedRMSNorm.apply
-    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: fused(x, self.weight.to(x.dtype), self.eps))
+    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: FusedRMSNorm.apply(x, self.weight.to(x.dtype), self.eps))
     monkeypatch.setattr(Experts, "_gather_bias", Experts._multiply_bias)
     monkeypatch.setattr(dispatch, "has_slots", lambda device: True)
 
