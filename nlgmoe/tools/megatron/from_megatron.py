@@ -77,7 +77,7 @@ def split_command(words: Sequence[str]) -> list[str]:
     at = [index for index, word in enumerate(words) if _ENTRY_POINT.fullmatch(word)]
     if not at:
         return list(words)
-    launcher = Arguments([word for word in words[: at[0]] if word != "-m"], skip_unknown=True).given
+    launcher = Arguments(words[: at[0]], skip_unknown=True).given
     return [word for name, values in launcher.items() for word in (name, *values)] + list(words[at[0] + 1 :])
 
 

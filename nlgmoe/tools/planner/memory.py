@@ -171,10 +171,10 @@ def saved_by_block(config: GPTConfig, block: int, tokens: int, seq_len: int, siz
     dropout = 2 * width if config.hidden_dropout else 0
     per_token = norms + attention + dropout
     # Cosines and sines in half precision, of queries and of keys, for the positions of one sequence.
-    turns = 4 * config.rotary_size * c * seq_len if config.rope_theta is not None and c == 2 else 0
+    rotation = 4 * config.rotary_size * c * seq_len if config.rope_theta is not None and c == 2 else 0
     experts = experts_at(config, block)
     if not experts:
-        return tokens * (per_token + width * c + inner * config.ffn_size * c) + turns
+        return tokens * (per_token + width * c + inner * config.ffn_size * c) + rotation
 
     moe = config.moe
     assert moe is not None
@@ -200,7 +200,7 @@ def saved_by_block(config: GPTConfig, block: int, tokens: int, seq_len: int, siz
             per_token += (c + (4 if moe.residual_mix == "learned" else 0)) * width + 8
             per_token += 4 * width if copies or (jitter and c != r) else 0  # input
     gate_weights = 4 * experts * width if size.weight == 2 else 0  # in fp32
-    return tokens * per_token + rows + turns + gate_weights
+    return tokens * per_token + rows + rotation + gate_weights
 
 
 def saved_by_checkpointed_block(config: GPTConfig, block: int, tokens: int, size: BytesPer) -> int:
