@@ -1,5 +1,6 @@
-"""The repository: its root, and git."""
+"""The repository: its root, and git; the processor."""
 
+import platform
 import subprocess
 from pathlib import Path
 
@@ -9,3 +10,10 @@ ROOT = Path(__file__).parents[1]
 def git(*words: str) -> str:
     """Run git in the repository, and return its output."""
     return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())

@@ -10,7 +10,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import time
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.documents import markdown_table, with_text
-from benchmarks.runs import ROOT
+from benchmarks.runs import ROOT, processor
 from nlgmoe.files import write_json
 from nlgmoe.process import keep_freed_memory
 from nlgmoe.versions import versions
@@ -126,12 +125,9 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int, war
 
 def settings(**more: Any) -> dict[str, Any]:
     """Return machine, threads, allocator, versions and commit."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
     changed = output_of(["git", "status", "--porcelain", "--", "*.py", "*.yaml"])
     return {
-        "cpu": model,
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         "environment": {
             name: value

@@ -52,6 +52,11 @@ def require_above(limit: float, settings: Any, *names: str, remedy: str = "") ->
         require(value is None or value > limit, f"{name}={value} must be above {limit}{remedy}")
 
 
+def as_yaml(value: Any) -> str:
+    """Format a value as YAML has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _has_type(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in get_args(hint)

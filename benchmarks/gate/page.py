@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from benchmarks.gate.candidate import Side
 from benchmarks.gate.verdict import CHANCE, PLANNED_PAIRS, in_words
 from benchmarks.reproduce.scale import machine
 from benchmarks.runs import ROOT, git
+from benchmarks.timing import output_of
 from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.versions import versions
@@ -27,11 +27,10 @@ Row = dict[str, Any]
 
 def make_row(candidate: Side, author: str | None, **measured: Any) -> Row:
     """Return a row: who, what and where; and what was measured."""
-    name = subprocess.run(["git", "config", "user.name"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     count = count_parameters(candidate.config)
     return {
         "name": candidate.name,
-        "author": author or name or "unknown",
+        "author": author or output_of(["git", "config", "user.name"]) or "unknown",
         "commit": git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else ""),
         "versions": versions(),
         "machine": machine(),
@@ -90,7 +89,7 @@ def _cell(judged: dict[str, Any]) -> str:
     return f"**{judged['reading']}** {judged['mean']:+.3f}{interval}"
 
 
-def write_table(numerics: str, page: Path = PAGE, results: Path = RESULTS) -> None:
-    """Renew the table of a page from the rows of a file."""
-    text = table(read_rows(results), numerics)
-    page.write_text(with_text(page.read_text(), BEGIN, END, text, name=str(page)))
+def write_table(numerics: str) -> None:
+    """Renew the table of docs/gate.md from docs/results/gate.json."""
+    text = table(read_rows(RESULTS), numerics)
+    PAGE.write_text(with_text(PAGE.read_text(), BEGIN, END, text, name=str(PAGE)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from benchmarks.reproduce.cells import BUDGETS, COOLDOWN, STEP_TOKENS, STEPS
+from benchmarks.runs import processor
 
 CONFIGS = Path("configs/reproduce")
 
@@ -82,9 +82,4 @@ def run_settings(scale: Scale, tree: Path, steps: int, seed: int, rate: float) -
 
 def machine() -> str:
     """Return the processor, and what a run has of it."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, one thread a run"
+    return f"{processor()}, {os.cpu_count()} cores, one thread a run"

@@ -17,7 +17,7 @@ from nlgmoe.run.folder import flattened
 from nlgmoe.tools.report import tables
 from nlgmoe.tools.report.drawing import Chart, Panel, Trace, line
 from nlgmoe.tools.report.runs import PALETTE, Run, finite_number
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, as_yaml
 
 PLACES = ("default_root_dir", "dirpath", "save_dir", "ckpt_path")  # settings of where a run writes, by their last part
 MAX_NAMED = 3  # settings in a group's name
@@ -74,7 +74,7 @@ def _names(settings: list[dict[str, Any]], runs: list[list[Run]]) -> list[str]:
     short = [name.rpartition(".")[2] for name in different]
     labels = {name: end if short.count(end) == 1 else name for name, end in zip(different, short, strict=True)}
     return [
-        ", ".join(f"{label}={tables.setting(of_group[name])}" for name, label in labels.items() if name in of_group)
+        ", ".join(f"{label}={as_yaml(of_group[name])}" for name, label in labels.items() if name in of_group)
         for of_group in settings
     ]
 

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError
 from nlgmoe.data.tokenizer_loading import fingerprint_of, tokenizer_of
 from nlgmoe.run.folder import flattened
 from nlgmoe.tools.report.runs import BITS, Run
+from nlgmoe.validation import as_yaml
 
 UNKNOWN = "–"
 whole, decimal, decimal_4 = "{:,.0f}".format, "{:.3f}".format, "{:.4f}".format
@@ -90,14 +91,9 @@ def differences(runs: Sequence[Run]) -> str:
     """Return the settings that differ between runs, or a sentence if there are none."""
     flat = [flattened(run.config) for run in runs]
     names = [name for name in dict.fromkeys(name for settings in flat for name in settings) if name not in PER_RUN]
-    columns = {name: [setting(settings[name]) if name in settings else None for settings in flat] for name in names}
+    columns = {name: [as_yaml(settings[name]) if name in settings else None for settings in flat] for name in names}
     rows: list[Row] = [(name, str, values) for name, values in columns.items() if any(v != values[0] for v in values)]
     return table("settings", runs, rows, "settings") if rows else "<p>All runs have the same settings.</p>"
-
-
-def setting(value: Any) -> str:
-    """Format a setting as YAML has it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def other_tokens(runs: Sequence[Run]) -> str:

@@ -20,7 +20,7 @@ from nlgmoe.parts import ATTENTION_FIELDS, IGNORED_IN_EVALUATION, MOE_PARTS
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.hugging_face.families.settings import REQUIRED, UnsupportedError, check_required
 from nlgmoe.tools.hugging_face.families.tensors import Layout, Table
-from nlgmoe.validation import RunError
+from nlgmoe.validation import RunError, as_yaml
 
 
 def without_rotary_buffers(name: str) -> str | None:
@@ -155,4 +155,4 @@ def _equal(value: Any, other: Any) -> bool:
 def _text(value: Any) -> str:
     if isinstance(value, dict) and "class_path" in value:
         return str(value["class_path"]).rpartition(".")[2]
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return as_yaml(value)
