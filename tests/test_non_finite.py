@@ -18,7 +18,7 @@ from nlgmoe.config import MoEConfig
 from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.non_finite import NonFinite, NonFiniteError
+from nlgmoe.non_finite import NonFinite, NonFiniteError, total_norm
 from nlgmoe.optim.optimizer import AdamWConfig, MuonConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from tests.support.non_finite import Spoils, Undo, output_of
@@ -242,3 +242,8 @@ def test_logged_metrics_are_the_documented_ones(tmp_path: Path) -> None:
         logged = (*run.callback_metrics, "epoch", "step")
         names = {re.sub(r"^experts/\d+/", "experts/MOE_LAYER/", name) for name in logged}
         assert {re.sub(r"/(even|odd)$", "/DOMAIN", name) for name in names} <= documented
+
+
+def test_norm_of_a_large_gradient_is_exact_on_a_cpu() -> None:
+    gradient = torch.randn(2**24, generator=torch.Generator().manual_seed(0))
+    assert float(total_norm([gradient])) == pytest.approx(float(gradient.double().norm()), rel=1e-5)

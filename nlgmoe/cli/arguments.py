@@ -146,4 +146,4 @@ def check_device(device: str) -> None:
 def import_allowed(modules: Sequence[str] | None) -> None:
     """Import modules that the user trusts, for checkpoints that name their classes."""
     for module in modules or ():
-        import_module(module, "start in its folder")
+        import_module(module, "start in its folder, or correct --allow-code")

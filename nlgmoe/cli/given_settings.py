@@ -139,14 +139,15 @@ class GivenSettings:
 
     def placed(self, text: str) -> str:
         """Replace `leaf=value` at the start of a message by the setting's full name and place."""
-        if not (match := _OURS.match(text)):
-            return text
-        leaf, value = match.groups()
+        match = _OURS.match(text)
+        leaf, value = match.groups() if match else ("", "")
         for given in reversed(self.settings):
             same = str(given.value) == value or given.value == read_value(value)
-            if given.name.rpartition(".")[2] == leaf and same:
+            if match and given.name.rpartition(".")[2] == leaf and same:
                 return f"{given.name}={value}{given.place}{text[match.end() :]}"
-        names = [name for name in self._known if name.rpartition(".")[2] == leaf]
+            if not match and given.name.startswith("trainer.") and f"'{given.value}'" in text:  # Lightning's own name
+                return f"{given}: {text}"
+        names = [name for name in self._known if leaf and name.rpartition(".")[2] == leaf]
         return f"{names[0].rpartition('.')[0]}.{text}".removeprefix(".") if len(names) == 1 else text
 
 

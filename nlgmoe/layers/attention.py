@@ -163,8 +163,8 @@ class CausalSelfAttention(nn.Module):
         self.norms_heads = config.qk_norm == "head"
         if config.qk_norm is not None:
             query, key = (size, size) if self.norms_heads else self.widths[:2]
-            self.query_norm: nn.Module = RMSNorm(query, eps=config.layer_norm_eps)
-            self.key_norm: nn.Module = RMSNorm(key, eps=config.layer_norm_eps)
+            self.query_norm: nn.Module = nn.RMSNorm(query, eps=config.layer_norm_eps)
+            self.key_norm: nn.Module = nn.RMSNorm(key, eps=config.layer_norm_eps)
         else:
             self.query_norm = self.key_norm = nn.Identity()
 
@@ -202,17 +202,10 @@ def attend(
     )
 
 
-class RMSNorm(nn.RMSNorm):
-    """Takes `x` of half precision under autocast: PyTorch's fused kernel needs weights of that type, and its parts save fp32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
 def build_norm(config: GPTConfig) -> nn.Module:
     """Return a norm of the residual stream."""
     if config.norm == "rmsnorm":
-        return RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+        return nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.bias)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.attention import AttentionContext, RMSNorm, attend
+from nlgmoe.layers.attention import AttentionContext, attend
 from nlgmoe.layers.precision import cast_by_autocast
 from nlgmoe.layers.rotary import rotate
 from nlgmoe.parts import AttentionConfig
@@ -98,11 +98,11 @@ class LatentAttention(nn.Module):
             self.query = nn.Linear(hidden, heads * (self.plain + self.rotary), bias=False)
         else:
             self.query_down = nn.Linear(hidden, settings.q_lora_rank, bias=bias)
-            self.query_norm = RMSNorm(settings.q_lora_rank, eps=eps)
+            self.query_norm = nn.RMSNorm(settings.q_lora_rank, eps=eps)
             self.query_up = nn.Linear(settings.q_lora_rank, heads * (self.plain + self.rotary), bias=False)
         self.has_query_latent = settings.q_lora_rank is not None
         self.key_value_down = nn.Linear(hidden, self.rank + self.rotary, bias=bias)
-        self.key_value_norm = RMSNorm(self.rank, eps=eps)
+        self.key_value_norm = nn.RMSNorm(self.rank, eps=eps)
         self.key_value = nn.Linear(self.rank, heads * (self.plain + self.values), bias=False)
         self.project = nn.Linear(heads * self.values, hidden, bias=bias)
 

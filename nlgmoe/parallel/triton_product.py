@@ -10,22 +10,20 @@ from nlgmoe.device import is_accelerator
 from nlgmoe.layers.moe import moe_layers
 
 
+def product(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """Compute `(rows [M, in], weight [E, in, out], offs [E]) -> [M, out]`."""
+    from deepspeed.ops.triton_ops import group_gemm_triton  # takes seconds, and few GPUs need it
+
+    y: Tensor = group_gemm_triton(rows, weight, offs)
+    return y
+
+
 def triton_product(device: torch.device) -> Callable[..., Tensor] | None:
-    """Return `(rows [M, in], weight [E, in, out], offs [E]) -> [M, out]` if Triton can run on `device`, else None."""
-    if not is_accelerator(device) or find_spec("triton") is None:
-        return None
-
-    def product(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-        from deepspeed.ops.triton_ops import group_gemm_triton  # takes seconds, and few GPUs need it
-
-        y: Tensor = group_gemm_triton(rows, weight, offs)
-        return y
-
-    return product
+    """Return `product` if Triton can run on `device`, else None."""
+    return product if is_accelerator(device) and find_spec("triton") is not None else None
 
 
 def hand_in_triton_product(model: nn.Module, device: torch.device) -> None:
     """Give the product to all experts of `model`; `layers/expert_products.py` chooses where they use it."""
-    product = triton_product(device)
     for moe in moe_layers(model):
-        moe.experts.triton_product = product
+        moe.experts.triton_product = triton_product(device)

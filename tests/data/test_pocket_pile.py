@@ -39,8 +39,7 @@ def test_pocket_pile_is_the_one_that_its_manifest_describes() -> None:
     manifest = open_corpus(ROOT)
     assert manifest == read_manifest(ROOT)
     assert manifest.domains == ["literature", "wikipedia", "manuals", "code"]
-    total = sum(file.bytes for file in manifest.files.values())
-    assert total > 25e6
+    assert (total := sum(file.bytes for file in manifest.files.values())) > 25e6
     texts: dict[str, set[str]] = {}
     for name, file in manifest.files.items():
         assert file.bytes < 0.45 * total

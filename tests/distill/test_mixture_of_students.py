@@ -195,26 +195,23 @@ def test_teacher_in_fp32_has_its_logits_bit_for_bit_under_bf16(teacher: Path, tm
 
 
 def test_a_student_keeps_the_top_of_the_pyramid() -> None:
-    def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
-        return config_of_blocks(teacher, student_layers(teacher, num_layers))
-
     paper = GPTConfig(50_257, moe=MoEConfig([32] * 10 + [64] * 2, mlp_type="residual"))
-    student = student_config(paper, 21)
+    taken = student_layers(paper, 21)
+    student = config_of_blocks(paper, taken)
     assert student.moe is not None and student.moe.num_experts == [32] * 8 + [64] * 2
     assert replace(student, num_layers=24, moe=paper.moe) == paper
-    assert student_config(replace(paper, moe=None), 21).num_layers == 21
     theirs, ours = experts_per_layer(paper), experts_per_layer(student)
-    taken = student_layers(paper, 21)
     assert taken == [*range(4, 24), 22] and [theirs[layer] for layer in taken] == ours
     assert student_layers(paper, 20) == list(range(4, 24))
     assert student_layers(replace(paper, moe=None), 21) == list(range(3, 24))
     mapped = replace(paper, num_layers=6, moe=MoEConfig([0, 8, 0, 8, 0, 16], expert_interval=1))
-    assert experts_per_layer(student_config(mapped, 4)) == [0, 8, 0, 16] and student_layers(mapped, 4) == [2, 3, 4, 5]
+    assert student_layers(mapped, 4) == [2, 3, 4, 5]
+    assert experts_per_layer(config_of_blocks(mapped, [2, 3, 4, 5])) == [0, 8, 0, 16]
     with pytest.raises(ValueError, match=r"num_layers=1 leaves no MoE block of the teacher's num_experts=\[8, 0\]"):
-        student_config(replace(paper, num_layers=2, moe=MoEConfig([8, 0], expert_interval=1)), 1)
+        config_of_blocks(replace(paper, num_layers=2, moe=MoEConfig([8, 0], expert_interval=1)), [1])
     for layers in (0, 24):
         with pytest.raises(ValueError, match=f"num_layers={layers} must be at least 1 and below the teacher's 24"):
-            student_config(paper, layers)
+            student_layers(paper, layers)
 
 
 @pytest.mark.parametrize(

@@ -57,14 +57,14 @@ class Calls(TorchFunctionMode):
 
 
 def test_router_is_in_fp32_where_a_script_sets_one_backend() -> None:
-    """By `fp32_precision`, after which PyTorch's older setting cannot be read."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    backends[0].fp32_precision = "tf32"
-    with fp32_products():
-        within = [backend.fp32_precision for backend in backends]
-    allowed, backends[0].fp32_precision = allows_tf32(), "none"
-    torch.set_float32_matmul_precision("highest")
-    assert within == ["ieee", "ieee"] and allowed and not allows_tf32()
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # PyTorch's older setting cannot be read then
+    try:
+        with fp32_products():
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee" and not allows_tf32()
+        assert allows_tf32()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("name", ["bf16-mixed", "bf16-true"])

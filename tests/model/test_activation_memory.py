@@ -11,7 +11,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers import dispatch, expert_products
-from nlgmoe.layers.attention import RMSNorm
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import cross_entropy
@@ -67,7 +66,7 @@ class FusedRMSNorm(torch.autograd.Function):
 @pytest.fixture(autouse=True)
 def kernels_of_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fused RMSNorm, slots, and the experts' biases added as a product: a CPU gathers them, in fp32."""
-    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: FusedRMSNorm.apply(x, self.weight.to(x.dtype), self.eps))
+    monkeypatch.setattr(nn.RMSNorm, "forward", lambda self, x: FusedRMSNorm.apply(x, self.weight, self.eps))
     monkeypatch.setattr(Experts, "_gather_bias", Experts._multiply_bias)
     monkeypatch.setattr(dispatch, "has_slots", lambda device: True)
 

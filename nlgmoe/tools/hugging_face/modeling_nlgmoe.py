@@ -130,8 +130,8 @@ class NlgmoeModel(NlgmoePreTrainedModel):
             output_hidden_states: return the input of the first block and the output of each, the last after the final norm.
             output_router_logits: return the gates' logits, `[B * T, E]` for each MoE layer, and `aux_loss`.
             past_key_values: the name of `cache` in earlier versions.
-            kwargs: `is_causal`, and what other kernels read besides `position_ids` (`cu_seq_lens_q`, `seq_idx`), are ignored, and
-                so are the loss function's.
+            kwargs: ignored, but for arguments that would change the result; documents that other kernels read from
+                `cu_seq_lens_q` or `seq_idx` must be in `position_ids` too.
 
         Raises:
             ValueError: an argument, named with its value, is one that this model does not compute.
