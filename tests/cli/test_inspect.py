@@ -62,6 +62,8 @@ def test_inspect_takes_ranks_strategy_and_precision_of_the_trainer() -> None:
     found = layout({"trainer": trainer, "data": {"micro_batch_size": 2}, "model": {}}, {})
     shape = (found.gpus, found.expert_parallel_size, found.zero_stage, found.deepspeed, found.precision)
     assert shape == (6, 1, 0, False, "16-mixed") and found.global_batch_size == 12
+    with pytest.raises(ValueError, match=r"deepspeed_stage_2: train\.py refuses it; write"):
+        layout({"trainer": {"strategy": "deepspeed_stage_2"}}, {})
 
 
 def test_inspect_without_hardware_judges_by_this_machine(capsys: pytest.CaptureFixture) -> None:
@@ -102,5 +104,4 @@ def test_inspect_says_which_options_make_a_run_fit(capsys: pytest.CaptureFixture
     assert smallest["as given"] == smallest["--micro-batch 1"] == "fits none"
     assert (smallest["--expert-parallel 64"], smallest[everything]) == ("a100-80", "v100-32")
     assert "fits: uses" in inspect(capsys, *args[:2], "--hardware=v100-32", *everything.split())  # the advice is good
-    found = inspect_json(capsys, *args)
-    assert [option["fits_on"] for option in found["options"]][-1] == list(HARDWARE)
+    assert inspect_json(capsys, *args)["options"][-1]["fits_on"] == list(HARDWARE)

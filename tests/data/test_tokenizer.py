@@ -39,8 +39,7 @@ def test_tokenizer_folder_is_read_in_both_layouts(tmp_path: Path) -> None:
 
 
 def test_tokenizer_files_that_are_damaged_are_named(tmp_path: Path) -> None:
-    text = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300).to_str()
-    (tmp_path / "tokenizer.json").write_text(text[: len(text) // 2])
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": {')
     with pytest.raises(ValueError, match=r"tokenizer.json is damaged or not a tokenizer \(.*; replace it$"):
         load_tokenizer(str(tmp_path), tmp_path)
 
