@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import statistics
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import QUIET
 
-COMPARED = 20  # losses of the last steps, averaged: the batches are the same ones
+COMPARED = 20  # first and last steps, whose mean losses are compared: the batches are the same ones
 ZERO: dict[str, tuple[str, dict[str, Any]]] = {
     "ZeRO 1, bf16": ("bf16-mixed", {"stage": 1}),
     "ZeRO 1, fp16": ("16-mixed", {"stage": 1}),
@@ -55,11 +57,22 @@ def parity(run: Run, folder: Path) -> None:
     os.environ["NLGMOE_GPU_DRY_RUN"] = str(int(run.dry))
     # Without tests/conftest.py, whose packages only the suite needs.
     options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", f"--confcutdir={ROOT / 'tests/gpu'}"]
-    pytest.main([*options, f"--basetemp={folder / 'tests'}", str(ROOT / "tests/gpu")], plugins=[figures])
+    without_tuning()
+    code = pytest.main([*options, f"--basetemp={folder / 'tests'}", str(ROOT / "tests/gpu")], plugins=[figures])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or not figures.worst:
+        raise RuntimeError(f"pytest tests/gpu ended with {code!r} and {len(figures.worst)} figures")
     for (name, limit), value in figures.worst.items():
         run.correct(name, value, at_most=limit)
     run.correct("tests that failed", len(figures.failed))
     run.note("which tests failed", figures.failed)
+
+
+def without_tuning() -> None:
+    """Compile one of the six block sizes of DeepSpeed's Triton product: trying all would take a minute for the tests' shapes."""
+    if find_spec("triton") is not None:
+        module = importlib.import_module("deepspeed.ops.triton_ops.group_gemm_triton")
+        for kernel in (module._group_gemm_kernel, module._group_gemm_dw_kernel):
+            del kernel.configs[1:]
 
 
 class Losses(Callback):
@@ -76,11 +89,15 @@ class Losses(Callback):
 def training(run: Run, folder: Path) -> None:
     """Compare the quickstart with its run on the CPU; save, verify, resume on GPU and CPU.
 
-    Dropless: the choice of dropped tokens is drawn on the device, and a GPU draws other numbers than a CPU.
+    Differences of rounding grow with the steps, up to those of seeds (docs/log.md): the last steps have a wider limit than the
+    first ones, and a resumed run takes two. Dropless: the choice of dropped tokens is drawn on the device, and a GPU draws other
+    numbers than a CPU.
     """
-    steps, more, windows = (4, 2, 4) if run.dry else (200, 10, 64)
+    steps, more, windows = (4, 2, 4) if run.dry else (200, 2, 64)
 
-    def fit(name: str, where: str, precision: str, steps: int, checkpoint: Path | None = None) -> tuple[float, Trainer]:
+    def fit(
+        name: str, where: str, precision: str, steps: int, checkpoint: Path | None = None
+    ) -> tuple[list[float], Trainer]:
         experiment = load_config(
             ROOT / "configs/quickstart.yaml",
             model__config__moe__token_dropping=False,
@@ -101,13 +118,15 @@ def training(run: Run, folder: Path) -> None:
         losses = Losses()
         experiment.trainer.callbacks.append(losses)  # type: ignore[attr-defined]
         experiment.trainer.fit(experiment.module, experiment.data, ckpt_path=checkpoint)
-        return statistics.mean(losses.values[-COMPARED:]), experiment.trainer
+        return losses.values, experiment.trainer
 
     expected, _ = fit("on the CPU", "cpu", "32-true", steps)
     for precision in ("bf16-mixed", "32-true"):
-        loss, trainer = fit(precision, run.accelerator, precision, steps)
-        name = f"loss of steps {max(0, steps - COMPARED)} to {steps}, {precision}, off the CPU's"
-        run.correct(name, abs(loss - expected), at_most=1e-2)
+        losses, trainer = fit(precision, run.accelerator, precision, steps)
+        first = 1e-3 if precision == "32-true" else 1e-2
+        for name, part, limit in (("first", slice(COMPARED), first), ("last", slice(-COMPARED, None), 5e-2)):
+            error = abs(statistics.mean(losses[part]) - statistics.mean(expected[part]))
+            run.correct(f"loss of the {name} {COMPARED} steps, {precision}, off the CPU's", error, at_most=limit)
     checkpoint = folder / "saved.ckpt"
     trainer.save_checkpoint(checkpoint)
     run.correct("problems that verify finds", len(list(find_problems(checkpoint))))
@@ -134,6 +153,7 @@ def strategy(run: Run, folder: Path) -> None:
         trainer.fit(MoEGPTModule(config, AdamWConfig(lr=1e-3)), SyntheticData(257, length, 8))
         return losses.values, trainer
 
+    without_tuning()
     expected, _ = fit("32-true", "auto")
     for name, (precision, options) in ZERO.items():
         worst = None

@@ -73,7 +73,7 @@ def test_attention(name: str, sees: str, device: torch.device, near: Near) -> No
     batch, length, width, heads = (2, 16, 32, 2) if DRY else (4, 512, 512, 8)
     config = GPTConfig(8, length, 1, width, heads)
     layer = CausalSelfAttention(config, 0)
-    draw(layer, std=0.1)
+    draw(layer, std=width**-0.5)  # logits as large as those of a model
     positions = torch.arange(length)
 
     def forward(there: nn.Module, x: Tensor) -> Tensor:
