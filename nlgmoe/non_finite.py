@@ -24,7 +24,7 @@ from torch.amp import GradScaler
 from nlgmoe.ranks import AllRanksError
 from nlgmoe.validation import RunError, require
 
-SUMMED = 2**20  # values of a gradient that a CPU adds up at a time
+SUMMED = 2**16  # values of a gradient that a CPU adds up at a time
 EARLIER = "an earlier step wrote it, which skipping steps cannot undo"
 
 
@@ -109,9 +109,8 @@ class StepGradients:
 def total_norm(gradients: list[Tensor]) -> Tensor:
     """Compute the L2 norm of one gradient or more, in at least fp32, as a scalar."""
     dtype = reduce(torch.promote_types, (gradient.dtype for gradient in gradients), torch.float32)
-    if (
-        gradients[0].device.type == "cpu"
-    ):  # which adds up squares one by one: of 2^26 values the norm would be 0.5% too small
+    if gradients[0].device.type == "cpu":
+        # Squares are added up one by one there: of 2^26 values the norm would be 0.5% too small.
         gradients = [part for gradient in gradients for part in gradient.flatten().split(SUMMED)]
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype)))
 
