@@ -78,5 +78,5 @@ def routing_statistics(totals: Sequence[float]) -> dict[str, float]:
         "logit_rms": math.sqrt(squares / tokens / len(load)),
         "expert_share": share / tokens,
     }
-    lacking = dict(zip(WITH_TOTAL, map(math.isnan, totals[-len(WITH_TOTAL) :]), strict=True))
-    return always | {name: value for name, value in of_router.items() if not lacking[name]}
+    with_sums = zip(of_router.items(), (entropy, probability, squares, share), strict=True)
+    return always | {name: value for (name, value), total in with_sums if not math.isnan(total)}

@@ -137,7 +137,9 @@ def _read_version(name: str, versions: tuple[tuple[Path, int, int], ...]) -> Tok
             backend = tokenizers.Tokenizer.from_str(contents[TOKENIZER])
         else:  # GPT-2's, whose end-of-document token is a plain entry that no merge produces
             backend = _byte_level(models.BPE.from_file(*map(str, files)))
-    except Exception as error:  # the library raises it itself, without the file's name
+    except BaseException as error:  # the library raises `Exception` itself, or Rust's panic, without the file's name
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         names = " or ".join(map(str, files))
         raise RunError(f"{names} is damaged or not a tokenizer ({error}); replace it") from error
     return Tokenizer(backend, name, contents)
