@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from nlgmoe import load_config, load_model
 from nlgmoe.cli.errors import describe
 from nlgmoe.cli.train import TrainCLI, format_warning, main
+from nlgmoe.cli.yaml_places import read_value
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.validation import RunError
@@ -151,6 +152,10 @@ def test_settings_are_accepted_in_every_way_to_write_them(form: str, place: Plac
     with pytest.raises(SystemExit) as end:
         main(place.args(*words, "--print_config"))
     assert end.value.code == 0
+
+
+def test_numbers_may_have_an_exponent_without_a_point() -> None:
+    assert [read_value(text) for text in ("1e-3", "-2E5", "'1e-3'", "e3")] == [0.001, -2e5, "1e-3", "e3"]
 
 
 def test_a_real_command_prints_one_line_and_nothing_else(place: Place) -> None:
