@@ -35,9 +35,7 @@ SETTINGS = {  # section of a configuration -> its class
 LINKED = (
     "CITATION.cff",
     "LICENSE",
-    "notebooks/02_routing.ipynb",
-    "notebooks/04_laboratory.ipynb",
-    "notebooks/05_real_model.ipynb",
+    *(f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))),
 )  # from documents
 
 

@@ -62,6 +62,12 @@ def test_guides_are_pages_of_the_site() -> None:
     assert pages == made | {path.name for path in (ROOT / "docs").glob("*.md")}
 
 
+def test_predictions_of_the_planning_guide_can_be_repeated() -> None:
+    for words in commands_in((ROOT / "docs/planning.md").read_text()):
+        if words[0] == "inspect" and "--simulate" not in words:
+            nlgmoe(words)
+
+
 LABORATORY = re.split(r"^    (?=model:$)", (ROOT / "docs/laboratory.md").read_text(), flags=re.MULTILINE)[1:]
 
 
