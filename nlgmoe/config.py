@@ -110,6 +110,9 @@ class MoEConfig:
         problem = f"shared_ffn_size={self.shared_ffn_size} has no effect with mlp_type={self.mlp_type}"
         has_shared = self.shared_ffn_size is None or self.mlp_type == "residual"
         require(has_shared, f"{problem}; use mlp_type=residual, or null")
+        problem = f"residual_mix={self.residual_mix} has no effect with mlp_type={self.mlp_type}"
+        has_mix = self.residual_mix == "learned" or self.mlp_type == "residual"
+        require(has_mix, f"{problem}; use mlp_type=residual, or learned")
         factors = ("train_capacity_factor", "eval_capacity_factor")
         require_above(0, self, *factors, remedy="; 1.0 is an expert's fair share")
         require_at_least(0, self, "min_capacity")

@@ -52,7 +52,8 @@ class ExpertSpecialisation(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._counts is None:
             return
-        specialisation = self._counts.specialisation(trainer.global_step)
+        step = trainer.global_step if trainer.state.fn == TrainerFn.FITTING else None
+        specialisation = self._counts.specialisation(step)
         if trainer.is_global_zero:
             specialisation.save(trainer.default_root_dir)
         self._counts = None

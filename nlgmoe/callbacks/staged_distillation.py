@@ -51,13 +51,10 @@ class StagedDistillation(Callback):
         if pl_module.distiller is None:
             rank_zero_warn("StagedDistillation has nothing to do: model.distiller is null, training is on text alone")
         elif self.fraction is not None:
-            share = f"fraction={self.fraction}"
-            if pl_module.train_tokens is None:
-                problem = f"{share} is of model.train_tokens, which is null"
-                raise SettingError(f"StagedDistillation: {problem}; set it, or use step or tokens")
+            self.distillation_end(pl_module.train_tokens)  # refuses null
             if self.ramp_tokens > self.fraction * pl_module.train_tokens:
-                problem = f"ramp_tokens={self.ramp_tokens} is above {share} of {pl_module.train_tokens} train_tokens"
-                raise SettingError(f"StagedDistillation: {problem}; lower it")
+                share = f"fraction={self.fraction} of {pl_module.train_tokens} train_tokens"
+                raise SettingError(f"StagedDistillation: ramp_tokens={self.ramp_tokens} is above {share}; lower it")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,10 +88,16 @@ class StagedDistillation(Callback):
             rank_zero_info(f"step {trainer.global_step:,}: distillation has ended, the teacher is freed")
 
     def distillation_end(self, train_tokens: int | None) -> End:
-        """Return the end of distillation in a run of `train_tokens`."""
+        """Return the end of distillation in a run of `train_tokens`.
+
+        Raises:
+            SettingError: `fraction` is of none.
+        """
         if self.fraction is None:
             return End(self.tokens, self.step)
-        assert train_tokens is not None
+        if train_tokens is None:
+            problem = f"fraction={self.fraction} is of model.train_tokens, which is null"
+            raise SettingError(f"StagedDistillation: {problem}; set it, or use step or tokens")
         return End(round(self.fraction * train_tokens), None)
 
     def _weight(self, trainer: Trainer, module: MoEGPTModule) -> float:

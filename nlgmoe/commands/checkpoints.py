@@ -129,7 +129,7 @@ def prune_checkpoint(
     overwrite: bool = False,
     allow_code: list[str] | None = None,
 ) -> None:
-    """Keep the experts that a model uses most, and print the loss before and after.
+    """Keep the experts that a model uses most, or that REAP ranks highest, and print the loss before and after.
 
     An expert's use is the sum of its weights over the tokens of the run's validation text, or of `text`. REAP (arXiv 2510.13999)
     ranks by the mean over the expert's tokens of its weight times the norm of its output.
@@ -156,7 +156,7 @@ def prune_checkpoint(
     from nlgmoe.eval.importance import measure_use
     from nlgmoe.eval.loaded_model import load_pretrained
     from nlgmoe.model.counting import count_parameters
-    from nlgmoe.surgery.prune import most_used, prune, pruned_config
+    from nlgmoe.surgery.prune import best_ranked, prune, pruned_config
 
     check_device(device)
     loaded = load_pretrained(run, tokenizer, device, data_dir=data_dir)
@@ -167,7 +167,7 @@ def prune_checkpoint(
     after = pruned_config(before, num_experts)
     batches = read_batches(run_config(Path(run)), loaded, text, windows, tokenizer)
     use = measure_use(loaded.model, tqdm(batches, "measuring use", mininterval=1))
-    kept = most_used(use.weights if by == "use" else use.saliency, after)
+    kept = best_ranked(use.weights if by == "use" else use.saliency, after)
     path, tokens_seen = loaded.path, loaded.document["tokens_seen"]
     del loaded  # the device need not hold both models
     prune(path, checkpoint, num_experts, kept, overwrite)
@@ -186,10 +186,7 @@ def _by_position(num_experts: int | list[int], before: GPTConfig) -> list[int]:
 
     if isinstance(num_experts, list):
         return num_experts
-    counts = experts_per_position(before)
-    if num_experts >= (largest := max(counts, default=0)):
-        raise SettingError(f"num_experts={num_experts} must be below {largest}, the experts that the model has")
-    return [min(num_experts, count) for count in counts]
+    return [min(num_experts, count) for count in experts_per_position(before)]
 
 
 def _print_kept(before: GPTConfig, kept: Sequence[Sequence[int]], use: ExpertUse) -> None:

@@ -74,7 +74,7 @@ def student(
     else:
         layers = _named_blocks(theirs, blocks, num_layers)
     changes = _overlay(settings, config_of_blocks(theirs, layers), end, teacher, folder)
-    changes["model"]["warm_start"] = None if from_random else {"checkpoint": teacher, "layers": layers}
+    changes["model"]["warm_start"] = None if from_random else {"checkpoint": teacher, "strict": True, "layers": layers}
     missing = " --model.train_tokens N --model.optimizer.lr RATE" if settings["model"]["train_tokens"] is None else ""
     command = f"nlgmoe fit --config {quote(str(file))} --config {quote(output or 'THIS_FILE')}{missing}"
     _write([*comment, f"train it: {command}"], changes, output)
@@ -143,6 +143,8 @@ def _measure(
 
 def _overlay(settings: dict[str, Any], ours: GPTConfig, end: dict[str, Any], teacher: str, folder: str) -> Any:
     """Return the student's changes to the teacher's settings, without those of its first weights."""
+    from nlgmoe.surgery.write_weights import without_logger
+
     staged = {"class_path": "nlgmoe.StagedDistillation", "init_args": end}
     theirs = settings["trainer"]["callbacks"] or []
     theirs = theirs if isinstance(theirs, list) else [theirs]
@@ -151,8 +153,6 @@ def _overlay(settings: dict[str, Any], ours: GPTConfig, end: dict[str, Any], tea
     if ours.moe is not None:
         config["moe"] = {"num_experts": ours.moe.num_experts, "expert_interval": ours.moe.expert_interval}
     trainer: dict[str, Any] = {"callbacks+": [staged]} if others == theirs else {"callbacks": [staged, *others]}
-    trainer["default_root_dir"] = f"{folder.rstrip('/')}_student_{ours.num_layers}"
-    if not isinstance(settings["trainer"]["logger"], bool | None):
-        trainer["logger"] = None  # the teacher's logger may write into the teacher's run
+    trainer |= {"default_root_dir": f"{folder.rstrip('/')}_student_{ours.num_layers}", **without_logger(settings)}
     distiller = {"class_path": "nlgmoe.MixtureOfStudents", "init_args": {"teacher": teacher}}
     return {"model": {"config": config, "distiller": distiller}, "trainer": trainer}

@@ -47,16 +47,16 @@ def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
     return replace(config, moe=replace(config.moe, num_experts=list(num_experts)))
 
 
-def most_used(weights: Sequence[Tensor], config: GPTConfig) -> list[list[int]]:
-    """Return the experts to keep in each MoE layer, in order: those with the largest weights, with `groups` of each group.
+def best_ranked(scores: Sequence[Tensor], config: GPTConfig) -> list[list[int]]:
+    """Return the experts to keep in each MoE layer, in order: those with the largest scores, with `groups` of each group.
 
-    `weights` are `[E]` of each MoE layer, or their saliency (`eval/importance.py`).
+    `scores` are `[E]` of each MoE layer: their use, or their saliency (`eval/importance.py`).
     """
     assert config.moe is not None
     groups, kept = config.moe.groups[0] if config.moe.groups is not None else 1, []
-    for layer_weights, count in zip(weights, moe_blocks(config).values(), strict=True):
-        size = len(layer_weights) // groups
-        ranked = layer_weights.unflatten(0, (groups, size)).argsort(dim=1, descending=True, stable=True)  # [G, E / G]
+    for layer_scores, count in zip(scores, moe_blocks(config).values(), strict=True):
+        size = len(layer_scores) // groups
+        ranked = layer_scores.unflatten(0, (groups, size)).argsort(dim=1, descending=True, stable=True)  # [G, E / G]
         first = torch.arange(groups, device=ranked.device).unsqueeze(1) * size  # of each group
         kept.append(sorted((first + ranked[:, : count // groups]).flatten().tolist()))
     return kept

@@ -85,16 +85,16 @@ def write_weights(
 def _write_settings(checkpoint: Path, config: GPTConfig, tokenizer: bool, origin: str, source: Path | None) -> None:
     file = yaml_beside(checkpoint)
     settings: dict[str, Any] = {
-        "model": {"config": config.to_dict(), "warm_start": {"checkpoint": str(checkpoint), "layers": None}}
+        "model": {"config": config.to_dict(), "warm_start": {"checkpoint": str(checkpoint), "strict": True, "layers": None}}
     }
     if (run := None if source is None else run_config(source)) is not None:  # over its file, where its schedules ended
         settings["model"] |= {"schedule": asdict(LearningRateSchedule(shape="constant")), "curriculum": None}
-    of_run = {} if run is None else yaml.safe_load(run.read_text(encoding="utf-8")).get("data", {})
-    data = {name: of_run[name] for name in OF_RUN if of_run.get(name) is not None}
+    of_run = {} if run is None else yaml.safe_load(run.read_text(encoding="utf-8"))
+    data = {name: value for name, value in of_run.get("data", {}).items() if name in OF_RUN and value is not None}
     data |= {"tokenizer": str(checkpoint)} if tokenizer else {}
     data["seq_len"] = min(data.get("seq_len", WINDOW), config.seq_len)
     settings["data"] = data
-    settings["trainer"] = {"default_root_dir": str(checkpoint.with_suffix(""))}
+    settings["trainer"] = {"default_root_dir": str(checkpoint.with_suffix("")), **without_logger(of_run)}
     head = (
         f"# {origin}. Measure its loss, or train from its weights:\n"
         f"#   python train.py validate --config {quote(str(file))} --ckpt_path {quote(str(checkpoint))}\n"
@@ -102,6 +102,11 @@ def _write_settings(checkpoint: Path, config: GPTConfig, tokenizer: bool, origin
     )
     with atomic_write(file) as temporary:
         temporary.write_text(head + yaml.safe_dump(settings, sort_keys=False, width=120), encoding="utf-8")
+
+
+def without_logger(settings: Mapping[str, Any]) -> dict[str, None]:
+    """Return the change to `trainer` by which a new run does not write into the files of another run's own logger."""
+    return {} if isinstance(settings.get("trainer", {}).get("logger"), bool | None) else {"logger": None}
 
 
 def _require_free(path: Path, overwrite: bool) -> None:

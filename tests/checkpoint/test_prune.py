@@ -20,7 +20,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.eval.importance import measure_use
 from nlgmoe.layers import dispatch
 from nlgmoe.layers.moe import moe_layers
-from nlgmoe.surgery.prune import most_used, prune, pruned_config
+from nlgmoe.surgery.prune import best_ranked, prune, pruned_config
 from tests.support.checkpoints import TOKENIZER, write
 from tests.support.commands import TINY, error_of
 from tests.support.processes import ROOT
@@ -60,7 +60,7 @@ def test_pruning_experts_that_no_token_uses_changes_no_output(kind: str, tmp_pat
     used = [int((weights > 0).sum()) for weights in use.weights]
     numbers = [used[0], 0, used[1]]
     assert used[0] < 6 and used[1] < 5
-    kept = most_used(use.weights, pruned_config(model.config, numbers))
+    kept = best_ranked(use.weights, pruned_config(model.config, numbers))
     config = prune(source, tmp_path / "small.ckpt", numbers, kept)
     assert list(find_problems(tmp_path / "small.ckpt")) == []
     small = load_model(tmp_path / "small.ckpt")
@@ -97,9 +97,9 @@ def test_pruning_use_is_the_sum_of_weights_and_saliency_the_mean_weight_times_no
     assert use.loss == pytest.approx(float(loss), rel=error) and use.tokens == 32
 
 
-def test_pruning_keeps_the_most_used_experts_in_their_order() -> None:
+def test_pruning_keeps_the_best_ranked_experts_in_their_order() -> None:
     weights = [torch.tensor([1.0, 5, 5, 3]), torch.tensor([0.0, 2])]
-    assert most_used(weights, GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 1]))) == [[1, 2], [1]]
+    assert best_ranked(weights, GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 1]))) == [[1, 2], [1]]
 
 
 @pytest.mark.parametrize("by", ["use", "reap"])
@@ -111,7 +111,7 @@ def test_pruning_keeps_groups_and_a_shared_expert(by: str, router: SigmoidRouter
     model, text, small = load_model(source), tmp_path / "text.txt", tmp_path / "small.ckpt"
     use = measure_use(model, [batch_of(TOKENS)])
     numbers = [4, 0, 4]
-    kept = most_used(use.weights if by == "use" else use.saliency, pruned_config(config, numbers))
+    kept = best_ranked(use.weights if by == "use" else use.saliency, pruned_config(config, numbers))
     for experts, size in zip(kept, (6, 8), strict=True):
         assert [sum(number * 2 // size == group for number in experts) for group in (0, 1)] == [2, 2]
     prune(source, small, numbers, kept)
@@ -150,13 +150,16 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     written = (run / "config.yaml").read_text()
     elsewhere = yaml.safe_load(written)
     elsewhere["trainer"] |= {"accelerator": "gpu", "devices": 8}  # of a machine that has them
+    elsewhere["trainer"]["logger"] = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(run)}}
     (run / "config.yaml").write_text(yaml.safe_dump(elsewhere))
     main(["prune", str(run), str(small), "--num-experts=[2]", "--windows=2"])
     (run / "config.yaml").write_text(written)
     said = capsys.readouterr().out
     assert f"block 1: 2 of {before} experts, with " in said and " nats per token (" in said
     # The run's text is what the loss is measured on.
-    data = yaml.safe_load(small.with_suffix(".yaml").read_text())["data"]
+    ours = yaml.safe_load(small.with_suffix(".yaml").read_text())
+    data, logger = ours["data"], ours["trainer"]["logger"]
+    assert logger is None and ours["model"]["warm_start"]["strict"]
     assert data["document_attention"] and data["tokenizer"] == str(small) and data["data_dir"] == str(pocket_pile)
     corpus = data["corpus"]
     assert corpus["class_path"] == "nlgmoe.data.PocketPile" and corpus["init_args"]["domains"] == ["code"]
@@ -176,6 +179,7 @@ def test_pruning_refuses_models_and_numbers_that_do_not_fit(tmp_path: Path, caps
     source, small = whole(tmp_path, "softmax"), tmp_path / "small.ckpt"
     for arguments, message in (
         ((small, "--num-experts=[3,0]"), "num_experts=[3, 0] has 2 numbers, the model has [6, 0, 5]"),
+        ((small, "--num-experts=6"), "num_experts=[6, 0, 5] equals the model's; give a smaller number"),
         ((small, "--num-experts=[1,0,5]"), "top_k=2 must be between 1 and the smallest num_experts (1)"),
         ((small, "--num-experts=[3,0,4]"), "no config.yaml that names its text; give --text FILE"),
         ((source, "--num-experts=[3,0,4]", "--text=x", "--overwrite"), "is the checkpoint to prune, the teacher"),

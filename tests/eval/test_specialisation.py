@@ -100,4 +100,5 @@ def test_specialisation_of_validation_data_is_written_by_a_run(data: type[Synthe
     assert not (tmp_path / FILE).exists()
     (tmp_path / "config.yaml").unlink()
     run.validate(module, text, verbose=False)  # there is no run
-    assert (Specialisation.load(tmp_path).counts == written.counts).all()
+    validated = Specialisation.load(tmp_path)
+    assert (validated.counts == written.counts).all() and validated.step is None

@@ -41,13 +41,14 @@ def cases(draw: st.DrawFn, **fixed: object) -> Case:
     top_k = draw(st.integers(1, min(experts, 4)))
     divisors = [number for number in range(1, experts + 1) if experts % number == 0]
     groups = [[n, g] for n in divisors for g in range(1, n + 1) if top_k <= g * experts // n]
+    mlp_type = draw(st.sampled_from(["standard", "residual"]))
     moe = MoEConfig(
         num_experts=experts,
         expert_interval=1,
         top_k=top_k,
         groups=draw(st.sampled_from([None, *groups])),
-        mlp_type=draw(st.sampled_from(["standard", "residual"])),
-        residual_mix=draw(st.sampled_from(["learned", "sum", "sigmoid"])),
+        mlp_type=mlp_type,
+        residual_mix=draw(st.sampled_from(["learned", "sum", "sigmoid"] if mlp_type == "residual" else ["learned"])),
         train_capacity_factor=draw(st.sampled_from([0.3, 1.0, 1.1, 2.0])),
         min_capacity=draw(st.integers(0, 4)),
         token_dropping=draw(st.booleans()),
