@@ -126,10 +126,10 @@ def _products(trainer: Trainer, module: MoEGPTModule) -> str:
         return ""
     data, device = training_data(trainer), trainer.strategy.root_device
     tokens = module.seq_len * getattr(data, "micro_batch_size", 1)
-    sends_slots = moes[0].dispatcher.equal_batches and any(moe.placement.group is not None for moe in moes)
-    has_triton = moes[0].experts.triton_product is not None
-    on_cpu, capability, precision = device.type == "cpu", compute_capability(device), trainer.precision
-    products = describe_products(module.config, tokens, precision, on_cpu, capability, sends_slots, has_triton)
+    is_sharded = any(moe.placement.group is not None for moe in moes)
+    uses_slots = data is not None and data.has_equal_batches() if is_sharded else device.type != "cpu"
+    has_triton, capability = moes[0].experts.triton_product is not None, compute_capability(device)
+    products = describe_products(module.config, tokens, trainer.precision, uses_slots, capability, has_triton)
     return f"; experts: {products}"
 
 

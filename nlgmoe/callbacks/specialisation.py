@@ -14,6 +14,7 @@ from nlgmoe.data.training_data import training_data
 from nlgmoe.eval.specialisation import ExpertCounts
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.pyramid import moe_blocks
+from nlgmoe.ranks import of_rank_zero
 
 
 class ExpertSpecialisation(Callback):
@@ -31,7 +32,7 @@ class ExpertSpecialisation(Callback):
         assert isinstance(pl_module, MoEGPTModule)
         self._counts = None
         experts = list(moe_blocks(pl_module.config).values())
-        writes = trainer.state.fn == TrainerFn.FITTING or not holds_run(Path(trainer.default_root_dir))
+        writes = trainer.state.fn == TrainerFn.FITTING or not of_rank_zero(holds_run(Path(trainer.default_root_dir)))
         if not experts or not writes or trainer.sanity_checking:
             return
         data = training_data(trainer)

@@ -51,8 +51,8 @@ class StagedDistillation(Callback):
         if pl_module.distiller is None:
             rank_zero_warn("StagedDistillation has nothing to do: model.distiller is null, training is on text alone")
         elif self.fraction is not None:
-            self.distillation_end(pl_module.train_tokens)  # refuses null
-            if self.ramp_tokens > self.fraction * pl_module.train_tokens:
+            end = self.distillation_end(pl_module.train_tokens)
+            if end.tokens is not None and self.ramp_tokens > end.tokens:
                 share = f"fraction={self.fraction} of {pl_module.train_tokens} train_tokens"
                 raise SettingError(f"StagedDistillation: ramp_tokens={self.ramp_tokens} is above {share}; lower it")
 

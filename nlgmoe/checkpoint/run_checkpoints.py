@@ -87,7 +87,7 @@ def choose_checkpoint(path: str | Path, kinds: Collection[str] = KINDS) -> Path:
 
 def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint `path`, unverified, or the newest of a run folder with valid weights, to read these. A collective."""
-    return resolve_link(Path(path)) if is_checkpoint(path) else choose_checkpoint(path, ("model",))
+    return resolve_link(Path(path)) if of_rank_zero(is_checkpoint(path)) else choose_checkpoint(path, ("model",))
 
 
 def _summary(problems: list[str]) -> str:

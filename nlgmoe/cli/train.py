@@ -210,6 +210,7 @@ def hide_tips_of_packages() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*")  # DeepSpeed's
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping.*")
 
 
 def format_warning(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:

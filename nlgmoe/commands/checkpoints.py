@@ -129,7 +129,7 @@ def prune_checkpoint(
     overwrite: bool = False,
     allow_code: list[str] | None = None,
 ) -> None:
-    """Keep the experts that a model uses most, or that REAP ranks highest, and print the loss before and after.
+    """Keep the experts that rank highest by use or by REAP, and print the loss before and after.
 
     An expert's use is the sum of its weights over the tokens of the run's validation text, or of `text`. REAP (arXiv 2510.13999)
     ranks by the mean over the expert's tokens of its weight times the norm of its output.

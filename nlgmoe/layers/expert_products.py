@@ -110,9 +110,8 @@ def describe_products(
     config: GPTConfig,
     tokens: int,
     precision: str,
-    is_cpu: bool,
+    uses_slots: bool,
     compute_capability: tuple[int, int] | None,
-    is_sharded: bool,
     has_triton: bool = True,
 ) -> str:
     """Name the products of training and evaluation, by `choose_product`.
@@ -120,11 +119,10 @@ def describe_products(
     Args:
         tokens: N of a micro-batch.
         precision: Lightning's name, such as `bf16-mixed`.
-        is_sharded: experts are sharded over ranks.
+        uses_slots: training dispatches to a fixed number of slots: on GPUs, and between ranks whose batches are equal.
     """
     in_slots = [
-        (is_sharded or not is_cpu) and training_slots(config, experts, tokens) is not None
-        for experts in moe_blocks(config).values()
+        uses_slots and training_slots(config, experts, tokens) is not None for experts in moe_blocks(config).values()
     ]
     widths = (config.hidden_size, config.expert_ffn_size)
     dtype = TYPES[precision.split("-")[0]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import signal
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -19,7 +18,7 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info
-from torch import distributed, nn
+from torch import nn
 from typing_extensions import override
 
 from nlgmoe.checkpoint.portable import read_checkpoint
@@ -55,7 +54,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         hysteresis: fp16 only: overflows after which the loss scale halves.
         min_loss_scale: fp16 only: the loss scale never falls below this.
         timeout_seconds: seconds that a rank waits for another one before the run ends.
-        bucket_size: values per collective of ZeRO's reductions and gathers.
+        bucket_size: values per collective of ZeRO's reductions.
     """
 
     def __init__(
@@ -77,8 +76,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         size = expert_parallel_size
         require(size >= 1, f"trainer.strategy.expert_parallel_size={size} must be at least 1")
         require(timeout_seconds > 0, f"trainer.strategy.timeout_seconds={timeout_seconds} must be above 0")
-        reason = "must be an even number of values, at least 2"
-        require(bucket_size >= 2 and bucket_size % 2 == 0, f"trainer.strategy.bucket_size={bucket_size} {reason}")
+        require(bucket_size >= 1, f"trainer.strategy.bucket_size={bucket_size} must be at least 1")
         if stage == 0:
             rank_zero_info("trainer.strategy.stage=0 is taken as 1: the same numbers, with sharded optimizer states")
             stage = 1
@@ -95,7 +93,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             min_loss_scale=min_loss_scale,
             timeout=self._collective_timeout,
             logging_batch_size_per_gpu=1,  # "auto" makes the training data's loader, in evaluation too
-            allgather_bucket_size=bucket_size,
             reduce_bucket_size=bucket_size,
         )
         self.expert_parallel_size = expert_parallel_size
@@ -155,13 +152,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         return gpt
 
     # ---- the engine
-
-    @override
-    def init_deepspeed(self) -> None:
-        """Start the engine without a warning: the module's `configure_gradient_clipping` does not clip under DeepSpeed."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping internally")
-            super().init_deepspeed()
 
     @override
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
@@ -323,8 +313,3 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         while time.monotonic() < deadline and any(process.poll() is None for process in launcher.procs):
             time.sleep(0.1)
         launcher.kill(signal.SIGKILL)
-
-    @override
-    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
-        if distributed.is_initialized():
-            distributed.barrier(device_ids=None if self.root_device.type == "cpu" else [self.root_device.index])

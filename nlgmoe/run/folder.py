@@ -40,7 +40,8 @@ class RunFolder(SaveConfigCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write neither settings nor rows of tables in an evaluation."""
-        self._rows, self.already_saved = 0, stage != "fit"
+        self._rows: int | None = 0  # to keep
+        self.already_saved = stage != "fit"
         for logger in trainer.loggers:
             if hasattr(logger, "records"):  # of `RunCSVLogger`
                 logger.records = stage == "fit"
@@ -48,7 +49,7 @@ class RunFolder(SaveConfigCallback):
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING and is_of_folder(checkpoint["path"], trainer.default_root_dir):
-            self._rows = checkpoint.get("rows", count_rows(Path(trainer.default_root_dir, METRICS)))
+            self._rows = checkpoint.get("rows")  # None: all
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

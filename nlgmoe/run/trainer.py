@@ -204,7 +204,7 @@ def require_checkpoint(path: str | Path) -> None:
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Lock a run folder; the operating system releases the lock when the process ends."""
+    """Lock a run folder. The operating system releases the lock when the process ends, but not without `flock`."""
     lock = FileLock(folder / ".run.lock", timeout=LOCK_SECONDS)
     try:
         folder.mkdir(parents=True, exist_ok=True)

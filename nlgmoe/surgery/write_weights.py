@@ -84,9 +84,8 @@ def write_weights(
 
 def _write_settings(checkpoint: Path, config: GPTConfig, tokenizer: bool, origin: str, source: Path | None) -> None:
     file = yaml_beside(checkpoint)
-    settings: dict[str, Any] = {
-        "model": {"config": config.to_dict(), "warm_start": {"checkpoint": str(checkpoint), "strict": True, "layers": None}}
-    }
+    warm_start = {"checkpoint": str(checkpoint), "strict": True, "layers": None}
+    settings: dict[str, Any] = {"model": {"config": config.to_dict(), "warm_start": warm_start}}
     if (run := None if source is None else run_config(source)) is not None:  # over its file, where its schedules ended
         settings["model"] |= {"schedule": asdict(LearningRateSchedule(shape="constant")), "curriculum": None}
     of_run = {} if run is None else yaml.safe_load(run.read_text(encoding="utf-8"))

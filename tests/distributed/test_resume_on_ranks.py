@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 
 from nlgmoe.checkpoint.reading import TensorFiles
-from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, choose_checkpoint, saved_steps
+from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, choose_checkpoint, find_checkpoint, saved_steps
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from nlgmoe.run.trainer import run_lock
 from nlgmoe.validation import RunError
@@ -67,6 +67,7 @@ def job(folder: Path, ranks: int) -> dict[str, Any]:
     ):
         found["resumed"] = fit(folder, ranks, steps=5)
     found["read"] = read
+    found["elsewhere"] = error_of(lambda: find_checkpoint(folder / "nowhere" if rank == 1 else folder))
     with run_lock(folder) if rank == 0 else nullcontext(), patch("nlgmoe.run.trainer.LOCK_SECONDS", 0.1):
         found["locked"] = error_of(lambda: fit(folder, ranks))
     with patch("nlgmoe.run.trainer.PATIENCE", 0.1):
@@ -81,11 +82,11 @@ def job(folder: Path, ranks: int) -> dict[str, Any]:
         found["damaged"] = error_of(lambda: fit(folder, ranks, steps=6))
 
     def hang(files: TensorFiles, name: str) -> torch.Tensor:
+        distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
         if rank == 1:
             time.sleep(4)
         return READ(files, name)
 
-    distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
     with reads(hang), pytest.raises(RuntimeError) as ended:
         fit(folder, ranks, steps=6)
     found["hung"] = str(ended.value)
@@ -121,6 +122,7 @@ def test_resume_error_of_one_rank_is_one_line_of_all(found: list[dict[str, Any]]
         assert rank["locked"].startswith(f"another process trains in trainer.default_root_dir={folder}:")
         assert rank["local"].startswith(f"rank 1: trainer.default_root_dir={folder}/local on ")
         assert "lacks checkpoints/step-5.ckpt, which rank 0 has there: all ranks must share" in rank["local"]
+        assert f"no checkpoint at {folder}/nowhere/checkpoints/step-5.ckpt: it does not exist" in rank["elsewhere"]
         assert rank["damaged"].startswith("rank 1: ") and rank["damaged"].endswith(" is damaged")
     assert not list(found[0]["folder"].glob(".shared*"))
 

@@ -198,8 +198,9 @@ def _products(config: GPTConfig, topology: Topology, machine: Machine) -> list[t
     if config.moe is None or (machine.rates is None and not machine.is_cpu):
         return []
     capability = None if machine.rates is None else machine.rates.compute_capability
-    tokens, shared = topology.micro_batch_size * topology.length(config), max(topology.degrees(config)) > 1
-    text = describe_products(config, tokens, topology.precision, machine.is_cpu, capability, shared)
+    tokens = topology.micro_batch_size * topology.length(config)
+    uses_slots = not machine.is_cpu or max(topology.degrees(config)) > 1
+    text = describe_products(config, tokens, topology.precision, uses_slots, capability)
     return [("experts", f"{text} (docs/performance.md)")]
 
 
