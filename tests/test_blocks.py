@@ -16,7 +16,7 @@ from nlgmoe.config import MoEConfig
 from nlgmoe.layers import routers
 from nlgmoe.parts import ROUTER_FIELDS
 from tests.support.synthetic import SyntheticData
-from tests.support.trainers import Losses, SaveAt, trainer
+from tests.support.trainers import Recorder, SaveAt, trainer
 
 BLOCKS = {file.stem: file for file in sorted((Path(__file__).parents[1] / "configs/block").glob("*.yaml"))}
 TINY = {
@@ -66,9 +66,9 @@ def train(root: Path, block: str, partner: str) -> None:
         overrides = {"model__config__num_layers": 3, "model__distiller": distiller}
         callbacks = [StagedDistillation(step=6)]
     module = module_of(root, block, mixture, **overrides)
-    losses, reached = Losses(), Reached()
-    trainer(root, losses, reached, *callbacks, max_steps=6).fit(module, SyntheticData())
-    assert losses.found[-1] < losses.found[0]
+    recorder, reached = Recorder(), Reached()
+    trainer(root, recorder, reached, *callbacks, max_steps=6).fit(module, SyntheticData())
+    assert recorder.losses[-1] < recorder.losses[0]
     assert reached.names == {name for name, parameter in module.gpt.named_parameters() if parameter.requires_grad}
 
 

@@ -125,4 +125,8 @@ def test_commands_in_the_documents_have_the_options_that_they_are_given(name: st
             option = re.match(r"'?(--[\w.-]+)", word)
             if option and option[1] != "--print_config":
                 parts = option[1].replace("-", "_").split(".")
-                assert any(".".join(parts[:end]) in known for end in range(1, len(parts) + 1)), f"{command} {word}"
+                paths = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+                longest = next((path for path in paths if path in known), None)
+                assert longest is not None, f"{command} {word}"
+                inner = [name for name in known if name.startswith(f"{longest}.") and not name.endswith(".help")]
+                assert longest == paths[0] or not inner, f"{command} {word}"

@@ -12,13 +12,26 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from benchmarks.documents import with_text
+from benchmarks.gate import page as gate
+from benchmarks.reproduce.__main__ import RESULTS
 from benchmarks.reproduce.__main__ import main as reproduce
 from benchmarks.reproduce.campaign import Campaign, best_rate
 from benchmarks.reproduce.cells import GROWTH, WIDER, Cell
 from benchmarks.reproduce.questions import AGREES, DIFFERS, LARGER, QUESTIONS, UNRESOLVED, readings, runs_of
 from benchmarks.reproduce.readings import MISSING, answers, cost_at_equal_loss
 from benchmarks.reproduce.scale import CONFIGS, CPU, TINY
-from benchmarks.reproduce.tables import BEGIN, END, write
+from benchmarks.reproduce.tables import (
+    BEGIN,
+    END,
+    FIGURES,
+    PAGE,
+    README,
+    long_table,
+    page_of_models,
+    short_table,
+    write,
+)
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.tools.report.groups import PairedDifference
 from nlgmoe.validation import RunError
@@ -170,6 +183,16 @@ def test_pages_get_the_tables_of_the_campaign(tmp_path: Path) -> None:
     pages[1].write_text("no place")
     with pytest.raises(ValueError, match=r"readme\.md lacks the lines"):
         write(made_up(dense=3.8), *pages, tmp_path)
+
+
+def test_committed_pages_have_the_committed_results() -> None:
+    results = json.loads(RESULTS.read_text())
+    for page, text in ((PAGE, long_table(results)), (README, short_table(results))):
+        assert with_text(page.read_text(), BEGIN, END, text) == page.read_text()
+    assert page_of_models(results) == (FIGURES / "claims.md").read_text()
+    rows, page = gate.read_rows(gate.RESULTS), gate.PAGE.read_text()
+    tables = [gate.table(rows, numerics) for numerics in {row["numerics"] for row in rows} | {"of newer code"}]
+    assert page in [with_text(page, gate.BEGIN, gate.END, table) for table in tables]
 
 
 def test_readings_follow_the_rules_that_were_fixed_before_the_runs() -> None:

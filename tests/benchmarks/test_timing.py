@@ -12,7 +12,7 @@ NAMES = ("checkpoint", "data", "generation", "layer", "parity", "ranks", "scalin
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_timing_tables_of_a_page_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timing_tables_of_a_page_are_those_of_the_results(name: str) -> None:
     benchmark: Benchmark = importlib.import_module(f"benchmarks.{name}").BENCHMARK
     results = json.loads((RESULTS / f"{name}.json").read_text())
     page = (RESULTS / benchmark.page).read_text()

@@ -21,7 +21,7 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
 from tests.support.non_finite import Spoils, output_of
 from tests.support.synthetic import SyntheticData
-from tests.support.trainers import CONFIG, SaveAt, trainer
+from tests.support.trainers import CONFIG, Logged, SaveAt, trainer
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -56,15 +56,14 @@ def test_expert_load_statistics_by_hand() -> None:
     assert all(map(math.isnan, none.values()))  # an interval of skipped steps: nothing was dropped, nothing balanced
 
 
-class Routings(Callback):
+class Routings(Logged):
     def __init__(self) -> None:
+        super().__init__()
         self.seen: list[list[Routing]] = []
-        self.logged: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self.seen.append(pl_module.routings)
-        if not trainer.fit_loop._should_accumulate():
-            self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        super().on_train_batch_end(trainer, pl_module)
 
 
 def fit(folder: Path, *callbacks: Callback, module: Any = None, checkpoint: Any = None, **settings: Any) -> Routings:

@@ -19,16 +19,7 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from tests.support.curriculum import CLOCKS, LENGTHS
 from tests.support.synthetic import SyntheticData
-from tests.support.trainers import CONFIG, SaveAt, trainer
-
-
-class Logged(Callback):
-    def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        if not trainer.fit_loop._should_accumulate():
-            self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+from tests.support.trainers import CONFIG, Logged, SaveAt, trainer
 
 
 def test_flops_are_those_of_the_lengths_fed_and_continue_when_resumed(tmp_path: Path) -> None:
@@ -38,7 +29,7 @@ def test_flops_are_those_of_the_lengths_fed_and_continue_when_resumed(tmp_path: 
         often = {"log_every_n_steps": 1, "accumulate_grad_batches": 2}
         run = trainer(tmp_path, Throughput(peak_tflops=0.5), logged, *callbacks, max_steps=steps, **often)
         run.fit(module, SyntheticData(micro_batch_size=2), **settings)
-        return logged.steps
+        return logged.logged
 
     path = tmp_path / "seven.ckpt"  # in the middle of the fourth step, which begins anew
     straight = fit(6, SaveAt(7, path))
@@ -62,7 +53,7 @@ def test_waiting_for_data_counts_neither_saves_nor_validations(tmp_path: Path) -
     settings |= {"limit_val_batches": 1, "enable_checkpointing": True}
     run = trainer(tmp_path, Throughput(), logged, pauses, SaveCheckpoints(every_n_steps=1), **settings)
     run.fit(MoEGPTModule(CONFIG), SyntheticData())
-    found = logged.steps[-1]
+    found = logged.logged[-1]
     assert 0 < found["time/data"] < min(0.2, found["time/step"]) and found["time/elapsed"] > 0.8 + found["time/step"]
     assert found["memory/process_bytes"] > 50e6
     assert "train/mfu" not in found  # nobody knows this CPU's

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -74,7 +74,7 @@ def test_damage_is_named_by_verify_and_by_loading(name: str, good: Path, tmp_pat
         PortableCheckpointIO().load_checkpoint(ckpt)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(data=st.data())
 def test_flipped_bit_anywhere_is_noticed(good: Path, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from(sorted(good.iterdir())))

@@ -19,7 +19,7 @@ from nlgmoe.surgery.warm_start import WarmStart, load_initial_weights
 from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.export import export
 from tests.support.synthetic import SyntheticData
-from tests.support.trainers import Recorder, run_validation, trainer
+from tests.support.trainers import Recorder, trainer
 
 CONFIG = GPTConfig(61, 16, 4, 32, 2, moe=MoEConfig([2, 4], mlp_type="residual"))
 
@@ -42,11 +42,13 @@ def module(start: WarmStart | None, config: GPTConfig = CONFIG, **settings: Any)
 
 @pytest.mark.parametrize("name", ["whole.ckpt", "run"])  # the last: its newest
 def test_warm_start_takes_the_weights_and_nothing_else(name: str, trained: Path, tmp_path: Path) -> None:
-    saved = trainer(tmp_path, limit_val_batches=1.0)
-    (expected,) = saved.validate(module(None), SyntheticData(), ckpt_path=trained / name, verbose=False)
+    def validated(model: MoEGPTModule, **options: Any) -> Any:
+        run = trainer(tmp_path, limit_val_batches=1.0)
+        return run.validate(model, SyntheticData(), verbose=False, **options)[0]["val/loss"]
+
     start = WarmStart(str(trained / name))
-    assert run_validation(module(start), tmp_path) == expected["val/loss"]
-    assert run_validation(module(None), tmp_path) != expected["val/loss"]
+    expected = validated(module(None), ckpt_path=trained / name)
+    assert validated(module(start)) == expected != validated(module(None))
 
     warm, data, recorder = module(start), SyntheticData(), Recorder()
     trainer(tmp_path, recorder, max_steps=2).fit(warm, data)

@@ -67,7 +67,7 @@ class Place:
         return f"--config={self.folder / 'bad.yaml'}"
 
     def filled(self, text: str) -> str:
-        for name, path in {"FOLDER": self.folder, "LAST": self.last, "RUN": self.trained}.items():
+        for name, path in {"FOLDER": self.folder, "LAST": self.last}.items():
             text = text.replace(name, str(path))
         return text
 
@@ -164,6 +164,16 @@ def test_a_real_command_prints_one_line_and_nothing_else(place: Place) -> None:
     done = subprocess.run([sys.executable, "train.py", *wrong], cwd=ROOT, capture_output=True, text=True)
     assert "model.config.moe.top_k=9 must be between 1 and" in only_line(done.stderr)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_traceback_of_an_error_is_printed_on_request(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NLGMOE_TRACEBACK", "1")
+    with pytest.raises(SystemExit):
+        main(place.args("--model.config.moe.top_k=9"))
+    *traceback, line = capsys.readouterr().err.splitlines()
+    assert traceback[0].startswith("Traceback") and line.startswith("error: model.config.moe.top_k=9")
 
 
 def test_a_run_that_diverges_ends_with_its_last_checkpoint_whole(

@@ -162,7 +162,7 @@ def test_build_leaves_out_and_counts_once_documents_without_text(
 
 @pytest.mark.parametrize("protocol", ["memory://", "file://"])
 def test_build_reads_addresses_like_files_and_notices_changes(
-    tokenizer: Tokenizer, files: list[str], wanted: Content, tmp_path: Path, protocol: str, capsys: Any
+    tokenizer: Tokenizer, files: list[str], wanted: Content, tmp_path: Path, protocol: str
 ) -> None:
     folder = f"{protocol}{tmp_path}/text"
     if protocol == "memory://":

@@ -211,7 +211,7 @@ def test_recorded_logits_of_other_data_or_models_are_refused(kind: str, logits: 
     assert "\n" not in str(raised.value)
 
 
-def test_offline_teacher_refuses_another_teacher_or_student(logits: Path, teacher: Path, tmp_path: Path) -> None:
+def test_offline_teacher_refuses_another_teacher_or_student(logits: Path, tmp_path: Path) -> None:
     other = trained(STUDENT, tmp_path)
     with pytest.raises(ValueError, match=r"teacher.ckpt is another teacher than that of model\.distiller\.logits="):
         fit(tmp_path, OfflineTeacher(str(logits), 1.0, 2.0, teacher=str(other)))

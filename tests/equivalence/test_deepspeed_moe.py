@@ -150,7 +150,7 @@ def test_output_losses_counts_and_gradients_are_deepspeeds(
     ],
     ids=lambda moe: f"k{moe.top_k}-{moe.noise}-{moe.second_expert}-{moe.mlp_type}",
 )
-def test_noise_that_is_the_same_gives_deepspeeds_result(moe: MoEConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_that_is_the_same_gives_deepspeeds_result(moe: MoEConfig) -> None:
     noisy = run(pair(moe))
     quiet = MoEConfig(EXPERTS, 1, moe.top_k, second_expert="argmax", token_dropping=moe.token_dropping)
     assert not torch.equal(noisy.weight, run(pair(quiet)).weight), "the noise did nothing"

@@ -22,7 +22,7 @@ from nlgmoe.layers.router import RoutingContext, TopKRouter
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.optimizer import AdamWConfig
-from tests.support.trainers import Losses, trainer
+from tests.support.trainers import Recorder, trainer
 
 GOLDEN = Path("tests/golden")  # from the repository's root: the run's configuration names its corpus so
 CONFIG, CORPUS, TEACHER_LOGITS = (GOLDEN / name for name in ("config.yaml", "corpus", "logits"))
@@ -59,19 +59,19 @@ def offline_losses(config: GPTConfig, folder: Path) -> list[float]:
 def train(
     config: GPTConfig, folder: Path, steps: int, *callbacks: Callback, distiller: Distiller | None = None
 ) -> list[float]:
-    losses = Losses()
-    run = trainer(folder, losses, *callbacks, max_steps=steps, gradient_clip_val=1.0)
+    recorder = Recorder()
+    run = trainer(folder, recorder, *callbacks, max_steps=steps, gradient_clip_val=1.0)
     run.fit(MoEGPTModule(config, AdamWConfig(lr=3e-3), distiller=distiller), blend(folder))
-    return losses.found
+    return recorder.losses
 
 
 def resumed_losses(checkpoint: Path, folder: Path) -> list[float]:
     """Losses of the run's other 6 steps, of two micro-batches each, by one process, as the saved configuration says."""
     experiment = load_config(CONFIG, trainer__default_root_dir=str(folder), data__data_dir=str(folder))
-    losses = Losses()
-    experiment.trainer.callbacks.append(losses)  # type: ignore[attr-defined]
+    recorder = Recorder()
+    experiment.trainer.callbacks.append(recorder)  # type: ignore[attr-defined]
     experiment.trainer.fit(experiment.module, experiment.data, ckpt_path=checkpoint)
-    return losses.found
+    return recorder.losses
 
 
 def blend(folder: Path) -> PileDataModule:

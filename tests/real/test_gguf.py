@@ -16,8 +16,6 @@ from nlgmoe.tools.hugging_face import gguf_file
 from nlgmoe.tools.hugging_face.importing import import_model
 from tests.real import CUT
 
-TEXT = "In 1984, it's 12345 metres;\n\n  def f(x):\treturn x\u00b2  # na\u00efve \u65e5\u672c"
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -61,6 +61,7 @@ def test_chat_answers_are_those_of_transformers_and_end(folder: Path, capsys: py
     prompts = [word for question in QUESTIONS for word in ("--prompt", question)]
     main(["generate", str(folder / "cut.ckpt"), *prompts, "--chat", "--temperature=0", "--max-new-tokens=20"])
     texts = [detokenize(load_pretrained(folder / "cut.ckpt").tokenizer, answer) for answer in answers]
+    assert texts[0] == tokenizer.decode(answers[0][:-1])  # the token that ends an answer is not printed
     expected = "".join(f"--- {question!r}\n{text}\n\n" for question, text in zip(QUESTIONS, texts, strict=True))
     assert capsys.readouterr().out == expected
     assert load_pretrained(folder / "cut.ckpt").tokenizer.stop_ids == {0, 2, answers[0][-1]}

@@ -42,6 +42,7 @@ FROZEN = [
     Cell("frozen dense parts, ZeRO 1", 2, 1, frozen=("router", "attention", "embeddings"), moe=MIXED, clip=0.2),
     Cell("ddp, frozen experts and norms", strategy="ddp", frozen=("experts", "norms"), moe=CAPACITY, steps=5),
 ]
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 LAYER_MAP = {"expert_interval": 1, "mlp_type": "residual", "expert_ffn_size": 48, "shared_ffn_size": 64}
 CELLS: dict[int, list[Cell]] = {  # one for each choice that ranks could get wrong
     2: [
@@ -49,6 +50,7 @@ CELLS: dict[int, list[Cell]] = {  # one for each choice that ranks could get wro
         # Few steps: a sampled second expert is decided by less than rounding once in some 100,000 choices.
         Cell("capacity, sampled top-2, accumulation", 2, 0, moe=CAPACITY | {"top_k": 2}, accumulate=2, steps=5),
         Cell("masks, recomputed, residual", 2, 1, moe=MIXED, checkpointing=True, padded=True, documents=True, accumulate=2),
+        Cell("dropout, jitter", 2, 2, moe=CAPACITY | {"noise": "jitter"}, block=DROPOUT, steps=5),
         Cell("auto, capacity", strategy="auto", moe=CAPACITY, checkpointing=True, steps=5),
         Cell("layer map", 2, experts=[0, 4, 2, 0], moe=DROPLESS | LAYER_MAP, network="swiglu", steps=5),
         Cell("the block of Qwen3-MoE", 2, 2, moe=ARGMAX, block=QWEN3, network="swiglu", padded=True, documents=True, steps=5),

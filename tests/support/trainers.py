@@ -7,8 +7,6 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.module import MoEGPTModule
-from tests.support.synthetic import SyntheticData
 
 # Options of a Trainer that is compared or timed: endless data, no files, no output.
 QUIET: dict[str, Any] = {
@@ -44,9 +42,15 @@ def trainer(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
     return Trainer(default_root_dir=root, callbacks=list(callbacks), **settings)
 
 
-def run_validation(module: MoEGPTModule, root: Path, **settings: Any) -> float:
-    run = trainer(root, limit_val_batches=1.0, **settings)
-    return run.validate(module, SyntheticData(), verbose=False)[0]["val/loss"]
+class Logged(Callback):
+    """Logged metrics by step."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if not trainer.fit_loop._should_accumulate():
+            self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
 class SaveAt(Callback):
@@ -56,11 +60,3 @@ class SaveAt(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx + 1 == self.micro_batch:
             trainer.save_checkpoint(self.path)
-
-
-class Losses(Callback):
-    def __init__(self) -> None:
-        self.found: list[float] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.found.append(float(outputs["loss"]))

@@ -21,6 +21,7 @@ from nlgmoe.tools.check.own import own_layer
 from nlgmoe.tools.check.properties import PROPERTIES, check_layer
 from nlgmoe.tools.check.targets import ForeignLayer, find_layers
 from tests.support.checkpoints import write
+from tests.support.processes import ROOT
 from tests.tools_check import defects
 from tests.tools_check.defects import CAPACITY, DEFECTS, DROPLESS, TWO, broken, clean, own_loss
 from tests.tools_check.own_routers import OwnCapacityConfig
@@ -105,6 +106,10 @@ def test_check_passes_a_router_with_a_capacity_and_a_learned_temperature() -> No
     assert sum(text.startswith("pass") for text in found.values()) >= 16
 
 
+def test_check_page_has_the_number_of_defects_that_are_planted() -> None:
+    assert f"add {len(DEFECTS) + 2} defects to our layer" in (ROOT / "docs/check.md").read_text()  # and the next two
+
+
 def test_check_on_ranks_finds_a_wrong_gradient_of_the_gate() -> None:
     found = verdicts(broken(CAPACITY, defects.gate_of_ranks), {RANKS})[RANKS]
     assert found.startswith("fail: 2 ranks, rank") and "gradient of router.weight" in found
@@ -120,8 +125,22 @@ def test_check_passes_idioms_of_routers() -> None:
     collapse = "the balance loss sees a collapse"  # which a z-loss of the router's own does not
     found = verdicts(broken(TWO, own_loss("logits.logsumexp(-1).square().mean()")), {collapse})
     assert found[collapse].startswith("pass"), found
-    # The one normalises its input, the other has a straight-through estimate.
-    for layer in [*find_layers(["cosine_router.CosineRouterConfig"]), *find_layers(["dense_mixer.DenseMixerConfig"])]:
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "cosine_router.CosineRouterConfig",  # normalises its input
+        "dense_mixer.DenseMixerConfig",  # has a straight-through estimate
+        "extending.TokenRouterConfig",  # the first code of the page of this name
+        "tutorial.MyRouterConfig",
+    ],
+)
+def test_check_passes_routers_of_the_documents(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (page := ROOT / f"docs/{target.partition('.')[0]}.md").exists():
+        (tmp_path / f"{page.stem}.py").write_text(page.read_text().split("```python\n")[1].partition("```")[0])
+        monkeypatch.syspath_prepend(tmp_path)
+    for layer in find_layers([target]):
         found = verdicts(layer, QUICK)
         assert not [text for text in found.values() if text.startswith("fail")], found
         assert found[HOST].startswith("pass")

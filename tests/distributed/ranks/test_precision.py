@@ -22,7 +22,9 @@ from tests.support.ranks import SAMPLES, Cell, Outcome, alone, on_ranks, train
 ONE_STEP: dict[str, Any] = {"moe": DROPLESS | {"mlp_type": "residual"}, "steps": 1, "accumulate": 2}
 TYPED = [
     Cell("types, offloaded", 2, 2, precision="bf16-mixed", options={"offload_optimizer": True}, **ONE_STEP),
-    Cell("types, fp16, ZeRO 1", 2, 1, precision="16-mixed", **ONE_STEP),
+    *(Cell(f"types, fp16, ZeRO {stage}", 2, stage, precision="16-mixed", **ONE_STEP) for stage in (1, 2)),
+    Cell("types, bf16-mixed, ZeRO 1", 2, 1, precision="bf16-mixed", **ONE_STEP),
+    Cell("types, bf16-true, ZeRO 2", 2, 2, precision="bf16-true", **ONE_STEP),
 ]
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 COLUMNS = ("weights", "products", "sums", "reduced", "stepped on", "moments")
@@ -83,9 +85,9 @@ class Types(Callback):
 
 def typed(cell: Cell, ranks: int, folder: Path) -> tuple[Outcome, dict[str, str]]:
     """Train, and what `Types` found."""
-    allow_fp16()
     types = Types()
     if ranks > 1:
+        allow_fp16()
         return on_ranks(cell, ranks, folder, types), types.found
     plugin: dict[str, Any] = {}
     if cell.precision == "16-mixed":  # Lightning itself takes bf16 on CPUs
