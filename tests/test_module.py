@@ -146,22 +146,6 @@ def test_tokens_masked_for_the_loss_are_routed_all_the_same(tmp_path: Path) -> N
     assert routed.num_tokens == batch["token_mask"].sum() == routed.kept.sum()
 
 
-@pytest.mark.parametrize("option", ["document", "loss_mask"])
-def test_document_and_padding_marks_each_change_the_loss(option: str, tmp_path: Path) -> None:
-    class Without(SyntheticData):
-        def train_dataloader(self):  # type: ignore[no-untyped-def]
-            for batch in super().train_dataloader():
-                batch.pop(option)
-                yield batch
-
-    found = []
-    for kind in (SyntheticData, Without):
-        recorder = Recorder()
-        trainer(tmp_path, recorder, max_steps=1).fit(MoEGPTModule(DROPLESS), kind(documents=True))
-        found.append(recorder.losses)
-    assert found[0] != pytest.approx(found[1], rel=1e-4)
-
-
 def test_an_evaluation_is_logged_at_the_step_of_its_checkpoint(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=4)
     run.fit(MoEGPTModule(CONFIG), SyntheticData())

@@ -24,7 +24,7 @@ from nlgmoe.data.documents import Fields, Record
 from nlgmoe.data.prefix import Sidecar
 from nlgmoe.data.source_files import input_files
 from nlgmoe.experiment import load_config
-from tests.data.oracles import MegatronDataset
+from tests.data.oracles import Content, MegatronDataset, content
 from tests.support.documents import lines, write_bytes, write_records
 
 build: Any = build_indexed.build_indexed
@@ -50,11 +50,6 @@ def files(tmp_path: Path) -> list[str]:
 
 
 SKIPPED = 4
-Content = tuple[bytes, bytes]
-
-
-def content(prefix: Path) -> Content:
-    return prefix.with_suffix(".bin").read_bytes(), prefix.with_suffix(".idx").read_bytes()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlgmoe.data.indexed import DTYPES, IndexedDataset, IndexedWriter, token_dtype
-from tests.data.oracles import IndexedDatasetBuilder, MegatronDataset
+from tests.data.oracles import IndexedDatasetBuilder, MegatronDataset, content
 
 Sequences = list[list[list[int]]]  # documents of sequences of ids
 
@@ -30,10 +30,6 @@ def write_with_megatron(prefix: Path, documents: Sequences, dtype: Any) -> Path:
         builder.add_document(np.array([i for s in document for i in s], int), [len(s) for s in document])
     builder.finalize(f"{prefix}.idx")
     return prefix
-
-
-def content(prefix: Path) -> tuple[bytes, bytes]:
-    return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
 
 
 def as_sequences(dataset: Any) -> Sequences:
