@@ -15,7 +15,7 @@ class TokenProgressBar(TQDMProgressBar):
     """Lightning's progress bar in tokens, since a curriculum changes the tokens of a batch.
 
     The bar has a total if the run ends at a token count or a step count. If standard output is a file, it is updated every ten
-    seconds; bars of evaluation are not.
+    seconds; bars of evaluation are not. It shows the loss, the validation loss and the learning rate, no metric of other code.
 
     Args:
         refresh_rate: micro-batches between updates; 0 hides the bar.

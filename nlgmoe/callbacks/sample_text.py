@@ -72,11 +72,9 @@ class SampleText(Callback):
         assert tokenizer is not None
         was_training = module.training
         module.eval()
-        texts = []
-        for prompt in self.prompts:
-            settings = (self.max_new_tokens, self.sampling.temperature, self.sampling.top_k, module.seed)
-            (ids,) = generate(module.gpt, [tokenizer.encode(prompt)], *settings)
-            texts.append(tokenizer.decode(ids))
+        settings = (self.max_new_tokens, self.sampling.temperature, self.sampling.top_k, module.seed)
+        prompts = [tokenizer.encode(prompt) for prompt in self.prompts]
+        texts = [tokenizer.decode(ids) for ids in generate(module.gpt, prompts, *settings)]
         module.train(was_training)
         parts = (f"--- {prompt!r}\n{text}\n" for prompt, text in zip(self.prompts, texts, strict=True))
         self._last = trainer.global_step, "\n".join(parts)
