@@ -38,7 +38,7 @@ for domain, value in zip(data.domains, whole):
     assert abs(metrics[f"val/loss/{domain}"].dropna().iloc[-1] - value) < 1e-5
 """,
     "05_real_model": """
-assert distances.max() < 1e-6 and np.allclose(losses(mixture), surprise, rtol=1e-5)  # copies
+assert distances.max() < 1e-6 and np.allclose(losses(mixture), loss, rtol=1e-5)  # copies
 """,
 }
 DEEPER = TINY | {"model__config__num_layers": 4, "model__config__moe__num_experts": [2, 4]}
