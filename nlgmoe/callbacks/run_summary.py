@@ -126,8 +126,8 @@ def _products(trainer: Trainer, module: MoEGPTModule) -> str:
         return ""
     data, device = training_data(trainer), trainer.strategy.root_device
     tokens = module.seq_len * getattr(data, "micro_batch_size", 1)
-    is_sharded = any(moe.placement.group is not None for moe in moes)
-    uses_slots = data is not None and data.has_equal_batches() if is_sharded else device.type != "cpu"
+    between_ranks, on_rank = data is not None and data.has_equal_batches(), device.type != "cpu"
+    uses_slots = [on_rank if moe.placement.group is None else between_ranks for moe in moes]
     has_triton, capability = moes[0].experts.triton_product is not None, compute_capability(device)
     products = describe_products(module.config, tokens, trainer.precision, uses_slots, capability, has_triton)
     return f"; experts: {products}"

@@ -73,8 +73,10 @@ class SampleText(Callback):
         was_training = module.training
         module.eval()
         settings = (self.max_new_tokens, self.sampling.temperature, self.sampling.top_k, module.seed)
-        prompts = [tokenizer.encode(prompt) for prompt in self.prompts]
-        texts = [tokenizer.decode(ids) for ids in generate(module.gpt, prompts, *settings)]
+        texts = []
+        for prompt in self.prompts:  # one at a time: a text does not depend on the other prompts
+            (ids,) = generate(module.gpt, [tokenizer.encode(prompt)], *settings)
+            texts.append(tokenizer.decode(ids))
         module.train(was_training)
         parts = (f"--- {prompt!r}\n{text}\n" for prompt, text in zip(self.prompts, texts, strict=True))
         self._last = trainer.global_step, "\n".join(parts)

@@ -91,7 +91,7 @@ class StagedDistillation(Callback):
         """Return the end of distillation in a run of `train_tokens`.
 
         Raises:
-            SettingError: `fraction` is of none.
+            SettingError: `fraction` is set, and `train_tokens` is None.
         """
         if self.fraction is None:
             return End(self.tokens, self.step)

@@ -10,6 +10,7 @@ dropless: CPUs in fp32, bf16, fp16       `grouped_mm`  `F.grouped_mm`
 On other GPUs and in other types `F.grouped_mm` is a loop too, in which the host waits at each call.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -110,7 +111,7 @@ def describe_products(
     config: GPTConfig,
     tokens: int,
     precision: str,
-    uses_slots: bool,
+    uses_slots: Sequence[bool],
     compute_capability: tuple[int, int] | None,
     has_triton: bool = True,
 ) -> str:
@@ -119,10 +120,12 @@ def describe_products(
     Args:
         tokens: N of a micro-batch.
         precision: Lightning's name, such as `bf16-mixed`.
-        uses_slots: training dispatches to a fixed number of slots: on GPUs, and between ranks whose batches are equal.
+        uses_slots: of each MoE layer: training dispatches to a fixed number of slots, on a GPU, or between ranks whose batches
+            are equal.
     """
     in_slots = [
-        uses_slots and training_slots(config, experts, tokens) is not None for experts in moe_blocks(config).values()
+        slots and training_slots(config, experts, tokens) is not None
+        for slots, experts in zip(uses_slots, moe_blocks(config).values(), strict=True)
     ]
     widths = (config.hidden_size, config.expert_ffn_size)
     dtype = TYPES[precision.split("-")[0]]

@@ -50,7 +50,7 @@ CELLS: dict[int, list[Cell]] = {  # one for each choice that ranks could get wro
         # Few steps: a sampled second expert is decided by less than rounding once in some 100,000 choices.
         Cell("capacity, sampled top-2, accumulation", 2, 0, moe=CAPACITY | {"top_k": 2}, accumulate=2, steps=5),
         Cell("masks, recomputed, residual", 2, 1, moe=MIXED, checkpointing=True, padded=True, documents=True, accumulate=2),
-        Cell("dropout, jitter", 2, 2, moe=CAPACITY | {"noise": "jitter"}, block=DROPOUT, steps=5),
+        Cell("dropout, jitter", 2, 2, moe=CAPACITY | {"noise": "jitter"}, block=DROPOUT, options={"bucket_size": 9_999}, steps=5),
         Cell("auto, capacity", strategy="auto", moe=CAPACITY, checkpointing=True, steps=5),
         Cell("layer map", 2, experts=[0, 4, 2, 0], moe=DROPLESS | LAYER_MAP, network="swiglu", steps=5),
         Cell("the block of Qwen3-MoE", 2, 2, moe=ARGMAX, block=QWEN3, network="swiglu", padded=True, documents=True, steps=5),

@@ -199,7 +199,7 @@ def _products(config: GPTConfig, topology: Topology, machine: Machine) -> list[t
         return []
     capability = None if machine.rates is None else machine.rates.compute_capability
     tokens = topology.micro_batch_size * topology.length(config)
-    uses_slots = not machine.is_cpu or max(topology.degrees(config)) > 1
+    uses_slots = [not machine.is_cpu or degree > 1 for degree in topology.degrees(config) if degree]
     text = describe_products(config, tokens, topology.precision, uses_slots, capability)
     return [("experts", f"{text} (docs/performance.md)")]
 
