@@ -73,7 +73,7 @@ notebooks: develop  ## run notebooks 01 to 04 and keep what they show; trains te
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python notebooks/execute.py notebooks/0[1-4]_*.ipynb
 
-reproduce: develop  ## the paper's claims with small models, QUESTION=capacity for one; resumable (20 to 40 hours on 2 cores; docs/claims.md)
+reproduce: develop  ## train the runs of the paper's claims that docs/results/reproduce.json lacks (none; all again: a day, docs/claims.md)
 	$(BIN)/python -m benchmarks.reproduce $(if $(QUESTION),--question $(QUESTION)) $(if $(SCALE),--scale $(SCALE))
 
 gate: develop  ## judge an idea about mixtures of experts: CANDIDATE=my_router.MyRouterConfig, or a YAML file (an hour on 2 cores; docs/gate.md)

@@ -12,6 +12,14 @@ def git(*words: str) -> str:
     return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def commit() -> str:
+    """Return the commit that is checked out, with `+` if there are changes; `unknown` in a copy without git's data."""
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def processor() -> str:
     """Return the name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -1,4 +1,4 @@
-"""Run the notebooks and keep what they show: `python notebooks/execute.py [NOTEBOOK ...]`, or `make notebooks` for all.
+"""Run the notebooks and keep what they show: `python notebooks/execute.py [NOTEBOOK ...]`, or `make notebooks` for 01 to 04.
 
 Pictures and texts are kept, progress bars and times are not.
 """

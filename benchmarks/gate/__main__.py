@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None, launch: Launcher | None = None) -> None:
         help="JSON file of the rows; default: docs/results/gate.json; of a first look OUT/gate.json",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gate", help="folder of the runs")
-    parser.add_argument("--tables", action="store_true", help="train nothing; renew the table of docs/gate.md")
+    parser.add_argument("--tables", action="store_true", help="renew the table of docs/gate.md; trains three steps")
     parser.add_argument("--scale", choices=["cpu", "tiny"], default="cpu", help="tiny: twenty steps a run, for a test")
     args = parser.parse_args(argv)
     scale, launch = {"cpu": CPU, "tiny": TINY}[args.scale], launch or Launcher()

@@ -13,7 +13,7 @@ from benchmarks.documents import markdown_table, with_text
 from benchmarks.gate.candidate import Side
 from benchmarks.gate.verdict import CHANCE, PLANNED_PAIRS, in_words
 from benchmarks.reproduce.scale import machine
-from benchmarks.runs import ROOT, git
+from benchmarks.runs import ROOT, commit
 from benchmarks.timing import output_of
 from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters
@@ -31,7 +31,7 @@ def make_row(candidate: Side, author: str | None, **measured: Any) -> Row:
     return {
         "name": candidate.name,
         "author": author or output_of(["git", "config", "user.name"]) or "unknown",
-        "commit": git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else ""),
+        "commit": commit(),
         "versions": versions(),
         "machine": machine(),
         "command": f"python -m benchmarks.gate {shlex.join(sys.argv[1:])}",

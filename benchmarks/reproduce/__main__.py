@@ -1,6 +1,7 @@
 """Train the models of the paper's claims, and answer the questions about them: `make reproduce`.
 
-    python -m benchmarks.reproduce [--question KEY ...] [--jobs 2]   train what is missing, then write page and figures
+    python -m benchmarks.reproduce [--question KEY ...] [--jobs 2]   train what is missing, then write pages and figures
+    python -m benchmarks.reproduce --out OUT --results FILE          train all with the code of HEAD; write FILE only
     python -m benchmarks.reproduce --tables                          write page and figures from docs/results/reproduce.json
     python -m benchmarks.reproduce --speed                           time a training step of each model; on a quiet machine
     python -m benchmarks.reproduce --scale tiny                      twenty steps a run, into a temporary folder
@@ -94,7 +95,7 @@ def main() -> None:
             sys.exit(f"error: another process works in {args.out}; wait for it, or name another --out and --results")
         except ValueError as error:
             sys.exit(f"error: {error}")
-    if args.scale == "cpu":
+    if args.results.resolve() == RESULTS:
         write(campaign.results)
     print(long_table(campaign.results))
 

@@ -19,7 +19,7 @@ from nlgmoe.checkpoint.reading import REMEDY, TensorFiles
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import Router
-from nlgmoe.validation import RunError, list_differences
+from nlgmoe.validation import RunError, list_differences, require
 
 Shapes = dict[str, torch.Size]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # dtypes that a user may load or export weights in
@@ -27,6 +27,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per value; `step` is one nu
 MOMENTUM = "momentum_buffer"  # Muon's, whose groups have `muon`
 _STACK = re.compile(r"(?P<experts>.*\.moe\.experts)\.(?P<parameter>\w+)")  # a stacked parameter of `layers/experts.py`
 EXPERT = re.compile(r"(?P<experts>.*\.moe\.experts)\.(?P<expert>\d+)\.(?P<parameter>\w+)")  # its entry for one expert
+
+
+def dtype_of(precision: str | None) -> torch.dtype | None:
+    """Return the dtype of a setting `precision`; None, the stored one, for None."""
+    require(precision in (None, *PRECISIONS), f"precision={precision} must be {', '.join(PRECISIONS)} or null")
+    return PRECISIONS.get(precision or "")
 
 
 def split_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:

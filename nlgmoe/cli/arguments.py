@@ -57,8 +57,8 @@ class CommandParser(argparse.ArgumentParser):
         for word in words[:end]:
             option = word.partition("=")[0]
             if option.startswith("--") and option not in self.options:
-                raise SettingError(f"unknown option {option}{did_you_mean(option, self.options)}")
-        return vars(self.parse_args([*words[:end], *(f"--flags={word}" for word in words[end + 1 :])]))
+                self.error(f"unknown option {option}{did_you_mean(option, self.options)}")
+        return vars(self.parse_intermixed_args([*words[:end], *(f"--flags={word}" for word in words[end + 1 :])]))
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # Lightning loads slowly, and wrong arguments are reported be
     from nlgmoe.data.tokenizer import Tokenizer
 
 DATA_DIR, TOKENIZER = "data/pocket_pile", "pocket-8k"
-PIECES, PIECE_BYTES = 20, 1_000_000  # a single text file is cut into so many documents, or more of so many bytes
+CUT_INTO, CUT_BYTES = 20, 1_000_000  # a single text file is cut into so many documents, or more of so many bytes
 TRAINING_BYTES = 1_000_000_000  # of text, about, on which a tokenizer is trained: the first of each file
 SHOWN = 10  # skipped documents that are named
 
@@ -116,7 +116,7 @@ def _files_and_fields(input: str | list[str], text_field: str) -> tuple[list[str
     files, text_bytes = input_files(input), None
     if len(files) == 1 and is_plain_text(files[0]):
         _note(f"note: {files[0]} is the only file: it is cut at ends of lines into documents")
-        text_bytes = min(describe_file(files[0]).bytes // PIECES + 1, PIECE_BYTES)
+        text_bytes = min(describe_file(files[0]).bytes // CUT_INTO + 1, CUT_BYTES)
     return files, Fields(text=text_field, text_bytes=text_bytes)
 
 

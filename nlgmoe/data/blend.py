@@ -130,7 +130,7 @@ class OpenBlend(OpenCorpus):
             with _naming(name):
                 source = corpus.training_source(seq_len, derive_seed(seed, name))
                 remedy = "tokenise it in advance with nlgmoe prepare-data"
-                require(not source.has_cursors, f"corpus is a stream, of which a blend has none; {remedy}")
+                require(not source.has_cursors, f"corpus is a stream, which a blend cannot read; {remedy}")
             epoch = ""
             if windows := getattr(source, "num_windows", None):
                 epoch = f", used up every {round(windows * seq_len * total / weight):,} tokens of the blend"

@@ -100,7 +100,9 @@ def build_indexed(
             done, sizes = _read_progress(folder, settings)
             chunks = _tokenise(_chunks(files, fields, skip, done), tokenizer, settings["held out"], workers, done)
             report(done)
-            return _write(chunks, prefix, tokenizer, domain, sizes, settings, report, may_be_empty=whole is not None)
+            done = _write(chunks, prefix, tokenizer, domain, sizes, settings, report, may_be_empty=whole is not None)
+        shutil.rmtree(folder, ignore_errors=True)
+        return done
     except Timeout:
         raise RunError(f"{folder} is in use: another process builds {prefix.name}; wait for it, or stop it.") from None
     except BaseException as error:

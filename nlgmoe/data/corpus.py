@@ -21,7 +21,7 @@ from nlgmoe.data.tokens import Tokens
 from nlgmoe.validation import require
 
 WAITING_SECONDS = 3.0  # of waiting for a build by another process, before a message
-PIECES, PIECE_BYTES = 64, 1 << 15  # of a file, for its hash
+HASHED_PIECES, HASHED_BYTES = 64, 1 << 15  # of a file: number, and length of each
 
 Fingerprint = dict[str, str | int]
 """Name -> setting or hash of contents. Equal ones mean the same training tokens; an error names the entries that differ."""
@@ -111,7 +111,7 @@ def hash_of(facts: object) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def hash_of_pieces(path: str | Path, pieces: int = PIECES) -> str:
+def hash_of_pieces(path: str | Path, pieces: int = HASHED_PIECES) -> str:
     """Hash the size of a file and evenly spaced pieces of it, the first and last bytes included; 16 hexadecimal digits.
 
     A copy has the same hash. An edit between the pieces that keeps the size is not detected.
@@ -123,7 +123,7 @@ def hash_of_pieces(path: str | Path, pieces: int = PIECES) -> str:
     file_system, name = url_to_fs(str(path))
     size = int(file_system.info(name)["size"])
     digest = hashlib.sha256(size.to_bytes(8, "little"))
-    length = min(PIECE_BYTES, size)
+    length = min(HASHED_BYTES, size)
     with file_system.open(name, "rb") as handle:
         for start in np.unique(np.linspace(0, size - length, pieces, dtype=np.int64)).tolist():
             handle.seek(start)

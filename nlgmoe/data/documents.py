@@ -25,7 +25,7 @@ from nlgmoe.data.source_files import COMPRESSIONS, WHOLE, DataFile, is_plain_tex
 from nlgmoe.data.tokenizer import byte_without_token
 from nlgmoe.validation import RunError
 
-PIECE_BYTES = 1 << 16  # decompressed at a time; of a truncated file, up to as much is lost before the cut
+BUFFER_BYTES = 1 << 16  # decompressed at a time; of a truncated file, up to as much is lost before the cut
 ROWS = 64  # of Parquet, decoded at a time
 # Tokenising takes some 130 bytes for a byte of text: 2.6 GB for a document of this size.
 MAX_DOCUMENT_BYTES = 20_000_000
@@ -40,11 +40,15 @@ class NoTextError(UnusableError):
 
 
 Skip = Callable[[str], object]
+ONE_A_LINE = "one document a line, as `jq -c .[]` writes an array"
 
 
 @dataclass(frozen=True)
 class Fields:
-    """What to read of a record. Names may be dotted: `meta.pile_set_name`. Checkpoints hold a hash of the representation."""
+    """What to read of a record. Names may be dotted: `meta.pile_set_name`.
+
+    Checkpoints of streams hold the representation: with a new field in it they cannot be resumed.
+    """
 
     text: str = "text"  # a string
     ids: str | None = None  # a list of token ids, read in place of `text`; None: read the text
@@ -148,7 +152,7 @@ def _read_lines(opened: Any, path: str, fields: Fields, start: int) -> _Document
     lines, number = _decompressed(opened, path), 0
     while line := lines.readline(fields.max_bytes + 1):
         length, complete = len(line), len(line) <= fields.max_bytes or line.endswith(b"\n")
-        while not (complete or line.endswith(b"\n")) and (line := lines.readline(PIECE_BYTES)):
+        while not (complete or line.endswith(b"\n")) and (line := lines.readline(BUFFER_BYTES)):
             length += len(line)  # the rest of a document that is too long
         if number >= start:
             parse = partial(_parse_line, line if complete else None, length - line.endswith(b"\n"), fields)
@@ -196,7 +200,7 @@ def _read_parquet(opened: Any, path: str, fields: Fields, start: int) -> _Docume
 
 def _decompressed(opened: Any, path: str) -> io.BufferedReader:
     compression = COMPRESSIONS.get(Path(path).suffix)
-    return io.BufferedReader(pa.CompressedInputStream(opened, compression) if compression else opened, PIECE_BYTES)
+    return io.BufferedReader(pa.CompressedInputStream(opened, compression) if compression else opened, BUFFER_BYTES)
 
 
 def decode_text(content: bytes, beginning: bool = True) -> str:
@@ -230,7 +234,7 @@ def _parse_line(line: bytes | None, length: int, fields: Fields) -> _Content:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UnusableError(f"not JSON ({error})") from error
+        raise UnusableError(f"not JSON ({error}; {ONE_A_LINE})") from error
     return _parse_record(record, fields)
 
 
@@ -244,18 +248,20 @@ def _parse_row(batch: pa.RecordBatch, row: int, fields: Fields) -> _Content:
 
 def _parse_record(record: Any, fields: Fields) -> _Content:
     if not isinstance(record, dict):
-        raise UnusableError("no JSON object (one document a line, as `jq -c .[]` writes an array)")
+        raise UnusableError(f"no JSON object ({ONE_A_LINE})")
     domain = None if fields.domain is None else _look_up(record, fields.domain)
-    content = _look_up(record, fields.content)
-    if content is None:
+    content = _look_up(record, fields.content, UnusableError)
+    if content is UnusableError:
         raise UnusableError(f"no such field ({fields.content})")
+    if content is None:
+        raise NoTextError("empty document")
     checked = _check_text(content, fields) if fields.ids is None else _check_ids(content, fields)
     return checked, None if domain is None else str(domain)
 
 
-def _look_up(record: Any, name: str) -> Any:
+def _look_up(record: Any, name: str, missing: Any = None) -> Any:
     for part in name.split("."):
-        record = record.get(part) if isinstance(record, dict) else None
+        record = record.get(part, missing) if isinstance(record, dict) else missing
     return record
 
 

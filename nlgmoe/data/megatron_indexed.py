@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nlgmoe.data.corpus import PIECES, Fingerprint, OpenCorpus, build_lock, hash_of, hash_of_pieces
+from nlgmoe.data.corpus import HASHED_PIECES, Fingerprint, OpenCorpus, build_lock, hash_of, hash_of_pieces
 from nlgmoe.data.indexed import IndexedDataset
 from nlgmoe.data.prefix import Sidecar, find_prefixes
 from nlgmoe.data.tokenizer import Tokenizer
@@ -112,7 +112,7 @@ def _open_part(prefix: Path, prefixes: int, split: Sequence[float] | None, token
         bounds = [0, dataset.documents - sidecar.held_out, dataset.documents, dataset.documents]
     else:
         raise _without_sidecar(prefix)
-    pieces = PIECES if prefixes == 1 else PIECES_OF_MANY
+    pieces = HASHED_PIECES if prefixes == 1 else PIECES_OF_MANY
     hashes = {kind: hash_of_pieces(f"{prefix}.{kind}", pieces) for kind in ("idx", "bin")}
     domain = sidecar.domain if sidecar else prefix.name if prefixes == 1 else ""
     ends = [dataset.first_token(number) for number in bounds]

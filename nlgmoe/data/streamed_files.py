@@ -141,13 +141,15 @@ def find_files(
         if revision == commit or _commit(path, revision) == commit:
             return {**known}
     patterns = {split: [given] if isinstance(given, str) else given for split, given in (data_files or {}).items()}
+    if further := patterns.keys() - set(SPLITS):
+        raise SettingError(f"data_files.{min(further)}: splits are {', '.join(SPLITS)}")
     if all(map(is_local, [path, *chain(*patterns.values())])):
         files_by_split = _find_by_datasets(path, data_files, revision)
     else:
         files_by_split = {split: [] for split in patterns}
         for split, name in ((split, name) for split, names in patterns.items() for name in names):
             files_by_split[split] += find_addressed(f"{path}/{name}" if is_local(name) else name)
-    files_by_split = {split: sorted(set(files)) for split, files in files_by_split.items() if files}
+    files_by_split = {split: sorted(set(files)) for split, files in files_by_split.items() if files and split in SPLITS}
     if missing := {"train", "validation"} - files_by_split.keys():
         remedy = "name them in data_files, such as {train: train/*.jsonl.zst, validation: val.jsonl.zst}"
         raise SettingError(f"path={path} has no files for {' and '.join(sorted(missing))}: {remedy}")

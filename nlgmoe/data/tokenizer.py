@@ -142,7 +142,11 @@ class Tokenizer:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def check(self, text: str) -> None:
-        """Check that each byte of a text has a token."""
+        """Check that a text is Unicode, and that each of its bytes has a token."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # Python reads such characters of other encodings, with LANG=C for example
+            raise SettingError(f"the text {shorten(text, 40)!a} is not UTF-8; convert it") from error
         if problem := byte_without_token(text, self.missing_bytes):
             place = f"the text {shorten(text, 40)!r} has {problem} in tokenizer {self.name}"
             raise SettingError(f"{place}; remove that character, or use another tokenizer")

@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.checkpoint.entries import PRECISIONS, entry_shapes, local_entries, require_entries
+from nlgmoe.checkpoint.entries import dtype_of, entry_shapes, local_entries, require_entries
 from nlgmoe.checkpoint.reading import TensorFiles, tokenizer_matches
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import TrainingData, length_of, training_data
@@ -56,7 +56,7 @@ class MixtureOfStudents(Distiller):
         precision: Literal["fp32", "bf16"] | None = None,
     ) -> None:
         super().__init__(beta, temperature)
-        require(precision in (None, *PRECISIONS), f"precision={precision} must be fp32, bf16 or null")
+        dtype_of(precision)
         self.teacher, self.precision = teacher, precision
         self.model: GPT | None = None  # this rank's shard of the teacher, until `release`
 
@@ -76,7 +76,7 @@ class MixtureOfStudents(Distiller):
         divides = isinstance(strategy, PlacesExperts)
         placements = strategy.expert_placements(config, model_name="teacher") if divides else {}
         with raise_on_all_ranks():
-            self.model = _load(path, config, placements, like.device, PRECISIONS.get(self.precision or "", like.dtype))
+            self.model = _load(path, config, placements, like.device, dtype_of(self.precision) or like.dtype)
             hand_in_triton_product(self.model, like.device)
         rank_zero_info(f"the teacher is {path}: {_describe(self.model)}")
         return path, document

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from nlgmoe.checkpoint.entries import PRECISIONS
+from nlgmoe.checkpoint.entries import dtype_of
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.checkpoint.reading import read_document, read_tokenizer
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
@@ -62,7 +62,7 @@ def load_pretrained(
     chosen = choose_tokenizer(path, given, GPTConfig.from_dict(document["model_config"]))
     if chosen is None:
         raise SettingError(f"tokenizer=null: {path} holds none; set it to the one that the model was trained with")
-    model = load_model(path).to(device, PRECISIONS.get(precision or ""))
+    model = load_model(path).to(device, dtype_of(precision))
     hand_in_triton_product(model, torch.device(device))
     return LoadedModel(path, model, chosen, document)
 

@@ -1,7 +1,7 @@
 """Prune: write a checkpoint with fewer experts. A standard mixture becomes a pyramid.
 
-With `groups` equal numbers of each group are kept. The kept experts keep their order and their rows of the router's weights and
-biases. A softmax over fewer experts assigns larger probabilities, so that with `top_k` 1 the weights of the outputs increase.
+Of a router's `groups`, each keeps equally many experts. The kept ones keep their order and their rows of the router's weights
+and biases. A softmax over fewer experts assigns larger probabilities, so that with `top_k` 1 the weights of the outputs increase.
 """
 
 from collections.abc import Sequence

@@ -26,6 +26,7 @@ from nlgmoe.layers.router import Router
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.surgery import write_weights
 from nlgmoe.surgery.prune import prune
+from nlgmoe.tools.hugging_face import importing
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import NlgmoeConfig
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
@@ -93,6 +94,20 @@ def test_exported_tokenizer_gives_our_ids(folders: dict[str, Path], tmp_path: Pa
     theirs(["the king and the queen"], truncation=True, max_length=3)  # leaves its mark in what is saved
     theirs.save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path), tmp_path).encode(PROBE) == TOKENIZER.encode(PROBE)
+
+
+def test_card_pads_prompts_also_if_the_tokenizer_names_no_token_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = {"config.json": {"eos_token_id": TOKENIZER.eod_id}, "tokenizer_config.json": {"model_max_length": 24}}
+    files = TOKENIZER.files | {name: json.dumps(values) for name, values in beside.items()}
+    export(write(tmp_path / "named.ckpt", CONFIGS["moe"], tokenizer=files), tmp_path / "exported")
+    monkeypatch.chdir(tmp_path)
+    values = {"AutoTokenizer": AutoTokenizer}
+    for line in (tmp_path / "exported/README.md").read_text().splitlines():
+        if line.startswith(("tokenizer = ", "prompts = ")):
+            exec(line, values)
+    assert values["prompts"].input_ids[0, 0] == TOKENIZER.eod_id
 
 
 def test_export_works_where_only_transformers_is_installed(
@@ -275,6 +290,22 @@ def test_family_of_an_export_is_chosen_by_name(
         with pytest.raises(ValueError, match=words):
             export(imported, tmp_path / "refused", family=name)
     assert not (tmp_path / "refused").exists()
+
+
+def test_models_of_the_hub_are_refused_before_their_weights_are_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloaded: list[list[str]] = []
+
+    def download(source: str, allow_patterns: list[str]) -> str:
+        downloaded.append(allow_patterns)
+        return str(tmp_path)
+
+    (tmp_path / "config.json").write_text('{"model_type": "gemma"}')
+    monkeypatch.setattr(importing, "snapshot_download", download)
+    with pytest.raises(ValueError, match=r"model_type=gemma of .* cannot be imported; supported are nlgmoe"):
+        import_model("google/gemma", tmp_path / "made.ckpt")
+    assert downloaded == [["config.json"]]
 
 
 def test_quantised_files_are_refused_in_a_line(tmp_path: Path) -> None:

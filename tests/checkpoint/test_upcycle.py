@@ -113,7 +113,12 @@ def test_upcycling_noise_is_as_large_as_its_setting(dense: Path, tmp_path: Path)
     [
         (LLAMA, "", ("mixtral", 1, 2), "writes it as MixtralForCausalLM of transformers"),
         (OPEN, "", ("qwen3_moe", 1, 2), "writes it as Qwen3MoeForCausalLM of transformers"),
-        (LLAMA, "--expert-interval 2", (None, 2, 2), "has qk_norm=null (the nearest family is qwen3_moe): nlgmoe"),
+        (
+            LLAMA,
+            "--expert-interval 2",
+            (None, 2, 2),
+            "computes it: qk_norm=null (the nearest family is qwen3_moe); with one number",
+        ),
         (GRANITE, "", ("granitemoe", 1, 2), "writes it as GraniteMoeForCausalLM of transformers"),
         (DENSE, "", (None, 2, 1), ""),
     ],

@@ -50,7 +50,7 @@ def test_the_home_folder_is_that_of_a_shell(tmp_path: Path, monkeypatch: pytest.
     assert found["data"]["data_dir"] == f"{tmp_path}/pile"
     assert found["trainer"]["default_root_dir"] == f"{tmp_path}/run"
     assert found["model"]["warm_start"]["checkpoint"] == f"{tmp_path}/a.ckpt"
-    nlgmoe_command.main(["configs", "copy", "quickstart.yaml", "--output=~/mine"])
+    nlgmoe_command.main(["configs", "copy", "--output=~/mine", "quickstart.yaml"])
     assert (tmp_path / "mine/quickstart.yaml").is_file()
 
 

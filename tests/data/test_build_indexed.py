@@ -1,5 +1,6 @@
 """A corpus of the user's text: the same bytes however many threads made it, however often they were killed."""
 
+import errno
 import multiprocessing
 import os
 import shlex
@@ -24,6 +25,7 @@ from nlgmoe.data.documents import Fields, Record
 from nlgmoe.data.prefix import Sidecar
 from nlgmoe.data.source_files import input_files
 from nlgmoe.experiment import load_config
+from nlgmoe.validation import RunError
 from tests.data.oracles import Content, MegatronDataset, content
 from tests.support.documents import lines, write_bytes, write_records
 
@@ -49,7 +51,7 @@ def files(tmp_path: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
-SKIPPED = 4
+SKIPPED = 3  # the null of c.parquet is an empty text
 
 
 @pytest.fixture
@@ -138,6 +140,22 @@ def test_build_goes_on_after_a_kill_at_its_end(
         killed_after(1_000, files, tmp_path / "pile", tokenizer, Fields(), 2)
     done = build(files, tmp_path / "pile", tokenizer, Fields(), 2, lambda done: None, skip)
     assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED and done.documents == 90
+
+
+def test_build_goes_on_after_an_error_at_its_end(
+    tokenizer: Tokenizer, files: list[str], wanted: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(writer: IndexedWriter) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexedWriter, "_write_index", fail)
+        with pytest.raises(RunError, match="start again: the build resumes"):
+            build(files, tmp_path / "pile", tokenizer, Fields(), 2, lambda done: None, skip)
+    reports: list[int] = []
+    build(files, tmp_path / "pile", tokenizer, Fields(), 2, lambda done: reports.append(done.documents), skip)
+    assert reports[0] > 0 and content(tmp_path / "pile") == wanted
+    assert not build_indexed.building(tmp_path / "pile").exists()
 
 
 def test_build_leaves_out_and_counts_once_documents_without_text(
@@ -233,7 +251,7 @@ def test_prepare_data_says_what_it_writes(tokenizer: Tokenizer, files: list[str]
     out, err = capsys.readouterr()
     assert f"documents  90, {sum(map(is_held_out, TEXTS))} of them for validation" in out
     assert (
-        "left out   4 that cannot be used, 0 without text" in out
+        "left out   3 that cannot be used, 1 without text" in out
         and f"init_args.prefix {prefix}" in out.splitlines()[-1]
     )
     assert "left out: " in err and "a.jsonl, line 11: not JSON" in err

@@ -109,6 +109,12 @@ def test_stream_of_edited_files_is_evaluated_anew_and_not_resumed(open_corpus: O
         data.load_state_dict(states[0][0])
 
 
+def test_stream_has_three_splits(open_corpus: Open) -> None:
+    files = {"train": "train/*.jsonl.zst", "validation": "val.jsonl.zst", "dev": "test.jsonl.zst"}
+    with pytest.raises(ValueError, match=r"data_files\.dev: splits are train, validation, test"):
+        open_corpus(data_files=files)
+
+
 def test_stream_evaluates_the_first_documents_of_each_domain(open_corpus: Open) -> None:
     data = open_corpus(evaluation_tokens=60)
     assert data.domains == ["domain 0", "domain 1", "other"]

@@ -27,6 +27,11 @@ def test_tokenizer_round_trip_and_token_bytes(text: str) -> None:
     assert SMALL.encode_batch([text, "", text]) == [ids, [], ids]
 
 
+def test_text_that_is_not_unicode_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"the text 'caf\\udce9' is not UTF-8; convert it"):
+        SMALL.encode(b"caf\xe9".decode("utf-8", "surrogateescape"))
+
+
 def test_tokenizer_folder_is_read_in_both_layouts(tmp_path: Path) -> None:
     backend = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300)
     (tmp_path / "one").mkdir()

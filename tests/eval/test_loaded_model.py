@@ -97,6 +97,7 @@ def test_loaded_model_refuses_another_tokenizer_of_the_same_size(
     validate(own, MoEGPTModule(CONFIG), ckpt_path=weights)
     refused: list[tuple[Callable[[], Any], str]] = [
         (lambda: load_pretrained(checkpoint, str(tmp_path)), f"tokenizer={tmp_path} differs from the tokenizer that"),
+        (lambda: load_pretrained(checkpoint, precision="bfloat16"), "precision=bfloat16 must be fp32, bf16 or null"),
         (lambda: export(checkpoint, tmp_path / "exported", tokenizer=OTHER), "tokenizer=other differs from the"),
         (lambda: validate(other, warm_start()), r"token_embedding.weight .of another tokenizer than data.tokenizer"),
         (lambda: validate(other, MoEGPTModule(CONFIG), ckpt_path=weights), "weights.ckpt has another tokenizer than"),

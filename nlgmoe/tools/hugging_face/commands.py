@@ -48,12 +48,15 @@ def export_checkpoint(
     size, seconds = sum(files.values()) / 1e6, time.perf_counter() - start
     print(f"{folder}: {done.checkpoint} in {size:,.1f} MB, {seconds:.1f} s")
     if done.family is None:
-        reason = f", because no class of transformers has {done.reason}" if done.reason else ""
-        print(f"with the model's code{reason}: load it with trust_remote_code=True")
+        reason = f"; no class of transformers computes it: {done.reason}" if done.reason else ""
+        print(f"with the model's code: load it with trust_remote_code=True{reason}")
     else:
         print(f"in the format of {done.family}: it needs no code of its own")
     if "tokenizer.json" not in files:
-        print("without a tokenizer: the checkpoint holds none; add the one of the model's training by --tokenizer")
+        print(
+            "without a tokenizer, and without the token that ends a text: the checkpoint has none; add the one of training by"
+        )
+        print("--tokenizer, or copy the tokenizer and generation_config.json of the imported model into the folder")
     for line in done.limits:
         print(line)
 

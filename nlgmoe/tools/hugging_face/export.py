@@ -27,12 +27,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nlgmoe.checkpoint.entries import PRECISIONS, entry_shapes, require_entries
+from nlgmoe.checkpoint.entries import dtype_of, entry_shapes, require_entries
 from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_manifest
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.checkpoint.writing import new_folder, write_error_reason
 from nlgmoe.config import GPTConfig
-from nlgmoe.data.model_files import CONFIG, GENERATION, IDS, TOKENIZER_CONFIG, special_ids
+from nlgmoe.data.model_files import CONFIG, GENERATION, IDS, TOKENIZER_CONFIG, named_tokens, special_ids
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.eval.loaded_model import choose_tokenizer
 from nlgmoe.model.gpt import GPT
@@ -79,9 +79,10 @@ def export(
     family, reason = chosen_family(config, family, document.get("family"))
     if family is None:
         rest = [name for name in PARTS if name not in bundled_parts(config)]
-        require_paper_parts(config, "a folder for transformers holds", rest)
+        problem = f"no class of transformers computes the model: {reason}; " if reason else ""
+        require_paper_parts(config, f"{problem}a folder for transformers holds", rest)
     tokenizer = choose_tokenizer(path, tokenizer, config)
-    meta, read = _weights(path, config, family, PRECISIONS.get(precision or ""))
+    meta, read = _weights(path, config, family, dtype_of(precision))
     files = {} if tokenizer is None else tokenizer.files
     ids = special_ids(files)
     limits = list(client_limits(config, family, own_tokenizer=tokenizer is not None and ids is None))
@@ -95,13 +96,13 @@ def export(
         CONFIG: (_own_settings(config) if family is None else FAMILIES[family].settings(config)) | ids | kind,
         GENERATION: ids | {"transformers_version": transformers.__version__},
     }
-    texts = {"README.md": model_card(folder.name, path, document, tokenizer is not None, family)}
-    if family is None:
-        texts |= bundled_sources(config)
+    texts = bundled_sources(config) if family is None else {}
     if tokenizer is not None:
         settings[TOKENIZER_CONFIG] = _tokenizer_settings(tokenizer, config)
     texts |= {name: json.dumps(values, indent=2) + "\n" for name, values in settings.items()}
     texts |= {name: text for name, text in files.items() if name != CONFIG}
+    padding = None if tokenizer is None or "pad_token" in named_tokens(texts) else tokenizer.decode([tokenizer.eod_id])
+    texts["README.md"] = model_card(folder.name, path, document, tokenizer is not None, family, padding)
     try:
         with new_folder(folder) as temporary:
             _write_weights(temporary, meta, read, max_shard_size)

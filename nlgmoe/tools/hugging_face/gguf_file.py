@@ -61,7 +61,7 @@ def require_gguf() -> None:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise SettingError(
-                f"GGUF files need the package {package}; install it: pip install {package}, or nlgmoe[gguf]"
+                f"GGUF files need the package {package}; in the repository's folder: pip install -e '.[gguf]'"
             )
 
 

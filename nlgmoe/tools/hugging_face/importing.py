@@ -25,6 +25,7 @@ from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS
 from nlgmoe.tools.hugging_face.families import FAMILIES, OWN
+from nlgmoe.tools.hugging_face.families.family import Family
 from nlgmoe.tools.hugging_face.families.tensors import Where, own_layout
 from nlgmoe.tools.hugging_face.gguf_file import folder_of_gguf
 from nlgmoe.validation import RunError, SettingError
@@ -56,36 +57,41 @@ def import_model(source: str, checkpoint: str | Path, overwrite: bool = False) -
         return _import_folder(folder, checkpoint, overwrite, origin)
 
 
-def _import_folder(folder: Path, checkpoint: str | Path, overwrite: bool, origin: str) -> Imported:
+def _described(folder: Path) -> tuple[GPTConfig, Family | None, dict[str, Any]]:
+    """Return the model of `config.json`, its family (None: a folder with our code), and the file's contents."""
     if not (folder / "config.json").is_file():
         raise SettingError(f"{folder} has no config.json; name a folder of Hugging Face's format")
     values = read_json(folder / "config.json", _REMEDY)
     model_type = str(values.get("model_type"))
     if model_type == OWN:
-        preferred, given = None, {name: values[name] for name in FIELDS if name in values}
         try:
-            config = GPTConfig.from_dict(given)
+            return GPTConfig.from_dict({name: values[name] for name in FIELDS if name in values}), None, values
         except (TypeError, ValueError) as error:  # a setting is missing, unknown or out of range
             raise RunError(
                 f"{folder}/config.json is damaged or of another nlgmoe ({error}); export the model again"
             ) from error
+    if model_type in FAMILIES:
+        family = FAMILIES[model_type]
+        return family.config(values, folder), family, values
+    known = f"{OWN} (what `nlgmoe export` writes), {', '.join(sorted(FAMILIES))}"
+    raise SettingError(f"model_type={model_type} of {folder} cannot be imported; supported are {known}")
+
+
+def _import_folder(folder: Path, checkpoint: str | Path, overwrite: bool, origin: str) -> Imported:
+    config, family, values = _described(folder)
+    if family is None:
         files, layout = WeightFiles(folder), own_layout(config)
-    elif model_type in FAMILIES:
-        family, preferred = FAMILIES[model_type], model_type
-        config = family.config(values, folder)
-        files, layout = WeightFiles(folder, family.named), family.layout(config)
     else:
-        known = f"{OWN} (what `nlgmoe export` writes), {', '.join(sorted(FAMILIES))}"
-        raise SettingError(f"model_type={model_type} of {folder} cannot be imported; supported are {known}")
+        files, layout = WeightFiles(folder, family.named), family.layout(config)
     # Blocks that predict further tokens (MTP) follow the model's own.
     first, count = config.num_layers, values.get("num_nextn_predict_layers") or 0
     dropped = files.drop([f"model.layers.{layer}." for layer in range(first, first + count)])
     files.check(layout.shapes, layout.of_entry["token_embedding.weight"][0].tensor)
     tokenizer, missing = _tokenizer(folder, config)
     read = partial(layout.entry, read=files.read)
-    document = {} if preferred is None else {"family": preferred}
+    document = {} if family is None else {"family": family.name}
     write_weights(checkpoint, read, config, tokenizer, overwrite, origin, document=document)
-    return Imported(config, model_type, missing, dropped)
+    return Imported(config, str(values.get("model_type")), missing, dropped)
 
 
 def _local(source: str) -> Path:
@@ -94,6 +100,9 @@ def _local(source: str) -> Path:
     if source.startswith((".", "/", "~")):
         raise SettingError(f"there is no folder {source}; name a folder, or a model of the Hugging Face hub")
     try:
+        _described(
+            Path(snapshot_download(source, allow_patterns=["config.json"]))
+        )  # refused before weights are downloaded
         return Path(snapshot_download(source, allow_patterns=_NEEDED))
     except (HFValidationError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise (SettingError if isinstance(error, HFValidationError) else RunError)(

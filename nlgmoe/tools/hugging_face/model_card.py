@@ -42,7 +42,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 
 Before you publish the model, add its training data, intended use and the licence of its weights here.
 """
-_WITH_TOKENIZER = """tokenizer = AutoTokenizer.from_pretrained("{name}", padding_side="left"{trust})
+_WITH_TOKENIZER = """tokenizer = AutoTokenizer.from_pretrained("{name}", padding_side="left"{padding}{trust})
 prompts = tokenizer(["The king", "It was a dark night, and"], return_tensors="pt", padding=True)
 print(tokenizer.batch_decode(model.generate(**prompts, max_new_tokens=40, do_sample=True, top_k=40)))"""
 _OWN_CODE = """The model's code is in this folder: files of nlgmoe (Apache-2.0) that need only `torch` and `transformers`.
@@ -53,9 +53,23 @@ _WITHOUT = "# The checkpoint had no tokenizer: the model reads and writes token 
 
 
 def model_card(
-    name: str, checkpoint: Path, document: dict[str, Any], with_tokenizer: bool, family: str | None = None
+    name: str,
+    checkpoint: Path,
+    document: dict[str, Any],
+    with_tokenizer: bool,
+    family: str | None = None,
+    padding: str | None = None,
 ) -> str:
-    """Format the card of the folder `name`; `document` is the checkpoint's. Without a `family` it has the model's code."""
+    """Format the card of the folder `name`.
+
+    Args:
+        name: the folder's.
+        checkpoint: the exported checkpoint.
+        document: the checkpoint's.
+        with_tokenizer: whether the folder has a tokenizer.
+        family: the family whose format the folder has; None: it has the model's code.
+        padding: token that pads prompts, if the tokenizer's settings name none.
+    """
     config = GPTConfig.from_dict(document["model_config"])
     count, moe = count_parameters(config), config.moe
     rows = {
@@ -81,6 +95,7 @@ def model_card(
     for domain, bits in measured.items():
         rows["bits per byte of validation text" if domain == "all" else f"bits per byte, {domain}"] = f"{bits:.2f}"
     trust = "" if family else ", trust_remote_code=True"
+    named = "" if padding is None else f", pad_token={json.dumps(padding)}"
     return _CARD.format(
         name=name,
         kind="A mixture-of-experts language model" if moe is not None else "A GPT",
@@ -90,7 +105,7 @@ def model_card(
         import_tokenizer=", AutoTokenizer" if with_tokenizer else "",
         trust=trust,
         code="" if family else _OWN_CODE,
-        use=_WITH_TOKENIZER.format(name=name, trust=trust) if with_tokenizer else _WITHOUT,
+        use=_WITH_TOKENIZER.format(name=name, trust=trust, padding=named) if with_tokenizer else _WITHOUT,
     )
 
 

@@ -50,7 +50,8 @@ def inspect_config(
     """Predict a run's parameters, memory, communication and speed, and whether it fits, without running it.
 
     Args:
-        files: YAML files of train.py, later ones override earlier ones; or one folder of a checkpoint or run.
+        files: YAML files of train.py, later ones override earlier ones; or one folder of a checkpoint or run, of which
+            the model alone is read (a run's settings are in RUN/config.yaml).
         gpus: ranks; default: the files' setting, and 1 if they leave it to the machine.
         expert_parallel: upper bound of the expert-parallel degree; default: the files' strategy.
         zero: ZeRO stage, 1 or 2; default: the files' strategy.
