@@ -113,13 +113,13 @@ class MoEGPTModule(TrainingStep):
                 self._start_from(model, self.warm_start)
             if self.compiles:
                 compile_dense_parts(model)
-            if strategy is not None:
-                hand_in_triton_product(model, strategy.root_device)
             self.model, self._sharded = model, sharded
         elif sharded != self._sharded:
             problem = "this module's model was built before, with other placements of experts than trainer.strategy's"
             remedy = "make a new MoEGPTModule for every trainer, and do not use module.gpt before fit"
             raise AllRanksError(f"{problem}; {remedy}")
+        if strategy is not None:
+            hand_in_triton_product(self.model, strategy.root_device)
 
     def _start_from(self, model: GPT, start: WarmStart) -> None:
         """Load the initial weights, and report what differs in the configuration, such as another `top_k`."""

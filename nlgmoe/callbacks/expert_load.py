@@ -42,7 +42,8 @@ def has_row(interval: int) -> bool:
 class ExpertLoad(Callback):
     """Logs load, drops, router statistics and gradient norms per MoE layer, as `experts/MOE_LAYER/...` (docs/metrics.md).
 
-    A value covers a logging interval, over restarts too, and all ranks and micro-batches; skipped steps are excluded.
+    A value covers a logging interval, over restarts too, and all ranks and micro-batches; skipped steps are excluded. Gradient
+    norms are of the logged step.
     `expert_load.csv` in the run folder has the load of every expert in intervals that thin out; on resume the file is cut to the
     rows that the checkpoint counts. Sums stay on the device until the step is logged, or saved in a checkpoint; one collective
     then adds them over ranks.

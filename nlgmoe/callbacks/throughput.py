@@ -23,8 +23,8 @@ from nlgmoe.validation import require
 class Throughput(Callback):
     """Logs throughput, time of a step and memory once per logging interval (docs/metrics.md).
 
-    `train/tokens_per_second`, `train/tflops_per_second` and `train/mfu` cover all ranks, `time/...` is the mean over ranks of
-    seconds per step, `memory/...` the maximum over ranks. Only `time/elapsed` includes validation and checkpoints.
+    `train/tokens_per_second`, `train/tflops_per_second` and `train/mfu` cover all ranks, `time/data` and `time/step` are means
+    over ranks, in seconds per step, `memory/...` the maximum over ranks. Only `time/elapsed` includes validation and checkpoints.
 
     FLOPs are computed from the configuration (`model/counting.py`): forward and backward pass of every token at its sequence
     length, dropped or not, frozen or not, without recomputation and without a teacher.

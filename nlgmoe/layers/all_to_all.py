@@ -4,9 +4,10 @@
     receive                 waits for the rows of all ranks, and sorts them by the experts held here
     combine                 sends the experts' outputs back to the ranks of their rows, which sum them by token
 
-The host needs the sizes of the messages. If experts have a capacity, and ranks equally many tokens, every rank sends a message
-of fixed size, with C slots for every expert. Otherwise the host waits for the device to count the rows, once per layer, and
-only rows are sent. The backward pass of an all-to-all is the reverse all-to-all.
+The host needs the sizes of the messages. If experts have a capacity of at most `MAX_SLOTS` per assignment in training, and
+ranks equally many tokens, every rank sends a message of fixed size, with C slots for every expert. Otherwise the host waits for
+the device to count the rows, once per layer, and only rows are sent. The backward pass of an all-to-all is the reverse
+all-to-all.
 
 Letters: W ranks of the expert-parallel group, E experts of the layer, e = E / W experts held here, C capacity of an expert
 for one rank, R rows of this rank, H hidden size. A slot is a place for a row in a message; without a row, it is padding.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.layers.precision import computing_dtype
 from nlgmoe.layers.rotary import rotate, rotations
 from nlgmoe.parts import ATTENTION_FIELDS, AttentionConfig
 from nlgmoe.validation import RunError, SettingError
@@ -192,13 +193,14 @@ def attend(
     Keys and values are `[B, K, S, D]`; each of the K heads is for N / K query heads.
     """
     visible, shares_keys = context.visible, k.shape[1] != q.shape[1]
-    if shares_keys and visible is not None:  # CUDA's fused kernels take no mask with shared keys
+    # Of CUDA's fused kernels flash attention alone shares keys: in half precision, without a mask.
+    fused = visible is None and (q.device.type != "cuda" or computing_dtype(q).itemsize == 2)
+    if shares_keys and not fused:
         k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
     # A compiled `T > 1` is symbolic once lengths differ; `is_causal` has to be a bool.
     causal = True if visible is None and q.shape[2] > 1 else False  # noqa: SIM210
-    shared = shares_keys and visible is None
     return F.scaled_dot_product_attention(
-        q, k, v, visible, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=shared
+        q, k, v, visible, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=shares_keys and fused
     )
 
 

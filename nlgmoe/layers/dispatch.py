@@ -24,7 +24,7 @@ from nlgmoe.layers.router import Routing, count
 
 
 class Rows(NamedTuple):
-    """The input of `Experts`, held here e of them."""
+    """The input of the e experts held here."""
 
     # `[M, H]`: the first `tokens_per_expert[0]` rows are for the first expert held here, and so on; or `[e, S, H]`, S
     # slots for each.

@@ -1,11 +1,12 @@
 """The product of rows with the matrices of their experts: which computation, by device and type.
 
-with a capacity, on accelerators and     `bmm`         slots, equally many for each expert: `torch.bmm`; any type
-    under expert parallelism
-dropless: CPUs in fp32, bf16, fp16       `grouped_mm`  `F.grouped_mm`
-          Hopper in bf16                 `grouped_mm`
-          other GPUs in bf16, fp16       `triton`      the product that was handed in (`parallel/triton_product.py`)
-          else                           `loop`        one product for each expert; the host reads the numbers of rows
+training with a capacity of at most      `bmm`         slots, equally many for each expert: `torch.bmm`; any type
+    `MAX_SLOTS` per assignment, on
+    accelerators and between ranks
+else: CPUs in fp32, bf16, fp16           `grouped_mm`  `F.grouped_mm`
+      Hopper in bf16                     `grouped_mm`
+      other GPUs in bf16, fp16           `triton`      the product that was handed in (`parallel/triton_product.py`)
+      others                             `loop`        one product for each expert; the host reads the numbers of rows
 
 On other GPUs and in other types `F.grouped_mm` is a loop too, in which the host waits at each call.
 """

@@ -71,7 +71,7 @@ class Experts(nn.Module):
         x = cast_by_autocast(x)
         if torch.compiler.is_dynamo_compiling() and x.device.type == "cpu" and x.dtype != torch.bfloat16:
             return _uncompiled(self, x, tokens_per_expert)
-        if tokens_per_expert is None or not len(x):  # no kernel of a grouped product gets no rows
+        if tokens_per_expert is None or not len(x):  # grouped kernels are never called without rows
             rows = x.flatten(0, -2)  # [M, H], as networks expect them
             return self._apply_network(rows, self._in_slots(len(rows) // self.count)).view_as(x)
         if not torch.is_grad_enabled() and x.device.type == "cpu" and len(x) <= FEW_ROWS:
@@ -134,7 +134,7 @@ class Experts(nn.Module):
         chosen = [e for e, count in enumerate(counts) if count or learns]  # on every rank each weight has a gradient
         rows = x.split([counts[e] for e in chosen])
         # The gradient of `unbind` is one stack; indexing would add up E of them.
-        named = {name: stack for name in self.roles if (stack := getattr(self, name)) is not None}  # PEFT computes it
+        named = {name: stack for name in self.roles if (stack := getattr(self, name)) is not None}  # PEFT computes them
         stacks = {name: stack.unbind() if learns else stack for name, stack in named.items()}
         parts = [
             self._apply_network(part, _dense(lambda name, e=e: stacks[name][e] if name in stacks else None))  # type: ignore[misc]

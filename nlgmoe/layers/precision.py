@@ -43,7 +43,7 @@ def fp32_products() -> Iterator[None]:
 
 
 def _allowed() -> str | list[str]:
-    """Return the process's setting, or one for each of `BACKENDS` if a script has set theirs: PyTorch mixes the two in no way."""
+    """Return the process's setting, or one for each of `BACKENDS` if a script has set theirs: PyTorch refuses to mix them."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:

@@ -101,7 +101,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         # The throughput timer synchronises with the device in every micro-batch.
         self.config["timers"] = {"throughput": {"enabled": False}}
         if stage == 2 and not offload_optimizer:
-            # At stage 1 every rank would keep the whole sum, in bf16 with another optimizer.
+            # Not at stage 1, where every rank would keep the whole sum, and DeepSpeed has another optimizer for bf16.
             self.config["data_types"] = {"grad_accum_dtype": "fp32"}
         self._groups: dict[int, ExpertGroups] = {}
         self._loading: Path | None = None  # the checkpoint being loaded

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from nlgmoe.checkpoint.entries import entry_shapes, local_entries
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.attention import KVCache
+from nlgmoe.layers.attention import AttentionContext, KVCache, attend
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT, GPTOutput
@@ -136,3 +139,26 @@ def test_a_sequence_longer_than_seq_len_is_refused_by_name_with_the_cache_counte
             model(torch.zeros(1, 7, dtype=torch.long), cache=cache)
         with pytest.raises(ValueError, match="the cache holds 10 positions, 11 are needed"):
             model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
+
+
+class AttentionCall(TorchFunctionMode):
+    """Notes how PyTorch's attention is called, and computes nothing."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        self.heads, self.shares = args[1].shape[1], kwargs["enable_gqa"]
+        return args[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "shares"),
+    [("cpu", torch.float32, True), ("cuda", torch.float32, False), ("cuda", torch.bfloat16, True)],
+)
+def test_shared_keys_are_repeated_where_no_fused_kernel_takes_them(
+    device: str, dtype: torch.dtype, shares: bool
+) -> None:
+    with FakeTensorMode(), AttentionCall() as call:
+        q, k, v = (torch.empty(2, heads, 8, 16, device=device, dtype=dtype) for heads in (4, 2, 2))
+        attend(q, k, v, AttentionContext(torch.arange(8)))
+    assert (call.shares, call.heads) == (shares, 2 if shares else 4)
