@@ -128,6 +128,9 @@ def _distiller(job: Translation) -> None:
         return
     job.set("model.distiller.class_path", "nlgmoe.MixtureOfStudents")
     job.copy("Distillation", "model.distiller.")
+    job.notes.append(
+        "The teacher is a checkpoint of nlgmoe, and teaches to the end; StagedDistillation ends that (docs/distillation.md)."
+    )
 
 
 def _schedule(job: Translation) -> None:
@@ -204,6 +207,9 @@ def _data(job: Translation) -> None:
     elif numbers is not None and job.seq_len is not None:
         for name, value in zip(("start", "increment", "tokens"), (*numbers[:2], numbers[2] * job.seq_len), strict=True):
             job.set(f"data.batch_ramp_up.{name}", value)
+        job.notes.append(
+            "start and increment of the ramp-up must be multiples of a step's micro-batches (docs/growth.md)."
+        )
     resets = ("--reset-attention-mask", "--reset-position-ids")
     given = [name for name in resets if arguments.has(name)]
     if len(given) == 1:
