@@ -26,7 +26,8 @@ ONE_PROCESS: dict[str, Any] = {"trainer__devices": 1, "trainer__num_nodes": 1, "
 class Experiment:
     """Module, data and trainer of one configuration, for `experiment.trainer.fit(experiment.module, experiment.data)`.
 
-    The model is `experiment.module.gpt`, which its first use or a fit builds.
+    The model is `experiment.module.gpt`, which its first use or a fit builds. Give settings to `load_config`: the run's
+    `config.yaml` does not have those that code changes later.
     """
 
     module: MoEGPTModule

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nlgmoe.batch import Batch, loss_mask
+from nlgmoe.checkpoint.entries import entry_shapes
 from nlgmoe.checkpoint.portable import use_portable_checkpoints
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import training_data
@@ -108,6 +109,7 @@ class MoEGPTModule(TrainingStep):
         sharded = {block: (place.first, place.count) for block, place in placed.items() if place.group is not None}
         if self.model is None:
             model = GPT(self.config, self.seed, self.activation_checkpointing, placed)
+            entry_shapes(model)  # refuses what no checkpoint could hold
             freeze(model, self.optimizer_config.frozen)
             if self.warm_start is not None:
                 self._start_from(model, self.warm_start)

@@ -15,6 +15,7 @@ A checkpoint names the class and holds no code; reading one imports no module ou
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -203,13 +204,19 @@ class ForeignCodeError(SettingError):
     def __init__(self, path: str) -> None:
         module = path.rpartition(".")[0]
         problem = f"the checkpoint's model has {path}, code outside nlgmoe that is not imported"
-        option = f"--allow-code {module} (of check, distill-logits, evaluate, generate, prune)"
+        option = (
+            f"--allow-code {module} (of check, distill-logits, evaluate, generate, prune; not of export)"
+        )
         super().__init__(f"{problem}; if you trust it, import {module} first in Python, or add {option}")
 
 
 def part_to_dict(part: Part) -> dict[str, Any]:
-    """Return `class_path` and `init_args`, as in YAML."""
-    return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": asdict(part)}
+    """Return `class_path` and `init_args`, as JSON reads them again: a tuple is a list."""
+    path = f"{type(part).__module__}.{type(part).__qualname__}"
+    try:
+        return {"class_path": path, "init_args": json.loads(json.dumps(asdict(part)))}
+    except TypeError as error:
+        raise SettingError(f"{path}: {error}; make settings of numbers, text, lists and dictionaries") from error
 
 
 def part_from_dict(values: dict[str, Any], base: type) -> Any:

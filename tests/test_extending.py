@@ -89,7 +89,7 @@ def test_commands_import_own_files_that_they_are_allowed_to(
     assert capsys.readouterr().err.strip().splitlines()[-1] == (
         "error: the checkpoint's model has hash_router.HashRouterConfig, code outside nlgmoe that is not imported; if you trust "
         "it, import hash_router first in Python, or add --allow-code hash_router (of check, distill-logits, evaluate, generate, "
-        "prune)"
+        "prune; not of export)"
     )
 
 

@@ -90,7 +90,8 @@ class RunSummary(Callback):
         summary = self._summary(trainer, pl_module)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "summary.json", summary, indent=2)
-        rank_zero_info(format_summary(summary, _baseline(trainer, "xz_bits_per_byte") or {}, folder))
+        kept = None if trainer.fast_dev_run else folder  # type: ignore[attr-defined]
+        rank_zero_info(format_summary(summary, _baseline(trainer, "xz_bits_per_byte") or {}, kept))
 
     def _summary(self, trainer: Trainer, module: MoEGPTModule) -> dict[str, Any]:
         # JSON lacks NaN and infinity.
@@ -146,8 +147,8 @@ def _baseline(trainer: Trainer, name: str) -> Any:
     return compute() if compute is not None and not _leaves_out_domains(trainer) else None
 
 
-def format_summary(summary: dict[str, Any], xz_bits_per_byte: dict[str, float], folder: Path) -> str:
-    """Format the summary for the terminal, with the bits per byte of `xz -9` for comparison."""
+def format_summary(summary: dict[str, Any], xz_bits_per_byte: dict[str, float], folder: Path | None) -> str:
+    """Format the summary for the terminal, with the bits per byte of `xz -9` for comparison; `folder` is named, and its files."""
     minutes, seconds = divmod(round(summary["wall_seconds"]), 60)
     lines = [
         "",
@@ -165,5 +166,7 @@ def format_summary(summary: dict[str, Any], xz_bits_per_byte: dict[str, float], 
         for name, value in measured.items():
             other = f" {xz_bits_per_byte[name]:>6.2f}" if name in xz_bits_per_byte else ""
             lines.append(f"  {name:<20}  {value:>6.2f}{other}")
-    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    return "\n".join([*lines, "", f"written to {folder}/: {', '.join(files)}", ""])
+    if folder is not None:
+        files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        lines += ["", f"written to {folder}/: {', '.join(files)}"]
+    return "\n".join([*lines, ""])

@@ -201,5 +201,6 @@ def _router_buffers(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
     buffers = [(f"{prefix}.{name}", buffer) for name, buffer in module.named_buffers(recurse=False)]
     if buffers and (not isinstance(module, Router) or module._non_persistent_buffers_set):
         problem = f"{buffers[0][0]}: checkpoints hold persistent buffers of a Router alone"
-        raise RunError(f"{problem}; register it on the Router itself, without persistent=False")
+        remedy = "compute it in forward, or make it a buffer of the Router itself, without persistent=False"
+        raise RunError(f"{problem}; {remedy}")
     return buffers

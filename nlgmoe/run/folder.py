@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.checkpoint.run_checkpoints import FOLDER
@@ -99,11 +99,14 @@ class RunFolder(SaveConfigCallback):
         flat = flattened(config.as_dict())  # so that runs can be filtered by a learning rate
         flat["config"] = ", ".join(map(str, config.get("config") or ()))  # paths of the files
         plain = {name: v if isinstance(v, bool | int | float | str | None) else str(v) for name, v in flat.items()}
-        for logger in trainer.loggers:
-            logger.log_hyperparams(plain)
         with atomic_write(folder / "config.yaml") as file:
             file.write_text(text, encoding="utf-8")
         write_json(folder / "versions.json", packages)
+        for logger in trainer.loggers:
+            try:
+                logger.log_hyperparams(plain)
+            except Exception as error:  # MLflow refuses settings that have changed since the run began
+                rank_zero_warn(f"{type(logger).__name__} took no settings: {error}")
 
 
 def flattened(settings: Any, name: str = "") -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """No field of the configuration is decoration: each changes exactly what it says it does; each wrong value is named."""
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from nlgmoe.layers import balance
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.mla import MLAConfig
 from nlgmoe.layers.rotary import Llama3, Yarn
+from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.loss import training_loss
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parts import part_to_dict
@@ -139,6 +141,20 @@ def same(a: Any, b: Any) -> bool:
 def loss_of(config: GPTConfig) -> Tensor:
     batch = next(iter(SyntheticData(40, 8).train_dataloader()))
     return training_loss(GPT(config), batch, (0, 0, 0), 16)[0]
+
+
+@dataclass(frozen=True)
+class ScaledConfig(SigmoidRouterConfig):
+    scales: object = (1.0, 2.0)
+
+
+def test_settings_of_a_part_are_what_json_reads_again() -> None:
+    """Otherwise a run could not be resumed: a list that is read would differ from a tuple."""
+    assert part_to_dict(ScaledConfig())["init_args"]["scales"] == [1.0, 2.0]
+    with pytest.raises(
+        ValueError, match=r"ScaledConfig: .*Path is not JSON serializable; make settings of numbers, text"
+    ):
+        part_to_dict(ScaledConfig(scales=Path("table.json")))
 
 
 MLA = part_to_dict(MLAConfig(8, 4, 4, 8))

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from nlgmoe import MLAConfig, MoEGPTModule
 from nlgmoe.checkpoint.entries import entry_shapes, local_entries
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.attention import AttentionContext, KVCache, attend
@@ -125,6 +126,21 @@ def test_undeclared_parameter_or_buffer_is_refused_by_name(norm: nn.Module, use:
     model.blocks[0].ffn_norm = norm
     with pytest.raises(ValueError, match=f"^blocks.0.ffn_norm.{message}"):
         use(model)
+
+
+class TableConfig(MLAConfig):
+    def build(self, config: GPTConfig, block: int) -> nn.Module:
+        attention = super().build(config, block)
+        attention.register_buffer("table", torch.zeros(1))
+        return attention
+
+
+def test_module_refuses_before_training_a_buffer_that_no_checkpoint_holds() -> None:
+    module = MoEGPTModule(replace(SMALL, rope_theta=1e4, attention=TableConfig(8, 4, 4, 8)))
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.attention\.table: checkpoints hold persistent buffers of a Router"
+    ):
+        module.configure_model()
 
 
 def test_a_sequence_longer_than_seq_len_is_refused_by_name_with_the_cache_counted() -> None:
