@@ -204,9 +204,7 @@ class ForeignCodeError(SettingError):
     def __init__(self, path: str) -> None:
         module = path.rpartition(".")[0]
         problem = f"the checkpoint's model has {path}, code outside nlgmoe that is not imported"
-        option = (
-            f"--allow-code {module} (of check, distill-logits, evaluate, generate, prune; not of export)"
-        )
+        option = f"--allow-code {module} (of check, distill-logits, evaluate, generate, prune; not of export)"
         super().__init__(f"{problem}; if you trust it, import {module} first in Python, or add {option}")
 
 

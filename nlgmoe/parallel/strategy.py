@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -127,6 +128,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         disable_deepspeed_extensions()
         use_device(self.root_device)
         if isinstance(self.accelerator, CUDAAccelerator):
+            # Backward all-to-alls and the reductions of other groups overlap: each rank must start them in the host's order.
+            os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
             super().setup_distributed()
         else:
             self.set_world_ranks()

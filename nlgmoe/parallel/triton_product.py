@@ -1,7 +1,9 @@
 """DeepSpeed's product of rows with their experts' matrices in Triton, for GPUs on which PyTorch's makes the host wait."""
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from shutil import which
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,8 @@ def product(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 
 def triton_product(device: torch.device) -> Callable[..., Tensor] | None:
     """Return `product` if Triton can run on `device`, else None."""
-    return product if is_accelerator(device) and find_spec("triton") is not None else None
+    compiles = "CC" in os.environ or any(map(which, ("gcc", "clang")))  # Triton compiles a part of each kernel in C
+    return product if is_accelerator(device) and find_spec("triton") is not None and compiles else None
 
 
 def hand_in_triton_product(model: nn.Module, device: torch.device) -> None:
