@@ -27,6 +27,18 @@ from tests.support.trainers import CONFIG, Recorder, SaveAt, trainer
 DROPLESS = GPTConfig(61, 16, 2, 32, 2, init_std=0.2, moe=MoEConfig(4, token_dropping=False, loss_coeff=0.0))
 
 
+def test_gradients_are_freed_when_a_step_ends(tmp_path: Path) -> None:
+    """The next forward pass would add its activations to them."""
+    freed: list[bool] = []
+
+    def look(trainer: Trainer, module: MoEGPTModule, *_: Any) -> None:
+        freed.append(all(parameter.grad is None for parameter in module.parameters()))
+
+    callback = LambdaCallback(on_train_batch_end=look)
+    trainer(tmp_path, callback, max_steps=2, accumulate_grad_batches=2).fit(MoEGPTModule(CONFIG), SyntheticData())
+    assert freed == [False, True] * 2
+
+
 def test_the_loss_is_cross_entropy_plus_weighted_router_losses(tmp_path: Path) -> None:
     module, data, recorder = MoEGPTModule(CONFIG, loss_chunk_size=7, seed=5), SyntheticData(), Recorder()
     batch = next(iter(data.train_dataloader()))

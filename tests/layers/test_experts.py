@@ -21,6 +21,7 @@ from nlgmoe.layers.feed_forward import NETWORKS, FeedForward
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import compile_dense_parts
+from nlgmoe.parallel import triton_product
 from tests.support.devices import draw
 from tests.support.programs import needs
 
@@ -130,6 +131,14 @@ def test_the_product_follows_from_device_type_widths_and_slots(expected: str, gi
     assert choose_product(*given) == expected
     if capability is None and expected == "grouped_mm":  # it takes what is sent to it
         assert Experts(2, *widths).to(dtype)(torch.zeros(3, widths[0], dtype=dtype), torch.tensor([1, 2])).shape[0] == 3
+
+
+def test_triton_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_product, "find_spec", lambda name: name)
+    monkeypatch.delenv("CC", raising=False)
+    for compiler in (None, "/usr/bin/gcc"):
+        monkeypatch.setattr(triton_product, "which", lambda name, compiler=compiler: compiler)
+        assert (triton_product.triton_product(torch.device("cuda")) is None) == (compiler is None)
 
 
 def test_products_are_named_for_training_and_evaluation() -> None:
