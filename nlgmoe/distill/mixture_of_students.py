@@ -56,7 +56,7 @@ class MixtureOfStudents(Distiller):
         precision: Literal["fp32", "bf16"] | None = None,
     ) -> None:
         super().__init__(beta, temperature)
-        dtype_of(precision)
+        dtype_of(precision)  # refuses an unknown one
         self.teacher, self.precision = teacher, precision
         self.model: GPT | None = None  # this rank's shard of the teacher, until `release`
 

@@ -258,9 +258,8 @@ class EngineGradients(StepGradients):
         optimizer = self._engine.optimizer
         optimizer.scaled_global_norm = lambda norm_type=2: self._norm
         optimizer.check_overflow = lambda partition_gradients=True: None
-        optimizer.update_offload_overflow_tracker_for_param_grad = lambda parameter: (
-            None
-        )  # the host would wait for each
+        # With `offload_optimizer` the host would wait for each parameter.
+        optimizer.update_offload_overflow_tracker_for_param_grad = lambda parameter: None
         if self._loss_scaler is not None:
             self._loss_scaler.raise_error_at_min_scale = False  # `StepGuard` has handled that before the step
         else:

@@ -53,10 +53,8 @@ def export_checkpoint(
     else:
         print(f"in the format of {done.family}: it needs no code of its own")
     if "tokenizer.json" not in files:
-        print(
-            "without a tokenizer, and without the token that ends a text: the checkpoint has none; add the one of training by"
-        )
-        print("--tokenizer, or copy the tokenizer and generation_config.json of the imported model into the folder")
+        print("without a tokenizer, and so without the token that ends a text: add the one of training by --tokenizer,")
+        print("or copy the tokenizer and generation_config.json of an imported model into the folder")
     for line in done.limits:
         print(line)
 

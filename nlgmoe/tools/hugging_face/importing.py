@@ -100,9 +100,8 @@ def _local(source: str) -> Path:
     if source.startswith((".", "/", "~")):
         raise SettingError(f"there is no folder {source}; name a folder, or a model of the Hugging Face hub")
     try:
-        _described(
-            Path(snapshot_download(source, allow_patterns=["config.json"]))
-        )  # refused before weights are downloaded
+        description = snapshot_download(source, allow_patterns=["config.json"])
+        _described(Path(description))  # refuses a model before its weights are downloaded
         return Path(snapshot_download(source, allow_patterns=_NEEDED))
     except (HFValidationError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise (SettingError if isinstance(error, HFValidationError) else RunError)(
