@@ -37,7 +37,6 @@ BESIDE = {"optim", "data"}  # know the configuration and the seeds, but none of 
 
 
 def imported(file: Path) -> Iterator[str]:
-    """Yield the modules that `file` imports."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

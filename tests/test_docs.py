@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nlgmoe.commands.main import COMMANDS, TRAIN_PY
+from nlgmoe.commands.main import COMMANDS, TRAIN_PY, function_of
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.experiment import load_config
 from nlgmoe.model.counting import count_parameters
@@ -63,8 +63,10 @@ def test_guides_are_pages_of_the_site() -> None:
 
 
 def test_predictions_of_the_planning_guide_can_be_repeated() -> None:
-    for words in commands_in((ROOT / "docs/planning.md").read_text()):
-        if words[0] == "inspect" and "--simulate" not in words:
+    commands = [words for words in commands_in((ROOT / "docs/planning.md").read_text()) if words[0] == "inspect"]
+    assert len(commands) > 2
+    for words in commands:
+        if "--simulate" not in words:
             nlgmoe(words)
 
 
@@ -130,3 +132,10 @@ def test_commands_in_the_documents_have_the_options_that_they_are_given(name: st
                 assert longest is not None, f"{command} {word}"
                 inner = [name for name in known if name.startswith(f"{longest}.") and not name.endswith(".help")]
                 assert longest == paths[0] or not inner, f"{command} {word}"
+
+
+def test_help_overview_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    nlgmoe(["--help"])
+    text = capsys.readouterr().out
+    for name, (_, summary) in COMMANDS.items():
+        assert function_of(name).__doc__ and f"  {name:<15} {summary}\n" in text

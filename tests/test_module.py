@@ -1,8 +1,8 @@
 """MoEGPTModule under Lightning: the loss and what counts in it, token clock, learning rate, evaluation by domain."""
 
-import csv
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nlgmoe.batch import Batch
-from nlgmoe.callbacks import Throughput
+from nlgmoe.callbacks import SaveCheckpoints, Throughput
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.data.sampling import collate
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
-from tests.support.synthetic import SyntheticData
+from tests.support.commands import rows_of
+from tests.support.synthetic import Samples, SyntheticData
 from tests.support.trainers import CONFIG, Recorder, SaveAt, trainer
 
 DROPLESS = GPTConfig(61, 16, 2, 32, 2, init_std=0.2, moe=MoEConfig(4, token_dropping=False, loss_coeff=0.0))
@@ -77,12 +79,6 @@ def test_clock_counts_tokens_and_the_learning_rate_follows_it(tmp_path: Path) ->
     assert float(run.callback_metrics["train/lr"]) == pytest.approx(cosine[-1])
 
 
-def test_train_tokens_ends_the_run_at_the_end_of_that_step(tmp_path: Path) -> None:
-    module, data, run = MoEGPTModule(CONFIG, train_tokens=150), SyntheticData(), trainer(tmp_path, max_steps=9)
-    run.fit(module, data)  # 64 tokens a step
-    assert (run.global_step, module.tokens_seen, data.samples_consumed) == (3, 192, 12)
-
-
 def test_a_run_ends_with_a_whole_step_that_is_logged_and_validated(tmp_path: Path) -> None:
     """Also if a callback asks for the end at the first of a step's three micro-batches, as `Timer` may."""
 
@@ -94,8 +90,7 @@ def test_a_run_ends_with_a_whole_step_that_is_logged_and_validated(tmp_path: Pat
     run = trainer(tmp_path, Throughput(), LambdaCallback(on_train_batch_end=stop), **settings)
     with pytest.warns(UserWarning, match="this run has no end"):
         run.fit(MoEGPTModule(CONFIG), SyntheticData())
-    with (tmp_path / "metrics.csv").open() as file:
-        trained, validated = csv.DictReader(file)
+    trained, validated = rows_of(tmp_path / "metrics.csv")
     assert {trained["step"], validated["step"]} == {str(run.global_step - 1)} == {"2"}
     assert trained["train/loss"] and trained["time/step"] and validated["val/loss"]
 
@@ -165,8 +160,7 @@ def test_an_evaluation_is_logged_at_the_step_of_its_checkpoint(tmp_path: Path) -
     logger = CSVLogger(tmp_path, name="", version="")
     again = trainer(tmp_path, logger=logger, limit_val_batches=1.0)
     again.validate(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
-    with (tmp_path / "metrics.csv").open() as file:
-        assert [row["step"] for row in csv.DictReader(file)] == ["3"]  # as training logs it, from 0
+    assert [row["step"] for row in rows_of(tmp_path / "metrics.csv")] == ["3"]  # as training logs it, from 0
 
 
 def test_module_and_data_of_an_earlier_run_are_refused(tmp_path: Path) -> None:
@@ -203,3 +197,39 @@ def test_training_does_not_read_the_data_of_an_evaluation_before_it(tmp_path: Pa
     resumed.validate(MoEGPTModule(CONFIG), datamodule=SyntheticData(seq_len=8), verbose=False)
     with pytest.warns(UserWarning, match="goes on at step 1 with data that may repeat, skip or begin again"):
         resumed.fit(MoEGPTModule(CONFIG), train_dataloaders=loader, ckpt_path=saved)  # other data had been evaluated
+
+
+class Stateful:
+    """As torchdata's `StatefulDataLoader`, goes on in the next pass where its state is, and then begins anew."""
+
+    def __init__(self) -> None:
+        self._samples, self._first, self._taken = Samples(61, 16, 0, 100), 0, 0
+
+    def __len__(self) -> int:
+        return 12
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        first, self._first = self._first % 12, 0
+        for self._taken in range(first + 1, 13):
+            yield collate([self._samples[2 * self._taken + number] for number in range(2)])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._first = state["taken"]
+
+
+def test_own_dataloader_resumes_with_what_is_left_of_the_epoch(tmp_path: Path) -> None:
+    """But for a micro-batch that the loader had handed out when it was saved, as a line says."""
+
+    def fit(name: str, resume: Path | None = None) -> int:
+        keeper = SaveCheckpoints(every_n_steps=1, keep=100, monitor=None)
+        run = trainer(tmp_path / name, keeper, max_epochs=2, accumulate_grad_batches=2, enable_checkpointing=True)
+        run.fit(MoEGPTModule(CONFIG), Stateful(), ckpt_path=resume)
+        return run.global_step
+
+    assert fit("whole") == 12
+    with pytest.warns(UserWarning, match="goes on at step 4 with data that may repeat, skip or begin again"):
+        assert fit("rest", tmp_path / "whole/checkpoints/step-4.ckpt") in (11, 12)
+    assert fit("end", tmp_path / "whole/checkpoints/step-12.ckpt") == 12

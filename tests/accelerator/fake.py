@@ -33,7 +33,6 @@ def build() -> Path:
 
 
 def install() -> None:
-    """Make `fake` a device of this process."""
     torch.ops.load_library(build())
     torch.utils.rename_privateuse1_backend(DEVICE)
     torch._register_device_module(DEVICE, _device_module())

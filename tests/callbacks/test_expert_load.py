@@ -1,6 +1,5 @@
 """Routing statistics, compared with numbers worked out by hand or from the routings, and the steps at which they are read."""
 
-import csv
 import json
 import math
 from dataclasses import replace
@@ -19,14 +18,10 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.router import Routing, TopKRouter
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
+from tests.support.commands import rows_of
 from tests.support.non_finite import Spoils, output_of
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import CONFIG, Logged, SaveAt, trainer
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_expert_load_statistics_by_hand() -> None:

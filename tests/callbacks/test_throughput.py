@@ -16,8 +16,7 @@ from nlgmoe.callbacks.throughput import _over_ranks
 from nlgmoe.hardware import peak_of
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.token_schedule import SequenceCurriculum
-from tests.support.curriculum import CLOCKS, LENGTHS
+from tests.support.curriculum import CLOCKS, CURRICULUM, LENGTHS
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import CONFIG, Logged, SaveAt, trainer
 
@@ -25,7 +24,7 @@ from tests.support.trainers import CONFIG, Logged, SaveAt, trainer
 def test_flops_are_those_of_the_lengths_fed_and_continue_when_resumed(tmp_path: Path) -> None:
     def fit(steps: int, *callbacks: Callback, **settings: Any) -> list[dict[str, float]]:
         logged = Logged()
-        module = MoEGPTModule(CONFIG, curriculum=SequenceCurriculum(tokens=96, start=4, increment=4))
+        module = MoEGPTModule(CONFIG, curriculum=CURRICULUM)
         often = {"log_every_n_steps": 1, "accumulate_grad_batches": 2}
         run = trainer(tmp_path, Throughput(peak_tflops=0.5), logged, *callbacks, max_steps=steps, **often)
         run.fit(module, SyntheticData(micro_batch_size=2), **settings)

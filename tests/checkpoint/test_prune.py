@@ -3,6 +3,7 @@
 import re
 import shlex
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.eval.importance import measure_use
+from nlgmoe.eval.importance import measure_influence, measure_use
 from nlgmoe.layers import dispatch
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.surgery.prune import best_ranked, prune, pruned_config
@@ -35,8 +36,8 @@ MOES = {
 GROUPS = MoEConfig([6, 0, 8], top_k=2, groups=[2, 1], mlp_type="residual", residual_mix="sigmoid", token_dropping=False)
 
 
-def batch_of(tokens: Tensor) -> dict[str, Tensor]:
-    mask = torch.ones_like(tokens, dtype=torch.bool)
+def batch_of(tokens: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     return {"tokens": tokens, "targets": tokens.roll(-1, 1), "token_mask": mask, "domain": torch.zeros(len(tokens))}
 
 
@@ -209,3 +210,26 @@ def test_pruning_reads_text_as_prepare_data_does(tmp_path: Path, capsys: pytest.
     assert f"loss {loss:.4f} -> " in said.out
     assert "measuring use: 100%" in said.err and "measuring loss: 100%" in said.err
     assert " --model.optimizer.lr RATE " in said.out and " --model.train_tokens N " in said.out  # no run says which
+
+
+@torch.no_grad()
+def test_block_influence_is_one_minus_the_mean_cosine_of_input_and_output() -> None:
+    """ShortGPT's, arXiv 2403.03853. Padding does not count, and batches of different sizes weigh by their tokens."""
+    model = GPT(GPTConfig(61, 16, 3, 16, 2, init_std=0.3, moe=MoEConfig(4))).eval()
+    tokens = torch.randint(61, (3, 16), generator=torch.Generator().manual_seed(0))
+    masks = torch.ones_like(tokens, dtype=torch.bool)
+    masks[0, 5:] = False
+    inputs: list[list[Tensor]] = []
+    for row, mask in zip(tokens, masks, strict=True):
+        states: list[Tensor] = []
+        handles = [b.register_forward_pre_hook(lambda _, x, s=states: s.append(x[0][0])) for b in model.blocks]
+        handles.append(model.final_norm.register_forward_pre_hook(lambda _, x, s=states: s.append(x[0][0])))
+        model(row[mask].unsqueeze(0))
+        for handle in handles:
+            handle.remove()
+        inputs.append(states)
+    states = [torch.cat(parts).double() for parts in zip(*inputs, strict=True)]  # of each block, of all tokens
+    expected = [float(1 - (x * y).sum(-1).div(x.norm(dim=-1) * y.norm(dim=-1)).mean()) for x, y in pairwise(states)]
+    found = measure_influence(model, [batch_of(tokens[:1], masks[:1]), batch_of(tokens[1:], masks[1:])])
+    assert found == pytest.approx(expected, abs=1e-6) and min(found) > 0.01
+    assert not any(block._forward_hooks for block in model.blocks)

@@ -1,6 +1,5 @@
 """Blends: every part gets its share at every prefix, samples are pure, losses are known by part."""
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from nlgmoe.data.blend import Interleaving, integer_weights
 from nlgmoe.data.pocket_pile import token_folder
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import SettingError
+from tests.support.commands import rows_of
 from tests.support.corpora import tokens_of
 from tests.support.documents import evaluated, make_texts, write
 
@@ -164,8 +164,7 @@ def test_blend_is_trained_on_and_resumed(make_data: Make, indexed: MegatronIndex
 
     straight = fit("straight", 6)
     assert set(straight["bits_per_byte"]) == {"all", "pile", "poems"}
-    with (tmp_path / "straight/metrics.csv").open() as file:
-        validated = [row for row in csv.DictReader(file) if row["val/loss"]]
+    validated = [row for row in rows_of(tmp_path / "straight/metrics.csv") if row["val/loss"]]
     assert len(validated) == 3
     for row in validated:
         pile, poems = (float(row[f"val/loss/{name}"]) for name in ("pile", "poems"))

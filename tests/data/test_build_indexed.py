@@ -30,6 +30,7 @@ from tests.data.oracles import Content, MegatronDataset, content
 from tests.support.documents import lines, write_bytes, write_records
 
 build: Any = build_indexed.build_indexed
+skip = str  # bad data are left out without a word
 TEXTS = [f"document {number}: naïve 日本 <|endoftext|>\n" + "reading books " * (number % 9) for number in range(90)]
 
 
@@ -65,10 +66,6 @@ def wanted(tokenizer: Tokenizer, tmp_path: Path) -> Content:
 
 def is_held_out(text: str) -> bool:
     return xxhash.xxh3_64_intdigest(text.encode()) < 0.1 * 2**64
-
-
-def skip(line: str) -> None:
-    pass
 
 
 @pytest.mark.parametrize("workers", [1, 3])

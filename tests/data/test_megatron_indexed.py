@@ -149,12 +149,9 @@ def test_the_baselines_of_a_long_corpus_come_from_a_sample(make_data: Open, monk
     assert count_tokens(halves, 3).tolist() == [0, 1_000, 1_000]
 
     tokenizer = data._opened().tokenizer
-    text = b""  # as many whole tokens as fit into 200 bytes
-    for token in evaluated[0][evaluated[0] != tokenizer.eod_id]:
-        spelled = tokenizer.decode([token]).encode()
-        if len(text) + len(spelled) > 200:
-            break
-        text += spelled
+    ids = evaluated[0][evaluated[0] != tokenizer.eod_id]
+    fit = int((tokenizer.token_bytes[ids].cumsum() <= 200).sum())  # as many whole tokens as fit into 200 bytes
+    text = tokenizer.decode(ids[:fit].tolist()).encode()
     expected = 8 * len(lzma.compress(text, preset=9)) / len(text)
     for limit in (200, len(text)):
         monkeypatch.setattr("nlgmoe.data.tokens.MAX_BYTES", limit)

@@ -5,12 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlgmoe.data.samples import (
-    PackedSource,
-    Permutation,
-    count_windows,
-    cut_window,
-)
+from nlgmoe.data.samples import PackedSource, Permutation, count_windows, cut_window
 
 EOD = 0
 PERMUTATION = [4, 0, 7, 3, 1, 5, 6, 2]
@@ -37,15 +32,10 @@ def test_permutation_is_pinned() -> None:
     assert Permutation(146_000_000, 1234, "epoch", 2)[0] == FIRST_OF_MANY
 
 
-def make_source() -> tuple[PackedSource, set[tuple[int, ...]]]:
+def test_an_epoch_visits_every_window_of_every_domain_once_in_a_new_order() -> None:
     streams = [np.arange(100, 175), np.arange(1000, 1048), np.arange(7)]  # the last is shorter than a window
     source = PackedSource(streams, seq_len=10, eod_id=EOD, seed=3)
     wanted = {tuple(range(s, s + 10)) for s in (*range(100, 170, 10), *range(1000, 1040, 10))}
-    return source, wanted
-
-
-def test_an_epoch_visits_every_window_of_every_domain_once_in_a_new_order() -> None:
-    source, wanted = make_source()
     assert source.num_windows == len(wanted)
     epochs = [[tuple(source.sample(e * 11 + i)["targets"].tolist()) for i in range(11)] for e in range(3)]
     for epoch in epochs:

@@ -61,7 +61,6 @@ def fit(
     resume: Path | None = None,
     **settings: Any,
 ) -> list[float]:
-    """Train the student; return the losses of its micro-batches."""
     recorder = Recorder()
     module = MoEGPTModule(STUDENT, AdamWConfig(lr=1e-2), distiller=distiller, **settings)
     run = trainer(root, *callbacks, recorder, max_steps=4, accumulate_grad_batches=2)

@@ -1,7 +1,6 @@
 """`train.py` on several ranks, as its user starts it."""
 
 import base64
-import csv
 import json
 import signal
 from pathlib import Path
@@ -10,7 +9,7 @@ import psutil
 import pytest
 
 from nlgmoe.cli.train import main
-from tests.support.commands import ENVIRONMENT, SETTINGS_ON_RANKS, metrics_of, train_py
+from tests.support.commands import ENVIRONMENT, SETTINGS_ON_RANKS, metrics_of, rows_of, train_py
 from tests.support.processes import Started
 from tests.support.spawn import free_port
 
@@ -95,8 +94,7 @@ def test_two_ranks_stop_on_sigterm_to_the_one_process_that_the_user_knows_and_on
     alone = [setting for setting in settings if "strategy" not in setting]
     main(["fit", *alone, "--trainer.devices=1", "--ckpt_path=last"])
     assert json.loads((run / "summary.json").read_text())["steps"] == 5
-    with (run / "metrics.csv").open() as file:
-        assert [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]] == [0, 1, 2, 3, 4]
+    assert [int(row["step"]) for row in rows_of(run / "metrics.csv") if row["train/loss"]] == [0, 1, 2, 3, 4]
 
 
 def test_two_ranks_killed_while_they_save_go_on_as_if_undisturbed(pocket_pile: Path, tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """Degrees are arithmetic: no ranks needed."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nlgmoe import GPTConfig, MoEConfig
 from nlgmoe.parallel.expert_groups import layer_degrees
+from nlgmoe.pyramid import expert_parallel_degree
 
 
 @pytest.mark.parametrize(
@@ -26,3 +29,9 @@ def test_degree_of_a_layer_divides_its_experts_and_the_ranks(
     else:
         by_block = dict(zip(range(1, model.num_layers, 2), expected, strict=True))
         assert layer_degrees(model, ranks, limit) == by_block
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 200))
+def test_degree_is_the_largest_divisor_of_experts_and_ranks(experts: int, world: int, limit: int) -> None:
+    fitting = [d for d in range(1, limit + 1) if experts % d == 0 and world % d == 0]
+    assert expert_parallel_degree(experts, world, limit) == fitting[-1]

@@ -43,7 +43,6 @@ def stale(*steps: int) -> Any:
 
 
 def reads(read: Callable[[TensorFiles, str], torch.Tensor]) -> Any:
-    """Read entries of checkpoints with another function."""
     return patch.object(TensorFiles, "read", read)
 
 

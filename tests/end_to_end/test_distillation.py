@@ -1,6 +1,5 @@
 """A student of a tiny teacher, through train.py's own classes."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ import yaml
 
 from nlgmoe.cli.train import main
 from nlgmoe.commands.main import main as nlgmoe
-from tests.support.commands import TINY
+from tests.support.commands import TINY, rows_of
 from tests.support.processes import ROOT
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
@@ -55,5 +54,4 @@ def test_distillation_trains_a_student_with_its_teacher_and_then_without(
 
 
 def distilled(run: Path) -> list[str]:
-    with (run / "metrics.csv").open() as file:
-        return [row["train/distillation_loss"] for row in csv.DictReader(file) if row["train/loss"]]
+    return [row["train/distillation_loss"] for row in rows_of(run / "metrics.csv") if row["train/loss"]]

@@ -1,9 +1,9 @@
 """Memory of a training run whose experts compute other numbers of rows in every step: it stops growing."""
 
-import csv
 import os
 from pathlib import Path
 
+from tests.support.commands import rows_of
 from tests.support.processes import ROOT, python
 
 # A block of SmolLM2-135M upcycled to 8 experts, and its micro-batches, on the pocket Pile.
@@ -26,6 +26,5 @@ def test_training_of_25_steps_compiles_few_kernels_and_keeps_little_memory(pocke
     assert done.returncode == 0, done.stderr
     # Some fifteen numbers of rows, matrices of two shapes, each with two gradients; dense layers. Not rounded up: 648 kernels.
     assert 0 < done.stdout.count("create:cache_miss") < 150
-    with (tmp_path / "metrics.csv").open() as file:
-        peaks = {int(row["step"]) + 1: float(row["memory/process_bytes"]) for row in csv.DictReader(file)}
+    peaks = {int(row["step"]) + 1: float(row["memory/process_bytes"]) for row in rows_of(tmp_path / "metrics.csv")}
     assert peaks[25] < peaks[4] + 1e9, peaks  # kernels for AMX keep some 8 MB each

@@ -1,6 +1,5 @@
 """train.py as its user runs it: the quickstart's configuration with a tiny model."""
 
-import csv
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from safetensors import safe_open
 
 from nlgmoe import load_config, load_model
 from nlgmoe.cli.train import main
-from tests.support.commands import quickstart
+from tests.support.commands import quickstart, rows_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,8 +58,7 @@ def test_quickstart_run_is_resumed_predicts_and_is_validated(
     samples = (run / "samples.txt").read_text().splitlines()
     assert [line for line in samples if line.startswith("===")] == ["=== step 4", "=== step 8", "=== step 11"]
     assert samples.count("--- 'The king'") == 3
-    with (run / "metrics.csv").open() as file:
-        logged = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    logged = [int(row["step"]) for row in rows_of(run / "metrics.csv") if row["train/loss"]]
     assert logged == [1, 3, 5, 7, 9, 10]  # the first part's rows are still there; the last step is always logged
     assert load_model(run / "checkpoints/last.ckpt").config.num_layers == 2
 

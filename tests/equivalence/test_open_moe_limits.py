@@ -30,7 +30,6 @@ DEEPSEEK |= {"router": SigmoidRouterConfig()}
 
 
 def changed(change: dict[str, Any]) -> GPTConfig:
-    """`NATIVE` with other settings, in `moe` too."""
     moe = change.get("moe")
     return replace(NATIVE, **change | ({"moe": replace(NATIVE.moe, **moe)} if moe else {}))
 
@@ -126,9 +125,6 @@ def test_folders_that_do_not_fit_their_config_are_refused_by_name(tmp_path: Path
         save_file(damaged, folder / "model.safetensors")
         with pytest.raises(ValueError, match=message):
             import_model(str(folder), tmp_path / "made.ckpt")
-    (folder / "config.json").write_text('{"model_type": "gemma"}')
-    with pytest.raises(ValueError, match=r"model_type=gemma of .* cannot be imported; supported are nlgmoe .*mixtral"):
-        import_model(str(folder), tmp_path / "made.ckpt")
     assert not (tmp_path / "made.ckpt").exists()
 
 
@@ -138,8 +134,7 @@ def test_import_leaves_out_blocks_that_predict_further_tokens(tmp_path: Path) ->
     file, further = tmp_path / "theirs" / "model.safetensors", "model.layers.4.eh_proj.weight"
     save_file(load_file(file) | {further: torch.zeros(48, 96)}, file)
     assert import_model(str(tmp_path / "theirs"), tmp_path / "ours.ckpt").dropped == [further]
-    done = export(tmp_path / "ours.ckpt", tmp_path / "back")
-    assert done.family == "glm4_moe"
+    export(tmp_path / "ours.ckpt", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 

@@ -75,15 +75,6 @@ class Cluster:
         ip("-n", self.switch, "link", "set", "bridge", state)
 
 
-def wait_for_step(run: Path, step: int, timeout: float = 120) -> None:
-    """Wait until the run has trained that many steps."""
-    rows = run / "metrics.csv"
-    until = time.monotonic() + timeout
-    while not rows.exists() or rows.read_text().count("\n") <= step:
-        assert time.monotonic() < until, f"{run} does not train"
-        time.sleep(0.1)
-
-
 def processes_on(host: str) -> list[int]:
     """Numbers of everything that runs on a host; none if there is no such host."""
     found = subprocess.run(["ip", "netns", "pids", host], env=TOOLS, capture_output=True, text=True)
@@ -114,7 +105,10 @@ def test_two_hosts_end_in_time_when_the_network_is_silent_and_the_run_goes_on(
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     disturbed = [*settings, f"--trainer.default_root_dir={run}", "--ckpt_path=auto"]
     launched = cluster.start(disturbed, tmp_path)
-    wait_for_step(run, 8)
+    rows, until = run / "metrics.csv", time.monotonic() + 120
+    while not rows.exists() or rows.read_text().count("\n") <= 8:
+        assert time.monotonic() < until, f"{run} does not train"
+        time.sleep(0.1)
     began = time.monotonic()
     cluster.turn("down")
     assert all(code != 0 for code in cluster.codes(launched))

@@ -32,7 +32,6 @@ GRADIENT = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 1e-2}
 
 @pytest.fixture(autouse=True)
 def drawn_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The routing's random numbers are the CPU's."""
     here = router_module.RoutingNoise.__call__
 
     def draw_there(self: Any, shape: tuple[int, ...]) -> Tensor:

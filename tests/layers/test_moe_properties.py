@@ -125,6 +125,7 @@ def test_output_and_gradients_equal_a_loop_over_tokens(case: Case) -> None:
     probs = (case.x.flatten(0, 1) @ case.layer.router.weight.t()).softmax(-1)
     expected = one_token_at_a_time(case, case.x, routing.kept, routing.expert, probs)
     torch.testing.assert_close(y, expected, **EXACT)
+    assert {value.dtype for value in (routing.weight, routing.probs, *router_losses([routing]))} == {torch.float64}
 
     probe = torch.randn(y.shape, generator=case.generator, dtype=y.dtype)
     ours_and_theirs = (gradients((output * probe).sum(), *leaves) for output in (y, expected))

@@ -208,6 +208,7 @@ def test_routers_learn_resume_exactly_and_are_counted(name: str, tmp_path: Path)
     resumed = run(name, tmp_path, 4, tmp_path / "half.ckpt").lightning_module
     end = whole.gpt.state_dict()
     assert all(torch.equal(value, resumed.gpt.state_dict()[key]) for key, value in end.items())
+    assert name not in BUFFERS or f"blocks.1.moe.router.{BUFFERS[name]}" in end
     for state in ("weight", BUFFERS.get(name)):
         if (key := f"blocks.1.moe.router.{state}") in end:
             learns = name == "sigmoid" or (name, state) == ("softmax", "weight")

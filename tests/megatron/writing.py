@@ -15,12 +15,11 @@ NEEDED = (  # by every run
 
 def get(settings: dict[str, Any], path: str) -> Any:
     for part in path.split("."):
-        settings = settings[part]
+        settings = settings[int(part) if part.isdigit() else part]
     return settings
 
 
 def launched(flags: str, launcher: str = "deepspeed --num_gpus 4") -> list[str]:
-    """Return the words of a launch with the flags that every run needs, and more."""
     return f"{launcher} pretrain_gpt.py {NEEDED} {flags}".split()
 
 

@@ -1,4 +1,4 @@
-"""Documents packed into one sequence are read as if each stood alone."""
+"""Documents packed into one sequence are read as if each stood alone, and padding as if it were not there."""
 
 from dataclasses import replace
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.attention import KVCache
 from nlgmoe.model.gpt import GPT
 
 DROPLESS = MoEConfig(4, top_k=2, second_expert="argmax", mlp_type="residual", token_dropping=False)
@@ -55,3 +56,26 @@ def test_padding_beside_documents_is_not_seen_nor_counted() -> None:
         real = mask[0, start:end]
         alone = model(tokens[:1, start:end][:, real]).hidden[0]
         torch.testing.assert_close(found[0, start:end][real], alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("moe", [None, DROPLESS], ids=["dense", "moe"])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@torch.no_grad()
+def test_padded_batches_equal_the_sequences_alone_with_and_without_cache(side: str, moe: MoEConfig | None) -> None:
+    gpt = GPT(replace(CONFIG, num_layers=3, moe=moe)).eval()
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(50, (n,), generator=generator) for n in (3, 12, 7)]
+    padded, mask = torch.full((3, 14), 9), torch.zeros(3, 14, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        start = {"left": 14 - len(prompt), "right": 0, "both": (14 - len(prompt)) // 2}[side]
+        padded[row, start : start + len(prompt)] = prompt
+        mask[row, start : start + len(prompt)] = True
+    going_on = torch.randint(50, (3, 4), generator=generator)
+
+    cache = KVCache(24)
+    first = gpt(padded, token_mask=mask, cache=cache).hidden
+    second = torch.cat([gpt(piece, cache=cache).hidden for piece in going_on.split([1, 3], dim=1)], dim=1)
+    for row, prompt in enumerate(prompts):
+        alone = gpt(torch.cat([prompt, going_on[row]])[None]).hidden[0]
+        got = torch.cat([first[row][mask[row]], second[row]])
+        torch.testing.assert_close(got, alone, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Frozen parts in a run: no gradient, no moment, the same weights to the bit, and an exact resume."""
+"""Parts that are frozen in a run: no gradient, no moment, an exact resume; and parts with a rate of their own."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
+from torch import Tensor
 
 from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.optimizer import AdamWConfig, Component
+from nlgmoe.optim.optimizer import AdamWConfig, Component, is_frozen
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import SaveAt, trainer
 
@@ -70,3 +71,33 @@ def test_frozen_refuses_to_leave_no_parameter_to_train(tmp_path: Path) -> None:
     message = r"frozen=\['attention', .* leaves no parameter to train; leave a component out"
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, max_steps=1).fit(MoEGPTModule(dense, AdamWConfig(frozen=parts)), SyntheticData())
+
+
+FACTORS: dict[str, float] = {"router": 0.25, "experts": 3.0}
+
+
+def weights(module: MoEGPTModule) -> dict[str, Tensor]:
+    return {name: value.double() for name, value in module.gpt.state_dict().items()}
+
+
+def stepped(folder: Path, factors: dict[str, float], steps: int, path: Path | None) -> dict[str, Tensor]:
+    module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-3, weight_decay=0.5, lr_scale=factors))
+    run = trainer(folder, SaveAt(1, folder / "one.ckpt"), max_steps=steps)
+    run.fit(module, SyntheticData(), ckpt_path=path)
+    assert float(run.callback_metrics["train/lr"]) == pytest.approx(1e-3)
+    return weights(module)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_lr_scale_scales_steps_of_a_component_and_not_the_logged_rate(resumed: bool, tmp_path: Path) -> None:
+    """A resumed run takes the moments from the checkpoint, and the factors from its own configuration."""
+    start, steps, path = weights(MoEGPTModule(CONFIG)), 1, None
+    if resumed:
+        start, steps = stepped(tmp_path, {}, 1, None), 2
+        path = (tmp_path / "one.ckpt").rename(tmp_path / "start.ckpt")
+    plain, scaled = (stepped(tmp_path, factors, steps, path) for factors in ({}, FACTORS))
+    for name, before in start.items():
+        factor = next((factor for part, factor in FACTORS.items() if is_frozen(name, (part,))), 1.0)  # type: ignore[arg-type]
+        step, found = plain[name] - before, scaled[name] - before
+        assert torch.allclose(found, factor * step, rtol=1e-3, atol=1e-7), name
+        assert factor != 1 or torch.equal(found, step)

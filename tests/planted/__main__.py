@@ -41,7 +41,6 @@ class Fault:
     test: str  # that must fail, as pytest names it
 
     def problem(self) -> str | None:
-        """Return why the fault cannot be planted, or None."""
         count = (ROOT / self.file).read_text().count(self.old)
         if count != 1:
             return f"{self.file} contains {self.old!r} {count} times; the fault needs it once"
@@ -55,7 +54,6 @@ class Fault:
 
 
 def read_faults(words: str) -> list[Fault]:
-    """Return the faults whose area, description or file contains `words`."""
     faults = [Fault(**entry) for entry in yaml.safe_load((Path(__file__).parent / "faults.yaml").read_text())]
     return [fault for fault in faults if words in f"{fault.area} {fault.fault} {fault.file}"]
 

@@ -62,7 +62,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shown(tmp_path: Path) -> Callable[..., Any]:
-    """Return what a script returns of a page."""
     needs("chromium")
 
     def show(page: Path, script: str, width: int = 1366) -> Any:

@@ -40,19 +40,14 @@ def quickstart(run: Path, *extra: str) -> list[str]:
     return ["--config", config, *TINY, f"--trainer.default_root_dir={run}", samples, *extra]
 
 
-TINY_ON_RANKS = [  # for train.py
-    *("--config", "configs/quickstart.yaml", *WIDTHS),
-    "--model.config.num_layers=4",
-    "--model.config.moe.num_experts=[2, 4]",
-]
 # DeepSpeed finds a GPU, as on a machine with one that the trainer leaves alone.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cuda"}
-SETTINGS_ON_RANKS = [
-    *TINY_ON_RANKS,
-    "--data.micro_batch_size=2",
+SETTINGS_ON_RANKS = [  # for train.py
+    *("--config", "configs/quickstart.yaml", *TINY),
+    "--model.config.num_layers=4",
+    "--model.config.moe.num_experts=[2, 4]",
     "--data.global_batch_size=8",
     "--data.max_eval_windows=5",
-    "--model.schedule.warmup_tokens=64",
     "--trainer.val_check_interval=2",
     "--trainer.log_every_n_steps=1",
     "--trainer.strategy=nlgmoe.ExpertParallelStrategy",
@@ -64,13 +59,17 @@ def train_py(*args: str, launcher: tuple[str, ...] = ()) -> subprocess.Completed
     return python(*launcher, "train.py", *args, env=ENVIRONMENT, timeout=300)
 
 
+def rows_of(table: Path) -> list[dict[str, str]]:
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 NOT_REPEATABLE = ("train/tokens_per_second", "train/tflops_per_second", "time/", "memory/")
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:
     """Rows of `metrics.csv`, without what differs between two runs of one command."""
-    with (run / "metrics.csv").open(newline="") as file:
-        return [
-            {key: float(value) for key, value in row.items() if value and not key.startswith(NOT_REPEATABLE)}
-            for row in csv.DictReader(file)
-        ]
+    return [
+        {key: float(value) for key, value in row.items() if value and not key.startswith(NOT_REPEATABLE)}
+        for row in rows_of(run / "metrics.csv")
+    ]

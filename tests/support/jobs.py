@@ -34,7 +34,6 @@ def cases(table: dict[int, list[Cell]]) -> Any:
 
 
 def error_of(job: Callable[[], Any]) -> str:
-    """Run a job that must fail; return the message of its error."""
     try:
         job()
     except ValueError as error:

@@ -25,7 +25,6 @@ def peak_bytes(job: Callable[[], object]) -> int:
 
 
 def peak_of_tensors(profiler: profile) -> int:
-    """Most that tensors on the CPU took at once."""
     live = most = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]" and event.device_type() == DeviceType.CPU:

@@ -25,8 +25,6 @@ LOGGED = 5  # steps between what callbacks log
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run, on ranks or on the one process it is compared with."""
-
     name: str
     degree: int = 1
     stage: int = 2
@@ -93,8 +91,6 @@ class Outcome:
 
 
 class Recorder(Callback):
-    """Collects an `Outcome` on every rank."""
-
     def __init__(self) -> None:
         self.outcome = Outcome()
 
@@ -194,7 +190,6 @@ def strategy_of(cell: Cell) -> Any:
 
 
 def on_ranks(cell: Cell, ranks: int, folder: Path, *callbacks: Callback, checkpoint: Path | None = None) -> Outcome:
-    """Train on this rank as one of `ranks`."""
     return train(cell, ranks, folder, SAMPLES // ranks, cell.accumulate, *callbacks, checkpoint=checkpoint)
 
 

@@ -76,6 +76,4 @@ def write_tasks(folder: Path) -> Path:
 
 
 class TokenizedData(SyntheticData):
-    """Synthetic batches; its tokenizer is `TOKENIZER`."""
-
     tokenizer = TOKENIZER

@@ -43,8 +43,6 @@ def trainer(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
 
 
 class Logged(Callback):
-    """Logged metrics by step."""
-
     def __init__(self) -> None:
         self.logged: list[dict[str, float]] = []
 

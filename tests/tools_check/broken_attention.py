@@ -33,7 +33,6 @@ def broken(defect: str) -> AttentionLayer:
 
 
 def attention(*changes: tuple[str, str]) -> Spoil:
-    """Edit `forward`."""
     return lambda module: with_methods(module, forward=edited(CausalSelfAttention.forward, *changes))
 
 
@@ -49,10 +48,6 @@ def with_buffer(name: str, persistent: bool, spoil: Spoil) -> Spoil:
         spoil(module)
 
     return both
-
-
-def one_key_of_the_cache(module: CausalSelfAttention) -> None:
-    module.block = 0
 
 
 def dropout_of_its_own(module: CausalSelfAttention) -> None:
@@ -82,7 +77,7 @@ STATE, TYPES = "a resumed run is the same to the bit", "types are kept"
 DEFECTS: dict[str, tuple[str, Spoil]] = {
     "a detached branch": ("gradients equal finite differences", output("y + self.project(x).detach()")),
     "no triangle in training": ("a token sees no later one", attention((ATTENDS, BLIND))),
-    "one key of the cache for all blocks": ("a cache changes no output", one_key_of_the_cache),
+    "one key of the cache for all blocks": ("a cache changes no output", lambda module: vars(module).update(block=0)),
     "positions count padding": ("padding changes no output", attention((ROTATES, BY_INDEX + ROTATES))),
     "documents are ignored": ("documents do not see each other", attention((SPLITS, PADDING_ALONE + SPLITS))),
     "outputs in fp32": (TYPES, output("y.float() if y.dtype.itemsize < 4 else y")),

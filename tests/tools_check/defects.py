@@ -67,12 +67,10 @@ def edited(function: Callable[..., Any], *changes: tuple[str, str]) -> Callable[
 
 
 def with_methods(module: nn.Module, **methods: Any) -> None:
-    """Replace methods of a module."""
     module.__class__ = type(f"Broken{type(module).__name__}", (type(module),), methods)
 
 
 def router(function: Callable[..., Any], *changes: tuple[str, str]) -> Spoil:
-    """Edit a method of the router."""
     return lambda module: with_methods(module.router, **{function.__name__: edited(function, *changes)})
 
 
@@ -82,7 +80,6 @@ def routed(statement: str, *changes: tuple[str, str]) -> Spoil:
 
 
 def own_loss(loss: str) -> Spoil:
-    """Add a loss of the router's own."""
     return router(TopKRouter.forward, ("{}", f"{{'own_z_loss': {loss}}}"))
 
 
@@ -90,7 +87,6 @@ LOGITS = "F.linear(x, self.weight.to(x.dtype))"
 
 
 def logits(new: str) -> Spoil:
-    """Let the router compute other logits."""
     return router(TopKRouter._logits, (LOGITS, new))
 
 
@@ -100,7 +96,6 @@ def experts(*changes: tuple[str, str]) -> Spoil:
 
 
 def layer(new: str) -> Spoil:
-    """Let the layer return something else than `y`."""
     change = "return y.to(x.dtype).view_as(x)", f"y = y.to(x.dtype).view_as(x)\n    return {new}"
     return lambda module: with_methods(module, forward=edited(MoELayer.forward, change))
 
@@ -163,8 +158,6 @@ def pooled(logits: Tensor, context: RoutingContext) -> Tensor:
 
 
 class TimesRanks(torch.autograd.Function):
-    """A gradient times the number of ranks."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.clone()

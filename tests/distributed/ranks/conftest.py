@@ -11,7 +11,6 @@ Only the jobs of files with chosen tests run: one file alone takes less time.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -35,23 +34,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "three.ckpt"
 
 
-def chosen_jobs(modules: list[Any]) -> Jobs:
-    """The jobs of these modules, each once."""
-    jobs: Jobs = {}
-    for module in modules:
-        for ranks, here in module.JOBS.items():
-            known = jobs.setdefault(ranks, [])
-            known += [job for job in here if job not in known]
-    return jobs
-
-
 @pytest.fixture(scope="package")
 def found(request: pytest.FixtureRequest, checkpoint: Path, pocket_pile: Path) -> Found:
-    """What every job returned, by rank."""
     modules = [getattr(item, "module", None) for item in request.session.items]
     modules = [module for module in dict.fromkeys(modules) if hasattr(module, "JOBS")]
+    chosen: Jobs = {}
+    for module in modules:
+        for ranks, here in module.JOBS.items():
+            known = chosen.setdefault(ranks, [])
+            known += [job for job in here if job not in known]
     results: Found = {}
-    for ranks, jobs in sorted(chosen_jobs(modules).items()):
+    for ranks, jobs in sorted(chosen.items()):
         folder = checkpoint.parent / str(ranks)
         if ranks == 1:
             by_rank = [run_all(jobs, 1, checkpoint.parent, checkpoint)]

@@ -84,7 +84,6 @@ class Types(Callback):
 
 
 def typed(cell: Cell, ranks: int, folder: Path) -> tuple[Outcome, dict[str, str]]:
-    """Train, and what `Types` found."""
     types = Types()
     if ranks > 1:
         allow_fp16()

@@ -92,7 +92,6 @@ class Traffic(Callback):
 
 
 def traffic(cell: Cell, ranks: int, folder: Path) -> dict[str, Any]:
-    """What `Traffic` counted."""
     callback = Traffic(cell.steps - 1)
     on_ranks(cell, ranks, folder, callback, StopOnSignal())
     return {name: getattr(callback, name) for name in ("rows", "elsewhere", "assignments", "reduced", "waits")}
