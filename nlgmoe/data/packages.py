@@ -50,6 +50,7 @@ def fetch(package: Package, folder: Path) -> Path:
             if "No module named pip" in problem:
                 remedy = "install pip into this environment: python -m ensurepip, or uv pip install pip"
             raise RunError(f"{problem}; {remedy}")
+        _check_archive(downloaded, package)
         shutil.move(downloaded, path)
     return path
 

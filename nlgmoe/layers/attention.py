@@ -193,8 +193,8 @@ def attend(
     Keys and values are `[B, K, S, D]`; each of the K heads is for N / K query heads.
     """
     visible, shares_keys = context.visible, k.shape[1] != q.shape[1]
-    # Of CUDA's fused kernels flash attention alone shares keys: in half precision, without a mask.
-    fused = visible is None and (q.device.type != "cuda" or computing_dtype(q).itemsize == 2)
+    # Of the fused kernels of GPUs flash attention alone shares keys: in half precision, without a mask.
+    fused = visible is None and (q.device.type == "cpu" or computing_dtype(q).itemsize == 2)
     if shares_keys and not fused:
         k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
     # A compiled `T > 1` is symbolic once lengths differ; `is_causal` has to be a bool.

@@ -37,7 +37,7 @@ def test_training_on_the_fake_device_reads_little_and_equals_the_cpu(name: str, 
             continue
         near = expected if what == "tokens" else pytest.approx(expected, rel=2e-2 if half else 1e-5)
         assert cell[what] == near, what
-    if name != "steps that are not finite":  # whoever looks for the source may read
+    if name not in ("generation", "checkpoints", "steps that are not finite"):  # to find the source, the host may read
         assert cell["reads"] and all(0 < len(reads) <= READS for reads in cell["reads"]), cell["reads"]
 
 
