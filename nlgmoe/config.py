@@ -289,7 +289,7 @@ class GPTConfig:
         return -(-self.vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON and YAML, of which `from_dict` is the inverse. Parts that are null are left out."""
+        """Return plain values for JSON and YAML, which `from_dict` reads. Parts that are null are left out."""
         values = pack_parts(asdict(self), self)
         if self.moe is not None:
             values["moe"] = pack_parts(values["moe"], self.moe)

@@ -109,7 +109,7 @@ class MoEGPTModule(TrainingStep):
         sharded = {block: (place.first, place.count) for block, place in placed.items() if place.group is not None}
         if self.model is None:
             model = GPT(self.config, self.seed, self.activation_checkpointing, placed)
-            entry_shapes(model)  # refuses what no checkpoint could hold
+            entry_shapes(model), self.config.to_dict()  # refuse what no checkpoint could hold
             freeze(model, self.optimizer_config.frozen)
             if self.warm_start is not None:
                 self._start_from(model, self.warm_start)

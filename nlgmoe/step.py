@@ -185,7 +185,7 @@ class TrainingStep(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if ends_step(self.trainer):
             self.clock.stop("steps")
-            optimizer.zero_grad()  # Lightning keeps the gradients until the next forward pass has kept its activations
+            optimizer.zero_grad()  # else they live through the next forward pass, beside its activations
             self._end_step(self.trainer.global_step + 1)
 
     def _end_step(self, step: int) -> None:

@@ -31,8 +31,6 @@ from tests.support.processes import ROOT, python
 HASH = {"class_path": "hash_router.HashRouterConfig", "init_args": {"seed": 1}}
 SWIGLU = {"class_path": "swiglu_expert.SwiGLUExpert", "init_args": {"multiple": 8}}
 CONFIG = GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(4, router=HashRouterConfig(1), expert=SwiGLUExpert(8)))
-
-
 PARTS = {"model": {"config": {"moe": {"router": HASH, "expert": SWIGLU, "top_k": 1}}}}
 
 

@@ -41,8 +41,8 @@ def test_a_logger_that_refuses_settings_ends_no_run(tmp_path: Path) -> None:
     """As MLflow's does in a resumed run whose settings have changed."""
     parser = ArgumentParser()
     parser.add_argument("--rate", type=float)
-    trainer: Any = SimpleNamespace(default_root_dir=tmp_path, global_step=0, loggers=[Refusing(tmp_path)])
-    with pytest.warns(UserWarning, match="Refusing took no settings: Changing param values"):
+    trainer: Any = SimpleNamespace(default_root_dir=tmp_path, global_step=4, loggers=[Refusing(tmp_path)])
+    with pytest.warns(UserWarning, match="Refusing did not take all settings: Changing param values"):
         RunFolder(parser, parser.parse_args(["--rate=0.1"])).save_config(trainer, MoEGPTModule(CONFIG), "fit")
     assert "rate: 0.1" in (tmp_path / "config.yaml").read_text()
 

@@ -49,10 +49,7 @@ def first_micro_batch_only(gpt: GPT, tokens: Tensor) -> Undo:
 
 
 SOURCES: dict[str, tuple[Callable[[GPT, Tensor], Undo], str]] = {
-    "a micro-batch": (
-        first_micro_batch_only,
-        "loss is nan; first not finite: the loss on rank 0;",
-    ),
+    "a micro-batch": (first_micro_batch_only, "loss is nan; first not finite: the loss on rank 0;"),
     "the backward pass": (
         output_of("blocks.2.attention", with_a_gradient_of_nan),
         "gradient norm is nan; first not finite: the gradient of blocks.2.attention.project.bias on rank 0;",

@@ -95,7 +95,7 @@ def main() -> None:
             sys.exit(f"error: another process works in {args.out}; wait for it, or name another --out and --results")
         except ValueError as error:
             sys.exit(f"error: {error}")
-    if args.results.resolve() == RESULTS:
+    if args.results.resolve() == RESULTS.resolve():
         write(campaign.results)
     print(long_table(campaign.results))
 

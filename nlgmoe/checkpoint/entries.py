@@ -19,7 +19,7 @@ from nlgmoe.checkpoint.reading import REMEDY, TensorFiles
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import Router
-from nlgmoe.validation import RunError, list_differences, require
+from nlgmoe.validation import RunError, SettingError, list_differences, require
 
 Shapes = dict[str, torch.Size]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # dtypes that a user may load or export weights in
@@ -202,5 +202,5 @@ def _router_buffers(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
     if buffers and (not isinstance(module, Router) or module._non_persistent_buffers_set):
         problem = f"{buffers[0][0]}: checkpoints hold persistent buffers of a Router alone"
         remedy = "compute it in forward, or make it a buffer of the Router itself, without persistent=False"
-        raise RunError(f"{problem}; {remedy}")
+        raise SettingError(f"{problem}; {remedy}")
     return buffers

@@ -249,8 +249,8 @@ def resolve_link(path: Path) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    """Return True if a run of train.py has started in a folder; other programs have a `config.yaml` too."""
-    return (folder / "config.yaml").exists() and (folder / "starts").is_dir()
+    """Return True if a run of train.py has started in a folder."""
+    return (folder / "config.yaml").exists()
 
 
 def run_config(path: Path) -> Path | None:

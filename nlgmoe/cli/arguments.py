@@ -57,7 +57,9 @@ class CommandParser(argparse.ArgumentParser):
         for word in words[:end]:
             option = word.partition("=")[0]
             if option.startswith("--") and option not in self.options:
-                self.error(f"unknown option {option}{did_you_mean(option, self.options)}")
+                if close := did_you_mean(option, self.options):
+                    raise SettingError(f"unknown option {option}{close}")
+                self.error(f"unknown option {option}")
         return vars(self.parse_intermixed_args([*words[:end], *(f"--flags={word}" for word in words[end + 1 :])]))
 
     def error(self, message: str) -> NoReturn:

@@ -111,8 +111,8 @@ def _print_upcycled(upcycled: Upcycled, checkpoint: str, had_family: bool) -> No
     if became is not None:
         print(f"nlgmoe export writes it as {FAMILIES[became].classes}ForCausalLM of transformers")
     elif had_family:
-        remedy = "with one number of experts and the other options' defaults one would"
-        print(f"nlgmoe export writes it with our code: no class of transformers computes it: {reason}; {remedy}")
+        remedy = "a single --num-experts without other options gives one"
+        print(f"nlgmoe export writes it with our code; no class of transformers computes it: {reason}; {remedy}")
 
 
 def prune_checkpoint(

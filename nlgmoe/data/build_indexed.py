@@ -101,7 +101,7 @@ def build_indexed(
             chunks = _tokenise(_chunks(files, fields, skip, done), tokenizer, settings["held out"], workers, done)
             report(done)
             done = _write(chunks, prefix, tokenizer, domain, sizes, settings, report, may_be_empty=whole is not None)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # now: NFS keeps the name of a lock that is open
         return done
     except Timeout:
         raise RunError(f"{folder} is in use: another process builds {prefix.name}; wait for it, or stop it.") from None

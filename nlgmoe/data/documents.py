@@ -262,6 +262,8 @@ def _parse_record(record: Any, fields: Fields) -> _Content:
 
 def _look_up(record: Any, name: str, missing: Any = None) -> Any:
     for part in name.split("."):
+        if record is None:
+            return None
         record = record.get(part, missing) if isinstance(record, dict) else missing
     return record
 

@@ -204,7 +204,6 @@ class IndexedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        complete = False
         try:
             if kind is None:
                 self._write_index()
@@ -213,11 +212,10 @@ class IndexedWriter:
                     Path(f"{self._prefix}.{name}").unlink(missing_ok=True)
                 for name in ("bin", "json", "idx") if self.sidecar else ("bin", "idx"):
                     (self._folder / name).replace(f"{self._prefix}.{name}")
-                complete = True
         finally:
             self.close()
-            if complete or not self._keep:
-                shutil.rmtree(self._folder, ignore_errors=True)  # NFS keeps the name of a lock that is open
+            if not self._keep:
+                shutil.rmtree(self._folder)
 
     def _open(self, kind: str, sizes: Mapping[str, int] | None) -> BinaryIO:
         path = self._folder / kind

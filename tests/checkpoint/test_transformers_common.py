@@ -14,10 +14,8 @@ EXPECTED = {
     "test_generation_tester_mixin_inheritance": "the release's sources lack GenerationTesterMixin",
     "test_training_gradient_checkpointing_use_reentrant_true": "refused: routers' losses would get no gradient",
 }
-STUBS = {
-    "exporters/test_export.py": "ExportTesterMixin",
-    "generation/test_utils.py": "GenerationTesterMixin",
-}  # not in the sources
+# Not in the sources.
+STUBS = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
 
 
 def test_export_passes_the_common_tests_of_transformers(tmp_path: Path) -> None:

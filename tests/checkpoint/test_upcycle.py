@@ -117,7 +117,7 @@ def test_upcycling_noise_is_as_large_as_its_setting(dense: Path, tmp_path: Path)
             LLAMA,
             "--expert-interval 2",
             (None, 2, 2),
-            "computes it: qk_norm=null (the nearest family is qwen3_moe); with one number",
+            "computes it: qk_norm=null (the nearest family is qwen3_moe); a single",
         ),
         (GRANITE, "", ("granitemoe", 1, 2), "writes it as GraniteMoeForCausalLM of transformers"),
         (DENSE, "", (None, 2, 1), ""),

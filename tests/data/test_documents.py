@@ -119,6 +119,12 @@ def test_bad_rows_of_parquet_are_named_or_skipped(tmp_path: Path) -> None:
         read(path, Fields("body"))
 
 
+def test_a_text_that_is_null_is_an_empty_one(tmp_path: Path) -> None:
+    records = [b'{"meta": null}', b'{"meta": {"text": null}}', b'{"meta": {"text": "good"}}']
+    path = write_lines(tmp_path / "data.jsonl", records)
+    assert [record.content for record in read(path, Fields("meta.text"))] == ["good"]
+
+
 @pytest.mark.parametrize("failure", [OSError(5, "Input/output error"), HTTPError("connection reset")])
 def test_failing_disk_or_network_is_no_bad_data(
     failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -29,9 +29,8 @@ TOKENS = {
     ("code", "train"): (2_580_741, "c295c381fd3710f8"),
     ("code", "validation"): (117_220, "e96f446a8ef4d8da"),
 }
-BATCHES = (
-    "aa16b7badbfb1c84acc8453ea9d0469529ea11a54db6101171cf10aa52c9a95e"  # sha256 of tokens and domains of 50 batches
-)
+# sha256 of tokens and domains of 50 batches.
+BATCHES = "aa16b7badbfb1c84acc8453ea9d0469529ea11a54db6101171cf10aa52c9a95e"
 
 
 def test_pocket_pile_is_the_one_that_its_manifest_describes() -> None:
@@ -84,6 +83,7 @@ def test_gpt2_tokenizer_has_the_published_ids() -> None:
 
 def test_a_package_that_is_not_the_pinned_one_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert "--require-hashes" in command  # before pip runs a source archive's code
         (Path(command[command.index("--dest") + 1]) / GENSIM.archive).write_bytes(b"another")
         return subprocess.CompletedProcess(command, 0, "", "")
 

@@ -96,7 +96,6 @@ def test_specialisation_of_validation_data_is_written_by_a_run(data: type[Synthe
     assert written.classes == (["all"] if spellings is None else list(CLASSES))
     (tmp_path / FILE).unlink()
     (tmp_path / "config.yaml").touch()
-    (tmp_path / "starts").mkdir()
     run.validate(module, text, verbose=False)  # of whatever model: not the run's
     assert not (tmp_path / FILE).exists()
     (tmp_path / "config.yaml").unlink()

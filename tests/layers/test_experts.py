@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,12 +134,17 @@ def test_the_product_follows_from_device_type_widths_and_slots(expected: str, gi
         assert Experts(2, *widths).to(dtype)(torch.zeros(3, widths[0], dtype=dtype), torch.tensor([1, 2])).shape[0] == 3
 
 
-def test_triton_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("compiler", "header"), [(None, True), ("/usr/bin/gcc", False), ("/usr/bin/gcc", True)])
+def test_triton_needs_a_c_compiler_and_pythons_headers(
+    compiler: str | None, header: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(triton_product, "find_spec", lambda name: name)
     monkeypatch.delenv("CC", raising=False)
-    for compiler in (None, "/usr/bin/gcc"):
-        monkeypatch.setattr(triton_product, "which", lambda name, compiler=compiler: compiler)
-        assert (triton_product.triton_product(torch.device("cuda")) is None) == (compiler is None)
+    monkeypatch.setattr(triton_product, "which", lambda name: compiler)
+    monkeypatch.setattr(triton_product.sysconfig, "get_path", lambda name: tmp_path)
+    if header:
+        (tmp_path / "Python.h").touch()
+    assert (triton_product.triton_product(torch.device("cuda")) is not None) == bool(compiler and header)
 
 
 def test_products_are_named_for_training_and_evaluation() -> None:

@@ -53,6 +53,7 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--eod-mask-loss", {"data.mask_eod_loss": True}),
     ("--data-path 1.0 other", {"data.corpus.init_args.prefix": "other"}),
     ("--data-path 3 a/x 1e-4 b/x", {"data.corpus.init_args.parts.1.name": "b/x"}),  # no name twice
+    ("--data-path 3 a/x 1e-4 b/x", {"data.corpus.init_args.parts.1.weight": 1e-4}),
     ("--split 8,2", {"data.corpus.init_args.split": [8, 2, 0]}),
     ("--vocab-file a/gpt2-vocab.json", {"data.tokenizer": "gpt2"}),
     ("--vocab-file a/vocab.json --merge-file a/merges.txt", {"data.tokenizer": "a"}),

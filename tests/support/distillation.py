@@ -30,12 +30,7 @@ def trained(config: GPTConfig, root: Path) -> Path:
 SAMPLES = 32  # of four steps
 
 
-def record(
-    teacher: Path,
-    folder: Path,
-    data: NumberedData | None = None,
-    **changes: Any,
-) -> recording.Progress:
+def record(teacher: Path, folder: Path, data: NumberedData | None = None, **changes: Any) -> recording.Progress:
     data = data or NumberedData()
     spoken = MixtureOfStudents(str(teacher))
     spoken.load(STUDENT, torch.empty(0), data)

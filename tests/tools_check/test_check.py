@@ -49,8 +49,6 @@ OPEN = GPTConfig(
     61, norm="rmsnorm", rope_theta=1e4, num_kv_heads=2, head_dim=12, rotary_dim=6, qk_norm="head", bias=False,
     ffn_network="swiglu", moe=MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", normalize_weights=False),
 )  # fmt: skip
-
-
 SIGMOID = MoEConfig(8, top_k=2, token_dropping=False, router=SigmoidRouterConfig(0.01))
 OURS = {
     "top-1": CAPACITY,
