@@ -19,7 +19,8 @@ from nlgmoe.layers.routers import SigmoidRouterConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite, NonFiniteError, total_norm
-from nlgmoe.optim.optimizer import AdamWConfig, MuonConfig
+from nlgmoe.optim.muon import MuonConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from tests.support.non_finite import Spoils, Undo, output_of
 from tests.support.synthetic import SyntheticData

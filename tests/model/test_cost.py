@@ -9,7 +9,8 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.hardware import Hardware
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
-from nlgmoe.optim.optimizer import AdamWConfig, MuonConfig, build_optimizer
+from nlgmoe.optim.muon import MuonConfig
+from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer
 from nlgmoe.tools.planner.cost import UTILISATION, estimate
 from nlgmoe.tools.planner.memory import BUCKET, memory_options
 from nlgmoe.tools.planner.topology import Machine, Topology, named_machine

@@ -17,7 +17,8 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.mla import MLAConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.optimizer import AdamWConfig, Muon, MuonConfig, build_optimizer
+from nlgmoe.optim.muon import Muon, MuonConfig
+from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer
 from tests.support.cells import DROPLESS
 from tests.support.ranks import SAMPLES, Cell, Outcome, on_ranks, train
 from tests.support.spawn import spawn

@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from nlgmoe.checkpoint.portable import use_portable_checkpoints
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.optimizer import AdamWConfig, MuonConfig
+from nlgmoe.optim.muon import MuonConfig
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from nlgmoe.run.checks import check_trainer
 from tests.support.synthetic import SyntheticData
