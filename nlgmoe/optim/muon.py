@@ -111,20 +111,20 @@ class Muon(Optimizer):
                 parameter.add_(update, alpha=-lr * rate_ratio(parameter.shape, self.config.adjust_lr))
         for parameter in (parameter for parameter in settings if parameter in self.shards):
             lr, weight_decay = settings[parameter]
-            update = self._average(parameter)
+            update = self._average(parameter, out=parameter.grad)  # a copy, which ZeRO frees after the step
             self.shards[parameter].orthogonalise_(update)
             parameter.mul_(1 - lr * weight_decay)
             parameter.add_(update, alpha=-lr)
         return loss
 
-    def _average(self, parameter: Tensor) -> Tensor:
+    def _average(self, parameter: Tensor, out: Tensor | None = None) -> Tensor:
         """Add the gradient to the momentum, and return the update before it is orthogonal."""
         gradient, state, momentum = parameter.grad, self.state[parameter], self.config.momentum
         assert gradient is not None
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(average, momentum) if self.config.nesterov else average.clone()
+        return torch.lerp(gradient, average, momentum if self.config.nesterov else 1.0, out=out)
 
 
 def batches(shapes: Sequence[torch.Size]) -> list[list[int]]:

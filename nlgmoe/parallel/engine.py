@@ -21,7 +21,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, distributed, nn
 from typing_extensions import override
 
-from nlgmoe.checkpoint.entries import Entry, initial_state
+from nlgmoe.checkpoint.entries import MOMENTS, MOMENTUM, Entry, initial_state
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.non_finite import StepGradients, squared_norm
 from nlgmoe.parallel.expert_groups import ExpertGroups
@@ -91,7 +91,7 @@ def use_device(device: torch.device) -> None:
 
 
 class EngineState:
-    """Gather and load the fp32 weights and Adam moments of an engine, by checkpoint entry (`checkpoint/entries.py`).
+    """Gather and load the fp32 weights and moments of an engine, by checkpoint entry (`checkpoint/entries.py`).
 
     At any precision and expert-parallel degree.
     """
@@ -99,11 +99,13 @@ class EngineState:
     def __init__(self, engine: Any) -> None:
         self._device = engine.device  # of collectives; at the end of a fit Lightning moves parameters to the CPU
         self._optimizer = engine.optimizer
-        self._base = engine.optimizer.optimizer  # torch's AdamW
+        self._base = engine.optimizer.optimizer  # AdamW, or Muon with it
         self._stepped: dict[Tensor, Tensor] = {}  # parameter -> the flat tensor of its ZeRO group, which AdamW steps on
         flat_groups = self._optimizer.single_partition_of_fp32_groups
         for flat, members in zip(flat_groups, self._optimizer.bit16_groups, strict=True):
             self._stepped |= dict.fromkeys(members, flat)
+        groups = self._base.param_groups
+        self._muon = {flat for group in groups if group.get("muon") for flat in group["params"]}
         if self.has_moments:
             self._link_moments()
 
@@ -119,6 +121,10 @@ class EngineState:
     def has_moments(self) -> bool:
         """Return True once a step has been taken or a checkpoint loaded; before that AdamW has no state."""
         return len(self._base.state) > 0
+
+    def moments_of(self, parameter: Tensor) -> tuple[str, ...]:
+        """Return the names of a parameter's moments: AdamW's, or Muon's."""
+        return (MOMENTUM,) if self._stepped[parameter] in self._muon else MOMENTS
 
     def step_of(self, parameter: Tensor) -> Tensor:
         """Return AdamW's number of steps of a parameter."""
@@ -157,7 +163,7 @@ class EngineState:
     def init_moments(self) -> None:
         """Give AdamW its initial state, which it otherwise creates in its first step, so that moments can be loaded."""
         for flat in self._optimizer.single_partition_of_fp32_groups:
-            self._base.state[flat] = initial_state(flat)
+            self._base.state[flat] = initial_state(flat, flat in self._muon)
         self._link_moments()
 
     def _overlap(self, entry: Entry, key: str | None) -> tuple[slice, Tensor] | None:

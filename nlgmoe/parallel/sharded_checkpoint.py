@@ -17,6 +17,7 @@ from torch import Tensor, distributed, nn
 from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.entries import (
     MOMENTS,
+    MOMENTUM,
     Entry,
     Shapes,
     entry_shapes,
@@ -59,10 +60,11 @@ def gather_owned_entries(
             weights[entry.name] = weight
         if not with_moments or not entry.trained:
             continue
-        for key in MOMENTS:
+        kinds = state.moments_of(entry.parameter)
+        for key in kinds:
             if (moment := state.gather(entry, key, owner)) is not None:
                 moments[f"{key}/{entry.name}"] = moment
-        if weight is not None and entry.holds_step:
+        if weight is not None and entry.holds_step and kinds == MOMENTS:
             moments[f"step/{entry.stack}"] = state.step_of(entry.parameter).detach().float().cpu().clone()
     return weights, moments
 
@@ -110,19 +112,26 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
 
 
 def optimizer_groups(model: nn.Module, engine: Any) -> list[dict[str, Any]]:
-    """Return AdamW's settings and parameter names, in the two groups of a single process (`optim/optimizer.py`)."""
+    """Return the optimizer's settings and parameter names, in the groups of a single process (`optim/optimizer.py`)."""
+    state, kinds = EngineState(engine), ("decay", "no_decay", "muon")
+    names: dict[str, list[str]] = {kind: [] for kind in kinds}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
+            if parameter.requires_grad:
+                decays = role_of(name, module) in DECAYED
+                is_muon = MOMENTUM in state.moments_of(parameter)
+                names["muon" if is_muon else "decay" if decays else "no_decay"].append(name)
     base = getattr(engine.optimizer, "optimizer", engine.optimizer)
     groups = []
-    for decay in (True, False):
-        settings: dict[str, Any] = next((group for group in base.param_groups if group["decays"] == decay), {})
-        names = [
-            name
-            for prefix, module in model.named_modules()
-            for name, parameter in module.named_parameters(prefix=prefix, recurse=False)
-            if parameter.requires_grad and (role_of(name, module) in DECAYED) == decay
-        ]
+    for kind in kinds:
+        decays, is_muon = kind != "no_decay", kind == "muon"
+        alike = (
+            group for group in base.param_groups if (group["decays"], group.get("muon", False)) == (decays, is_muon)
+        )
+        settings: dict[str, Any] = next(alike, {})
         kept = {key: value for key, value in settings.items() if key not in ("params", "param_names", "lr_scale")}
-        groups.append(kept | {"name": "decay" if decay else "no_decay", "moe": False, "param_names": names})
+        if names[kind] or not is_muon:
+            groups.append(kept | {"name": kind, "moe": False, "param_names": names[kind]})
     return groups
 
 
@@ -157,16 +166,20 @@ def load_weights(model: nn.Module, engine: Any | None, path: Path, device: torch
 
 @torch.no_grad()
 def load_moments(model: nn.Module, engine: Any, path: Path, device: torch.device) -> None:
-    """Load this rank's shard of AdamW's state. A collective."""
-    files = _open(path, "optimizer", optimizer_shapes(model))
+    """Load this rank's shard of the optimizer's state. A collective."""
     state = EngineState(engine)
     state.init_moments()
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    muon = [name for name, parameter in trained if MOMENTUM in state.moments_of(parameter)]
+    files = _open(path, "optimizer", optimizer_shapes(model, muon))
     wanted: Wanted = {distributed.group.WORLD: {}}
     for entry in local_entries(model):
         if entry.trained:
-            wanted[distributed.group.WORLD][f"step/{entry.stack}"] = state.step_of(entry.parameter).copy_
+            kinds = state.moments_of(entry.parameter)
+            if kinds == MOMENTS:
+                wanted[distributed.group.WORLD][f"step/{entry.stack}"] = state.step_of(entry.parameter).copy_
             receivers = wanted.setdefault(state.ranks_of(entry.parameter), {})
-            for key in MOMENTS:
+            for key in kinds:
                 receivers[f"{key}/{entry.name}"] = partial(state.load, entry, key)
     read_shared(files, wanted, device)
 

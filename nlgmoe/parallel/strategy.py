@@ -160,6 +160,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
         """Mark the sharded experts for the engine, then start it: it groups the optimizer's parameters by these marks."""
         from nlgmoe.parallel.engine import EngineGradients
+        from nlgmoe.parallel.muon import shard_matrices
 
         assert isinstance(self.precision_plugin, DeepSpeedPrecision) and isinstance(self.config, dict)
         zero = self.config["zero_optimization"]
@@ -173,6 +174,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         super()._initialize_deepspeed_train(model)
         self._engine = self.model
         self._gradients = EngineGradients(self._engine)
+        shard_matrices(self._engine.optimizer)
         self._restore_fp32_warm_start()
 
     def _mark_experts(self, model: nn.Module) -> None:

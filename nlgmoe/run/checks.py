@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from nlgmoe.checkpoint.reading import tokenizer_matches
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.training_data import TrainingData, training_data
-from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.parts import IGNORED_IN_EVALUATION
 from nlgmoe.pyramid import PlacesExperts
@@ -67,10 +66,6 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
         raise SettingError(
             "trainer.gradient_clip_algorithm=value: gradients are clipped to a norm alone; use norm, or null"
         )
-    config: AdamWConfig | None = getattr(trainer.lightning_module, "optimizer_config", None)
-    if config is not None and config.muon is not None and isinstance(strategy, PlacesExperts):
-        reason = "Muon needs whole matrices, and ZeRO divides them over ranks"
-        raise SettingError(f"model.optimizer.muon: {reason}; use trainer.strategy=ddp or auto")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
         if isinstance(callback, CALLBACKS):

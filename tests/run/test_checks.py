@@ -13,9 +13,6 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from nlgmoe.checkpoint.portable import use_portable_checkpoints
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.muon import MuonConfig
-from nlgmoe.optim.optimizer import AdamWConfig
-from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from nlgmoe.run.checks import check_trainer
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import CONFIG
@@ -44,17 +41,6 @@ def test_trainer_settings_that_spoil_a_run_are_refused_with_the_reason(
     with pytest.raises(ValueError, match=words):
         use_portable_checkpoints(run.strategy, to_train=True)
         check_trainer(run, "fit")
-
-
-def test_muon_is_refused_where_zero_divides_the_matrices(tmp_path: Path) -> None:
-    run = trainer(tmp_path)
-    run.strategy._lightning_module = MoEGPTModule(CONFIG, AdamWConfig(muon=MuonConfig()))
-    check_trainer(run, "fit")
-    run._accelerator_connector.strategy = ExpertParallelStrategy()
-    run.strategy._lightning_module = MoEGPTModule(CONFIG, AdamWConfig(muon=MuonConfig()))
-    with pytest.raises(ValueError, match=r"^model.optimizer.muon: Muon needs whole matrices, .*=ddp or auto$"):
-        check_trainer(run, "fit")
-    check_trainer(run, "validate")
 
 
 def test_strategy_that_cannot_train_the_model_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hash_router import HashRouterConfig
 from swiglu_expert import SwiGLUExpert
 
 import nlgmoe
+from nlgmoe.optim.muon import MuonConfig
 from tests.support.ranks import Cell
 
 DROPLESS = {"token_dropping": False, "aux_scope": "global"}
@@ -30,6 +31,17 @@ LATENT = {"norm": "rmsnorm", "rope_theta": 100.0, "bias": False, "tied_embedding
 }  # fmt: skip
 GROUPED: dict[str, Any] = {"token_dropping": False, "top_k": 2, "groups": [4, 2], "mlp_type": "residual"}
 GROUPED |= {"residual_mix": "sum", "router": nlgmoe.SigmoidRouterConfig(0.01)}
+
+# Newton-Schulz in fp32: in bf16 its rounding depends on which matrices are multiplied together.
+FP32 = {"muon": MuonConfig(ns_precision="fp32")}
+MUON = [
+    Cell("Muon, degree 2, ZeRO 2", 2, 2, optimizer=FP32 | {"lr_scale": {"experts": 0.5}}, accumulate=2),
+    Cell("Muon, degree 1, ZeRO 1", 1, 1, optimizer=FP32, moe=DROPLESS | {"mlp_type": "residual"}),
+]
+MUON_4 = [
+    Cell("Muon, degree 2, ZeRO 1", 2, 1, experts=[2, 6, 8], layers=6, moe=CAPACITY, optimizer=FP32, network="swiglu"),
+    Cell("Muon, degree 1, ZeRO 2", 1, 2, optimizer=FP32),
+]
 
 PLAIN = Cell("degree 2, ZeRO 2", 2, 2, steps=20)
 LEARNS = Cell("router that learns from steps", 2, 2, moe=LEARNING, accumulate=2)
@@ -59,9 +71,13 @@ CELLS: dict[int, list[Cell]] = {  # one for each choice that ranks could get wro
         LEARNS,
         LEARNS_DDP,
         *FROZEN,
+        *MUON,
     ],
     3: [Cell("six experts", 3, experts=6)],
-    4: [Cell("pyramid, ZeRO 1, capacity", 4, 1, experts=[2, 4, 8], layers=6, moe=CAPACITY, accumulate=2)],
+    4: [
+        Cell("pyramid, ZeRO 1, capacity", 4, 1, experts=[2, 4, 8], layers=6, moe=CAPACITY, accumulate=2),
+        *MUON_4,
+    ],
 }  # fmt: skip
 HALF = [
     Cell("bf16-mixed, ZeRO 2, accumulation", 2, 2, precision="bf16-mixed", moe=DROPLESS, accumulate=2),
