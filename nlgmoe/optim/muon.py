@@ -180,6 +180,6 @@ def newton_schulz_flops(shape: torch.Size, steps: int) -> int:
 
 
 def rate_ratio(shape: torch.Size, rule: str) -> float:
-    """Return the factor of the learning rate for the weight `[out, in]` of an `nn.Linear`, or a stack of experts `[E, in, out]`."""
+    """Return the factor of the learning rate for a weight `[out, in]` of `nn.Linear`, or a stack of experts `[E, in, out]`."""
     outputs, inputs = shape if len(shape) == 2 else (shape[2], shape[1])
     return math.sqrt(max(1, outputs / inputs)) if rule == "original" else 0.2 * math.sqrt(max(outputs, inputs))

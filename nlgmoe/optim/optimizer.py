@@ -101,13 +101,13 @@ def build_optimizer(model: nn.Module, config: AdamWConfig) -> Optimizer:
     Sharded experts have the attribute `group_name` (DeepSpeed's convention) and form their own groups, because their
     gradients and states are not shared by the same ranks as those of dense parameters.
     """
+    matrices = {} if config.muon is None else muon_matrices(model)
     groups = defaultdict[tuple[str, bool, bool, float], list[tuple[str, nn.Parameter]]](list)
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
             if not is_frozen(name, config.frozen):
                 ranks, decays = getattr(parameter, "group_name", ""), role_of(name, module) in DECAYED
-                muon = config.muon is not None and decays and _is_for_muon(name, parameter, module)
-                groups[ranks, decays, muon, _rate_factor(name, config)].append((name, parameter))
+                groups[ranks, decays, name in matrices, _rate_factor(name, config)].append((name, parameter))
     adamw = AdamW(
         [
             # DeepSpeed looks up the ranks of a group of experts by its name.
@@ -132,10 +132,16 @@ def build_optimizer(model: nn.Module, config: AdamWConfig) -> Optimizer:
     return optimizer
 
 
-def _is_for_muon(name: str, weight: nn.Parameter, module: nn.Module) -> bool:
-    """Return whether Muon steps a weight with decay; one of another form, in an attention of the user's, is AdamW's."""
-    dimensions = 3 if _STACKS.search(name) else 2
-    return bool(_MUON.search(name)) and weight.dim() == dimensions and not isinstance(module, nn.Embedding)
+def muon_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that Muon steps if it is used, by name; a weight of another form in an own attention is AdamW's."""
+    matrices = {}
+    for prefix, module in model.named_modules():
+        for name, weight in module.named_parameters(prefix=prefix, recurse=False):
+            dimensions = 3 if _STACKS.search(name) else 2
+            is_matrix = weight.dim() == dimensions and not isinstance(module, nn.Embedding)
+            if is_matrix and _MUON.search(name) and role_of(name, module) in DECAYED:
+                matrices[name] = weight
+    return matrices
 
 
 def _rate_factor(name: str, config: AdamWConfig) -> float:

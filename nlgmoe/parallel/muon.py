@@ -76,7 +76,7 @@ def moves_of(parts: Sequence[Part]) -> list[Move]:
 
 
 class MatrixShard:
-    """This rank's shard of the matrices of a group.
+    """The matrices of a group in the shard of this rank.
 
     Args:
         parts: of the whole group.

@@ -54,20 +54,27 @@ def reduced(**data: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "rank", "options"),
-    [(64, 5, ["--zero=2", "--global-batch=256", "--activation-checkpointing"]), (512, 300, [])],
+    ("ranks", "rank", "options", "muon"),
+    [(64, 5, ["--zero=2", "--global-batch=256", "--activation-checkpointing"], {}), (512, 300, [], None)],
 )
 def test_simulated_step_sends_what_is_predicted(
-    ranks: int, rank: int, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ranks: int,
+    rank: int,
+    options: list[str],
+    muon: dict[str, Any] | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (file := tmp_path / "run.yaml").write_text(yaml.safe_dump(reduced()))
+    run = reduced()
+    run["model"]["optimizer"] = {"muon": muon}
+    (file := tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     where = [f"--gpus={ranks}", f"--rank={rank}", "--simulate", "--json"]
     command(["inspect", str(file), *where, *options])
     report = json.loads(capsys.readouterr().out)
     predicted, simulated = report["predicted"], report["simulated"]
     for kind, sent in predicted["bytes"].items():
         assert simulated["bytes"][kind] == pytest.approx(sent, rel=1e-3), kind
-        assert sent > 0 or (kind == "expert_gradients" and ranks == 64)
+        assert sent > 0 or kind == {64: "expert_gradients", 512: "muon_matrices"}[ranks]
     assert 1 <= predicted["peak_bytes"] / simulated["peak_bytes"] < 1.15
     assert set(predicted["communicators"]) <= set(simulated["communicators"])
 

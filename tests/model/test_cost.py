@@ -36,7 +36,9 @@ def test_memory_of_one_process_is_predicted_to_the_byte(name: str, precision: st
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    memory = estimate(SMALL[name], Topology(precision=precision, deepspeed=False, muon=muon), A100).memory
+    memory = estimate(
+        SMALL[name], Topology(precision=precision, deepspeed=False, muon=MuonConfig() if muon else None), A100
+    ).memory
     assert memory.weights == memory.gradients == sum(p.nbytes for p in model.parameters())
     moments = (value for state in optimizer.state.values() for key, value in state.items() if key != "step")
     assert memory.optimizer == sum(moment.nbytes for moment in moments)

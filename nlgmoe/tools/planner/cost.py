@@ -15,6 +15,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.hardware import Hardware
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.tools.planner.memory import Memory, ParameterGroup, memory_of, parameter_groups
+from nlgmoe.tools.planner.muon import muon_step
 from nlgmoe.tools.planner.topology import Machine, Topology
 from nlgmoe.validation import require
 
@@ -40,6 +41,7 @@ class Communication(Parts):
     dense_gradients: int  # all-reduce over all ranks
     expert_gradients: int  # all-reduce over the ranks that hold the same experts
     gathered_weights: int  # ZeRO's all-gather of updated weights
+    muon_matrices: int  # pieces of matrices that ZeRO has cut, of the rank that sends most
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class StepTime(Parts):
     compute: float  # forward and backward passes of all micro-batches, and recomputation
     all_to_all: float  # exchange of tokens
     gradients: float  # reduction of gradients beyond the backward pass that hides it
-    gathered_weights: float  # ZeRO's all-gather of updated weights
-    optimizer: float  # AdamW's update
+    gathered_weights: float  # ZeRO's all-gather of updated weights, and the exchange of matrices that it has cut
+    optimizer: float  # the optimizer's reads and writes
+    newton_schulz: float  # Muon's products
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def estimate(config: GPTConfig, topology: Topology, machine: Machine, utilisatio
         dense_gradients=dense,
         expert_gradients=sum(experts),
         gathered_weights=sum(_all_gather_bytes(group, topology) for group in groups),
+        muon_matrices=muon_step(config, topology).sent,
     )
     fits = None if machine.memory is None else memory.total <= machine.memory
     if machine.rates is None:
@@ -138,9 +142,13 @@ def _time(
 
     updated = sum(group.parameters / (group.copies if topology.zero_stage else 1) for group in groups)
     # Read and write the state; read the gradient, write the working weight.
+    muon = muon_step(config, topology)
+    is_half = topology.muon is None or topology.muon.ns_precision == "bf16"
+    newton_schulz = muon.flops / ((gpu.half_flops if is_half else gpu.fp32_flops) * utilisation)
+    gathering += muon.sent / (gpu.nvlink if topology.gpus <= gpu.gpus_per_node else gpu.network)
     moved = 2 * (size.moments + (size.master or size.weight)) + size.gradient + (size.weight if size.master else 0)
-    optimizer = updated * moved / gpu.memory_bandwidth
-    return StepTime(compute, all_to_all, max(0.0, reduction - overlapped), gathering, optimizer)
+    optimizer = (updated * moved - 2 * muon.state * size.moments // 2) / gpu.memory_bandwidth
+    return StepTime(compute, all_to_all, max(0.0, reduction - overlapped), gathering, optimizer, newton_schulz)
 
 
 def _bandwidth(group: ParameterGroup, topology: Topology, gpu: Hardware) -> float:

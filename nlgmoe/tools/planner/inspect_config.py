@@ -12,7 +12,8 @@ from nlgmoe.layers.expert_products import describe_products
 from nlgmoe.model.counting import count_parameters, flops_per_token
 from nlgmoe.pyramid import experts_per_layer, moe_blocks
 from nlgmoe.tools.planner.cost import UTILISATION, Cost, Parts, estimate
-from nlgmoe.tools.planner.memory import Memory, memory_options
+from nlgmoe.tools.planner.memory import Memory, memory_options, parameter_groups
+from nlgmoe.tools.planner.muon import muon_step
 from nlgmoe.tools.planner.topology import Machine, Topology, layout, machine_of, read_settings
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def as_json(
         "params_active": count.active,
         "params": asdict(count),
         "flops_per_token": flops_per_token(config, topology.length(config)),
+        "muon": asdict(muon_step(config, topology)),
         "experts_per_layer": experts_per_layer(config),
         "expert_parallel_degrees": topology.degrees(config),
         "memory": asdict(memory)
@@ -134,9 +136,10 @@ def as_json(
 def simulation_as_json(config: GPTConfig, topology: Topology, cost: Cost, simulated: Simulated) -> dict[str, Any]:
     """Return prediction and simulation under the same keys; bytes and counts."""
     groups = topology.communicators(config)
+    sent = asdict(cost.communication) | {"muon_matrices": muon_step(config, topology, simulated.rank).sent}
     predicted: dict[str, Any] = {
         "peak_bytes": cost.memory.total,
-        "bytes": asdict(cost.communication),
+        "bytes": sent,
         "communicators": groups,
         "communicator_bytes": int(COMMUNICATOR * len(groups)),
     }
@@ -164,6 +167,7 @@ def as_text(
         ("run", _run(topology, machine.name)),
         *_table("parameters", count.total, parts, _count, f"{_count(count.active)} active"),
         ("FLOPs per token", f"{_si(flops_per_token(config, topology.length(config)))}FLOP, forward and backward"),
+        *_muon(config, topology),
         *_products(config, topology, machine),
         *_table("memory per rank", memory.total, memory_parts, _bytes),
         *([("", f"and {_bytes(memory.host)} of optimizer in the host's memory")] if memory.host else []),
@@ -193,6 +197,18 @@ def simulation_as_text(report: dict[str, Any]) -> str:
     text = f"{''.join(sizes)}  of {ranks} ranks; about {gib:.1f} GiB of NCCL's, beyond the tensors"
     lines.append(("communicators", text))
     return "\n".join(f"{title:<23}{text}" for title, text in lines) + f"\n{NOT_SHOWN}"
+
+
+def _muon(config: GPTConfig, topology: Topology) -> list[tuple[str, str]]:
+    if topology.muon is None:
+        return []
+    muon, held = muon_step(config, topology), sum(group.parameters for group in parameter_groups(config, topology))
+    tokens = topology.micro_batch_size * topology.length(config) * topology.accumulation  # of a rank
+    share = muon.flops / (tokens * flops_per_token(config, topology.length(config)))
+    return [
+        ("optimizers", f"Muon {_count(muon.parameters)} parameters of a rank, AdamW {_count(held - muon.parameters)}"),
+        ("", f"Newton-Schulz: {_si(muon.flops)}FLOP a step of a rank, {share:.0%} of the model's"),
+    ]
 
 
 def _products(config: GPTConfig, topology: Topology, machine: Machine) -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ from nlgmoe.layers.experts import BIAS_WIDTH
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.parts import require_paper_parts
 from nlgmoe.pyramid import experts_at, experts_per_layer
+from nlgmoe.tools.planner.muon import muon_step
 from nlgmoe.tools.planner.topology import BytesPer, Topology
 from nlgmoe.validation import SettingError
 
@@ -43,7 +44,9 @@ class Memory:
     forward: int  # activations in the forward pass
     backward: int  # activations beside buckets: in the backward pass; with accumulation also in the next forward pass
     buckets: int  # ZeRO's reduction buffers
-    step: int  # flat copies of gradients in ZeRO's optimizer step, after activations and buckets are freed
+    step: (
+        int  # in the optimizer's step, after activations and buckets are freed: ZeRO's flat gradients, Muon's matrices
+    )
     host: int  # offloaded optimizer state in host memory; not part of `total`
 
     @property
@@ -96,14 +99,15 @@ def memory_of(config: GPTConfig, topology: Topology) -> Memory:
     embedding = 0 if config.tied_embeddings else config.padded_vocab_size * config.hidden_size
     uncast = count.norms + count.router + positions + embedding  # parameters that autocast leaves in fp32
     optimizer = (sharded if topology.zero_stage else full) * (size.master + size.moments)
-    if topology.muon:  # biases are counted with the matrices
-        optimizer -= (count.attention + count.dense_ffn + count.experts) * size.moments // 2
+    muon = muon_step(config, topology)
+    optimizer -= muon.state * size.moments // 2
     in_fp32 = size.accumulated > size.gradient  # the step needs no copy
     copies = 4 + (size.gradient if size.gradient < 4 else 0)  # bytes of the flat gradient, in fp32 and before
     buckets = 2 if topology.gpus > 1 else 1
     forward, backward = activations_by_pass(config, topology)
     if topology.accumulation > 1:  # ZeRO keeps its buckets from the first micro-batch to the step
         backward = max(forward, backward)
+    sharded_step = topology.zero_stage and not topology.offload_optimizer
     reduced_at_once = topology.zero_stage == 1 and topology.accumulation == 1
     return Memory(
         weights=full * size.weight + (full - uncast) * size.cast,
@@ -112,7 +116,7 @@ def memory_of(config: GPTConfig, topology: Topology) -> Memory:
         forward=forward,
         backward=backward,
         buckets=buckets * BUCKET * size.gradient if topology.zero_stage else 0,
-        step=copies * sharded if topology.zero_stage and not topology.offload_optimizer and not in_fp32 else 0,
+        step=muon.memory + (copies * sharded if sharded_step and not in_fp32 else 0),
         host=optimizer if topology.offload_optimizer else 0,
     )
 

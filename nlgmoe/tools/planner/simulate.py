@@ -119,9 +119,11 @@ class Recorder(TorchDispatchMode):
         if ranks < 2:
             return
         self.groups[group.group_name] = ranks
-        kind, share = "other", 1
+        kind, share = "other", 1.0
         if func is FUNCTIONAL.all_to_all_single.default:
             kind = "all_to_all"
+        elif func is C10D.alltoall_base_.default and tensor.is_floating_point():
+            kind, size, share = "muon_matrices", sum(args[4]) * tensor.element_size() * ranks, 1 / (ranks - 1)
         elif func is C10D.allreduce_.default and tensor.is_floating_point() and tensor.numel() >= SMALL:
             whole = ranks == distributed.get_world_size()
             kind, share = "dense_gradients" if whole else "expert_gradients", 2
@@ -130,7 +132,7 @@ class Recorder(TorchDispatchMode):
         elif func in (C10D.allreduce_.default, C10D.barrier.default):
             share = 2
         self.calls[kind] += 1
-        self.sent[kind] += share * size * (ranks - 1) // ranks
+        self.sent[kind] += round(share * size * (ranks - 1) / ranks)
 
 
 def simulate(files: list[str], settings: dict[str, Any], topology: Topology, rank: int) -> Simulated:

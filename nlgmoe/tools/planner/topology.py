@@ -14,6 +14,7 @@ from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import default_device, product_name
 from nlgmoe.hardware import HARDWARE, RESERVED, Hardware, board_of, hardware
+from nlgmoe.optim.muon import MuonConfig
 from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer
 from nlgmoe.validation import SettingError, require, require_at_least
 
@@ -49,7 +50,7 @@ class Topology:
     offload_optimizer: bool = False  # master weights and moments are in host memory (ZeRO-Offload)
     loss_chunk_size: int = 1024  # tokens whose logits are computed at a time
     seq_len: int | None = None  # tokens of a sequence; None: as many as the model reads
-    muon: bool = False  # Muon steps the matrices of hidden layers, with one moment instead of two
+    muon: MuonConfig | None = None  # steps the matrices of hidden layers, with one moment instead of two
 
     def __post_init__(self) -> None:
         sizes = ("gpus", "expert_parallel_size", "micro_batch_size", "global_batch_size", "loss_chunk_size")
@@ -66,10 +67,6 @@ class Topology:
             micro_batches_per_step(self.global_batch_size, self.micro_batch_size, self.gpus)
         if not self.deepspeed and (self.zero_stage or self.expert_parallel_size > 1 or self.offload_optimizer):
             raise SettingError("ZeRO, expert parallelism and offloading need nlgmoe.ExpertParallelStrategy")
-        if self.muon and self.deepspeed:
-            raise SettingError(
-                "model.optimizer.muon: ExpertParallelStrategy (ZeRO) has no Muon; use trainer.strategy=ddp or auto"
-            )
 
     @property
     def accumulation(self) -> int:
@@ -174,6 +171,7 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
     name, init = strategy["class_path"], strategy.get("init_args") or {}
     remedy = "train.py refuses it; write {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2}}"
     require("deepspeed" not in name.lower(), f"trainer.strategy={name}: {remedy}")
+    muon = (module.get("optimizer") or {}).get("muon")
     devices = _named_devices(trainer.get("devices"))
     # A model's file without a file of configs/hardware: Lightning's default, fp32, is not the precision of training.
     no_hardware = trainer.get("accelerator", "auto") == "auto"
@@ -187,7 +185,7 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
         "micro_batch_size": data.get("micro_batch_size", 1),
         "activation_checkpointing": module.get("activation_checkpointing", False),
         "loss_chunk_size": module.get("loss_chunk_size", 1024),
-        "muon": bool((module.get("optimizer") or {}).get("muon")),
+        "muon": None if muon is None else MuonConfig(**muon),
         "precision": trainer.get("precision") or ("bf16-mixed" if no_hardware else "32-true"),
     } | given
     short, known = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}, get_args(Precision)  # Lightning's names
