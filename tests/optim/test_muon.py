@@ -137,6 +137,8 @@ def test_muon_resumes_exactly_from_one_entry_per_expert(
 
 
 CELL = Cell("ddp, Muon", strategy="ddp", moe=DROPLESS, optimizer={"muon": MuonConfig()})
+# Resumed alone and on 4 ranks; Newton-Schulz in fp32, whose rounding is the same for any division.
+ZERO = Cell("ZeRO, Muon", 2, 2, moe=DROPLESS, optimizer={"muon": MuonConfig(ns_precision="fp32")})
 
 
 def resumed(alone: Path, folder: Path) -> list[Outcome]:
@@ -156,6 +158,29 @@ def test_muon_on_ranks_resumes_a_run_of_one_process_and_its_own_exactly(tmp_path
         assert again.losses == undisturbed.losses[3:] and again.validation == undisturbed.validation
     ends = [TensorFiles(tmp_path / run / f"{CELL.name} at the end.ckpt", "model") for run in ("whole", "resumed")]
     assert all(torch.equal(ends[0].read(name), ends[1].read(name)) for name in ends[0].shapes)
+
+
+def saved_and_resumed(folder: Path) -> list[Outcome]:
+    """Train on 2 ranks, and go on from the third step."""
+    whole = on_ranks(ZERO, 2, folder / "whole", SaveAt(3, folder / "three.ckpt"))
+    return [whole, on_ranks(ZERO, 2, folder / "resumed", checkpoint=folder / "three.ckpt")]
+
+
+def test_muon_of_two_ranks_under_zero_resumes_on_two_on_one_and_on_four(tmp_path: Path) -> None:
+    (whole, again), _ = spawn(2, saved_and_resumed, tmp_path, folder=tmp_path / "2")
+    assert again.losses == whole.losses[3:] and again.validation == whole.validation
+    ends = [TensorFiles(tmp_path / run / f"{ZERO.name} at the end.ckpt", "model") for run in ("whole", "resumed")]
+    assert all(torch.equal(ends[0].read(name), ends[1].read(name)) for name in ends[0].shapes)
+    alone = train(ZERO, 1, tmp_path, SAMPLES, 1, checkpoint=tmp_path / "three.ckpt")
+    assert alone.losses == pytest.approx(whole.losses[3:], rel=1e-5)
+    wider = replace(ZERO, stage=1, degree=4)
+    for outcome in spawn(4, on_ranks_from, wider, 4, tmp_path, folder=tmp_path / "4"):
+        assert outcome.losses == pytest.approx(whole.losses[3:], rel=1e-5)
+    assert list(find_problems(tmp_path / "three.ckpt")) == []
+
+
+def on_ranks_from(cell: Cell, ranks: int, folder: Path) -> Outcome:
+    return on_ranks(cell, ranks, folder / str(ranks), checkpoint=folder / "three.ckpt")
 
 
 @pytest.mark.parametrize("muon", [None, MuonConfig()])

@@ -40,7 +40,7 @@ MUON = [
 ]
 MUON_4 = [
     Cell("Muon, degree 2, ZeRO 1", 2, 1, experts=[2, 6, 8], layers=6, moe=CAPACITY, optimizer=FP32, network="swiglu"),
-    Cell("Muon, degree 1, ZeRO 2", 1, 2, optimizer=FP32),
+    Cell("Muon, degree 1, ZeRO 2, offloaded", 1, 2, optimizer=FP32, options={"offload_optimizer": True}),
 ]
 
 PLAIN = Cell("degree 2, ZeRO 2", 2, 2, steps=20)
@@ -83,6 +83,7 @@ HALF = [
     Cell("bf16-mixed, ZeRO 2, accumulation", 2, 2, precision="bf16-mixed", moe=DROPLESS, accumulate=2),
     Cell("bf16-true, ZeRO 1", 2, 1, precision="bf16-true", moe=DROPLESS),
     Cell("bf16-mixed, capacity", 2, 2, precision="bf16-mixed", moe=CAPACITY | {"train_capacity_factor": 1.25}),
+    Cell("Muon, bf16-mixed, ZeRO 1", 2, 1, precision="bf16-mixed", moe=DROPLESS, optimizer=FP32),
 ]
 # On 3 ranks the last layer's experts are spread, on 4 those of each layer, at degrees of their own.
 RESIDUAL_PYRAMID: dict[str, Any] = {"experts": [2, 4, 6], "layers": 6, "moe": DROPLESS | {"mlp_type": "residual"}}
