@@ -10,8 +10,9 @@ fp32; bf16 weights; fp32 weights under bf16 autocast, where Hugging Face's exper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import count
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -20,8 +21,11 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Benchmark, Part, Table, interleaved
 from nlgmoe import generate, load_model
+from nlgmoe.experiment import load_config
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
+from nlgmoe.layers.moe import moe_layers
+from nlgmoe.loss import training_loss
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer
 from tests.support.memory import peak_bytes
@@ -87,6 +91,28 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
 
     return run
+
+
+def whole_step(files: Sequence[str], **overrides: Any) -> Callable[[], None]:
+    """Return a step of train.py's `files` on their text: forward, loss, backward, clipping, optimizer, routers."""
+    experiment = load_config(files, **overrides)
+    module, data, steps = experiment.module, experiment.data, count()
+    data.prepare_data()
+    data.setup()
+    batches, gpt, optimizer = iter(data.train_dataloader()), module.gpt.train(), module.configure_optimizers()
+    routers: list[Any] = [moe.router for moe in moe_layers(gpt)]
+
+    def step() -> None:
+        loss, _, routings = training_loss(gpt, next(batches), (1, next(steps), 0), module.loss_chunk_size)
+        loss.backward()
+        nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for router, routing in zip(routers, routings, strict=True):
+            if router.learns_from_steps:
+                router.after_step(routing.tokens_per_expert)
+
+    return step
 
 
 def batches_of(length: int, vocab_size: int) -> Iterator[Tensor]:

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
 from benchmarks.reproduce.scale import CONFIGS, Scale, run_settings
 from benchmarks.runs import ROOT
+from benchmarks.step import whole_step
 from benchmarks.timing import interleaved
 from nlgmoe.cli.type_hints import class_named, find_class
 from nlgmoe.cli.yaml_places import ConfigLoader
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import available_memory
 from nlgmoe.experiment import load_config, parse_config
-from nlgmoe.layers.moe import moe_layers
-from nlgmoe.loss import training_loss
 from nlgmoe.model.counting import count_parameters, flops_per_token
 from nlgmoe.parts import AttentionConfig, ExpertConfig, RouterConfig
 from nlgmoe.process import keep_freed_memory
@@ -181,28 +177,8 @@ def costs(candidate: Side, baseline: Side, rounds: int = ROUNDS) -> dict[str, An
     keep_freed_memory()  # as train.py does
     sides = {"candidate": candidate, "baseline": baseline}
     flops = {name: flops_per_token(side.config) for name, side in sides.items()}
-    seconds = interleaved({name: whole_step(side) for name, side in sides.items()}, rounds, WARM_UP)
+    seconds = interleaved(
+        {name: whole_step(side.files(side.scale.steps, 1)) for name, side in sides.items()}, rounds, WARM_UP
+    )
     ratios = {kind: value["candidate"] / value["baseline"] for kind, value in (("flops", flops), ("seconds", seconds))}
     return {**ratios, "flops_per_token": flops, "step_seconds": seconds, "rounds": rounds}
-
-
-def whole_step(side: Side) -> Callable[[], None]:
-    """Return a function that takes a training step on the gate's text: forward, loss, backward, clipping, optimizer, routers."""
-    experiment = load_config(side.files(side.scale.steps, 1))
-    module, data, steps = experiment.module, experiment.data, count()
-    data.prepare_data()
-    data.setup()
-    batches, gpt, optimizer = iter(data.train_dataloader()), module.gpt.train(), module.configure_optimizers()
-    routers: list[Any] = [moe.router for moe in moe_layers(gpt)]
-
-    def step() -> None:
-        loss, _, routings = training_loss(gpt, next(batches), (1, next(steps), 0), module.loss_chunk_size)
-        loss.backward()
-        nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for router, routing in zip(routers, routings, strict=True):
-            if router.learns_from_steps:
-                router.after_step(routing.tokens_per_expert)
-
-    return step
