@@ -4,15 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.hardware import Hardware
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
-from nlgmoe.optim.muon import MuonConfig
-from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer
+from nlgmoe.optim.muon import MuonConfig, newton_schulz, newton_schulz_flops
+from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer, muon_matrices
 from nlgmoe.tools.planner.cost import UTILISATION, estimate
 from nlgmoe.tools.planner.memory import BUCKET, memory_options
+from nlgmoe.tools.planner.muon import muon_step
 from nlgmoe.tools.planner.topology import Machine, Topology, named_machine
 
 A100 = named_machine("a100-40")
@@ -42,6 +44,29 @@ def test_memory_of_one_process_is_predicted_to_the_byte(name: str, precision: st
     assert memory.weights == memory.gradients == sum(p.nbytes for p in model.parameters())
     moments = (value for state in optimizer.state.values() for key, value in state.items() if key != "step")
     assert memory.optimizer == sum(moment.nbytes for moment in moments)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (4, 16, 16)])
+def test_flops_of_newton_schulz_are_those_that_torch_counts(shape: tuple[int, ...]) -> None:
+    with FlopCounterMode(display=False) as counter:
+        newton_schulz(torch.randn(shape), steps=3)
+    assert newton_schulz_flops(torch.Size(shape), 3) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("stage", "limit"), [(0, 1), (1, 4), (2, 1)])
+def test_ranks_together_orthogonalise_each_matrix_of_muon_once(stage: int, limit: int) -> None:
+    """Without ZeRO each rank does all of it; a rank has 2 or 1 of 4 and 8 experts, at degrees 4 and 4, or all of them."""
+    topology = Topology(8, limit, stage, 1, 8, deepspeed=stage > 0, muon=MuonConfig())
+    with torch.device("meta"):
+        matrices = muon_matrices(GPT(PYRAMID))
+    whole = sum(newton_schulz_flops(matrix.shape, 5) for matrix in matrices.values())
+    of_ranks = [muon_step(PYRAMID, topology, rank) for rank in range(8)]
+    copies = 8 if not stage else 1  # experts that two groups of ranks have are divided between them
+    assert sum(rank.flops for rank in of_ranks) == copies * whole
+    assert any(rank.sent for rank in of_ranks) == bool(stage)
+    assert muon_step(PYRAMID, topology).sent == max(rank.sent for rank in of_ranks)
+    held = sum(matrix.numel() // (limit if ".experts." in name else 1) for name, matrix in matrices.items())
+    assert {rank.parameters for rank in of_ranks} == {held}
 
 
 def cut_up(config: GPTConfig, gpus: int, *degrees: int) -> list[tuple[int, int]]:
