@@ -41,7 +41,7 @@ quickstart: install  ## train a small PR-MoE on real text, and write its report 
 	@$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	@# a run that is already there keeps its results under another name
 	@if [ -e $(RUN) ]; then mv -v $(RUN) $(RUN)-$$(date -r $(RUN) +%Y%m%d-%H%M%S); fi
-	@echo "2 of 2: train a PR-MoE on 1.2M tokens (3 to 6 minutes); Ctrl+C saves, and --ckpt_path last goes on"
+	@echo "2 of 2: train a PR-MoE on 0.9M tokens (3 to 6 minutes); Ctrl+C saves, and --ckpt_path last goes on"
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
 	@test -e $(RUN)/report.html || { echo 'stopped before its end: the command above with --ckpt_path last goes on'; exit 1; }
 	@printf '\nThe report is $(RUN)/report.html. Next:\n  . $(BIN)/activate\n'

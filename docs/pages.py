@@ -22,7 +22,7 @@ SETTINGS = {  # section of a configuration -> its class
     "model.config": "nlgmoe.config.GPTConfig",
     "model.config.moe": "nlgmoe.config.MoEConfig",
     "model.optimizer": "nlgmoe.optim.optimizer.AdamWConfig",
-    "model.optimizer.muon": "nlgmoe.optim.optimizer.MuonConfig",
+    "model.optimizer.muon": "nlgmoe.optim.muon.MuonConfig",
     "model.schedule": "nlgmoe.optim.token_schedule.LearningRateSchedule",
     "model.curriculum": "nlgmoe.optim.token_schedule.SequenceCurriculum",
     "model.distiller": "nlgmoe.distill.mixture_of_students.MixtureOfStudents",

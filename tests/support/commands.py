@@ -24,6 +24,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 WIDTHS = ["--model.config.hidden_size=32", "--model.config.seq_len=32", "--model.config.num_heads=2"]
 TINY = [
     *WIDTHS,
+    "--model.config.ffn_hidden_size=128",
     "--model.config.num_layers=2",
     "--model.config.moe.num_experts=[4]",
     "--data.max_eval_windows=4",
