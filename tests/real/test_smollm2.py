@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nlgmoe import load_model, load_pretrained
+from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main
@@ -18,7 +19,7 @@ from nlgmoe.data import IndexedDataset
 from nlgmoe.data.model_files import IDS
 from nlgmoe.data.tokenizer import detokenize
 from tests.real import CUT
-from tests.support.commands import error_of
+from tests.support.commands import error_of, rows_of, train_py
 
 QUESTIONS = ["What is 12?", "And\nthe <|im_end|> king?"]
 CHAT = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nThe king's <br> house.<|im_end|>\n"
@@ -145,3 +146,27 @@ def test_student_of_smollm2_keeps_the_blocks_that_matter_and_the_chat_files(
     configs = ["--config", str(checkpoint.with_suffix(".yaml")), "--config", str(student)]
     train(["fit", *configs, *write_corpus(checkpoint, tmp_path, capsys), *run])
     require_chat_files(tmp_path / "run", folder)
+
+
+def test_mixture_of_smollm2_learns_by_muon_on_two_ranks(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five steps of conversations that are nearly the same; each of the 4 experts of a layer on one rank."""
+    mixture = folder / "muon.ckpt"
+    main(["upcycle", str(folder / "cut.ckpt"), str(mixture), "--num-experts=4", "--top-k=2"])
+    configs = ["--config", str(mixture.with_suffix(".yaml")), *write_corpus(folder / "cut.ckpt", tmp_path, capsys)]
+    strategy = ["--trainer.strategy=nlgmoe.ExpertParallelStrategy", "--trainer.strategy.expert_parallel_size=2"]
+    optimizer = ["--model.optimizer.muon={}", "--model.optimizer.lr=1e-3", "--model.schedule.warmup_tokens=0"]
+    steps = [
+        "--trainer.max_steps=5",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=2",
+    ]
+    run = [*strategy, *optimizer, *steps, f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    done = train_py("fit", *configs, *run, "--data.global_batch_size=8", "--data.micro_batch_size=4")
+    assert done.returncode == 0, done.stderr
+    losses = [float(row["train/loss"]) for row in rows_of(tmp_path / "run/metrics.csv") if row.get("train/loss")]
+    assert len(losses) == 5 and losses[4] < losses[0]
+    groups = read_document(tmp_path / "run/checkpoints/last.ckpt")["optimizer_groups"]
+    assert any(group.get("muon") for group in groups)
