@@ -44,6 +44,19 @@ def test_inspect_reads_a_configuration_as_train_py_does(capsys: pytest.CaptureFi
     assert found["step_seconds"] == pytest.approx(sum(found["step_seconds_by_part"].values()))
 
 
+def test_inspect_says_how_many_parameters_each_optimizer_has_and_what_muon_adds(capsys: pytest.CaptureFixture) -> None:
+    quickstart = str(ROOT / "configs/quickstart.yaml")
+    found, printed = inspect_json(capsys, quickstart), inspect(capsys, quickstart)
+    optimizer = load_config(quickstart).module.configure_optimizers()
+    sizes = {True: 0, False: 0}
+    for group in optimizer.param_groups:
+        sizes[group.get("muon", False)] += sum(parameter.numel() for parameter in group["params"])
+    assert found["muon"]["parameters"] == sizes[True] and sum(sizes.values()) == found["params_total"]
+    assert f"Muon {sizes[True] / 1e6:.3f} M parameters of a rank, AdamW {sizes[False] / 1e6:.3f} M" in printed
+    share = found["muon"]["flops"] / (32 * 128 * found["flops_per_token"])
+    assert f"FLOP a step of a rank, {share:.0%} of the model's" in printed
+
+
 def test_inspect_options_override_files_and_later_files_earlier_ones(
     capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
