@@ -18,7 +18,8 @@ from nlgmoe.parallel.strategy import ExpertParallelStrategy
 def test_zero_pieces_are_gathered_on_the_device_at_the_end_of_a_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning has moved the parameters to the CPU by then, whose tensors NCCL does not take."""
     optimizer = object.__new__(DeepSpeedZeroOptimizer)
-    vars(optimizer).update(optimizer=SimpleNamespace(state={}), single_partition_of_fp32_groups=[], bit16_groups=[])
+    base = SimpleNamespace(state={}, param_groups=[])
+    vars(optimizer).update(optimizer=base, single_partition_of_fp32_groups=[], bit16_groups=[])
     state = EngineState(SimpleNamespace(optimizer=optimizer, device=torch.device("meta")))
     parameter, address = nn.Parameter(torch.zeros(4)), SimpleNamespace(start=0)
     fragment = SimpleNamespace(lp_fragment_address=address, get_hp_fragment=lambda key: torch.ones(4))
