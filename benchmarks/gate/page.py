@@ -11,7 +11,8 @@ from typing import Any
 
 from benchmarks.documents import markdown_table, with_text
 from benchmarks.gate.candidate import Side
-from benchmarks.gate.verdict import CHANCE, PLANNED_PAIRS, in_words
+from benchmarks.gate.verdict import AS_GOOD, CHANCE, PLANNED_PAIRS, in_words
+from benchmarks.reproduce.cells import MARGIN
 from benchmarks.reproduce.scale import machine
 from benchmarks.runs import ROOT, commit
 from benchmarks.timing import output_of
@@ -86,7 +87,8 @@ def table(rows: Sequence[Row], numerics: str) -> str:
 
 def _cell(judged: dict[str, Any]) -> str:
     interval = "" if judged["low"] is None else f" ({judged['low']:+.3f} to {judged['high']:+.3f})"
-    return f"**{judged['reading']}** {judged['mean']:+.3f}{interval}"
+    within = f" within {MARGIN}" if judged["reading"] == AS_GOOD else ""
+    return f"**{judged['reading']}**{within} {judged['mean']:+.3f}{interval}"
 
 
 def write_table(numerics: str) -> None:

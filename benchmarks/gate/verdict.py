@@ -1,11 +1,12 @@
-"""The rule of the verdicts. It was committed before any candidate was trained.
+"""The rule of the verdicts. It was committed before any candidate was trained; `worse` was moved before `as good as` before any
+candidate was trained beside the strong baseline, which changed no verdict of the rows of then.
 
 d = loss of the candidate - loss of the baseline, final validation losses in nats per token, one pair for each seed. Its intervals
 are Student's (`nlgmoe.tools.report.groups`, as for the claims). The first line that holds is the verdict:
 
     better       the 95% interval lies below 0
-    as good as   the upper end of the 90% interval lies below 0.02 nats: a one-sided test at 5% of being worse by the margin
     worse        the 95% interval lies above 0
+    as good as   the upper end of the 90% interval lies below 0.02 nats: a one-sided test at 5% of being worse by the margin
     unresolved   otherwise
 
 With fewer than `PLANNED_PAIRS` pairs only `worse` and `unresolved` are said. No verdict is corrected for the number of rows.
@@ -34,9 +35,9 @@ def reading(difference: PairedDifference) -> str:
     complete = difference.pairs >= PLANNED_PAIRS
     if complete and high < 0:
         return BETTER
-    if complete and difference.interval(0.90)[1] < MARGIN:
-        return AS_GOOD
-    return WORSE if low > 0 else UNRESOLVED
+    if low > 0:
+        return WORSE
+    return AS_GOOD if complete and difference.interval(0.90)[1] < MARGIN else UNRESOLVED
 
 
 def verdict(candidate: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
@@ -61,7 +62,8 @@ def verdict(candidate: Sequence[float], baseline: Sequence[float]) -> dict[str, 
 
 def in_words(judged: dict[str, Any]) -> str:
     """Return a verdict with its numbers in a line."""
-    words = f"{judged['reading']}: {judged['mean']:+.4f} nats"
+    within = f" (within {MARGIN} nats)" if judged["reading"] == AS_GOOD else ""
+    words = f"{judged['reading']}{within}: {judged['mean']:+.4f} nats"
     if judged["low"] is None:
         return f"{words}, 1 pair, no interval"
     interval = f"({judged['low']:+.4f} to {judged['high']:+.4f}), {judged['pairs']} pairs"

@@ -55,7 +55,7 @@ def test_verdict_of_the_gate_is_its_rule_on_differences_computed_by_hand() -> No
         shared = np.linspace(3, 4, pairs)
         return verdict(shared + mean + spread * (-1) ** np.arange(pairs), shared)
 
-    for mean, expected in ((-0.0090, BETTER), (-0.0089, AS_GOOD), (0.0128, AS_GOOD), (0.0129, WORSE)):
+    for mean, expected in ((-0.0090, BETTER), (-0.0089, AS_GOOD), (0.0089, AS_GOOD), (0.0090, WORSE)):
         assert judged(mean)["reading"] == expected, mean
     assert judged(0.0, 0.05)["reading"] == UNRESOLVED  # 0.0358 is above the margin
     found = judged(0.0)
@@ -70,10 +70,8 @@ def test_verdict_of_the_gate_is_its_rule_on_differences_computed_by_hand() -> No
 )
 def test_verdict_of_the_gate_is_wrong_as_often_as_its_rule_says(mean: float, reading: str, share: float) -> None:
     random, tries = np.random.default_rng(0), 2000
-    drawn = random.normal(mean, 0.02 if reading != AS_GOOD else 0.005, size=(tries, 8))
+    drawn = random.normal(mean, 0.02, size=(tries, 8))
     found = [verdict(row, np.zeros(8))["reading"] for row in drawn]
-    if reading == WORSE:  # of equal models some are worse, but within the margin
-        found = [WORSE if verdict(row, np.zeros(8))["low"] > 0 else "" for row in drawn]
     assert found.count(reading) / tries == pytest.approx(share, abs=0.012)
 
 
