@@ -2,6 +2,7 @@
 
     python -m benchmarks.gate my_router.MyRouterConfig               a router, an expert or an attention, by class_path
     python -m benchmarks.gate mine.yaml --pairs 2                    an overlay of settings; a first look
+    python -m benchmarks.gate --search                               the search for the strong baseline
     python -m benchmarks.gate --tables                               renew the table of docs/gate.md from docs/results/gate.json
 
 It can be stopped at any time, and resumes when it is started again.
@@ -10,7 +11,6 @@ It can be stopped at any time, and resumes when it is started again.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -21,16 +21,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from benchmarks.gate.candidate import RATE, Side, check, costs, memory, read_candidate
+from benchmarks.gate.candidate import check, costs, memory, read_candidate
 from benchmarks.gate.page import RESULTS, Row, add_row, in_lines, make_row, write_table
-from benchmarks.gate.runs import fingerprint, placed, run_of, series
+from benchmarks.gate.records import RUNS, Records
+from benchmarks.gate.runs import fingerprint, folders, placed, run_of, series
+from benchmarks.gate.search import search
+from benchmarks.gate.sides import BASELINES, PAPER, Side
 from benchmarks.gate.verdict import PLANNED_PAIRS, steps_at_equal_cost, verdict
 from benchmarks.reproduce.campaign import best_rate
 from benchmarks.reproduce.scale import CPU, TINY, Scale
 from benchmarks.runs import ROOT
 from benchmarks.training import Launcher, train
 from nlgmoe.cli.errors import one_line_errors
-from nlgmoe.files import write_json
 from nlgmoe.tools.report.page import write_report
 from nlgmoe.tools.report.runs import read_runs
 from nlgmoe.validation import SettingError, require
@@ -40,51 +42,64 @@ COSTS, MOST = ("flops", "seconds"), 20  # a shorter run has a warm-up too
 BUSY = 3.0  # load average; the gate's own checks and first steps, just before, reach 2 on two cores
 
 
-def judge(candidate: Side, out: Path, pairs: int, jobs: int, tune: bool, launch: Launcher) -> dict[str, Any]:
+def judge(
+    candidate: Side, records: Records, out: Path, pairs: int, jobs: int, tune: bool, launch: Launcher
+) -> dict[str, Any]:
     """Check, measure, train and compare; return what a row has of it.
 
     Args:
         candidate: the idea.
+        records: results that are there, and those to come.
         out: folder of the runs.
         pairs: seeds.
         jobs: runs at a time, one thread each.
         tune: search the candidate's learning rate first.
         launch: starts a command.
     """
-    baseline = Side("baseline", candidate.scale)
+    baseline = placed(Side(candidate.base.name, candidate.scale, candidate.base), out, launch)
+    numerics = baseline.home.name.removeprefix(f"{baseline.name}-")
     print(check(candidate, baseline), memory(candidate, jobs), sep="\n", flush=True)
     searched: dict[float, float] = {}
     if tune:
-        sides = [placed(replace(candidate, rate=factor * RATE), out, launch) for factor in FACTORS]
-        tuning = {side.learning_rate: run_of(side, TUNING_SEED, side.scale.steps // 2) for side in sides}
+        rates = [factor * baseline.learning_rate for factor in FACTORS]
+        half = candidate.scale.steps // 2
+        tuning = {
+            rate: run_of(placed(replace(candidate, rate=rate), out, launch), TUNING_SEED, half, records, numerics)
+            for rate in rates
+        }
         train([[run] for run in tuning.values()], jobs, launch)
         searched = {rate: run.loss for rate, run in tuning.items()}
         candidate = replace(candidate, rate=best_rate(searched, searched.values()))
         print(f"learning rate: {candidate.learning_rate:.2g}, from the losses {searched}")
-    both = candidate, baseline = placed(candidate, out, launch), placed(baseline, out, launch)
-    measured, whole = costs_of(candidate, baseline), candidate.scale.steps
+    both = candidate, baseline = placed(candidate, out, launch), baseline
+    measured, whole = costs_of(both, records, numerics), candidate.scale.steps
     steps = {"tokens": (whole, whole)} | {kind: steps_at_equal_cost(measured[kind], whole) for kind in COSTS}
-    seeds, lengths = seeds_of(pairs), [*zip(*steps.values(), strict=True)]  # of the candidate, of the baseline
-    lines = {(place, seed): series(both[place], seed, lengths[place]) for seed in seeds for place in (0, 1)}
-    train([[*line.values()] for line in lines.values()], jobs, launch)
+    seeds, lengths = seeds_of(pairs), [*steps.values()]
+    missing = [seed for seed in seeds if not records.pair(both, seed, lengths)]
+    each = [*zip(both, zip(*lengths, strict=True), strict=True)]  # side, and its lengths
+    lines = [[*series(side, seed, of, records, numerics).values()] for seed in missing for side, of in each]
+    train(lines, jobs, launch)
+    losses = {seed: records.pair(both, seed, lengths) for seed in seeds}
     ours, theirs = (
-        {length: {seed: lines[place, seed][length].loss for seed in seeds} for length in lines[place, 1]}
-        for place in (0, 1)
+        {length: {seed: losses[seed][place][length] for seed in seeds} for length in dict.fromkeys(of)}
+        for place, (_, of) in enumerate(each)
     )
     judged = {kind: verdict([*ours[n].values()], [*theirs[m].values()]) for kind, (n, m) in steps.items()}
-    found = {
-        "numerics": baseline.home.name.removeprefix("baseline-"),
+    outcome = {
+        "baseline": candidate.base.name,
+        "numerics": numerics,
         "learning_rate": candidate.learning_rate,
         "searched": searched,
-        "costs": measured,
+        "costs": {key: measured[key] for key in (*COSTS, "flops_per_token", "step_seconds", "rounds")},
         "steps": steps,
         "losses": {"candidate": ours, "baseline": theirs},
         "verdicts": judged,
     }
-    text = in_lines({"name": candidate.name, **found}) + "\n\nBelow are the runs of all tokens, without shorter ones."
-    runs = read_runs([line[whole].folder for line in lines.values()])
-    print(f"curves: {write_report(runs, out / f'{candidate.name}.html', 'seed', text)}")
-    return found
+    text = in_lines({"name": candidate.name, **outcome}) + "\n\nBelow are the runs of all tokens, without shorter ones."
+    if trained := folders([*series(side, seed, of, records, numerics).values()] for seed in seeds for side, of in each):
+        page = write_report(read_runs(trained), out / f"{candidate.name}-{candidate.base.name}.html", "seed", text)
+        print(f"curves: {page}")
+    return outcome
 
 
 def seeds_of(pairs: int) -> list[int]:
@@ -92,19 +107,17 @@ def seeds_of(pairs: int) -> list[int]:
     return [seed for seed in range(1, pairs + 2) if seed != TUNING_SEED][:pairs]
 
 
-def costs_of(candidate: Side, baseline: Side) -> dict[str, Any]:
-    """Return the costs, which are measured once: a resumed gate has the same shorter runs."""
-    file = candidate.home / "costs.json"
-    if not file.exists():
-        candidate.home.mkdir(parents=True, exist_ok=True)
+def costs_of(sides: tuple[Side, Side], records: Records, numerics: str) -> dict[str, Any]:
+    """Return the costs of candidate and baseline, which are measured once: a resumed gate has the same shorter runs."""
+    candidate = sides[0]
+    if not records.costs_of(candidate, numerics):
         print("time of a step: both models in turn, a minute or two", flush=True)
         busy = os.getloadavg()[0]
-        write_json(file, costs(candidate, baseline))
+        records.add_costs(candidate, numerics, costs(*sides))
         if busy > BUSY:
-            print(
-                f"the machine was busy (load average {busy:.1f}); to measure again, stop, and delete {file}", flush=True
-            )
-    measured: dict[str, Any] = json.loads(file.read_text())
+            problem = f"the machine was busy (load average {busy:.1f})"
+            print(f"{problem}; to measure again, stop, and delete {candidate.home.name} in {records.file}", flush=True)
+    measured = records.costs_of(candidate, numerics)
     print(
         f"costs: {measured['flops']:.3f} times the FLOPs a token, {measured['seconds']:.3f} times the seconds",
         flush=True,
@@ -131,6 +144,10 @@ def main(argv: list[str] | None = None, launch: Launcher | None = None) -> None:
         type=Path,
         help="JSON file of the rows; default: docs/results/gate.json; of a first look OUT/gate.json",
     )
+    parser.add_argument("--baseline", choices=[*BASELINES], default=PAPER.name, help="what the idea is compared with")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="JSON file of the results of single runs")
+    parser.add_argument("--commit", action="store_true", help="commit that file as each run ends")
+    parser.add_argument("--search", action="store_true", help="search the strong baseline")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gate", help="folder of the runs")
     parser.add_argument("--tables", action="store_true", help="renew the table of docs/gate.md; trains three steps")
     parser.add_argument("--scale", choices=["cpu", "tiny"], default="cpu", help="tiny: twenty steps a run, for a test")
@@ -139,32 +156,36 @@ def main(argv: list[str] | None = None, launch: Launcher | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which devices there are
     with one_line_errors():
         if args.tables:
-            write_table(fingerprint(Side("baseline", scale), args.out.resolve(), launch))
+            write_table(fingerprint(Side("paper", scale, PAPER), args.out.resolve(), launch))
             return
-        require(bool(args.candidate), "no candidate: give a class_path or a YAML file")
+        require(bool(args.candidate) or args.search, "no candidate: give a class_path or a YAML file")
         require(args.pairs > 0 and args.jobs > 0, "--pairs and --jobs must be at least 1")
-        print(in_lines(enter(args, scale, launch)))
+        out = args.out.resolve()
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(out / ".lock", timeout=0):
+                records = Records(args.runs.resolve(), args.commit)
+                if args.search:
+                    search(records, scale, out, args.jobs, launch)
+                else:
+                    print(in_lines(enter(args, records, scale, out, launch)))
+        except Timeout:
+            raise SettingError(f"--out={out}: another process works in it; wait for it, or name another one") from None
 
 
-def enter(args: argparse.Namespace, scale: Scale, launch: Launcher) -> Row:
+def enter(args: argparse.Namespace, records: Records, scale: Scale, out: Path, launch: Launcher) -> Row:
     """Judge the candidate of a command line, and add its row to the file."""
-    out = args.out.resolve()
-    candidate = read_candidate(args.candidate, args.name, scale)
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            row = make_row(candidate, args.author, **judge(candidate, out, args.pairs, args.jobs, args.tune, launch))
-            whole = scale is CPU and args.pairs >= PLANNED_PAIRS
-            add_row(args.results or (RESULTS if whole else out / "gate.json"), row)
-            return row
-    except Timeout:
-        raise SettingError(f"--out={out}: another process works in it; wait for it, or name another one") from None
+    candidate = read_candidate(args.candidate, args.name, scale, BASELINES[args.baseline])
+    row = make_row(candidate, args.author, **judge(candidate, records, out, args.pairs, args.jobs, args.tune, launch))
+    whole = scale is CPU and args.pairs >= PLANNED_PAIRS
+    add_row(args.results or (RESULTS if whole else out / "gate.json"), row)
+    return row
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs are stopped, and saved
     # Classes are found in the working directory and beside a YAML file, here and in the runs.
-    folders = [os.getcwd(), *(str(Path(word).resolve().parent) for word in sys.argv[1:] if word.endswith(".yaml"))]
-    sys.path += folders
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*folders, os.environ.get("PYTHONPATH")]))
+    places = [os.getcwd(), *(str(Path(word).resolve().parent) for word in sys.argv[1:] if word.endswith(".yaml"))]
+    sys.path += places
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*places, os.environ.get("PYTHONPATH")]))
     main()

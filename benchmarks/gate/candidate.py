@@ -1,24 +1,22 @@
-"""What is compared: the baseline, and a candidate that changes it; and what is known of them before a run."""
+"""A candidate, from a class_path or a YAML file; and what is known of it before a run: properties, memory, costs."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from benchmarks.reproduce.scale import CONFIGS, Scale, run_settings
-from benchmarks.runs import ROOT
+from benchmarks.gate.sides import BASELINES, Baseline, Side
+from benchmarks.reproduce.scale import Scale
 from benchmarks.step import whole_step
 from benchmarks.timing import interleaved
 from nlgmoe.cli.type_hints import class_named, find_class
 from nlgmoe.cli.yaml_places import ConfigLoader
-from nlgmoe.config import GPTConfig
 from nlgmoe.device import available_memory
 from nlgmoe.experiment import load_config, parse_config
 from nlgmoe.model.counting import count_parameters, flops_per_token
@@ -32,10 +30,6 @@ from nlgmoe.tools.planner.memory import memory_of
 from nlgmoe.tools.planner.topology import layout
 from nlgmoe.validation import RunError, SettingError, require
 
-# The learning rate of the claims' MoE-16, which was interpolated between searched ones.
-RATE = json.loads((ROOT / "docs/results/reproduce.json").read_text())["runs"]["moe_16@1-seed1"]["learning_rate"]
-FILES = [str(ROOT / CONFIGS / f"{name}.yaml") for name in ("base", "moe_16")]
-BASE = (*FILES, json.dumps({"model": {"optimizer": {"lr": RATE}}}))
 PLACES = {RouterConfig: ("moe", "router"), ExpertConfig: ("moe", "expert"), AttentionConfig: ("attention",)}
 FREE = ("model.config.", "model.optimizer.")  # settings of an overlay
 HELD = ("vocab_size", "seq_len", "moe.eval_capacity_factor", "moe.eval_token_dropping")
@@ -43,47 +37,7 @@ PROCESS = 600_000_000  # bytes of a run's process beside the model: 0.68 GB at m
 ROUNDS, WARM_UP = 30, 15  # timed steps; oneDNN compiles a kernel for each number of rows, in the first ones
 
 
-@dataclass(frozen=True)
-class Side:
-    """The candidate or the baseline.
-
-    Attributes:
-        name: of rows and folders.
-        scale: size of the runs.
-        overlays: files of settings, or their text as JSON, over those of `BASE`; none for the baseline.
-        rate: learning rate; None: that of the overlays, or `RATE`.
-        home: folder of its runs.
-    """
-
-    name: str
-    scale: Scale
-    overlays: tuple[str, ...] = ()
-    rate: float | None = None
-    home: Path = Path()
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """All settings but those of the single run."""
-        return parse_config([*BASE, *self.overlays])
-
-    @cached_property
-    def config(self) -> GPTConfig:
-        """The model."""
-        return GPTConfig.from_dict(self.settings["model"]["config"])
-
-    @property
-    def learning_rate(self) -> float:
-        """The peak."""
-        return self.rate or float(self.settings["model"]["optimizer"]["lr"])
-
-    def files(self, steps: int, seed: int) -> list[str]:
-        """Return the files of settings of a run, or their text."""
-        own = run_settings(self.scale, ROOT, steps, seed, self.learning_rate)
-        own["trainer"]["logger"] = True  # curves for the report; the baseline's file turns them off
-        return [*BASE, *self.overlays, json.dumps(own)]
-
-
-def read_candidate(text: str, name: str | None, scale: Scale) -> Side:
+def read_candidate(text: str, name: str | None, scale: Scale, base: Baseline) -> Side:
     """Return the candidate that a class_path or a YAML file names.
 
     Raises:
@@ -92,7 +46,7 @@ def read_candidate(text: str, name: str | None, scale: Scale) -> Side:
     is_file = text.endswith((".yaml", ".yml"))
     if is_file:
         own = Path(text).stem
-        _check_fixed(flattened(parse_config([*BASE, text])))
+        _check_fixed(flattened(parse_config([*base.files, text])), base)
         overlay = json.dumps(yaml.load(Path(text).read_text(), Loader=ConfigLoader))  # later edits change no run
     else:
         kind, own = find_class(text) if "." in text else None, text.rpartition(".")[2]
@@ -101,15 +55,15 @@ def read_candidate(text: str, name: str | None, scale: Scale) -> Side:
         overlay = _at(PLACES[bases[0]], {"class_path": text})
     name = name or own
     require(
-        name != "baseline" and name.replace("-", "_").replace(".", "_").isidentifier(),
+        name not in BASELINES and name.replace("-", "_").replace(".", "_").isidentifier(),
         f"--name={name}: give another one, of letters, digits, -, . and _",
     )
-    side = Side(name, scale, (overlay,))
+    side = Side(name, scale, base, (overlay,))
     router = (side.settings["model"]["config"]["moe"] or {}).get("router")
     if router and "token_dropping" not in class_named(router["class_path"], [RouterConfig]).reads_fields:
         default = _at(("moe", "token_dropping"), True)  # moe_16.yaml sets another value
         side = replace(side, overlays=(default, overlay))
-    load_config([*BASE, *side.overlays[:-1], text if is_file else overlay])  # checks all
+    load_config([*base.files, *side.overlays[:-1], text if is_file else overlay])  # checks all
     return side
 
 
@@ -119,9 +73,9 @@ def _at(place: tuple[str, ...], value: Any) -> str:
     return json.dumps(value)
 
 
-def _check_fixed(settings: dict[str, Any]) -> None:
+def _check_fixed(settings: dict[str, Any], base: Baseline) -> None:
     """Check that settings differ from the baseline's only where they may; those of the model first, since others follow them."""
-    baseline = flattened(parse_config(list(BASE))) | {"config": settings["config"]}  # its list of files
+    baseline = flattened(parse_config(list(base.files))) | {"config": settings["config"]}  # its list of files
     for name in sorted(
         {*settings, *baseline}, key=lambda name: (name not in settings, not name.startswith("model."), name)
     ):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.documents import markdown_table, with_text
-from benchmarks.gate.candidate import Side
+from benchmarks.gate.sides import Side
 from benchmarks.gate.verdict import AS_GOOD, CHANCE, PLANNED_PAIRS, in_words
 from benchmarks.reproduce.cells import MARGIN
 from benchmarks.reproduce.scale import machine

@@ -5,14 +5,59 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from benchmarks.gate.candidate import Side
-from benchmarks.reproduce.cells import COOLDOWN
+from typing_extensions import override
+
+from benchmarks.gate.records import Record, Records, described
+from benchmarks.gate.sides import Side
+from benchmarks.runs import commit, processor
 from benchmarks.training import Launcher, Run
 from nlgmoe import load_model
+
+
+@dataclass(frozen=True)
+class StoredRun(Run):
+    """A run whose result is stored as it ends.
+
+    Attributes:
+        records: where.
+        about: the rest of its record.
+        again: its checkpoints are needed, so that it is trained although its result is stored.
+    """
+
+    records: Records = field(kw_only=True)
+    about: Record = field(kw_only=True)
+    again: bool = False
+
+    @property
+    @override
+    def has_ended(self) -> bool:
+        """See `Run`."""
+        return super().has_ended or (self.name in self.records.runs and not self.again)
+
+    @property
+    @override
+    def loss(self) -> float:
+        """See `Run`."""
+        return float(self.records.runs[self.name]["val_loss"]) if self.name in self.records.runs else super().loss
+
+    @override
+    def train(self, launch: Launcher) -> str:
+        """See `Run`."""
+        words = super().train(launch)
+        self.store()
+        return words
+
+    def store(self) -> None:
+        """Store the result of a run that has ended, if it is not."""
+        if self.name not in self.records.runs and super().has_ended:
+            summary = self.summary
+            result = {"val_loss": super().loss, "bits_per_byte": summary["bits_per_byte"]["all"]}
+            self.records.add(self.name, {**result, **self.about, "seconds": round(summary["wall_seconds"])})
 
 
 def fingerprint(side: Side, out: Path, launch: Launcher) -> str:
@@ -33,19 +78,30 @@ def placed(side: Side, out: Path, launch: Launcher) -> Side:
     return replace(side, home=out / f"{side.name}-{fingerprint(side, out, launch)}")
 
 
-def run_of(side: Side, seed: int, steps: int, start: int = 0) -> Run:
+def run_of(side: Side, seed: int, steps: int, records: Records, numerics: str, start: int = 0) -> StoredRun:
     """Return a run of a side; it begins from its whole run of that seed at step `start`, or from random weights."""
     whole = steps == side.scale.steps
     folder = side.home / (f"seed{seed}" + ("" if whole else f"-{steps}"))
     trunk = side.home / f"seed{seed}/checkpoints/step-{start}.ckpt" if start else None
     keep = whole and not side.overlays  # shorter runs of later gates begin from the baseline's whole ones
-    return Run(f"{side.name} {folder.name}", folder, tuple(side.files(steps, seed)), steps, trunk, start, keep)
+    about: dict[str, Any] = {"seed": seed, "steps": steps, **described(side)}
+    about |= {"numerics": numerics, "commit": commit(), "processor": processor()}
+    files, name = tuple(side.files(steps, seed)), f"{side.home.name} {folder.name}"
+    run = StoredRun(name, folder, files, steps, trunk, start, keep, records=records, about=about)
+    run.store()
+    return run
 
 
-def series(side: Side, seed: int, lengths: Iterable[int]) -> dict[int, Run]:
+def series(side: Side, seed: int, lengths: Iterable[int], records: Records, numerics: str) -> dict[int, StoredRun]:
     """Return the whole run of a seed, and shorter ones from its constant part, by steps; in the order of training."""
     whole, every = side.scale.steps, side.scale.milestones
-    starts = {steps: (steps - round(COOLDOWN * steps)) // every * every for steps in {*lengths} - {whole}}
-    return {whole: run_of(side, seed, whole)} | {
-        steps: run_of(side, seed, steps, starts[steps]) for steps in sorted(starts, reverse=True)
-    }
+    starts = {n: (n - round(side.cooldown * n)) // every * every for n in sorted({*lengths} - {whole}, reverse=True)}
+    first = run_of(side, seed, whole, records, numerics)
+    shorter = {steps: run_of(side, seed, steps, records, numerics, start) for steps, start in starts.items()}
+    again = any(run.trunk and not run.trunk.exists() and not run.has_ended for run in shorter.values())
+    return {whole: replace(first, again=again)} | shorter
+
+
+def folders(lines: Iterable[Sequence[Run]]) -> list[Path]:
+    """Return the folders of the first runs of lines, as far as they are here."""
+    return [line[0].folder for line in lines if (line[0].folder / "summary.json").exists()]

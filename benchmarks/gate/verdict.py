@@ -1,5 +1,6 @@
-"""The rule of the verdicts. It was committed before any candidate was trained; `worse` was moved before `as good as` before any
-candidate was trained beside the strong baseline, which changed no verdict of the rows of then.
+"""The rule of the verdicts. It was committed before any candidate was trained.
+
+`worse` was moved before `as good as` before any candidate was trained beside the strong baseline; no verdict of then changed.
 
 d = loss of the candidate - loss of the baseline, final validation losses in nats per token, one pair for each seed. Its intervals
 are Student's (`nlgmoe.tools.report.groups`, as for the claims). The first line that holds is the verdict:

@@ -49,7 +49,9 @@ TINY = Scale(
 )
 
 
-def run_settings(scale: Scale, tree: Path, steps: int, seed: int, rate: float) -> dict[str, Any]:
+def run_settings(
+    scale: Scale, tree: Path, steps: int, seed: int, rate: float, cooldown: float = COOLDOWN
+) -> dict[str, Any]:
     """Return the settings of a run besides the files of configs/reproduce.
 
     Args:
@@ -58,6 +60,7 @@ def run_settings(scale: Scale, tree: Path, steps: int, seed: int, rate: float) -
         steps: optimizer steps; the last of them are the cooldown.
         seed: of weights and order.
         rate: learning rate.
+        cooldown: share of the steps.
     """
     (checkpoint,) = yaml.safe_load((tree / CONFIGS / "base.yaml").read_text())["trainer"]["callbacks"]
     interval = "milestones" if "milestones" in checkpoint["init_args"] else "every_n_train_steps"  # before 0.4
@@ -72,7 +75,7 @@ def run_settings(scale: Scale, tree: Path, steps: int, seed: int, rate: float) -
             "schedule": {
                 "warmup_tokens": scale.steps // 40 * scale.step_tokens,
                 "decay_tokens": tokens,
-                "cooldown_tokens": round(COOLDOWN * steps) * scale.step_tokens,
+                "cooldown_tokens": round(cooldown * steps) * scale.step_tokens,
             },
         },
         "data": {**scale.settings.get("data", {}), "seed": seed, "data_dir": str(tree / "data/pocket_pile")},
