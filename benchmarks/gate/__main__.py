@@ -3,6 +3,8 @@
     python -m benchmarks.gate my_router.MyRouterConfig               a router, an expert or an attention, by class_path
     python -m benchmarks.gate mine.yaml --pairs 2                    an overlay of settings; a first look
     python -m benchmarks.gate --search                               the search for the strong baseline
+    python -m benchmarks.gate --campaign                             the planned rows beside it
+    python -m benchmarks.gate --status                               what of both is done, running and missing
     python -m benchmarks.gate --tables                               renew the table of docs/gate.md from docs/results/gate.json
 
 It can be stopped at any time, and resumes when it is started again.
@@ -21,15 +23,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from benchmarks.gate import carry
+from benchmarks.gate.campaign import PLAN, status
 from benchmarks.gate.candidate import check, costs, memory, read_candidate
-from benchmarks.gate.page import RESULTS, Row, add_row, in_lines, make_row, write_table
+from benchmarks.gate.page import RESULTS, Row, add_row, baseline_of, in_lines, make_row, read_rows, table, write_tables
 from benchmarks.gate.records import RUNS, Records
 from benchmarks.gate.runs import fingerprint, folders, placed, run_of, series
 from benchmarks.gate.search import search
 from benchmarks.gate.sides import BASELINES, PAPER, Side
-from benchmarks.gate.verdict import PLANNED_PAIRS, steps_at_equal_cost, verdict
+from benchmarks.gate.verdict import COSTS, PLANNED_PAIRS, TUNING_SEED, seeds_of, steps_of, verdict
 from benchmarks.reproduce.campaign import best_rate
-from benchmarks.reproduce.scale import CPU, TINY, Scale
+from benchmarks.reproduce.scale import CPU, TINY
 from benchmarks.runs import ROOT
 from benchmarks.training import Launcher, train
 from nlgmoe.cli.errors import one_line_errors
@@ -37,8 +41,8 @@ from nlgmoe.tools.report.page import write_report
 from nlgmoe.tools.report.runs import read_runs
 from nlgmoe.validation import SettingError, require
 
-TUNING_SEED, FACTORS = 9, (0.5, 1.0, 2.0)  # of the search for a learning rate, at half the tokens, as for the claims
-COSTS, MOST = ("flops", "seconds"), 20  # a shorter run has a warm-up too
+FACTORS = (0.5, 1.0, 2.0)  # of the search for a learning rate, at half the tokens, as for the claims
+MOST = 20  # times the cost; a shorter run has a warm-up too
 BUSY = 3.0  # load average; the gate's own checks and first steps, just before, reach 2 on two cores
 
 
@@ -73,7 +77,7 @@ def judge(
         print(f"learning rate: {candidate.learning_rate:.2g}, from the losses {searched}")
     both = candidate, baseline = placed(candidate, out, launch), baseline
     measured, whole = costs_of(both, records, numerics), candidate.scale.steps
-    steps = {"tokens": (whole, whole)} | {kind: steps_at_equal_cost(measured[kind], whole) for kind in COSTS}
+    steps = steps_of(measured, whole)
     seeds, lengths = seeds_of(pairs), [*steps.values()]
     missing = [seed for seed in seeds if not records.pair(both, seed, lengths)]
     each = [*zip(both, zip(*lengths, strict=True), strict=True)]  # side, and its lengths
@@ -100,11 +104,6 @@ def judge(
         page = write_report(read_runs(trained), out / f"{candidate.name}-{candidate.base.name}.html", "seed", text)
         print(f"curves: {page}")
     return outcome
-
-
-def seeds_of(pairs: int) -> list[int]:
-    """Return the seeds of the pairs, without that of the search for a learning rate."""
-    return [seed for seed in range(1, pairs + 2) if seed != TUNING_SEED][:pairs]
 
 
 def costs_of(sides: tuple[Side, Side], records: Records, numerics: str) -> dict[str, Any]:
@@ -148,6 +147,10 @@ def main(argv: list[str] | None = None, launch: Launcher | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=RUNS, help="JSON file of the results of single runs")
     parser.add_argument("--commit", action="store_true", help="commit that file as each run ends")
     parser.add_argument("--search", action="store_true", help="search the strong baseline")
+    parser.add_argument("--campaign", action="store_true", help="train the planned rows beside the strong baseline")
+    parser.add_argument(
+        "--status", action="store_true", help="show what is done, running and missing of both; trains nothing"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gate", help="folder of the runs")
     parser.add_argument("--tables", action="store_true", help="renew the table of docs/gate.md; trains three steps")
     parser.add_argument("--scale", choices=["cpu", "tiny"], default="cpu", help="tiny: twenty steps a run, for a test")
@@ -156,28 +159,36 @@ def main(argv: list[str] | None = None, launch: Launcher | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which devices there are
     with one_line_errors():
         if args.tables:
-            write_table(fingerprint(Side("paper", scale, PAPER), args.out.resolve(), launch))
+            rows = read_rows(RESULTS)
+            sides = [Side(name, scale, BASELINES[name]) for name in dict.fromkeys(map(baseline_of, rows))]
+            numerics = {side.name: fingerprint(side, args.out.resolve(), launch) for side in sides}
+            write_tables(f"{table(rows, numerics)}\n\n{carry.table(rows)}")
+            carry.draw(rows, RESULTS.parent / carry.FIGURE)
             return
-        require(bool(args.candidate) or args.search, "no candidate: give a class_path or a YAML file")
         require(args.pairs > 0 and args.jobs > 0, "--pairs and --jobs must be at least 1")
-        out = args.out.resolve()
+        out, records = args.out.resolve(), Records(args.runs.resolve(), args.commit)
+        if args.status:
+            print(status(records, out, args.jobs))
+            return
+        planned = [(str(entry.candidate), entry.baseline) for entry in PLAN] if args.campaign else []
+        wanted = [(args.candidate, args.baseline)] if args.candidate else planned
+        require(bool(wanted) or args.search, "no candidate: give a class_path or a YAML file")
         out.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(out / ".lock", timeout=0):
-                records = Records(args.runs.resolve(), args.commit)
                 if args.search:
                     search(records, scale, out, args.jobs, launch)
-                else:
-                    print(in_lines(enter(args, records, scale, out, launch)))
+                for text, baseline in wanted:
+                    candidate = read_candidate(text, args.name, scale, BASELINES[baseline])
+                    print(in_lines(enter(candidate, args, records, out, launch)))
         except Timeout:
             raise SettingError(f"--out={out}: another process works in it; wait for it, or name another one") from None
 
 
-def enter(args: argparse.Namespace, records: Records, scale: Scale, out: Path, launch: Launcher) -> Row:
-    """Judge the candidate of a command line, and add its row to the file."""
-    candidate = read_candidate(args.candidate, args.name, scale, BASELINES[args.baseline])
+def enter(candidate: Side, args: argparse.Namespace, records: Records, out: Path, launch: Launcher) -> Row:
+    """Judge a candidate, and add its row to the file."""
     row = make_row(candidate, args.author, **judge(candidate, records, out, args.pairs, args.jobs, args.tune, launch))
-    whole = scale is CPU and args.pairs >= PLANNED_PAIRS
+    whole = candidate.scale is CPU and args.pairs >= PLANNED_PAIRS
     add_row(args.results or (RESULTS if whole else out / "gate.json"), row)
     return row
 

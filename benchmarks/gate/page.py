@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.documents import markdown_table, with_text
-from benchmarks.gate.sides import Side
+from benchmarks.gate.sides import BASELINES, PAPER, Side
 from benchmarks.gate.verdict import AS_GOOD, CHANCE, PLANNED_PAIRS, in_words
 from benchmarks.reproduce.cells import MARGIN
 from benchmarks.reproduce.scale import machine
@@ -50,39 +50,60 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def add_row(file: Path, row: Row) -> None:
-    """Add a row to a file, in place of one of the same name and author."""
-    key = ("name", "author")
-    others = [other for other in read_rows(file) if any(other[part] != row[part] for part in key)]
+    """Add a row to a file, in place of one of the same name, author and baseline."""
+    others = [other for other in read_rows(file) if _key(other) != _key(row)]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, [*others, row])
+
+
+def _key(row: Row) -> tuple[str, str, str]:
+    return row["name"], row["author"], baseline_of(row)
+
+
+def baseline_of(row: Row) -> str:
+    """Return the name of a row's baseline; the first rows name none."""
+    return str(row.get("baseline", PAPER.name))
 
 
 def in_lines(row: Row) -> str:
     """Return what the gate found, a verdict a line."""
     costs = row["costs"]
-    lines = [f"{row['name']}: {costs['flops']:.2f} times the FLOPs a token, {costs['seconds']:.2f} times the seconds"]
+    cost = f"{costs['flops']:.2f} times the FLOPs a token, {costs['seconds']:.2f} times the seconds"
+    lines = [f"{row['name']} beside {baseline_of(row)}: {cost}"]
     lines += [f"  {title + ':':<15}{in_words(row['verdicts'][kind])}" for kind, title in KINDS.items()]
     if row["verdicts"]["tokens"]["pairs"] < PLANNED_PAIRS:
         lines.append(f"  a first look: fewer than {PLANNED_PAIRS} pairs can say worse, or nothing")
     return "\n".join(lines)
 
 
-def table(rows: Sequence[Row], numerics: str) -> str:
-    """Return the table of all rows; those of other numerics than today's are marked."""
-    head = ["idea", "by", "commit", "parameters (active)", "FLOPs", "seconds", *KINDS.values(), "pairs"]
+def summary(rows: Sequence[Row]) -> str:
+    """Return a table with a line an idea and a column a baseline, of the verdicts at equal tokens."""
+    of_idea: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        of_idea.setdefault((row["name"], row["author"]), {})[baseline_of(row)] = row
+    names = [name for name in BASELINES if any(name in of for of in of_idea.values())]
+    lines = [
+        [name, author, *(_cell(of[base]["verdicts"]["tokens"]) if base in of else "" for base in names)]
+        for (name, author), of in of_idea.items()
+    ]
+    return markdown_table(["idea, at equal tokens", "by", *(f"beside `{name}`" for name in names)], lines)
+
+
+def table(rows: Sequence[Row], numerics: Mapping[str, str]) -> str:
+    """Return the tables of all rows; those of other numerics than today's, by baseline, are marked."""
+    head = ["idea", "baseline", "commit", "parameters (active)", "FLOPs", "seconds", *KINDS.values(), "pairs"]
     lines = []
     for row in rows:
-        mark = "" if row["numerics"] == numerics else " *"
+        mark = "" if row["numerics"] == numerics.get(baseline_of(row)) else " *"
         size, costs, verdicts = row["parameters"], row["costs"], row["verdicts"]
-        cells = [row["name"], row["author"], row["commit"][:7] + row["commit"][40:] + mark]
+        cells = [row["name"], baseline_of(row), row["commit"][:7] + row["commit"][40:] + mark]
         cells += [f"{size['total'] / 1e6:.2f}M ({size['active'] / 1e6:.2f}M)"]
         cells += [f"{costs[kind]:.2f}" for kind in ("flops", "seconds")]
         lines.append([*cells, *(_cell(verdicts[kind]) for kind in KINDS), verdicts["tokens"]["pairs"]])
     text = f"{len(rows)} rows: if no idea changed the loss, {CHANCE * len(rows):.2f} of them would be better by chance."
     marked = " * has other numerics than the code and machine that wrote this table: its verdicts are of its commit."
-    return (
-        f"{markdown_table(head, lines)}\n\n{text}{marked if any(row['numerics'] != numerics for row in rows) else ''}"
-    )
+    text += marked if any(row["numerics"] != numerics.get(baseline_of(row)) for row in rows) else ""
+    return f"{summary(rows)}\n\nAll verdicts, by row:\n\n{markdown_table(head, lines)}\n\n{text}"
 
 
 def _cell(judged: dict[str, Any]) -> str:
@@ -91,7 +112,6 @@ def _cell(judged: dict[str, Any]) -> str:
     return f"**{judged['reading']}**{within} {judged['mean']:+.3f}{interval}"
 
 
-def write_table(numerics: str) -> None:
-    """Renew the table of docs/gate.md from docs/results/gate.json."""
-    text = table(read_rows(RESULTS), numerics)
+def write_tables(text: str) -> None:
+    """Replace the tables of docs/gate.md."""
     PAGE.write_text(with_text(PAGE.read_text(), BEGIN, END, text, name=str(PAGE)))

@@ -24,17 +24,15 @@ from typing import Any
 from benchmarks.gate.candidate import costs
 from benchmarks.gate.records import Records
 from benchmarks.gate.runs import placed, run_of
-from benchmarks.gate.sides import PAPER, Baseline, Side
+from benchmarks.gate.sides import MUON, Side
 from benchmarks.gate.verdict import SAME_COST
 from benchmarks.reproduce.campaign import best_rate
 from benchmarks.reproduce.cells import MARGIN
 from benchmarks.reproduce.scale import Scale
-from benchmarks.runs import ROOT
 from benchmarks.training import Launcher, train
 from nlgmoe.validation import require
 
 SEEDS, SLOWEST, RATES, MORE = (101, 102), 1.15, (0.5, 1.0, 2.0), 2
-MUON = Baseline("muon", (*PAPER.files, str(ROOT / "docs/examples/gate/muon.yaml")))
 FACTORS: dict[str, dict[str, Any]] = {
     # The parts of a modern block
     "qk_norm": {"config": {"qk_norm": "head"}},

@@ -18,13 +18,14 @@ one is judged after fewer tokens, `whole / ratio`; costs that differ by at most 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.reproduce.cells import MARGIN
 from nlgmoe.tools.report.groups import PairedDifference, paired_difference
 
-PLANNED_PAIRS = 8
+PLANNED_PAIRS, TUNING_SEED = 8, 9
+COSTS = ("flops", "seconds")
 SAME_COST = 0.02
 BETTER, AS_GOOD, WORSE, UNRESOLVED = "better", "as good as", "worse", "unresolved"
 CHANCE = 0.025  # of each row to be called better although it is equal
@@ -69,6 +70,16 @@ def in_words(judged: dict[str, Any]) -> str:
         return f"{words}, 1 pair, no interval"
     interval = f"({judged['low']:+.4f} to {judged['high']:+.4f}), {judged['pairs']} pairs"
     return f"{words} {interval}; a difference below {judged['resolution']:.4f} would not have shown"
+
+
+def seeds_of(pairs: int) -> list[int]:
+    """Return the seeds of the pairs, without that of the search for a learning rate."""
+    return [seed for seed in range(1, pairs + 2) if seed != TUNING_SEED][:pairs]
+
+
+def steps_of(costs: Mapping[str, Any], whole: int) -> dict[str, tuple[int, int]]:
+    """Return the steps of candidate and baseline at equal tokens, FLOPs and seconds; `costs` are multiples of the baseline's."""
+    return {"tokens": (whole, whole)} | {kind: steps_at_equal_cost(costs[kind], whole) for kind in COSTS}
 
 
 def steps_at_equal_cost(ratio: float, whole: int) -> tuple[int, int]:

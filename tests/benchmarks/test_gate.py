@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,13 @@ import pytest
 
 from benchmarks.gate import __main__ as command
 from benchmarks.gate import candidate as candidates
-from benchmarks.gate import page
+from benchmarks.gate import carry, page
 from benchmarks.gate.__main__ import main as gate
-from benchmarks.gate.__main__ import seeds_of
-from benchmarks.gate.candidate import Side, check, costs, memory, read_candidate
+from benchmarks.gate.candidate import check, costs, memory
+from benchmarks.gate.records import Records, described
 from benchmarks.gate.runs import series
-from benchmarks.gate.verdict import AS_GOOD, BETTER, UNRESOLVED, WORSE, steps_at_equal_cost, verdict
+from benchmarks.gate.sides import PAPER, Side
+from benchmarks.gate.verdict import AS_GOOD, BETTER, UNRESOLVED, WORSE, seeds_of, steps_at_equal_cost, verdict
 from benchmarks.reproduce.scale import CPU, TINY
 from benchmarks.training import Launcher, train
 from docs.examples.cosine_router import CosineRouter, CosineRouterConfig
@@ -29,7 +31,8 @@ from nlgmoe.validation import RunError, SettingError
 from tests.support.in_process import Here
 
 HERE = "tests.benchmarks.test_gate"
-BASELINE = Side("baseline", TINY)
+BASELINE = Side("paper", TINY, PAPER)
+read_candidate = partial(candidates.read_candidate, base=PAPER)
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,12 @@ def test_verdict_of_the_gate_is_wrong_as_often_as_its_rule_says(mean: float, rea
     assert found.count(reading) / tries == pytest.approx(share, abs=0.012)
 
 
-def test_gate_gives_the_costlier_side_fewer_tokens_and_starts_at_a_constant_rate() -> None:
+def test_gate_gives_the_costlier_side_fewer_tokens_and_starts_at_a_constant_rate(tmp_path: Path) -> None:
     assert [steps_at_equal_cost(ratio, 2400) for ratio in (1.0, 1.019, 0.981)] == [(2400, 2400)] * 3
     assert [steps_at_equal_cost(ratio, 2400) for ratio in (1.2, 0.5)] == [(2000, 2400), (2400, 1200)]
     assert seeds_of(8) == [1, 2, 3, 4, 5, 6, 7, 8] and seeds_of(10)[-2:] == [10, 11]  # 9 is for the learning rate
-    side = Side("s", CPU, ("{}",))
-    assert [(steps, run.start) for steps, run in series(side, 1, [2400, 2000, 590]).items()] == [
+    side, records = Side("s", CPU, PAPER, ("{}",)), Records(tmp_path / "runs.json")
+    assert [(steps, run.start) for steps, run in series(side, 1, [2400, 2000, 590], records, "n").items()] == [
         (2400, 0),
         (2000, 1440),
         (590, 0),
@@ -113,6 +116,53 @@ def test_gate_refuses_an_overlay_of_what_is_held_fixed_by_name(text: str, line: 
     assert line in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+def test_a_pair_has_runs_of_one_numerics_and_each_result_is_committed(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    records = Records(tmp_path / "runs.json", commits=True)
+    sides = Side("idea", CPU, PAPER, ("{}",), home=Path("idea-a")), Side("paper", CPU, PAPER, home=Path("paper-p"))
+    for number, (side, numerics, steps, loss) in enumerate(
+        [
+            (sides[0], "q", 2400, 3.5),
+            (sides[1], "p", 2400, 4.0),
+            (sides[0], "p", 2400, 3.9),
+            (sides[0], "p", 2000, 3.95),
+        ]
+    ):
+        assert not records.pair(sides, 1, [(2400, 2400), (2000, 2400)]), number
+        about = {**described(side), "numerics": numerics, "seed": 1, "steps": steps}
+        records.add(f"{side.home.name} {numerics} {steps}", {**about, "val_loss": loss})
+    assert records.pair(sides, 1, [(2400, 2400), (2000, 2400)]) == [{2400: 3.9, 2000: 3.95}, {2400: 4.0}]
+    assert not records.pair(sides, 2, [(2400, 2400)])
+    changed = replace(sides[0], home=Path("idea-b"))  # its class computes something else, on the same processor
+    assert not records.pair((changed, sides[1]), 1, [(2400, 2400)])
+    elsewhere = replace(sides[0], home=Path("idea-c")), replace(sides[1], home=Path("paper-r"))  # another processor
+    assert Records(tmp_path / "runs.json").pair(elsewhere, 1, [(2400, 2400)]) == [{2400: 3.9, 2000: 3.95}, {2400: 4.0}]
+    log = subprocess.run(["git", "log", "--oneline"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert log.count("validation loss") == 4
+
+
+def test_a_change_between_baselines_is_its_rule_on_numbers_computed_by_hand() -> None:
+    def row(name: str, base: str, effect: float) -> dict[str, Any]:
+        noise = [0.01 * (-1) ** seed * (base == "strong") for seed in range(8)]
+        ours = {str(seed): 3 + effect + noise[seed] for seed in range(8)}
+        losses = {"candidate": {"2400": ours}, "baseline": {"2400": dict.fromkeys(ours, 3.0)}}
+        return {"name": name, "baseline": base, "losses": losses, "steps": {"tokens": [2400, 2400]}}
+
+    # Standard error 0.01 / sqrt(7) = 0.00378; of 0.0134, t = 3.545, p = 0.0094; of 0.0140, p = 0.0075; 0.0108: p = 0.0244.
+    # Holm: 0.0075 * 4 = 0.030, 0.0094 * 3 = 0.028, 0.0244 * 2 = 0.049 and then 0.0300 * 1.
+    for last, reading in ((0.0102, "changed"), (0.0080, "no change shown")):
+        shifts = dict(zip(carry.CARRIED, (0.0134, 0.0140, 0.0108, last), strict=True))
+        rows = [
+            row(name, base, shift * (base == "strong"))
+            for name, shift in shifts.items()
+            for base in ("paper", "strong")
+        ]
+        readings = {name: found for name, (_, found) in carry.changes(rows).items()}
+        assert readings == dict.fromkeys(carry.CARRIED, "changed") | {carry.CARRIED[-1]: reading}
+    rows = [row(name, base, 0.0110 * (base == "strong")) for name in carry.CARRIED for base in ("paper", "strong")]
+    assert {found for _, found in carry.changes(rows).values()} == {"no change shown"}  # p = 0.0225, times 4
+
+
 def test_gate_takes_classes_of_three_kinds_and_overlays(tmp_path: Path) -> None:
     found = read_candidate("docs.examples.hash_router.HashRouterConfig", None, CPU)
     assert found.name == "HashRouterConfig"
@@ -125,7 +175,7 @@ def test_gate_takes_classes_of_three_kinds_and_overlays(tmp_path: Path) -> None:
     assert read_candidate(str(tmp_path / "dense.yaml"), None, CPU).config.moe is None
     slow = read_candidate(str(tmp_path / "slow.yaml"), None, CPU)
     assert (slow.name, slow.learning_rate, found.learning_rate) == ("slow", 1e-3, pytest.approx(0.00599, abs=1e-5))
-    for text, name in (("nlgmoe.GPTConfig", None), ("hash", None), (str(tmp_path / "slow.yaml"), "baseline")):
+    for text, name in (("nlgmoe.GPTConfig", None), ("hash", None), (str(tmp_path / "slow.yaml"), "strong")):
         with pytest.raises(SettingError):
             read_candidate(text, name, CPU)
 
@@ -137,7 +187,7 @@ def test_gate_runs_no_candidate_that_fails_a_property_or_needs_too_much_memory(m
         check(deaf, BASELINE)
     assert "left out" in check(BASELINE, BASELINE)
     monkeypatch.setattr(candidates, "available_memory", lambda: 10**9)
-    with pytest.raises(SettingError, match=r"--jobs=2: 1.\d GB predicted for 2 runs of baseline, 1.0 GB available"):
+    with pytest.raises(SettingError, match=r"--jobs=2: 1.\d GB predicted for 2 runs of paper, 1.0 GB available"):
         memory(BASELINE, 2)
 
 
@@ -151,8 +201,9 @@ def test_gate_ends_at_a_failed_run(tmp_path: Path) -> None:
             return 1
 
     launch, side = Failing(), replace(BASELINE, home=tmp_path)
-    lines = [[*series(side, seed, []).values()] for seed in range(1, 9)]
-    with pytest.raises(RunError, match=r"baseline seed. ended with exit code 1: error: step 12: the loss is nan"):
+    records = Records(tmp_path / "runs.json")
+    lines = [[*series(side, seed, [], records, "n").values()] for seed in range(1, 9)]
+    with pytest.raises(RunError, match=r" seed. ended with exit code 1: error: step 12: the loss is nan"):
         train(lines, 1, launch)
     assert launch.started == 1
 
@@ -162,7 +213,15 @@ def test_gate_names_a_loss_that_is_not_finite_in_one_line(
 ) -> None:
     (tmp_path / "wild.yaml").write_text("model: {optimizer: {lr: 1.0e+30}}")
     with pytest.raises(SystemExit) as end:
-        gate([str(tmp_path / "wild.yaml"), f"--out={tmp_path}/runs", f"--results={tmp_path}/rows.json", "--scale=tiny"])
+        gate(
+            [
+                str(tmp_path / "wild.yaml"),
+                f"--out={tmp_path}/runs",
+                f"--results={tmp_path}/rows.json",
+                f"--runs={tmp_path}/r.json",
+                "--scale=tiny",
+            ]
+        )
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert line.startswith("error: wild-first-steps ended with exit code 1: error: step 1: the loss is nan")
     assert end.value.code == 1 and not (tmp_path / "rows.json").exists()
@@ -174,7 +233,7 @@ def test_gate_writes_the_row_of_a_candidate(pocket_pile: Path, tmp_path: Path, m
     rows, out = tmp_path / "rows.json", tmp_path / "runs"
     monkeypatch.setattr(candidates, "check_layer", partial(check_layer, only={"capacity is the formula"}))
     monkeypatch.setattr(command, "costs", lambda *sides: {**costs(*sides, rounds=1), "seconds": 1.01})
-    words = [str(tmp_path / "top-2.yaml"), f"--out={out}", f"--results={rows}"]
+    words = [str(tmp_path / "top-2.yaml"), f"--out={out}", f"--results={rows}", f"--runs={tmp_path}/r.json"]
     words += ["--scale=tiny", "--jobs=1", "--author=me", "--pairs=2"]
 
     first = Here(killed=5)  # two fingerprints, then the runs
@@ -184,7 +243,7 @@ def test_gate_writes_the_row_of_a_candidate(pocket_pile: Path, tmp_path: Path, m
     gate(words, again)
     trained = [Path(word.partition("=")[2]) for run in again.commands for word in run if "default_root_dir" in word]
     assert [f"{folder.parent.name[:5]} {folder.name}" for folder in trained[2:]] == [
-        *("basel seed1", "top-2 seed2", "top-2 seed2-16", "basel seed2"),
+        *("paper seed1", "top-2 seed2", "top-2 seed2-16", "paper seed2"),
     ]  # seed 1 of the candidate, and its shorter run, had ended
     (row,) = page.read_rows(rows)
     assert row["steps"] == {"tokens": [20, 20], "flops": [16, 20], "seconds": [20, 20]}  # 1.22 times the FLOPs
@@ -200,11 +259,17 @@ def test_gate_writes_the_row_of_a_candidate(pocket_pile: Path, tmp_path: Path, m
     assert json.loads((shorter / "summary.json").read_text())["tokens"] == 16 * TINY.step_tokens
     (run,) = read_runs([shorter])
     assert run.metrics["train/tokens"].min() >= 12 * TINY.step_tokens
-    curves = (out / "top-2.html").read_text()
+    curves = (out / "top-2-paper.html").read_text()
     assert len(curves) > 1e6 and page.in_lines(row).splitlines()[1] in curves and "minus <select" not in curves
     # A second look costs no run; the row of the same name and author is replaced.
     last = Here(killed=0)
     gate([*words, "--name=top-2"], last)
     assert len(last.commands) == 2 and page.read_rows(rows) == [row | {"command": page.read_rows(rows)[0]["command"]}]
-    text = page.table([row, row | {"numerics": "older", "name": "other"}], row["numerics"])
-    assert "| other | me |" in text and text.count(" * ") == 1 + 1 and "2 rows" in text
+    text = page.table(
+        [row, row | {"numerics": "older", "name": "other", "baseline": "muon"}], {"paper": row["numerics"]}
+    )
+    assert text.count(" * ") == 1 + 1 and "2 rows" in text
+    first, second = (
+        line.split(" | ") for line in text.splitlines() if line.startswith(("| top-2 | me", "| other | me"))
+    )
+    assert [bool(cell.strip(" |")) for cell in (*first[2:], *second[2:])] == [True, False, False, True]
