@@ -76,9 +76,9 @@ notebooks: develop  ## run notebooks 01 to 04 and keep what they show; trains te
 reproduce: develop  ## train the runs of the paper's claims that docs/results/reproduce.json lacks (none; all again: a day, docs/claims.md)
 	$(BIN)/python -m benchmarks.reproduce $(if $(QUESTION),--question $(QUESTION)) $(if $(SCALE),--scale $(SCALE))
 
-gate: develop  ## judge an idea about mixtures of experts: CANDIDATE=my_router.MyRouterConfig, or a YAML file (an hour on 2 cores; docs/gate.md)
+gate: develop  ## judge an idea about mixtures of experts: CANDIDATE=my_router.MyRouterConfig, or a YAML file; BASELINE=muon (an hour on 2 cores; docs/gate.md)
 	@$(BIN)/python -m benchmarks.gate $(if $(CANDIDATE),"$(CANDIDATE)") $(if $(NAME),--name "$(NAME)") $(if $(PAIRS),--pairs $(PAIRS)) \
-		$(if $(TUNE),--tune) $(if $(RESULTS),--results "$(RESULTS)") $(if $(AUTHOR),--author "$(AUTHOR)")
+		$(if $(BASELINE),--baseline "$(BASELINE)") $(if $(TUNE),--tune) $(if $(RESULTS),--results "$(RESULTS)") $(if $(AUTHOR),--author "$(AUTHOR)")
 
 bench: develop  ## measure ranks, checkpoints, layers, steps, data, generation, and renew the tables of docs/results (15 minutes on 2 quiet cores; ROUNDS=1: a trial)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
