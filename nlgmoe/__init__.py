@@ -1,14 +1,12 @@
 """nlgmoe: mixture-of-experts language models on PyTorch Lightning.
 
-The names below are the public interface. Each is imported at its first use, by this list: `import nlgmoe` is fast, and changes
-nothing in the process.
+The names below are the public interface. Each is imported at its first use: `import nlgmoe` is fast, and changes nothing in the
+process.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,14 +34,44 @@ if TYPE_CHECKING:
     from nlgmoe.surgery.warm_start import WarmStart
     from nlgmoe.tools.lm_eval.zero_shot_eval import ZeroShotEval
     from nlgmoe.tools.report.write_report import WriteReport
+    from nlgmoe.versions import __version__
 
-_SOURCE = ast.parse(Path(__file__).read_text(encoding="utf-8"))
-_IMPORTS = [n for n in ast.walk(_SOURCE) if isinstance(n, ast.ImportFrom) and str(n.module).startswith("nlgmoe.")]
-_MODULES = {alias.name: str(node.module) for node in _IMPORTS for alias in node.names}  # public name -> its module
-__all__ = sorted(_MODULES)
+_NAMES = {
+    "callbacks.staged_distillation": "StagedDistillation",
+    "checkpoint.portable": "load_model",
+    "config": "GPTConfig MoEConfig",
+    "data": "PileDataModule",
+    "distill.mixture_of_students": "MixtureOfStudents",
+    "distill.offline_teacher": "OfflineTeacher",
+    "eval.generation": "generate",
+    "eval.loaded_model": "LoadedModel load_pretrained",
+    "eval.specialisation": "Specialisation count_experts",
+    "experiment": "Experiment load_config",
+    "layers.attention": "AttentionContext",
+    "layers.mla": "MLAConfig",
+    "layers.moe": "MoELayer",
+    "layers.rotary": "Llama3 Yarn",
+    "layers.router": "Router Routing RoutingContext",
+    "layers.routers": "FrozenRouterConfig HashRouterConfig SigmoidRouterConfig UniformRouterConfig",
+    "model.gpt": "GPT GPTOutput",
+    "module": "MoEGPTModule",
+    "parallel.strategy": "ExpertParallelStrategy",
+    "parts": "AttentionConfig ExpertConfig RotaryScaling RouterConfig",
+    "pyramid": "experts_at student_layers",
+    "surgery.warm_start": "WarmStart",
+    "tools.lm_eval.zero_shot_eval": "ZeroShotEval",
+    "tools.report.write_report": "WriteReport",
+    "versions": "__version__",
+}  # module -> public names, as above
+_MODULES = {name: f"nlgmoe.{module}" for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(name for name in _MODULES if name != "__version__")
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

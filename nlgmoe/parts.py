@@ -204,8 +204,8 @@ class ForeignCodeError(SettingError):
     def __init__(self, path: str) -> None:
         module = path.rpartition(".")[0]
         problem = f"the checkpoint's model has {path}, code outside nlgmoe that is not imported"
-        option = f"--allow-code {module} (of check, distill-logits, evaluate, generate, prune; not of export)"
-        super().__init__(f"{problem}; if you trust it, import {module} first in Python, or add {option}")
+        remedy = f"import {module} first in Python, or give a command that has the option --allow-code {module}"
+        super().__init__(f"{problem}; if you trust it, {remedy}")
 
 
 def part_to_dict(part: Part) -> dict[str, Any]:

@@ -42,14 +42,15 @@ def raise_on_all_ranks() -> Iterator[None]:
         if own_error is not None:
             raise own_error
         return
-    messages: list[str | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(messages, None if own_error is None else f"{own_error}")
-    for rank, message in enumerate(messages):
-        if message is None:
-            continue
-        if len(set(messages)) > 1:
-            raise AllRanksError(f"rank {rank}: {message}") from own_error
-        raise (AllRanksSettingError if isinstance(own_error, SettingError) else AllRanksError)(message) from own_error
+    errors: list[tuple[str, bool] | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(
+        errors, None if own_error is None else (f"{own_error}", isinstance(own_error, SettingError))
+    )
+    for rank, found in enumerate(errors):
+        if found is not None:
+            message, is_setting = found
+            kind = AllRanksSettingError if is_setting else AllRanksError
+            raise kind(message if len({*errors}) == 1 else f"rank {rank}: {message}") from own_error
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Roles of parameters: their initial values, and whether weight decay applies.
+"""Roles of parameters: their initial values, and whether weight decay applies; and the components of the model that have them.
 
     role      initial value                            weight decay
     weight    N(0, init_std)                           yes
@@ -10,6 +10,7 @@ A module with parameters of its own declares them in an attribute `roles`, name 
 layers are known. Its attribute `init_std`, if it has one that is not None, replaces the model's.
 """
 
+import re
 from typing import Literal, get_args
 
 from torch import nn
@@ -18,6 +19,17 @@ from nlgmoe.validation import SettingError
 
 Role = Literal["weight", "project", "bias", "scale"]
 DECAYED = frozenset({"weight", "project"})
+Component = Literal["router", "experts", "attention", "ffn", "norms", "embeddings"]
+# The first pattern that fits a parameter's name. A router's own norm belongs to the router, an attention's to the norms; the
+# mixing coefficient and the shared MLP of a residual layer to the feed-forward layers, the head to the embeddings.
+COMPONENTS: dict[Component, re.Pattern[str]] = {
+    "router": re.compile(r"\.moe\.router\."),
+    "experts": re.compile(r"\.moe\.experts\."),
+    "ffn": re.compile(r"\.ffn\.|\.moe\.(mlp|coefficient)\."),
+    "norms": re.compile(r"norm\."),
+    "attention": re.compile(r"\.attention\."),
+    "embeddings": re.compile(r"embedding\.|^head\."),
+}
 
 
 def role_of(name: str, module: nn.Module) -> Role:
@@ -37,3 +49,11 @@ def role_of(name: str, module: nn.Module) -> Role:
         return "project" if name.endswith("project.weight") else "weight"
     remedy = f"add roles = {{{leaf!r}: 'weight'}}, or 'project', 'bias' or 'scale', to the class (nlgmoe/roles.py)"
     raise SettingError(f"{name}: {type(module).__name__} does not declare its parameter {leaf}; {remedy}")
+
+
+def component_of(name: str) -> Component:
+    """Return the component of a parameter, or of a checkpoint's entry, by its full name."""
+    for component, pattern in COMPONENTS.items():
+        if pattern.search(name):
+            return component
+    raise SettingError(f"{name} belongs to no component of the model ({', '.join(COMPONENTS)}); see nlgmoe/roles.py")

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 
@@ -130,5 +131,11 @@ def test_a_command_imports_what_it_needs(command: list[str], absent: tuple[str, 
 def test_public_names_resolve() -> None:
     for name in nlgmoe.__all__:
         assert getattr(nlgmoe, name) is not None
+    imports = [
+        node for node in ast.walk(ast.parse(Path(nlgmoe.__file__).read_text())) if isinstance(node, ast.ImportFrom)
+    ]
+    typed = {name.name for node in imports if str(node.module).startswith("nlgmoe.") for name in node.names}
+    assert typed == {*nlgmoe.__all__, "__version__"} <= {*dir(nlgmoe)}  # what a type checker and a notebook see
+    assert nlgmoe.__version__ == metadata.version("nlgmoe")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = nlgmoe.nothing

@@ -84,8 +84,8 @@ def test_commands_import_own_files_that_they_are_allowed_to(
         nlgmoe(generate)
     assert capsys.readouterr().err.strip().splitlines()[-1] == (
         "error: the checkpoint's model has hash_router.HashRouterConfig, code outside nlgmoe that is not imported; if you trust "
-        "it, import hash_router first in Python, or add --allow-code hash_router (of check, distill-logits, evaluate, generate, "
-        "prune; not of export)"
+        "it, import hash_router first in Python, or give a command that has the option --allow-code "
+        "hash_router"
     )
 
 
@@ -214,6 +214,7 @@ def test_own_corpus_is_trained_on_resumed_and_blended(
     for arrays, message in (
         ({"train": [tokens]}, "OpenCorpus.tokens has ['train']; give train and validation"),
         ({"train": [tokens], "validation": [tokens[:0]]}, "OpenCorpus.tokens has no token of validation"),
+        ({"train": [tokens[:0]], "validation": [tokens[:0]]}, "OpenCorpus.tokens has no token of validation"),
         ({"train": [tokens / 1], "validation": [tokens]}, "OpenCorpus.tokens has ['float64 "),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):

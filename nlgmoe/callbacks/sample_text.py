@@ -1,5 +1,6 @@
 """Text generated at each validation and at the end of training."""
 
+import re
 from pathlib import Path
 from textwrap import shorten
 
@@ -46,8 +47,12 @@ class SampleText(Callback):
             problem = f"a prompt of {longest} tokens and max_new_tokens={self.max_new_tokens} do not fit"
             raise SettingError(f"SampleText: {problem} seq_len={pl_module.config.seq_len}; lower max_new_tokens")
         self._last = None
-        if trainer.ckpt_path is None and trainer.is_global_zero:
-            Path(trainer.default_root_dir, "samples.txt").unlink(missing_ok=True)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the texts of steps that a resumed run takes again, and in a new run those of another one."""
+        if trainer.is_global_zero and (file := Path(trainer.default_root_dir, "samples.txt")).exists():
+            file.write_text(_before(file.read_text(encoding="utf-8"), trainer.global_step + 1), encoding="utf-8")
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,14 +88,20 @@ class SampleText(Callback):
         if trainer.is_global_zero:
             file = Path(trainer.default_root_dir, "samples.txt")
             file.parent.mkdir(parents=True, exist_ok=True)
-            heading = f"=== step {trainer.global_step:,}\n"
-            with file.open("a+", encoding="utf-8") as samples:
-                samples.seek(0)
-                if heading not in samples.read():  # a resumed run repeats a validation
-                    samples.write(f"{heading}\n{self._last[1]}\n")
+            kept = _before(file.read_text(encoding="utf-8"), trainer.global_step) if file.exists() else ""
+            text = f"{kept}=== step {trainer.global_step:,}\n\n{self._last[1]}\n"
+            file.write_text(text, encoding="utf-8")
         return texts[0]
 
 
 def _tokenizer(trainer: Trainer) -> Tokenizer | None:
     data = training_data(trainer)
     return None if data is None else data.tokenizer
+
+
+def _before(samples: str, step: int) -> str:
+    """Return the texts of the steps before `step`."""
+    for heading in re.finditer(r"^=== step ([\d,]+)$", samples, re.MULTILINE):
+        if int(heading[1].replace(",", "")) >= step:
+            return samples[: heading.start()]
+    return samples

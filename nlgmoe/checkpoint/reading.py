@@ -152,7 +152,8 @@ class TensorFiles:
         shares: list[list[str]] = [[] for _ in range(readers)]
         before, total = 0, sum(sizes.values())
         for name, size in sizes.items():
-            shares[before * readers // total].append(name)
+            # An entry without values may be the last one, after all values, or the only one.
+            shares[min(before * readers // max(total, 1), readers - 1)].append(name)
             before += size
         return shares
 

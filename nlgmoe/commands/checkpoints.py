@@ -146,7 +146,7 @@ def prune_checkpoint(
         data_dir: folder of tokenizers given by name.
         device: device of the model, such as cuda.
         overwrite: replace an existing checkpoint.
-        allow_code: module of the checkpoint's expert or attention to import; may be given several times.
+        allow_code: module of the checkpoint's router, expert or attention to import; may be given several times.
     """
     import_allowed(allow_code)
     check_new_checkpoint("checkpoint", checkpoint, overwrite)

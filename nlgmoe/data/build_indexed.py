@@ -233,7 +233,8 @@ def _tokenise(
         for content, ids in zip(contents, tokenizer.encode_batch(texts), strict=True):
             held_out = xxhash.xxh3_64_intdigest(content) < share * 2**64  # equal documents are in one split
             # With `struct`, twice as fast as `np.array`: what follows the tokenizer holds the GIL.
-            packed = struct.pack(f"{len(ids) + 1}{dtype.char}", *ids, tokenizer.eod_id)
+            closed = tokenizer.closed(ids)
+            packed = struct.pack(f"{len(closed)}{dtype.char}", *closed)
             documents[held_out].append(np.frombuffer(packed, dtype))
         return *documents, sum(map(len, contents))
 

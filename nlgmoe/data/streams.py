@@ -70,10 +70,9 @@ class StreamConfig:
 
     def tokens(self, record: Record) -> np.ndarray:
         """Return the tokens of a document, closed by the end-of-document token, int64 [N]."""
-        content, eod = record.content, self.tokenizer.eod_id
-        (encoded,) = self.tokenizer.encode_batch([content]) if isinstance(content, str) else [content]
-        ids = np.asarray(encoded, dtype=np.int64)
-        return ids if ids.size and ids[-1] == eod else np.append(ids, eod)
+        content = record.content
+        (ids,) = self.tokenizer.encode_batch([content]) if isinstance(content, str) else [content]
+        return np.asarray(self.tokenizer.closed(ids), dtype=np.int64)
 
     def domain(self, record: Record) -> int:
         """Return the id of a document's domain."""

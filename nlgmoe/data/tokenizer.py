@@ -135,6 +135,10 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
+    def closed(self, ids: Sequence[int] | np.ndarray) -> Sequence[int] | np.ndarray:
+        """Return a document's ids, closed by the end-of-document token; a text that ends with it is closed already."""
+        return ids if len(ids) and ids[-1] == self.eod_id else [*ids, self.eod_id]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, in parallel threads; see `encode`."""
         for text in texts if self.missing_bytes else ():

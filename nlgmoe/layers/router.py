@@ -55,6 +55,11 @@ class RoutingContext:
     noise_key: tuple[int, ...] | None = None
     positions: Tensor | None = None
 
+    def num_sequences(self, num_tokens: int) -> int:
+        """Return the number of sequences B of `num_tokens` N tokens; 1 if a layer is called without a model."""
+        shaped = self.tokens if self.positions is None else self.positions
+        return 1 if shaped is None else num_tokens // shaped.shape[-1]
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -163,10 +168,12 @@ class Router(nn.Module):
         weight_sum: sum of the weights of a token's kept experts, for `nlgmoe check`; None: not declared.
         estimated_gradient: the gradient of the weights is an estimate, such as straight-through, and not that of their values;
             `nlgmoe check` then compares the gradients of experts and shared MLP alone with finite differences.
+        not_per_expert: names of parameters and buffers that have no row for each expert; `nlgmoe prune` keeps them as they are.
     """
 
     weight_sum: float | None = None
     estimated_gradient: bool = False
+    not_per_expert: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()

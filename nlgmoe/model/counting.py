@@ -16,19 +16,12 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.layers.attention import attention_config
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.model.gpt import GPT
+from nlgmoe.roles import component_of
 
-# Part of a parameter's name -> field of `ParameterCount`; the first that fits.
-COMPONENTS = {
-    ".moe.experts.": "experts",
-    ".moe.router.": "router",
-    ".moe.coefficient.": "router",
-    ".moe.mlp.": "dense_ffn",
-    ".ffn.": "dense_ffn",
-    ".attention.": "attention",
-    "norm.": "norms",
-    "embedding.": "embedding",
-    "head.": "embedding",
-}
+FIELDS = {
+    "embeddings": "embedding",
+    "ffn": "dense_ffn",
+}  # of `ParameterCount`, if they are not named like the component
 
 
 @dataclass(frozen=True)
@@ -38,8 +31,8 @@ class ParameterCount:
     embedding: int  # tokens, learned positions, and the head if it is not tied
     attention: int
     norms: int
-    dense_ffn: int  # feed-forward layers of dense blocks and the shared MLPs of residual blocks
-    router: int  # gates, and the mixing coefficients of residual blocks
+    dense_ffn: int  # feed-forward layers of dense blocks; shared MLPs and mixing coefficients of residual blocks
+    router: int
     experts: int
     active_experts: int
 
@@ -93,7 +86,8 @@ def _parameters(config: GPTConfig) -> Iterator[tuple[str, str, Tensor]]:
     with torch.device("meta"):
         model = GPT(config)
     for name, parameter in model.named_parameters():
-        yield next(component for part, component in COMPONENTS.items() if part in name), name, parameter
+        component = component_of(name)
+        yield FIELDS.get(component, component), name, parameter
 
 
 def _active(stack: Tensor, config: GPTConfig) -> int:

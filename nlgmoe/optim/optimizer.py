@@ -7,30 +7,20 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from nlgmoe.optim.muon import Muon, MuonConfig
-from nlgmoe.roles import DECAYED, role_of
+from nlgmoe.roles import COMPONENTS, DECAYED, Component, component_of, role_of
 from nlgmoe.validation import require, require_above, require_at_least, require_valid
 
-Component = Literal["router", "experts", "attention", "ffn", "norms", "embeddings"]
-_COMPONENTS: dict[Component, str] = {
-    "router": r"\.moe\.router\.",
-    "experts": r"\.moe\.experts\.",
-    "attention": r"\.attention\.(?!\w*norm\.)",
-    "ffn": r"\.ffn\.|\.moe\.(mlp|coefficient)\.",
-    "norms": r"norm\.",
-    "embeddings": r"embedding\.|^head\.",
-}  # component -> pattern of the names of its parameters
 # Muon's are the matrices of these modules, which map hidden states to hidden states. AdamW steps embeddings and head (a row for
 # each token id, as Jordan and 2502.16982 have it), routers (a row for each expert, likewise a table), norms, biases, and the one
 # or two rows of a mixing coefficient.
 _MUON = re.compile(r"\.attention\.|\.ffn\.|\.moe\.(mlp|experts)\.")
-_STACKS = re.compile(_COMPONENTS["experts"])  # `[E, in, out]`; all other weights are `[out, in]`
 
 
 @dataclass(frozen=True)
@@ -42,8 +32,8 @@ class AdamWConfig:
         betas: decay of the two moments, per optimizer step.
         eps: added to the denominator of the update; at least float32's smallest normal number: smaller ones may be flushed to 0.
         weight_decay: decoupled decay of weight matrices, the embeddings and the router included; biases and norms have none.
-        frozen: components of the model that keep their weights: `router`, `experts`, `attention`, `ffn` (dense layers and shared
-            MLPs), `norms`, `embeddings` (and the head). They have no gradients and no moments; a frozen
+        frozen: components of the model that keep their weights: `router`, `experts`, `attention`, `ffn` (dense layers, shared
+            MLPs and mixing coefficients), `norms`, `embeddings` (and the head). They have no gradients and no moments; a frozen
             router's buffers, such as a bias of the choice, stay too.
         lr_scale: factors of the learning rate by component, with the names of `frozen`, such as `{router: 0.25}`; 1 for the
             others. `train/lr` is the rate without them.
@@ -70,21 +60,16 @@ class AdamWConfig:
         require_at_least(0, self, "weight_decay", remedy="; 0 turns it off")
         for component, factor in self.lr_scale.items():
             scale = f"{component}={factor} in lr_scale"
-            require(component in _COMPONENTS, f"{scale} names no component; use {', '.join(_COMPONENTS)}")
+            require(component in COMPONENTS, f"{scale} names no component; use {', '.join(COMPONENTS)}")
             require(0 < factor < math.inf, f"{scale} must be above 0 and finite")
             is_trained = component not in self.frozen
             require(is_trained, f"{scale} has no effect on what is frozen; remove it here or from frozen")
 
 
-def is_frozen(name: str, components: Sequence[Component]) -> bool:
-    """Return whether a parameter of the GPT, or a checkpoint's entry, belongs to one of the components."""
-    return any(re.search(_COMPONENTS[component], name) for component in components)
-
-
 def freeze(model: nn.Module, components: Sequence[Component]) -> None:
     """Let the parameters of the components have no gradient; before the strategy sees the model."""
     for name, parameter in model.named_parameters():
-        if is_frozen(name, components):
+        if component_of(name) in components:
             parameter.requires_grad_(False)
     require(
         not components or any(parameter.requires_grad for parameter in model.parameters()),
@@ -105,9 +90,10 @@ def build_optimizer(model: nn.Module, config: AdamWConfig) -> Optimizer:
     groups = defaultdict[tuple[str, bool, bool, float], list[tuple[str, nn.Parameter]]](list)
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
-            if not is_frozen(name, config.frozen):
+            if (component := component_of(name)) not in config.frozen:
+                factor = config.lr_scale.get(component, 1.0)
                 ranks, decays = getattr(parameter, "group_name", ""), role_of(name, module) in DECAYED
-                groups[ranks, decays, name in matrices, _rate_factor(name, config)].append((name, parameter))
+                groups[ranks, decays, name in matrices, factor].append((name, parameter))
     adamw = AdamW(
         [
             # DeepSpeed looks up the ranks of a group of experts by its name.
@@ -137,17 +123,11 @@ def muon_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     matrices = {}
     for prefix, module in model.named_modules():
         for name, weight in module.named_parameters(prefix=prefix, recurse=False):
-            dimensions = 3 if _STACKS.search(name) else 2
+            dimensions = 3 if component_of(name) == "experts" else 2  # `[E, in, out]`, or `[out, in]`
             is_matrix = weight.dim() == dimensions and not isinstance(module, nn.Embedding)
             if is_matrix and _MUON.search(name) and role_of(name, module) in DECAYED:
                 matrices[name] = weight
     return matrices
-
-
-def _rate_factor(name: str, config: AdamWConfig) -> float:
-    """Return the factor of a parameter's rate: that of the first component with a factor, in their order above."""
-    scaled = (component for component in _COMPONENTS if component in config.lr_scale)
-    return next((config.lr_scale[component] for component in scaled if is_frozen(name, (component,))), 1.0)
 
 
 def _group_name(decays: bool, muon: bool, factor: float) -> str:

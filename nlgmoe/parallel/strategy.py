@@ -28,10 +28,11 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.non_finite import StepGradients
-from nlgmoe.optim.optimizer import AdamWConfig, is_frozen
+from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.parallel.expert_groups import ExpertGroups, describe_degrees, expert_placements, layer_degrees, make_groups
 from nlgmoe.pyramid import ExpertPlacement
 from nlgmoe.ranks import AllRanksError, AllRanksSettingError
+from nlgmoe.roles import component_of
 from nlgmoe.surgery.warm_start import load_initial_weights
 from nlgmoe.validation import RunError, require
 
@@ -202,7 +203,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Refuse a parameter that a callback has frozen: ZeRO would update it, with zeros as its gradient."""
         config: AdamWConfig | None = getattr(self.lightning_module, "optimizer_config", None)
         for name, parameter in self._gpt.named_parameters():
-            if not parameter.requires_grad and not is_frozen(name, () if config is None else config.frozen):
+            if not parameter.requires_grad and component_of(name) not in (() if config is None else config.frozen):
                 raise AllRanksError(
                     "trainer.strategy=ExpertParallelStrategy trains all parameters but model.optimizer.frozen, and requires_grad "
                     f"of {name} is False; train on one process or with ddp_find_unused_parameters_true, or leave it True"

@@ -15,10 +15,10 @@ from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_tokenizer
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.router import TopKRouter
+from nlgmoe.layers.router import Router, TopKRouter
 from nlgmoe.pyramid import experts_per_position, moe_blocks
 from nlgmoe.surgery.write_weights import write_weights
-from nlgmoe.validation import require
+from nlgmoe.validation import SettingError, require
 
 
 def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
@@ -38,13 +38,23 @@ def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
             else f"{setting}: number {position + 1} must be 0, the block there is dense",
         )
     require(list(num_experts) != before, f"{setting} equals the model's; give a smaller number")
-    with torch.device("meta"):
-        layer = MoELayer(config, next(iter(moe_blocks(config))))
+    router = _router_of(config)
+    kind, experts = type(router).__name__, router.num_experts
     require(
-        isinstance(layer.router, TopKRouter),
-        f"num_experts: {type(layer.router).__name__} does not derive from TopKRouter; only such routers can be pruned",
+        isinstance(router, TopKRouter),
+        f"num_experts: {kind} does not derive from TopKRouter; only such routers can be pruned",
     )
+    for name, tensor in (*router.named_parameters(), *router.named_buffers()):
+        if name not in router.not_per_expert and tensor.shape[:1] != (experts,):
+            problem = f"num_experts: {kind}.{name}, {list(tensor.shape)}, has no row for each of {experts} experts"
+            raise SettingError(f"{problem}; if pruning shall keep it, add it to {kind}.not_per_expert")
     return replace(config, moe=replace(config.moe, num_experts=list(num_experts)))
+
+
+def _router_of(config: GPTConfig) -> Router:
+    """Return the router of the first MoE layer, without values."""
+    with torch.device("meta"):
+        return MoELayer(config, next(iter(moe_blocks(config)))).router
 
 
 def best_ranked(scores: Sequence[Tensor], config: GPTConfig) -> list[list[int]]:
@@ -73,15 +83,15 @@ def prune(
     document, files, tokenizer = read_document(source), TensorFiles(source, "model"), read_tokenizer(source)
     before = GPTConfig.from_dict(document["model_config"])
     config = pruned_config(before, num_experts)
-    blocks = list(moe_blocks(before))
+    blocks, whole = list(moe_blocks(before)), _router_of(before).not_per_expert
     kept_in = {f"blocks.{block}": list(experts) for block, experts in zip(blocks, kept, strict=True)}
 
     def read(name: str) -> Tensor:
         block = name.partition(".moe.")[0]
         if match := EXPERT.fullmatch(name):
             return files.read(f"{match['experts']}.{kept_in[block][int(match['expert'])]}.{match['parameter']}")
-        value = files.read(name)
-        return value[kept_in[block]] if name.startswith(f"{block}.moe.router.") else value
+        value, of_router = files.read(name), name.removeprefix(f"{block}.moe.router.")
+        return value if of_router in (name, *whole) else value[kept_in[block]]
 
     stay = ("global_step", "tokens_seen", "started_from", "family")
     entries, origin = {name: document[name] for name in stay if name in document}, f"{source}, by `nlgmoe prune`"

@@ -21,6 +21,7 @@ from nlgmoe.parallel import sharded_checkpoint
 from nlgmoe.parallel.expert_groups import make_groups
 from nlgmoe.parallel.sharded_checkpoint import read_shared
 from tests.checkpoint.runs import NEEDED
+from tests.support.checkpoints import write
 
 RANKS, DEGREE = 128, 16
 CONFIG = GPTConfig(61, 16, 4, 8, 2, moe=MoEConfig(DEGREE))
@@ -88,3 +89,11 @@ def test_resume_opens_a_small_part_of_the_files_on_a_rank(
         distributed.destroy_process_group()
     tensors = [name for name in opened if name.endswith(".safetensors")]
     assert len(tensors) <= 10 and len(opened) <= 25, opened
+
+
+def test_entries_without_values_are_divided_too(tmp_path: Path) -> None:
+    files = TensorFiles(write(tmp_path / "a.ckpt", GPTConfig(61, 16, 2, 16, 2)), "model")
+    for shapes in ([[4], [4], [0]], [[0]], [[0], [4]]):
+        files._contents = {str(number): ["float32", shape, ""] for number, shape in enumerate(shapes)}
+        shares = files.divide(files._contents, 2)
+        assert sorted(name for share in shares for name in share) == sorted(files._contents)

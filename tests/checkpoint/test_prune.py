@@ -2,9 +2,10 @@
 
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,6 +22,9 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.eval.importance import measure_influence, measure_use
 from nlgmoe.layers import dispatch
 from nlgmoe.layers.moe import moe_layers
+from nlgmoe.layers.router import Router, TopKRouter
+from nlgmoe.parts import RouterConfig
+from nlgmoe.pyramid import experts_at
 from nlgmoe.surgery.prune import best_ranked, prune, pruned_config
 from tests.support.checkpoints import TOKENIZER, write
 from tests.support.commands import TINY, error_of
@@ -133,6 +137,43 @@ def test_pruning_keeps_groups_and_a_shared_expert(by: str, router: SigmoidRouter
     arguments = ["prune", str(source), str(tmp_path / "by.ckpt"), "--num-experts=4", f"--by={by}", f"--text={text}"]
     main(arguments)
     assert load_model(tmp_path / "by.ckpt").config.moe.num_experts == [4, 0, 4]
+
+
+@dataclass(frozen=True)
+class TemperatureConfig(RouterConfig):
+    """The paper's router with a learned temperature; `declared`: of a class that says that no expert has a row of it."""
+
+    declared: bool = True
+
+    def build(self, config: GPTConfig, block: int) -> Router:
+        assert config.moe is not None
+        kind = Declared if self.declared else Temperature
+        return kind(config.moe, config.hidden_size, experts_at(config, block), block)
+
+
+class Temperature(TopKRouter):
+    roles: ClassVar[Any] = {**TopKRouter.roles, "temperature": "scale"}
+
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        self.temperature = torch.nn.Parameter(torch.empty(1))
+
+
+class Declared(Temperature):
+    not_per_expert = ("temperature",)
+
+
+def test_pruning_keeps_what_a_router_declares_and_refuses_other_shapes_by_name(tmp_path: Path) -> None:
+    moe = replace(MOES["softmax"], router=TemperatureConfig())
+    config = GPTConfig(300, 16, 6, 16, 2, moe=moe)
+    prune(write(tmp_path / "whole.ckpt", config), tmp_path / "small.ckpt", [4, 0, 3], [[0, 1, 2, 4], [0, 1, 4]])
+    routers = [layer.router for layer in moe_layers(load_model(tmp_path / "small.ckpt"))]
+    assert [(tuple(router.temperature.shape), len(router.weight)) for router in routers] == [((1,), 4), ((1,), 3)]
+    unknown = replace(config, moe=replace(moe, router=TemperatureConfig(declared=False)))
+    with pytest.raises(
+        ValueError, match=r"Temperature\.temperature, \[1\], has no row for each of 6 experts; if pruning"
+    ):
+        pruned_config(unknown, [4, 0, 3])
 
 
 def test_a_run_is_pruned_and_healed_by_the_commands(

@@ -75,6 +75,8 @@ def test_inspect_takes_ranks_strategy_and_precision_of_the_trainer() -> None:
     found = layout({"trainer": trainer, "data": {"micro_batch_size": 2}, "model": {}}, {})
     shape = (found.gpus, found.expert_parallel_size, found.zero_stage, found.deepspeed, found.precision)
     assert shape == (6, 1, 0, False, "16-mixed") and found.global_batch_size == 12
+    with pytest.raises(ValueError, match=r"trainer\.devices=0 is no rank"):
+        layout({"trainer": trainer | {"devices": 0}}, {})
     with pytest.raises(ValueError, match=r"deepspeed_stage_2: train\.py refuses it; write"):
         layout({"trainer": {"strategy": "deepspeed_stage_2"}}, {})
 

@@ -24,6 +24,7 @@ from nlgmoe.data import IndexedDataset, IndexedWriter, Tokenizer, build_indexed
 from nlgmoe.data.documents import Fields, Record
 from nlgmoe.data.prefix import Sidecar
 from nlgmoe.data.source_files import input_files
+from nlgmoe.data.streams import StreamConfig
 from nlgmoe.experiment import load_config
 from nlgmoe.validation import RunError
 from tests.data.oracles import Content, MegatronDataset, content
@@ -90,6 +91,18 @@ def test_build_does_not_depend_on_the_threads(
     theirs = MegatronDataset(str(tmp_path / "new" / "pile"))
     texts = [tokenizer.decode(theirs[i][:-1]) for i in range(len(theirs))]
     assert texts == sorted(TEXTS, key=is_held_out) and 0 < done.held_out == sum(map(is_held_out, TEXTS)) < 20
+
+
+def test_a_text_that_ends_a_document_itself_gets_no_second_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """As a stream reads it: if special tokens are read, a text may contain the end-of-document token."""
+    reading = tokenizer.reading_special_tokens()
+    end = reading.decode([reading.eod_id])
+    file = write_bytes(tmp_path / "a.jsonl", lines([f"one{end}", "two", f"{end}three", ""]))
+    build([str(file)], tmp_path / "pile", reading, Fields(), 1, lambda done: None, skip)
+    prepared = [ids.tolist() for ids in IndexedDataset(tmp_path / "pile")]
+    stream = StreamConfig([str(file)], Fields(), ["pile"], reading, 1, 1)
+    streamed = [stream.tokens(Record(0, text, "pile", 0)).tolist() for text in (f"one{end}", "two", f"{end}three")]
+    assert sorted(prepared) == sorted(streamed) and sum(ids.count(reading.eod_id) for ids in prepared) == 4
 
 
 def killed_after(chunks: int, *arguments: Any, skips: bool = True) -> None:

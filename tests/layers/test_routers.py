@@ -69,6 +69,15 @@ def test_a_router_s_modules_move_with_it_and_its_buffers_keep_their_dtype() -> N
     assert router.bias.dtype == torch.float32 and router.bias == torch.tensor(1.001)
 
 
+@torch.no_grad()
+def test_losses_of_routers_are_those_of_the_tokens_if_the_input_is_embedded() -> None:
+    """The sequence loss of the sigmoid router is of each sequence, also without token ids."""
+    moe = MoEConfig(4, top_k=2, token_dropping=False, router=SigmoidRouterConfig(sequence_loss_coeff=1.0))
+    model, tokens = GPT(GPTConfig(64, 16, 2, 16, 2, init_std=0.3, moe=moe)), torch.arange(128).view(8, 16) % 61
+    (by_ids,), (embedded,) = (model(tokens, embedded=x).routings for x in (None, model.token_embedding(tokens)))
+    assert by_ids.losses["sequence_balance_loss"] == embedded.losses["sequence_balance_loss"]
+
+
 # ---- by hand
 
 

@@ -13,8 +13,11 @@ from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.routers import SigmoidRouterConfig
+from nlgmoe.model.counting import count_parameters
+from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.optim.optimizer import AdamWConfig, Component, is_frozen
+from nlgmoe.optim.optimizer import AdamWConfig, freeze
+from nlgmoe.roles import Component, component_of
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import SaveAt, trainer
 
@@ -66,6 +69,24 @@ def test_a_frozen_router_keeps_its_bias(frozen: tuple[Component, ...], tmp_path:
     assert len(biases) == 2 and all(bool(bias.any()) == (frozen != ("router",)) for bias in biases)
 
 
+def test_a_parameter_has_one_component_for_the_optimizer_and_for_the_count() -> None:
+    """The mixing coefficient is trained with the feed-forward layers, and a router's own norm with the router."""
+    names = {
+        "blocks.1.moe.coefficient.weight": "ffn",
+        "blocks.1.moe.router.norm.weight": "router",
+        "blocks.1.attention.query_norm.weight": "norms",
+        "head.weight": "embeddings",
+    }
+    assert {name: component_of(name) for name in names} == names
+    with pytest.raises(ValueError, match=r"extra\.weight belongs to no component"):
+        component_of("extra.weight")
+    config = replace(CONFIG, qk_norm="head", moe=MoEConfig(4, mlp_type="residual"))
+    count, model = count_parameters(config), GPT(config)
+    freeze(model, ["router"])
+    frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
+    assert frozen == count.router == 2 * 4 * config.hidden_size
+
+
 def test_frozen_refuses_to_leave_no_parameter_to_train(tmp_path: Path) -> None:
     dense, parts = replace(CONFIG, moe=None), ("attention", "ffn", "norms", "embeddings")
     message = r"frozen=\['attention', .* leaves no parameter to train; leave a component out"
@@ -97,7 +118,7 @@ def test_lr_scale_scales_steps_of_a_component_and_not_the_logged_rate(resumed: b
         path = (tmp_path / "one.ckpt").rename(tmp_path / "start.ckpt")
     plain, scaled = (stepped(tmp_path, factors, steps, path) for factors in ({}, FACTORS))
     for name, before in start.items():
-        factor = next((factor for part, factor in FACTORS.items() if is_frozen(name, (part,))), 1.0)  # type: ignore[arg-type]
+        factor = next((factor for part, factor in FACTORS.items() if component_of(name) == part), 1.0)
         step, found = plain[name] - before, scaled[name] - before
         assert torch.allclose(found, factor * step, rtol=1e-3, atol=1e-7), name
         assert factor != 1 or torch.equal(found, step)

@@ -12,8 +12,9 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.muon import MuonConfig
-from nlgmoe.optim.optimizer import AdamWConfig, Component, build_optimizer, freeze
+from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer, freeze
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate
+from nlgmoe.roles import Component
 
 COSINE = LearningRateSchedule("cosine", min_lr=1e-6, warmup_tokens=375_000_000, decay_tokens=300_000_000_000)
 

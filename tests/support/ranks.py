@@ -15,7 +15,8 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.experts import Experts
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
-from nlgmoe.optim.optimizer import AdamWConfig, Component
+from nlgmoe.optim.optimizer import AdamWConfig
+from nlgmoe.roles import Component
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import QUIET
 

@@ -85,7 +85,7 @@ class SigmoidRouter(TopKRouter):
         if not (coefficient and self.training):
             return routing
         assert routing.probs is not None
-        sequences = 1 if context.tokens is None else len(context.tokens)
+        sequences = context.num_sequences(len(x))
         loss = coefficient * sequence_balance(routing.probs, self.config.top_k, sequences, routing.token_mask)
         return replace(routing, losses={"sequence_balance_loss": loss})
 

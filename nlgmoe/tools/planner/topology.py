@@ -208,9 +208,12 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
 
 def _named_devices(devices: Any) -> int | None:
     """Return the ranks per node of Lightning's `devices`: a number, indices, or text of either; None for "auto" and -1."""
-    words = devices if isinstance(devices, list) else str(devices or "auto").strip("[] ").rstrip(",").split(",")
+    text = "auto" if devices is None else str(devices)
+    words = devices if isinstance(devices, list) else text.strip("[] ").rstrip(",").split(",")
     if words in (["auto"], ["-1"], [-1]):
         return None
     if not all(str(word).strip().isdigit() for word in words):
         raise SettingError(f"trainer.devices={devices} is no number of GPUs and no list of indices; correct it")
-    return len(words) if isinstance(devices, list) or "," in str(devices) else int(words[0])
+    number = len(words) if isinstance(devices, list) or "," in str(devices) else int(words[0])
+    require(number > 0, f"trainer.devices={devices} is no rank; give at least 1")
+    return number
