@@ -51,6 +51,8 @@ def training_loss(
     if teacher is None:
         loss = cross_entropy(*arguments)
         parts = {"train/loss": loss}
+        if distiller is not None:  # Lightning would keep logging the last values
+            parts |= dict.fromkeys(("train/distillation_loss", "train/teacher_agreement"), loss.new_zeros(()))
     else:
         distilled = distilled_cross_entropy(*arguments, teacher)
         loss = distilled.loss

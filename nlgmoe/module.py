@@ -20,6 +20,7 @@ from nlgmoe.data.training_data import training_data
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.eval.perplexity import Evaluation, batch_losses
 from nlgmoe.layers.attention import AttentionContext
+from nlgmoe.lightning_state import data_module_of, leave_signals_to_callbacks, set_loggers_step, trainer_of
 from nlgmoe.model.gpt import GPT, Block
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer, freeze
@@ -29,7 +30,6 @@ from nlgmoe.parts import IGNORED_IN_EVALUATION
 from nlgmoe.pyramid import ExpertPlacement, PlacesExperts
 from nlgmoe.ranks import AllRanksError
 from nlgmoe.run import checks
-from nlgmoe.run.signals import leave_signals_to_callbacks
 from nlgmoe.step import TrainingStep
 from nlgmoe.surgery.warm_start import WarmStart, load_initial_weights
 from nlgmoe.validation import list_differences, require
@@ -89,8 +89,7 @@ class MoEGPTModule(TrainingStep):
     def setup(self, stage: str) -> None:
         """Forget data of an earlier call, make the portable checkpoint the trainer's format, and check that all fits together."""
         trainer: Any = self.trainer
-        if trainer.fit_loop._data_source.instance is not trainer.datamodule:
-            trainer.datamodule = None  # Lightning keeps it from an earlier call, and would save its state
+        trainer.datamodule = data_module_of(trainer)  # not an earlier call's, whose state Lightning would save
         use_portable_checkpoints(self.trainer.strategy, to_train=stage == "fit")
         checks.check_trainer(self.trainer, stage)
         leave_signals_to_callbacks(self.trainer)
@@ -102,7 +101,8 @@ class MoEGPTModule(TrainingStep):
 
     @override
     def configure_model(self) -> None:
-        strategy = self._trainer.strategy if self._trainer is not None else None
+        trainer = trainer_of(self)
+        strategy = trainer.strategy if trainer is not None else None
         placed: Mapping[int, ExpertPlacement] = {}
         if isinstance(strategy, PlacesExperts):
             placed = strategy.expert_placements(self.config)
@@ -125,7 +125,7 @@ class MoEGPTModule(TrainingStep):
 
     def _start_from(self, model: GPT, start: WarmStart) -> None:
         """Load the initial weights, and report what differs in the configuration, such as another `top_k`."""
-        data = training_data(self._trainer)
+        data = training_data(trainer_of(self))
         tokenizer = None if data is None else data.tokenizer
         files = None if tokenizer is None else tokenizer.files
         loaded = load_initial_weights(model, start, tokenizer=files)
@@ -219,7 +219,8 @@ class MoEGPTModule(TrainingStep):
     def _token_losses(self, batch: Batch) -> Tensor:
         losses, routings = batch_losses(self.gpt, batch, self.loss_chunk_size)
         # during training, a user's callback calls this, not the step
-        if self._trainer is None or not self._trainer.training:
+        trainer = trainer_of(self)
+        if trainer is None or not trainer.training:
             self.routings = routings
         return losses
 
@@ -279,7 +280,7 @@ class MoEGPTModule(TrainingStep):
                 self.distiller.load_state_dict(checkpoint.get("distiller", {}))
         else:
             # Log where training logs a validation of this step.
-            self.trainer.fit_loop.epoch_loop._batches_that_stepped = max(checkpoint["global_step"] - 1, 0)
+            set_loggers_step(self.trainer, max(checkpoint["global_step"] - 1, 0))
 
 
 def compile_dense_parts(model: GPT) -> None:

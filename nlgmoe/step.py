@@ -30,6 +30,7 @@ from nlgmoe.data.training_data import length_of, training_data
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.router import Router, Routing
+from nlgmoe.lightning_state import ends_step, set_loggers_step, trainer_of
 from nlgmoe.loss import training_loss
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
@@ -38,7 +39,7 @@ from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.ranks import sum_over_ranks
 from nlgmoe.run.checks import validate_by_steps
-from nlgmoe.run.resume import Resuming, RunClock, ends_step
+from nlgmoe.run.resume import Resuming, RunClock
 from nlgmoe.validation import RunError, require
 
 
@@ -99,7 +100,7 @@ class TrainingStep(LightningModule):
     @property
     def seq_len(self) -> int:
         """Return the tokens of a whole sequence in training and evaluation."""
-        return length_of(training_data(self._trainer), self.config.seq_len)
+        return length_of(training_data(trainer_of(self)), self.config.seq_len)
 
     @property
     def skipped_steps(self) -> int:
@@ -130,7 +131,7 @@ class TrainingStep(LightningModule):
     @override
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Set what Lightning loses: the loggers' step in a resumed run, the validation interval where it reloads data."""
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        set_loggers_step(self.trainer, self.trainer.global_step)
         validate_by_steps(self.trainer)
         self.clock.stop("data")
         self.clock.start("steps")

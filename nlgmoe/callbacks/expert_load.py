@@ -18,11 +18,11 @@ from nlgmoe.batch import Batch
 from nlgmoe.callbacks import routing_statistics as statistics
 from nlgmoe.callbacks.routing_statistics import routing_totals, split_totals
 from nlgmoe.layers.moe import moe_layers
+from nlgmoe.lightning_state import ends_step, loggers_step, logs_this_step
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.ranks import sum_over_ranks
-from nlgmoe.run.folder import cut_rows, is_logged, is_of_folder
-from nlgmoe.run.resume import ends_step
+from nlgmoe.run.folder import cut_rows, is_of_folder
 from nlgmoe.validation import require
 
 ROWS_PER_DOUBLING = 128
@@ -116,7 +116,7 @@ class ExpertLoad(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Measure the gradients of a logged step before clipping."""
         assert isinstance(pl_module, MoEGPTModule)
-        if self._experts and (is_logged(trainer) or pl_module.ends_run(trainer.global_step + 1)):
+        if self._experts and (logs_this_step(trainer) or pl_module.ends_run(trainer.global_step + 1)):
             self._squares = pl_module.step_gradients().squared_norms(self._components)
 
     @override
@@ -133,7 +133,7 @@ class ExpertLoad(Callback):
             self._squares = None
         self._step.zero_()
         self._skipped = pl_module.skipped_steps
-        if is_logged(trainer):
+        if logs_this_step(trainer):
             self._log(trainer, pl_module, self._end_interval(trainer))
 
     @override
@@ -175,7 +175,7 @@ class ExpertLoad(Callback):
         layers = split_totals(sums, self._experts)
         norms = [math.sqrt(square) for square in sums[-len(self._components) :]]
         module.log_dict(self._metrics(layers, norms, trainer.global_step))
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        step = loggers_step(trainer)
         interval = -(-(step + 1) // trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if self._path is not None and has_row(interval):
             self._append(self._path, step, module.tokens_seen, layers)

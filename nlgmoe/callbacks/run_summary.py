@@ -17,9 +17,9 @@ from nlgmoe.device import peak_memory_bytes
 from nlgmoe.files import write_json
 from nlgmoe.layers.expert_products import compute_capability, describe_products
 from nlgmoe.layers.moe import moe_layers
+from nlgmoe.lightning_state import ends_step
 from nlgmoe.model.counting import parameters_of
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.run.resume import ends_step
 from nlgmoe.versions import versions
 
 

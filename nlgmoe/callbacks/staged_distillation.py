@@ -10,8 +10,6 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import distillation_weight
 from nlgmoe.validation import SettingError, require
 
-LOGGED = ("train/distillation_loss", "train/teacher_agreement")  # only while distilling
-
 
 class StagedDistillation(Callback):
     """Ends distillation before the run ends, since it helps early and hurts late (paper, section 4.2.1).
@@ -74,17 +72,7 @@ class StagedDistillation(Callback):
         if distiller is None:
             return
         distiller.loss_weight = self._weight(trainer, pl_module)
-        if distiller.loss_weight != 0:
-            return
-        connector, released = trainer._logger_connector, distiller.release()
-        if released or not connector._callback_metrics.keys().isdisjoint(LOGGED):
-            # The run is one epoch to Lightning, which would keep logging the last values; a resumed run begins with them.
-            for key in [key for key in trainer.fit_loop.epoch_loop._results if key.endswith(LOGGED)]:
-                del trainer.fit_loop.epoch_loop._results[key]
-            for metrics in (connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics):
-                for key in [key for key in metrics if key in LOGGED]:
-                    del metrics[key]
-        if released:
+        if distiller.loss_weight == 0 and distiller.release():
             rank_zero_info(f"step {trainer.global_step:,}: distillation has ended, the teacher is freed")
 
     def distillation_end(self, train_tokens: int | None) -> End:

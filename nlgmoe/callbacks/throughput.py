@@ -13,10 +13,9 @@ from nlgmoe.batch import Batch
 from nlgmoe.device import is_accelerator, memory_bytes, product_name
 from nlgmoe.hardware import peak_of
 from nlgmoe.layers.precision import allows_tf32
+from nlgmoe.lightning_state import ends_step, logs_this_step
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.ranks import sum_over_ranks
-from nlgmoe.run.folder import is_logged
-from nlgmoe.run.resume import ends_step
 from nlgmoe.validation import require
 
 
@@ -64,7 +63,7 @@ class Throughput(Callback):
         if not ends_step(trainer):
             return
         self._steps += 1
-        if is_logged(trainer):
+        if logs_this_step(trainer):
             self._log(trainer, pl_module)
 
     def _log(self, trainer: Trainer, module: MoEGPTModule) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,9 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
@@ -27,6 +24,7 @@ from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers.moe import moe_layers
+from nlgmoe.lightning_state import init_deepspeed, started_processes, weights_dtype
 from nlgmoe.non_finite import StepGradients
 from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.parallel.expert_groups import ExpertGroups, describe_degrees, expert_placements, layer_degrees, make_groups
@@ -118,7 +116,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         if isinstance(self.accelerator, CUDAAccelerator):
             super().setup_environment()
             return
-        self._process_group_backend = self._process_group_backend or "gloo"
         DDPStrategy.setup_environment(self)
 
     @override
@@ -134,7 +131,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             super().setup_distributed()
         else:
             self.set_world_ranks()
-            self._init_deepspeed_distributed()
+            init_deepspeed(self)
         register_world()
 
     def expert_placements(self, config: GPTConfig, model_name: str = "model") -> Mapping[int, ExpertPlacement]:
@@ -163,7 +160,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         from nlgmoe.parallel.engine import EngineGradients
         from nlgmoe.parallel.muon import shard_matrices
 
-        assert isinstance(self.precision_plugin, DeepSpeedPrecision) and isinstance(self.config, dict)
+        assert isinstance(self.config, dict)
         zero = self.config["zero_optimization"]
         # Weights become views of one buffer. grouped_mm, LayerNorm's kernel and matrix products need 16-byte alignment.
         zero["parameter_alignment"] = True
@@ -189,8 +186,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     def _restore_fp32_warm_start(self) -> None:
         """Load a warm start's fp32 weights into the engine, which in half precision has copied rounded ones."""
         start, path = (getattr(self.lightning_module, name, None) for name in ("warm_start", "started_from"))
-        assert isinstance(self.precision_plugin, DeepSpeedPrecision)
-        if start is None or path is None or self.precision_plugin._desired_dtype == torch.float32:
+        if start is None or path is None or weights_dtype(self) == torch.float32:
             return
         start = replace(start, checkpoint=path)  # its run, if it still trains, may have saved a newer one
         from nlgmoe.parallel.engine import EngineState
@@ -258,9 +254,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     @override
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         """Move the model to the device in its training dtype; evaluation needs no engine."""
-        assert isinstance(self.precision_plugin, DeepSpeedPrecision)
         self._mark_experts(model)  # `load_weights` reads by these marks which ranks share an expert
-        self.model = model.to(self.root_device, dtype=self.precision_plugin._desired_dtype)
+        self.model = model.to(self.root_device, dtype=weights_dtype(self))
 
     # ---- checkpoints: the portable folder, written and read by all ranks
 
@@ -312,10 +307,11 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         """Kill the ranks that this process has started, which may hang, unless all ranks raise this error."""
-        launcher = self.launcher
-        if isinstance(exception, AllRanksError) or not isinstance(launcher, _SubprocessScriptLauncher):
-            return  # the others raise it too; torchrun, srun and others kill their processes themselves
+        if isinstance(exception, AllRanksError):
+            return  # the others raise it too
+        processes = started_processes(self)  # none of torchrun, srun and others, which kill theirs themselves
         deadline = time.monotonic() + 5  # time for the other ranks to print their own errors
-        while time.monotonic() < deadline and any(process.poll() is None for process in launcher.procs):
+        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
             time.sleep(0.1)
-        launcher.kill(signal.SIGKILL)
+        for process in processes:
+            process.kill()

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from nlgmoe.checkpoint.reading import tokenizer_matches
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.training_data import TrainingData, training_data
+from nlgmoe.lightning_state import set_validation_interval, validates_by_time
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.parts import IGNORED_IN_EVALUATION
 from nlgmoe.pyramid import PlacesExperts
@@ -58,7 +59,7 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     for name, reason in SETTINGS.items():
         if value := getattr(trainer, name):
             raise SettingError(f"trainer.{name}={value} {reason}")
-    if getattr(trainer, "_val_check_time_interval", None) is not None:
+    if validates_by_time(trainer):
         raise SettingError("trainer.val_check_interval as a time depends on the machine's speed; give optimizer steps")
     if trainer.precision not in PRECISIONS:  # in 16-true, eps is 0
         raise SettingError(f"trainer.precision={trainer.precision} does not train here; use {', '.join(PRECISIONS)}")
@@ -153,7 +154,8 @@ def validate_by_steps(trainer: Trainer) -> None:
     interval = trainer.val_check_interval
     if not isinstance(interval, int):
         return
-    trainer.val_check_batch = batches = interval * trainer.accumulate_grad_batches
+    batches = interval * trainer.accumulate_grad_batches
+    set_validation_interval(trainer, batches)
     by_epoch = trainer.check_val_every_n_epoch is not None and trainer.enable_validation
     if by_epoch and batches > trainer.num_training_batches:
         problem = f"{interval} steps are {batches} micro-batches, and an epoch has {trainer.num_training_batches}"

@@ -29,6 +29,7 @@ from typing_extensions import override
 
 from nlgmoe.checkpoint.run_checkpoints import FOLDER
 from nlgmoe.files import atomic_write, write_json
+from nlgmoe.lightning_state import csv_writer_of
 from nlgmoe.versions import versions
 
 METRICS = "metrics.csv"
@@ -196,10 +197,7 @@ class RunCSVLogger(CSVLogger):
     @override
     @rank_zero_experiment
     def experiment(self) -> Any:
-        if self._experiment is None:
-            os.makedirs(self.log_dir, exist_ok=True)
-            self._experiment = _AppendingWriter(self.log_dir)
-        return self._experiment
+        return csv_writer_of(self, _AppendingWriter)
 
 
 class _AppendingWriter(ExperimentWriter):
@@ -218,8 +216,3 @@ class _AppendingWriter(ExperimentWriter):
             writer = csv.DictWriter(wider, fieldnames)
             writer.writeheader()
             writer.writerows(csv.DictReader(file))
-
-
-def is_logged(trainer: Trainer) -> bool:
-    """Return True for a step that Lightning logs; the last step of a run too, once it is known to be the last."""
-    return trainer._logger_connector.should_update_logs

@@ -1,4 +1,4 @@
-"""How a run is resumed, in the order in which it happens, and what is set of Lightning's progress for it.
+"""How a run is resumed, in the order in which it happens; `lightning_state.py` lists what is set of Lightning's progress.
 
 hook                where                            what it does
 ------------------  -------------------------------  ---------------------------------------------------------------------
@@ -29,30 +29,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.config import MoEConfig
 from nlgmoe.data.training_data import training_data
+from nlgmoe.lightning_state import run_validation, set_max_steps, set_progress, validation_is_due
 from nlgmoe.run.checks import warn_of_another_size, warn_of_repeated_data
 
-# Fields of Lightning 2.6's progress state that are set, in this file unless another is named, and the reasons:
-#
-#   batch_progress              to its state in `on_train_batch_end` of the last step: the last micro-batch is processed, but not
-#                               completed; `reset` completes it
-#   _batches_that_stepped       step - 1 in a checkpoint, for the same reason: `reset` adds 1; `step.py`: to the last step before
-#                               every batch, since Lightning loses it if a run is resumed at an end; `module.py`: to step - 1 in
-#                               the evaluation of a checkpoint, so that loggers get the step of training's own validation
-#   val_loop.batch_progress     to none: `begin` runs a pending validation, since Lightning's own restart of one looks at
-#                               the wrong batch at the end of an epoch
-#   epoch_loop.max_steps        to -1 from loading to `on_train_start`, which Lightning does not reach at `max_steps`
-#   val_check_batch             `checks.py`: to `val_check_interval` optimizer steps before every batch: Lightning counts
-#                               micro-batches, and sets it anew with `reload_dataloaders_every_n_epochs`
-#   should_stop                 `module.py`: to False in `on_fit_start`, where a `Timer` may have set it, with the same effect as
-#                               `max_steps`; to True in `begin` at a run's end; `step.py`: to True at `train_tokens`, and
-#                               postponed to the end of an accumulation window
-
 SPANS = ("run", "steps", "data", "validation")  # of `RunClock`
-
-
-def ends_step(trainer: Trainer) -> bool:
-    """Return True for the last micro-batch of an optimizer step."""
-    return not trainer.fit_loop._should_accumulate()
 
 
 class RunClock:
@@ -114,9 +94,7 @@ class Resuming:
 
     def note_validation(self, trainer: Trainer) -> None:
         """Note at the end of a step whether it ends a validation interval."""
-        loop = trainer.fit_loop
-        assert loop._data_fetcher is not None
-        self.validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        self.validation_due = validation_is_due(trainer)
 
     def save(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Add to Lightning's dictionary whether a validation is pending, and set its loops to the last optimizer step."""
@@ -139,13 +117,14 @@ class Resuming:
         set_progress(checkpoint, trainer.accumulate_grad_batches, saved=True)
         if 0 <= trainer.max_steps <= checkpoint["global_step"]:
             self._max_steps = trainer.max_steps
-            trainer.fit_loop.epoch_loop.max_steps = -1
+            set_max_steps(trainer, -1)
 
     def begin(self, trainer: Trainer, tokens: int, train_tokens: int | None, moe: MoEConfig | None) -> None:
         """Run a pending validation of the last step. A run that is resumed at its end is validated, and stops."""
         end = self._end(trainer, tokens, train_tokens)
         if self._max_steps is not None:
-            trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
+            set_max_steps(trainer, self._max_steps)
+            self._max_steps = None
         if end is not None:
             rank_zero_warn(f"the run is at its end: {end}")
             trainer.should_stop = True
@@ -155,9 +134,7 @@ class Resuming:
                 warn_of_another_size(self._size, step_size(trainer), moe)
         due = self.validation_due and trainer.ckpt_path is not None
         if (due or end is not None) and self.validated != trainer.global_step and trainer.enable_validation:
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
+            run_validation(trainer)
             if end is None and trainer.should_stop:
                 rank_zero_warn("the run is at its end: a callback such as EarlyStopping stops it; change its settings")
 
@@ -171,33 +148,14 @@ class Resuming:
         if trainer.ckpt_path is None:
             return None
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Timer) and callback._duration is not None:
-                # Its own check was before DeepSpeed's strategy loaded its state.
-                callback._check_time_remaining(trainer)
-                if trainer.should_stop:
-                    return "trainer.max_time is over; to go on, raise it"
+            remaining = callback.time_remaining() if isinstance(callback, Timer) else None
+            # Its own check was before DeepSpeed's strategy loaded its state. Rank 0's clock decides.
+            if remaining is not None and trainer.strategy.broadcast(remaining <= 0):
+                return "trainer.max_time is over; to go on, raise it"
         for stopper in trainer.early_stopping_callbacks:
             if stopper is not None and stopper.wait_count >= stopper.patience and not self.validation_due:
                 return f"{type(stopper).__name__}, monitor={stopper.monitor}, has ended it; to go on, remove it"
         return None
-
-
-def set_progress(checkpoint: dict[str, Any], micro_batches: int, saved: bool = False) -> None:
-    """Set the progress of Lightning's loops in a checkpoint, which is `saved` after loading, to the last optimizer step."""
-    loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
-    steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
-    # `current` counts this epoch, `total` all epochs. An epoch's last step may have fewer micro-batches.
-    progress = loop["epoch_loop.batch_progress"]
-    ready, taken = progress["current"]["ready"], steps["current"]["completed"] * micro_batches
-    progress["is_last_batch"] = progress["is_last_batch"] and (saved or taken >= ready)
-    current = ready if progress["is_last_batch"] else taken
-    within = 0 <= ready - current < micro_batches  # else steps had another number of them, or the next one has begun
-    total = progress["total"]["ready"] - (ready - current) if within else steps["total"]["completed"] * micro_batches
-    for key, batches in {"total": total, "current": current}.items():
-        counts = dict.fromkeys(("ready", "started", "processed"), batches)
-        progress[key] |= counts | {"completed": max(0, batches - 1)}
-        loop["epoch_loop.val_loop.batch_progress"][key] |= dict.fromkeys([*counts, "completed"], 0)
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
 
 
 def step_size(trainer: Trainer) -> dict[str, int]:

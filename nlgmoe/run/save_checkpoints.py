@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, saved_steps, set_link
-from nlgmoe.run.resume import ends_step
+from nlgmoe.lightning_state import ends_step, training_is_done
 from nlgmoe.run.signals import StopOnSignal
 from nlgmoe.validation import SettingError, require, require_above, require_at_least
 
@@ -135,7 +135,7 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the step that is validated, and end the run here if ranks have agreed to."""
         if self._training:
-            ends = trainer.should_stop or trainer.fit_loop.epoch_loop._is_training_done
+            ends = trainer.should_stop or training_is_done(trainer)
             self._finish_step(trainer, save=self.save_before_validation or ends)
 
     @override

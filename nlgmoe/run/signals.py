@@ -12,13 +12,12 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from nlgmoe.run.resume import ends_step
+from nlgmoe.lightning_state import cluster_environment, ends_step, started_processes
 
 # torchrun and other launchers forward the Ctrl+C that the terminal has already sent to every process.
 SAME_PRESS_SECONDS = 1.0
@@ -75,7 +74,7 @@ class StopOnSignal(Callback):
         self._training = True
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows handlers only there; this rank still ends with the others
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
             self._requeues_at = int(environment.requeue_signal)
         for number in {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, self._requeues_at} - {-1}:
@@ -145,9 +144,7 @@ class StopOnSignal(Callback):
             code = 128 + number if trainer.local_rank == 0 else 0
         for logger in trainer.loggers:
             logger.save()  # Lightning saves later; Slurm may end the job before
-        launcher = trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher):
-            _wait_for(launcher.procs)
+        _wait_for(started_processes(trainer.strategy))
         if number == self._requeues_at and trainer.is_global_zero and saved is not None:
             _requeue()  # last: Slurm may end the job at once
         raise SystemExit(code)
@@ -172,14 +169,3 @@ def _requeue() -> None:
         rank_zero_warn(f"scontrol requeue {job} failed ({reason}); submit the job again")
     else:
         rank_zero_info(f"Slurm job {job} is requeued")
-
-
-def leave_signals_to_callbacks(trainer: Trainer) -> None:
-    """Replace two signal methods of Lightning 2.6 by functions that do nothing.
-
-    `register_signal_handlers` installs handlers that broadcast, and on Slurm save, within the handler, which deadlocks with ranks
-    that wait in another collective; `_broadcast_sigterm_tensor` is a blocking broadcast in every micro-batch, after which
-    SIGTERM ends the run with exit code 0 and nothing saved.
-    """
-    vars(trainer._signal_connector)["register_signal_handlers"] = lambda: None
-    vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None

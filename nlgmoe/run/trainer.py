@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.checkpoint.run_checkpoints import FOLDER, checkpoint_path, is_checkpoint, saved_steps
+from nlgmoe.lightning_state import set_root_folder
 from nlgmoe.process import prepare_allocator
 from nlgmoe.ranks import of_rank_zero, raise_on_all_ranks
 from nlgmoe.run.folder import is_same_path
@@ -62,11 +63,11 @@ class RunTrainer(Trainer):
             with TemporaryDirectory(prefix="fast_dev_run-") as temporary:
                 checkpoint = None if ckpt_path is None else checkpoint_to_resume(folder, ckpt_path)
                 _check_warm_start(model, checkpoint)
-                self._default_root_dir = temporary
+                set_root_folder(self, temporary)
                 try:
                     super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint)
                 finally:
-                    self._default_root_dir = str(folder)
+                    set_root_folder(self, str(folder))
             return
         self._refusal, self._shared, checkpoint = None, folder, None
         with ExitStack() as held:
