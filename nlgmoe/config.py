@@ -8,7 +8,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from nlgmoe.parts import AttentionConfig, ExpertConfig, RotaryScaling, RouterConfig, pack_parts, with_parts
+from nlgmoe.parts import (
+    ROUTER_FIELDS,
+    AttentionConfig,
+    ExpertConfig,
+    RotaryScaling,
+    RouterConfig,
+    pack_parts,
+    with_parts,
+)
 from nlgmoe.validation import SettingError, require, require_above, require_at_least, require_valid
 
 
@@ -107,12 +115,6 @@ class MoEConfig:
             require(fits and self.top_k <= chosen * fewest // number, problem)
         widths = ("expert_ffn_size", "shared_ffn_size")
         require_at_least(1, self, *widths, remedy=", or null for the model's ffn_hidden_size")
-        problem = f"shared_ffn_size={self.shared_ffn_size} has no effect with mlp_type={self.mlp_type}"
-        has_shared = self.shared_ffn_size is None or self.mlp_type == "residual"
-        require(has_shared, f"{problem}; use mlp_type=residual, or null")
-        problem = f"residual_mix={self.residual_mix} has no effect with mlp_type={self.mlp_type}"
-        has_mix = self.residual_mix == "learned" or self.mlp_type == "residual"
-        require(has_mix, f"{problem}; use mlp_type=residual, or learned")
         factors = ("train_capacity_factor", "eval_capacity_factor")
         require_above(0, self, *factors, remedy="; 1.0 is an expert's fair share")
         require_at_least(0, self, "min_capacity")
@@ -125,6 +127,12 @@ class MoEConfig:
         require(self.top_k != 1 or not self.normalize_weights, f"{problem}; leave it out")
         if self.router is not None:
             self.router.check_settings(self)
+
+    @property
+    def loss_coefficients(self) -> tuple[float, float]:
+        """Weights of balance loss and z-loss; 0 for one that the router does not read: it may balance in its own way."""
+        read = ROUTER_FIELDS if self.router is None else self.router.reads_fields
+        return self.loss_coeff * ("loss_coeff" in read), self.z_loss_coeff * ("z_loss_coeff" in read)
 
     @property
     def mix_outputs(self) -> int:
@@ -237,9 +245,6 @@ class GPTConfig:
         if self.attention is not None:
             self.attention.check_settings(self)
         if self.rope_theta is None:
-            for name in ("rotary_dim", "rotary_scaling"):
-                reason = "has no effect without rope_theta; set rope_theta, or leave it out"
-                require(getattr(self, name) is None, f"{name}={getattr(self, name)} {reason}")
             return
         problem = f"rotary_dim={self.rotary_dim} is above the {self.head_size} values of a head"
         require((self.rotary_dim or 0) <= self.head_size, f"{problem}; null rotates all of them")

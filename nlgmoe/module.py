@@ -33,6 +33,7 @@ from nlgmoe.run import checks
 from nlgmoe.step import TrainingStep
 from nlgmoe.surgery.warm_start import WarmStart, load_initial_weights
 from nlgmoe.validation import list_differences, require
+from nlgmoe.without_effect import without_effect
 
 
 class MoEGPTModule(TrainingStep):
@@ -150,6 +151,8 @@ class MoEGPTModule(TrainingStep):
     def on_fit_start(self) -> None:
         """Set training mode: an interrupted validation leaves the model in evaluation mode."""
         self.train()
+        if line := without_effect(self.config):
+            rank_zero_warn(line)
         # Otherwise Lightning ends before `on_train_start`; `Resuming.begin` checks a `Timer` again.
         self.trainer.should_stop = False
 

@@ -19,15 +19,16 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from nlgmoe.validation import SettingError, require
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Settings = TypeVar("Settings", bound=Any)  # a GPTConfig or a MoEConfig
 Stack = tuple[int, int, Literal["expand", "project"]]  # inputs, outputs, and role of the weight (`roles.py`)
 
 
@@ -52,7 +53,7 @@ class _Part:
 
     Attributes:
         known_fields: fields of the configuration that only such parts may read.
-        reads_fields: those that the part reads; a configuration that sets another one is refused.
+        reads_fields: those that the part reads; others are at their defaults in the configuration that it is built from.
         ignored_in_evaluation: fields of the subclass that may differ between training and evaluation.
     """
 
@@ -70,14 +71,14 @@ class _Part:
             raise SettingError(f"{name} names {', '.join(unknown)}; it may read {known}")
 
     def check_settings(self, settings: Any) -> None:
-        """Check the part against the configuration that names it; known fields that it does not read have their default."""
+        """Check the part against the configuration that names it."""
         self.check_reads_fields()
-        for field in fields(settings):
-            value = getattr(settings, field.name)
-            read = field.name not in self.known_fields - self.reads_fields
-            problem = f"{field.name}={value} has no effect with {type(self).__name__}; leave it out"
-            require(read or value == field.default, problem)
         self.check(settings)
+
+    def as_read(self, settings: Settings) -> Settings:
+        """Return the configuration that names the part, with known fields that it does not read at their defaults."""
+        unread = self.known_fields - self.reads_fields
+        return replace(settings, **{field.name: field.default for field in fields(settings) if field.name in unread})
 
     def check(self, config: Any) -> None:
         """Check that the part fits the configuration that names it: a router its `MoEConfig`, an attention its `GPTConfig`.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from benchmarks.gate.sides import BASELINES, Baseline, Side
 from benchmarks.reproduce.scale import Scale
 from benchmarks.step import whole_step
 from benchmarks.timing import interleaved
-from nlgmoe.cli.type_hints import class_named, find_class
+from nlgmoe.cli.type_hints import find_class
 from nlgmoe.cli.yaml_places import ConfigLoader
 from nlgmoe.device import available_memory
 from nlgmoe.experiment import load_config, parse_config
@@ -59,10 +58,6 @@ def read_candidate(text: str, name: str | None, scale: Scale, base: Baseline) ->
         f"--name={name}: give another one, of letters, digits, -, . and _",
     )
     side = Side(name, scale, base, (overlay,))
-    router = (side.settings["model"]["config"]["moe"] or {}).get("router")
-    if router and "token_dropping" not in class_named(router["class_path"], [RouterConfig]).reads_fields:
-        default = _at(("moe", "token_dropping"), True)  # moe_16.yaml sets another value
-        side = replace(side, overlays=(default, overlay))
     load_config([*base.files, *side.overlays[:-1], text if is_file else overlay])  # checks all
     return side
 

@@ -58,12 +58,11 @@ def add_router_losses(loss: Tensor, moe: MoEConfig, routings: Sequence[Routing])
     Returns the sum, and the losses by name without their coefficients.
     """
     balance, z_loss = router_losses(routings, moe.aux_scope)
-    # A router may have a balancing rule of its own.
-    has_balance_loss = moe.router is None or "loss_coeff" in moe.router.reads_fields
-    if has_balance_loss and moe.loss_coeff:
-        loss = loss + moe.loss_coeff * balance
-    if moe.z_loss_coeff:  # else logits that overflow would make the loss NaN by 0 * infinity
-        loss = loss + moe.z_loss_coeff * z_loss
+    loss_coeff, z_loss_coeff = moe.loss_coefficients
+    if loss_coeff:
+        loss = loss + loss_coeff * balance
+    if z_loss_coeff:  # else logits that overflow would make the loss NaN by 0 * infinity
+        loss = loss + z_loss_coeff * z_loss
     terms = {"balance_loss": balance, "z_loss": z_loss}
     for name in {name: None for routing in routings for name in routing.losses}:
         terms[name] = torch.stack([routing.losses[name] for routing in routings if name in routing.losses]).sum()

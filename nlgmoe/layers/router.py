@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from ctypes import c_float
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -330,7 +330,8 @@ def build_router(config: GPTConfig, block: int) -> Router:
     num_experts, settings = experts_at(config, block), config.moe.router
     if settings is None:
         return TopKRouter(config.moe, config.hidden_size, num_experts, block)
-    router, name = settings.build(config, block), type(settings).__name__
+    read = replace(config, moe=settings.as_read(config.moe))
+    router, name = settings.build(read, block), type(settings).__name__
     require(isinstance(router, Router), f"{name}.build returned a {type(router).__name__}; return a Router")
     require(
         router.num_experts == num_experts,

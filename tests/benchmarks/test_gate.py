@@ -28,6 +28,7 @@ from nlgmoe import Router, Routing, RoutingContext
 from nlgmoe.tools.check.properties import check_layer
 from nlgmoe.tools.report.runs import read_runs
 from nlgmoe.validation import RunError, SettingError
+from nlgmoe.without_effect import without_effect
 from tests.support.in_process import Here
 
 HERE = "tests.benchmarks.test_gate"
@@ -166,7 +167,7 @@ def test_a_change_between_baselines_is_its_rule_on_numbers_computed_by_hand() ->
 def test_gate_takes_classes_of_three_kinds_and_overlays(tmp_path: Path) -> None:
     found = read_candidate("docs.examples.hash_router.HashRouterConfig", None, CPU)
     assert found.name == "HashRouterConfig"
-    assert found.config.moe.token_dropping  # its default, which the router does not read
+    assert "moe.token_dropping=False (with HashRouterConfig)" in without_effect(found.config)  # of moe_16.yaml
     network = read_candidate("nlgmoe.layers.feed_forward.SwiGLUNetwork", "x", CPU)
     assert type(network.config.moe.expert).__name__ == "SwiGLUNetwork"
     assert read_candidate("nlgmoe.layers.attention.MultiHead", "y", CPU).config.attention is not None

@@ -26,8 +26,6 @@ WRONG = {
     "text for a number": ("fit --model.config.num_heads=two", "model.config.num_heads=two: expected int"),
     "top-k above experts": ("yaml: model:\n  config:\n    moe:\n      top_k: 9",
         "model.config.moe.top_k=9 (FOLDER/bad.yaml, line 4) must be between 1 and"),
-    "mix without a shared MLP": ("fit --model.config.moe.residual_mix=sum",
-        "residual_mix=sum has no effect with mlp_type=standard; use mlp_type=residual"),
     "misspelt subcommand": ("train.py fitt",
         "unknown subcommand fitt; did you mean fit? (the first word is one of fit, "),
     "another architecture": ("validate --ckpt_path=LAST --model.config.hidden_size=32",

@@ -62,8 +62,8 @@ def test_deepspeeds_launcher_trains_on_two_nodes(pocket_pile: Path, tmp_path: Pa
 
 def test_an_error_of_all_ranks_is_one_line_of_each(pocket_pile: Path, tmp_path: Path) -> None:
     """The first step makes the weights infinite, and its gradient was finite."""
-    spoilt = ["--model.optimizer.lr=1e39", "--model.non_finite.action=skip", "--trainer.val_check_interval=100"]
-    spoilt += [FEW, "--trainer.devices=2", "--model.train_tokens=4096"]
+    spoilt = ["--model.optimizer.lr=1e39", "--model.optimizer.muon=null", "--model.non_finite.action=skip", FEW]
+    spoilt += ["--trainer.val_check_interval=100", "--trainer.devices=2", "--model.train_tokens=4096"]
     done = train_py("fit", *settings_of(tmp_path / "run", pocket_pile, *spoilt), launcher=TORCHRUN)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert lines and done.returncode == 1

@@ -59,8 +59,9 @@ class OwnLayer(Layer):
 
     def _output(self, y: Tensor, routing: Routing) -> Output:
         aux, _ = add_router_losses(y.new_zeros((), dtype=routing.weight.dtype), self.moe, [routing])
-        other = self.moe.z_loss_coeff * router_losses([routing])[1]
-        if _reads(self.moe, "loss_coeff") and self.moe.loss_coeff and routing.probs is not None:
+        loss_coeff, z_loss_coeff = self.moe.loss_coefficients
+        other = z_loss_coeff * router_losses([routing])[1]
+        if loss_coeff and routing.probs is not None:
             other = other + sum(routing.losses.values())  # the router's own losses need not balance
         return Output(y, routing, aux, other)
 

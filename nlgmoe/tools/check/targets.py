@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from nlgmoe.tools.check.layer import Batch, Layer, Output, Target
 from nlgmoe.tools.check.own import own_layer
 from nlgmoe.tools.planner.topology import read_settings
 from nlgmoe.validation import RunError, SettingError, require
+from nlgmoe.without_effect import without_effect
 
 KINDS = "RouterConfig, ExpertConfig, AttentionConfig or nn.Module"
 
@@ -89,6 +91,8 @@ def find_layers(words: Sequence[str]) -> Sequence[Target]:
 
 
 def _of_config(name: str, config: GPTConfig) -> list[Target]:
+    if line := without_effect(config):
+        print(line, file=sys.stderr)
     layers: list[Target] = [own_layer(config, name)] if config.moe is not None else []
     if config.attention is not None:
         layers.append(attention_layer(config, f"{name}, {type(config.attention).__name__}"))

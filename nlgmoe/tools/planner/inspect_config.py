@@ -15,6 +15,7 @@ from nlgmoe.tools.planner.cost import UTILISATION, Cost, Parts, estimate
 from nlgmoe.tools.planner.memory import Memory, memory_options, parameter_groups
 from nlgmoe.tools.planner.muon import muon_step
 from nlgmoe.tools.planner.topology import Machine, Topology, layout, machine_of, read_settings
+from nlgmoe.without_effect import without_effect
 
 if TYPE_CHECKING:
     from nlgmoe.tools.planner.simulate import Simulated
@@ -164,6 +165,7 @@ def as_text(
         memory_parts |= {"activations": memory.activations, "ZeRO buckets": memory.buckets_at_peak}
     lines = [
         ("model", _model(config, topology.length(config))),
+        *([("", line)] if (line := without_effect(config)) else []),
         ("run", _run(topology, machine.name)),
         *_table("parameters", count.total, parts, _count, f"{_count(count.active)} active"),
         ("FLOPs per token", f"{_si(flops_per_token(config, topology.length(config)))}FLOP, forward and backward"),
