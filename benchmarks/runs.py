@@ -13,11 +13,16 @@ def git(*words: str) -> str:
 
 
 def commit() -> str:
-    """Return the commit that is checked out, with `+` if there are changes; `unknown` in a copy without git's data."""
+    """Return the commit that is checked out, with `+` if code has changed; `unknown` in a copy without git's data."""
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py", "*.yaml") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def short(commit: str) -> str:
+    """Return the first eight digits of a commit, with its `+`."""
+    return commit[:8] + "+" * commit.endswith("+")
 
 
 def processor() -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.documents import markdown_table, with_text
-from benchmarks.runs import ROOT, processor
+from benchmarks.runs import ROOT, commit, processor, short
 from nlgmoe.files import write_json
 from nlgmoe.process import keep_freed_memory
 from nlgmoe.versions import versions
@@ -69,7 +69,7 @@ class Benchmark:
         about, rounds = result["about"], result["about"].get("rounds", 1)
         where = f"{about['cpu']}, {about['threads']} thread{'s' if about['threads'] > 1 else ''}"
         medians = f", medians of {rounds} rounds" if rounds > 1 else ""
-        line = f"`{about['command']}`, commit {about['commit']}, {where}{medians}:"
+        line = f"`{about['command']}`, commit {short(about['commit'])}, {where}{medians}:"
         return f"{line}\n\n{markdown_table(*self.parts[part].table(result['measured']))}"
 
     def in_page(self, page: str, results: Mapping[str, Any]) -> str:
@@ -125,7 +125,6 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int, war
 
 def settings(**more: Any) -> dict[str, Any]:
     """Return machine, threads, allocator, versions and commit."""
-    changed = output_of(["git", "status", "--porcelain", "--", "*.py", "*.yaml"])
     return {
         "cpu": processor(),
         "threads": torch.get_num_threads(),
@@ -134,7 +133,7 @@ def settings(**more: Any) -> dict[str, Any]:
             for name, value in sorted(os.environ.items())
             if name.startswith(("OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "LD_PRELOAD"))
         },
-        "commit": output_of(["git", "rev-parse", "--short", "HEAD"]) + ("-dirty" if changed else ""),
+        "commit": commit(),
         "versions": versions(),
         **more,
     }

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from benchmarks.gate import carry
 from benchmarks.gate.campaign import PLAN, status
 from benchmarks.gate.candidate import check, costs, memory, read_candidate
-from benchmarks.gate.page import RESULTS, Row, add_row, baseline_of, in_lines, make_row, read_rows, table, write_tables
+from benchmarks.gate.page import RESULTS, Row, add_row, baseline_of, in_lines, make_row, read_rows, write_tables
 from benchmarks.gate.records import RUNS, Records
 from benchmarks.gate.runs import fingerprint, folders, placed, run_of, series
 from benchmarks.gate.search import search
@@ -162,8 +162,9 @@ def main(argv: list[str] | None = None, launch: Launcher | None = None) -> None:
             rows = read_rows(RESULTS)
             sides = [Side(name, scale, BASELINES[name]) for name in dict.fromkeys(map(baseline_of, rows))]
             numerics = {side.name: fingerprint(side, args.out.resolve(), launch) for side in sides}
-            write_tables(f"{table(rows, numerics)}\n\n{carry.table(rows)}")
-            carry.draw(rows, RESULTS.parent / carry.FIGURE)
+            write_tables(carry.tables(rows, numerics))
+            if carry.changes(rows):
+                carry.draw(rows, RESULTS.parent / carry.FIGURE)
             return
         require(args.pairs > 0 and args.jobs > 0, "--pairs and --jobs must be at least 1")
         out, records = args.out.resolve(), Records(args.runs.resolve(), args.commit)

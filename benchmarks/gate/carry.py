@@ -10,7 +10,7 @@ Printed intervals are not corrected. A loss is of one processor and commit in ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import matplotlib
 from scipy import stats
 
 from benchmarks.documents import markdown_table
+from benchmarks.gate import page
 from benchmarks.gate.campaign import CARRIED
 from benchmarks.gate.page import Row, baseline_of
 from nlgmoe.tools.report.groups import PairedDifference, paired_difference
@@ -64,6 +65,11 @@ def table(rows: Sequence[Row]) -> str:
         )
     head = ["idea", "D, nats (95% interval)", "reading", "not shown below", "pairs"]
     return f"Do verdicts carry over to `strong`?\n\n{markdown_table(head, lines)}" if lines else ""
+
+
+def tables(rows: Sequence[Row], numerics: Mapping[str, str]) -> str:
+    """Return all tables of docs/gate.md."""
+    return "\n\n".join(filter(None, [page.table(rows, numerics), table(rows)]))
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:

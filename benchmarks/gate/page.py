@@ -14,7 +14,7 @@ from benchmarks.gate.sides import BASELINES, PAPER, Side
 from benchmarks.gate.verdict import AS_GOOD, CHANCE, PLANNED_PAIRS, in_words
 from benchmarks.reproduce.cells import MARGIN
 from benchmarks.reproduce.scale import machine
-from benchmarks.runs import ROOT, commit
+from benchmarks.runs import ROOT, commit, short
 from benchmarks.timing import output_of
 from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters
@@ -96,7 +96,7 @@ def table(rows: Sequence[Row], numerics: Mapping[str, str]) -> str:
     for row in rows:
         mark = "" if row["numerics"] == numerics.get(baseline_of(row)) else " *"
         size, costs, verdicts = row["parameters"], row["costs"], row["verdicts"]
-        cells = [row["name"], baseline_of(row), row["commit"][:7] + row["commit"][40:] + mark]
+        cells = [row["name"], baseline_of(row), short(row["commit"]) + mark]
         cells += [f"{size['total'] / 1e6:.2f}M ({size['active'] / 1e6:.2f}M)"]
         cells += [f"{costs[kind]:.2f}" for kind in ("flops", "seconds")]
         lines.append([*cells, *(_cell(verdicts[kind]) for kind in KINDS), verdicts["tokens"]["pairs"]])

@@ -23,7 +23,7 @@ from benchmarks.reproduce.questions import (
     Question,
 )
 from benchmarks.reproduce.readings import MISSING, Answer, answers, answers_to, beside, difference, of_cell
-from benchmarks.runs import ROOT
+from benchmarks.runs import ROOT, short
 
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
@@ -45,7 +45,7 @@ def long_table(results: dict[str, Any]) -> str:
     """Return the table of docs/claims.md, and what is beside it."""
     lines = [f"Commit {results['commit'][:10]}; {results['machine']}; {len(results['runs'])} runs."]
     if "speed" in results:
-        lines[0] += f" Steps were timed at {results['speed']['commit']}."
+        lines[0] += f" Steps were timed at {short(results['speed']['commit'])}."
     lines.append("")
     rows = [[*_row(answer), answer.paper] for answer in answers(results).values()]
     lines += [markdown_table(["question", "difference (95% interval)", "pairs", "reading", "the paper"], rows), ""]

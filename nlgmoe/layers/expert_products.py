@@ -129,7 +129,9 @@ def describe_products(
         for slots, experts in zip(uses_slots, moe_blocks(config).values(), strict=True)
     ]
     widths = (config.hidden_size, config.expert_ffn_size)
-    dtype = TYPES[precision.split("-")[0]]
+    dtype = TYPES.get(precision.split("-")[0])
+    if dtype is None:  # of another precision plugin
+        return f"chosen by the type of the weights, which precision={precision} does not name"
     chosen = {choose_product(dtype, widths, compute_capability, slots, has_triton) for slots in in_slots}
     evaluation = choose_product(dtype, widths, compute_capability, False, has_triton)
     if chosen == {evaluation}:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from filelock import FileLock
 
 from benchmarks.documents import with_text
+from benchmarks.gate import carry
 from benchmarks.gate import page as gate
 from benchmarks.reproduce.__main__ import RESULTS
 from benchmarks.reproduce.__main__ import main as reproduce
@@ -191,7 +193,9 @@ def test_committed_pages_have_the_committed_results() -> None:
         assert with_text(page.read_text(), BEGIN, END, text) == page.read_text()
     assert page_of_models(results) == (FIGURES / "claims.md").read_text()
     rows, page = gate.read_rows(gate.RESULTS), gate.PAGE.read_text()
-    tables = [gate.table(rows, numerics) for numerics in {row["numerics"] for row in rows} | {"of newer code"}]
+    bases = sorted({gate.baseline_of(row) for row in rows})
+    found = [{row["numerics"] for row in rows if gate.baseline_of(row) == base} | {"of newer code"} for base in bases]
+    tables = [carry.tables(rows, dict(zip(bases, numerics, strict=True))) for numerics in product(*found)]
     assert page in [with_text(page, gate.BEGIN, gate.END, table) for table in tables]
 
 

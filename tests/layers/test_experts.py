@@ -159,6 +159,10 @@ def test_products_are_named_for_training_and_evaluation() -> None:
     fp16 = hopper | {"precision": "16-mixed"}
     assert describe_products(dropless, 2048, **fp16) == "triton in training and evaluation"
     assert describe_products(model, 2048, **cpu) == "grouped_mm in training and evaluation"
+    other = cpu | {"precision": "transformer-engine"}
+    assert describe_products(model, 2048, **other).startswith(
+        "chosen by the type of the weights, which precision=transf"
+    )
     some = cpu | {"uses_slots": [False, True]}  # experts of the second layer alone are on several ranks
     assert describe_products(model, 2048, **some).startswith("bmm and grouped_mm in training")
 
