@@ -17,7 +17,7 @@ from nlgmoe.parts import (
     pack_parts,
     with_parts,
 )
-from nlgmoe.validation import SettingError, require, require_above, require_at_least, require_valid
+from nlgmoe.validation import SettingError, require_above, require_at_least, require_valid
 
 
 @dataclass(frozen=True)
@@ -96,35 +96,36 @@ class MoEConfig:
     def __post_init__(self) -> None:
         require_valid(self)
         counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
-        require(bool(counts), "num_experts is an empty list; give one number per MoE layer or a single number")
-        problem = f"num_experts={self.num_experts} must have a number above 0 and none below 0"
-        require(min(counts) >= 0 and max(counts) >= 1, f"{problem}; set moe to null for a dense model")
-        fewest = min(count for count in counts if count)
+        if not counts:
+            raise SettingError("num_experts is an empty list; give one number per MoE layer or a single number")
+        if min(counts) < 0 or max(counts) < 1:
+            problem = f"num_experts={self.num_experts} must have a number above 0 and none below 0"
+            raise SettingError(f"{problem}; set moe to null for a dense model")
+        fewest, top_k = min(count for count in counts if count), f"top_k={self.top_k}"
         require_at_least(1, self, "expert_interval")
-        top_k = f"top_k={self.top_k}"
-        require(1 <= self.top_k <= fewest, f"{top_k} must be between 1 and the smallest num_experts ({fewest})")
+        if not 1 <= self.top_k <= fewest:
+            raise SettingError(f"{top_k} must be between 1 and the smallest num_experts ({fewest})")
         if self.groups is not None:
             number, chosen = self.groups if len(self.groups) == 2 else (1, 0)
             fits = 1 <= chosen <= number and not any(count % number for count in counts)
-            meaning = (
-                f"two numbers: of groups, which divides num_experts={self.num_experts}, and of groups that a token"
-            )
-            problem = (
-                f"groups={self.groups} must be {meaning} chooses from, with at least {top_k} experts, such as [8, 4]"
-            )
-            require(fits and self.top_k <= chosen * fewest // number, problem)
+            if not fits or self.top_k > chosen * fewest // number:
+                raise SettingError(
+                    f"groups={self.groups} must be two numbers: of groups, which divides num_experts={self.num_experts}, and of "
+                    f"groups that a token chooses from, with at least {top_k} experts, such as [8, 4]"
+                )
         widths = ("expert_ffn_size", "shared_ffn_size")
         require_at_least(1, self, *widths, remedy=", or null for the model's ffn_hidden_size")
         factors = ("train_capacity_factor", "eval_capacity_factor")
         require_above(0, self, *factors, remedy="; 1.0 is an expert's fair share")
         require_at_least(0, self, "min_capacity")
         require_at_least(0, self, "loss_coeff", "z_loss_coeff", remedy="; 0 turns that loss off")
-        allowed = self.top_k == 1 or self.noise != "rsample"
-        require(allowed, f"noise=rsample works with top_k=1 only ({top_k}); use noise=jitter, or null")
         require_above(0, self, "gate_scale")
         require_above(0, self, "gate_init_std", remedy=", or null for the model's init_std")
-        problem = "normalize_weights=True with top_k=1 makes every weight the same, and the gate learns nothing"
-        require(self.top_k != 1 or not self.normalize_weights, f"{problem}; leave it out")
+        if self.noise == "rsample" and self.top_k > 1:
+            raise SettingError(f"noise=rsample works with top_k=1 only ({top_k}); use noise=jitter, or null")
+        if self.normalize_weights and self.top_k == 1:
+            problem = "normalize_weights=True with top_k=1 makes every weight the same, and the gate learns nothing"
+            raise SettingError(f"{problem}; leave it out")
         if self.router is not None:
             self.router.check_settings(self)
 
@@ -226,32 +227,34 @@ class GPTConfig:
         require_above(0, self, "rope_theta", remedy=", or null for learned positions")
         self._check_attention()
         for name in ("hidden_dropout", "attention_dropout"):
-            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingError(f"{name}={getattr(self, name)} must be in [0, 1)")
         if self.moe is None:
             return
         counts, interval = self.moe.num_experts, self.moe.expert_interval
         positions = self.num_layers // interval
-        problem = f"expert_interval={interval} leaves no MoE layer among num_layers={self.num_layers}"
-        require(positions >= 1, f"{problem}; lower it, or set moe to null")
-        if isinstance(counts, list):
+        if positions < 1:
+            problem = f"expert_interval={interval} leaves no MoE layer among num_layers={self.num_layers}"
+            raise SettingError(f"{problem}; lower it, or set moe to null")
+        if isinstance(counts, list) and len(counts) != positions:
             blocks = f"num_layers={self.num_layers} with expert_interval={interval} makes {positions} MoE positions"
-            require(len(counts) == positions, f"num_experts={counts} has {len(counts)} entries, but {blocks}")
+            raise SettingError(f"num_experts={counts} has {len(counts)} entries, but {blocks}")
 
     def _check_attention(self) -> None:
-        divides = self.head_dim is not None or self.attention is not None or self.hidden_size % self.num_heads == 0
-        require(divides, f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
-        problem = f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
-        require(self.num_heads % self.kv_heads == 0, problem)
+        if self.head_dim is None and self.attention is None and self.hidden_size % self.num_heads:
+            raise SettingError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
+        if self.num_heads % self.kv_heads:
+            raise SettingError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.attention is not None:
             self.attention.check_settings(self)
         if self.rope_theta is None:
             return
-        problem = f"rotary_dim={self.rotary_dim} is above the {self.head_size} values of a head"
-        require((self.rotary_dim or 0) <= self.head_size, f"{problem}; null rotates all of them")
-        problem = (
-            f"rope_theta={self.rope_theta} rotates pairs of values, but {self.rotary_size} values of a head are rotated"
-        )
-        require(self.rotary_size % 2 == 0, f"{problem}; set an even head_dim, rotary_dim, or other num_heads")
+        if self.rotary_dim is not None and self.rotary_dim > self.head_size:
+            problem = f"rotary_dim={self.rotary_dim} is above the {self.head_size} values of a head"
+            raise SettingError(f"{problem}; null rotates all of them")
+        if self.rotary_size % 2:
+            problem = f"rope_theta={self.rope_theta} rotates pairs of values, but {self.rotary_size} values of a head are rotated"
+            raise SettingError(f"{problem}; set an even head_dim, rotary_dim, or other num_heads")
 
     @property
     def head_size(self) -> int:
