@@ -158,8 +158,6 @@ def test_settings_of_a_part_are_what_json_reads_again() -> None:
 
 
 MLA = part_to_dict(MLAConfig(8, 4, 4, 8))
-YARN = part_to_dict(Yarn(4.0, 4))
-HASH = {"class_path": "hash_router.HashRouterConfig"}
 SIGMOID = {"class_path": "nlgmoe.SigmoidRouterConfig"}
 COUNTS = ("vocab_size", "seq_len", "num_layers", "hidden_size", "num_heads", "vocab_size_multiple")
 COUNTS += ("ffn_hidden_size", "num_kv_heads", "head_dim", "expert_ffn_size", "expert_interval")
