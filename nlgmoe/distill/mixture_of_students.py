@@ -28,7 +28,8 @@ from nlgmoe.layers.losses import SoftTargets, TeacherTargets
 from nlgmoe.layers.precision import cast_by_autocast
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parallel.triton_product import hand_in_triton_product
-from nlgmoe.pyramid import PlacesExperts, experts_per_layer
+from nlgmoe.placement import PlacesExperts
+from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.ranks import raise_on_all_ranks
 from nlgmoe.validation import require
 

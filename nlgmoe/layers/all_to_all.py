@@ -25,7 +25,7 @@ from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher, Rows
 from nlgmoe.layers.expert_products import fixed_slots, round_up_rows
 from nlgmoe.layers.precision import computing_dtype
 from nlgmoe.layers.router import Routing
-from nlgmoe.pyramid import ExpertPlacement
+from nlgmoe.placement import ExpertPlacement
 
 
 class AllToAllDispatcher(LocalDispatcher):

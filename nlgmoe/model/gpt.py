@@ -19,7 +19,8 @@ from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import Routing, RoutingContext
 from nlgmoe.model.initialisation import initialise
-from nlgmoe.pyramid import ExpertPlacement, experts_at
+from nlgmoe.placement import ExpertPlacement
+from nlgmoe.pyramid import experts_at
 
 NoiseKey = tuple[int, ...]
 

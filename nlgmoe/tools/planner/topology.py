@@ -15,7 +15,8 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.device import default_device, product_name
 from nlgmoe.hardware import HARDWARE, RESERVED, Hardware, board_of, hardware
 from nlgmoe.optim.muon import MuonConfig
-from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer
+from nlgmoe.placement import expert_parallel_degree
+from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.validation import SettingError, require, require_at_least
 
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true"]
@@ -40,7 +41,7 @@ class Topology:
     """The layout of a run over ranks."""
 
     gpus: int = 1  # ranks; all are data-parallel
-    expert_parallel_size: int = 1  # upper bound of each MoE layer's degree (`pyramid.expert_parallel_degree`)
+    expert_parallel_size: int = 1  # upper bound of each MoE layer's degree (`placement.expert_parallel_degree`)
     zero_stage: int = 0  # 1 or 2; 0: without ZeRO, as `ddp`
     micro_batch_size: int = 8  # sequences per rank and forward pass
     global_batch_size: int = 8  # sequences per optimizer step over all ranks; a multiple of `micro_batch_size * gpus`
