@@ -64,7 +64,7 @@ class TokenProgressBar(TQDMProgressBar):
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         loss = _module(trainer).losses.get("train/loss")
-        lr = f"{_module(trainer).rate:.2e}" if trainer.optimizers else ""
+        lr = f"{_module(trainer).learning_rate:.2e}" if trainer.optimizers else ""
         return ({} if loss is None else {"loss": f"{loss:.3f}"}) | self._validation | {"lr": lr}
 
 
