@@ -1,24 +1,28 @@
 """Lightning 2.6's private state: no other file reads or sets it (`tests/test_private_names.py`).
 
-Each function gives what Lightning does, and the public way that is missing. Classes elsewhere override private methods.
+Each docstring says what the function does, and which public API is missing. Other files may override private methods.
 
-Fields of Lightning's progress that are set, by the functions of this file unless another place is named:
+Progress state of Lightning that the package sets:
 
-    batch_progress              `set_progress`: to its state in `on_train_batch_end` of the last step: the last micro-batch is
-                                processed, but not completed; `reset` of the loop completes it
-    _batches_that_stepped       `set_progress`: to step - 1 in a checkpoint, for the same reason: `reset` adds 1.
-                                `set_loggers_step`: to the last step before every batch, since Lightning loses it if a run is
-                                resumed at an end (`step.py`); to step - 1 in the evaluation of a checkpoint, so that loggers get
-                                the step of training's own validation (`module.py`)
-    val_loop.batch_progress     `set_progress`: to none: `Resuming.begin` runs a pending validation, since Lightning's own restart
-                                of one looks at the wrong batch at the end of an epoch
-    epoch_loop.max_steps        `set_max_steps`: to -1 from loading to `on_train_start`, which Lightning does not reach at
-                                `max_steps` (`run/resume.py`)
-    val_check_batch             `set_validation_interval`: to `val_check_interval` optimizer steps before every batch: Lightning
-                                counts micro-batches, and sets it anew with `reload_dataloaders_every_n_epochs` (`run/checks.py`)
-    should_stop                 public. `module.py`: to False in `on_fit_start`, where a `Timer` may have set it, with the same
-                                effect as `max_steps`. `run/resume.py`: to True at a run's end. `step.py`: to True at
-                                `train_tokens`, and postponed to the end of an accumulation window
+    batch_progress           `set_progress`, in a checkpoint: to the values at `on_train_batch_end` of the last step:
+                             its last micro-batch is processed but not completed; the loop's `reset` completes it
+    _batches_that_stepped    `set_progress`, in a checkpoint: to step - 1, since the loop's `reset` adds 1.
+                             `set_loggers_step` in `step.py`: to `global_step` before each micro-batch, since Lightning
+                             loses it in a run that is resumed at its end.
+                             `set_loggers_step` in `module.py`: to step - 1 when a checkpoint is evaluated, so that
+                             loggers get the same step as for the validation of that step in training
+    val_loop.batch_progress  `set_progress`, in a checkpoint: to 0. `Resuming.begin` runs a pending validation, since
+                             Lightning's own restart checks the wrong micro-batch at the end of an epoch
+    epoch_loop.max_steps     `set_max_steps` in `run/resume.py`: to -1 when a checkpoint at `max_steps` is loaded, until
+                             `on_train_start`. At `max_steps` Lightning would not call `on_train_start`
+    val_check_batch          `set_validation_interval` in `run/checks.py`: to the micro-batches of `val_check_interval`
+                             optimizer steps, before each micro-batch. Lightning counts micro-batches, and resets this
+                             with `reload_dataloaders_every_n_epochs`
+    should_stop              a public attribute.
+                             `module.py`: to False in `on_fit_start`. A `Timer` may have set it to True, and Lightning would
+                             then not call `on_train_start`.
+                             `run/resume.py`: to True if the resumed run is at its end.
+                             `step.py`: to True after the last step; a stop inside a step is postponed to its end
 """
 
 import os
@@ -39,25 +43,25 @@ from lightning.pytorch.strategies.strategy import Strategy
 
 
 def ends_step(trainer: Trainer) -> bool:
-    """Return True for the last micro-batch of an optimizer step. The loop decides it, and has no public property of it."""
+    """Return True for the last micro-batch of an optimizer step. The loop has no public property for it."""
     return not trainer.fit_loop._should_accumulate()
 
 
 def logs_this_step(trainer: Trainer) -> bool:
-    """Return True for a step that Lightning logs; the last step of a run too, once it is known to be the last.
+    """Return True if Lightning logs this step: every `log_every_n_steps` steps, and if `should_stop` is set.
 
-    The rule takes in `log_every_n_steps`, `should_stop` and the loop that runs; the trainer does not show its result.
+    The trainer has no public property for it.
     """
     return trainer._logger_connector.should_update_logs
 
 
 def loggers_step(trainer: Trainer) -> int:
-    """Return the step that loggers get. It is one less than `global_step` at the end of a step; no public name has it."""
+    """Return the step that loggers get: at the end of a step, `global_step` - 1. It has no public property."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def set_loggers_step(trainer: Trainer, step: int) -> None:
-    """Set the step that loggers get, which the loop counts by itself; a public setter is missing."""
+    """Set the step that loggers get. The loop counts it separately from `global_step`, without a public setter."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
@@ -67,7 +71,7 @@ def set_max_steps(trainer: Trainer, steps: int) -> None:
 
 
 def training_is_done(trainer: Trainer) -> bool:
-    """Return True after the last step of the run or the epoch. `global_step` and `max_steps` do not show an epoch's end."""
+    """Return True after the last step of the run or epoch. `global_step` and `max_steps` do not tell an epoch's end."""
     return trainer.fit_loop.epoch_loop._is_training_done
 
 
@@ -75,24 +79,24 @@ def training_is_done(trainer: Trainer) -> bool:
 
 
 def set_validation_interval(trainer: Trainer, micro_batches: int) -> None:
-    """Set the micro-batches between validations. Lightning computes them from `val_check_interval` when it loads data."""
+    """Set the number of micro-batches between validations. Lightning sets it when it loads data; no public setter."""
     trainer.val_check_batch = micro_batches
 
 
 def validates_by_time(trainer: Trainer) -> bool:
-    """Return True if `val_check_interval` is a time, which Lightning keeps under this name alone."""
+    """Return True if `val_check_interval` is a time, which Lightning stores in this private attribute only."""
     return getattr(trainer, "_val_check_time_interval", None) is not None
 
 
 def validation_is_due(trainer: Trainer) -> bool:
-    """Return True at the end of a step that Lightning validates. The loop's rule and its argument are private."""
+    """Return True at the end of a step after which Lightning validates. The method and its argument are private."""
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 def run_validation(trainer: Trainer) -> None:
-    """Validate within a fit, as the loop does after a step: `Trainer.validate` would end the fit."""
+    """Validate inside a fit, as the loop does after a step. `Trainer.validate` would end the fit."""
     trainer.validating = True
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
@@ -104,12 +108,12 @@ def run_validation(trainer: Trainer) -> None:
 def set_progress(checkpoint: dict[str, Any], micro_batches: int, saved: bool = False) -> None:
     """Set the progress of Lightning's loops in a checkpoint to the last optimizer step.
 
-    Lightning saves the counts of the moment, which may be within a step or an epoch; a hook that sets them is missing.
+    Lightning saves the current counts, which may be those inside a step or an epoch. It has no hook that sets them.
 
     Args:
         checkpoint: Lightning's dictionary, with `loops`.
-        micro_batches: of an optimizer step.
-        saved: the dictionary is from a file, not about to be saved.
+        micro_batches: number of micro-batches of an optimizer step.
+        saved: True if the dictionary was read from a file, False if it is about to be written.
     """
     loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
     steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
@@ -118,7 +122,7 @@ def set_progress(checkpoint: dict[str, Any], micro_batches: int, saved: bool = F
     ready, taken = progress["current"]["ready"], steps["current"]["completed"] * micro_batches
     progress["is_last_batch"] = progress["is_last_batch"] and (saved or taken >= ready)
     current = ready if progress["is_last_batch"] else taken
-    within = 0 <= ready - current < micro_batches  # else steps had another number of them, or the next one has begun
+    within = 0 <= ready - current < micro_batches  # else steps had another number of micro-batches, or a new one began
     total = progress["total"]["ready"] - (ready - current) if within else steps["total"]["completed"] * micro_batches
     for key, batches in {"total": total, "current": current}.items():
         counts = dict.fromkeys(("ready", "started", "processed"), batches)
@@ -131,12 +135,12 @@ def set_progress(checkpoint: dict[str, Any], micro_batches: int, saved: bool = F
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """Return a module's trainer; None without one, where `module.trainer` raises an error."""
+    """Return a module's trainer, or None. Without a trainer, `module.trainer` raises an error."""
     return module._trainer
 
 
 def data_module_of(trainer: Trainer) -> Any:
-    """Return the data module of this call, or None. `trainer.datamodule` keeps that of an earlier call."""
+    """Return the data module of this call, or None. `trainer.datamodule` may be that of an earlier call."""
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     return datamodule if trainer.fit_loop._data_source.instance is datamodule else None
 
@@ -147,31 +151,31 @@ def set_root_folder(trainer: Trainer, folder: str) -> None:
 
 
 def cluster_environment(trainer: Trainer) -> Any:
-    """Return the environment of the processes. The strategy of a single device, unlike others, does not have it."""
+    """Return the cluster environment. `SingleDeviceStrategy`, unlike other strategies, does not have it."""
     return trainer._accelerator_connector.cluster_environment
 
 
 def started_processes(strategy: Strategy) -> list[subprocess.Popen[Any]]:
-    """Return the ranks that this process has started; the class of the launcher that has them is private."""
+    """Return the processes that this one has started as ranks. The class of the launcher is private."""
     launcher = strategy.launcher
     return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
 
 
 def leave_signals_to_callbacks(trainer: Trainer) -> None:
-    """Replace two signal methods by functions that do nothing: a trainer cannot be told to leave signals alone.
+    """Replace two signal methods by functions that do nothing. The trainer has no option to disable signal handling.
 
-    `register_signal_handlers` installs handlers that broadcast, and on Slurm save, within the handler, which deadlocks with ranks
-    that wait in another collective; `_broadcast_sigterm_tensor` is a blocking broadcast in every micro-batch, after which
-    SIGTERM ends the run with exit code 0 and nothing saved.
+    `register_signal_handlers` installs handlers that run a broadcast (on Slurm, also a save) inside the handler. This
+    deadlocks if other ranks wait in another collective. `_broadcast_sigterm_tensor` is a blocking broadcast in every
+    micro-batch; after it, SIGTERM ends the run with exit code 0 and without a checkpoint.
     """
     vars(trainer._signal_connector)["register_signal_handlers"] = lambda: None
     vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
 
 
 def csv_writer_of(logger: CSVLogger, writer: Callable[[str], ExperimentWriter]) -> ExperimentWriter:
-    """Return the writer of a CSV logger, which `writer` makes of the folder at the first call.
+    """Return the writer of a CSV logger. The first call creates it by `writer(folder)`.
 
-    `CSVLogger.finalize` saves what this field has; the class of the writer is no argument.
+    `CSVLogger.finalize` saves the writer in this private attribute. `CSVLogger` has no argument for the writer's class.
     """
     if logger._experiment is None:
         os.makedirs(logger.log_dir, exist_ok=True)
@@ -183,12 +187,12 @@ def csv_writer_of(logger: CSVLogger, writer: Callable[[str], ExperimentWriter]) 
 
 
 def init_deepspeed(strategy: DeepSpeedStrategy) -> None:
-    """Initialise DeepSpeed's communication on any device; `setup_distributed`, which calls this, refuses CPUs."""
+    """Initialise DeepSpeed's communication on any device. `setup_distributed`, its public caller, refuses CPUs."""
     strategy._init_deepspeed_distributed()
 
 
 def weights_dtype(strategy: DeepSpeedStrategy) -> torch.dtype:
-    """Return the type of the engine's weights, which `precision` has as a word only."""
+    """Return the dtype of the engine's weights. The public `precision` is a string."""
     precision = strategy.precision_plugin
     assert isinstance(precision, DeepSpeedPrecision)
     return precision._desired_dtype
