@@ -53,7 +53,7 @@ class MoEConfig:
             first, or the `argmax`; in evaluation it is the `argmax`.
         groups: `[8, 4]`: the experts of a layer are 8 groups of equal size, in order, and a token chooses its experts within the
             4 groups with the highest scores (DeepSeek-V2, arXiv 2405.04434, and V3); null: among all experts. A group's score is
-            the maximum of its probabilities, of the sigmoid router the sum of the two highest scores plus bias.
+            the maximum of its probabilities; with the sigmoid router, the sum of its two highest biased scores.
         normalize_weights: the weights of a token's kept experts sum to `gate_scale`; null: if `top_k` is above 1. Mixtral (arXiv
             2401.04088) and Qwen3-MoE normalise, OLMoE (arXiv 2409.02060) does not.
         gate_scale: multiplies the weights of the experts' outputs.

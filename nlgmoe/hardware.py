@@ -24,7 +24,7 @@ class Hardware:
         memory_bandwidth: bytes/s of the GPU's memory.
         nvlink: bytes/s that one GPU sends within its node.
         network: bytes/s that one GPU sends to other nodes while all GPUs of the node send.
-        compute_capability: of CUDA; it decides which kernels there are.
+        compute_capability: CUDA compute capability, which determines the available kernels.
         gpus_per_node: GPUs joined by NVLink.
     """
 

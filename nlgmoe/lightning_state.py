@@ -19,8 +19,8 @@ Progress state of Lightning that the package sets:
                              optimizer steps, before each micro-batch. Lightning counts micro-batches, and resets this
                              with `reload_dataloaders_every_n_epochs`
     should_stop              a public attribute.
-                             `module.py`: to False in `on_fit_start`. A `Timer` may have set it to True, and Lightning would
-                             then not call `on_train_start`.
+                             `module.py`: to False in `on_fit_start`. If a `Timer` has set it to True, Lightning does
+                             not call `on_train_start`.
                              `run/resume.py`: to True if the resumed run is at its end.
                              `step.py`: to True after the last step; a stop inside a step is postponed to its end
 """

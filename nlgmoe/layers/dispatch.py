@@ -9,8 +9,8 @@ expert, and the output back, by one all-to-all each (`all_to_all.py`).
 
 Letters: N tokens, k experts per token, H hidden size, E experts, C capacity. An assignment is one (token, choice) pair; there are
 N * k. M rows, sorted by expert: on CPUs of the kept assignments, in half precision a round number for each expert
-(`round_up_rows`); on accelerators C slots for each expert if it has a capacity, else the dropped assignments follow, as rows of
-the last expert that nobody reads.
+(`round_up_rows`); on accelerators C slots for each expert if it has a capacity. Without a capacity, the rows of the dropped
+assignments come last: the last expert processes them, and `combine` gives their outputs the weight 0.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     # `[M, H]`: the first `tokens_per_expert[0]` rows are for the first expert held here, and so on; or `[e, S, H]`, S
     # slots for each.
     x: Tensor
-    tokens_per_expert: Tensor | None  # `[e]` int64, M in all, with rows that nobody reads; None: `x` is in slots
+    tokens_per_expert: Tensor | None  # `[e]` int64, sum M, unused rows included; None: `x` is in slots
 
 
 class LocalDispatch:

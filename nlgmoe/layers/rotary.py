@@ -4,7 +4,7 @@
     angle       = position * frequency_i               values i and i + R / 2 of a head are rotated by it
 
 Yarn     slow frequencies are divided by `factor`, fast ones are not, those between by a ramp of i        arXiv 2309.00071
-Llama3   likewise, by a ramp of the frequency                                                            Llama 3.1
+Llama3   as Yarn, with a ramp of the frequency                                                            Llama 3.1
 
 Letters: B sequences, T positions, N heads, D width of a head, of which the first R values are rotated.
 """

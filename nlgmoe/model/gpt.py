@@ -134,7 +134,7 @@ class GPT(nn.Module):
             noise_key: (seed, step, micro-batch index) of the routing's random draws; None: torch's global generator.
             documents: `[B, T]` int64, the document of each position; a document is contiguous. Attention ends at its borders,
                 and positions count from its beginning; capacity and losses of routers ignore it. None: one document.
-            embedded: `[B, T, H]`, in place of the embeddings of `tokens`, of which only the shape is read then.
+            embedded: `[B, T, H]`, replaces the embeddings of `tokens`; only the shape of `tokens` is then used.
 
         Raises:
             ValueError: a sequence or document is longer than `config.seq_len`, padding not counted.

@@ -18,7 +18,7 @@ from nlgmoe.roles import COMPONENTS, DECAYED, Component, component_of, role_of
 from nlgmoe.validation import require, require_above, require_at_least, require_valid
 
 # Muon's are the matrices of these modules, which map hidden states to hidden states. AdamW steps embeddings and head (a row for
-# each token id, as Jordan and 2502.16982 have it), routers (a row for each expert, likewise a table), norms, biases, and the one
+# each token id, as Jordan and 2502.16982 have it), routers (a table too, with a row for each expert), norms, biases, and the one
 # or two rows of a mixing coefficient.
 _MUON = re.compile(r"\.attention\.|\.ffn\.|\.moe\.(mlp|experts)\.")
 
