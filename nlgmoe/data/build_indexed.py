@@ -1,28 +1,24 @@
-"""Convert text files to one corpus in Megatron's indexed format. A killed build can be resumed.
+"""Convert text files to one corpus in Megatron's indexed format.
 
 Threads tokenise chunks of text, since the tokenizer releases the GIL. Tokens are written in the order of the text; documents held
 out for validation, chosen by hash, come last. The result does not depend on the number of threads.
 
     PREFIX.building/bin, lengths         the tokens so far, and the data of their index
     PREFIX.building/validation           the same of the documents held out
-    PREFIX.building/progress.json        progress that these files contain, and settings of the build
 
-PREFIX.bin, PREFIX.json and PREFIX.idx appear when the build is done.
+PREFIX.bin, PREFIX.json and PREFIX.idx appear when the build is done. What a killed build leaves is overwritten by the next one.
 """
 
-import json
 import os
 import shutil
 import struct
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -31,14 +27,12 @@ from filelock import FileLock, Timeout
 from nlgmoe.data.documents import Fields, Skip, read_documents
 from nlgmoe.data.indexed import IndexedWriter, token_dtype
 from nlgmoe.data.prefix import describe
-from nlgmoe.data.source_files import WHOLE, describe_file, is_local
+from nlgmoe.data.source_files import describe_file, is_local
 from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.files import write_json
 from nlgmoe.validation import RunError, SettingError
 
 CHUNK_CHARACTERS = 1 << 18  # tokenised together; the tokenizer needs a hundred times as much memory
 QUEUED = 3  # chunks per thread that are read ahead
-RECORD_SECONDS = 30.0  # between two records of progress; a killed build loses no more
 SMALL_BYTES = 5_000_000  # of files, below which more is held out
 HELD_OUT, HELD_OUT_OF_SMALL = 0.02, 0.1  # shares of the documents
 VALIDATION_TOKENS = 2048  # at least, of a small corpus a tenth: a sequence of the paper's models
@@ -49,7 +43,6 @@ class Progress:
     """Progress of a build."""
 
     file: int = 0  # index of the input file that is being read; after the last one, their number
-    number: int = 0  # index of the next document in that file
     documents: int = 0  # written
     bytes: int = 0  # UTF-8, of their texts
     tokens: int = 0  # written, one end-of-document token per document included
@@ -83,35 +76,29 @@ def build_indexed(
     """
     folder = building(prefix)
     folder.mkdir(parents=True, exist_ok=True)
-    described = {file: describe_file(file) for file in whole or files}
     # Some servers report no size: such files are taken as large.
-    size = sum(file.bytes or (0 if is_local(file.path) else SMALL_BYTES) for file in described.values())
-    settings: dict[str, Any] = {
-        "files": [asdict(described[file]) for file in files],
-        "held out": HELD_OUT if size >= SMALL_BYTES else HELD_OUT_OF_SMALL,
-        "tokenizer": tokenizer.fingerprint,
-        "special_tokens": tokenizer.reads_special_tokens,
-        "fields": {name: value for name, value in asdict(fields).items() if name != "missing_bytes"},
-    }
+    size = sum(describe_file(file).bytes or (0 if is_local(file) else SMALL_BYTES) for file in whole or files)
+    share = HELD_OUT if size >= SMALL_BYTES else HELD_OUT_OF_SMALL
     fields = replace(fields, missing_bytes=tokenizer.missing_bytes)
     try:
         with FileLock(folder / ".lock", timeout=0):
             check_new(prefix)
-            done, sizes = _read_progress(folder, settings)
-            chunks = _tokenise(_chunks(files, fields, skip, done), tokenizer, settings["held out"], workers, done)
-            report(done)
-            done = _write(chunks, prefix, tokenizer, domain, sizes, settings, report, may_be_empty=whole is not None)
+            for kind in ("bin", "json"):  # of a killed build, or `check_new` had refused them
+                Path(f"{prefix}.{kind}").unlink(missing_ok=True)
+            chunks = _tokenise(_chunks(files, fields, skip), tokenizer, share, workers)
+            report(Progress())
+            done = _write(chunks, prefix, tokenizer, domain, report, may_be_empty=whole is not None)
         shutil.rmtree(folder, ignore_errors=True)  # now: NFS keeps the name of a lock that is open
         return done
     except Timeout:
         raise RunError(f"{folder} is in use: another process builds {prefix.name}; wait for it, or stop it.") from None
     except BaseException as error:
-        if not (resumes := (folder / "progress.json").exists()):
+        if not _has_moved_files(folder):
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError) and error.filename is None:  # of a write
-            then = "resumes" if resumes else "begins again"
-            problem = f"output={prefix} cannot be written ({error.strerror})"
-            raise RunError(f"{problem}; make room, and start again: the build {then}") from error
+            raise RunError(
+                f"output={prefix} cannot be written ({error.strerror}); make room, and start again"
+            ) from error
         raise
 
 
@@ -120,32 +107,21 @@ def _write(
     prefix: Path,
     tokenizer: Tokenizer,
     domain: str | None,
-    sizes: dict[str, dict[str, int]],
-    settings: dict[str, Any],
     report: Callable[[Progress], object],
     may_be_empty: bool,
 ) -> Progress:
-    """Write all documents and record the progress from time to time."""
     folder, dtype = building(prefix), token_dtype(tokenizer.vocab_size)
     (aside := folder / "validation").mkdir(exist_ok=True)
-    done, recorded = Progress(), time.monotonic()
-    with (
-        IndexedWriter(prefix, dtype, folder, sizes.get("training")) as writer,
-        closing(IndexedWriter(aside, dtype, aside, sizes.get("validation"))) as held_out,
-    ):
+    done, held_out_tokens = Progress(), 0
+    with IndexedWriter(prefix, dtype, folder) as writer, closing(IndexedWriter(aside, dtype, aside)) as held_out:
         for training, validation, done in chunks:
             for tokens in training:
                 writer.add_document(tokens)
             for tokens in validation:
                 held_out.add_document(tokens)
+                held_out_tokens += len(tokens)
             report(done)
-            if done.documents and time.monotonic() - recorded >= RECORD_SECONDS:
-                positions = {"training": writer.position(), "validation": held_out.position()}
-                write_json(folder / "progress.json", {"settings": settings, "sizes": positions, "done": asdict(done)})
-                recorded = time.monotonic()
-        for tokens in held_out.read_back():
-            writer.add_document(tokens)
-        held_out_tokens = held_out.position()["bin"] // dtype.itemsize
+        writer.append(held_out)
         if done.documents and min(held_out_tokens, done.tokens - held_out_tokens) < VALIDATION_TOKENS:
             done = replace(done, held_out=enough_held_out(writer.lengths(), done.held_out))
         if done.documents == 0 and not may_be_empty:
@@ -173,55 +149,40 @@ def building(prefix: Path) -> Path:
 
 def check_new(prefix: Path) -> None:
     """Check that no corpus of this name exists, except what a killed build has moved before its .idx."""
-    parts = building(prefix)
-    moved = (parts / "idx").exists() and not (parts / "bin").exists()
-    for kind in ("idx",) if moved else ("idx", "bin", "json"):
+    for kind in ("idx",) if _has_moved_files(building(prefix)) else ("idx", "bin", "json"):
         if Path(f"{prefix}.{kind}").exists():
             raise SettingError(f"output={prefix}: {prefix}.{kind} exists already; name another output, or delete it")
 
 
-def _read_progress(folder: Path, settings: dict[str, Any]) -> tuple[Progress, dict[str, dict[str, int]]]:
-    path = folder / "progress.json"
-    if not path.exists():
-        return Progress(), {}
-    try:
-        saved = json.loads(path.read_text())
-        done = Progress(**saved["done"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error!r}): delete {folder} to begin again.") from error
-    if differing := [name for name in settings if saved["settings"].get(name) != settings[name]]:
-        problem = f"{folder} was started with other settings ({', '.join(differing)})"
-        raise RunError(f"{problem}: give the same ones to resume it, name another output, or delete it.")
-    return done, saved["sizes"]
+def _has_moved_files(folder: Path) -> bool:
+    """Return whether the build of this folder ended between its first move and that of the .idx."""
+    return (folder / "idx").exists() and not (folder / "bin").exists()
 
 
-def _chunks(
-    files: Sequence[str], fields: Fields, skip: Skip | None, done: Progress
-) -> Iterator[tuple[list[str], Progress]]:
-    """Yield chunks of texts from `done` on, with the position behind each; `_tokenise` adds the counts of documents."""
+def _chunks(files: Sequence[str], fields: Fields, skip: Skip | None) -> Iterator[tuple[list[str], Progress]]:
+    """Yield chunks of texts, with the progress behind each; `_tokenise` adds the counts of documents."""
     texts: list[str] = []
-    size, left_out = 0, Counter(skipped=done.skipped, empty=done.empty)
+    size, left_out = 0, Counter[str]()
 
     def count(line: str) -> None:
         left_out["skipped"] += 1
         assert skip is not None
         skip(line)
 
-    for number in range(done.file, len(files)):
-        start = done.number if number == done.file else 0
-        counting = (skip and count, partial(left_out.update, ["empty"]))
-        for record in read_documents(files[number], fields, WHOLE, start, *counting):
+    count_empty = partial(left_out.update, ["empty"])
+    for number, file in enumerate(files):
+        for record in read_documents(file, fields, skip=skip and count, count_empty=count_empty):
             assert isinstance(record.content, str)
             texts.append(record.content)
             size += len(record.content)
             if size >= CHUNK_CHARACTERS:
-                yield texts, Progress(number, record.number + 1, **left_out)
+                yield texts, Progress(number, **left_out)
                 texts, size = [], 0
     yield texts, Progress(len(files), **left_out)
 
 
 def _tokenise(
-    chunks: Iterator[tuple[list[str], Progress]], tokenizer: Tokenizer, share: float, workers: int, done: Progress
+    chunks: Iterator[tuple[list[str], Progress]], tokenizer: Tokenizer, share: float, workers: int
 ) -> Iterator[tuple[list[np.ndarray], list[np.ndarray], Progress]]:
     """Yield each chunk's tokens by document, for training and held out, and the progress after it; in the order of the text."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each thread has a chunk of its own
@@ -238,6 +199,7 @@ def _tokenise(
             documents[held_out].append(np.frombuffer(packed, dtype))
         return *documents, sum(map(len, contents))
 
+    done = Progress()
     queue: deque[tuple[Progress, Future[tuple[list[np.ndarray], list[np.ndarray], int]]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         while True:

@@ -18,11 +18,10 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 import xxhash
@@ -144,16 +143,13 @@ class IndexedWriter:
         prefix: path without `.bin` / `.idx`.
         dtype: type of the stored tokens, one of `DTYPES`.
         folder: folder of unfinished files, on the same file system; kept after an error. None: a temporary folder.
-        sizes: result of `position`: resume there, with the files in `folder`.
 
     Attributes:
         sidecar: set before the block ends: facts of PREFIX.json, to which the writer adds the counts, and `xxh3` if the hash
             of the text is given; None: there is no such file.
     """
 
-    def __init__(
-        self, prefix: Path, dtype: np.dtype, folder: Path | None = None, sizes: Mapping[str, int] | None = None
-    ) -> None:
+    def __init__(self, prefix: Path, dtype: np.dtype, folder: Path | None = None) -> None:
         self._prefix = prefix
         self._dtype = np.dtype(dtype)
         self._code = {np.dtype(known): code for code, known in DTYPES.items()}[self._dtype]
@@ -161,7 +157,7 @@ class IndexedWriter:
         self.sidecar: Sidecar | None = None
         self._folder = folder or Path(tempfile.mkdtemp(prefix=f"{prefix.name}.building.", dir=prefix.parent))
         # An index begins with counts that are known only at the end; until then its parts are files.
-        self._files = {kind: self._open(kind, sizes) for kind in ("bin", "lengths")}
+        self._files = {kind: (self._folder / kind).open("w+b") for kind in ("bin", "lengths")}
 
     def add_document(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Append one document."""
@@ -172,26 +168,16 @@ class IndexedWriter:
         self._files["bin"].write(stored.tobytes())
         self._files["lengths"].write(len(stored).to_bytes(4, "little"))
 
-    def position(self) -> dict[str, int]:
-        """Flush to disk; returns the size of each file in bytes."""
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        return {kind: file.tell() for kind, file in self._files.items()}
+    def append(self, other: "IndexedWriter") -> None:
+        """Append the documents of an unfinished writer of the same type of tokens."""
+        for kind, file in other._files.items():
+            file.seek(0)
+            shutil.copyfileobj(file, self._files[kind], 8 * CHUNK)
 
     def lengths(self) -> np.ndarray:
         """Return the tokens of each sequence written so far, int32 [S]."""
-        self.position()
+        self._files["lengths"].flush()
         return np.fromfile(self._folder / "lengths", "<i4")
-
-    def read_back(self) -> Iterator[np.ndarray]:
-        """Yield the sequences written so far."""
-        self.position()
-        tokens, lengths = ((self._folder / kind).open("rb") for kind in ("bin", "lengths"))
-        with tokens, lengths:
-            while len(counts := np.frombuffer(lengths.read(4 * CHUNK), "<i4")):
-                for count in counts.tolist():
-                    yield np.frombuffer(tokens.read(count * self._dtype.itemsize), self._dtype)
 
     def close(self) -> None:
         """Close the unfinished files, which stay in their folder."""
@@ -206,6 +192,8 @@ class IndexedWriter:
     ) -> None:
         try:
             if kind is None:
+                self._files["bin"].flush()
+                os.fsync(self._files["bin"].fileno())
                 self._write_index()
                 self._write_sidecar()
                 for name in ("idx", "json"):
@@ -217,26 +205,13 @@ class IndexedWriter:
             if not self._keep:
                 shutil.rmtree(self._folder)
 
-    def _open(self, kind: str, sizes: Mapping[str, int] | None) -> BinaryIO:
-        path = self._folder / kind
-        if sizes is None:
-            return path.open("w+b")
-        if kind == "bin" and not path.exists() and Path(f"{self._prefix}.bin").exists():
-            Path(f"{self._prefix}.bin").replace(path)  # the process was killed after it was moved
-        if not path.exists() or path.stat().st_size < sizes[kind]:
-            raise RunError(f"{path} is missing or cut off: delete {self._folder} to begin again.")
-        file = path.open("r+b")
-        file.truncate(sizes[kind])
-        file.seek(0, os.SEEK_END)
-        return file
-
     def _write_sidecar(self) -> None:
-        sizes, xxh3 = self.position(), None
         if self.sidecar is None:
             return
+        xxh3 = None
         if self.sidecar.text is not None:
             xxh3 = xxhash.xxh3_64_hexdigest(np.memmap(self._folder / "bin", np.uint8, mode="r").data)
-        documents, tokens = sizes["lengths"] // 4, sizes["bin"] // self._dtype.itemsize
+        documents, tokens = self._files["lengths"].tell() // 4, self._files["bin"].tell() // self._dtype.itemsize
         replace(self.sidecar, documents=documents, tokens=tokens, xxh3=xxh3).write(self._folder / "json")
 
     def _write_index(self) -> None:

@@ -47,7 +47,6 @@ class Sidecar:
         path = Path(f"{prefix}.json")
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
-            facts.pop("input", None)  # of shards that 0.10 wrote
             if (number := facts.pop("format")) == FORMAT:
                 sidecar = cls(**facts)
                 if not 0 <= sidecar.held_out <= sidecar.documents:

@@ -1,4 +1,4 @@
-"""A corpus of the user's text: the same bytes however many threads made it, however often they were killed."""
+"""A corpus of the user's text: the same bytes however many threads made it, however often it was killed before."""
 
 import errno
 import multiprocessing
@@ -43,7 +43,6 @@ TEXTS = [f"document {number}: naïve 日本 <|endoftext|>\n" + "reading books " 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_indexed, "CHUNK_CHARACTERS", 300)
-    monkeypatch.setattr(build_indexed, "RECORD_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -105,7 +104,7 @@ def test_a_text_that_ends_a_document_itself_gets_no_second_end(tokenizer: Tokeni
     assert sorted(prepared) == sorted(streamed) and sum(ids.count(reading.eod_id) for ids in prepared) == 4
 
 
-def killed_after(chunks: int, *arguments: Any, skips: bool = True) -> None:
+def killed_after(chunks: int, *arguments: Any) -> None:
     """A build whose process is killed when so many chunks are written."""
     calls = count()
 
@@ -113,51 +112,58 @@ def killed_after(chunks: int, *arguments: Any, skips: bool = True) -> None:
         if next(calls) == chunks:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    process = multiprocessing.get_context("fork").Process(
-        target=build, args=(*arguments, report, skip if skips else None)
-    )
+    process = multiprocessing.get_context("fork").Process(target=build, args=(*arguments, report, skip))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
 
 
-def test_build_goes_on_after_a_kill(tokenizer: Tokenizer, files: list[str], wanted: Content, tmp_path: Path) -> None:
-    """As often as it is killed, before anything is written and in any file; nothing is counted or written twice."""
-    prefix, begun = tmp_path / "pile", []
-    for chunks in (0, 1, 2, 5, 9, 3):
-        killed_after(chunks, files, prefix, tokenizer, Fields(), 2)
-        assert not prefix.with_suffix(".idx").exists() and not prefix.with_suffix(".bin").exists()
+def test_killed_build_begins_again(tokenizer: Tokenizer, files: list[str], wanted: Content, tmp_path: Path) -> None:
+    """As often as it is killed, before anything is written and in any file, also one of other files."""
+    prefix, begun = tmp_path / "new" / "pile", []
+    for chunks, given in (0, files), (5, files), (9, files[::-1]), (3, files):
+        killed_after(chunks, given, prefix, tokenizer, Fields(), 2)
+        assert [path.name for path in prefix.parent.iterdir()] == ["pile.building"]
     done = build(files, prefix, tokenizer, Fields(), 2, begun.append, skip)
     assert content(prefix) == wanted and done.skipped == SKIPPED and done.documents == 90
-    assert begun[0].documents > 30  # it did not begin again
+    assert begun[0] == build_indexed.Progress()
+    assert sorted(path.name for path in prefix.parent.iterdir()) == ["pile.bin", "pile.idx", "pile.json"]
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-def test_build_goes_on_after_a_kill_at_its_end(
+@pytest.mark.parametrize("killed", [True, False])
+def test_build_that_ends_before_its_index_begins_again(
     tokenizer: Tokenizer,
     files: list[str],
     wanted: Content,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    recorded: bool,
+    killed: bool,
 ) -> None:
-    """All tokens are written, and the .bin is at its place already; with and without a record of progress."""
+    """By a kill or an error, when .bin and .json are at their places already; then it is killed at its beginning."""
 
     def die_before_the_index(path: Path, to: Path) -> Path:
-        if path.name == "idx":
+        if path.name == "idx" and killed:
             os.kill(os.getpid(), signal.SIGKILL)
+        if path.name == "idx":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return replace(path, to)
 
-    replace = Path.replace
+    replace, prefix = Path.replace, tmp_path / "pile"
     with monkeypatch.context() as patch:
-        patch.setattr(build_indexed, "RECORD_SECONDS", 0.0 if recorded else 1e9)
         patch.setattr(Path, "replace", die_before_the_index)
-        killed_after(1_000, files, tmp_path / "pile", tokenizer, Fields(), 2)
-    done = build(files, tmp_path / "pile", tokenizer, Fields(), 2, lambda done: None, skip)
-    assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED and done.documents == 90
+        if killed:
+            killed_after(1_000, files[:1], prefix, tokenizer, Fields(), 2)
+        else:
+            with pytest.raises(PermissionError):
+                build(files[:1], prefix, tokenizer, Fields(), 2, lambda done: None, skip)
+    assert prefix.with_suffix(".bin").exists() and not prefix.with_suffix(".idx").exists()
+    killed_after(3, files, prefix, tokenizer, Fields(), 2)
+    done = build(files, prefix, tokenizer, Fields(), 2, lambda done: None, skip)
+    assert content(prefix) == wanted and done.skipped == SKIPPED and done.documents == 90
+    assert not build_indexed.building(prefix).exists()
 
 
-def test_build_goes_on_after_an_error_at_its_end(
+def test_build_begins_again_after_a_full_disk(
     tokenizer: Tokenizer, files: list[str], wanted: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(writer: IndexedWriter) -> None:
@@ -165,31 +171,28 @@ def test_build_goes_on_after_an_error_at_its_end(
 
     with monkeypatch.context() as patch:
         patch.setattr(IndexedWriter, "_write_index", fail)
-        with pytest.raises(RunError, match="start again: the build resumes"):
-            build(files, tmp_path / "pile", tokenizer, Fields(), 2, lambda done: None, skip)
-    reports: list[int] = []
-    build(files, tmp_path / "pile", tokenizer, Fields(), 2, lambda done: reports.append(done.documents), skip)
-    assert reports[0] > 0 and content(tmp_path / "pile") == wanted
-    assert not build_indexed.building(tmp_path / "pile").exists()
+        with pytest.raises(RunError, match=r"cannot be written \(No space left .*\); make room, and start again"):
+            build(files, tmp_path / "new" / "pile", tokenizer, Fields(), 2, lambda done: None, skip)
+    assert list((tmp_path / "new").iterdir()) == []
+    build(files, tmp_path / "new" / "pile", tokenizer, Fields(), 2, lambda done: None, skip)
+    assert content(tmp_path / "new" / "pile") == wanted
 
 
-def test_build_leaves_out_and_counts_once_documents_without_text(
+def test_build_leaves_out_and_counts_documents_without_text(
     tokenizer: Tokenizer, wanted: Content, tmp_path: Path
 ) -> None:
-    """Bad data is an error here; killed and resumed, before, between and behind them."""
+    """Bad data is an error here."""
     blank = b"\n" + lines(["", " \n"]) + b"  \n"
     content_of = [blank + lines(TEXTS[:5]) + blank + lines(TEXTS[5:50]) + blank, blank, lines(TEXTS[50:]) + blank]
     files = [str(tmp_path / f"{number}.jsonl") for number in range(3)]
     for file, written in zip(files, content_of, strict=True):
         Path(file).write_bytes(written)
-    for number in range(4):
-        killed_after(1 + 2 * number, files, tmp_path / "pile", tokenizer, Fields(), 1, skips=False)
     done = build(files, tmp_path / "pile", tokenizer, Fields(), 2, lambda done: None)
     assert content(tmp_path / "pile") == wanted and (done.documents, done.empty, done.skipped) == (90, 20, 0)
 
 
 @pytest.mark.parametrize("protocol", ["memory://", "file://"])
-def test_build_reads_addresses_like_files_and_notices_changes(
+def test_build_reads_addresses_like_files(
     tokenizer: Tokenizer, files: list[str], wanted: Content, tmp_path: Path, protocol: str
 ) -> None:
     folder = f"{protocol}{tmp_path}/text"
@@ -200,11 +203,6 @@ def test_build_reads_addresses_like_files_and_notices_changes(
     for number, given in enumerate([[folder], [f"{folder}/[ab].*", f"{folder}/c.parquet"], [f"{folder}/**/*.*"]]):
         main([*arguments, f"--output={tmp_path}/{number}", "--input", *given])
         assert content(tmp_path / str(number)) == wanted
-    killed_after(3, input_files(folder), tmp_path / "pile", tokenizer, Fields(), 1)
-    with fsspec.open(f"{folder}/a.jsonl", "ab") as file:
-        file.write(lines(["more"]))
-    with pytest.raises(ValueError, match=r"other settings \(files\)"):
-        build(input_files(folder), tmp_path / "pile", tokenizer, Fields(), 1, lambda done: None, skip)
 
 
 def test_build_trains_its_tokenizer_on_the_first_documents_of_each_file(
@@ -221,16 +219,12 @@ def test_build_trains_its_tokenizer_on_the_first_documents_of_each_file(
     assert list(prepare_data._texts([str(path)], Fields(), False)) == TEXTS[:40]
 
 
-def test_build_is_not_continued_with_other_settings(tokenizer: Tokenizer, files: list[str], tmp_path: Path) -> None:
-    prefix = tmp_path / "pile"
-    killed_after(3, files, prefix, tokenizer, Fields(), 1)
-    with pytest.raises(ValueError, match=r"started with other settings \(fields\): give the same ones"):
-        build(files, prefix, tokenizer, Fields(text="body"), 1, lambda done: None, skip)
-    Path(files[2]).write_bytes(Path(files[2]).read_bytes()[::-1])  # as many bytes
-    with pytest.raises(ValueError, match=r"other settings \(files\)"):
-        build(files, prefix, tokenizer, Fields(), 1, lambda done: None, skip)
+def test_build_in_use_is_refused_and_stays(tokenizer: Tokenizer, files: list[str], tmp_path: Path) -> None:
+    killed_after(3, files, tmp_path / "pile", tokenizer, Fields(), 1)
+    begun = sorted((tmp_path / "pile.building").iterdir())
     with FileLock(tmp_path / "pile.building" / ".lock"), pytest.raises(ValueError, match="another process builds pile"):
-        build(files, prefix, tokenizer, Fields(), 1, lambda done: None, skip)
+        build(files, tmp_path / "pile", tokenizer, Fields(), 1, lambda done: None, skip)
+    assert sorted((tmp_path / "pile.building").iterdir()) == begun and len(begun) >= 3
 
 
 def test_build_reads_no_more_text_than_it_needs(

@@ -66,16 +66,6 @@ def test_indexed_files_are_megatrons_byte_for_byte(
         assert as_sequences(MegatronDataset(str(ours))) == alone
 
 
-def test_indexed_writer_does_not_go_on_with_less_than_there_was(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), IndexedWriter(tmp_path / "x", np.dtype(np.uint16), tmp_path) as writer:
-        writer.add_document([1, 2, 3])
-        sizes = writer.position()
-        raise ZeroDivisionError
-    (tmp_path / "bin").write_bytes(b"12345")
-    with pytest.raises(ValueError, match=r"bin is missing or cut off: delete .* to begin again"):
-        IndexedWriter(tmp_path / "x", np.dtype(np.uint16), tmp_path, sizes)
-
-
 def test_indexed_type_follows_the_vocabulary(tmp_path: Path) -> None:
     assert token_dtype(65499) == np.uint16 and token_dtype(65500) == np.int32
     with pytest.raises(ValueError, match="does not fit"), IndexedWriter(tmp_path / "x", token_dtype(100)) as writer:

@@ -9,11 +9,10 @@ import pytest
 
 from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, MegatronIndexed, Tokenizer
-from nlgmoe.data.build_indexed import build_indexed, building
+from nlgmoe.data.build_indexed import build_indexed
 from nlgmoe.data.documents import Fields
 from nlgmoe.data.prefix import Sidecar, find_prefixes
 from nlgmoe.data.source_files import part_of
-from nlgmoe.validation import RunError
 from tests.support.documents import lines, write_bytes, write_records
 
 ROOT = Path(__file__).parents[2]
@@ -75,29 +74,6 @@ def test_shards_hold_out_the_share_of_all_files(tokenizer: Tokenizer, tmp_path: 
     whole = build(list(map(str, files)), tmp_path / "whole", tokenizer)
     built = build_shards(tmp_path / "text", tmp_path / "own", tokenizer, 3)
     assert 0 < sum(part.held_out for part in built) == whole.held_out < 0.04 * 900
-
-
-def test_a_killed_shard_resumes_with_the_same_input_alone(
-    tokenizer: Tokenizer, folder: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.setattr("nlgmoe.data.build_indexed.CHUNK_CHARACTERS", 3000)
-    monkeypatch.setattr("nlgmoe.data.build_indexed.RECORD_SECONDS", 0.0)
-
-    def stop(done: Any) -> None:
-        if done.documents > 20:
-            raise KeyboardInterrupt
-
-    files, begun = sorted(map(str, folder.iterdir())), list[Any]()
-    (part, _), prefix = part_of(files, "1/2"), tmp_path / "own-1-of-2"
-    wanted = build(part, tmp_path / "whole", tokenizer, whole=files)
-    with pytest.raises(KeyboardInterrupt):
-        build_indexed(part, prefix, tokenizer, Fields(), 1, stop, whole=files)
-    assert building(prefix).exists()
-    with pytest.raises(RunError, match=r"other settings \(files\)"):
-        build(part[1:], prefix, tokenizer, whole=files)
-    done = build_indexed(part, prefix, tokenizer, Fields(), 1, begun.append, whole=files)
-    assert done == wanted and begun[0].documents > 0
-    assert documents(prefix) == documents(tmp_path / "whole")
 
 
 def test_array_job_prepares_shards_with_a_tokenizer_that_is_trained_once(folder: Path, tmp_path: Path) -> None:
