@@ -58,7 +58,7 @@ class RoutingContext:
     def num_sequences(self, num_tokens: int) -> int:
         """Return the number of sequences B of `num_tokens` N tokens; 1 if a layer is called without a model."""
         shaped = self.tokens if self.positions is None else self.positions
-        return 1 if shaped is None else num_tokens // shaped.shape[-1]
+        return 1 if shaped is None else num_tokens // max(1, shaped.shape[-1])
 
 
 @dataclass(frozen=True)
