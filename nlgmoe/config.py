@@ -130,9 +130,14 @@ class MoEConfig:
             self.router.check_settings(self)
 
     @property
+    def router_fields(self) -> frozenset[str]:
+        """The fields that the router reads, of `ROUTER_FIELDS`; the paper's reads all."""
+        return ROUTER_FIELDS if self.router is None else self.router.reads_fields
+
+    @property
     def loss_coefficients(self) -> tuple[float, float]:
         """Weights of balance loss and z-loss; 0 for one that the router does not read: it may balance in its own way."""
-        read = ROUTER_FIELDS if self.router is None else self.router.reads_fields
+        read = self.router_fields
         return self.loss_coeff * ("loss_coeff" in read), self.z_loss_coeff * ("z_loss_coeff" in read)
 
     @property

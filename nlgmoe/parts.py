@@ -75,10 +75,15 @@ class _Part:
         self.check_reads_fields()
         self.check(settings)
 
+    @property
+    def unread_fields(self) -> frozenset[str]:
+        """Known fields that the part does not read."""
+        return self.known_fields - self.reads_fields
+
     def as_read(self, settings: Settings) -> Settings:
-        """Return the configuration that names the part, with known fields that it does not read at their defaults."""
-        unread = self.known_fields - self.reads_fields
-        return replace(settings, **{field.name: field.default for field in fields(settings) if field.name in unread})
+        """Return the configuration that names the part, with the fields that it does not read at their defaults."""
+        defaults = {field.name: field.default for field in fields(settings) if field.name in self.unread_fields}
+        return replace(settings, **defaults)
 
     def check(self, config: Any) -> None:
         """Check that the part fits the configuration that names it: a router its `MoEConfig`, an attention its `GPTConfig`.

@@ -19,14 +19,13 @@ def _of_model(config: GPTConfig) -> Iterator[str]:
     if config.rope_theta is None:
         yield from _set(config, "without rope_theta", "rotary_dim", "rotary_scaling")
     if config.attention is not None:
-        unread = config.attention.known_fields - config.attention.reads_fields
-        yield from _set(config, f"with {type(config.attention).__name__}", *sorted(unread))
+        yield from _set(config, f"with {type(config.attention).__name__}", *sorted(config.attention.unread_fields))
 
 
 def _of_experts(moe: MoEConfig) -> Iterator[str]:
     unread: frozenset[str] = frozenset()
     if moe.router is not None:
-        unread = moe.router.known_fields - moe.router.reads_fields
+        unread = moe.router.unread_fields
         yield from _set(moe, f"with {type(moe.router).__name__}", *sorted(unread), prefix="moe.")
     drops = "token_dropping" not in unread and moe.token_dropping
     conditions = (

@@ -35,4 +35,4 @@ def _tokenise(file: Path, tokenizer: Tokenizer) -> np.ndarray:
     """Return the documents' tokens, `[N]`, each document closed by the end-of-document token."""
     with file.open(encoding="utf-8") as lines:  # str.splitlines would also split at form feeds and U+2028
         documents = tokenizer.encode_batch([line.removesuffix("\n") for line in lines])
-    return np.array([token for ids in documents for token in [*ids, tokenizer.eod_id]], np.int32)
+    return np.array([token for ids in documents for token in tokenizer.closed(ids)], np.int32)

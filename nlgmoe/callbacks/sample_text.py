@@ -12,6 +12,7 @@ from typing_extensions import override
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.training_data import training_data
 from nlgmoe.eval.generation import Sampling, generate
+from nlgmoe.files import atomic_write
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.validation import SettingError, require
 
@@ -52,7 +53,7 @@ class SampleText(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the texts of steps that a resumed run takes again, and in a new run those of another one."""
         if trainer.is_global_zero and (file := Path(trainer.default_root_dir, "samples.txt")).exists():
-            file.write_text(_before(file.read_text(encoding="utf-8"), trainer.global_step + 1), encoding="utf-8")
+            _end_with("", file, trainer.global_step + 1)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,11 +87,8 @@ class SampleText(Callback):
         parts = (f"--- {prompt!r}\n{text}\n" for prompt, text in zip(self.prompts, texts, strict=True))
         self._last = trainer.global_step, "\n".join(parts)
         if trainer.is_global_zero:
-            file = Path(trainer.default_root_dir, "samples.txt")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            kept = _before(file.read_text(encoding="utf-8"), trainer.global_step) if file.exists() else ""
-            text = f"{kept}=== step {trainer.global_step:,}\n\n{self._last[1]}\n"
-            file.write_text(text, encoding="utf-8")
+            text = f"=== step {trainer.global_step:,}\n\n{self._last[1]}\n"
+            _end_with(text, Path(trainer.default_root_dir, "samples.txt"), trainer.global_step)
         return texts[0]
 
 
@@ -99,9 +97,13 @@ def _tokenizer(trainer: Trainer) -> Tokenizer | None:
     return None if data is None else data.tokenizer
 
 
-def _before(samples: str, step: int) -> str:
-    """Return the texts of the steps before `step`."""
-    for heading in re.finditer(r"^=== step ([\d,]+)$", samples, re.MULTILINE):
+def _end_with(text: str, file: Path, step: int) -> None:
+    """Let a file have the texts of the steps before `step`, and then `text`."""
+    kept = file.read_text(encoding="utf-8") if file.exists() else ""
+    for heading in re.finditer(r"^=== step ([\d,]+)$", kept, re.MULTILINE):
         if int(heading[1].replace(",", "")) >= step:
-            return samples[: heading.start()]
-    return samples
+            kept = kept[: heading.start()]
+            break
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as part:
+        part.write_text(kept + text, encoding="utf-8")

@@ -100,7 +100,7 @@ def _tokenise(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
         with IndexedWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
             while batch := list(islice(texts, BATCH_DOCUMENTS)):
                 for ids in tokenizer.encode_batch(batch):
-                    writer.add_document([*ids, tokenizer.eod_id])
+                    writer.add_document(tokenizer.closed(ids))
             size = sum(file.bytes for file in files)
             writer.sidecar = describe(prefix, tokenizer, domain, files[-1].documents, size, text)
 

@@ -100,9 +100,7 @@ def round_up_rows(index: Tensor, tokens_per_expert: Tensor, dtype: torch.dtype) 
 def training_slots(config: GPTConfig, num_experts: int, tokens: int) -> int | None:
     """Return `fixed_slots` in training of a layer of `num_experts` for N `tokens`; None for routers without a capacity."""
     moe = config.moe
-    if moe is None or not moe.token_dropping:
-        return None
-    if moe.router is not None and "token_dropping" not in moe.router.reads_fields:
+    if moe is None or not moe.token_dropping or "token_dropping" not in moe.router_fields:
         return None
     limit = capacity(tokens, num_experts, moe.top_k, moe.train_capacity_factor, moe.min_capacity)
     return fixed_slots(limit, num_experts, tokens * moe.top_k)

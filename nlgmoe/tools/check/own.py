@@ -132,8 +132,7 @@ class OwnLayer(Layer):
         """Return the layer with experts that the ranks divide, and a balance loss of each micro-batch."""
         multiple = math.lcm(RANKS, (self.moe.groups or (1, 1))[0])
         experts = multiple * -(-self.num_experts // multiple)
-        scope = {"aux_scope": "rank"} if _reads(self.moe, "aux_scope") else {}
-        moe = replace(self.moe, num_experts=experts, **scope)  # type: ignore[arg-type]
+        moe = replace(self.moe, num_experts=experts, aux_scope="rank")
         return own_layer(replace(self.config, moe=moe), self.name, most=experts)
 
     def build_on_rank(self, whole: nn.Module) -> nn.Module:
@@ -156,10 +155,6 @@ def _logits(module: nn.Module, x: Tensor) -> Tensor | None:
     zero = torch.zeros(1, len(x), dtype=torch.long)
     routing: Routing = module.router(x, RoutingContext(zero, noise_key=(0, 0, 0), positions=zero))  # type: ignore[operator]
     return routing.logits
-
-
-def _reads(moe: MoEConfig, *fields: str) -> bool:
-    return moe.router is None or moe.router.reads_fields.issuperset(fields)
 
 
 def own_layer(config: GPTConfig, name: str, width: int = 16, most: int = MOST_EXPERTS) -> OwnLayer:
@@ -192,9 +187,9 @@ def own_layer(config: GPTConfig, name: str, width: int = 16, most: int = MOST_EX
     order, drops = None, None
     if isinstance(router, TopKRouter) and type(router)._within_capacity is TopKRouter._within_capacity:
         order = {1: "random" if moe.random_token_selection else "position", 2: "position"}.get(top_k, "score")
-    if _reads(moe, "token_dropping") and not moe.token_dropping:
+    if "token_dropping" in moe.router_fields and not moe.token_dropping:
         drops = False
-    elif _reads(moe, "token_dropping", "train_capacity_factor", "min_capacity"):
+    elif moe.router_fields.issuperset({"token_dropping", "train_capacity_factor", "min_capacity"}):
         drops = True  # the router reads what `capacity` is computed from; else its capacity, if any, is its own
     return OwnLayer(
         name=name,

@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.attention import attention_config
-from nlgmoe.parts import ATTENTION_FIELDS, IGNORED_IN_EVALUATION, MOE_PARTS
+from nlgmoe.parts import IGNORED_IN_EVALUATION, MOE_PARTS
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.hugging_face.families.settings import REQUIRED, UnsupportedError, check_required
 from nlgmoe.tools.hugging_face.families.tensors import Layout, Table
@@ -124,7 +124,7 @@ def _computation(config: GPTConfig) -> dict[str, Any]:
     values |= {"num_kv_heads": config.kv_heads, "head_dim": config.head_size, "rotary_dim": config.rotary_size}
     values |= {"attention_scale": config.attention_scale or width**-0.5, "num_experts": counts}
     values["qkv_bias"] = config.has_qkv_bias
-    values = {name: value for name, value in values.items() if name not in ATTENTION_FIELDS - attention.reads_fields}
+    values = {name: value for name, value in values.items() if name not in attention.unread_fields}
     if 0 in counts:
         values["ffn_hidden_size"] = config.ffn_size
     if moe is None:
