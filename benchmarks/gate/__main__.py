@@ -28,7 +28,7 @@ from benchmarks.gate.campaign import PLAN, status
 from benchmarks.gate.candidate import check, costs, memory, read_candidate
 from benchmarks.gate.page import RESULTS, Row, add_row, baseline_of, in_lines, make_row, read_rows, write_tables
 from benchmarks.gate.records import RUNS, Records
-from benchmarks.gate.runs import fingerprint, folders, placed, run_of, series
+from benchmarks.gate.runs import fingerprint, placed, run_of, trained_pairs
 from benchmarks.gate.search import search
 from benchmarks.gate.sides import BASELINES, PAPER, Side
 from benchmarks.gate.verdict import COSTS, PLANNED_PAIRS, TUNING_SEED, seeds_of, steps_of, verdict
@@ -61,7 +61,7 @@ def judge(
         launch: starts a command.
     """
     baseline = placed(Side(candidate.base.name, candidate.scale, candidate.base), out, launch)
-    numerics = baseline.home.name.removeprefix(f"{baseline.name}-")
+    numerics = baseline.fingerprint
     print(check(candidate, baseline), memory(candidate, jobs), sep="\n", flush=True)
     searched: dict[float, float] = {}
     if tune:
@@ -79,14 +79,10 @@ def judge(
     measured, whole = costs_of(both, records, numerics), candidate.scale.steps
     steps = steps_of(measured, whole)
     seeds, lengths = seeds_of(pairs), [*steps.values()]
-    missing = [seed for seed in seeds if not records.pair(both, seed, lengths)]
-    each = [*zip(both, zip(*lengths, strict=True), strict=True)]  # side, and its lengths
-    lines = [[*series(side, seed, of, records, numerics).values()] for seed in missing for side, of in each]
-    train(lines, jobs, launch)
-    losses = {seed: records.pair(both, seed, lengths) for seed in seeds}
+    losses = trained_pairs(both, seeds, lengths, records, numerics, jobs, launch)
     ours, theirs = (
         {length: {seed: losses[seed][place][length] for seed in seeds} for length in dict.fromkeys(of)}
-        for place, (_, of) in enumerate(each)
+        for place, of in enumerate(zip(*lengths, strict=True))
     )
     judged = {kind: verdict([*ours[n].values()], [*theirs[m].values()]) for kind, (n, m) in steps.items()}
     outcome = {
@@ -100,8 +96,9 @@ def judge(
         "verdicts": judged,
     }
     text = in_lines({"name": candidate.name, **outcome}) + "\n\nBelow are the runs of all tokens, without shorter ones."
-    if trained := folders([*series(side, seed, of, records, numerics).values()] for seed in seeds for side, of in each):
-        page = write_report(read_runs(trained), out / f"{candidate.name}-{candidate.base.name}.html", "seed", text)
+    trained = [side.home / f"seed{seed}" for seed in seeds for side in both]
+    if here := [folder for folder in trained if (folder / "summary.json").exists()]:
+        page = write_report(read_runs(here), out / f"{candidate.name}-{candidate.base.name}.html", "seed", text)
         print(f"curves: {page}")
     return outcome
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,8 @@ from benchmarks.training import Run
 
 SEARCH_RUNS = len(SEEDS) * (1 + len(FACTORS) + len(RATES) - 1 + MORE)  # at most
 EXAMPLES, STRONG_FILE = ROOT / "docs/examples/gate", ROOT / "configs/gate/strong.yaml"
-SECONDS, SILENT = (
-    0.25,
-    600,
-)  # of a step, before the first run has ended; a run that logs nothing for so long has stopped
+SECONDS = 0.25  # of a step, before the first run has ended
+SILENT = 600  # seconds; a run that logs nothing for so long has stopped
 
 
 @dataclass(frozen=True)
@@ -49,31 +48,32 @@ def status(records: Records, out: Path, jobs: int) -> str:
         out: folder of the runs.
         jobs: runs at a time.
     """
-    names = [record["name"] for record in records.runs.values()]
-    searched, missing = sum(name.startswith("search-") for name in names), dict[str, int]()  # steps by side and seed
+    runs = [run for run in records.runs.values() if run["scale"] == CPU.name]
+    searched, missing = sum(run["name"].startswith("search-") for run in runs), set[tuple[str, int]]()  # side and seed
+    left = 0 if STRONG_FILE.exists() else SEARCH_RUNS - searched
     rows: list[list[object]] = [["search", "muon", f"{searched} of at most {SEARCH_RUNS} runs", ""]]
     for entry in PLAN:
-        base = BASELINES[entry.baseline]
-        if not all(Path(file).exists() for file in (entry.candidate, base.files[-1]) if not str(file).startswith("{")):
-            rows.append([entry.candidate.stem, base.name, "waits for the search", f"{PLANNED_PAIRS} pairs"])
-            continue
-        sides = read_candidate(str(entry.candidate), None, CPU, base), Side(base.name, CPU, base)
-        measured = records.costs_of(sides[0], numerics="")
-        lengths = [*steps_of(measured, CPU.steps).values()] if measured else [(CPU.steps, CPU.steps)]
-        lacking = [seed for seed in seeds_of(PLANNED_PAIRS) if not records.pair(sides, seed, lengths)]
-        missing |= {f"{side.name} {seed}": CPU.steps for seed in lacking for side in sides}
-        done = f"{PLANNED_PAIRS - len(lacking)} of {PLANNED_PAIRS} pairs"
-        rows.append([entry.candidate.stem, base.name, done, ", ".join(f"seed {seed}" for seed in lacking)])
-    rates = [record["seconds"] / record["steps"] for record in records.runs.values() if record["scale"] == CPU.name]
-    steps = sum(missing.values()) + CPU.steps * max(0, SEARCH_RUNS - searched) * (not STRONG_FILE.exists())
-    hours = steps * (sum(rates) / len(rates) if rates else SECONDS) / jobs / 3600
-    lines = [
-        markdown_table(["row", "baseline", "done", "missing"], rows),
-        f"about {hours:.1f} hours left, {jobs} runs at a time",
-    ]
+        seeds = seeds_of(PLANNED_PAIRS)
+        lacking = _lacking(entry, seeds, records) if STRONG_FILE.exists() else seeds
+        missing |= {(name, seed) for seed in lacking for name in (entry.candidate.stem, entry.baseline)}
+        done = f"{len(seeds) - len(lacking)} of {len(seeds)} pairs"
+        rows.append([entry.candidate.stem, entry.baseline, done, ", ".join(f"seed {seed}" for seed in lacking)])
+    a_step = sum(run["seconds"] / run["steps"] for run in runs) / len(runs) if runs else SECONDS
+    hours = (left + len(missing)) * CPU.steps * a_step / jobs / 3600
+    lines = [markdown_table(["row", "baseline", "done", "missing"], rows)]
+    lines.append(f"about {hours:.1f} hours left, {jobs} runs at a time")
     for folder in sorted(out.glob("*/seed*")):
         file = folder / "metrics.csv"
         if file.exists() and not (folder / "summary.json").exists() and time.time() - file.stat().st_mtime < SILENT:
             run = Run(folder.name, folder, (), CPU.steps)
             lines.append(f"running: {folder.parent.name} {folder.name}, step {run.done:,}")
     return "\n".join(lines)
+
+
+def _lacking(entry: Entry, seeds: Sequence[int], records: Records) -> list[int]:
+    """Return the seeds whose pairs are not stored."""
+    base = BASELINES[entry.baseline]
+    sides = read_candidate(str(entry.candidate), None, CPU, base), Side(base.name, CPU, base)
+    measured = records.costs_of(sides[0], numerics="")
+    lengths = [*steps_of(measured, CPU.steps).values()] if measured else [(CPU.steps, CPU.steps)]
+    return [seed for seed in seeds if not records.pair(sides, seed, lengths, today="")]

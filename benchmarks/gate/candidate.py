@@ -58,7 +58,7 @@ def read_candidate(text: str, name: str | None, scale: Scale, base: Baseline) ->
         f"--name={name}: give another one, of letters, digits, -, . and _",
     )
     side = Side(name, scale, base, (overlay,))
-    load_config([*base.files, *side.overlays[:-1], text if is_file else overlay])  # checks all
+    load_config([*base.files, text if is_file else overlay])  # checks all
     return side
 
 

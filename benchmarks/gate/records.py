@@ -15,7 +15,7 @@ from threading import Lock
 from typing import Any
 
 from benchmarks.gate.sides import Side
-from benchmarks.runs import ROOT
+from benchmarks.runs import ROOT, commit, processor
 from nlgmoe.files import write_json
 
 RUNS = ROOT / "docs/results/gate_runs.json"
@@ -32,14 +32,15 @@ class Records:
 
     def __init__(self, file: Path, commits: bool = False) -> None:
         self.file, self.commits, self._lock = file, commits, Lock()
+        self._origin = {"commit": commit(), "processor": processor()}
         content = json.loads(file.read_text()) if file.exists() else {}
         self.runs: dict[str, Record] = content.get("runs", {})
         self.costs: dict[str, Any] = content.get("costs", {})
 
     def add(self, name: str, record: Record) -> None:
-        """Store a run."""
+        """Store a run, with the commit and the processor of this process."""
         with self._lock:
-            self.runs[name] = record
+            self.runs[name] = record | self._origin
             self._write(f"gate: {name}, validation loss {record['val_loss']:.4f}")
 
     def costs_of(self, side: Side, numerics: str) -> dict[str, Any]:
@@ -54,28 +55,30 @@ class Records:
             self.costs[side.home.name] = {**described(side), "numerics": numerics, **costs}
             self._write(f"gate: costs of {side.home.name}")
 
-    def pair(self, sides: Sequence[Side], seed: int, lengths: Iterable[tuple[int, int]]) -> list[dict[int, float]]:
+    def pair(
+        self, sides: Sequence[Side], seed: int, lengths: Iterable[tuple[int, int]], today: str
+    ) -> list[dict[int, float]]:
         """Return the losses of both sides by steps, from runs of the same numerics; empty if none has all.
 
         Args:
             sides: candidate and baseline, with their folders.
             seed: of both.
             lengths: steps of candidate and baseline.
+            today: numerics of this code and machine, under which a class's code has to be today's too.
         """
         needed = [{*steps} for steps in zip(*lengths, strict=True)]
         for numerics in dict.fromkeys(record["numerics"] for record in reversed(self.runs.values())):
-            losses = [self._losses(side, seed, numerics, sides[1].home.name.endswith(numerics)) for side in sides]
+            losses = [self._losses(side, seed, numerics, today) for side in sides]
             if all(steps <= of.keys() for steps, of in zip(needed, losses, strict=True)):
                 return losses
         return []
 
-    def _losses(self, side: Side, seed: int, numerics: str, here: bool) -> dict[int, float]:
-        """Return the losses of a side by steps; `here`: under today's numerics, where a class's code has to be today's too."""
+    def _losses(self, side: Side, seed: int, numerics: str, today: str) -> dict[int, float]:
         wanted = {"seed": seed, "numerics": numerics, **described(side)}
         return {
             record["steps"]: record["val_loss"]
             for name, record in self.runs.items()
-            if wanted.items() <= record.items() and (not here or name.startswith(side.home.name))
+            if wanted.items() <= record.items() and (numerics != today or name.startswith(side.home.name))
         }
 
     def _write(self, message: str) -> None:

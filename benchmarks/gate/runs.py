@@ -8,14 +8,12 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from typing_extensions import override
 
 from benchmarks.gate.records import Record, Records, described
 from benchmarks.gate.sides import Side
-from benchmarks.runs import commit, processor
-from benchmarks.training import Launcher, Run
+from benchmarks.training import Launcher, Run, train
 from nlgmoe import load_model
 
 
@@ -84,8 +82,7 @@ def run_of(side: Side, seed: int, steps: int, records: Records, numerics: str, s
     folder = side.home / (f"seed{seed}" + ("" if whole else f"-{steps}"))
     trunk = side.home / f"seed{seed}/checkpoints/step-{start}.ckpt" if start else None
     keep = whole and not side.overlays  # shorter runs of later gates begin from the baseline's whole ones
-    about: dict[str, Any] = {"seed": seed, "steps": steps, **described(side)}
-    about |= {"numerics": numerics, "commit": commit(), "processor": processor()}
+    about = {"seed": seed, "steps": steps, **described(side), "numerics": numerics}
     files, name = tuple(side.files(steps, seed)), f"{side.home.name} {folder.name}"
     run = StoredRun(name, folder, files, steps, trunk, start, keep, records=records, about=about)
     run.store()
@@ -102,6 +99,31 @@ def series(side: Side, seed: int, lengths: Iterable[int], records: Records, nume
     return {whole: replace(first, again=again)} | shorter
 
 
-def folders(lines: Iterable[Sequence[Run]]) -> list[Path]:
-    """Return the folders of the first runs of lines, as far as they are here."""
-    return [line[0].folder for line in lines if (line[0].folder / "summary.json").exists()]
+def trained_pairs(
+    sides: tuple[Side, Side],
+    seeds: Sequence[int],
+    lengths: Sequence[tuple[int, int]],
+    records: Records,
+    numerics: str,
+    jobs: int,
+    launch: Launcher,
+) -> dict[int, list[dict[int, float]]]:
+    """Train the pairs that are not stored, and return the losses of candidate and baseline, by steps, of each seed.
+
+    Args:
+        sides: candidate and baseline, with their folders.
+        seeds: of the pairs.
+        lengths: steps of candidate and baseline.
+        records: results that are there, and those to come.
+        numerics: of this code and machine.
+        jobs: runs at a time, one thread each.
+        launch: starts a command.
+    """  # fmt: skip
+    missing = [seed for seed in seeds if not records.pair(sides, seed, lengths, numerics)]
+    of_sides = [*zip(sides, zip(*lengths, strict=True), strict=True)]
+    train(
+        [[*series(side, seed, of, records, numerics).values()] for seed in missing for side, of in of_sides],
+        jobs,
+        launch,
+    )
+    return {seed: records.pair(sides, seed, lengths, numerics) for seed in seeds}

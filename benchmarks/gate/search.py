@@ -23,13 +23,13 @@ from typing import Any
 
 from benchmarks.gate.candidate import costs
 from benchmarks.gate.records import Records
-from benchmarks.gate.runs import placed, run_of
+from benchmarks.gate.runs import placed, trained_pairs
 from benchmarks.gate.sides import MUON, Side
 from benchmarks.gate.verdict import SAME_COST
 from benchmarks.reproduce.campaign import best_rate
 from benchmarks.reproduce.cells import MARGIN
 from benchmarks.reproduce.scale import Scale
-from benchmarks.training import Launcher, train
+from benchmarks.training import Launcher
 from nlgmoe.validation import require
 
 SEEDS, SLOWEST, RATES, MORE = (101, 102), 1.15, (0.5, 1.0, 2.0), 2
@@ -69,9 +69,14 @@ def overlays_of(factors: list[str]) -> tuple[str, ...]:
 
 def search(records: Records, scale: Scale, out: Path, jobs: int, launch: Launcher) -> tuple[list[str], float]:
     """Train what is missing of the search, print each outcome, and return the kept factors and the learning rate."""
-    start = placed(Side("search-start", scale, MUON), out, launch)
-    numerics = start.home.name.removeprefix(f"{start.name}-")
-    best, kept, losses = start, list[str](), _losses([start], records, numerics, jobs, launch)[0]
+    best, kept = placed(Side("search-start", scale, MUON), out, launch), list[str]()
+    numerics, whole = best.fingerprint, [(scale.steps, scale.steps)]
+
+    def change(side: Side) -> float:
+        """Return the mean change of the loss from that of the best so far, paired by seed."""
+        pairs = trained_pairs((side, best), SEEDS, whole, records, numerics, jobs, launch).values()
+        return sum(own[scale.steps] - other[scale.steps] for own, other in pairs) / len(SEEDS)
+
     for factor in FACTORS:
         side = placed(Side(f"search-{factor}", scale, MUON, overlays_of([*kept, factor])), out, launch)
         if not records.costs_of(side, numerics):
@@ -82,30 +87,19 @@ def search(records: Records, scale: Scale, out: Path, jobs: int, launch: Launche
         if cost["seconds"] > SLOWEST:
             print(f"{words}: not trained", flush=True)
             continue
-        own = _losses([side], records, numerics, jobs, launch)[0]
-        change = sum(own) / len(own) - sum(losses) / len(losses)
-        print(f"{words}, {change:+.4f} nats: {'kept' if change < -MARGIN else 'not kept'}", flush=True)
-        if change < -MARGIN:
-            best, losses, kept = side, own, [*kept, factor]
-    rates = {best.learning_rate: losses}
-    for factors in (RATES, *[()] * MORE):
-        mean = {rate: sum(of) / len(of) for rate, of in sorted(rates.items())}
-        lowest = min(mean, key=mean.__getitem__)
-        beyond = {min(mean): lowest / 2, max(mean): lowest * 2}.get(lowest)
-        new = [factor * best.learning_rate for factor in factors if factor != 1] or ([beyond] if beyond else [])
-        sides = [placed(replace(best, name="search-rate", rate=rate), out, launch) for rate in new]
-        rates |= zip(new, _losses(sides, records, numerics, jobs, launch), strict=True)
-    mean = {rate: sum(of) / len(of) for rate, of in sorted(rates.items())}
-    order = list(mean)
-    middle = min(max(order.index(min(mean, key=mean.__getitem__)), 1), len(order) - 2)
-    around = order[middle - 1 : middle + 2]
-    rate = best_rate(around, [mean[rate] for rate in around])
-    print(f"learning rate: {rate:.3g}, from the losses {mean}", flush=True)
+        difference = change(side)
+        print(f"{words}, {difference:+.4f} nats: {'kept' if difference < -MARGIN else 'not kept'}", flush=True)
+        if difference < -MARGIN:
+            best, kept = side, [*kept, factor]
+    changes, wanted = {best.learning_rate: 0.0}, [factor * best.learning_rate for factor in RATES if factor != 1]
+    for _ in range(1 + MORE):
+        for rate in wanted:
+            changes[rate] = change(placed(replace(best, name="search-rate", rate=rate), out, launch))
+        rates = sorted(changes)
+        lowest = min(rates, key=changes.__getitem__)
+        wanted = [lowest / 2] if lowest == rates[0] else [lowest * 2] if lowest == rates[-1] else []
+    middle = min(max(rates.index(lowest), 1), len(rates) - 2)
+    around = rates[middle - 1 : middle + 2]
+    rate = best_rate(around, [changes[rate] for rate in around])
+    print(f"learning rate: {rate:.3g}, from the changes {changes}", flush=True)
     return kept, rate
-
-
-def _losses(sides: list[Side], records: Records, numerics: str, jobs: int, launch: Launcher) -> list[list[float]]:
-    """Return the losses of sides by seed; train those that are missing."""
-    runs = [[run_of(side, seed, side.scale.steps, records, numerics) for seed in SEEDS] for side in sides]
-    train([[run] for of in runs for run in of if not run.has_ended], jobs, launch)
-    return [[run.loss for run in of] for of in runs]

@@ -33,7 +33,7 @@ MOE_16 = tuple(str(ROOT / CONFIGS / f"{name}.yaml") for name in ("base", "moe_16
 PAPER = Baseline("paper", (*MOE_16, json.dumps({"model": {"optimizer": {"lr": RATE}}})))
 MUON = Baseline(
     "muon", (*PAPER.files, str(ROOT / "docs/examples/gate/muon.yaml"))
-)  # where the search for the next began
+)  # the search for the next began here
 STRONG = Baseline("strong", (*MOE_16, str(ROOT / "configs/gate/strong.yaml")))
 BASELINES = {baseline.name: baseline for baseline in (PAPER, MUON, STRONG)}
 
@@ -57,6 +57,11 @@ class Side:
     overlays: tuple[str, ...] = ()
     rate: float | None = None
     home: Path = Path()
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash in the folder's name."""
+        return self.home.name.rpartition("-")[2]
 
     @cached_property
     def settings(self) -> dict[str, Any]:

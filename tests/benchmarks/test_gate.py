@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,16 +18,19 @@ import pytest
 from benchmarks.gate import __main__ as command
 from benchmarks.gate import candidate as candidates
 from benchmarks.gate import carry, page
+from benchmarks.gate import search as gate_search
 from benchmarks.gate.__main__ import main as gate
 from benchmarks.gate.candidate import check, costs, memory
 from benchmarks.gate.records import Records, described
 from benchmarks.gate.runs import series
-from benchmarks.gate.sides import PAPER, Side
+from benchmarks.gate.sides import PAPER, RATE, Side
 from benchmarks.gate.verdict import AS_GOOD, BETTER, UNRESOLVED, WORSE, seeds_of, steps_at_equal_cost, verdict
 from benchmarks.reproduce.scale import CPU, TINY
 from benchmarks.training import Launcher, train
 from docs.examples.cosine_router import CosineRouter, CosineRouterConfig
 from nlgmoe import Router, Routing, RoutingContext
+from nlgmoe.experiment import parse_config
+from nlgmoe.run.folder import flattened
 from nlgmoe.tools.check.properties import check_layer
 from nlgmoe.tools.report.runs import read_runs
 from nlgmoe.validation import RunError, SettingError
@@ -129,17 +135,81 @@ def test_a_pair_has_runs_of_one_numerics_and_each_result_is_committed(tmp_path: 
             (sides[0], "p", 2000, 3.95),
         ]
     ):
-        assert not records.pair(sides, 1, [(2400, 2400), (2000, 2400)]), number
+        assert not records.pair(sides, 1, [(2400, 2400), (2000, 2400)], "p"), number
         about = {**described(side), "numerics": numerics, "seed": 1, "steps": steps}
         records.add(f"{side.home.name} {numerics} {steps}", {**about, "val_loss": loss})
-    assert records.pair(sides, 1, [(2400, 2400), (2000, 2400)]) == [{2400: 3.9, 2000: 3.95}, {2400: 4.0}]
-    assert not records.pair(sides, 2, [(2400, 2400)])
+    assert records.pair(sides, 1, [(2400, 2400), (2000, 2400)], "p") == [{2400: 3.9, 2000: 3.95}, {2400: 4.0}]
+    assert not records.pair(sides, 2, [(2400, 2400)], "p")
     changed = replace(sides[0], home=Path("idea-b"))  # its class computes something else, on the same processor
-    assert not records.pair((changed, sides[1]), 1, [(2400, 2400)])
+    assert not records.pair((changed, sides[1]), 1, [(2400, 2400)], "p")
     elsewhere = replace(sides[0], home=Path("idea-c")), replace(sides[1], home=Path("paper-r"))  # another processor
-    assert Records(tmp_path / "runs.json").pair(elsewhere, 1, [(2400, 2400)]) == [{2400: 3.9, 2000: 3.95}, {2400: 4.0}]
+    assert Records(tmp_path / "runs.json").pair(elsewhere, 1, [(2400, 2400)], "r") == [
+        {2400: 3.9, 2000: 3.95},
+        {2400: 4.0},
+    ]
     log = subprocess.run(["git", "log", "--oneline"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert log.count("validation loss") == 4
+
+
+class Written(Launcher):
+    """Writes the summary of a run in place of training it: `change` is that of the loss by settings."""
+
+    def __init__(self, change: Callable[[dict[str, Any]], float]) -> None:
+        super().__init__()
+        self.change, self.runs = change, list[str]()
+
+    def __call__(self, command: list[str], log: Path, tree: Path) -> int:
+        folder = Path(next(word for word in command if "default_root_dir" in word).partition("=")[2])
+        files = [word for word in command[3::2] if not word.startswith("--")]
+        settings = flattened(parse_config(files))
+        self.runs.append(f"{folder.parent.name} {folder.name}")
+        summary = {"val_loss": 3 + settings["model.seed"] / 100 + self.change(settings), "bits_per_byte": {"all": 1.0}}
+        (folder / "summary.json").write_text(json.dumps(summary | {"wall_seconds": 1.0}))
+        return 0
+
+
+def test_the_search_keeps_what_helps_and_is_continued_on_another_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(settings: dict[str, Any]) -> float:
+        # By learning rate, in steps of 2 from the start's: -0.1 a step up to 4 times it, and then worse.
+        doublings = round(math.log2(settings["model.optimizer.lr"] / RATE))
+        factors = 0.03 * (settings["model.config.rope_theta"] == 1e4) + 0.019 * (
+            settings["model.config.norm"] == "rmsnorm"
+        )
+        return -factors - 0.1 * min(doublings, 4 - doublings)
+
+    def placed_at(processor: str) -> Callable[..., Side]:
+        def placed(side: Side, out: Path, launch: Launcher) -> Side:
+            kind = hashlib.sha256(f"{side.overlays} {side.learning_rate}".encode()).hexdigest()[:4]
+            return replace(side, home=out / f"{side.name}-{processor}{kind}")
+
+        return placed
+
+    monkeypatch.setattr(
+        gate_search, "costs", lambda side, best: {"flops": 1.0, "seconds": 1.2 * ("bias" in side.name) or 1.0}
+    )
+    kept = {name: gate_search.FACTORS[name] for name in ("rotary", "rmsnorm", "no_bias")}
+    monkeypatch.setattr(gate_search, "FACTORS", kept)
+    monkeypatch.setattr(gate_search, "placed", placed_at("a"))
+    launch = Written(change)
+    factors, rate = gate_search.search(Records(tmp_path / "runs.json"), TINY, tmp_path / "a", 1, launch)
+    assert factors == ["rotary"] and rate == pytest.approx(4 * RATE)
+    assert len(launch.runs) == 2 * (1 + 2 + 4)  # start; two factors; rates of 0.5, 2, 4 and 8
+    said = capsys.readouterr().out
+    assert "rotary: 1.00 times the seconds, -0.0300 nats: kept" in said
+    assert (
+        "rmsnorm: 1.00 times the seconds, -0.0190 nats: not kept" in said
+        and "no_bias: 1.20 times the seconds: not" in said
+    )
+    # On another processor all pairs that are stored count, and the others are repeated as pairs.
+    stored = json.loads((tmp_path / "runs.json").read_text())
+    lost = {name: run for name, run in stored["runs"].items() if run["learning_rate"] < 5 * RATE}
+    (tmp_path / "runs.json").write_text(json.dumps(stored | {"runs": lost}))
+    monkeypatch.setattr(gate_search, "placed", placed_at("b"))
+    again = Written(change)
+    assert gate_search.search(Records(tmp_path / "runs.json"), TINY, tmp_path / "b", 1, again) == (factors, rate)
+    assert len(again.runs) == 2 * 2  # the rate of 8 times, and what it is compared with
 
 
 def test_a_change_between_baselines_is_its_rule_on_numbers_computed_by_hand() -> None:
