@@ -32,11 +32,11 @@ class MoEConfig:
         top_k: experts per token.
         mlp_type: `standard`, or `residual`: every token also passes a shared dense MLP (paper, section 4.1.1).
         residual_mix: how a residual layer joins the two: `learned` (a softmax of a linear layer with two outputs, as in
-            DeepSpeed's code), `sum` (the paper's plain sum), or `sigmoid` (the shared MLP times the sigmoid of a linear layer
+            DeepSpeed's code), `sum` (the paper's plain sum), or `sigmoid` (the shared expert times the sigmoid of a linear layer
             with one output and no bias, plus the experts: Qwen2-MoE, arXiv 2407.10671).
         expert_ffn_size: inner width of an expert, in values per token; null: the model's. `num_experts` 32 and `top_k` 4 at a
             quarter of the width are fine-grained experts (DeepSeekMoE, arXiv 2401.06066).
-        shared_ffn_size: inner width of a residual layer's shared MLP, in values per token; null: the model's.
+        shared_ffn_size: inner width of a residual layer's shared expert, in values per token; null: the model's.
         train_capacity_factor: capacity of an expert in training, in assignments, as a multiple of its fair share
             `top_k * tokens / experts`, rounded up; `tokens` counts one rank's micro-batch, padding included.
         eval_capacity_factor: capacity of an expert in evaluation, as that multiple; used only with `eval_token_dropping`.
@@ -169,7 +169,7 @@ class GPTConfig:
         init_std: standard deviation of the initial weights; `init_std / sqrt(2 * num_layers)` in output projections.
         layer_norm_eps: added to the variance in LayerNorms, and to the mean square in RMSNorms.
         vocab_size_multiple: the embedding table is padded to a multiple of this (for fast GEMMs); padding gets no logits.
-        ffn_network: network of feed-forward layers, shared MLPs and experts: `gelu`, two matrices (the paper's), or `swiglu`
+        ffn_network: network of feed-forward layers, shared experts and experts: `gelu`, two matrices (the paper's), or `swiglu`
             (arXiv 2002.05202), three matrices of the same inner width, and so 1.5 times the parameters.
         norm: `layernorm`, or `rmsnorm` (arXiv 1910.07467), which has no mean and no bias.
         rope_theta: rotary position embeddings (arXiv 2104.09864) with this base: values i and i + D / 2 of a head are rotated by
@@ -293,7 +293,7 @@ class GPTConfig:
 
     @property
     def shared_ffn_size(self) -> int:
-        """Inner width of a shared MLP."""
+        """Inner width of a shared expert."""
         return self.ffn_size if self.moe is None or self.moe.shared_ffn_size is None else self.moe.shared_ffn_size
 
     @property

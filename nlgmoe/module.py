@@ -25,7 +25,7 @@ from nlgmoe.model.gpt import GPT, Block
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer, freeze
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
-from nlgmoe.parallel.triton_product import hand_in_triton_product
+from nlgmoe.parallel.triton_grouped_gemm import set_triton_grouped_gemm
 from nlgmoe.parts import IGNORED_IN_EVALUATION
 from nlgmoe.placement import ExpertPlacement, PlacesExperts
 from nlgmoe.ranks import AllRanksError
@@ -122,7 +122,7 @@ class MoEGPTModule(TrainingStep):
             remedy = "make a new MoEGPTModule for every trainer, and do not use module.gpt before fit"
             raise AllRanksError(f"{problem}; {remedy}")
         if strategy is not None:
-            hand_in_triton_product(self.model, strategy.root_device)
+            set_triton_grouped_gemm(self.model, strategy.root_device)
 
     def _start_from(self, model: GPT, start: WarmStart) -> None:
         """Load the initial weights, and report what differs in the configuration, such as another `top_k`."""

@@ -187,7 +187,7 @@ def _remedy(fp16: str = "") -> str:
 
 
 def first_bad_weight(model: nn.Module) -> str | None:
-    """Return the first weight that holds NaN or infinity: `blocks.0.ffn.expand.bias on rank 1`; None if there is none.
+    """Return the first weight that holds NaN or infinity: `blocks.0.ffn.up.bias on rank 1`; None if there is none.
 
     A collective; all ranks get the same answer.
     """

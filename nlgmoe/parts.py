@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Settings = TypeVar("Settings", bound=Any)  # a GPTConfig or a MoEConfig
-Stack = tuple[int, int, Literal["expand", "project"]]  # inputs, outputs, and role of the weight (`roles.py`)
+Stack = tuple[int, int, Literal["weight", "output"]]  # inputs, outputs, role of the matrix (`roles.py`)
 
 
 ROUTER_FIELDS = frozenset(
@@ -157,9 +157,9 @@ class ExpertConfig:
     """Settings of an expert network; a subclass adds its fields."""
 
     def weights(self, hidden_size: int, ffn_size: int) -> dict[str, Stack]:
-        """Declare the weight matrices: name -> (inputs, outputs, `expand` or `project`).
+        """Declare the weight matrices: name -> (inputs, outputs, role), `weight` or `output`.
 
-        Each has a bias unless `GPTConfig.bias` is false. `project` matrices write to the residual stream: their
+        Each has a bias unless `GPTConfig.bias` is false. `output` matrices write to the residual stream: their
         initial standard deviation is divided by `sqrt(2 * num_layers)`.
         """
         raise SettingError(f"{type(self).__name__} has no weights(hidden_size, ffn_size)")
@@ -171,8 +171,8 @@ class ExpertConfig:
         for key, stack in stacks.items():
             *sizes, role = stack if isinstance(stack, tuple | list) and len(stack) == 3 else (None,)
             whole = len(sizes) == 2 and all(isinstance(size, Integral) and size > 0 for size in sizes)
-            remedy = "write name: (inputs, outputs, 'expand' or 'project'), with whole numbers"
-            known = whole and role in ("expand", "project") and str(key).isidentifier()
+            remedy = "write name: (inputs, outputs, 'weight' or 'output', formerly 'expand' and 'project'), with whole numbers"
+            known = whole and role in ("weight", "output") and str(key).isidentifier()
             require(known, f"{name}.weights has {key!r}: {stack}; {remedy}")
         return stacks
 

@@ -2,7 +2,7 @@
 
     role      initial value                            weight decay
     weight    N(0, init_std)                           yes
-    project   N(0, init_std / sqrt(2 * num_layers))    yes            output projections: they write to the residual stream
+    output    N(0, init_std / sqrt(2 * num_layers))    yes            output projections: they write to the residual stream
     bias      0                                        no
     scale     1                                        no             of norms
 
@@ -17,15 +17,17 @@ from torch import nn
 
 from nlgmoe.validation import SettingError
 
-Role = Literal["weight", "project", "bias", "scale"]
-DECAYED = frozenset({"weight", "project"})
+Role = Literal["weight", "output", "bias", "scale"]
+# Linear layers that write to the residual stream, by name: an attention's `output`, a dense layer's `down`.
+_OUTPUTS = re.compile(r"(^|\.)(output|(ffn|shared_expert)\.down)\.weight")
+DECAYED = frozenset({"weight", "output"})
 Component = Literal["router", "experts", "attention", "ffn", "norms", "embeddings"]
 # The first pattern that fits a parameter's name. A router's own norm belongs to the router, an attention's to the norms; the
-# mixing coefficient and the shared MLP of a residual layer to the feed-forward layers, the head to the embeddings.
+# mixing coefficient and the shared expert of a residual layer to the feed-forward layers, the head to the embeddings.
 COMPONENTS: dict[Component, re.Pattern[str]] = {
     "router": re.compile(r"\.moe\.router\."),
     "experts": re.compile(r"\.moe\.experts\."),
-    "ffn": re.compile(r"\.ffn\.|\.moe\.(mlp|coefficient)\."),
+    "ffn": re.compile(r"\.ffn\.|\.moe\.(shared_expert|coefficient)\."),
     "norms": re.compile(r"norm\."),
     "attention": re.compile(r"\.attention\."),
     "embeddings": re.compile(r"embedding\.|^head\."),
@@ -33,7 +35,7 @@ COMPONENTS: dict[Component, re.Pattern[str]] = {
 
 
 def role_of(name: str, module: nn.Module) -> Role:
-    """Return the role of a parameter of `module` by its full name, such as `blocks.0.ffn.project.weight`."""
+    """Return the role of a parameter of `module` by its full name, such as `blocks.0.ffn.down.weight`."""
     leaf = name.rpartition(".")[2]
     declared: dict[str, Role] = getattr(module, "roles", {})
     if leaf in declared:
@@ -46,8 +48,10 @@ def role_of(name: str, module: nn.Module) -> Role:
     if leaf == "weight" and isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return "scale"
     if leaf == "weight" and isinstance(module, nn.Linear | nn.Embedding):
-        return "project" if name.endswith("project.weight") else "weight"
-    remedy = f"add roles = {{{leaf!r}: 'weight'}}, or 'project', 'bias' or 'scale', to the class (nlgmoe/roles.py)"
+        if name.endswith(".project.weight"):
+            raise SettingError(f"{name}: rename this layer: an output projection is named output, no longer project")
+        return "output" if _OUTPUTS.search(name) else "weight"
+    remedy = f"add roles = {{{leaf!r}: 'weight'}}, or 'output', 'bias' or 'scale', to the class (nlgmoe/roles.py)"
     raise SettingError(f"{name}: {type(module).__name__} does not declare its parameter {leaf}; {remedy}")
 
 

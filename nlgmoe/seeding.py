@@ -1,9 +1,12 @@
 """Seeds and random numbers from names, so that random tensors, batches and routings do not depend on rank or process."""
 
 import hashlib
+import re
 
 import torch
 from torch import Tensor
+
+_OLD_NAMES = {"up": "expand", "down": "project", "output": "project", "shared_expert": "mlp"}
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -23,6 +26,16 @@ def draw_normal(shape: torch.Size, *parts: int | str) -> Tensor:
     """Draw from N(0, 1) by `derive_seed(*parts)`, in fp32 on the CPU: the numbers depend on no device and no default."""
     generator = torch.Generator("cpu").manual_seed(derive_seed(*parts))
     return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+
+
+def key_of_draws(name: str) -> str:
+    """Return the part for `draw_normal` of a parameter's name: the name that it had when the runs of docs/results were trained.
+
+    With other parts the initial weights, and so every recorded number, would change.
+    """
+    for new, old in _OLD_NAMES.items():
+        name = re.sub(rf"(?<=\.){new}(?=[._])", old, name)
+    return name
 
 
 class RoutingNoise:

@@ -87,7 +87,7 @@ def list_differences(
     """Return `name (saved: value, now: value)` for each value that differs; one that a mapping lacks is "missing".
 
     Values of nested mappings have dotted names. Lines with a missing value come last. Experts of a layer that differ alike share
-    a line: `blocks.1.moe.experts.*.expand_bias (saved: missing, now: [64]; 4 experts)`.
+    a line: `blocks.1.moe.experts.*.up_bias (saved: missing, now: [64]; 4 experts)`.
     Names to ignore are ignored at any depth. After `limit` lines follows "and N more"; None: all lines.
     """
     pairs = sorted(_pairs(saved, current, ignore, ""), key=lambda pair: _MISSING in pair[1:])

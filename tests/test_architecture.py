@@ -99,7 +99,7 @@ def names_an_accelerator(file: Path) -> Iterator[int]:
 
 def test_devices_are_known_to_one_file() -> None:
     """A branch on a device's name would not run in `tests/accelerator/`. The experts ask for a kernel, the router for TF32."""
-    known = {ROOT / "layers" / "expert_products.py", ROOT / "layers" / "precision.py"}
+    known = {ROOT / "layers" / "grouped_gemm.py", ROOT / "layers" / "precision.py"}
     assert {file for file in FILES if any(names_an_accelerator(file))} == known
 
 

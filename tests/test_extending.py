@@ -123,6 +123,11 @@ def test_own_router_is_checked_for_what_it_returns(change: Any, message: str, mo
         ("router", {"reads_fields": frozenset({"los_coeff"})}, "reads_fields names los_coeff; it may read aux_scope,"),
         ("router", {"build": lambda *arguments: nn.Identity()}, "build returned a Identity; return a Router"),
         ("router", {"build": lambda *arguments: Router(3)}, "build returned a Router of 3 experts for a layer of 4"),
+        (
+            "expert",
+            {"weights": lambda *arguments: {"a": (16, 16, "expand")}},
+            "weights has 'a': (16, 16, 'expand'); write name: (in",
+        ),
         ("expert", {"weights": lambda *arguments: {"a": (16, 16)}}, "weights has 'a': (16, 16); write name: (in"),
         ("expert", {"forward": lambda *arguments: torch.zeros(1, 16)}, "forward returned [1, 16] for rows of ["),
     ],

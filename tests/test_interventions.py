@@ -27,7 +27,7 @@ def test_expert_switched_off_is_one_that_returns_zero(top_k: int) -> None:
     assert torch.equal(logits(model), before), "the hook is still there"
     experts = model.blocks[1].moe.experts
     with torch.no_grad():
-        experts.project_weight[2], experts.project_bias[2] = 0, 0
+        experts.down_weight[2], experts.down_bias[2] = 0, 0
     torch.testing.assert_close(off, logits(model), rtol=1e-5, atol=1e-5)
     assert (off - before).abs().max() > 1e-3
 

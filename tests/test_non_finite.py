@@ -53,7 +53,7 @@ SOURCES: dict[str, tuple[Callable[[GPT, Tensor], Undo], str]] = {
     "a micro-batch": (first_micro_batch_only, "loss is nan; first not finite: the loss on rank 0;"),
     "the backward pass": (
         output_of("blocks.2.attention", with_a_gradient_of_nan),
-        "gradient norm is nan; first not finite: the gradient of blocks.2.attention.project.bias on rank 0;",
+        "gradient norm is nan; first not finite: the gradient of blocks.2.attention.output.bias on rank 0;",
     ),
 }
 
@@ -105,7 +105,7 @@ class TakesBack(Spoils):
 def test_skipped_step_equals_one_without_its_update(muon: MuonConfig | None, tmp_path: Path) -> None:
     schedule = LearningRateSchedule("cosine", warmup_tokens=128, decay_tokens=2000)
     runs = []
-    for spoils in (Spoils({3}, gradient_of("blocks.1.moe.experts.expand_weight", torch.nan)), TakesBack(3)):
+    for spoils in (Spoils({3}, gradient_of("blocks.1.moe.experts.up_weight", torch.nan)), TakesBack(3)):
         module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2, muon=muon), schedule, non_finite=NonFinite("skip"))
         run = trainer(tmp_path, spoils, max_steps=8, gradient_clip_val=0.5)
         run.fit(module, SyntheticData())
@@ -187,7 +187,7 @@ WARM_UP = LearningRateSchedule("cosine", warmup_tokens=192, decay_tokens=2000)
 
 
 def test_fp16_overflow_skips_the_update_and_the_scale_survives_a_restart(tmp_path: Path) -> None:
-    spoils = Spoils({2}, gradient_of("blocks.0.ffn.expand.weight", torch.inf))
+    spoils = Spoils({2}, gradient_of("blocks.0.ffn.up.weight", torch.inf))
     run, module, state = fit_fp16(tmp_path, spoils, 6)
     assert (state["scale"], state["_growth_tracker"]) == (2.0**15, 3)
     assert module.guard.state_dict() == {"skipped": 1, "in_a_row": 0}
@@ -195,7 +195,7 @@ def test_fp16_overflow_skips_the_update_and_the_scale_survives_a_restart(tmp_pat
     assert {float(state["step"]) for state in run.optimizers[0].state.values()} == {5.0}
     assert module.tokens_seen == 6 * 64  # the data were consumed, so the clock goes on
 
-    again = [Spoils({2}, gradient_of("blocks.0.ffn.expand.weight", torch.inf)) for _ in range(2)]
+    again = [Spoils({2}, gradient_of("blocks.0.ffn.up.weight", torch.inf)) for _ in range(2)]
     fit_fp16(tmp_path, again[0], 4, SaveAt(4, tmp_path / "fp16.ckpt"))
     _, resumed, resumed_state = fit_fp16(tmp_path, again[1], 6)
     assert resumed_state == state and resumed.skipped_steps == 1
@@ -204,7 +204,7 @@ def test_fp16_overflow_skips_the_update_and_the_scale_survives_a_restart(tmp_pat
 
 @pytest.mark.filterwarnings("error:Detected call of")
 def test_a_run_in_fp16_that_finds_no_scale_ends(tmp_path: Path) -> None:
-    always = Spoils(set(range(40)), gradient_of("blocks.0.ffn.expand.weight", torch.inf))
+    always = Spoils(set(range(40)), gradient_of("blocks.0.ffn.up.weight", torch.inf))
     message = r"^step 16: the gradient norm is inf; first not finite: the gradient of "
     with pytest.raises(NonFiniteError, match=message) as error:
         fit_fp16(tmp_path, always, 40)

@@ -15,6 +15,7 @@ from benchmarks.gate.records import Record, Records, described
 from benchmarks.gate.sides import Side
 from benchmarks.training import Launcher, Run, train
 from nlgmoe import load_model
+from nlgmoe.seeding import key_of_draws
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def fingerprint(side: Side, out: Path, launch: Launcher) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     Run(folder.name, folder, (*side.files(side.scale.steps, 1), few), 3).train(launch)
     digest = hashlib.sha256("".join(side.overlays).encode())
-    for name, value in sorted(load_model(folder / "checkpoints/last.ckpt").state_dict().items()):
+    weights = load_model(folder / "checkpoints/last.ckpt").state_dict()
+    for name, value in sorted((key_of_draws(name), value) for name, value in weights.items()):
         digest.update(name.encode() + value.numpy().tobytes())
     shutil.rmtree(folder)
     return digest.hexdigest()[:12]

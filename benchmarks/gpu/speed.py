@@ -23,13 +23,13 @@ from nlgmoe.callbacks import ExpertLoad, StopOnSignal, Throughput
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.hardware import peak_of
 from nlgmoe.layers.balance import router_losses
-from nlgmoe.layers.expert_products import choose_product, compute_capability
+from nlgmoe.layers.grouped_gemm import choose_grouped_gemm, compute_capability
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule, compile_dense_parts
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
-from nlgmoe.parallel.triton_product import hand_in_triton_product, triton_product
+from nlgmoe.parallel.triton_grouped_gemm import set_triton_grouped_gemm, triton_grouped_gemm
 from nlgmoe.tools.planner.cost import estimate
 from nlgmoe.tools.planner.topology import Topology, named_machine
 from tests.support.devices import synchronize
@@ -50,8 +50,8 @@ SEQUENCES, ACCUMULATED, EXPERTS, SHOWN = 4, 8, 16, 15
 
 def waiting(run: Run, folder: Path) -> None:
     """Count waits for the GPU: none in model, loss and backward; at most two a step in the trainer."""
-    has_triton = triton_product(run.device) is not None
-    dropless = choose_product(torch.bfloat16, (512, 2048), compute_capability(run.device), False, has_triton)
+    has_triton = triton_grouped_gemm(run.device) is not None
+    dropless = choose_grouped_gemm(torch.bfloat16, (512, 2048), compute_capability(run.device), False, has_triton)
     run.note("product of dropless experts", dropless)
     for name, variant in VARIANTS.items():
         if dropless == "loop" and not variant.get("token_dropping", True):
@@ -77,7 +77,7 @@ def model_step(run: Run, variant: dict[str, Any]) -> Callable[[], None]:
     model = GPT(GPTConfig(vocabulary, length, 4, width, 4, hidden_dropout=0.1, moe=MoEConfig(8, **variant))).to(
         run.device
     )
-    hand_in_triton_product(model, run.device)
+    set_triton_grouped_gemm(model, run.device)
     batch = torch.randint(vocabulary, (4, length + 1)).to(run.device)
     documents = (torch.arange(length, device=run.device) // 7).expand(4, length)
 

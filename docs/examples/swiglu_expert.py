@@ -1,4 +1,4 @@
-"""An expert with a gate: `project(silu(gate(x)) * expand(x))` (GLU Variants Improve Transformer, arXiv 2002.05202)."""
+"""An expert with a gate: `down(silu(gate(x)) * up(x))` (GLU Variants Improve Transformer, arXiv 2002.05202)."""
 
 from dataclasses import dataclass
 
@@ -21,9 +21,9 @@ class SwiGLUExpert(ExpertConfig):
     def weights(self, hidden_size: int, ffn_size: int) -> dict[str, tuple[int, int, str]]:
         """See `ExpertConfig`."""
         inner = -(-ffn_size * 2 // 3 // self.multiple) * self.multiple
-        into, back = (hidden_size, inner, "expand"), (inner, hidden_size, "project")
-        return {"gate": into, "expand": into, "project": back}
+        into, back = (hidden_size, inner, "weight"), (inner, hidden_size, "output")
+        return {"gate": into, "up": into, "down": back}
 
     def forward(self, x: Tensor, linear) -> Tensor:
         """See `ExpertConfig`."""
-        return linear("project", F.silu(linear("gate", x)) * linear("expand", x))
+        return linear("down", F.silu(linear("gate", x)) * linear("up", x))

@@ -37,9 +37,9 @@ class WindowAttention(nn.Module):
         self.heads, self.block, self.window, self.dropout = config.num_heads, block, window, config.attention_dropout
         inner = config.num_heads * config.head_size
         self.qkv = nn.Linear(config.hidden_size, 3 * inner, bias=config.bias)
-        self.project = nn.Linear(
+        self.output = nn.Linear(
             inner, config.hidden_size, bias=config.bias
-        )  # `project`: divided by sqrt(2 * num_layers)
+        )  # `output`: divided by sqrt(2 * num_layers)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """Attend, `[B, T, H] -> [B, T, H]`."""
@@ -57,4 +57,4 @@ class WindowAttention(nn.Module):
         visible = visible & (distance <= self.window)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
-        return self.project(y.transpose(1, 2).flatten(2))
+        return self.output(y.transpose(1, 2).flatten(2))

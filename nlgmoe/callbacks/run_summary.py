@@ -15,7 +15,7 @@ from nlgmoe.batch import Batch
 from nlgmoe.data.training_data import training_data
 from nlgmoe.device import peak_memory_bytes
 from nlgmoe.files import write_json
-from nlgmoe.layers.expert_products import compute_capability, describe_products
+from nlgmoe.layers.grouped_gemm import compute_capability, describe_grouped_gemms
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.lightning_state import ends_step
 from nlgmoe.model.counting import parameters_of
@@ -129,8 +129,8 @@ def _products(trainer: Trainer, module: MoEGPTModule) -> str:
     tokens = module.seq_len * getattr(data, "micro_batch_size", 1)
     between_ranks, on_rank = data is not None and data.has_equal_batches(), device.type != "cpu"
     uses_slots = [on_rank if moe.placement.group is None else between_ranks for moe in moes]
-    has_triton, capability = moes[0].experts.triton_product is not None, compute_capability(device)
-    products = describe_products(module.config, tokens, trainer.precision, uses_slots, capability, has_triton)
+    has_triton, capability = moes[0].experts.triton_grouped_gemm is not None, compute_capability(device)
+    products = describe_grouped_gemms(module.config, tokens, trainer.precision, uses_slots, capability, has_triton)
     return f"; experts: {products}"
 
 

@@ -36,7 +36,7 @@ def dtype_of(precision: str | None) -> torch.dtype | None:
 
 
 def split_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace each stack `...experts.expand_weight` by one entry per expert, `...experts.3.expand_weight`."""
+    """Replace each stack `...experts.up_weight` by one entry per expert, `...experts.3.up_weight`."""
     split: dict[str, Tensor] = {}
     for name, value in entries.items():
         if (match := _STACK.fullmatch(name)) and value.dim() > 0:

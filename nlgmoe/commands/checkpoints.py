@@ -67,8 +67,8 @@ def upcycle_checkpoint(
         num_experts: experts of each MoE block, or a list with one number for each.
         expert_interval: blocks from one MoE block to the next; default: 1 for a Llama, Qwen3 or Granite, else 2.
         top_k: experts per token; default: 2 for a Llama, Qwen3 or Granite, else 1.
-        mlp_type: standard, or residual (PR-MoE), which adds a shared MLP.
-        residual_mix: mix of experts and shared MLP in a residual block, learned, sum or sigmoid.
+        mlp_type: standard, or residual (PR-MoE), which adds a shared expert.
+        residual_mix: mix of routed experts and shared expert in a residual block, learned, sum or sigmoid.
         noise: noise added to the experts' matrices, as a multiple of each matrix's standard deviation; it makes experts part
             earlier, and the result computes only nearly the same as the dense model.
         seed: seed of the noise and the gates.

@@ -27,7 +27,7 @@ from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import SoftTargets, TeacherTargets
 from nlgmoe.layers.precision import cast_by_autocast
 from nlgmoe.model.gpt import GPT
-from nlgmoe.parallel.triton_product import hand_in_triton_product
+from nlgmoe.parallel.triton_grouped_gemm import set_triton_grouped_gemm
 from nlgmoe.placement import PlacesExperts
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.ranks import raise_on_all_ranks
@@ -78,7 +78,7 @@ class MixtureOfStudents(Distiller):
         placements = strategy.expert_placements(config, model_name="teacher") if divides else {}
         with raise_on_all_ranks():
             self.model = _load(path, config, placements, like.device, dtype_of(self.precision) or like.dtype)
-            hand_in_triton_product(self.model, like.device)
+            set_triton_grouped_gemm(self.model, like.device)
         rank_zero_info(f"the teacher is {path}: {_describe(self.model)}")
         return path, document
 

@@ -16,7 +16,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.model.gpt import GPT
-from nlgmoe.parallel.triton_product import hand_in_triton_product
+from nlgmoe.parallel.triton_grouped_gemm import set_triton_grouped_gemm
 from nlgmoe.validation import SettingError
 
 
@@ -63,7 +63,7 @@ def load_pretrained(
     if chosen is None:
         raise SettingError(f"tokenizer=null: {path} holds none; set it to the one that the model was trained with")
     model = load_model(path).to(device, dtype_of(precision))
-    hand_in_triton_product(model, torch.device(device))
+    set_triton_grouped_gemm(model, torch.device(device))
     return LoadedModel(path, model, chosen, document)
 
 

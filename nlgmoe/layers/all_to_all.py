@@ -22,7 +22,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.nn import functional as F
 
 from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher, Rows
-from nlgmoe.layers.expert_products import fixed_slots, round_up_rows
+from nlgmoe.layers.grouped_gemm import fixed_slots, round_up_rows
 from nlgmoe.layers.precision import computing_dtype
 from nlgmoe.layers.router import Routing
 from nlgmoe.placement import ExpertPlacement

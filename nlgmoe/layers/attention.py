@@ -149,7 +149,7 @@ class CausalSelfAttention(nn.Module):
 
     q, k, v = x W_qkv                           N query heads and K key heads, each of them for N / K query heads
     q, k    = rotate(norm(q)), rotate(norm(k))  with `qk_norm` and `rope_theta`
-    y       = softmax(q k^T * scale) v W_project    `attention_scale`, or 1 / sqrt(D)
+    y       = softmax(q k^T * scale) v W_output    `attention_scale`, or 1 / sqrt(D)
     """
 
     def __init__(self, config: GPTConfig, block: int) -> None:
@@ -160,7 +160,7 @@ class CausalSelfAttention(nn.Module):
         self.block = block
         self.widths = [heads * size, key_heads * size, key_heads * size]
         self.qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=config.has_qkv_bias)
-        self.project = nn.Linear(heads * size, config.hidden_size, bias=config.bias)
+        self.output = nn.Linear(heads * size, config.hidden_size, bias=config.bias)
         self.norms_heads = config.qk_norm == "head"
         if config.qk_norm is not None:
             query, key = (size, size) if self.norms_heads else self.widths[:2]
@@ -182,7 +182,7 @@ class CausalSelfAttention(nn.Module):
         if context.cache is not None:
             k, v = context.cache.extend(self.block, k, v)  # [B, K, S, D]
         y = attend(q, k, v, context, self.scale, self.dropout if self.training else 0.0)
-        return self.project(y.transpose(1, 2).flatten(2))
+        return self.output(y.transpose(1, 2).flatten(2))
 
 
 def attend(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nlgmoe.layers.expert_products import fixed_slots, has_slots, round_up_rows
+from nlgmoe.layers.grouped_gemm import fixed_slots, has_slots, round_up_rows
 from nlgmoe.layers.precision import computing_dtype
 from nlgmoe.layers.router import Routing, count
 

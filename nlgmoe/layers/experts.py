@@ -1,9 +1,9 @@
 """EXPERTS: the feed-forward networks of one MoE layer, stacked, applied to rows sorted by expert.
 
-    y = gelu(x W_expand + b) W_project + b        for each row x, with the weights of its expert (or another network)
+    y = gelu(x W_up + b) W_down + b        for each row x, with the weights of its expert (or another network)
 
 A network (`feed_forward.py`) declares its weights and has a `forward(x, linear)`. `linear(name, x)` applies the stack of that
-name by the product that `expert_products.py` chooses: one product of all experts, or expert by expert.
+name by the kernel that `grouped_gemm.py` chooses: one grouped GEMM of all experts, or expert by expert.
 
 Letters: E experts held here, M rows (assignments sorted by expert), S slots for rows of each expert, H hidden size, F inner size.
 """
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nlgmoe.layers.expert_products import Product, choose_product, compute_capability
 from nlgmoe.layers.feed_forward import NETWORKS
+from nlgmoe.layers.grouped_gemm import GroupedGEMM, choose_grouped_gemm, compute_capability
 from nlgmoe.layers.precision import cast_by_autocast
 from nlgmoe.parts import ExpertConfig, Linear
 from nlgmoe.roles import Role
 from nlgmoe.validation import RunError
 
-FEW_ROWS = 8  # up to this many rows without gradients, a loop over experts is faster on a CPU than a grouped product
+FEW_ROWS = 8  # up to this many rows without gradients, a loop over experts is faster on a CPU than a grouped GEMM
 BIAS_WIDTH = 8  # inner width of the product that adds biases: grouped_mm requires rows of 16 bytes
 
 Function = Callable[..., Tensor]
@@ -39,8 +39,8 @@ class Experts(nn.Module):
     The first one has the number `first` in the layer: under expert parallelism a rank holds a slice.
     """
 
-    # `(rows [M, in], weight [E, in, out], offs [E]) -> [M, out]` for GPUs; None unless it is handed in.
-    triton_product: Function | None = None
+    # `(rows [M, in], weight [E, in, out], offs [E]) -> [M, out]` for GPUs; None unless `set_triton_grouped_gemm` sets it.
+    triton_grouped_gemm: Function | None = None
 
     def __init__(
         self,
@@ -56,8 +56,8 @@ class Experts(nn.Module):
         self.stacks = network.stacks(hidden_size, ffn_size)
         self.widths = tuple({width for inputs, outputs, _ in self.stacks.values() for width in (inputs, outputs)})
         self.roles: dict[str, Role] = {}
-        for name, (inputs, outputs, kind) in self.stacks.items():
-            self.roles |= {f"{name}_weight": "project" if kind == "project" else "weight", f"{name}_bias": "bias"}
+        for name, (inputs, outputs, role) in self.stacks.items():
+            self.roles |= {f"{name}_weight": role, f"{name}_bias": "bias"}
             self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(count, inputs, outputs)))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(count, outputs)) if bias else None)
 
@@ -76,8 +76,8 @@ class Experts(nn.Module):
             return self._apply_network(rows, self._in_slots(len(rows) // self.count)).view_as(x)
         if not torch.is_grad_enabled() and x.device.type == "cpu" and len(x) <= FEW_ROWS:
             return self._loop(x, tokens_per_expert)  # generation: reads the weights of the chosen experts only
-        has_triton = self.triton_product is not None
-        chosen = choose_product(x.dtype, self.widths, compute_capability(x.device), False, has_triton)
+        has_triton = self.triton_grouped_gemm is not None
+        chosen = choose_grouped_gemm(x.dtype, self.widths, compute_capability(x.device), False, has_triton)
         if chosen == "loop":
             return self._loop(x, tokens_per_expert)
         return self._apply_network(x, self._grouped(chosen, x, tokens_per_expert))
@@ -101,10 +101,10 @@ class Experts(nn.Module):
 
         return linear
 
-    def _grouped(self, chosen: Product, x: Tensor, tokens_per_expert: Tensor) -> Linear:
-        """Return `linear` as one grouped product; the host does not read the numbers of rows."""
+    def _grouped(self, chosen: GroupedGEMM, x: Tensor, tokens_per_expert: Tensor) -> Linear:
+        """Return `linear` as one grouped GEMM; the host does not read the numbers of rows."""
         ends = tokens_per_expert.cumsum(0).to(torch.int32)  # [E]
-        kernel = self.triton_product if chosen == "triton" else F.grouped_mm
+        kernel = self.triton_grouped_gemm if chosen == "triton" else F.grouped_mm
         assert kernel is not None
         product: Function = partial(kernel, offs=ends)
         add_bias: Function | None = None

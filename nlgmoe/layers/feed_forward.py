@@ -1,7 +1,7 @@
 """The dense feed-forward layer, and the networks that it and the experts apply (`experts.py`).
 
-gelu     y = gelu(x W_expand + b) W_project + b                              the paper's
-swiglu   y = (silu(x W_gate + b) * (x W_expand + b)) W_project + b           arXiv 2002.05202, with biases
+gelu     y = gelu(x W_up + b) W_down + b                              the paper's
+swiglu   y = (silu(x W_gate + b) * (x W_up + b)) W_down + b           arXiv 2002.05202, with biases
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class GELUNetwork(ExpertConfig):
 
     def weights(self, hidden_size: int, ffn_size: int) -> dict[str, Stack]:
         """Declare the two matrices."""
-        return {"expand": (hidden_size, ffn_size, "expand"), "project": (ffn_size, hidden_size, "project")}
+        return {"up": (hidden_size, ffn_size, "weight"), "down": (ffn_size, hidden_size, "output")}
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply the network, `[M, H] -> [M, H]`."""
-        return linear("project", gelu(linear("expand", x)))
+        return linear("down", gelu(linear("up", x)))
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class SwiGLUNetwork(ExpertConfig):
 
     def weights(self, hidden_size: int, ffn_size: int) -> dict[str, Stack]:
         """Declare the three matrices."""
-        into: Stack = (hidden_size, ffn_size, "expand")
-        return {"gate": into, "expand": into, "project": (ffn_size, hidden_size, "project")}
+        into: Stack = (hidden_size, ffn_size, "weight")
+        return {"gate": into, "up": into, "down": (ffn_size, hidden_size, "output")}
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply the network, `[M, H] -> [M, H]`."""
-        return linear("project", F.silu(linear("gate", x)) * linear("expand", x))
+        return linear("down", F.silu(linear("gate", x)) * linear("up", x))
 
 
 NETWORKS: dict[str, ExpertConfig] = {"gelu": GELUNetwork(), "swiglu": SwiGLUNetwork()}  # by `GPTConfig.ffn_network`

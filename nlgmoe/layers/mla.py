@@ -4,7 +4,7 @@
     k_n, v_n = norm(c) W_up                  [P], [V]   of head n
     q_n, s_n = norm(x W_query_down) W_query_up          [P], [R]   or x W_query, without `q_lora_rank`
     score_n = (q_n k_n + rotate(s_n) rotate(r)) * scale            `attention_scale`, or 1 / sqrt(P + R)
-    y       = concat_n(softmax(score_n) v_n) W_project
+    y       = concat_n(softmax(score_n) v_n) W_output
 
 DeepSeek-V2 (arXiv 2405.04434, section 2.1); tests/equivalence compares with `transformers`. Generation expands the cached latents
 of all positions at each step, as `transformers` does.
@@ -104,7 +104,7 @@ class LatentAttention(nn.Module):
         self.key_value_down = nn.Linear(hidden, self.rank + self.rotary, bias=bias)
         self.key_value_norm = nn.RMSNorm(self.rank, eps=eps)
         self.key_value = nn.Linear(self.rank, heads * (self.plain + self.values), bias=False)
-        self.project = nn.Linear(heads * self.values, hidden, bias=bias)
+        self.output = nn.Linear(heads * self.values, hidden, bias=bias)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """Attend, `[B, T, H] -> [B, T, H]`."""
@@ -131,7 +131,7 @@ class LatentAttention(nn.Module):
         width = max(self.plain + self.rotary, self.values)  # fused kernels need queries, keys and values of one width
         q, k, v = (_padded(part, width).transpose(1, 2) for part in (q, k, v))  # [B, N, T or S, D]
         y = attend(q, k, v, context, self.scale, self.dropout if self.training else 0.0)
-        return self.project(y.transpose(1, 2)[..., : self.values].flatten(2))
+        return self.output(y.transpose(1, 2)[..., : self.values].flatten(2))
 
 
 def _padded(x: Tensor, width: int) -> Tensor:

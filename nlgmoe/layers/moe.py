@@ -1,11 +1,11 @@
-"""MoELayer = router + dispatch + experts, and the shared MLP of Residual-MoE (paper, sections 3.1 and 4.1.1).
+"""MoELayer = router + dispatch + experts, and the shared expert of Residual-MoE (paper, sections 3.1 and 4.1.1).
 
     experts(x) = sum_i weight_i * expert_i(x)      over the chosen experts i that kept the token; 0 if none did
 
     standard:          y = experts(x)
-    residual, sum:     y = experts(x) + MLP(x)
-    residual, learned: y = c_0 * experts(x) + c_1 * MLP(x)       c = softmax(W x + b), in at least fp32; b = 0 at first
-    residual, sigmoid: y = experts(x) + g * MLP(x)               g = sigmoid(w x), in at least fp32 (Qwen2-MoE)
+    residual, sum:     y = experts(x) + shared(x)
+    residual, learned: y = c_0 * experts(x) + c_1 * shared(x)    c = softmax(W x + b), in at least fp32; b = 0 at first
+    residual, sigmoid: y = experts(x) + g * shared(x)            g = sigmoid(w x), in at least fp32 (Qwen2-MoE)
 
 Letters: B sequences, T positions, N = B * T tokens, H hidden size, k experts per token.
 """
@@ -61,7 +61,7 @@ class MoELayer(nn.Module):
             expert_network(config),
             config.bias,
         )
-        self.mlp = FeedForward(config, config.shared_ffn_size) if config.moe.mlp_type == "residual" else None
+        self.shared_expert = FeedForward(config, config.shared_ffn_size) if config.moe.mlp_type == "residual" else None
         outputs = config.moe.mix_outputs
         self.coefficient = LinearInInputType(config.hidden_size, outputs, bias=outputs == 2) if outputs else None
 
@@ -71,14 +71,14 @@ class MoELayer(nn.Module):
         routing = self._require_fit(self.router(tokens, context), len(tokens))
         dispatch = self.dispatcher(tokens, routing)
         # overlaps with the all-to-all under expert parallelism
-        mlp = self.mlp(tokens) if self.mlp is not None else None
+        shared = self.shared_expert(tokens) if self.shared_expert is not None else None
         y = dispatch.combine(self.experts(*dispatch.receive()))  # [N, H], in at least fp32
         if self.coefficient is not None:
-            assert mlp is not None
-            y, share = self._mix(tokens, y, mlp)
+            assert shared is not None
+            y, share = self._mix(tokens, y, shared)
             routing = replace(routing, expert_share=share)
-        elif mlp is not None:
-            y = y + mlp
+        elif shared is not None:
+            y = y + shared
         return y.to(x.dtype).view_as(x), routing
 
     def _require_fit(self, routing: Any, num_tokens: int) -> Routing:
@@ -97,17 +97,17 @@ class MoELayer(nn.Module):
             raise RunError(f"{name} returned weights of {routing.weight.dtype}; compute them in fp32")
         return routing
 
-    def _mix(self, x: Tensor, expert: Tensor, mlp: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix the experts and the shared MLP. Returns `[N, H]` in the dtype of `expert`, and `Routing.expert_share`."""
+    def _mix(self, x: Tensor, expert: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix the routed experts and the shared expert. Returns `[N, H]` in the dtype of `expert`, and `Routing.expert_share`."""
         assert self.coefficient is not None
         with without_autocast(x.device.type):
             with fp32_products():
                 logits = self.coefficient(x.to(expert.dtype))
             if logits.shape[1] == 1:
                 gate = logits.sigmoid()  # [N, 1]
-                return expert + mlp * gate, 1 / (1 + gate.detach()[:, 0])
+                return expert + shared * gate, 1 / (1 + gate.detach()[:, 0])
             share = F.softmax(logits, dim=-1)  # [N, 2]
-            return expert * share[:, 0:1] + mlp * share[:, 1:2], share[:, 0].detach()
+            return expert * share[:, 0:1] + shared * share[:, 1:2], share[:, 0].detach()
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:

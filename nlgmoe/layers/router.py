@@ -75,8 +75,8 @@ class Routing:
         probs: `[N, E]` the gate's distribution; None for a router that has none, and so no balance loss.
         losses: name -> scalar; losses of the router's own, coefficients applied.
         capacity: an upper bound on the kept assignments of each expert, the same on all ranks; None: none is known.
-        expert_share: `[N]` weight of the experts in a residual mix divided by that of experts and shared MLP, detached: c_0 of
-            the learned mix, 1 / (1 + g) of the sigmoid one (`moe.py`); else None.
+        expert_share: `[N]` the routed experts' share of the weights in a residual mix (the rest: the shared expert's), detached:
+            c_0 of the learned mix, 1 / (1 + g) of the sigmoid one (`moe.py`); else None.
 
     Raises:
         ValueError: a field has another shape or type.
@@ -167,7 +167,7 @@ class Router(nn.Module):
     Attributes:
         weight_sum: sum of the weights of a token's kept experts, for `nlgmoe check`; None: not declared.
         estimated_gradient: the gradient of the weights is an estimate, such as straight-through, and not that of their values;
-            `nlgmoe check` then compares the gradients of experts and shared MLP alone with finite differences.
+            `nlgmoe check` then compares the gradients of routed experts and shared expert alone with finite differences.
         not_per_expert: names of parameters and buffers that have no row for each expert; `nlgmoe prune` keeps them as they are.
     """
 

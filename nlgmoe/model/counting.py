@@ -31,7 +31,7 @@ class ParameterCount:
     embedding: int  # tokens, learned positions, and the head if it is not tied
     attention: int
     norms: int
-    dense_ffn: int  # feed-forward layers of dense blocks; shared MLPs and mixing coefficients of residual blocks
+    dense_ffn: int  # feed-forward layers of dense blocks; shared experts and mixing coefficients of residual blocks
     router: int
     experts: int
     active_experts: int

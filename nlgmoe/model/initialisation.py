@@ -8,7 +8,7 @@ from torch import nn
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.experts import Experts
 from nlgmoe.roles import role_of
-from nlgmoe.seeding import draw_normal
+from nlgmoe.seeding import draw_normal, key_of_draws
 
 
 @torch.no_grad()
@@ -24,11 +24,12 @@ def initialise(model: nn.Module, config: GPTConfig, seed: int) -> None:
             if role in ("scale", "bias"):
                 parameter.fill_(1 if role == "scale" else 0)
                 continue
+            key = key_of_draws(name)
             std = getattr(module, "init_std", None) or config.init_std  # a router may have one of its own
-            if role == "project":
+            if role == "output":
                 std /= math.sqrt(2 * config.num_layers)
             if isinstance(module, Experts):
                 for index, expert in enumerate(parameter):
-                    expert.copy_(draw_normal(expert.shape, seed, name, module.first + index) * std)
+                    expert.copy_(draw_normal(expert.shape, seed, key, module.first + index) * std)
             else:
-                parameter.copy_(draw_normal(parameter.shape, seed, name) * std)
+                parameter.copy_(draw_normal(parameter.shape, seed, key) * std)

@@ -20,7 +20,7 @@ from nlgmoe.validation import require, require_above, require_at_least, require_
 # Muon's are the matrices of these modules, which map hidden states to hidden states. AdamW steps embeddings and head (a row for
 # each token id, as Jordan and 2502.16982 have it), routers (a table too, with a row for each expert), norms, biases, and the one
 # or two rows of a mixing coefficient.
-_MUON = re.compile(r"\.attention\.|\.ffn\.|\.moe\.(mlp|experts)\.")
+_MUON = re.compile(r"\.attention\.|\.ffn\.|\.moe\.(shared_expert|experts)\.")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ the weights of a token's k experts of E have the same sum S for every token, and
     not normalised              S = gate_scale k / E       a gate so small that the softmax rounds to 1 / E
 
     residual, learned   y = c_1 f(x) + c_0 (as above), and the coefficients c sum to 1
-    residual, sum       y = f(x) / 2 + (as above) / 2, of the shared MLP and the experts: both output projections are halved
+    residual, sum       y = f(x) / 2 + (as above) / 2, of the shared expert and the experts: both output projections are halved
     residual, sigmoid   y = sigmoid(w x) f(x) + (as above) / 2, and the gate's weights w are 0: those of the experts are halved
 
 This equals the dense model's output up to rounding; with powers of two the factors themselves are exact.
@@ -32,7 +32,7 @@ from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.parts import require_paper_parts
 from nlgmoe.pyramid import experts_at
-from nlgmoe.seeding import draw_normal
+from nlgmoe.seeding import draw_normal, key_of_draws
 from nlgmoe.surgery.write_weights import weight_shapes, write_weights
 from nlgmoe.validation import require
 
@@ -117,23 +117,23 @@ def _entry_reader(
         block, _, rest = name.partition(".moe.")
         if match := EXPERT.fullmatch(name):
             return expert(name, block, match["parameter"])
-        if rest.startswith("mlp."):
-            value = files.read(f"{block}.ffn.{rest.removeprefix('mlp.')}")
-            return value / 2 if summed and rest.startswith("mlp.project") else value
-        dtype = files.read(f"{block}.ffn.project.weight").dtype
+        if rest.startswith("shared_expert."):
+            value = files.read(f"{block}.ffn.{rest.removeprefix('shared_expert.')}")
+            return value / 2 if summed and rest.startswith("shared_expert.down") else value
+        dtype = files.read(f"{block}.ffn.down.weight").dtype
         if rest.endswith("bias") or (gated and rest.startswith("coefficient")):
             return torch.zeros(shapes[name], dtype=dtype)
         std = _gate_std(config, dtype) if rest.startswith("router") else config.init_std
-        return (draw_normal(shapes[name], "upcycle", seed, name) * std).to(dtype)
+        return (draw_normal(shapes[name], "upcycle", seed, key_of_draws(name)) * std).to(dtype)
 
     def expert(name: str, block: str, parameter: str) -> Tensor:
-        matrix, kind = parameter.rsplit("_", 1)  # expand or project, weight or bias
+        matrix, kind = parameter.rsplit("_", 1)  # up or down, weight or bias
         value = files.read(f"{block}.ffn.{matrix}.{kind}")
         value = value.t() if kind == "weight" else value  # expert stacks are [in, out], nn.Linear's weight [out, in]
         if noise and kind == "weight":
             std = noise * value.float().std()
-            value = value + (draw_normal(value.shape, "upcycle", seed, name) * std).to(value.dtype)
-        if matrix == "project":
+            value = value + (draw_normal(value.shape, "upcycle", seed, key_of_draws(name)) * std).to(value.dtype)
+        if matrix == "down":
             value = value * expert_factor(moe, experts_at(config, int(block.rpartition(".")[2])))
         return value.contiguous()
 

@@ -43,7 +43,7 @@ def write_weights(
 
     Args:
         path: the checkpoint, `NAME.ckpt`.
-        read: returns an entry by its name, such as `blocks.1.moe.experts.3.expand_weight`; called once for each, and
+        read: returns an entry by its name, such as `blocks.1.moe.experts.3.up_weight`; called once for each, and
             consecutively for those of one expert.
         tokenizer: the tokenizer and the model's files beside it; None writes no tokenizer.
         origin: source of the weights in words, the first line of `NAME.yaml`, which has settings to use the checkpoint with;

@@ -22,7 +22,7 @@ from nlgmoe.commands.main import main
 from tests.checkpoint.runs import fit
 from tests.support.trainers import SaveAt
 
-EXPERT = "blocks.3.moe.experts.2.expand_weight"
+EXPERT = "blocks.3.moe.experts.2.up_weight"
 
 
 @pytest.fixture(scope="module")

@@ -84,9 +84,9 @@ def test_checkpoint_has_one_entry_per_expert_and_moment_and_no_pickle(tmp_path: 
     tensors = {"model.safetensors", "optimizer.safetensors", "state.safetensors"}
     assert files <= {"checkpoint.json", "manifest.json"} | tensors
     model = load_file(tmp_path / "a.ckpt" / "model.safetensors")
-    stack = run.lightning_module.gpt.blocks[3].moe.experts.expand_weight
+    stack = run.lightning_module.gpt.blocks[3].moe.experts.up_weight
     for expert in range(4):
-        assert torch.equal(model[f"blocks.3.moe.experts.{expert}.expand_weight"], stack[expert])
+        assert torch.equal(model[f"blocks.3.moe.experts.{expert}.up_weight"], stack[expert])
     moments = load_file(tmp_path / "a.ckpt" / "optimizer.safetensors")
     for moment in ("exp_avg", "exp_avg_sq"):
         assert {key.removeprefix(f"{moment}/") for key in moments if key.startswith(f"{moment}/")} == set(model)
@@ -97,13 +97,13 @@ def test_checkpoint_has_one_entry_per_expert_and_moment_and_no_pickle(tmp_path: 
 
 
 def test_splitting_and_joining_experts_are_inverse() -> None:
-    entries = {"a.moe.experts.expand_bias": torch.arange(6.0).view(3, 2), "a.moe.router.weight": torch.ones(3, 2)}
+    entries = {"a.moe.experts.up_bias": torch.arange(6.0).view(3, 2), "a.moe.router.weight": torch.ones(3, 2)}
     split = split_experts(entries)
-    assert set(split) == {*(f"a.moe.experts.{e}.expand_bias" for e in range(3)), "a.moe.router.weight"}
+    assert set(split) == {*(f"a.moe.experts.{e}.up_bias" for e in range(3)), "a.moe.router.weight"}
     joined = join_experts(split)
     assert all(torch.equal(joined[name], entries[name]) for name in entries)
-    del split["a.moe.experts.1.expand_bias"]
-    with pytest.raises(ValueError, match=r"lacks expert\(s\) \[1\] of a.moe.experts.expand_bias"):
+    del split["a.moe.experts.1.up_bias"]
+    with pytest.raises(ValueError, match=r"lacks expert\(s\) \[1\] of a.moe.experts.up_bias"):
         join_experts(split)
 
 

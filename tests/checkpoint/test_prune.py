@@ -69,7 +69,7 @@ def test_pruning_experts_that_no_token_uses_changes_no_output(kind: str, tmp_pat
     config = prune(source, tmp_path / "small.ckpt", numbers, kept)
     assert list(find_problems(tmp_path / "small.ckpt")) == []
     small = load_model(tmp_path / "small.ckpt")
-    assert small.config == config and [len(layer.experts.expand_bias) for layer in moe_layers(small)] == used
+    assert small.config == config and [len(layer.experts.up_bias) for layer in moe_layers(small)] == used
     torch.testing.assert_close(logits(small, PAIR), logits(model, PAIR), rtol=1e-6, atol=1e-6)
     assert read_tokenizer(tmp_path / "small.ckpt") == TOKENIZER.files
 
@@ -187,7 +187,7 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     ends = ["--model.train_tokens=256", "--model.schedule.decay_tokens=256", "--model.curriculum.tokens=128"]
     ends += ["--model.curriculum.start=16", "--model.schedule.min_lr=2e-4"]
     train(["fit", *config, *ends, f"--trainer.default_root_dir={run}"])
-    before = len(load_pretrained(run).model.blocks[1].moe.experts.expand_bias)
+    before = len(load_pretrained(run).model.blocks[1].moe.experts.up_bias)
     capsys.readouterr()
     written = (run / "config.yaml").read_text()
     elsewhere = yaml.safe_load(written)

@@ -99,13 +99,13 @@ def test_upcycling_noise_is_as_large_as_its_setting(dense: Path, tmp_path: Path)
         upcycle(dense, tmp_path / f"{name}.ckpt", MoEConfig(4, top_k=2), noise, seed)
     a, b, c = (load_model(tmp_path / f"{name}.ckpt").blocks[1].moe.experts for name in "abc")
     ffn = load_model(dense).blocks[1].ffn
-    for name, weight in (("expand_weight", ffn.expand.weight), ("project_weight", ffn.project.weight)):
+    for name, weight in (("up_weight", ffn.up.weight), ("down_weight", ffn.down.weight)):
         added = getattr(a, name) - weight.t()
         for expert in added:
             assert expert.std().item() == pytest.approx(0.1 * weight.std().item(), rel=0.1)
         assert not torch.equal(added[0], added[1])
         assert torch.equal(getattr(a, name), getattr(b, name)) and not torch.equal(getattr(a, name), getattr(c, name))
-    assert torch.equal(a.expand_bias, ffn.expand.bias.expand_as(a.expand_bias))
+    assert torch.equal(a.up_bias, ffn.up.bias.expand_as(a.up_bias))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_upcycled_model_stays_in_its_family_by_default(
         (run := trainer(tmp_path, max_steps=1)).fit(module, SyntheticData())
         losses.append(float(run.callback_metrics["train/loss"]))
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    experts = module.gpt.blocks[3].moe.experts.expand_weight
+    experts = module.gpt.blocks[3].moe.experts.up_weight
     assert not torch.equal(experts[0], experts[1])  # from that step on
 
 

@@ -26,10 +26,10 @@ layer, x = Experts(len(rows), 24, 40, bias=bias), torch.randn(sum(rows), 24, req
 for parameter in layer.parameters():
     torch.nn.init.normal_(parameter, std=0.3)
 probe, results = torch.randn(x.shape), []
-layer.triton_product = group_gemm_triton
+layer.triton_grouped_gemm = group_gemm_triton
 Experts._gather_bias = Experts._multiply_bias
 for product in ("triton", "loop"):
-    experts.choose_product = lambda *_, product=product: product
+    experts.choose_grouped_gemm = lambda *_, product=product: product
     y = layer(x, torch.tensor(rows))
     results.append([y, *torch.autograd.grad((y * probe).sum(), [x, *layer.parameters()])])
 for triton, loop in zip(*results, strict=True):

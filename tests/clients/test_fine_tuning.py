@@ -28,9 +28,9 @@ MODELS = {
     ),
 }  # fmt: skip
 TEXTS = ["the king", "the queen and the king", "and the queen", "the king and the queen and the king and the queen"] * 4
-TARGETS = {"pr_moe": ["qkv", "project"], "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-LINEAR = {"pr_moe": {"qkv", "project", "expand", "coefficient"}, "mixtral": {*TARGETS["mixtral"], "gate", "experts"}}
-EXPERTS = {"pr_moe": ["experts.expand_weight", "experts.project_weight"], "mixtral": ["experts.gate_up_proj"]}
+TARGETS = {"pr_moe": ["qkv", "output"], "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+LINEAR = {"pr_moe": {"qkv", "output", "up", "down", "coefficient"}, "mixtral": {*TARGETS["mixtral"], "gate", "experts"}}
+EXPERTS = {"pr_moe": ["experts.up_weight", "experts.down_weight"], "mixtral": ["experts.gate_up_proj"]}
 
 
 @pytest.fixture(scope="module")

@@ -56,14 +56,14 @@ class Pair:
         """Name, our parameter, the part of it that is one of theirs, and theirs."""
         ours, gate = self.ours, self.theirs.deepspeed_moe.gate
         yield "router", ours.router.weight, ..., gate.wg.weight
-        parts = {"0": "expand", "2": "project"}
+        parts = {"0": "up", "2": "down"}
         for expert, body in enumerate(self.theirs.deepspeed_moe.experts.deepspeed_experts):
             for leaf, theirs in body.named_parameters():
                 name = f"{parts[leaf[0]]}_{leaf[2:]}"
                 yield f"expert {expert} {name}", ours.experts.get_parameter(name), expert, theirs
-        if ours.mlp is not None:
+        if ours.shared_expert is not None:
             for leaf, theirs in self.theirs.mlp.named_parameters():
-                yield f"mlp {leaf}", ours.mlp.get_parameter(parts[leaf[0]] + leaf[1:]), ..., theirs
+                yield f"mlp {leaf}", ours.shared_expert.get_parameter(parts[leaf[0]] + leaf[1:]), ..., theirs
             for leaf, theirs in self.theirs.coefficient.named_parameters():
                 yield f"coefficient {leaf}", ours.coefficient.get_parameter(leaf), ..., theirs
 

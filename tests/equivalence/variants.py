@@ -57,7 +57,7 @@ PUBLISHED: dict[str, tuple[float, float, dict[str, Any]]] = {
         "hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 24, "num_attention_heads": 16,
         "num_key_value_heads": 8, "num_local_experts": 32, "num_experts_per_tok": 8,
     }),
-    # The shape of granite-3.0-3b-a800m, and a shared MLP: no published model's settings were at hand.
+    # The shape of granite-3.0-3b-a800m, and a shared expert: no published model's settings were at hand.
     "granitemoeshared": (3.45, 1.03, GRANITE_3 | {
         "hidden_size": 1536, "intermediate_size": 512, "num_hidden_layers": 32, "num_attention_heads": 24,
         "num_key_value_heads": 8, "num_local_experts": 40, "num_experts_per_tok": 8, "shared_intermediate_size": 1024,
@@ -130,7 +130,7 @@ KEYS = changed("attention.key_value_down.weight", lambda rows: interleaved(rows[
 HEADS = changed("attention.qkv.weight", lambda rows: rows.roll(16, 0))
 SCALES = changed("attention.key_norm.weight", lambda scales: scales.roll(16, 0))
 FAULTS: list[tuple[str, str, Fault]] = [  # variant, what is wrong, fault
-    ("qwen3_moe, wide heads, a dense block", "gate is expand", swapped("experts.gate_weight", "experts.expand_weight")),
+    ("qwen3_moe, wide heads, a dense block", "gate is up", swapped("experts.gate_weight", "experts.up_weight")),
     ("qwen3_moe, wide heads, a dense block", "rows of queries, heads reversed", HEADS),
     ("qwen2_moe, grouped queries", "the shared expert has no gate", setting("moe.residual_mix", "sum")),
     ("qwen2_moe, grouped queries", "no biases of queries, keys and values", setting("qkv_bias", False)),
@@ -143,7 +143,7 @@ FAULTS: list[tuple[str, str, Fault]] = [  # variant, what is wrong, fault
     ("granitemoe", "another residual_multiplier", setting("residual_scale", 0.71)),
     ("granitemoe", "logits multiplied by logits_scaling", setting("logit_scale", 0.5)),
     ("granitemoe", "rows of the router", changed("router.weight", lambda rows: rows.roll(1, 0))),
-    ("granitemoeshared", "expand before gate", swapped("mlp.gate.weight", "mlp.expand.weight")),
+    ("granitemoeshared", "up before gate", swapped("shared_expert.gate.weight", "shared_expert.up.weight")),
     ("llama, scaled as Llama 3", "another factor", setting("rotary_scaling.factor", 8.5)),
     ("llama, scaled as Llama 3", "not scaled", setting("rotary_scaling", None)),
     ("qwen3, yarn", "no temperature", setting("attention_scale", None)),

@@ -110,8 +110,8 @@ def test_generation_refuses_impossible_requests() -> None:
 def test_generation_ends_at_logits_that_are_not_finite_and_names_the_weight() -> None:
     broken = copy.deepcopy(MODEL)
     with torch.no_grad():
-        broken.blocks[1].moe.experts.project_bias[:, 3] = math.nan
-    message = r"logits are NaN or infinite: the weight blocks.1.moe.experts.project_bias is not"
+        broken.blocks[1].moe.experts.down_bias[:, 3] = math.nan
+    message = r"logits are NaN or infinite: the weight blocks.1.moe.experts.down_bias is not"
     with pytest.raises(ValueError, match=message):
         generate(broken, PROMPTS, 1)
 

@@ -19,7 +19,7 @@ from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
-from nlgmoe.parallel.triton_product import triton_product
+from nlgmoe.parallel.triton_grouped_gemm import triton_grouped_gemm
 from tests.gpu.conftest import DRY
 from tests.support.devices import draw, error
 
@@ -117,7 +117,7 @@ def test_experts(load: str, experts: int, name: str, device: torch.device, near:
     rows, width = (2 * experts, 16) if DRY else (16 * experts, 256)
     layer, counts = Experts(experts, width, 4 * width), rows_of(load, rows, experts)
     draw(layer, std=0.1)
-    layer.triton_product = triton_product(device)
+    layer.triton_grouped_gemm = triton_grouped_gemm(device)
     x = tensor(experts, rows // experts, width) if load == "slots" else tensor(int(counts.sum()), width)
 
     def forward(there: nn.Module, given: Tensor) -> Tensor:

@@ -16,13 +16,13 @@ from nlgmoe.layers import dispatch
 from nlgmoe.layers import experts as experts_module
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.balance import router_losses
-from nlgmoe.layers.expert_products import choose_product, describe_products
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import NETWORKS, FeedForward
+from nlgmoe.layers.grouped_gemm import choose_grouped_gemm, describe_grouped_gemms
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import compile_dense_parts
-from nlgmoe.parallel import triton_product
+from nlgmoe.parallel import triton_grouped_gemm
 from tests.support.devices import draw
 from tests.support.programs import needs
 
@@ -61,7 +61,7 @@ def test_products_of_all_experts_equal_the_loop(
     layer.to(dtype)
     results = {"bmm": backward(layer, x, rows, 24, autocast)}
     for product in ("grouped_mm", "loop"):
-        monkeypatch.setattr(experts_module, "choose_product", lambda *_, product=product: product)
+        monkeypatch.setattr(experts_module, "choose_grouped_gemm", lambda *_, product=product: product)
         results[product] = backward(layer, x, rows, None, autocast)
     half = autocast or dtype != torch.float32
     near = {"rtol": 3e-2, "atol": 1e-1} if half else {"rtol": 1e-5, "atol": 1e-5}
@@ -108,7 +108,7 @@ def test_experts_that_are_not_chosen_are_not_read() -> None:
     for parameter in moe.experts.parameters():
         parameter[idle] = float("nan")
     assert torch.equal(moe(x)[0], expected)
-    register_parametrization(moe.experts, "expand_weight", torch.nn.Identity())  # as PEFT's adapters
+    register_parametrization(moe.experts, "up_weight", torch.nn.Identity())  # as PEFT's adapters
     assert torch.equal(moe(x)[0], expected)
 
 
@@ -129,7 +129,7 @@ HALF, WIDTHS = torch.bfloat16, (256, 1024)
 )
 def test_the_product_follows_from_device_type_widths_and_slots(expected: str, given: tuple[Any, ...]) -> None:
     dtype, widths, capability, *_ = given
-    assert choose_product(*given) == expected
+    assert choose_grouped_gemm(*given) == expected
     if capability is None and expected == "grouped_mm":  # it takes what is sent to it
         assert Experts(2, *widths).to(dtype)(torch.zeros(3, widths[0], dtype=dtype), torch.tensor([1, 2])).shape[0] == 3
 
@@ -138,13 +138,13 @@ def test_the_product_follows_from_device_type_widths_and_slots(expected: str, gi
 def test_triton_needs_a_c_compiler_and_pythons_headers(
     compiler: str | None, header: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_product, "find_spec", lambda name: name)
+    monkeypatch.setattr(triton_grouped_gemm, "find_spec", lambda name: name)
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(triton_product, "which", lambda name: compiler)
-    monkeypatch.setattr(triton_product.sysconfig, "get_path", lambda name: tmp_path)
+    monkeypatch.setattr(triton_grouped_gemm, "which", lambda name: compiler)
+    monkeypatch.setattr(triton_grouped_gemm.sysconfig, "get_path", lambda name: tmp_path)
     if header:
         (tmp_path / "Python.h").touch()
-    assert (triton_product.triton_product(torch.device("cuda")) is not None) == bool(compiler and header)
+    assert (triton_grouped_gemm.triton_grouped_gemm(torch.device("cuda")) is not None) == bool(compiler and header)
 
 
 def test_products_are_named_for_training_and_evaluation() -> None:
@@ -153,18 +153,18 @@ def test_products_are_named_for_training_and_evaluation() -> None:
     hopper = {"precision": "bf16-mixed", "uses_slots": [True, True], "compute_capability": (9, 0)}
     cpu = hopper | {"uses_slots": [False, False], "compute_capability": None}
     # of 512 tokens, the layer of 8 experts has 800 slots: more than 1.25 a token
-    assert describe_products(model, 512, **hopper) == "bmm and grouped_mm in training, grouped_mm in evaluation"
-    assert describe_products(model, 2048, **hopper) == "bmm in training, grouped_mm in evaluation"
-    assert describe_products(dropless, 2048, **hopper) == "grouped_mm in training and evaluation"
+    assert describe_grouped_gemms(model, 512, **hopper) == "bmm and grouped_mm in training, grouped_mm in evaluation"
+    assert describe_grouped_gemms(model, 2048, **hopper) == "bmm in training, grouped_mm in evaluation"
+    assert describe_grouped_gemms(dropless, 2048, **hopper) == "grouped_mm in training and evaluation"
     fp16 = hopper | {"precision": "16-mixed"}
-    assert describe_products(dropless, 2048, **fp16) == "triton in training and evaluation"
-    assert describe_products(model, 2048, **cpu) == "grouped_mm in training and evaluation"
+    assert describe_grouped_gemms(dropless, 2048, **fp16) == "triton in training and evaluation"
+    assert describe_grouped_gemms(model, 2048, **cpu) == "grouped_mm in training and evaluation"
     other = cpu | {"precision": "transformer-engine"}
-    assert describe_products(model, 2048, **other).startswith(
+    assert describe_grouped_gemms(model, 2048, **other).startswith(
         "chosen by the type of the weights, which precision=transf"
     )
     some = cpu | {"uses_slots": [False, True]}  # experts of the second layer alone are on several ranks
-    assert describe_products(model, 2048, **some).startswith("bmm and grouped_mm in training")
+    assert describe_grouped_gemms(model, 2048, **some).startswith("bmm and grouped_mm in training")
 
 
 def test_moe_layer_reads_no_number_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,15 +104,15 @@ def one_token_at_a_time(case: Case, x: Tensor, kept: Tensor, expert: Tensor, pro
         total = sum(probs[n, expert[n, i]] for i in chosen) if case.config.top_k > 1 else 1.0
         for i in chosen:
             j = expert[n, i]
-            inner = F.gelu(token @ e.expand_weight[j] + e.expand_bias[j], approximate="tanh")
-            y = y + probs[n, j] / total * (inner @ e.project_weight[j] + e.project_bias[j])
-        if layer.mlp is not None:
+            inner = F.gelu(token @ e.up_weight[j] + e.up_bias[j], approximate="tanh")
+            y = y + probs[n, j] / total * (inner @ e.down_weight[j] + e.down_bias[j])
+        if layer.shared_expert is not None:
             c = torch.ones(2)
             if case.config.residual_mix == "learned":
                 c = layer.coefficient(token).softmax(-1)
             elif case.config.residual_mix == "sigmoid":
                 c = torch.stack([c[0].double(), 1 / (1 + torch.exp(-layer.coefficient.weight[0] @ token))])
-            y = c[0] * y + c[1] * layer.mlp(token)
+            y = c[0] * y + c[1] * layer.shared_expert(token)
         rows.append(y)
     return torch.stack(rows).view_as(x)
 

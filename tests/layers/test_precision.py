@@ -101,7 +101,7 @@ def test_router_and_mix_are_in_fp32_where_a_script_allows_less(allowed: str, mix
     finally:
         torch.set_float32_matmul_precision("highest")
     assert [calls.products[id(part.weight)] for part in (moe.router, moe.coefficient)] == ["highest"] * 2
-    assert after == calls.products[id(moe.mlp.expand.weight)] == allowed  # all other products: as the script says
+    assert after == calls.products[id(moe.shared_expert.up.weight)] == allowed  # all other products: as the script says
 
 
 @pytest.mark.parametrize("name", ["bf16-mixed", "bf16-true"])

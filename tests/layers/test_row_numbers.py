@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers import expert_products
+from nlgmoe.layers import grouped_gemm
 from nlgmoe.layers.moe import MoELayer
 from tests.support.devices import draw
 
@@ -46,7 +46,7 @@ def test_row_numbers_do_not_change_the_layers_result(
     assert kept[-1] == 0 < min(kept[:-1]) and sum(kept) < 620 if dropping else sum(kept) == 620
     numbers = [-(-n // step) * step for n in kept for step in [min(32, 2 ** max(0, n.bit_length() - 3))]]
     assert computed == (numbers if precision in HALF else kept) and (numbers != kept)
-    monkeypatch.setattr(expert_products, "ROW_MULTIPLE", 1)
+    monkeypatch.setattr(grouped_gemm, "ROW_MULTIPLE", 1)
     expected, computed, _ = results(precision, dropping)
     assert computed == kept
     for value, exact in zip(ours, expected, strict=True):

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers import dispatch, expert_products
+from nlgmoe.layers import dispatch, grouped_gemm
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import cross_entropy
@@ -123,7 +123,7 @@ def test_activation_memory_formula_is_within_1_percent_of_what_is_saved(
         return torch.native_dropout(x, self.p, True)[0] if self.p else x
 
     monkeypatch.setattr(nn.Dropout, "forward", native)
-    monkeypatch.setattr(expert_products, "ROW_MULTIPLE", 1)  # only CPUs round up the rows of an expert
+    monkeypatch.setattr(grouped_gemm, "ROW_MULTIPLE", 1)  # only CPUs round up the rows of an expert
     config = CONFIGS[name]
     if config.moe is not None and "capacity" not in name:
         config = replace(config, moe=replace(config.moe, token_dropping=False))

@@ -12,7 +12,7 @@ from nlgmoe.model.gpt import GPT
 
 DROPLESS = MoEConfig(4, top_k=2, second_expert="argmax", mlp_type="residual", token_dropping=False)
 CONFIG = GPTConfig(50, 24, 4, 32, 2, init_std=0.2, vocab_size_multiple=16, moe=DROPLESS)
-# Half of each head turns, as in GLM-4.5; the shared MLP is times a sigmoid, as in Qwen2-MoE.
+# Half of each head turns, as in GLM-4.5; the shared expert is times a sigmoid, as in Qwen2-MoE.
 TURNED = replace(
     CONFIG, rope_theta=100.0, rotary_dim=8, qkv_bias=False, moe=replace(DROPLESS, residual_mix="sigmoid", groups=[2, 1])
 )

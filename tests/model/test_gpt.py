@@ -33,7 +33,7 @@ def test_weights_start_normal_projections_smaller_biases_zero_and_norms_one() ->
         elif name.endswith("bias"):
             assert (parameter == 0).all(), name
         else:
-            std = 0.05 / math.sqrt(2 * 4) if ".project" in name else 0.05
+            std = 0.05 / math.sqrt(2 * 4) if ".output." in name or ".down" in name else 0.05
             noise = std / math.sqrt(parameter.numel())
             assert parameter.mean().abs().item() < 5 * noise, name
             assert abs(parameter.std().item() - std) < 5 * noise, name
@@ -117,6 +117,7 @@ class Scale(nn.Module):
     [
         (Scale(), lambda model: initialise(model, SMALL, 0), "gain: Scale does not declare its parameter gain; add roles = "),
         (Scale(), lambda model: build_optimizer(model, AdamWConfig()), "gain: Scale does not declare its parameter gain; "),
+        (nn.ModuleDict({"project": nn.Linear(8, 8)}), lambda model: initialise(model, SMALL, 0), "project.weight: rename this"),
         (nn.BatchNorm1d(16, affine=False), entry_shapes, "running_mean: checkpoints hold persistent buffers of a Router"),
         (nn.BatchNorm1d(16, affine=False), lambda model: list(local_entries(model)), "running_mean: checkpoints hold "),
     ],

@@ -131,7 +131,7 @@ def test_muon_resumes_exactly_from_one_entry_per_expert(
     weights = TensorFiles(tmp_path / "two.ckpt", "model").shapes
     moments = {key: shape for key, shape in stored.items() if key.startswith(("momentum_buffer/", "exp_avg/"))}
     assert all(shape == weights[key.partition("/")[2]] for key, shape in moments.items())
-    expert = "blocks.3.moe.experts.2.project_weight"
+    expert = "blocks.3.moe.experts.2.down_weight"
     assert f"momentum_buffer/{expert}" in stored and not {f"exp_avg/{expert}", f"step/{expert}"} & stored.keys()
     assert ("exp_avg/token_embedding.weight" in stored) == (not settings)
 

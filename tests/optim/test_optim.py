@@ -52,7 +52,7 @@ def test_frozen_parts_keep_their_weights_and_all_others_learn(part: Component) -
         "router": r"blocks\.1\.moe\.router\.",
         "experts": r"blocks\.1\.moe\.experts\.",
         "attention": r"blocks\.[01]\.attention\.",
-        "ffn": r"blocks\.0\.ffn\.|blocks\.1\.moe\.(mlp|coefficient)\.",
+        "ffn": r"blocks\.0\.ffn\.|blocks\.1\.moe\.(shared_expert|coefficient)\.",
         "norms": r"(blocks\.[01]\.(attention|ffn)|final)_norm\.",
         "embeddings": r"(token_embedding|position_embedding|head)\.",
     }[part]

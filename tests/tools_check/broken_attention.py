@@ -38,8 +38,8 @@ def attention(*changes: tuple[str, str]) -> Spoil:
 
 def output(new: str, statement: str = "pass") -> Spoil:
     """Return something else than `y`, after a statement."""
-    behind = f"y = self.project(y.transpose(1, 2).flatten(2))\n    {statement}\n    return {new}"
-    return attention(("return self.project(y.transpose(1, 2).flatten(2))", behind))
+    behind = f"y = self.output(y.transpose(1, 2).flatten(2))\n    {statement}\n    return {new}"
+    return attention(("return self.output(y.transpose(1, 2).flatten(2))", behind))
 
 
 def with_buffer(name: str, persistent: bool, spoil: Spoil) -> Spoil:
@@ -75,7 +75,7 @@ READ = "y / y.detach().abs().max() if y.detach().abs().max() > 1e6 else y"
 
 STATE, TYPES = "a resumed run is the same to the bit", "types are kept"
 DEFECTS: dict[str, tuple[str, Spoil]] = {
-    "a detached branch": ("gradients equal finite differences", output("y + self.project(x).detach()")),
+    "a detached branch": ("gradients equal finite differences", output("y + self.output(x).detach()")),
     "no triangle in training": ("a token sees no later one", attention((ATTENDS, BLIND))),
     "one key of the cache for all blocks": ("a cache changes no output", lambda module: setattr(module, "block", 0)),
     "positions count padding": ("padding changes no output", attention((ROTATES, BY_INDEX + ROTATES))),

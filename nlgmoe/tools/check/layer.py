@@ -174,7 +174,7 @@ class Layer(Target):
         return None
 
     def join(self, module: nn.Module, x: Tensor, experts: Tensor) -> Tensor:
-        """Return the layer's output of the experts' weighted sum: adds a shared MLP, if there is one. `[N, H]` all."""
+        """Return the layer's output of the experts' weighted sum: adds a shared expert, if there is one. `[N, H]` all."""
         return experts
 
     def odd(self) -> Layer | None:

@@ -109,15 +109,15 @@ class OwnLayer(Layer):
 
     def join(self, module: nn.Module, x: Tensor, experts: Tensor) -> Tensor:
         assert isinstance(module, MoELayer)
-        if module.mlp is None:
+        if module.shared_expert is None:
             return experts
         if module.coefficient is None:
-            return experts + module.mlp(x)
+            return experts + module.shared_expert(x)
         logits = module.coefficient(x)
         if self.moe.residual_mix == "sigmoid":
-            return experts + module.mlp(x) * logits.sigmoid()
+            return experts + module.shared_expert(x) * logits.sigmoid()
         share = F.softmax(logits, dim=-1)
-        return experts * share[:, :1] + module.mlp(x) * share[:, 1:]
+        return experts * share[:, :1] + module.shared_expert(x) * share[:, 1:]
 
     def after_step(self, module: nn.Module, routings: Sequence[Routing]) -> bool:
         router = module.router

@@ -80,7 +80,7 @@ def model_card(
         "vocabulary": f"{config.vocab_size:,} tokens",
     }
     if moe is not None:
-        residual = ", each beside a shared MLP" if moe.mlp_type == "residual" else ""
+        residual = ", each beside a shared expert" if moe.mlp_type == "residual" else ""
         rows["experts per block (0: dense)"] = ", ".join(map(str, experts_per_layer(config)))
         rows["experts per token"] = f"{moe.top_k}{residual}"
     if document["tokens_seen"]:

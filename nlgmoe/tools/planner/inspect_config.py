@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.hardware import HARDWARE, RESERVED
-from nlgmoe.layers.expert_products import describe_products
+from nlgmoe.layers.grouped_gemm import describe_grouped_gemms
 from nlgmoe.model.counting import count_parameters, flops_per_token
 from nlgmoe.pyramid import experts_per_layer, moe_blocks
 from nlgmoe.tools.planner.cost import UTILISATION, Cost, Parts, estimate
@@ -219,7 +219,7 @@ def _products(config: GPTConfig, topology: Topology, machine: Machine) -> list[t
     capability = None if machine.rates is None else machine.rates.compute_capability
     tokens = topology.micro_batch_size * topology.length(config)
     uses_slots = [not machine.is_cpu or degree > 1 for degree in topology.degrees(config) if degree]
-    text = describe_products(config, tokens, topology.precision, uses_slots, capability)
+    text = describe_grouped_gemms(config, tokens, topology.precision, uses_slots, capability)
     return [("experts", f"{text} (docs/performance.md)")]
 
 

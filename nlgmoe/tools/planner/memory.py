@@ -18,8 +18,8 @@ from typing import Any
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.attention import attention_config
-from nlgmoe.layers.expert_products import training_slots
 from nlgmoe.layers.experts import BIAS_WIDTH
+from nlgmoe.layers.grouped_gemm import training_slots
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.parts import require_paper_parts
 from nlgmoe.pyramid import experts_at, experts_per_layer
@@ -200,7 +200,7 @@ def saved_by_block(config: GPTConfig, block: int, tokens: int, seq_len: int, siz
         if separate:  # else it shares the gate's input
             per_token += width * c
         if moe.mix_outputs:
-            # The shared MLP, and of the learned mix the experts; their weights, or the gate and `expert_share`.
+            # The shared expert, and of the learned mix the experts; their weights, or the gate and `expert_share`.
             per_token += (c + (4 if moe.residual_mix == "learned" else 0)) * width + 8
             per_token += 4 * width if copies or (jitter and c != r) else 0  # input
     gate_weights = 4 * experts * width if size.weight == 2 else 0  # in fp32

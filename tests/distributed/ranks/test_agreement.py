@@ -73,9 +73,9 @@ def spoil_expert(gpt: GPT, tokens: Tensor, value: float, output: bool) -> Undo:
     experts = gpt.blocks[1].moe.experts
     if output:
         return experts.register_forward_hook(lambda module, inputs, output: output * value).remove
-    spoil = torch.zeros_like(experts.project_weight)
+    spoil = torch.zeros_like(experts.down_weight)
     spoil[2 - experts.first] = value
-    return experts.project_weight.register_hook(lambda gradient: gradient + spoil).remove
+    return experts.down_weight.register_hook(lambda gradient: gradient + spoil).remove
 
 
 def overflow(cell: Cell, ranks: int, folder: Path) -> tuple[Any, ...]:
@@ -157,7 +157,7 @@ def test_overflow_changes_scale_and_clock_alone_and_ends_a_run_at_the_lowest_sca
         assert [before == after for before, after in pairwise(weights)] == [False, False, True, False]
         assert states[0] == states[1] and states[0]["last_overflow_iter"] == 2
         assert set(states[0]) == set(LOSS_SCALE_KEYS)
-        where = "first not finite: the gradient of blocks.1.moe.experts.project_weight on rank 1"
+        where = "first not finite: the gradient of blocks.1.moe.experts.down_weight on rank 1"
         assert error.startswith(f"step 2: the gradient norm is inf; {where}")
 
 

@@ -42,7 +42,7 @@ class Hears(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         model = pl_module.distiller.model
         if model is not None and not model._forward_hooks:
-            self.experts = [len(part.expand_weight) for part in model.modules() if isinstance(part, Experts)]
+            self.experts = [len(part.up_weight) for part in model.modules() if isinstance(part, Experts)]
             model.register_forward_hook(self.hear)
 
     def hear(self, model: Any, inputs: tuple[Tensor, ...], output: Any) -> None:

@@ -48,7 +48,7 @@ class Types(Callback):
         self._all_reduce = distributed.all_reduce
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        linear = pl_module.gpt.blocks[0].ffn.expand
+        linear = pl_module.gpt.blocks[0].ffn.up
         linear.register_forward_hook(lambda module, inputs, output: self._note("products", output))
         distributed.all_reduce = self._reduce
 

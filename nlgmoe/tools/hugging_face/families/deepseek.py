@@ -27,7 +27,7 @@ from nlgmoe.layers.rotary import Yarn
 from nlgmoe.layers.routers.sigmoid import SigmoidRouterConfig
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.hugging_face.families.family import Family
-from nlgmoe.tools.hugging_face.families.llama import BLOCK, LAYER, MIXTRAL_TABLE, shared_mlp
+from nlgmoe.tools.hugging_face.families.llama import BLOCK, LAYER, MIXTRAL_TABLE, shared_expert
 from nlgmoe.tools.hugging_face.families.settings import (
     REQUIRED,
     UnsupportedError,
@@ -46,7 +46,7 @@ from nlgmoe.tools.hugging_face.families.tensors import Slot, Slots
 
 _SIGMOID_MOE: dict[str, Slots] = {
     "blocks.#.moe.router.bias": LAYER + "mlp.gate.e_score_correction_bias",
-    **shared_mlp("shared_experts"),
+    **shared_expert("shared_experts"),
 }
 
 

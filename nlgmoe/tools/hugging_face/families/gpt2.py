@@ -12,9 +12,9 @@ from nlgmoe.tools.hugging_face.families.tensors import Slot
 _NORMS = {"attention_norm": "ln_1", "ffn_norm": "ln_2"}
 _CONV1D = {
     "attention.qkv": "attn.c_attn",
-    "attention.project": "attn.c_proj",
-    "ffn.expand": "mlp.c_fc",
-    "ffn.project": "mlp.c_proj",
+    "attention.output": "attn.c_proj",
+    "ffn.up": "mlp.c_fc",
+    "ffn.down": "mlp.c_proj",
 }  # modules whose matrices are `[in, out]`
 _TABLE = {
     f"blocks.#.{ours}.{leaf}": Slot(f"transformer.h.{{}}.{theirs}.{leaf}", in_out=ours in _CONV1D)

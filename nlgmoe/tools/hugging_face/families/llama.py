@@ -6,7 +6,7 @@
     qwen3_moe                      blocks may be dense; each head's query and key are normalised
     qwen2_moe                      blocks may be dense; biases of queries, keys and values; a shared expert, times a sigmoid
     granite                        dense, with four scales
-    granitemoe, granitemoeshared   the same, but every block MoE, weights always normalised; the second with a shared MLP
+    granitemoe, granitemoeshared   the same, but every block MoE, weights always normalised; the second with a shared expert
 
 Granite's scales:
 
@@ -45,27 +45,30 @@ def qkv(leaf: str) -> list[Slot]:
     return [Slot(f"{LAYER}self_attn.{part}_proj.{leaf}", rows=count) for part, count in rows.items()]
 
 
-def shared_mlp(name: str) -> dict[str, Slots]:
-    """Return the slots of a residual layer's shared MLP, which is `mlp.{name}` in the files."""
-    parts = {"gate": "gate_proj", "expand": "up_proj", "project": "down_proj"}
-    return {f"blocks.#.moe.mlp.{ours}.weight": f"{LAYER}mlp.{name}.{theirs}.weight" for ours, theirs in parts.items()}
+def shared_expert(name: str) -> dict[str, Slots]:
+    """Return the slots of a residual layer's shared expert, which is `mlp.{name}` in the files."""
+    parts = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    return {
+        f"blocks.#.moe.shared_expert.{ours}.weight": f"{LAYER}mlp.{name}.{theirs}.weight"
+        for ours, theirs in parts.items()
+    }
 
 
 BLOCK: dict[str, Slots] = {
     "blocks.#.attention_norm.weight": LAYER + "input_layernorm.weight",
     "blocks.#.attention.qkv.weight": qkv("weight"),
     "blocks.#.attention.qkv.bias": qkv("bias"),
-    "blocks.#.attention.project.weight": LAYER + "self_attn.o_proj.weight",
+    "blocks.#.attention.output.weight": LAYER + "self_attn.o_proj.weight",
     "blocks.#.attention.query_norm.weight": LAYER + "self_attn.q_norm.weight",
     "blocks.#.attention.key_norm.weight": LAYER + "self_attn.k_norm.weight",
     "blocks.#.ffn_norm.weight": LAYER + "post_attention_layernorm.weight",
     "blocks.#.ffn.gate.weight": LAYER + "mlp.gate_proj.weight",
-    "blocks.#.ffn.expand.weight": LAYER + "mlp.up_proj.weight",
-    "blocks.#.ffn.project.weight": LAYER + "mlp.down_proj.weight",
+    "blocks.#.ffn.up.weight": LAYER + "mlp.up_proj.weight",
+    "blocks.#.ffn.down.weight": LAYER + "mlp.down_proj.weight",
     "blocks.#.moe.router.weight": LAYER + "mlp.gate.weight",
     "blocks.#.moe.experts.#.gate_weight": LAYER + "mlp.experts.{}.gate_proj.weight",
-    "blocks.#.moe.experts.#.expand_weight": LAYER + "mlp.experts.{}.up_proj.weight",
-    "blocks.#.moe.experts.#.project_weight": LAYER + "mlp.experts.{}.down_proj.weight",
+    "blocks.#.moe.experts.#.up_weight": LAYER + "mlp.experts.{}.up_proj.weight",
+    "blocks.#.moe.experts.#.down_weight": LAYER + "mlp.experts.{}.down_proj.weight",
     "token_embedding.weight": "model.embed_tokens.weight",
     "final_norm.weight": "model.norm.weight",
     "head.weight": "lm_head.weight",
@@ -77,8 +80,8 @@ BLOCK: dict[str, Slots] = {
 MIXTRAL_TABLE = BLOCK | {
     "blocks.#.moe.router.weight": LAYER + "block_sparse_moe.gate.weight",
     "blocks.#.moe.experts.#.gate_weight": LAYER + "block_sparse_moe.experts.{}.w1.weight",
-    "blocks.#.moe.experts.#.expand_weight": LAYER + "block_sparse_moe.experts.{}.w3.weight",
-    "blocks.#.moe.experts.#.project_weight": LAYER + "block_sparse_moe.experts.{}.w2.weight",
+    "blocks.#.moe.experts.#.up_weight": LAYER + "block_sparse_moe.experts.{}.w3.weight",
+    "blocks.#.moe.experts.#.down_weight": LAYER + "block_sparse_moe.experts.{}.w2.weight",
 }
 
 
@@ -113,7 +116,7 @@ OLMOE = Family("olmoe", "Olmoe", BLOCK, _read_olmoe, _write_olmoe)
 
 # ---- Qwen2-MoE, Qwen3-MoE
 
-_QWEN2_TABLE = BLOCK | shared_mlp("shared_expert")
+_QWEN2_TABLE = BLOCK | shared_expert("shared_expert")
 _QWEN2_TABLE["blocks.#.moe.coefficient.weight"] = LAYER + "mlp.shared_expert_gate.weight"
 
 
@@ -164,11 +167,11 @@ _EXPERTS, _SHARED = LAYER + "block_sparse_moe.", LAYER + "shared_mlp."
 _GRANITE_TABLE = BLOCK | {
     "blocks.#.moe.router.weight": _EXPERTS + "router.layer.weight",
     "blocks.#.moe.experts.#.gate_weight": _EXPERTS + "input_linear.weight",
-    "blocks.#.moe.experts.#.expand_weight": Slot(_EXPERTS + "input_linear.weight", part=1),
-    "blocks.#.moe.experts.#.project_weight": _EXPERTS + "output_linear.weight",
-    "blocks.#.moe.mlp.gate.weight": _SHARED + "input_linear.weight",
-    "blocks.#.moe.mlp.expand.weight": Slot(_SHARED + "input_linear.weight", part=1),
-    "blocks.#.moe.mlp.project.weight": _SHARED + "output_linear.weight",
+    "blocks.#.moe.experts.#.up_weight": Slot(_EXPERTS + "input_linear.weight", part=1),
+    "blocks.#.moe.experts.#.down_weight": _EXPERTS + "output_linear.weight",
+    "blocks.#.moe.shared_expert.gate.weight": _SHARED + "input_linear.weight",
+    "blocks.#.moe.shared_expert.up.weight": Slot(_SHARED + "input_linear.weight", part=1),
+    "blocks.#.moe.shared_expert.down.weight": _SHARED + "output_linear.weight",
 }
 
 

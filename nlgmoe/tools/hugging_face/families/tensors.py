@@ -7,7 +7,7 @@ entry from the files, or makes a tensor of the entries. One entry or tensor is i
     "blocks.#.attention.qkv.weight": [Slot(q, rows=query_rows), Slot(k, rows=key_rows), ...]   rows in several tensors
     "blocks.#.moe.experts.#.gate_weight": "model.layers.{}.mlp.experts.{}.gate_proj.weight"    a tensor for each expert
     "blocks.#.moe.experts.#.gate_weight": "model.layers.{}.moe.input_linear.weight"            a stack, [E, ...]
-    "blocks.#.moe.experts.#.expand_weight": Slot("model.layers.{}.moe.input_linear.weight", part=1)   its rows from F on
+    "blocks.#.moe.experts.#.up_weight": Slot("model.layers.{}.moe.input_linear.weight", part=1)   its rows from F on
     "blocks.#.attention.query.weight": Slot(q, order=even_rows_first)                          rows in another order
 """
 

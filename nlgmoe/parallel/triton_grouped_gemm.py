@@ -1,4 +1,4 @@
-"""DeepSpeed's product of rows with their experts' matrices in Triton, for GPUs on which PyTorch's makes the host wait."""
+"""DeepSpeed's grouped GEMM in Triton, for GPUs on which PyTorch's makes the host wait."""
 
 import os
 import sysconfig
@@ -14,7 +14,7 @@ from nlgmoe.device import is_accelerator
 from nlgmoe.layers.moe import moe_layers
 
 
-def product(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+def _grouped_gemm(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """Compute `(rows [M, in], weight [E, in, out], offs [E]) -> [M, out]`."""
     from deepspeed.ops.triton_ops import group_gemm_triton  # takes seconds, and few GPUs need it
 
@@ -22,15 +22,15 @@ def product(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     return y
 
 
-def triton_product(device: torch.device) -> Callable[..., Tensor] | None:
-    """Return `product` if Triton can run on `device`, else None."""
+def triton_grouped_gemm(device: torch.device) -> Callable[..., Tensor] | None:
+    """Return the kernel if Triton can run on `device`, else None."""
     # Triton compiles a part of each kernel in C.
     compiles = "CC" in os.environ or any(map(which, ("gcc", "clang")))
     compiles = compiles and Path(sysconfig.get_path("include"), "Python.h").is_file()
-    return product if is_accelerator(device) and find_spec("triton") is not None and compiles else None
+    return _grouped_gemm if is_accelerator(device) and find_spec("triton") is not None and compiles else None
 
 
-def hand_in_triton_product(model: nn.Module, device: torch.device) -> None:
-    """Give the product to all experts of `model`; `layers/expert_products.py` chooses where they use it."""
+def set_triton_grouped_gemm(model: nn.Module, device: torch.device) -> None:
+    """Set the kernel in all experts of `model`; `layers/grouped_gemm.py` chooses where they use it."""
     for moe in moe_layers(model):
-        moe.experts.triton_product = triton_product(device)
+        moe.experts.triton_grouped_gemm = triton_grouped_gemm(device)

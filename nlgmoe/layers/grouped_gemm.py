@@ -1,11 +1,11 @@
-"""The product of rows with the matrices of their experts: which computation, by device and type.
+"""The grouped GEMM: the product of each expert's rows with its matrix. Which kernel computes it, by device and type.
 
 training with a capacity of at most      `bmm`         slots, equally many for each expert: `torch.bmm`; any type
     `MAX_SLOTS` per assignment, on
     accelerators and between ranks
 else: CPUs in fp32, bf16, fp16           `grouped_mm`  `F.grouped_mm`
       Hopper in bf16                     `grouped_mm`
-      other GPUs in bf16, fp16           `triton`      the product that was handed in (`parallel/triton_product.py`)
+      other GPUs in bf16, fp16           `triton`      DeepSpeed's Triton kernel (`parallel/triton_grouped_gemm.py`)
       others                             `loop`        one product for each expert; the host reads the numbers of rows
 
 On other GPUs and in other types `F.grouped_mm` is a loop too, in which the host waits at each call.
@@ -21,7 +21,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.layers.router import capacity
 from nlgmoe.pyramid import moe_blocks
 
-Product = Literal["bmm", "grouped_mm", "triton", "loop"]
+GroupedGEMM = Literal["bmm", "grouped_mm", "triton", "loop"]
 
 ROW_MULTIPLE = 32  # of an expert, on CPUs in half precision (docs/performance.md)
 MAX_SLOTS = 1.25  # per assignment; with more, padding costs more than what slots save
@@ -29,16 +29,16 @@ HALF = (torch.bfloat16, torch.float16)
 TYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
 
 
-def choose_product(
+def choose_grouped_gemm(
     dtype: torch.dtype,
     widths: tuple[int, ...],
     compute_capability: tuple[int, int] | None,
     in_slots: bool,
     has_triton: bool,
-) -> Product:
-    """Choose the product of the experts, by the input and output widths of the weights, in values.
+) -> GroupedGEMM:
+    """Choose the kernel, by the input and output widths of the weights, in values.
 
-    Only CUDA devices have a compute capability. With `has_triton` a product in Triton was handed in.
+    Only CUDA devices have a compute capability. With `has_triton` the model has the Triton kernel.
     """
     if in_slots:
         return "bmm"
@@ -49,7 +49,7 @@ def choose_product(
     # On sm_100 grouped_mm leaves the weight gradients of empty experts uninitialised (pytorch#172439).
     if fits and dtype == torch.bfloat16 and compute_capability[0] == 9:
         return "grouped_mm"
-    # In fp32 DeepSpeed's Triton product rounds its inputs to TF32. Triton needs compute capability 8.0.
+    # In fp32 DeepSpeed's Triton kernel rounds its inputs to TF32. Triton needs compute capability 8.0.
     return "triton" if has_triton and dtype in HALF and compute_capability >= (8, 0) else "loop"
 
 
@@ -106,7 +106,7 @@ def training_slots(config: GPTConfig, num_experts: int, tokens: int) -> int | No
     return fixed_slots(limit, num_experts, tokens * moe.top_k)
 
 
-def describe_products(
+def describe_grouped_gemms(
     config: GPTConfig,
     tokens: int,
     precision: str,
@@ -114,7 +114,7 @@ def describe_products(
     compute_capability: tuple[int, int] | None,
     has_triton: bool = True,
 ) -> str:
-    """Name the products of training and evaluation, by `choose_product`.
+    """Name the kernels of training and evaluation, by `choose_grouped_gemm`.
 
     Args:
         tokens: N of a micro-batch.
@@ -130,8 +130,8 @@ def describe_products(
     dtype = TYPES.get(precision.split("-")[0])
     if dtype is None:  # of another precision plugin
         return f"chosen by the type of the weights, which precision={precision} does not name"
-    chosen = {choose_product(dtype, widths, compute_capability, slots, has_triton) for slots in in_slots}
-    evaluation = choose_product(dtype, widths, compute_capability, False, has_triton)
+    chosen = {choose_grouped_gemm(dtype, widths, compute_capability, slots, has_triton) for slots in in_slots}
+    evaluation = choose_grouped_gemm(dtype, widths, compute_capability, False, has_triton)
     if chosen == {evaluation}:
         return f"{evaluation} in training and evaluation"
     return f"{' and '.join(sorted(chosen))} in training, {evaluation} in evaluation"
