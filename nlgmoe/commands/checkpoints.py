@@ -16,7 +16,6 @@ from nlgmoe.validation import RunError, SettingError
 if TYPE_CHECKING:
     from nlgmoe.config import GPTConfig
     from nlgmoe.eval.importance import ExpertUse
-    from nlgmoe.surgery.upcycle import Upcycled
 
 
 def verify_checkpoint(checkpoint: str) -> None:
@@ -78,8 +77,9 @@ def upcycle_checkpoint(
     from nlgmoe.checkpoint.reading import read_document
     from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
     from nlgmoe.config import GPTConfig, MoEConfig
+    from nlgmoe.model.counting import count_parameters
     from nlgmoe.surgery.upcycle import upcycle
-    from nlgmoe.tools.hugging_face.families import family_of
+    from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 
     path = find_checkpoint(dense)
     family, _ = family_of(GPTConfig.from_dict(read_document(path)["model_config"]))
@@ -93,26 +93,16 @@ def upcycle_checkpoint(
         of_family["second_expert"] = "argmax"
     moe = MoEConfig(num_experts, expert_interval, top_k, mlp_type=mlp_type, residual_mix=residual_mix, **of_family)
     upcycled = upcycle(path, checkpoint, moe, noise, seed, overwrite)
-    _print_upcycled(upcycled, checkpoint, had_family=family is not None)
-    copies = "exact copies" if noise == 0 else f"copies with noise of {noise} times their standard deviation"
-    print(f"{yaml_beside(Path(checkpoint))}: its settings")
-    print(f"experts are {copies}; a run starts from them with model.warm_start.checkpoint={quote(checkpoint)}")
-
-
-def _print_upcycled(upcycled: Upcycled, checkpoint: str, had_family: bool) -> None:
-    """Print the sizes, and how the result is exported."""
-    from nlgmoe.model.counting import count_parameters
-    from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 
     before, after = (count_parameters(config) for config in (upcycled.dense_config, upcycled.config))
     sizes = f"{after.total:,}, {after.active:,} for a token"
     print(f"{checkpoint}: {before.total:,} parameters of {upcycled.dense} have become {sizes}")
+    print(f"{yaml_beside(Path(checkpoint))}: its settings")
     became, reason = family_of(upcycled.config)
-    if became is not None:
-        print(f"nlgmoe export writes it as {FAMILIES[became].classes}ForCausalLM of transformers")
-    elif had_family:
-        remedy = "a single --num-experts without other options gives one"
-        print(f"nlgmoe export writes it with our code; no class of transformers computes it: {reason}; {remedy}")
+    written = (
+        f"with our code: {reason}" if became is None else f"as {FAMILIES[became].classes}ForCausalLM of transformers"
+    )
+    print(f"nlgmoe export writes it {written}")
 
 
 def prune_checkpoint(
@@ -177,7 +167,8 @@ def prune_checkpoint(
     sizes = [count_parameters(config).total for config in (before, after)]
     print(f"{checkpoint}: {sizes[0]:,} parameters of {path} have become {sizes[1]:,}")
     print(f"{yaml_beside(Path(checkpoint))}: its settings")
-    _print_command(run_config(Path(run)), Path(checkpoint), path, tokens_seen)
+    if (config := run_config(Path(run))) is not None and config.name == "config.yaml":
+        print(f"to train it further: {_command(config, Path(checkpoint), path, tokens_seen)}")
 
 
 def _by_position(num_experts: int | list[int], before: GPTConfig) -> list[int]:
@@ -198,28 +189,27 @@ def _print_kept(before: GPTConfig, kept: Sequence[Sequence[int]], use: ExpertUse
         print(f"block {block}: {len(experts)} of {len(weights)} experts, with {share:.1%} of the weight: {numbers}")
 
 
-def _print_command(config: Path | None, checkpoint: Path, unpruned: Path, tokens_seen: int) -> None:
-    files = [config or "CONFIG", yaml_beside(checkpoint)]  # the later one overrides
-    words = ["nlgmoe fit", *(f"--config {quote(str(file))}" for file in files), _healing(config, tokens_seen)]
-    words += ["--model.distiller nlgmoe.MixtureOfStudents --model.distiller.init_args.teacher", quote(str(unpruned))]
-    print(f"to continue training, with the unpruned model as teacher: {' '.join(words)}")
+def _command(config: Path, checkpoint: Path, unpruned: Path, trained: int) -> str:
+    """Return the command that trains a pruned model further, with the unpruned one as teacher.
 
-
-def _healing(config: Path | None, trained: int) -> str:
-    """Return options for the schedule: a cosine over a tenth of the tokens, from the rate at which the training ended to 0.
-
-    If that was 0, the cosine starts at a tenth of the peak. Another order of the text: a run begins with the text that the model
-    was trained on first. Words stand for what no run tells.
+    Its cosine falls over a tenth of the tokens, from the rate at which the run ended, or a tenth of the peak where that was 0.
+    The text has another order: a run begins with the text that the model was trained on first.
     """
-    rate, tokens, order = "RATE", "N", ""
-    if config is not None and config.name == "config.yaml":
-        from nlgmoe.experiment import parse_config
-        from nlgmoe.optim.token_schedule import LearningRateSchedule, learning_rate
+    from nlgmoe.experiment import parse_config
+    from nlgmoe.optim.token_schedule import LearningRateSchedule, learning_rate
 
-        settings = parse_config(config)
-        model, order = settings["model"], f" --data.seed {settings['data']['seed'] + 1}"
-        peak = model["optimizer"]["lr"]
-        rate = f"{learning_rate(trained, peak, LearningRateSchedule(**model['schedule'])) or peak / 10:.3g}"
-        tokens = str(max(1, trained // 10))
-    schedule = f"--model.schedule.shape cosine --model.schedule.decay_tokens {tokens}"
-    return f"--model.optimizer.lr {rate} {schedule} --model.train_tokens {tokens}{order}"
+    settings = parse_config(config)
+    model, tokens = settings["model"], max(1, trained // 10)
+    peak = model["optimizer"]["lr"]
+    rate = learning_rate(trained, peak, LearningRateSchedule(**model["schedule"])) or peak / 10
+    options = {
+        "model.optimizer.lr": f"{rate:.3g}",
+        "model.schedule.shape": "cosine",
+        "model.schedule.decay_tokens": tokens,
+        "model.train_tokens": tokens,
+        "data.seed": settings["data"]["seed"] + 1,
+        "model.distiller": "nlgmoe.MixtureOfStudents",
+        "model.distiller.init_args.teacher": quote(str(unpruned)),
+    }
+    files = [f"--config {quote(str(file))}" for file in (config, yaml_beside(checkpoint))]  # the later one overrides
+    return " ".join(["nlgmoe fit", *files, *(f"--{name} {value}" for name, value in options.items())])

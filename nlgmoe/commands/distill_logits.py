@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
     from nlgmoe.distill.record_logits import Progress
     from nlgmoe.experiment import Experiment
-
-LARGE_TAIL = 0.1  # probability outside the recorded tokens; only its sum is distilled
 
 
 def distill_logits(
@@ -101,11 +98,7 @@ def _print_recorded(
     print(f"logits     {output}, {samples * record_bytes / 1e6:,.1f} MB, {record_bytes / seq_len:,.1f} bytes a token")
     if done.positions:
         tail, top_k = done.tail_mass / done.positions, recipe["top_k"]
-        advice = "; raise --top-k" if tail > LARGE_TAIL else ""
-        print(f"tail       {tail:.4f} of the probability is outside the {top_k} likeliest tokens, on average{advice}")
-    setting, temperature = "--model.distiller.init_args", recipe["temperature"]
-    print(f"train with --model.distiller=nlgmoe.OfflineTeacher {setting}.logits={quote(str(output))} \\")
-    print(f"           {setting}.teacher={quote(str(checkpoint))} {setting}.temperature={temperature}")
+        print(f"tail       {tail:.4f} of the probability is outside the {top_k} likeliest tokens, on average")
 
 
 def _recipe(

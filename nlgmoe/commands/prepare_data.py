@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Literal
 
 from tqdm import tqdm
@@ -79,7 +78,7 @@ def prepare_data(
         skip_or_stop, threads = skip if on_bad_data == "skip" else None, workers or _cpus()
         all_files = None if shard is None else whole
         built = build_indexed(files, prefix, loaded, fields, threads, report, skip_or_stop, domain, all_files)
-    _print_built(built, len(files), prefix, loaded, data_dir, None if shard is None else output)
+    _print_built(built, len(files), output, shard is not None, loaded)
 
 
 def _check_own_text(
@@ -173,26 +172,13 @@ def _note(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def _print_built(
-    built: Progress, files: int, prefix: Path, tokenizer: Tokenizer, data_dir: str, whole: str | None
-) -> None:
-    from nlgmoe.data.tokenizer_loading import BUILT
-
+def _print_built(built: Progress, files: int, prefix: str, is_part: bool, tokenizer: Tokenizer) -> None:
     print(f"files      {files:,}")
     print(f"documents  {built.documents:,}, {built.held_out:,} of them for validation")
     print(f"tokens     {built.tokens:,} of {built.bytes / 1e6:,.2f} MB of text")
     if built.skipped or built.empty:
         print(f"left out   {built.skipped:,} that cannot be used, {built.empty:,} without text")
     print(f"tokenizer  {tokenizer.describe()}")
-    if whole is not None:
-        print(f"When all shards are written, the corpus has the prefix {whole}.")
-        return
-    if built.documents < 2:
+    print(f"prefix     {prefix}{', when all shards are written' if is_part else ''}")
+    if built.documents < 2 and not is_part:
         print("split      one document cannot be divided into training and validation: give more files")
-        return
-    options = {"data.corpus": "nlgmoe.data.MegatronIndexed", "data.corpus.init_args.prefix": str(prefix)}
-    if tokenizer.name in BUILT and data_dir != DATA_DIR:
-        options["data.data_dir"] = data_dir
-    options["trainer.default_root_dir"] = f"runs/{prefix.name}"  # not the quickstart's, which may hold a run
-    words = " ".join(f"--{name} {quote(value)}" for name, value in options.items())
-    print(f"nlgmoe fit --config configs/quickstart.yaml {words}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import yaml
@@ -75,9 +74,7 @@ def student(
         layers = _named_blocks(theirs, blocks, num_layers)
     changes = _overlay(settings, config_of_blocks(theirs, layers), end, teacher, folder)
     changes["model"]["warm_start"] = None if from_random else {"checkpoint": teacher, "strict": True, "layers": layers}
-    missing = " --model.train_tokens N --model.optimizer.lr RATE" if settings["model"]["train_tokens"] is None else ""
-    command = f"nlgmoe fit --config {quote(str(file))} --config {quote(output or 'THIS_FILE')}{missing}"
-    _write([*comment, f"train it: {command}"], changes, output)
+    _write(comment, changes, output)
 
 
 def _yaml_of(source: Path) -> Path:

@@ -135,14 +135,12 @@ def test_student_expresses_each_choice_of_blocks(
     assert found == blocks and experts == (moe and (moe.expert_interval, moe.num_experts))
 
 
-def test_a_student_trains_from_its_blocks_by_the_printed_command(
-    checkpoints: Path, pocket_pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_student_trains_from_its_blocks(checkpoints: Path, pocket_pile: Path, tmp_path: Path) -> None:
     source, output, run = checkpoints / "mixture.ckpt", tmp_path / "student.yaml", tmp_path / "run"
     options = ["--num-layers=3", "--blocks=[1,3,4]", f"--output={output}"]
     main(["student", str(source), *options])
-    command = capsys.readouterr().out.rstrip().rpartition("nlgmoe ")[2]
-    words = command.replace(" N ", " 96 ").replace(" RATE", " 1e-9").split()
+    words = ["fit", f"--config={source.with_suffix('.yaml')}", f"--config={output}"]
+    words += ["--model.train_tokens=96", "--model.optimizer.lr=1e-9"]
     quiet = ["--trainer.enable_progress_bar=false", f"--data.data_dir={pocket_pile}", "--data.max_eval_windows=2"]
     train([*words, f"--trainer.default_root_dir={run}", "--trainer.accelerator=cpu", *quiet])
     ours, theirs = (load_pretrained(path).model for path in (run, source))

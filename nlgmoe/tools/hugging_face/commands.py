@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from shlex import quote
 from typing import Literal
 
 from nlgmoe.cli.arguments import check_new_checkpoint
@@ -75,7 +74,7 @@ def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> 
 
     done, settings = import_model(source, checkpoint, overwrite), yaml_beside(Path(checkpoint))
     print(f"{checkpoint}: {done.model_type}, {count_parameters(done.config).total:,} parameters")
-    print(f"{settings}: settings; nlgmoe validate --config {quote(str(settings))} --ckpt_path {quote(checkpoint)}")
+    print(f"{settings}: its settings")
     if done.dropped:
         blocks = ", ".join(sorted({name.split(".")[2] for name in done.dropped}))
         number = f"{len(done.dropped):,} tensors, such as {done.dropped[0]}"
