@@ -8,7 +8,8 @@ from nlgmoe.tools.megatron.from_megatron import translated
 
 NEEDED = (  # by every run
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --num-experts 8 "
-    "--micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --train-iters 100 --data-path corpus "
+    "--micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --lr-decay-style cosine --lr-decay-tokens 25600 "
+    "--train-iters 100 --data-path corpus --save mine --save-interval 50 "
     "--vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt"
 )
 

@@ -167,18 +167,6 @@ class Translation:
                 if value is not None:
                     self.set(keys["setting"], value)
 
-    def tokens(self, samples: str, steps: str | None = None) -> int | None:
-        """Return a length that the flag `samples` gives in sequences, or `steps` in steps, in tokens; None: in neither."""
-        name = steps if steps is not None and self.arguments.has(steps) else samples
-        length = self.arguments.value(name)
-        if length is None or self.seq_len is None or self.global_batch is None:
-            return None
-        if length and name == steps and self.arguments.has("--rampup-batch-size"):
-            reason = "counts steps that --rampup-batch-size makes unequal; give the length in tokens"
-            self.arguments.refuse(name, reason)
-            return None
-        return int(length) * self.seq_len * (self.global_batch if name == steps else 1)
-
     def _note_flags_without_setting(self) -> None:
         """Add notes for flags that have no effect, flags that are not given, and unknown flags."""
         reasons: dict[str, list[str]] = {}
@@ -189,8 +177,6 @@ class Translation:
                 reasons.setdefault("no effect: the model is dense", []).append(name)
             if ROWS[name].section == "Distillation" and not self.arguments.has("--mos", "--kd"):
                 reasons.setdefault("no effect without --mos or --kd", []).append(name)
-        if self.arguments.has("--save") and self.arguments.has("--tensorboard-dir"):
-            reasons["logs go into trainer.default_root_dir"] = ["--tensorboard-dir"]
         self.notes += [f"{', '.join(names)}: {reason}." for reason, names in reasons.items()]
         defaults = [f"{name} {value}" for name, value in self.arguments.defaults.items()]
         self.notes.append(f"Not given, so Megatron-DeepSpeed's default: {'; '.join(defaults)}.")

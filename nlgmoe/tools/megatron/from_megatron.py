@@ -10,7 +10,6 @@ import math
 import posixpath
 import re
 from collections.abc import Sequence
-from shlex import quote
 
 from nlgmoe.cli.arguments import check_output, write_whole
 from nlgmoe.tools.megatron.flags import Arguments, Translation
@@ -43,7 +42,7 @@ def from_megatron(flags: list[str] | None = None, output: str | None = None, ski
         print(text, end="")
     else:
         write_whole(output, text)
-        print(f"{output}: read its comments, then train with nlgmoe fit --config {quote(output)}")
+        print(f"{output}: its comments name what has no setting")
 
 
 def translated(words: Sequence[str], skip_unknown: bool = False) -> str:
@@ -61,7 +60,7 @@ def translated(words: Sequence[str], skip_unknown: bool = False) -> str:
     job.copy("Optimisation", "model.optimizer.lr")
     job.set("model.optimizer.betas", [arguments.value(name) for name in ("--adam-beta1", "--adam-beta2")])
     job.copy("Optimisation", "model.optimizer.")
-    _schedule(job)
+    job.copy("Optimisation", "model.schedule.")
     _length(job)
     _tokenizer(job)
     _data(job)
@@ -133,63 +132,15 @@ def _distiller(job: Translation) -> None:
     )
 
 
-def _schedule(job: Translation) -> None:
-    arguments, path = job.arguments, "model.schedule."
-    shape = arguments.value("--lr-decay-style")
-    if shape is None:
-        return
-    lengths = ("--lr-decay-tokens", "--lr-decay-samples", "--lr-decay-iters")
-    warmup = _warmup(job)
-    job.set(f"{path}shape", "wsd" if shape == "linear" else shape)
-    job.set(f"{path}warmup_tokens", warmup)
-    if shape == "constant":
-        if arguments.has("--min-lr", *lengths):
-            job.notes.append("--lr-decay-style constant: --min-lr and --lr-decay-* have no effect.")
-        return
-    job.set(f"{path}min_lr", arguments.value("--min-lr"))
-    decay = arguments.value("--lr-decay-tokens") if arguments.has("--lr-decay-tokens") else _decay_of_counts(job)
-    if decay is None or warmup is None:
-        if not arguments.has(*lengths, "--train-samples", "--train-iters"):
-            job.arguments.add_problem(f"--lr-decay-style {shape}", "has no length; add --lr-decay-tokens")
-        return
-    job.set(f"{path}decay_tokens", decay)
-    if shape == "linear":
-        job.set(f"{path}cooldown_tokens", decay - warmup)
-
-
-def _warmup(job: Translation) -> int | None:
-    """Return the tokens of the warm-up; a fraction is one of the decay in steps or sequences, as in Megatron."""
-    arguments = job.arguments
-    if arguments.has("--lr-warmup-tokens"):
-        tokens: int | None = arguments.value("--lr-warmup-tokens")
-        return tokens
-    fraction = arguments.value("--lr-warmup-fraction")
-    if fraction is None:
-        return job.tokens("--lr-warmup-samples", "--lr-warmup-iters")
-    decay = _decay_of_counts(job)
-    if decay is None or job.seq_len is None:
-        arguments.refuse("--lr-warmup-fraction", "has no length to be a fraction of; give --lr-warmup-tokens")
-        return None
-    return round(fraction * (decay // job.seq_len)) * job.seq_len
-
-
-def _decay_of_counts(job: Translation) -> int | None:
-    """Return the tokens of a decay that is given in sequences or steps; of the training where there is none."""
-    if job.arguments.has("--lr-decay-samples", "--lr-decay-iters"):
-        return job.tokens("--lr-decay-samples", "--lr-decay-iters")
-    return job.tokens("--train-samples", "--train-iters")
-
-
 def _length(job: Translation) -> None:
     arguments = job.arguments
     lengths: list[int] = []
     if (tokens := arguments.value("--train-tokens")) is not None:
         lengths.append(tokens)
-    if arguments.has("--train-samples") and (tokens := job.tokens("--train-samples")) is not None:
-        assert job.seq_len is not None and job.global_batch is not None
-        step = job.seq_len * job.global_batch
+    samples = arguments.value("--train-samples")
+    if samples is not None and job.seq_len is not None and job.global_batch is not None:
         ramp_up = arguments.has("--rampup-batch-size")  # then the last step may be a part of one
-        lengths.append(tokens if ramp_up else tokens // step * step)
+        lengths.append((samples if ramp_up else samples // job.global_batch * job.global_batch) * job.seq_len)
     if lengths:
         job.set("model.train_tokens", min(lengths))
     recompute = arguments.has("--checkpoint-activations", "--deepspeed-activation-checkpointing")
@@ -210,15 +161,6 @@ def _data(job: Translation) -> None:
         job.notes.append(
             "start and increment of the ramp-up must be multiples of a step's micro-batches (docs/growth.md)."
         )
-    resets = ("--reset-attention-mask", "--reset-position-ids")
-    given = [name for name in resets if arguments.has(name)]
-    if len(given) == 1:
-        other = resets[1 - resets.index(given[0])]
-        arguments.refuse(given[0], f"comes with {other} here, so that a document is read as if alone; add it")
-    if given:
-        job.set("data.document_attention", True)
-    if arguments.has("--eod-mask-loss"):
-        job.set("data.mask_eod_loss", True)
     job.set("data.seed", arguments.value("--seed"))
 
 
@@ -254,7 +196,7 @@ def _split(job: Translation) -> list[float] | None:
     """Return the shares of training, validation and test; missing ones are 0."""
     text = job.arguments.value("--split")
     try:
-        shares = [float(part) for part in text.replace("/", ",").split(",")]
+        shares = [float(part) for part in text.split(",")]
     except ValueError:
         shares = [math.nan]
     shares = [*shares, 0.0, 0.0][:3]

@@ -24,7 +24,7 @@ _WITHOUT_EFFECT = {
     *("gradient_accumulation_steps", "sparse_gradients", "use_data_before_expert_parallelism"),
 }
 _BATCH = {"train_batch_size": "--global-batch-size", "train_micro_batch_size_per_gpu": "--micro-batch-size"}
-_READ = {"zero_optimization", "fp16", "bf16", "bfloat16", "curriculum_learning", "gradient_clipping", *_BATCH}
+_READ = {"zero_optimization", "fp16", "bf16", "curriculum_learning", "gradient_clipping", *_BATCH}
 # DeepSpeed's own defaults (deepspeed/runtime/constants.py) for what the block fp16 leaves out
 _SCALE = {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
 
@@ -71,8 +71,7 @@ def _parse(config: dict[str, Any], arguments: Arguments) -> DeepSpeedConfig:
         given = arguments.value(flag)
         if config.get(name) not in (None, "auto", given):
             refuse(f"has {name}={config[name]}, {flag} is {given}; make them agree")
-    zero, fp16 = config.get("zero_optimization") or {}, config.get("fp16") or {}
-    bf16 = config.get("bf16") or config.get("bfloat16") or {}
+    zero, fp16, bf16 = (config.get(name) or {} for name in ("zero_optimization", "fp16", "bf16"))
     if (config.get("curriculum_learning") or {}).get("enabled"):
         refuse(
             "has curriculum_learning, whose sequences grow by steps there and by tokens here; turn it off, and set "
@@ -98,31 +97,21 @@ def _parse(config: dict[str, Any], arguments: Arguments) -> DeepSpeedConfig:
 
 # ---- settings
 
-# Loss scaling of the tutorial's ds_config_gpt_TEMPLATE.json, and of Megatron without DeepSpeed (megatron/arguments.py)
+# Loss scaling of the tutorial's ds_config_gpt_TEMPLATE.json, for a launch whose file is not there
 TEMPLATE_FP16 = {"initial_scale_power": 11, "loss_scale_window": 500, "hysteresis": 2}
-MEGATRON_FP16 = {"initial_scale_power": 32, "loss_scale_window": 1000, "hysteresis": 2}
 
 
 def trainer_settings(job: Translation, deepspeed: DeepSpeedConfig | None) -> None:
     """Set `trainer`; without DeepSpeed's configuration Megatron's own defaults count."""
     arguments = job.arguments
-    folder = arguments.value("--save") or arguments.value("--tensorboard-dir") or "runs/megatron"
-    job.set("trainer.default_root_dir", posixpath.normpath(folder))
     job.set("trainer.accelerator", "gpu")
-    for setting, flags in {
-        "devices": ("--num_gpus", "--nproc_per_node", "--nproc-per-node"),
-        "num_nodes": ("--num_nodes", "--nnodes"),
-    }.items():
-        for flag in flags:
-            if arguments.has(flag):
-                job.set(f"trainer.{setting}", arguments.value(flag))
+    job.copy("Run and cluster", "trainer.")
     if arguments.has("--fp16") and arguments.has("--bf16"):
         arguments.refuse("--bf16", "contradicts --fp16; remove one of them")
     precision = "16-mixed" if arguments.has("--fp16") else "bf16-mixed" if arguments.has("--bf16") else "32-true"
     job.set("trainer.precision", precision)
     _strategy(job, precision, deepspeed)
-    if (steps := arguments.value("--train-iters")) is not None:
-        job.set("trainer.max_steps", steps)
+    job.copy("Length", "trainer.")
     if (minutes := arguments.value("--exit-duration-in-mins")) is not None:
         days, hours = divmod(minutes // 60, 24)
         job.set("trainer.max_time", f"{days:02}:{hours:02}:{minutes % 60:02}:00")
@@ -131,7 +120,6 @@ def trainer_settings(job: Translation, deepspeed: DeepSpeedConfig | None) -> Non
     else:
         job.set("trainer.gradient_clip_val", deepspeed.gradient_clipping)
     _evaluation(job)
-    job.copy("Run and cluster", "trainer.log_every_n_steps")
     _checkpoints(job)
 
 
@@ -144,24 +132,16 @@ def _strategy(job: Translation, precision: str, deepspeed: DeepSpeedConfig | Non
             arguments.refuse("--zero-stage", f"is {deepspeed.stage} in the DeepSpeed configuration; make them agree")
         stage = deepspeed.stage
     job.set(f"{path}stage", stage or 1)
-    if job.is_moe and (degree := arguments.value("--moe-expert-parallel-size")) is not None:
-        job.set(f"{path}expert_parallel_size", degree)
-    offload = arguments.has("--cpu-optimizer") or (deepspeed is not None and deepspeed.offload)
-    job.set(f"{path}offload_optimizer", offload)
+    if job.is_moe:
+        job.copy("Experts", path)
+    job.set(f"{path}offload_optimizer", deepspeed is not None and deepspeed.offload)
     if precision == "16-mixed":
-        without = TEMPLATE_FP16 if arguments.has("--deepspeed") else MEGATRON_FP16
-        for name, value in (without if deepspeed is None else deepspeed.fp16_scale).items():
+        for name, value in (TEMPLATE_FP16 if deepspeed is None else deepspeed.fp16_scale).items():
             job.set(path + name, value)
-    if (minutes := arguments.value("--distributed-timeout-minutes")) is not None:
-        job.set(f"{path}timeout_seconds", 60.0 * minutes)
 
 
 def _evaluation(job: Translation) -> None:
-    interval, batches = job.arguments.value("--eval-interval"), job.arguments.value("--eval-iters")
-    if batches == 0:
-        job.set("trainer.limit_val_batches", 0)
-        return
-    job.set("trainer.val_check_interval", interval)
+    batches = job.arguments.value("--eval-iters")
     job.set("trainer.check_val_every_n_epoch", None)
     if job.global_batch is not None and batches is not None:
         # Each part of a blend is one domain.
@@ -171,14 +151,12 @@ def _evaluation(job: Translation) -> None:
 
 def _checkpoints(job: Translation) -> None:
     arguments = job.arguments
-    if arguments.has("--load"):
-        if arguments.value("--load") == arguments.value("--save"):
-            job.notes.append("--load: to go on after an interruption, add --ckpt_path last to the command.")
-        else:
-            arguments.refuse("--load", "starts from another run's checkpoint, which is not read here; remove it")
-    if not arguments.has("--save"):
-        job.set("trainer.enable_checkpointing", False)
-        return
+    if (folder := arguments.required("--save")) is not None:
+        job.set("trainer.default_root_dir", posixpath.normpath(folder))
+    if arguments.value("--load") not in (None, folder):
+        arguments.refuse("--load", "starts from another run's checkpoint, which is not read here; remove it")
+    elif arguments.has("--load"):
+        job.notes.append("--load: to go on after an interruption, add --ckpt_path last to the command.")
     if (every := arguments.required("--save-interval")) is not None:
         keeper = {"every_n_steps": None, "milestones": every, "save_before_validation": False}
         job.set("trainer.callbacks", [{"class_path": "nlgmoe.callbacks.SaveCheckpoints", "init_args": keeper}])
