@@ -21,7 +21,8 @@ class NlgmoeConfig(PreTrainedConfig):
         use_cache: a forward pass returns a cache, unless it says otherwise (default).
         output_router_logits: a forward pass returns the gates' logits and `aux_loss`, and adds `aux_loss` to its loss; false by
             default. Not in the configuration of a dense model, by which trainers know a mixture of experts.
-        router_aux_loss_coef: weight of `aux_loss` in the loss; by default `moe.loss_coeff` (1 if that is 0). Likewise.
+        router_aux_loss_coef: weight of `aux_loss` in the loss; by default `moe.loss_coeff` (1 if that is 0). Not in the
+            configuration of a dense model.
 
     Args:
         values: those settings, and those of `GPTConfig`, `moe` as a dictionary; a missing setting has `GPTConfig`'s default.
