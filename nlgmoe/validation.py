@@ -26,10 +26,11 @@ def require_valid(settings: Any) -> None:
     hints = get_type_hints(type(settings))
     for field in fields(settings):
         value = getattr(settings, field.name)
-        require(_has_type(value, hints[field.name]), f"{field.name}={value!r} must be of the type {field.type}")
+        if not _has_type(value, hints[field.name]):
+            raise SettingError(f"{field.name}={value!r} must be of the type {field.type}")
         numbers = value if isinstance(value, tuple | list) else [value]
-        finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
-        require(finite, f"{field.name}={value} must be finite")
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise SettingError(f"{field.name}={value} must be finite")
 
 
 def require(condition: bool, message: str) -> None:
@@ -41,15 +42,15 @@ def require(condition: bool, message: str) -> None:
 def require_at_least(least: float, settings: Any, *names: str, remedy: str = "") -> None:
     """Check fields that are not null; `remedy` ends the message."""
     for name in names:
-        value = getattr(settings, name)
-        require(value is None or value >= least, f"{name}={value} must be at least {least}{remedy}")
+        if (value := getattr(settings, name)) is not None and not value >= least:
+            raise SettingError(f"{name}={value} must be at least {least}{remedy}")
 
 
 def require_above(limit: float, settings: Any, *names: str, remedy: str = "") -> None:
     """Check fields that are not null; `remedy` ends the message."""
     for name in names:
-        value = getattr(settings, name)
-        require(value is None or value > limit, f"{name}={value} must be above {limit}{remedy}")
+        if (value := getattr(settings, name)) is not None and not value > limit:
+            raise SettingError(f"{name}={value} must be above {limit}{remedy}")
 
 
 def as_yaml(value: Any) -> str:

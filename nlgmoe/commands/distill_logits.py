@@ -81,8 +81,8 @@ def distill_logits(
 
 def _check_arguments(output: str, top_k: int, samples: int | None, temperature: float | None) -> None:
     require(bool(Path(output).name), f"output={output} is not the name of a folder; name a new one")
-    positive = temperature is None or temperature > 0
-    require(positive, f"temperature={temperature} must be above 0; 1.0 records the distributions as they are")
+    if temperature is not None and not temperature > 0:
+        raise SettingError(f"temperature={temperature} must be above 0; 1.0 records the distributions as they are")
     require(top_k >= 1, f"top_k={top_k} must be at least 1")
     require(samples is None or samples >= 1, f"samples={samples} must be at least 1")
 

@@ -84,15 +84,17 @@ def prepare_data(
 def _check_own_text(
     tokenizer: str, output: str, vocab_size: int | None, workers: int | None, shard: str | None
 ) -> None:
-    remedy = f"prepare a first file, with --vocab-size {vocab_size} and --output FIRST, then give --tokenizer FIRST.tokenizer"
-    allowed = shard is None or vocab_size is None
-    require(allowed, f"shard={shard} takes a tokenizer that all shards share; {remedy}")
+    if shard is not None and vocab_size is not None:
+        remedy = f"prepare a first file, with --vocab-size {vocab_size} and --output FIRST, then give --tokenizer FIRST.tokenizer"
+        raise SettingError(f"shard={shard} takes a tokenizer that all shards share; {remedy}")
     require(workers is None or workers >= 1, f"workers={workers} must be at least 1")
-    remedy = "give the beginning of the files' names, such as data/own/text"
-    require(Path(output).name not in ("", ".."), f"output={output} is a folder; {remedy}")
-    remedy = "give at least 257, for the 256 bytes and the end of a document, and no tokenizer"
-    allowed = vocab_size is None or (vocab_size >= 257 and tokenizer == TOKENIZER)
-    require(allowed, f"vocab_size={vocab_size} trains a tokenizer; {remedy}")
+    if Path(output).name in ("", ".."):
+        raise SettingError(
+            f"output={output} is a folder; give the beginning of the files' names, such as data/own/text"
+        )
+    if vocab_size is not None and (vocab_size < 257 or tokenizer != TOKENIZER):
+        remedy = "give at least 257, for the 256 bytes and the end of a document, and no tokenizer"
+        raise SettingError(f"vocab_size={vocab_size} trains a tokenizer; {remedy}")
 
 
 def _prepare_pocket_pile(data_dir: Path, tokenizer: str) -> None:

@@ -21,7 +21,7 @@ from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.parts import IGNORED_IN_EVALUATION
 from nlgmoe.placement import PlacesExperts
 from nlgmoe.ranks import AllRanksError
-from nlgmoe.validation import RunError, SettingError, list_differences, require
+from nlgmoe.validation import RunError, SettingError, list_differences
 
 Kinds = type | tuple[type, ...]
 _END = "continues a run after its end or a stop; leave it out"
@@ -189,11 +189,13 @@ def check_moments(checkpoint: dict[str, Any], frozen: Sequence[str], muon: bool)
     """Check that a checkpoint has the moments that this run needs: of the components that it trains, of its optimizer."""
     remedy = "set it as it was, or start a new run with model.warm_start"
     now, before = sorted(frozen), checkpoint.get("frozen", [])
-    problem = f"was {before} in the checkpoint's run, which has moments of the other components only"
-    require(now == before, f"model.optimizer.frozen={now} {problem}; {remedy}")
-    setting, used = ("{}", "AdamW alone") if muon else ("null", "Muon")
-    problem = f"model.optimizer.muon={setting}: the checkpoint's run had {used}, which has other moments"
-    require(muon == checkpoint.get("muon", False), f"{problem}; {remedy}")
+    if now != before:
+        problem = f"was {before} in the checkpoint's run, which has moments of the other components only"
+        raise SettingError(f"model.optimizer.frozen={now} {problem}; {remedy}")
+    if muon != checkpoint.get("muon", False):
+        setting, used = ("{}", "AdamW alone") if muon else ("null", "Muon")
+        problem = f"model.optimizer.muon={setting}: the checkpoint's run had {used}, which has other moments"
+        raise SettingError(f"{problem}; {remedy}")
 
 
 def check_tokenizer(checkpoint: dict[str, Any], data: TrainingData | None) -> None:
