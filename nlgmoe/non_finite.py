@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 from torch.amp import GradScaler
 
-from nlgmoe.ranks import AllRanksError
+from nlgmoe.ranks import AllRanksError, gather
 from nlgmoe.validation import RunError, require
 
 SUMMED = 2**16  # values of a gradient that a CPU adds up at a time
@@ -222,10 +222,7 @@ def _first_bad(names: Sequence[str], finite: Sequence[bool]) -> str | None:
     Ranks may have different names, those of their experts, in the same order.
     """
     own = min(((index, names[index]) for index, is_finite in enumerate(finite) if not is_finite), default=None)
-    firsts = [own]  # of each rank
-    if distributed.is_initialized():
-        firsts = [None] * distributed.get_world_size()
-        distributed.all_gather_object(firsts, own)
+    firsts = gather(own)
     if (first := min((bad for bad in firsts if bad is not None), default=None)) is None:
         return None
     ranks = [rank for rank, bad in enumerate(firsts) if bad is not None and bad[0] == first[0]]

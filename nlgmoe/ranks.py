@@ -30,6 +30,20 @@ def of_rank_zero(value: T) -> T:
     return values[0]
 
 
+def gather(value: T) -> list[T]:
+    """Return the value of every rank, in order, on every rank. A collective."""
+    values = [value]
+    if distributed.is_initialized():
+        values *= distributed.get_world_size()
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """Return the rank of this process, and the number of ranks."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
     """Raise on every rank if the block raises on one. A collective: every rank must enter the block."""
@@ -42,10 +56,7 @@ def raise_on_all_ranks() -> Iterator[None]:
         if own_error is not None:
             raise own_error
         return
-    errors: list[tuple[str, bool] | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(
-        errors, None if own_error is None else (f"{own_error}", isinstance(own_error, SettingError))
-    )
+    errors = gather(None if own_error is None else (f"{own_error}", isinstance(own_error, SettingError)))
     for rank, found in enumerate(errors):
         if found is not None:
             message, is_setting = found

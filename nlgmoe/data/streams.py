@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import distributed
 
 from nlgmoe.data.documents import Fields, Record, read_documents
 from nlgmoe.data.samples import Sample, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.ranks import gather
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import RunError
 
@@ -239,11 +239,8 @@ class Cursors:
 
     def gather(self) -> list[list[int]]:
         """Return a cursor for each stream of all ranks: a collective."""
-        if distributed.is_initialized():
-            gathered: list[list[list[int]]] = [[] for _ in range(distributed.get_world_size())]
-            distributed.all_gather_object(gathered, self.latest())
-            for cursors in gathered:
-                self._keep(cursors)
+        for cursors in gather(self.latest()):
+            self._keep(cursors)
         return self.latest()
 
     def _keep(self, cursors: Sequence[Sequence[int]]) -> None:
