@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nlgmoe import GPT, GPTConfig, MoEConfig, MoELayer, Router, Routing
-from nlgmoe.checkpoint.reading import TensorFiles, read_document
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main
 from nlgmoe.commands.main import main as nlgmoe
@@ -55,15 +55,15 @@ def test_own_router_is_trained_and_resumed_and_its_checkpoint_holds_the_buffers(
     halves = tmp_path / "halves"
     main(command(halves, pocket_pile, "--model.train_tokens=128"))
     main(command(halves, pocket_pile, "--model.train_tokens=256", "--ckpt_path=last"))
-    ends = [TensorFiles(run / "checkpoints/last.ckpt", "model").read_all() for run in (whole, halves)]
+    ends = [Checkpoint(run / "checkpoints/last.ckpt").tensors("model").read_all() for run in (whole, halves)]
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     buffer = ends[0]["blocks.1.moe.router.table"]
     assert buffer.dtype == torch.int64 and buffer.any()
     assert "blocks.1.moe.experts.0.gate_weight" in ends[0]
-    document = read_document(whole / "checkpoints/last.ckpt")
+    document = Checkpoint(whole / "checkpoints/last.ckpt").document
     assert document["model_config"]["moe"]["router"] == HASH and document["model_config"]["moe"]["expert"] == SWIGLU
-    assert not list(find_problems(whole / "checkpoints/last.ckpt"))
+    assert not list(find_problems(Checkpoint(whole / "checkpoints/last.ckpt")))
     columns = (whole / "metrics.csv").read_text().splitlines()[0].split(",")
     assert "experts/0/load_cv" in columns and "experts/0/entropy" not in columns  # it has no probabilities
 
@@ -182,7 +182,9 @@ def test_own_attention_is_trained_resumed_and_read_where_allowed(
     main(command(whole, pocket_pile, "--model.train_tokens=256", **model))
     main(command(halves, pocket_pile, "--model.train_tokens=128", **model))
     main(command(halves, pocket_pile, "--model.train_tokens=256", "--ckpt_path=last", **model))
-    weights, resumed = (TensorFiles(run / "checkpoints/last.ckpt", "model").read_all() for run in (whole, halves))
+    weights, resumed = (
+        Checkpoint(run / "checkpoints/last.ckpt").tensors("model").read_all() for run in (whole, halves)
+    )
     assert all(torch.equal(value, resumed[name]) for name, value in weights.items())
 
     monkeypatch.delitem(sys.modules, "window_attention")

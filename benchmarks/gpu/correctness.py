@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from benchmarks.gpu.run import Run
 from benchmarks.runs import ROOT
 from nlgmoe import load_config, load_model
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
@@ -129,7 +130,7 @@ def training(run: Run, folder: Path) -> None:
             run.correct(f"loss of the {name} {COMPARED} steps, {precision}, off the CPU's", error, at_most=limit)
     checkpoint = folder / "saved.ckpt"
     trainer.save_checkpoint(checkpoint)
-    run.correct("problems that verify finds", len(list(find_problems(checkpoint))))
+    run.correct("problems that verify finds", len(list(find_problems(Checkpoint(checkpoint)))))
     here, there = (
         float(fit(f"resumed, {where}", where, "32-true", steps + more, checkpoint)[1].callback_metrics["val/loss"])
         for where in (run.accelerator, "cpu")

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nlgmoe.checkpoint.reading import REMEDY, TensorFiles
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import Router
-from nlgmoe.validation import RunError, SettingError, list_differences, require
+from nlgmoe.validation import RunError, SettingError, require
 
 Shapes = dict[str, torch.Size]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # dtypes that a user may load or export weights in
@@ -189,12 +188,6 @@ def _whole_entries(model: nn.Module) -> Iterator[tuple[str, Tensor, torch.Size]]
         if not isinstance(module, Experts):
             tensors = [*_router_buffers(prefix, module), *module.named_parameters(prefix=prefix, recurse=False)]
             yield from ((name, tensor, tensor.shape) for name, tensor in tensors)
-
-
-def require_entries(files: TensorFiles, model: Shapes) -> None:
-    """Check that a checkpoint has the entries of the model that it describes."""
-    if different := list_differences(files.shapes, model):
-        raise RunError(f"{files.folder} does not hold the model that it describes: {', '.join(different)}; {REMEDY}")
 
 
 def _router_buffers(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:

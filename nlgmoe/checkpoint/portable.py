@@ -2,7 +2,8 @@
 
     checkpoint.json   format, model configuration, step and token clock, loops, callbacks, data position, versions
     model             GPT's parameters by name, one entry per expert
-    optimizer         `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`, likewise; of Muon's matrices `momentum_buffer/NAME`
+    optimizer         `exp_avg/NAME`, `exp_avg_sq/NAME`; of Muon's matrices `momentum_buffer/NAME`: one entry per expert;
+                      `step/NAME`, one per parameter
     state             tensors that `checkpoint.json` refers to, such as a callback's
     tokenizer.json    the run's tokenizer, and the model's files beside it
 
@@ -23,16 +24,13 @@ from typing_extensions import override
 
 from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.entries import (
-    entry_shapes,
     join_experts,
     optimizer_from_entries,
     optimizer_to_entries,
-    require_entries,
     split_experts,
 )
-from nlgmoe.checkpoint.reading import FORMAT, VERSION, Contents, TensorFiles, read_document
-from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
-from nlgmoe.config import GPTConfig
+from nlgmoe.checkpoint.reading import FORMAT, KINDS, VERSION, Checkpoint, FileRecord
+from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint, find_checkpoint
 from nlgmoe.model.gpt import GPT
 from nlgmoe.validation import RunError, SettingError
 from nlgmoe.versions import versions
@@ -65,7 +63,7 @@ class PortableCheckpointIO(CheckpointIO):
         document, entries["state"] = make_document(rest)
         path = Path(path)
         with writing.explain_write_errors(path), writing.new_folder(path) as temporary:
-            files: dict[str, Contents] = {}
+            files: dict[str, FileRecord] = {}
             for kind, tensors in entries.items():
                 if tensors:
                     files |= writing.write_tensors(temporary, kind, tensors)
@@ -76,13 +74,13 @@ class PortableCheckpointIO(CheckpointIO):
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read the checkpoint `path`, or the newest valid one of a run folder, into Lightning's dictionary, on the CPU."""
-        path = choose_checkpoint(path)
-        checkpoint = read_checkpoint(path)
-        model = join_experts(TensorFiles(path, "model").read_all())
+        files = choose_checkpoint(path, KINDS if self.to_train else ("model", "state"))
+        checkpoint = read_checkpoint(files)
+        model = join_experts(files.tensors("model").read_all())
         checkpoint["state_dict"] = {PREFIX + name: value for name, value in model.items()}
         if self.to_train and "optimizer_groups" in checkpoint:
             # Before its first step AdamW has no state.
-            entries = TensorFiles(path, "optimizer", required=checkpoint["global_step"] > 0).read_all()
+            entries = files.tensors("optimizer", required=checkpoint["global_step"] > 0).read_all()
             checkpoint["optimizer_states"] = [optimizer_from_entries(entries, checkpoint.pop("optimizer_groups"))]
         return checkpoint
 
@@ -111,25 +109,27 @@ def make_document(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     return head | plain, tensors
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Undo `make_document`: return Lightning's dictionary without weights and optimizer, and the checkpoint's `path`."""
-    document = read_document(path)
-    checkpoint: dict[str, Any] = _from_json(document, TensorFiles(path, "state", required=False).read_all())
-    return checkpoint | {"path": str(path)}
+def read_checkpoint(files: Checkpoint) -> dict[str, Any]:
+    """Return Lightning's dictionary without weights and optimizer, but with the checkpoint's `path` and `tokenizer`."""
+    tensors = files.tensors("state", required=False).read_all()
+    checkpoint: dict[str, Any] = _from_json(files.document, tensors) | {"path": str(files.path)}
+    return checkpoint if (tokenizer := files.tokenizer()) is None else checkpoint | {"tokenizer": tokenizer}
 
 
 def load_model(path: str | Path) -> GPT:
-    """Load the trained GPT of a checkpoint folder, on the CPU, in evaluation mode.
+    """Load the trained GPT of a checkpoint, or of the newest valid one of a run folder, on the CPU, in evaluation mode.
 
     Raises:
         ValueError: there is no checkpoint at `path`, it is damaged, or its weights do not fit its configuration.
     """
-    config = GPTConfig.from_dict(read_document(path)["model_config"])
+    return build_model(find_checkpoint(path))
+
+
+def build_model(checkpoint: Checkpoint) -> GPT:
+    """Build the trained GPT of a checkpoint with valid weights, on the CPU, in evaluation mode."""
     with torch.device("meta"):
-        model = GPT(config)
-    files = TensorFiles(path, "model")
-    require_entries(files, entry_shapes(model))
-    model.load_state_dict(join_experts(files.read_all()), assign=True)
+        model = GPT(checkpoint.config)
+    model.load_state_dict(join_experts(checkpoint.tensors("model").read_all()), assign=True)
     return model.eval()
 
 

@@ -1,25 +1,31 @@
-"""Read a checkpoint folder and check every byte of it.
+"""Read a checkpoint folder.
 
     name.ckpt/
       checkpoint.json                                 everything but tensors
       model.safetensors                               or one file per rank: model-00000-of-00004.safetensors, ...
-      optimizer.safetensors                           likewise; absent if only weights were saved
+      optimizer.safetensors                           or one file per rank; absent if only weights were saved
       state.safetensors                               tensors that checkpoint.json refers to; absent if there are none
       tokenizer.json                                  the run's tokenizer, in the format of the `tokenizers` library, and
                                                       the model's files beside it (`data/model_files.py`)
-      manifest.json                                   type, shape and checksum of every tensor, by file
+      manifest.json                                   checksum of every file above; type and shape of its tensors
 
 A reader takes the union of the files; it does not matter which file holds an entry. Checksums are 64-bit xxHash (XXH3), which
 detects damage, not tampering. `writing.py` writes the folder.
+
+A JSON file is compared with its checksum when it is read. Tensor files are compared by `nlgmoe verify`, and by
+`choose_checkpoint` (`run_checkpoints.py`), with which a run is resumed and a model loaded: all ranks together, each a share of
+the files, so that a checkpoint is read once for it, not once per rank. After that, entries are read unchecked: a rank opens the
+files that hold its entries, and reads no others of them.
 """
+
+from __future__ import annotations
 
 import functools
 import json
-import math
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Container
 from contextlib import suppress
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,124 +37,142 @@ from torch import Tensor
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import BESIDE, TOKENIZER, TokenizerFiles
 from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.files import yaml_beside
+from nlgmoe.files import xxh3_of, yaml_beside
 from nlgmoe.parts import ForeignCodeError
 from nlgmoe.validation import RunError, SettingError
 
 FORMAT = "nlgmoe-portable"
-VERSION = 3
+VERSION = 4
 REMEDY = "use another checkpoint"
 KINDS = ("model", "optimizer", "state")  # prefix of the tensor files' names
-Contents = dict[str, list[Any]]  # entry -> [type, shape, checksum]
+Contents = dict[str, tuple[str, list[int]]]  # entry -> its type and shape
+FileRecord = dict[str, Any]  # of a file in the manifest: its `checksum`; of a tensor file, `tensors`: its `Contents`
 
 
-def read_document(path: str | Path) -> dict[str, Any]:
-    """Read the `checkpoint.json` of a folder."""
-    file = Path(path) / "checkpoint.json"
-    if Path(path).is_file():
-        reason = "Lightning's .ckpt files are not read, because they hold pickled objects"
-        raise SettingError(f"{path} is a file, not a checkpoint folder with checkpoint.json in it; {reason}")
-    if not file.exists():
-        problem = "expected a folder with checkpoint.json in it" if Path(path).exists() else "it does not exist"
-        raise SettingError(f"no checkpoint at {path}: {problem}")
-    document = read_json(file)
-    if document.get("format") != FORMAT or document.get("version") != VERSION:
-        saved_format = f"{document.get('format')} version {document.get('version')}"
-        raise RunError(f"{path} is {saved_format}; this nlgmoe reads {FORMAT} version {VERSION}")
-    _check_bytes(file, read_manifest(path)["checkpoint.json"])
-    try:
-        GPTConfig.from_dict(document["model_config"])
-    except ForeignCodeError:
-        pass  # raised again, with the remedy, where the model is built
-    except (AttributeError, TypeError, ValueError) as error:
-        writer = f"nlgmoe {document['versions'].get('nlgmoe')}"
-        raise RunError(f"{file}, written by {writer}, describes no model: {error}; {REMEDY}") from error
-    return document
+class Checkpoint:
+    """A checkpoint folder. Its manifest and its document are read once, on first use.
+
+    Attributes:
+        path: the folder; the one that a link, such as `last.ckpt`, points to, since a running `fit` may move the link.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        self.path = path.parent / path.readlink() if path.is_symlink() else path
+
+    @cached_property
+    def document(self) -> dict[str, Any]:
+        """Return the contents of `checkpoint.json`."""
+        path, file = self.path, self.path / "checkpoint.json"
+        if path.is_file():
+            reason = "Lightning's .ckpt files are not read, because they hold pickled objects"
+            raise SettingError(f"{path} is a file, not a checkpoint folder with checkpoint.json in it; {reason}")
+        if not file.exists():
+            problem = "expected a folder with checkpoint.json in it" if path.exists() else "it does not exist"
+            raise SettingError(f"no checkpoint at {path}: {problem}")
+        document = read_json(file)
+        if document.get("format") != FORMAT or document.get("version") != VERSION:
+            saved_format = f"{document.get('format')} version {document.get('version')}"
+            raise RunError(f"{path} is {saved_format}; this nlgmoe reads {FORMAT} version {VERSION}")
+        self._require_undamaged(file.name)
+        try:
+            GPTConfig.from_dict(document["model_config"])
+        except ForeignCodeError:
+            pass  # raised again, with the remedy, where the model is built
+        except (AttributeError, TypeError, ValueError) as error:
+            writer = f"nlgmoe {document['versions'].get('nlgmoe')}"
+            raise RunError(f"{file}, written by {writer}, describes no model: {error}; {REMEDY}") from error
+        return document
+
+    @property
+    def config(self) -> GPTConfig:
+        """Return the configuration of the model."""
+        return GPTConfig.from_dict(self.document["model_config"])
+
+    @cached_property
+    def files(self) -> dict[str, FileRecord]:
+        """Return the record of every file but the manifest."""
+        file = self.path / "manifest.json"
+        if not file.exists():
+            raise RunError(f"{self.path} has no manifest.json; {REMEDY}")
+        manifest = read_json(file)
+        if manifest.get("checksum") != checksum_of_json(manifest.get("files")):
+            raise RunError(f"{file} is damaged (its checksum differs); {REMEDY}")
+        files: dict[str, FileRecord] = manifest["files"]
+        return files
+
+    def tensors(self, kind: str, required: bool = True) -> TensorFiles:
+        """Return the entries of one of `KINDS`; `required`: raise if there are none."""
+        files = {self.path / name: record["tensors"] for name, record in self.files.items() if kind_of(name) == kind}
+        if required and not files:
+            raise RunError(f"{self.path} has no {kind}.safetensors; {REMEDY}")
+        return TensorFiles(self.path, kind, files)
+
+    def tokenizer(self) -> TokenizerFiles | None:
+        """Read the tokenizer, and the model's files beside it; None if the checkpoint was saved without one."""
+        names = [name for name in (TOKENIZER, *BESIDE) if name in self.files]
+        for name in names:
+            self._require_undamaged(name)
+        return {name: (self.path / name).read_bytes().decode() for name in names} if TOKENIZER in names else None
+
+    def file_names(self, kinds: Collection[str]) -> list[str]:
+        """Return the names of the tensor files of these kinds, and of all JSON files."""
+        return sorted(name for name, record in self.files.items() if kind_of(name) in kinds or "tensors" not in record)
+
+    def problem_of(self, name: str) -> str:
+        """Compare a file with its checksum, and return its defect; empty if it has none."""
+        file = self.path / name
+        if not file.exists():
+            return f"{self.path} has no {name}"
+        return "" if xxh3_of(file) == self.files[name]["checksum"] else f"{file} is damaged (its checksum differs)"
+
+    def _require_undamaged(self, name: str) -> None:
+        if problem := self.problem_of(name):
+            raise RunError(f"{problem}; {REMEDY}")
 
 
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """Read the `manifest.json` of a folder: `files`, file -> `Contents`, and the checksums of the other JSON files."""
-    file = Path(path) / "manifest.json"
-    if not file.exists():
-        raise RunError(f"{path} has no manifest.json; {REMEDY}")
-    manifest = read_json(file)
-    if manifest.get("checksum") != checksum_of_manifest(manifest):
-        raise RunError(f"{file} is damaged (its checksum differs); {REMEDY}")
-    return manifest
-
-
-def read_tokenizer(path: str | Path) -> TokenizerFiles | None:
-    """Read the tokenizer of a folder, and the model's files beside it; None if the checkpoint was saved without one."""
-    manifest = read_manifest(path)
-    if TOKENIZER not in manifest:
-        return None
-    names = [name for name in (TOKENIZER, *BESIDE) if name in manifest]
-    return {name: _check_bytes(Path(path) / name, manifest[name]).decode() for name in names}
-
-
-def tokenizer_matches(tokenizer: TokenizerFiles, path: str | Path) -> bool:
+def tokenizer_matches(tokenizer: TokenizerFiles, stored: TokenizerFiles | None) -> bool:
     """Return True if `tokenizer` has the same ids as the checkpoint's, or the checkpoint has none."""
-    stored = read_tokenizer(path)
     if stored is None or stored == tokenizer:
         return True
     return Tokenizer.from_files(tokenizer, "of the run").has_same_ids(Tokenizer.from_files(stored, "of the checkpoint"))
 
 
-def _check_bytes(file: Path, checksum: str) -> bytes:
-    if not file.exists():
-        raise RunError(f"{file.parent} has no {file.name}; {REMEDY}")
-    content = file.read_bytes()
-    if xxhash.xxh3_64_hexdigest(content) != checksum:
-        raise RunError(f"{file} is damaged (its checksum differs); {REMEDY}")
-    return content
-
-
 class TensorFiles:
-    """The entries of one kind in a folder, each read and checked on request.
+    """The entries of one kind in a folder, each read on request.
 
     Args:
         kind: one of `KINDS`.
-        required: raise if there is no file.
-        verified: the files' headers need no check here: ranks have verified them together, each a share.
+        files: the entries of each file.
+
+    Attributes:
+        shapes: shape of every entry.
+        dtypes: type of every entry.
     """
 
-    def __init__(self, folder: str | Path, kind: str, required: bool = True, verified: bool = False) -> None:
-        self.folder, self._kind = Path(folder), kind
+    def __init__(self, folder: Path, kind: str, files: dict[Path, Contents]) -> None:
+        self.folder, self._kind = folder, kind
         # `read` keeps files open, because opening one parses its whole header; a process may have 1,024 open.
         self._open = functools.lru_cache(maxsize=512)(functools.partial(open_tensors, backend="pread"))
-        files: dict[str, Contents] = read_manifest(folder)["files"]
-        own = {name: contents for name, contents in files.items() if kind_of(name) == kind}
-        if not verified:
-            headers = (file_problems(self.folder / name, contents, read=False) for name, contents in own.items())
-            for problem in chain(*headers):
-                raise RunError(f"{problem}; {REMEDY}")
-        self._contents: Contents = {}
-        self._file_of: dict[str, Path] = {}
-        for name, contents in own.items():
-            self._contents |= contents
-            self._file_of |= dict.fromkeys(contents, self.folder / name)
-        if required and not self._contents:
-            raise RunError(f"{folder} has no {kind}.safetensors; {REMEDY}")
-
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Return the shape of every entry."""
-        return {name: torch.Size(shape) for name, (_, shape, _) in self._contents.items()}
+        entries = {name: (file, *entry) for file, contents in files.items() for name, entry in contents.items()}
+        self._file_of = {name: file for name, (file, _, _) in entries.items()}
+        self.dtypes: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, (_, dtype, _) in entries.items()}
+        self.shapes = {name: torch.Size(shape) for name, (_, _, shape) in entries.items()}
 
     def read(self, name: str) -> Tensor:
         """Read one entry to the CPU, into memory of its own."""
-        if name not in self._contents:
+        if name not in self._file_of:
             raise RunError(f"the checkpoint {self.folder} lacks {name} ({self._kind}); {REMEDY}")
-        return self._checked(name, self._open(self._file_of[name]).get_tensor(name))
+        tensor: Tensor = self._open(self._file_of[name]).get_tensor(name)
+        return tensor
 
     def empty(self, name: str, device: torch.device) -> Tensor:
         """Return zeros of an entry's type and shape."""
-        dtype, shape, _ = self._contents[name]
-        return torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
+        return torch.zeros(self.shapes[name], dtype=self.dtypes[name], device=device)
 
     def divide(self, names: Container[str], readers: int) -> list[list[str]]:
         """Divide entries among readers: each gets consecutive ones of the files, about as many values as the others."""
-        sizes = {name: math.prod(shape) for name, (_, shape, _) in self._contents.items() if name in names}
+        sizes = {name: shape.numel() for name, shape in self.shapes.items() if name in names}
         shares: list[list[str]] = [[] for _ in range(readers)]
         before, total = 0, sum(sizes.values())
         for name, size in sizes.items():
@@ -162,46 +186,8 @@ class TensorFiles:
         entries: dict[str, Tensor] = {}
         for file in sorted(set(self._file_of.values())):
             with open_tensors(file) as tensors:
-                entries |= {name: self._checked(name, tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
+                entries |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
         return entries
-
-    def _checked(self, name: str, tensor: Tensor) -> Tensor:
-        if problem := entry_problem(self._kind, tensor, self._contents[name]):
-            raise RunError(f"{self._file_of[name]}: {name} {problem}; {REMEDY}")
-        return tensor
-
-
-def file_problems(file: Path, contents: Contents, read: bool = True) -> Iterator[str]:
-    """Yield each defect of a tensor file, opened once: it is missing or unreadable, entries are missing, unknown or damaged.
-
-    `contents` are its entries in the manifest; without `read`, only their names are compared.
-    """
-    if not file.exists():
-        yield f"{file.parent} has no {file.name}, with {_abbreviate(contents)}"
-        return
-    try:
-        tensors = open_tensors(file)
-    except ValueError as error:
-        yield str(error)
-        return
-    with tensors:
-        stored = set(tensors.keys())
-        for problem, names in {"lacks": contents.keys() - stored, "has unknown": stored - contents.keys()}.items():
-            if names:
-                yield f"{file} {problem} {_abbreviate(names)}"
-        for name in sorted(contents.keys() & stored) if read else ():
-            if problem := entry_problem(kind_of(file.name), tensors.get_tensor(name), contents[name]):
-                yield f"{file}: {name} {problem}"
-
-
-def entry_problem(kind: str, tensor: Tensor, recorded: list[Any]) -> str:
-    """Describe the defect of an entry, by its record in the manifest; empty if it has none. Only `state` may be not finite."""
-    for attribute, actual, expected in zip(("type", "shape", "checksum"), record_of(tensor), recorded, strict=True):
-        if actual != expected:
-            return f"is damaged (its {attribute} is {actual}, not {expected})"
-    if kind != "state" and (bad := int((~tensor.isfinite()).sum())):
-        return f"has {bad} of {tensor.numel()} values that are NaN or infinite"
-    return ""
 
 
 def kind_of(file: str) -> str:
@@ -222,31 +208,9 @@ def open_tensors(file: Path, backend: str = "mmap") -> Any:
         raise RunError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def record_of(tensor: Tensor) -> list[Any]:
-    """Return a tensor's type, shape and checksum, for the manifest."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    checksum = xxhash.xxh3_64_hexdigest(flat.view(torch.uint8).numpy().data)
-    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), checksum]
-
-
-def checksum_of_manifest(manifest: dict[str, Any]) -> str:
-    """Compute the checksum of a manifest, over everything but its own `checksum`."""
-    contents = {key: value for key, value in manifest.items() if key != "checksum"}
-    return xxhash.xxh3_64_hexdigest(json.dumps(contents, sort_keys=True).encode())
-
-
-def hash_of_weights(path: str | Path) -> str:
-    """Return a hash of a checkpoint's weights, which depends neither on the number of files nor on their other entries."""
-    entries: Contents = {}
-    for name, contents in read_manifest(path)["files"].items():
-        if kind_of(name) == "model":
-            entries |= contents
-    return xxhash.xxh3_64_hexdigest(json.dumps(entries, sort_keys=True).encode())
-
-
-def resolve_link(path: Path) -> Path:
-    """Return the checkpoint that a link, such as `last.ckpt`, points to, since a running `fit` may move the link."""
-    return path.parent / path.readlink() if path.is_symlink() else path
+def checksum_of_json(value: Any) -> str:
+    """Return the checksum of a value that JSON can hold, whatever the order of its keys."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 def holds_run(folder: Path) -> bool:
@@ -274,8 +238,3 @@ def read_json(file: Path, remedy: str = REMEDY) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RunError(f"{file} is damaged (a {type(content).__name__}, not a mapping); {remedy}")
     return content
-
-
-def _abbreviate(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return ordered[0] + (f" and {len(ordered) - 1} more" if len(ordered) > 1 else "")

@@ -10,11 +10,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import distributed
 
-from nlgmoe.checkpoint.reading import KINDS, resolve_link
+from nlgmoe.checkpoint.reading import KINDS, Checkpoint
 from nlgmoe.checkpoint.verify import gather_problems
-from nlgmoe.ranks import AllRanksError, of_rank_zero
+from nlgmoe.ranks import AllRanksError, of_rank_zero, raise_on_all_ranks
 from nlgmoe.validation import SettingError, require
 
 FOLDER = "checkpoints"
@@ -54,26 +53,28 @@ def is_checkpoint(path: str | Path) -> bool:
     return path.suffix == ".ckpt" or (path / "checkpoint.json").exists() or not path.is_dir()
 
 
-def choose_checkpoint(path: str | Path, kinds: Collection[str] = KINDS) -> Path:
+def choose_checkpoint(path: str | Path, kinds: Collection[str] = KINDS) -> Checkpoint:
     """Return the checkpoint `path`, or the newest of a run folder whose files of these kinds are valid. A collective.
 
     What is listed in the folder, and where a link points, is rank 0's view alone: a running `fit` may change both. Ranks verify
-    a checkpoint together before they use it, so that all raise the same error; a single process verifies a given checkpoint
-    while reading it.
+    a checkpoint together, each a share of the files, so that all raise the same error.
     """
     path = Path(path)
-    checkpoint_or_steps = of_rank_zero(resolve_link(path) if is_checkpoint(path) else saved_steps(path))
+    checkpoint_or_steps = of_rank_zero(Checkpoint(path).path if is_checkpoint(path) else saved_steps(path))
     if isinstance(checkpoint_or_steps, Path):
-        path = checkpoint_or_steps
-        if distributed.is_initialized() and (problems := gather_problems(path, kinds)):
+        checkpoint = Checkpoint(checkpoint_or_steps)
+        with raise_on_all_ranks():
+            _ = checkpoint.document  # a SettingError if there is no checkpoint
+        if problems := gather_problems(checkpoint, kinds):
             raise AllRanksError(f"{_summary(problems)}; use another checkpoint")
-        return path
+        return checkpoint
     skipped = []
     for step in reversed(checkpoint_or_steps):
-        problems = gather_problems(checkpoint_path(path, step), kinds)
+        checkpoint = Checkpoint(checkpoint_path(path, step))
+        problems = gather_problems(checkpoint, kinds)
         if not problems:
-            rank_zero_info(f"newest checkpoint: {checkpoint_path(path, step)}")
-            return checkpoint_path(path, step)
+            rank_zero_info(f"newest checkpoint: {checkpoint.path}")
+            return checkpoint
         rank_zero_warn(f"skipping a checkpoint that cannot be used: {_summary(problems)}")
         skipped.append(_summary(problems))
     if skipped:
@@ -85,9 +86,9 @@ def choose_checkpoint(path: str | Path, kinds: Collection[str] = KINDS) -> Path:
     raise SettingError(f"no checkpoint in {path}: {remedy}")
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint `path`, unverified, or the newest of a run folder with valid weights, to read these. A collective."""
-    return resolve_link(Path(path)) if of_rank_zero(is_checkpoint(path)) else choose_checkpoint(path, ("model",))
+def find_checkpoint(path: str | Path) -> Checkpoint:
+    """Return the checkpoint `path`, or the newest of a run folder, with valid weights, to read these. A collective."""
+    return choose_checkpoint(path, ("model",))
 
 
 def _summary(problems: list[str]) -> str:

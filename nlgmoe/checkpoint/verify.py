@@ -1,60 +1,49 @@
 """Verify a checkpoint: on one process, or on all ranks together, each of which reads a share of the files. Describe it."""
 
+import json
 from collections.abc import Collection, Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import distributed
+import xxhash
+from torch import Tensor
 
-from nlgmoe.checkpoint import reading
-from nlgmoe.checkpoint.entries import Shapes, entry_shapes, optimizer_shapes
-from nlgmoe.checkpoint.reading import KINDS, REMEDY, Contents, kind_of, read_document, read_manifest
-from nlgmoe.config import GPTConfig
+from nlgmoe.checkpoint.entries import entry_shapes, optimizer_shapes
+from nlgmoe.checkpoint.reading import KINDS, REMEDY, Checkpoint, kind_of, open_tensors
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.optimizer import freeze
 from nlgmoe.parts import ForeignCodeError
-from nlgmoe.ranks import raise_on_all_ranks
+from nlgmoe.ranks import gather, raise_on_all_ranks, rank_and_ranks
 from nlgmoe.validation import list_differences
 
 
-def find_problems(path: str | Path, rank: int = 0, ranks: int = 1, kinds: Collection[str] = KINDS) -> Iterator[str]:
-    """Yield each defect of a checkpoint folder as a line. Raises an OSError if a file exists but cannot be read.
+def find_problems(
+    checkpoint: Checkpoint, rank: int = 0, ranks: int = 1, kinds: Collection[str] = KINDS
+) -> Iterator[str]:
+    """Yield each defect of a checkpoint as a line: files of some kinds that are missing or differ from their checksums.
 
-    Reads the files of share `rank` of `ranks` of some kinds; rank 0 also compares names and shapes with the model's.
+    Reads the files of share `rank` of `ranks`, and compares the names and shapes of all entries with the model's. Raises an
+    OSError if a file exists but cannot be read: it may be undamaged.
     """
     try:
-        path = reading.resolve_link(Path(path))
-        document, files = read_document(path), read_manifest(path)["files"]
-        reading.read_tokenizer(path)
-        for name in sorted(name for name in files if kind_of(name) in kinds)[rank::ranks]:
-            yield from reading.file_problems(path / name, files[name])
-        if rank == 0:
-            yield from _model_differences(path, document, files)
+        differences = list(_model_differences(checkpoint))
+        yield from filter(None, map(checkpoint.problem_of, checkpoint.file_names(kinds)[rank::ranks]))
+        yield from differences
     except (ValueError, FileNotFoundError) as error:
         yield str(error).removesuffix(f"; {REMEDY}")
-    except OSError as error:  # the file may be whole
-        raise OSError(error.errno, error.strerror or str(error), error.filename or str(path)) from error
-    except (TypeError, KeyError, AttributeError, IndexError) as error:  # valid JSON that nlgmoe did not write
-        reason = str(error).partition("\n")[0]  # PyTorch may add the stack
-        yield f"{path} is not an nlgmoe checkpoint ({type(error).__name__}: {reason})"
 
 
-def gather_problems(path: str | Path, kinds: Collection[str]) -> list[str]:
+def gather_problems(checkpoint: Checkpoint, kinds: Collection[str]) -> list[str]:
     """Verify a checkpoint on all ranks and return each defect once, on every rank. A collective."""
-    if not distributed.is_initialized():
-        return list(find_problems(path, kinds=kinds))
-    problems_by_rank: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
     with raise_on_all_ranks():
-        own = list(find_problems(path, distributed.get_rank(), len(problems_by_rank), kinds))
-    distributed.all_gather_object(problems_by_rank, own)
-    return list(dict.fromkeys(problem for problems in problems_by_rank for problem in problems))
+        own = list(find_problems(checkpoint, *rank_and_ranks(), kinds))
+    return list(dict.fromkeys(problem for problems in gather(own) for problem in problems))
 
 
-def _model_differences(path: str | Path, document: dict[str, Any], files: dict[str, Contents]) -> Iterator[str]:
+def _model_differences(checkpoint: Checkpoint) -> Iterator[str]:
+    document = checkpoint.document
     try:
         with torch.device("meta"):
-            model = GPT(GPTConfig.from_dict(document["model_config"]))
+            model = GPT(checkpoint.config)
     except ForeignCodeError:
         return  # the names are unknown without that code
     expected = {"model": entry_shapes(model)}
@@ -64,19 +53,38 @@ def _model_differences(path: str | Path, document: dict[str, Any], files: dict[s
         muon = {name for group in groups if group.get("muon") for name in group["param_names"]}
         expected["optimizer"] = optimizer_shapes(model, muon)
     for kind, shapes in expected.items():
-        stored: Shapes = {}
-        for contents in (contents for file, contents in files.items() if kind_of(file) == kind):
-            stored |= {name: torch.Size(shape) for name, (_, shape, _) in contents.items()}
-        for difference in list_differences(stored, shapes, limit=None):
-            yield f"{path}: {kind} entry {difference}"
+        for difference in list_differences(checkpoint.tensors(kind, required=False).shapes, shapes, limit=None):
+            yield f"{checkpoint.path}: {kind} entry {difference}"
 
 
-def describe(path: Path) -> str:
+def hash_of_weights(checkpoint: Checkpoint) -> str:
+    """Return a hash of the weights by name, which does not depend on the number of files. A collective.
+
+    It reads all weights once: each rank hashes the tensors of a share of the files.
+    """
+    entries: dict[str, list[object]] = {}
+    rank, ranks = rank_and_ranks()
+    with raise_on_all_ranks():
+        for name in sorted(name for name in checkpoint.files if kind_of(name) == "model")[rank::ranks]:
+            with open_tensors(checkpoint.path / name, backend="pread") as tensors:
+                entries |= {entry: _record_of(tensors.get_tensor(entry)) for entry in tensors.keys()}  # noqa: SIM118
+    united = {entry: record for own in gather(entries) for entry, record in own.items()}
+    return xxhash.xxh3_64_hexdigest(json.dumps(united, sort_keys=True).encode())
+
+
+def _record_of(tensor: Tensor) -> list[object]:
+    """Return a tensor's type, shape and checksum."""
+    checksum = xxhash.xxh3_64_hexdigest(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), checksum]
+
+
+def describe(checkpoint: Checkpoint) -> str:
     """Describe a valid checkpoint in two lines."""
-    document, files = read_document(path), read_manifest(path)["files"]
-    size = sum(file.stat().st_size for file in path.iterdir())
+    document = checkpoint.document
+    contents = [record["tensors"] for record in checkpoint.files.values() if "tensors" in record]
+    size = sum(file.stat().st_size for file in checkpoint.path.iterdir())
     use = "resumable" if "optimizer_groups" in document else "weights only: start a run with model.warm_start"
     return (
-        f"{path}: step {document['global_step']:,}, {document['tokens_seen']:,} tokens; {use}\n"
-        f"valid: {sum(map(len, files.values())):,} tensors in {len(files)} files, {size / 1e6:,.1f} MB"
+        f"{checkpoint.path}: step {document['global_step']:,}, {document['tokens_seen']:,} tokens; {use}\n"
+        f"valid: {sum(map(len, contents)):,} tensors in {len(contents)} files, {size / 1e6:,.1f} MB"
     )

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nlgmoe.checkpoint.reading import Contents, checksum_of_manifest, record_of
+from nlgmoe.checkpoint.reading import FileRecord, checksum_of_json
 from nlgmoe.data.model_files import TokenizerFiles
-from nlgmoe.files import flush
+from nlgmoe.files import flush, xxh3_of
 from nlgmoe.validation import RunError
 
 
@@ -45,8 +45,8 @@ def begin(path: Path) -> Path:
 
 def write_tensors(
     folder: Path, kind: str, entries: dict[str, Tensor], rank: int = 0, ranks: int = 1
-) -> dict[str, Contents]:
-    """Write file `rank` of `ranks` with one entry or more, flush it to disk, and return its contents for `finish`."""
+) -> dict[str, FileRecord]:
+    """Write file `rank` of `ranks` with one entry or more, flush it to disk, and return its record for `finish`."""
     shard = f"-{rank:05}-of-{ranks:05}" if ranks > 1 else ""
     file = folder / f"{kind}{shard}.safetensors"
     entries = {name: value.detach().cpu().contiguous() for name, value in entries.items()}
@@ -55,14 +55,15 @@ def write_tensors(
     save_file(entries, file)
     file.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
     flush(file)
-    return {file.name: {name: record_of(value) for name, value in entries.items()}}
+    tensors = {name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in entries.items()}
+    return {file.name: {"checksum": xxh3_of(file), "tensors": tensors}}
 
 
 def finish(
     temporary: Path,
     path: Path,
     document: dict[str, Any],
-    files: dict[str, Contents],
+    files: dict[str, FileRecord],
     tokenizer: TokenizerFiles | None = None,
 ) -> None:
     """Write `checkpoint.json`, the tokenizer and `manifest.json`, then rename the folder to `path`, replacing an older one.
@@ -71,9 +72,8 @@ def finish(
     """
     texts = {"checkpoint.json": json.dumps(document, indent=1).encode()}
     texts |= {name: text.encode() for name, text in (tokenizer or {}).items()}
-    manifest: dict[str, Any] = {"files": files}
-    manifest |= {name: xxhash.xxh3_64_hexdigest(text) for name, text in texts.items()}
-    manifest["checksum"] = checksum_of_manifest(manifest)
+    files = files | {name: {"checksum": xxhash.xxh3_64_hexdigest(text)} for name, text in texts.items()}
+    manifest = {"checksum": checksum_of_json(files), "files": files}
     texts["manifest.json"] = json.dumps(manifest, separators=(",", ":")).encode()
     for name, text in texts.items():
         (temporary / name).write_bytes(text)

@@ -24,6 +24,7 @@ def verify_checkpoint(checkpoint: str) -> None:
     Args:
         checkpoint: the folder, `NAME.ckpt`.
     """
+    from nlgmoe.checkpoint.reading import Checkpoint
     from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, is_checkpoint, saved_steps
     from nlgmoe.checkpoint.verify import describe, find_problems
 
@@ -35,9 +36,10 @@ def verify_checkpoint(checkpoint: str) -> None:
         held = f"; it holds {names}" if names else ", and contains none"
         raise SettingError(f"{checkpoint} is not a checkpoint{held}")
 
-    if problems := [problem.replace("\n", " ") for problem in find_problems(checkpoint)]:
+    opened = Checkpoint(checkpoint)
+    if problems := [problem.replace("\n", " ") for problem in find_problems(opened)]:
         raise RunError("\n".join([*problems, f"{checkpoint} is not valid: use another checkpoint"]))
-    print(describe(Path(checkpoint)))
+    print(describe(opened))
 
 
 def upcycle_checkpoint(
@@ -74,15 +76,14 @@ def upcycle_checkpoint(
         overwrite: replace an existing checkpoint.
     """
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
-    from nlgmoe.checkpoint.reading import read_document
     from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
-    from nlgmoe.config import GPTConfig, MoEConfig
+    from nlgmoe.config import MoEConfig
     from nlgmoe.model.counting import count_parameters
     from nlgmoe.surgery.upcycle import upcycle
     from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 
-    path = find_checkpoint(dense)
-    family, _ = family_of(GPTConfig.from_dict(read_document(path)["model_config"]))
+    found = find_checkpoint(dense)
+    family, _ = family_of(found.config)
     native = family is not None and mlp_type == "standard"
     if expert_interval is None:
         expert_interval = 1 if native else 2
@@ -92,7 +93,7 @@ def upcycle_checkpoint(
     if native and top_k == 2:
         of_family["second_expert"] = "argmax"
     moe = MoEConfig(num_experts, expert_interval, top_k, mlp_type=mlp_type, residual_mix=residual_mix, **of_family)
-    upcycled = upcycle(path, checkpoint, moe, noise, seed, overwrite)
+    upcycled = upcycle(found.path, checkpoint, moe, noise, seed, overwrite)
 
     before, after = (count_parameters(config) for config in (upcycled.dense_config, upcycled.config))
     sizes = f"{after.total:,}, {after.active:,} for a token"

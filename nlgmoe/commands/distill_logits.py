@@ -12,6 +12,7 @@ from nlgmoe.cli.arguments import import_allowed
 from nlgmoe.validation import SettingError, require
 
 if TYPE_CHECKING:
+    from nlgmoe.checkpoint.reading import Checkpoint
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
     from nlgmoe.distill.record_logits import Progress
     from nlgmoe.experiment import Experiment
@@ -71,12 +72,12 @@ def distill_logits(
     data.setup()
     teacher_model = MixtureOfStudents(teacher, temperature=temperature, precision=precision)
     like = torch.empty(0, device=experiment.trainer.strategy.root_device)
-    checkpoint, document = teacher_model.load(module.config, like, data)
-    recipe = _recipe(teacher_model, checkpoint, document, experiment)
+    found = teacher_model.load(module.config, like, data)
+    recipe = _recipe(teacher_model, found, experiment)
     recipe |= {"precision": precision, "top_k": top_k, "temperature": temperature, "samples": samples}
     with tqdm(desc="recording", total=samples, unit=" samples", mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
         done = record_logits(teacher_model, data, recipe, Path(output), lambda at: bar.update(at.samples - bar.n))
-    _print_recorded(checkpoint, document, recipe, output, done)
+    _print_recorded(found, recipe, output, done)
 
 
 def _check_arguments(output: str, top_k: int, samples: int | None, temperature: float | None) -> None:
@@ -87,13 +88,11 @@ def _check_arguments(output: str, top_k: int, samples: int | None, temperature: 
     require(samples is None or samples >= 1, f"samples={samples} must be at least 1")
 
 
-def _print_recorded(
-    checkpoint: Path, document: dict[str, Any], recipe: dict[str, Any], output: str, done: Progress
-) -> None:
+def _print_recorded(teacher: Checkpoint, recipe: dict[str, Any], output: str, done: Progress) -> None:
     from nlgmoe.distill.offline_teacher import record_type
 
     record_bytes, samples, seq_len = record_type(recipe).itemsize, recipe["samples"], recipe["seq_len"]
-    print(f"teacher    {checkpoint}, step {document['global_step']:,}, {recipe['precision']}")
+    print(f"teacher    {teacher.path}, step {teacher.document['global_step']:,}, {recipe['precision']}")
     print(f"samples    {samples:,} of {seq_len:,} tokens")
     print(f"logits     {output}, {samples * record_bytes / 1e6:,.1f} MB, {record_bytes / seq_len:,.1f} bytes a token")
     if done.positions:
@@ -101,14 +100,12 @@ def _print_recorded(
         print(f"tail       {tail:.4f} of the probability is outside the {top_k} likeliest tokens, on average")
 
 
-def _recipe(
-    teacher: MixtureOfStudents, checkpoint: Path, document: dict[str, Any], experiment: Experiment
-) -> dict[str, Any]:
+def _recipe(teacher: MixtureOfStudents, found: Checkpoint, experiment: Experiment) -> dict[str, Any]:
     """Return what determines the records, except the command's own settings."""
     module, data = experiment.module, experiment.data
-    clock = {"step": document["global_step"], "tokens": document["tokens_seen"]}
+    clock = {"step": found.document["global_step"], "tokens": found.document["tokens_seen"]}
     return {
-        "teacher": {"checkpoint": str(checkpoint), "weights": teacher.state_dict()["weights"], **clock},
+        "teacher": {"checkpoint": str(found.path), "weights": teacher.state_dict()["weights"], **clock},
         "data": data.fingerprint(),
         "document_attention": data.document_attention,
         "vocab_size": module.config.vocab_size,

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning import Trainer
 from torch import Tensor
 
 from nlgmoe.batch import Batch
-from nlgmoe.checkpoint.reading import hash_of_weights, read_document
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
+from nlgmoe.checkpoint.verify import hash_of_weights
 from nlgmoe.layers.losses import TeacherTargets
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.token_schedule import SequenceCurriculum, sequence_length
@@ -71,11 +71,11 @@ class Distiller(ABC):
         self._used = state_dict
 
 
-def find_teacher(teacher: str, remedy: str) -> tuple[Path, dict[str, Any], str]:
-    """Return a teacher's checkpoint, of a run the newest valid one; its document and the hash of its weights. A collective."""
+def find_teacher(teacher: str, remedy: str) -> tuple[Checkpoint, str]:
+    """Return a teacher's checkpoint, of a run the newest valid one, and the hash of its weights. A collective."""
     try:
-        path = find_checkpoint(teacher)
-        return path, read_document(path), hash_of_weights(path)
+        checkpoint = find_checkpoint(teacher)
+        return checkpoint, hash_of_weights(checkpoint)
     except (ValueError, OSError) as error:
         raise error_type_like(error)(f"model.distiller.teacher={teacher}: {error}; {remedy}") from error
 

@@ -8,7 +8,6 @@ ends distillation.
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,8 +17,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.checkpoint.entries import dtype_of, entry_shapes, local_entries, require_entries
-from nlgmoe.checkpoint.reading import TensorFiles, tokenizer_matches
+from nlgmoe.checkpoint.entries import dtype_of, local_entries
+from nlgmoe.checkpoint.reading import Checkpoint, tokenizer_matches
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import TrainingData, length_of, training_data
 from nlgmoe.distill.distiller import Distiller, find_teacher
@@ -68,28 +67,28 @@ class MixtureOfStudents(Distiller):
             return
         self.load(student.config, student.token_embedding.weight, training_data(trainer), trainer.strategy)
 
-    def load(self, student: GPTConfig, like: Tensor, data: Any, strategy: Any = None) -> tuple[Path, dict[str, Any]]:
-        """Load the teacher, with the device and dtype of `like`. Returns the checkpoint and its document."""
+    def load(self, student: GPTConfig, like: Tensor, data: Any, strategy: Any = None) -> Checkpoint:
+        """Load the teacher, with the device and dtype of `like`, and return its checkpoint."""
         with raise_on_all_ranks():
-            path, document = self._find()
-            config = GPTConfig.from_dict(document["model_config"])
-            _check_fit(config, student, data, path)
+            checkpoint = self._find()
+            config = checkpoint.config
+            _check_fit(checkpoint, student, data)
         divides = isinstance(strategy, PlacesExperts)
         placements = strategy.expert_placements(config, model_name="teacher") if divides else {}
         with raise_on_all_ranks():
-            self.model = _load(path, config, placements, like.device, dtype_of(self.precision) or like.dtype)
+            self.model = _load(checkpoint, config, placements, like.device, dtype_of(self.precision) or like.dtype)
             set_triton_grouped_gemm(self.model, like.device)
-        rank_zero_info(f"the teacher is {path}: {_describe(self.model)}")
-        return path, document
+        rank_zero_info(f"the teacher is {checkpoint.path}: {_describe(self.model)}")
+        return checkpoint
 
-    def _find(self) -> tuple[Path, dict[str, Any]]:
-        """Return the checkpoint and its document: the one already used, else that of `teacher`, of a run the newest valid one."""
+    def _find(self) -> Checkpoint:
+        """Return the checkpoint: the one already used, else that of `teacher`, of a run the newest valid one."""
         path, remedy = self.teacher, "set it to a trained checkpoint, or model.distiller=null to train on text alone"
         if self._used.get("setting") == self.teacher:
             path, remedy = self._used["checkpoint"], "this run has learned from it: restore it, or set another path"
-        checkpoint, document, weights = find_teacher(path, remedy)
-        self.pin_teacher("teacher", self.teacher, str(checkpoint), weights)
-        return checkpoint, document
+        checkpoint, weights = find_teacher(path, remedy)
+        self.pin_teacher("teacher", self.teacher, str(checkpoint.path), weights)
+        return checkpoint
 
     @override
     def release(self) -> bool:
@@ -132,8 +131,12 @@ def _describe(teacher: GPT) -> str:
     )
 
 
-def _check_fit(teacher: GPTConfig, student: GPTConfig, data: TrainingData | None, path: Path) -> None:
-    setting, seq_len = f"model.distiller.teacher={path}", length_of(data, student.seq_len)
+def _check_fit(checkpoint: Checkpoint, student: GPTConfig, data: TrainingData | None) -> None:
+    teacher, setting, seq_len = (
+        checkpoint.config,
+        f"model.distiller.teacher={checkpoint.path}",
+        length_of(data, student.seq_len),
+    )
     require(
         teacher.vocab_size == student.vocab_size,
         f"{setting} has vocab_size={teacher.vocab_size}, the student {student.vocab_size}; use a teacher with the student's "
@@ -145,20 +148,19 @@ def _check_fit(teacher: GPTConfig, student: GPTConfig, data: TrainingData | None
     )
     tokenizer = None if data is None else data.tokenizer
     require(
-        tokenizer is None or tokenizer_matches(tokenizer.files, path),
+        tokenizer is None or tokenizer_matches(tokenizer.files, checkpoint.tokenizer()),
         f"{setting} has another tokenizer than data.tokenizer; use a teacher with the student's",
     )
 
 
 @torch.no_grad()
-def _load(path: Path, config: GPTConfig, placements: Any, device: torch.device, dtype: torch.dtype) -> GPT:
+def _load(checkpoint: Checkpoint, config: GPTConfig, placements: Any, device: torch.device, dtype: torch.dtype) -> GPT:
     """Load this rank's shard of the teacher, frozen and without token dropping, entry by entry."""
     if config.moe is not None:
         config = replace(config, moe=replace(config.moe, eval_token_dropping=False))
     with torch.device("meta"):
         model = GPT(config, placements=placements)
-    files = TensorFiles(path, "model")
-    require_entries(files, entry_shapes(model))
+    files = checkpoint.tensors("model")
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     for entry in local_entries(model):
         entry.copy_(files.read(entry.name))

@@ -192,10 +192,10 @@ class OfflineTeacher(Distiller):
     def _check_teacher(self, header: dict[str, Any], teacher: str) -> None:
         """Check that the logits are of the weights of `teacher`. A collective: all ranks have to find the same checkpoint."""
         with raise_on_all_ranks():
-            path, _, weights = find_teacher(teacher, "set it to the teacher whose logits these are, or to null")
+            found, weights = find_teacher(teacher, "set it to the teacher whose logits these are, or to null")
             if weights != header["teacher"]["weights"]:
                 raise SettingError(
-                    f"model.distiller.teacher={path} is another teacher than that of model.distiller.logits={self.logits}, "
+                    f"model.distiller.teacher={found.path} is another teacher than that of model.distiller.logits={self.logits}, "
                     f"{header['teacher']['checkpoint']} (weights {weights} and {header['teacher']['weights']}); record its "
                     "logits, or set it to null"
                 )

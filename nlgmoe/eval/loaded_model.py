@@ -9,10 +9,9 @@ from typing import Any, Literal
 import torch
 
 from nlgmoe.checkpoint.entries import dtype_of
-from nlgmoe.checkpoint.portable import load_model
-from nlgmoe.checkpoint.reading import read_document, read_tokenizer
+from nlgmoe.checkpoint.portable import build_model
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
-from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import load_tokenizer
 from nlgmoe.model.gpt import GPT
@@ -56,20 +55,21 @@ def load_pretrained(
         ValueError: the checkpoint does not exist or is damaged, or its tokenizer is missing, differs from the given one, or has
             more ids than the model.
     """
-    path = find_checkpoint(checkpoint)
-    document = read_document(path)
+    found = find_checkpoint(checkpoint)
     given = None if tokenizer is None else load_tokenizer(tokenizer, Path(data_dir))
-    chosen = choose_tokenizer(path, given, GPTConfig.from_dict(document["model_config"]))
+    chosen = choose_tokenizer(found, given)
     if chosen is None:
-        raise SettingError(f"tokenizer=null: {path} holds none; set it to the one that the model was trained with")
-    model = load_model(path).to(device, dtype_of(precision))
+        raise SettingError(
+            f"tokenizer=null: {found.path} holds none; set it to the one that the model was trained with"
+        )
+    model = build_model(found).to(device, dtype_of(precision))
     set_triton_grouped_gemm(model, torch.device(device))
-    return LoadedModel(path, model, chosen, document)
+    return LoadedModel(found.path, model, chosen, found.document)
 
 
-def choose_tokenizer(path: Path, given: Tokenizer | None, config: GPTConfig) -> Tokenizer | None:
+def choose_tokenizer(checkpoint: Checkpoint, given: Tokenizer | None) -> Tokenizer | None:
     """Return the tokenizer of a checkpoint, or `given` if the checkpoint has none."""
-    stored = read_tokenizer(path)
+    stored, path, vocab_size = checkpoint.tokenizer(), checkpoint.path, checkpoint.config.vocab_size
     chosen = given if stored is None else Tokenizer.from_files(stored, f"of {path}")
     if chosen is None:
         return None
@@ -77,9 +77,9 @@ def choose_tokenizer(path: Path, given: Tokenizer | None, config: GPTConfig) -> 
         raise SettingError(
             f"tokenizer={given.name} differs from the tokenizer that {path} was saved with; leave it out"
         )
-    if chosen.vocab_size > config.vocab_size:
+    if chosen.vocab_size > vocab_size:
         raise SettingError(
-            f"tokenizer={chosen.name} has {chosen.vocab_size} ids, the model {config.vocab_size}; set it to the tokenizer that "
+            f"tokenizer={chosen.name} has {chosen.vocab_size} ids, the model {vocab_size}; set it to the tokenizer that "
             "the model was trained with"
         )
     return chosen

@@ -23,14 +23,13 @@ from nlgmoe.checkpoint.entries import (
     entry_shapes,
     local_entries,
     optimizer_shapes,
-    require_entries,
 )
 from nlgmoe.checkpoint.portable import make_document
-from nlgmoe.checkpoint.reading import Contents, TensorFiles
+from nlgmoe.checkpoint.reading import REMEDY, Checkpoint, FileRecord, TensorFiles
 from nlgmoe.parallel.engine import EngineState, loss_scaler
 from nlgmoe.ranks import of_rank_zero, raise_on_all_ranks
 from nlgmoe.roles import DECAYED, role_of
-from nlgmoe.validation import RunError
+from nlgmoe.validation import RunError, list_differences
 
 LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 Wanted = dict[Any, dict[str, Callable[[Tensor], object]]]  # group of ranks that share entries -> entry -> its receiver
@@ -93,18 +92,18 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
     folder = of_rank_zero(temporary)
     assert folder is not None
     try:
-        files: dict[str, Contents] = {}
+        files: dict[str, FileRecord] = {}
         with raise_on_all_ranks(), writing.explain_write_errors(path):
             for kind, entries in {"model": weights, "optimizer": moments}.items():
                 if entries:
                     files |= writing.write_tensors(folder, kind, entries, rank, ranks)
             if tensors and rank == 0:
                 files |= writing.write_tensors(folder, "state", tensors)
-        files_of_ranks: list[dict[str, Contents]] = [{}] * ranks
+        files_of_ranks: list[dict[str, FileRecord]] = [{}] * ranks
         distributed.gather_object(files, files_of_ranks if rank == 0 else None)
         with raise_on_all_ranks(), writing.explain_write_errors(path):
             if rank == 0:
-                files = {name: contents for rank_files in files_of_ranks for name, contents in rank_files.items()}
+                files = {name: record for rank_files in files_of_ranks for name, record in rank_files.items()}
                 writing.finish(folder, path, document, files, tokenizer)
     finally:
         if rank == 0:
@@ -148,9 +147,9 @@ def restore_loss_scale(engine: Any, state: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, engine: Any | None, path: Path, device: torch.device) -> None:
+def load_weights(model: nn.Module, engine: Any | None, checkpoint: Checkpoint, device: torch.device) -> None:
     """Load this rank's weights, and its shard of the engine's fp32 copies; in evaluation there is no engine. A collective."""
-    files = _open(path, "model", entry_shapes(model))
+    files = _open(checkpoint, "model", entry_shapes(model))
     state = EngineState(engine) if engine is not None else None
 
     def receive(entry: Entry, value: Tensor) -> None:
@@ -165,13 +164,13 @@ def load_weights(model: nn.Module, engine: Any | None, path: Path, device: torch
 
 
 @torch.no_grad()
-def load_moments(model: nn.Module, engine: Any, path: Path, device: torch.device) -> None:
+def load_moments(model: nn.Module, engine: Any, checkpoint: Checkpoint, device: torch.device) -> None:
     """Load this rank's shard of the optimizer's state. A collective."""
     state = EngineState(engine)
     state.init_moments()
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     muon = [name for name, parameter in trained if MOMENTUM in state.moments_of(parameter)]
-    files = _open(path, "optimizer", optimizer_shapes(model, muon))
+    files = _open(checkpoint, "optimizer", optimizer_shapes(model, muon))
     wanted: Wanted = {distributed.group.WORLD: {}}
     for entry in local_entries(model):
         if entry.trained:
@@ -184,10 +183,11 @@ def load_moments(model: nn.Module, engine: Any, path: Path, device: torch.device
     read_shared(files, wanted, device)
 
 
-def _open(path: Path, kind: str, shapes: Shapes) -> TensorFiles:
+def _open(checkpoint: Checkpoint, kind: str, shapes: Shapes) -> TensorFiles:
     with raise_on_all_ranks():
-        files = TensorFiles(path, kind, verified=True)
-        require_entries(files, shapes)
+        files = checkpoint.tensors(kind)
+        if different := list_differences(files.shapes, shapes):
+            raise RunError(f"{files.folder} does not hold this run's {kind}: {', '.join(different)}; {REMEDY}")
     return files
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from typing_extensions import override
 
 from nlgmoe.checkpoint.portable import read_checkpoint
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import name_deepspeeds_device
@@ -104,7 +105,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             # Not at stage 1, where every rank would keep the whole sum, and DeepSpeed has another optimizer for bf16.
             self.config["data_types"] = {"grad_accum_dtype": "fp32"}
         self._groups: dict[int, ExpertGroups] = {}
-        self._loading: Path | None = None  # the checkpoint being loaded
+        self._loading: Checkpoint | None = None  # the checkpoint being loaded
         self._engine: Any = None  # the engine of training, also during evaluation afterwards
         self._gradients: EngineGradients | None = None
 

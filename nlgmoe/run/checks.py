@@ -202,7 +202,7 @@ def check_tokenizer(checkpoint: dict[str, Any], data: TrainingData | None) -> No
     """Check the tokenizer of a checkpoint without a data module's state; with it, the data module compares the tokenizer."""
     if data is None or type(data).__qualname__ in checkpoint:
         return
-    if data.tokenizer is not None and not tokenizer_matches(data.tokenizer.files, checkpoint["path"]):
+    if data.tokenizer is not None and not tokenizer_matches(data.tokenizer.files, checkpoint.get("tokenizer")):
         raise RunError(f"{checkpoint['path']} has another tokenizer than data.tokenizer; set it to the checkpoint's")
 
 

@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 from typing_extensions import override
 
-from nlgmoe.checkpoint.reading import read_document
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.run_checkpoints import FOLDER, checkpoint_path, is_checkpoint, saved_steps
 from nlgmoe.lightning_state import set_root_folder
 from nlgmoe.process import prepare_allocator
@@ -198,7 +198,7 @@ def _check_warm_start(model: Any, checkpoint: str | Path | None) -> None:
 def require_checkpoint(path: str | Path) -> None:
     """Check that there is a checkpoint at `path`, or that it is a run folder with some; reading it verifies it."""
     if is_checkpoint(path):
-        read_document(path)
+        _ = Checkpoint(path).document
     elif not saved_steps(Path(path)):
         raise SettingError(f"no checkpoint at {path}: expected one, or a run's folder with some in it")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_tokenizer
+from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import Router, TopKRouter
@@ -80,8 +80,8 @@ def prune(
     overwrite: bool = False,
 ) -> GPTConfig:
     """Write the checkpoint with the experts `kept` of each MoE layer, and return its model's configuration."""
-    document, files, tokenizer = read_document(source), TensorFiles(source, "model"), read_tokenizer(source)
-    before = GPTConfig.from_dict(document["model_config"])
+    found = find_checkpoint(source)
+    document, files, before = found.document, found.tensors("model"), found.config
     config = pruned_config(before, num_experts)
     blocks, whole = list(moe_blocks(before)), _router_of(before).not_per_expert
     kept_in = {f"blocks.{block}": list(experts) for block, experts in zip(blocks, kept, strict=True)}
@@ -95,5 +95,5 @@ def prune(
 
     stay = ("global_step", "tokens_seen", "started_from", "family")
     entries, origin = {name: document[name] for name in stay if name in document}, f"{source}, by `nlgmoe prune`"
-    write_weights(checkpoint, read, config, tokenizer, overwrite, origin, source, entries)
+    write_weights(checkpoint, read, config, found.tokenizer(), overwrite, origin, source, entries)
     return config

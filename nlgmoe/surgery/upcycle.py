@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT, Shapes
-from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_tokenizer
+from nlgmoe.checkpoint.reading import TensorFiles
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.parts import require_paper_parts
@@ -66,9 +66,8 @@ def upcycle(
     """
     require(noise >= 0, f"noise={noise} must be at least 0; 0 makes exact copies")
     require(seed >= 0, f"seed={seed} must be at least 0")
-    path = find_checkpoint(dense)
-    document, files, tokenizer = read_document(path), TensorFiles(path, "model"), read_tokenizer(path)
-    dense_config = GPTConfig.from_dict(document["model_config"])
+    found = find_checkpoint(dense)
+    path, dense_config = found.path, found.config
     require(dense_config.moe is None, f"{path} is no dense model: it has experts; use a checkpoint with moe=null")
     for name in ("expert_ffn_size", "shared_ffn_size"):
         size = getattr(moe, name)
@@ -78,9 +77,9 @@ def upcycle(
         )
     config = replace(dense_config, moe=moe)
     require_paper_parts(config, "upcycling supports", ("moe.expert", "moe.router"))
-    read = _entry_reader(files, config, weight_shapes(config), noise, seed)
+    read = _entry_reader(found.tensors("model"), config, weight_shapes(config), noise, seed)
     origin = f"{path}, by `nlgmoe upcycle`"
-    write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin, source=path)
+    write_weights(checkpoint, read, config, found.tokenizer(), overwrite=overwrite, origin=origin, source=path)
     return Upcycled(path, dense_config, config)
 
 

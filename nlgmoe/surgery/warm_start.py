@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import Entry, entry_shapes, local_entries
-from nlgmoe.checkpoint.reading import TensorFiles, read_document, tokenizer_matches
+from nlgmoe.checkpoint.reading import tokenizer_matches
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TokenizerFiles
@@ -71,9 +71,9 @@ def load_initial_weights(
     """
     blocks = "" if start.layers is None else f", blocks {', '.join(map(str, start.layers))} (counted from 0)"
     with raise_on_all_ranks():
-        path = find_checkpoint(start.checkpoint)
-        document = read_document(path)
-        files, shapes = TensorFiles(path, "model"), entry_shapes(model)
+        checkpoint = find_checkpoint(start.checkpoint)
+        path, document = checkpoint.path, checkpoint.document
+        files, shapes = checkpoint.tensors("model"), entry_shapes(model)
         stored = files.shapes
         sources = {name: name for name in stored}
         if start.layers is not None:
@@ -81,7 +81,7 @@ def load_initial_weights(
         available = {name: stored[source] for name, source in sources.items()}
         fitting = {name for name, shape in shapes.items() if available.get(name) == shape}
         different = list_differences(available, shapes, limit=None if fitting and not start.strict else 5)
-        if tokenizer is not None and not tokenizer_matches(tokenizer, path):
+        if tokenizer is not None and not tokenizer_matches(tokenizer, checkpoint.tokenizer()):
             different.insert(0, "token_embedding.weight (of another tokenizer than data.tokenizer)")
         if not fitting:
             raise SettingError(

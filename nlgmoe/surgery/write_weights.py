@@ -15,7 +15,7 @@ from torch import Tensor
 from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.entries import Shapes, entry_shapes
 from nlgmoe.checkpoint.portable import make_document
-from nlgmoe.checkpoint.reading import Contents, read_document, run_config
+from nlgmoe.checkpoint.reading import Checkpoint, FileRecord, run_config
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.model_files import TokenizerFiles
 from nlgmoe.files import atomic_write, yaml_beside
@@ -72,7 +72,7 @@ def write_weights(
     }
     whole, _ = make_document({**entries_of_run, **document})
     with writing.explain_write_errors(path), writing.new_folder(path) as temporary:
-        files: dict[str, Contents] = {}
+        files: dict[str, FileRecord] = {}
         for number, names in enumerate(shards):
             entries = {name: read(name) for name in names}
             files |= writing.write_tensors(temporary, "model", entries, number, len(shards))
@@ -115,7 +115,7 @@ def _require_free(path: Path, overwrite: bool) -> None:
 def _is_resumable(path: Path) -> bool:
     """Return True if a run can be resumed from `path`; False if it cannot be read."""
     try:
-        return "optimizer_groups" in read_document(path)
+        return "optimizer_groups" in Checkpoint(path).document
     except (ValueError, OSError):
         return False
 

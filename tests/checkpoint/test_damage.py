@@ -1,7 +1,6 @@
-"""Whatever is wrong with a checkpoint is found and named, alone and while loading."""
+"""A damaged or missing file of a checkpoint is named, by `verify` and by a resume."""
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -16,8 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
-from nlgmoe.checkpoint.verify import find_problems
+from nlgmoe.checkpoint.reading import Checkpoint
+from nlgmoe.checkpoint.verify import find_problems, hash_of_weights
 from nlgmoe.commands.main import main
 from tests.checkpoint.runs import fit
 from tests.support.trainers import SaveAt
@@ -32,32 +33,35 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "a.ckpt"
 
 
-def flip(file: Path, entry: str) -> None:
+def flip(file: Path, position: int = -9) -> None:
     content = bytearray(file.read_bytes())
-    header = int.from_bytes(content[:8], "little")
-    begin, end = json.loads(content[8 : 8 + header])[entry]["data_offsets"]
-    content[8 + header + (begin + end) // 2] ^= 16
+    content[position] ^= 16
     file.write_bytes(content)
 
 
 def drop_expert(ckpt: Path) -> None:
     tensors = load_file(ckpt / "model.safetensors")
-    del tensors[EXPERT]
+    del tensors["blocks.3.moe.experts.2.expand_weight"]
     save_file(tensors, ckpt / "model.safetensors")
 
 
+def change_manifest(ckpt: Path) -> None:
+    file = ckpt / "manifest.json"
+    file.write_text(file.read_text().replace("[2]", "[3]", 1))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a flipped bit in an expert": (
-        lambda ckpt: flip(ckpt / "model.safetensors", EXPERT),
-        rf"model.safetensors: {EXPERT} is damaged \(its checksum is \w+, not \w+\)",
-    ),
-    "a missing expert": (drop_expert, f"model.safetensors lacks {EXPERT}"),
+    "a flipped bit in a weight": (lambda ckpt: flip(ckpt / "model.safetensors"), r"/model\.safetensors is damaged"),
+    "a flipped bit in a moment": (lambda ckpt: flip(ckpt / "optimizer.safetensors"), r"/optimizer\.safetensors is dam"),
+    "a flipped bit in the document": (lambda ckpt: flip(ckpt / "checkpoint.json"), r"/checkpoint\.json is damaged"),
+    "a file of other tensors": (drop_expert, r"/model\.safetensors is damaged"),
     "a truncated file": (
         lambda ckpt: os.truncate(ckpt / "model.safetensors", (ckpt / "model.safetensors").stat().st_size - 10),
-        "model.safetensors cannot be read",
+        r"/model\.safetensors is damaged",
     ),
     "no file of moments": (lambda ckpt: (ckpt / "optimizer.safetensors").unlink(), "has no optimizer.safetensors"),
     "no manifest": (lambda ckpt: (ckpt / "manifest.json").unlink(), "has no manifest.json"),
+    "a changed manifest": (change_manifest, r"/manifest\.json is damaged"),
 }
 
 
@@ -68,7 +72,7 @@ def test_damage_is_named_by_verify_and_by_loading(name: str, good: Path, tmp_pat
     shutil.copytree(good, ckpt)
     damage(ckpt)
     for ranks in (1, 3):  # which divide the work
-        problems = [problem for rank in range(ranks) for problem in find_problems(ckpt, rank, ranks)]
+        problems = [problem for rank in range(ranks) for problem in find_problems(Checkpoint(ckpt), rank, ranks)]
         assert any(re.search(message, problem) for problem in problems), problems
     with pytest.raises(ValueError, match=message):
         PortableCheckpointIO().load_checkpoint(ckpt)
@@ -85,7 +89,9 @@ def test_flipped_bit_anywhere_is_noticed(good: Path, data: st.DataObject) -> Non
     flipped[position] ^= 1 << data.draw(st.integers(0, 7))
     try:
         file.write_bytes(flipped)
-        assert list(find_problems(good))
+        assert list(find_problems(Checkpoint(good)))
+        with pytest.raises(ValueError, match=r"use another checkpoint|this nlgmoe reads"):
+            PortableCheckpointIO().load_checkpoint(good)
     finally:
         file.write_bytes(original)
 
@@ -98,7 +104,7 @@ def test_failing_disk_is_no_damage(good: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(OSError, match="Input/output error"):
-        list(find_problems(good))
+        list(find_problems(Checkpoint(good)))
 
 
 def test_a_field_that_a_checkpoint_lacks_has_its_default_and_an_unknown_one_is_refused(
@@ -123,29 +129,19 @@ def test_a_checkpoint_that_lacks_a_part_of_its_model_is_found_though_its_files_a
     checkpoint["state_dict"].pop("model.blocks.1.moe.router.weight")
     PortableCheckpointIO().save_checkpoint(checkpoint, tmp_path / "b.ckpt")
     missing = "model entry blocks.1.moe.router.weight (saved: missing, now: [2, 32])"
-    assert list(find_problems(tmp_path / "b.ckpt")) == [f"{tmp_path}/b.ckpt: {missing}"]
-    with pytest.raises(ValueError, match=r"does not hold the model .* blocks\.1\.moe\.router\.weight"):
+    assert list(find_problems(Checkpoint(tmp_path / "b.ckpt"))) == [f"{tmp_path}/b.ckpt: {missing}"]
+    with pytest.raises(ValueError, match=r"model entry blocks\.1\.moe\.router\.weight \(saved: missing"):
         load_model(tmp_path / "b.ckpt")
 
 
-def test_weights_that_are_not_finite_are_neither_written_nor_read(
-    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_are_not_finite_are_not_written(good: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.ckpt"
     shutil.copytree(good, bad)
     checkpoint = PortableCheckpointIO().load_checkpoint(bad)
     checkpoint["state_dict"]["model.final_norm.bias"][3] = torch.inf
     with pytest.raises(ValueError, match="NaN or infinite; the checkpoint is not written"):
         PortableCheckpointIO().save_checkpoint(dict(checkpoint), bad)
-    assert list(find_problems(bad)) == []  # the earlier checkpoint stays
-    with monkeypatch.context() as unchecked:  # as another program could write it
-        unchecked.setattr(Tensor, "isfinite", lambda value: torch.ones_like(value, dtype=torch.bool))
-        PortableCheckpointIO().save_checkpoint(dict(checkpoint), bad)
-    message = f"{bad / 'model.safetensors'}: final_norm.bias has 1 of 32 values that are NaN or infinite"
-    assert list(find_problems(bad)) == [message]
-    for read in (load_model, PortableCheckpointIO().load_checkpoint):
-        with pytest.raises(ValueError, match=message):
-            read(bad)
+    assert list(find_problems(Checkpoint(bad))) == []  # the earlier checkpoint stays
 
 
 def test_verify_command_names_damage_and_ends_with_a_code(
@@ -154,11 +150,27 @@ def test_verify_command_names_damage_and_ends_with_a_code(
     main(["verify", str(good)])
     assert "step 1, 192 tokens; resumable\nvalid: " in capsys.readouterr().out
     shutil.copytree(good, tmp_path / "b.ckpt")
-    flip(tmp_path / "b.ckpt" / "model.safetensors", EXPERT)
-    flip(tmp_path / "b.ckpt" / "optimizer.safetensors", f"exp_avg/{EXPERT}")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        flip(tmp_path / "b.ckpt" / name)
     with pytest.raises(SystemExit) as end:
         main(["verify", str(tmp_path / "b.ckpt")])
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 1 and all(line.startswith("error: ") for line in lines)
-    for line, part in zip(lines, (EXPERT, f"exp_avg/{EXPERT}", "is not valid"), strict=True):
+    for line, part in zip(lines, ("model.safetensors", "optimizer.safetensors", "is not valid"), strict=True):
         assert part in line
+
+
+def test_hash_of_weights_depends_on_names_and_values_and_not_on_the_files(tmp_path: Path) -> None:
+    def written(name: str, *files: dict[str, Tensor]) -> str:
+        with writing.new_folder(tmp_path / name) as temporary:
+            records: dict[str, Any] = {}
+            for number, tensors in enumerate(files):
+                records |= writing.write_tensors(temporary, "model", tensors, number, len(files))
+            writing.finish(temporary, tmp_path / name, {}, records)
+        return hash_of_weights(Checkpoint(tmp_path / name))
+
+    a, b = torch.arange(4.0), torch.ones(2, 3)
+    whole = written("whole", {"a": a, "b": b})
+    assert written("divided", {"b": b}, {"a": a}) == whole
+    others = [{"a": a + 1, "b": b}, {"a": a, "c": b}, {"a": a, "b": b.t().contiguous()}, {"a": a.bfloat16(), "b": b}]
+    assert len({whole, *(written(f"other {number}", other) for number, other in enumerate(others))}) == 5

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 from nlgmoe import MLAConfig, MoEGPTModule, WarmStart, Yarn, generate, load_model
-from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_tokenizer
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
@@ -147,13 +147,15 @@ def test_export_is_imported_bit_for_bit(
     assert len(list((tmp_path / "back.ckpt").glob("model-*.safetensors"))) >= 3
     modes = [{file.stat().st_mode for file in (tmp_path / name).iterdir()} for name in ("folder", "back.ckpt")]
     assert modes[0] == modes[1] and len(modes[0]) == 1  # weights have those of other files
-    assert list(find_problems(tmp_path / "back.ckpt")) == []
-    original, back = (TensorFiles(path, "model").read_all() for path in (checkpoints[name], tmp_path / "back.ckpt"))
+    assert list(find_problems(Checkpoint(tmp_path / "back.ckpt"))) == []
+    original, back = (
+        Checkpoint(path).tensors("model").read_all() for path in (checkpoints[name], tmp_path / "back.ckpt")
+    )
     for entry in original.keys() & {"token_embedding.weight", "head.weight"}:
         original[entry][TOKENIZER.vocab_size :] = 0  # padding, which an exported folder does not have
     assert original.keys() == back.keys() and all(torch.equal(original[entry], back[entry]) for entry in original)
-    assert read_document(tmp_path / "back.ckpt")["model_config"] == CONFIGS[name].to_dict()
-    files = read_tokenizer(tmp_path / "back.ckpt")
+    assert Checkpoint(tmp_path / "back.ckpt").document["model_config"] == CONFIGS[name].to_dict()
+    files = Checkpoint(tmp_path / "back.ckpt").tokenizer()
     assert files is not None and files.items() >= TOKENIZER.files.items()
     kept = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
     assert all(files[name] == (tmp_path / "folder" / name).read_text() for name in kept)
@@ -271,7 +273,7 @@ def test_the_family_of_an_import_is_preferred(imported: Path, tmp_path: Path) ->
     save = SaveAt(2, tmp_path / "resumed.ckpt")
     run = trainer(tmp_path / "run", save, max_steps=2)
     run.fit(MoEGPTModule(MIXTRAL), SyntheticData(), ckpt_path=tmp_path / "run.ckpt")
-    assert read_document(tmp_path / "resumed.ckpt")["family"] == "twin"
+    assert Checkpoint(tmp_path / "resumed.ckpt").document["family"] == "twin"
 
 
 def test_family_of_an_export_is_chosen_by_name(

@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from nlgmoe.checkpoint import reading, writing
 from nlgmoe.checkpoint.entries import entry_shapes, optimizer_shapes
 from nlgmoe.checkpoint.portable import make_document, read_checkpoint
-from nlgmoe.checkpoint.reading import TensorFiles
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.model.gpt import GPT
@@ -72,10 +72,11 @@ def test_resume_opens_a_small_part_of_the_files_on_a_rank(
     distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=RANKS)
     try:
         group = make_groups(DEGREE, timedelta(seconds=1)).data_parallel
-        assert list(find_problems(checkpoint, rank, RANKS)) == []
-        assert read_checkpoint(checkpoint)["global_step"] == 1
+        folder = Checkpoint(checkpoint)
+        assert list(find_problems(folder, rank, RANKS)) == []
+        assert read_checkpoint(folder)["global_step"] == 1
         for kind in ("model", "optimizer"):
-            files, found = TensorFiles(checkpoint, kind, verified=True), list[str]()
+            files, found = folder.tensors(kind), list[str]()
             wanted = wanted_by(files.shapes, rank % DEGREE, group, found)
             read_shared(files, wanted, torch.device("cpu"))
             assert sorted(found) == sorted(name for names in wanted.values() for name in names)
@@ -92,8 +93,8 @@ def test_resume_opens_a_small_part_of_the_files_on_a_rank(
 
 
 def test_entries_without_values_are_divided_too(tmp_path: Path) -> None:
-    files = TensorFiles(write(tmp_path / "a.ckpt", GPTConfig(61, 16, 2, 16, 2)), "model")
+    files = Checkpoint(write(tmp_path / "a.ckpt", GPTConfig(61, 16, 2, 16, 2))).tensors("model")
     for shapes in ([[4], [4], [0]], [[0]], [[0], [4]]):
-        files._contents = {str(number): ["float32", shape, ""] for number, shape in enumerate(shapes)}
-        shares = files.divide(files._contents, 2)
-        assert sorted(name for share in shares for name in share) == sorted(files._contents)
+        files.shapes = {str(number): torch.Size(shape) for number, shape in enumerate(shapes)}
+        shares = files.divide(files.shapes, 2)
+        assert sorted(name for share in shares for name in share) == sorted(files.shapes)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from nlgmoe import GPT, HashRouterConfig, SigmoidRouterConfig, load_model, load_pretrained
-from nlgmoe.checkpoint.reading import read_tokenizer
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main
@@ -67,11 +67,11 @@ def test_pruning_experts_that_no_token_uses_changes_no_output(kind: str, tmp_pat
     assert used[0] < 6 and used[1] < 5
     kept = best_ranked(use.weights, pruned_config(model.config, numbers))
     config = prune(source, tmp_path / "small.ckpt", numbers, kept)
-    assert list(find_problems(tmp_path / "small.ckpt")) == []
+    assert list(find_problems(Checkpoint(tmp_path / "small.ckpt"))) == []
     small = load_model(tmp_path / "small.ckpt")
     assert small.config == config and [len(layer.experts.up_bias) for layer in moe_layers(small)] == used
     torch.testing.assert_close(logits(small, PAIR), logits(model, PAIR), rtol=1e-6, atol=1e-6)
-    assert read_tokenizer(tmp_path / "small.ckpt") == TOKENIZER.files
+    assert Checkpoint(tmp_path / "small.ckpt").tokenizer() == TOKENIZER.files
 
 
 @pytest.mark.parametrize("kind", ["softmax", "gated", "slots"])
@@ -120,7 +120,7 @@ def test_pruning_keeps_groups_and_a_shared_expert(by: str, router: SigmoidRouter
     for experts, size in zip(kept, (6, 8), strict=True):
         assert [sum(number * 2 // size == group for number in experts) for group in (0, 1)] == [2, 2]
     prune(source, small, numbers, kept)
-    assert list(find_problems(small)) == []
+    assert list(find_problems(Checkpoint(small))) == []
     pruned = load_model(small)
     for name, entry in pruned.state_dict().items():
         if ".coefficient." in name or ".mlp." in name:

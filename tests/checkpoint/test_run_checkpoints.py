@@ -8,19 +8,15 @@ import pytest
 import torch
 
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, choose_checkpoint, find_checkpoint, saved_steps, set_link
 from nlgmoe.checkpoint.verify import find_problems
-from tests.checkpoint.runs import NEEDED, fit
+from tests.checkpoint.runs import fit, small_checkpoint, value_of
 from tests.support.run_folders import in_process
 
 
 def save(path: Path, value: float = 0.0) -> None:
-    checkpoint = NEEDED | {"state_dict": {"model.x": torch.tensor([value])}, "global_step": 0, "tensor": torch.ones(2)}
-    PortableCheckpointIO().save_checkpoint(checkpoint | {"optimizer_groups": []}, path)
-
-
-def value_of(path: Path) -> float:
-    return float(PortableCheckpointIO().load_checkpoint(path)["state_dict"]["model.x"])
+    PortableCheckpointIO().save_checkpoint(small_checkpoint(value, tensor=torch.ones(2), optimizer_groups=[]), path)
 
 
 def test_a_link_is_replaced_in_one_call_and_follows_a_run_that_is_moved(tmp_path: Path) -> None:
@@ -30,7 +26,7 @@ def test_a_link_is_replaced_in_one_call_and_follows_a_run_that_is_moved(tmp_path
     (tmp_path / "run").rename(tmp_path / "moved")
     link = tmp_path / "moved/checkpoints/last.ckpt"
     for find in (find_checkpoint, choose_checkpoint):
-        assert find(link) == checkpoint_path(tmp_path / "moved", 1)  # whatever the link names later
+        assert find(link).path == checkpoint_path(tmp_path / "moved", 1)  # whatever the link names later
     set_link(tmp_path / "moved", "last", 2)
     assert value_of(link) == 2.0
     set_link(tmp_path / "moved", "last", None)
@@ -52,7 +48,9 @@ def test_a_kill_at_any_call_leaves_whole_checkpoints_alone(
         save(run / "a.ckpt", 1.0)
         code = in_process(partial(action, run / "a.ckpt"), moment, run)
         for path in run.iterdir():  # a name without a dot in front means a whole checkpoint
-            assert path.name.startswith(".a.ckpt.") or (not list(find_problems(path, 1, 2)) and value_of(path) > 0)
+            assert path.name.startswith(".a.ckpt.") or (
+                not list(find_problems(Checkpoint(path))) and value_of(path) > 0
+            )
         values |= {value_of(path) for path in run.glob("a.ckpt")}
         save(run / "a.ckpt")
         action(run / "a.ckpt")
@@ -68,14 +66,14 @@ def test_the_newest_valid_checkpoint_has_the_highest_number(tmp_path: Path) -> N
     (tmp_path / "checkpoints/model_checkpoint").mkdir()  # of another callback
     (tmp_path / "checkpoints/step-300.ckpt.damaged").mkdir()
     assert saved_steps(tmp_path) == [9, 10, 20, 100]
-    assert choose_checkpoint(tmp_path) == checkpoint_path(tmp_path, 100)
+    assert choose_checkpoint(tmp_path).path == checkpoint_path(tmp_path, 100)
     (checkpoint_path(tmp_path, 100) / "optimizer.safetensors").write_bytes(b"damaged")
-    assert find_checkpoint(tmp_path) == checkpoint_path(tmp_path, 100)  # readers of weights read no more
+    assert find_checkpoint(tmp_path).path == checkpoint_path(tmp_path, 100)  # readers of weights read no more
     (checkpoint_path(tmp_path, 100) / "manifest.json").unlink()
     file = checkpoint_path(tmp_path, 20) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
     with pytest.warns(UserWarning, match="skipping a checkpoint that cannot be used") as warned:
-        assert choose_checkpoint(tmp_path) == checkpoint_path(tmp_path, 10)
+        assert choose_checkpoint(tmp_path).path == checkpoint_path(tmp_path, 10)
     skipped = [str(w.message) for w in warned if "skipping" in str(w.message)]
     assert "has no manifest.json" in skipped[0] and "is damaged" in skipped[1] and len(skipped) == 2
     for step in (9, 10):

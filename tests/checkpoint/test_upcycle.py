@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nlgmoe import HashRouterConfig, Llama3, MLAConfig, MoEGPTModule, WarmStart, Yarn, load_model
-from nlgmoe.checkpoint.reading import read_tokenizer
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
@@ -80,7 +80,7 @@ def test_upcycled_mixture_computes_what_the_dense_model_does(kind: str, tmp_path
     source, out, (config, moe) = tmp_path / "dense.ckpt", tmp_path / "moe.ckpt", KINDS[kind]
     write(source, config, tokenizer=TOKENIZER.files)
     assert upcycle(source, out, moe).config == replace(config, moe=moe)
-    assert list(find_problems(out)) == [] and read_tokenizer(out) == TOKENIZER.files
+    assert list(find_problems(Checkpoint(out))) == [] and Checkpoint(out).tokenizer() == TOKENIZER.files
     expected = logits_of(source)
     torch.testing.assert_close(logits_of(out), expected, rtol=2e-6, atol=2e-6 * expected.abs().max().item())
     assert_spread(out, moe)

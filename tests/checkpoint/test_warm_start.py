@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from nlgmoe.checkpoint.reading import TensorFiles, read_document
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
@@ -77,7 +77,7 @@ def test_warm_start_refuses_or_lists_what_does_not_fit(
         module(start, config).configure_model()
     assert words in str(error.value)
 
-    model, files = GPT(config, seed=3), TensorFiles(trained / "whole.ckpt", "model")
+    model, files = GPT(config, seed=3), Checkpoint(trained / "whole.ckpt").tensors("model")
     loaded = load_initial_weights(model, replace(start, strict=False))
     untouched, counted = GPT(config, seed=3).state_dict(), 0
     for name, value in model.state_dict().items():
@@ -122,7 +122,7 @@ def test_warm_start_is_still_named_by_a_resumed_run(trained: Path, tmp_path: Pat
         run = trainer(tmp_path, max_steps=steps)
         run.fit(module(start), SyntheticData(), ckpt_path=resumed)
         run.save_checkpoint(path)
-    assert read_document(path)["started_from"] == str(source)
+    assert Checkpoint(path).document["started_from"] == str(source)
     export(path, tmp_path / "exported")
     assert f"from the weights of {'/'.join(source.parts[-3:])} |" in (tmp_path / "exported/README.md").read_text()
 
@@ -131,7 +131,7 @@ def test_warm_start_takes_the_blocks_that_are_named(trained: Path) -> None:
     """A student of three blocks, whose one MoE block is the teacher's last; and of a rank, its own experts alone."""
     config = replace(CONFIG, num_layers=3, moe=replace(CONFIG.moe, num_experts=[4]))
     start = WarmStart(str(trained / "whole.ckpt"), layers=[2, 3, 2])
-    stored = TensorFiles(trained / "whole.ckpt", "model")
+    stored = Checkpoint(trained / "whole.ckpt").tensors("model")
     for placements in ({}, {1: ExpertPlacement(first=2, count=2)}):
         model = GPT(config, placements=placements)
         report = load_initial_weights(model, start).report
@@ -149,6 +149,6 @@ def test_warm_start_takes_the_blocks_that_are_named(trained: Path) -> None:
 
 
 def test_weights_alone_do_not_replace_a_checkpoint_that_a_run_can_resume(trained: Path) -> None:
-    read = TensorFiles(trained / "whole.ckpt", "model").read
+    read = Checkpoint(trained / "whole.ckpt").tensors("model").read
     with pytest.raises(ValueError, match=r"whole.ckpt is not replaced by weights alone: a run can be resumed from it"):
         write_weights(trained / "whole.ckpt", read, CONFIG, overwrite=True)

@@ -1,5 +1,6 @@
 """What ranks resume, and how they read it: rank 0 decides, each entry is read once, and what fails is an error of all."""
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,9 +14,10 @@ import pytest
 import torch
 from torch import distributed
 
-from nlgmoe.checkpoint.reading import TensorFiles
+from nlgmoe.checkpoint.reading import Checkpoint, TensorFiles
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, choose_checkpoint, find_checkpoint, saved_steps
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
+from nlgmoe.ranks import raise_on_all_ranks
 from nlgmoe.run.trainer import run_lock
 from nlgmoe.validation import RunError
 from tests.support.jobs import error_of
@@ -52,7 +54,13 @@ def job(folder: Path, ranks: int) -> dict[str, Any]:
     rank, group = distributed.get_rank(), distributed.group.WORLD
     found["timeout"] = group._get_backend(torch.device("cpu")).options._timeout  # type: ignore[union-attr]
     with stale(2):
-        found["chosen"] = choose_checkpoint(folder)
+        found["chosen"] = choose_checkpoint(folder).path
+    with raise_on_all_ranks():
+        if rank == 0:
+            shutil.copytree(folder, folder.parent / "damaged")
+            file = next(checkpoint_path(folder.parent / "damaged", 4).glob("optimizer-00001-*"))
+            file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    found["valid"] = choose_checkpoint(folder.parent / "damaged").path
     read: list[str] = []
 
     def note(files: TensorFiles, name: str) -> torch.Tensor:
@@ -106,11 +114,12 @@ def test_resume_point_of_all_ranks_is_decided_by_rank_0(found: list[dict[str, An
     for rank in found:
         assert (rank["new"], rank["resumed"]) == (0, 4)
         assert rank["chosen"] == checkpoint_path(rank["folder"], 4)
+        assert rank["valid"] == checkpoint_path(rank["folder"].parent / "damaged", 2)
 
 
 def test_resume_reads_each_entry_on_one_rank(found: list[dict[str, Any]]) -> None:
     path = checkpoint_path(found[0]["folder"], 4)
-    entries = [name for kind in ("model", "optimizer") for name in TensorFiles(path, kind).shapes]
+    entries = [name for kind in ("model", "optimizer") for name in Checkpoint(path).tensors(kind).shapes]
     assert Counter(name for rank in found for name in rank["read"]) == Counter(entries)
     assert all(rank["read"] for rank in found)
 

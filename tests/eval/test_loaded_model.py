@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nlgmoe import GPTConfig, MixtureOfStudents, MoEConfig, MoEGPTModule, WarmStart, generate, load_pretrained
-from nlgmoe.checkpoint.reading import TensorFiles
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint
 from nlgmoe.data.tokenizer import PROBE, Tokenizer
 from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
@@ -79,7 +79,7 @@ def test_loaded_model_refuses_another_tokenizer_of_the_same_size(
     assert OTHER.vocab_size == TOKENIZER.vocab_size
     (tmp_path / "tokenizer.json").write_text(OTHER.files["tokenizer.json"])
     weights = tmp_path / "weights.ckpt"
-    write_weights(weights, TensorFiles(checkpoint, "model").read, CONFIG, TOKENIZER.files)
+    write_weights(weights, Checkpoint(checkpoint).tensors("model").read, CONFIG, TOKENIZER.files)
     own, other = WithTokenizer(), WithTokenizer()
     other.tokenizer = OTHER
 

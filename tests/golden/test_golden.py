@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import GPTConfig
 from tests.golden import recording as golden
@@ -46,7 +47,7 @@ def test_losses_of_20_steps_are_the_recorded_ones(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", golden.CHECKPOINTS)
 def test_a_checkpoint_is_whole_and_its_run_goes_on(name: str, tmp_path: Path) -> None:
-    assert list(find_problems(golden.CHECKPOINTS[name])) == []
+    assert list(find_problems(Checkpoint(golden.CHECKPOINTS[name]))) == []
     found = golden.resumed_losses(golden.CHECKPOINTS[name], tmp_path)
     assert found == pytest.approx(RECORD["resumed"][name], rel=1e-5)
 

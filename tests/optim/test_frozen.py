@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 
-from nlgmoe.checkpoint.reading import TensorFiles
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.routers import SigmoidRouterConfig
@@ -53,8 +53,8 @@ def test_frozen_parts_take_no_moments_and_a_run_with_them_is_resumed_exactly(cas
     moved = {name for name, value in whole.gpt.state_dict().items() if not torch.equal(value, first[name])}
     trained = {name for name, weight in whole.gpt.named_parameters() if weight.requires_grad}
     assert moved == trained and 0 < len(trained) < len(first)
-    assert list(find_problems(tmp_path / "two.ckpt")) == []
-    stored = TensorFiles(tmp_path / "two.ckpt", "optimizer").shapes
+    assert list(find_problems(Checkpoint(tmp_path / "two.ckpt"))) == []
+    stored = Checkpoint(tmp_path / "two.ckpt").tensors("optimizer").shapes
     assert {name.removeprefix("step/") for name in stored if name.startswith("step/")} == trained
     resumed = fit(tmp_path, frozen, 4, tmp_path / "two.ckpt", **settings)
     assert all(torch.equal(value, whole.gpt.state_dict()[name]) for name, value in resumed.gpt.state_dict().items())

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from swiglu_expert import SwiGLUExpert
 from torch import Tensor, nn
 
-from nlgmoe.checkpoint.reading import TensorFiles
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.mla import MLAConfig
@@ -126,9 +126,9 @@ def test_muon_resumes_exactly_from_one_entry_per_expert(
 
     whole, resumed = fit(), fit(tmp_path / "two.ckpt")
     assert all(torch.equal(value, whole.gpt.state_dict()[name]) for name, value in resumed.gpt.state_dict().items())
-    assert list(find_problems(tmp_path / "two.ckpt")) == []
-    stored = TensorFiles(tmp_path / "two.ckpt", "optimizer").shapes
-    weights = TensorFiles(tmp_path / "two.ckpt", "model").shapes
+    assert list(find_problems(Checkpoint(tmp_path / "two.ckpt"))) == []
+    stored = Checkpoint(tmp_path / "two.ckpt").tensors("optimizer").shapes
+    weights = Checkpoint(tmp_path / "two.ckpt").tensors("model").shapes
     moments = {key: shape for key, shape in stored.items() if key.startswith(("momentum_buffer/", "exp_avg/"))}
     assert all(shape == weights[key.partition("/")[2]] for key, shape in moments.items())
     expert = "blocks.3.moe.experts.2.down_weight"
@@ -156,7 +156,9 @@ def test_muon_on_ranks_resumes_a_run_of_one_process_and_its_own_exactly(tmp_path
         assert of_one_process.losses == pytest.approx(whole.losses[3:], rel=5e-5)  # orthogonalised in bf16
         assert undisturbed.losses == pytest.approx(whole.losses, rel=5e-5)
         assert again.losses == undisturbed.losses[3:] and again.validation == undisturbed.validation
-    ends = [TensorFiles(tmp_path / run / f"{CELL.name} at the end.ckpt", "model") for run in ("whole", "resumed")]
+    ends = [
+        Checkpoint(tmp_path / run / f"{CELL.name} at the end.ckpt").tensors("model") for run in ("whole", "resumed")
+    ]
     assert all(torch.equal(ends[0].read(name), ends[1].read(name)) for name in ends[0].shapes)
 
 
@@ -169,14 +171,16 @@ def saved_and_resumed(folder: Path) -> list[Outcome]:
 def test_muon_of_two_ranks_under_zero_resumes_on_two_on_one_and_on_four(tmp_path: Path) -> None:
     (whole, again), _ = spawn(2, saved_and_resumed, tmp_path, folder=tmp_path / "2")
     assert again.losses == whole.losses[3:] and again.validation == whole.validation
-    ends = [TensorFiles(tmp_path / run / f"{ZERO.name} at the end.ckpt", "model") for run in ("whole", "resumed")]
+    ends = [
+        Checkpoint(tmp_path / run / f"{ZERO.name} at the end.ckpt").tensors("model") for run in ("whole", "resumed")
+    ]
     assert all(torch.equal(ends[0].read(name), ends[1].read(name)) for name in ends[0].shapes)
     alone = train(ZERO, 1, tmp_path, SAMPLES, 1, checkpoint=tmp_path / "three.ckpt")
     assert alone.losses == pytest.approx(whole.losses[3:], rel=1e-5)
     wider = replace(ZERO, stage=1, degree=4)
     for outcome in spawn(4, on_ranks_from, wider, 4, tmp_path, folder=tmp_path / "4"):
         assert outcome.losses == pytest.approx(whole.losses[3:], rel=1e-5)
-    assert list(find_problems(tmp_path / "three.ckpt")) == []
+    assert list(find_problems(Checkpoint(tmp_path / "three.ckpt"))) == []
 
 
 def on_ranks_from(cell: Cell, ranks: int, folder: Path) -> Outcome:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nlgmoe import load_model, load_pretrained
-from nlgmoe.checkpoint.reading import read_document
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main
@@ -88,7 +88,7 @@ def require_chat_files(checkpoint: Path, folder: Path) -> None:
         assert (exported / name).read_bytes() == (published / name).read_bytes()
     theirs, ours = (json.loads((model / "config.json").read_text()) for model in (published, exported))
     assert {name: ours.get(name) for name in IDS} == {name: theirs[name] for name in IDS}
-    assert list(find_problems(load_pretrained(checkpoint).path)) == []
+    assert list(find_problems(Checkpoint(load_pretrained(checkpoint).path))) == []
     assert load_pretrained(checkpoint).tokenizer.stop_ids == load_pretrained(folder / "cut.ckpt").tokenizer.stop_ids
 
 
@@ -99,7 +99,7 @@ def test_chat_files_are_passed_on_by_upcycling_and_pruning(folder: Path, tmp_pat
     for checkpoint in (mixture, pruned):
         require_chat_files(checkpoint, folder)
     (mixture / "generation_config.json").write_text("{}")
-    assert "generation_config.json is damaged" in "".join(find_problems(mixture))
+    assert "generation_config.json is damaged" in "".join(find_problems(Checkpoint(mixture)))
 
 
 @torch.no_grad()
@@ -168,5 +168,5 @@ def test_mixture_of_smollm2_learns_by_muon_on_two_ranks(
     assert done.returncode == 0, done.stderr
     losses = [float(row["train/loss"]) for row in rows_of(tmp_path / "run/metrics.csv") if row.get("train/loss")]
     assert len(losses) == 5 and losses[4] < losses[0]
-    groups = read_document(tmp_path / "run/checkpoints/last.ckpt")["optimizer_groups"]
+    groups = Checkpoint(tmp_path / "run/checkpoints/last.ckpt").document["optimizer_groups"]
     assert any(group.get("muon") for group in groups)

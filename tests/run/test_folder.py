@@ -12,7 +12,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from nlgmoe.checkpoint.reading import read_document
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, saved_steps
 from nlgmoe.run import trainer as trainer_module
 from tests.support.run_folders import Send, assert_equal, fit, in_process, make_trainer, module, outcome
@@ -69,7 +69,7 @@ def test_a_fork_is_a_new_run_that_saves_its_starting_step_first(ended: Path, tmp
     assert all(torch.equal(value, expected["tensors"][name]) for name, value in found["tensors"].items())
     assert found["metrics.csv"].splitlines()[-2:] == expected["metrics.csv"].splitlines()[-2:]
     rows = len(found["metrics.csv"].splitlines()) - 2  # without the header and the last one, of its validation
-    assert read_document(checkpoint_path(fork, 10))["rows"] == rows
+    assert Checkpoint(checkpoint_path(fork, 10)).document["rows"] == rows
 
 
 def test_run_folder_refuses_a_second_process_while_one_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

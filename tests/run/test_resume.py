@@ -12,6 +12,7 @@ import pytest
 from lightning import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path, saved_steps
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import MoEConfig
@@ -108,7 +109,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_is_resumed(undi
         file.seek(-8, 2)
         file.write(b"damaged!")
     assert in_process(lambda: run(tmp_path)) == 0
-    assert list(find_problems(damaged))
+    assert list(find_problems(Checkpoint(damaged)))
     shutil.rmtree(damaged)
     assert_equal(outcome(tmp_path, step), expected)
 

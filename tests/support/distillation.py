@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from nlgmoe.checkpoint.reading import hash_of_weights
+from nlgmoe.checkpoint.reading import Checkpoint
+from nlgmoe.checkpoint.verify import hash_of_weights
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.distill import record_logits as recording
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
@@ -35,7 +36,7 @@ def record(teacher: Path, folder: Path, data: NumberedData | None = None, **chan
     spoken = MixtureOfStudents(str(teacher))
     spoken.load(STUDENT, torch.empty(0), data)
     settings = {
-        "teacher": {"checkpoint": str(teacher), "weights": hash_of_weights(teacher)},
+        "teacher": {"checkpoint": str(teacher), "weights": hash_of_weights(Checkpoint(teacher))},
         "data": data.fingerprint(),
         "document_attention": data.document_attention,
         "vocab_size": 61,

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint
 
 from nlgmoe.callbacks.run_summary import RunSummary
-from nlgmoe.checkpoint.reading import TensorFiles
+from nlgmoe.checkpoint.reading import Checkpoint
 from tests.support.ranks import Cell
 
 Jobs = dict[int, list[tuple[Callable[..., Any], Cell]]]  # by number of ranks
@@ -60,7 +60,7 @@ def with_state(folder: Path) -> list[Callback]:
 def assert_equal(found: Path, expected: Path) -> None:
     """Both hold the same entries, of the same values, in fp32 at least."""
     for kind in ("model", "optimizer"):
-        copy, original = TensorFiles(found, kind), TensorFiles(expected, kind)
+        copy, original = Checkpoint(found).tensors(kind), Checkpoint(expected).tensors(kind)
         assert copy.shapes == original.shapes
         for name in original.shapes:
             assert torch.equal(copy.read(name).float(), original.read(name).float()), name

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from nlgmoe import SigmoidRouterConfig
 from nlgmoe.callbacks import ExpertLoad, RunSummary, SaveCheckpoints
-from nlgmoe.checkpoint.reading import TensorFiles
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.run_checkpoints import checkpoint_path
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
@@ -102,7 +102,7 @@ def in_process(job: Callable[[], Any], kill_at: int | None = None, folder: Path 
 def outcome(folder: Path, step: int = 10) -> dict[str, Any]:
     """What a run left: weights, moments, tables, summary, links and the list of files; without times."""
     path = checkpoint_path(folder, step)
-    stored = {kind: TensorFiles(path, kind).read_all() for kind in ("model", "optimizer")}
+    stored = {kind: Checkpoint(path).tensors(kind).read_all() for kind in ("model", "optimizer")}
     tensors = {f"{kind}/{name}": value for kind, values in stored.items() for name, value in values.items()}
     summary = json.loads((folder / "summary.json").read_text())
     for name in ("tokens_per_second", "peak_memory_bytes", "wall_seconds", "step_seconds", "validation_seconds"):

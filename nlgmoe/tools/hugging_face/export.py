@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nlgmoe.checkpoint.entries import dtype_of, entry_shapes, require_entries
-from nlgmoe.checkpoint.reading import TensorFiles, read_document, read_manifest
+from nlgmoe.checkpoint.entries import dtype_of
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.checkpoint.writing import new_folder, write_error_reason
 from nlgmoe.config import GPTConfig
@@ -73,16 +73,15 @@ def export(
     folder = Path(folder).resolve()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise SettingError(f"{folder} exists and is not an empty folder; name another")
-    path = find_checkpoint(checkpoint)
-    document = read_document(path)
-    config = GPTConfig.from_dict(document["model_config"])
+    found = find_checkpoint(checkpoint)
+    path, document, config = found.path, found.document, found.config
     family, reason = chosen_family(config, family, document.get("family"))
     if family is None:
         rest = [name for name in PARTS if name not in bundled_parts(config)]
         problem = f"no class of transformers computes the model: {reason}; " if reason else ""
         require_paper_parts(config, f"{problem}a folder for transformers holds", rest)
-    tokenizer = choose_tokenizer(path, tokenizer, config)
-    meta, read = _weights(path, config, family, dtype_of(precision))
+    tokenizer = choose_tokenizer(found, tokenizer)
+    meta, read = _weights(found, family, dtype_of(precision))
     files = {} if tokenizer is None else tokenizer.files
     ids = special_ids(files)
     limits = list(client_limits(config, family, own_tokenizer=tokenizer is not None and ids is None))
@@ -144,19 +143,17 @@ def _tokenizer_settings(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, An
     }
 
 
-def _weights(path: Path, config: GPTConfig, family: str | None, dtype: torch.dtype | None) -> Weights:
+def _weights(checkpoint: Checkpoint, family: str | None, dtype: torch.dtype | None) -> Weights:
+    config, files = checkpoint.config, checkpoint.tensors("model")
     with torch.device("meta"):
         model = GPT(config)
-    files = TensorFiles(path, "model")
-    require_entries(files, entry_shapes(model))
-    manifest = read_manifest(path)["files"].values()
-    stored = {name: record[0] for contents in manifest for name, record in contents.items()}
+    stored = files.dtypes
     layout = own_layout(config) if family is None else FAMILIES[family].layout(config)
     types: dict[str, torch.dtype] = {}
     buffers = dict(model.named_buffers())  # which keep their precision
     for name, places in layout.of_tensor.items():
         entry = places[0].entry
-        types[name] = getattr(torch, stored[entry]) if dtype is None or entry in buffers else dtype
+        types[name] = stored[entry] if dtype is None or entry in buffers else dtype
     meta = {name: torch.empty(shape, dtype=types[name], device="meta") for name, shape in layout.shapes.items()}
     return meta, lambda name: layout.tensor(name, files.read, types[name])
 

@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from nlgmoe.checkpoint.reading import read_document
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import default_device, product_name
 from nlgmoe.hardware import HARDWARE, RESERVED, Hardware, board_of, hardware
@@ -156,7 +155,7 @@ def read_settings(paths: Sequence[str]) -> tuple[GPTConfig, dict[str, Any]]:
     if len(paths) == 1 and (Path(paths[0]).is_dir() or paths[0].endswith(".ckpt")):
         from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint  # imports Lightning, which takes seconds
 
-        return GPTConfig.from_dict(read_document(choose_checkpoint(paths[0], kinds=()))["model_config"]), {}
+        return choose_checkpoint(paths[0], kinds=()).config, {}
     # train.py's parser, for the same defaults and errors; its imports take seconds.
     from nlgmoe.experiment import parse_config
 

@@ -25,7 +25,7 @@ from torch import Tensor, distributed
 import nlgmoe
 from nlgmoe.callbacks import SaveCheckpoints
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.reading import read_document
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite
@@ -92,9 +92,9 @@ def overflow(cell: Cell, ranks: int, folder: Path) -> tuple[Any, ...]:
         scales.append(float(trainer.strategy.deepspeed_engine.optimizer.loss_scaler.cur_scale))
 
     on_ranks(cell, ranks, folder, spoils, LambdaCallback(on_train_batch_start=note))
-    states, again = [read_document(end)["loss_scale"]], folder / f"{cell.name} again.ckpt"
+    states, again = [Checkpoint(end).document["loss_scale"]], folder / f"{cell.name} again.ckpt"
     on_ranks(replace(cell, steps=cell.steps + 1), ranks, folder, saves_at_start(again), checkpoint=end)
-    states.append(read_document(again)["loss_scale"])
+    states.append(Checkpoint(again).document["loss_scale"])
     lowest = replace(cell, options=cell.options | {"min_loss_scale": 2**11})
     error = error_of(lambda: on_ranks(lowest, ranks, folder, SpoilsExpert(torch.inf)))
     return scales, spoils.clocks, states, error
@@ -121,7 +121,7 @@ def interrupted(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, list[fl
     except SystemExit as end:
         code = int(end.code or 0)
     path = where / "checkpoints/last.ckpt"
-    step = read_document(path)["global_step"]
+    step = Checkpoint(path).document["global_step"]
     return code, step, on_ranks(cell, ranks, where, checkpoint=path).losses
 
 
@@ -141,7 +141,7 @@ def disk_full(cell: Cell, ranks: int, folder: Path) -> tuple[str, list[str]]:
             errors.append(error_of(lambda: trainer.save_checkpoint(path)))
 
     on_ranks(cell, ranks, where, LambdaCallback(on_train_start=save))
-    return errors[0], [*find_problems(path), *(path.name for path in where.glob(".*"))]
+    return errors[0], [*find_problems(Checkpoint(path)), *(path.name for path in where.glob(".*"))]
 
 
 JOBS: Jobs = {

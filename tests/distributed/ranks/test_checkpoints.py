@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nlgmoe.checkpoint.reading import TensorFiles
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.surgery.warm_start import WarmStart
 from tests.support.cells import ALONE, RESIDUAL_PYRAMID
@@ -98,7 +98,7 @@ def test_checkpoint_resumes_in_any_topology_which_saves_what_one_process_saves(
     ours, theirs = checkpoint.parent / str(ranks) / cell.name / "step=5.ckpt", checkpoint.with_name("step=5.ckpt")
     moments = [("optimizer", moment, 2e-6) for moment in ("exp_avg/", "exp_avg_sq/")]
     for kind, moment, tolerance in (("model", "", 1e-6), *moments):
-        files = [TensorFiles(path, kind) for path in (ours, theirs)]
+        files = [Checkpoint(path).tensors(kind) for path in (ours, theirs)]
         assert files[0].shapes == files[1].shapes
         names = [name for name in files[1].shapes if name.startswith(moment)]
         tensors = [{name: without_noise(name, file.read(name)) for name in names} for file in files]
@@ -136,7 +136,7 @@ def test_fp32_weights_survive_half_precision(cell: Cell, found: Found, checkpoin
 
 def test_warm_start_on_ranks_has_the_weights_of_one_process(found: Found, checkpoint: Path) -> None:
     warm, weights = (checkpoint.parent / "2" / f"{WARM.name} {name}.ckpt" for name in ("warm", "weights"))
-    new, original = (TensorFiles(path, "model") for path in (warm, checkpoint))
+    new, original = (Checkpoint(path).tensors("model") for path in (warm, checkpoint))
     assert new.shapes == original.shapes
     assert all(torch.equal(new.read(name), original.read(name)) for name in original.shapes)
     assert len(list(weights.glob("model-*"))) == 2 and not list(weights.glob("optimizer*"))

@@ -24,7 +24,7 @@ import nlgmoe
 from nlgmoe.callbacks import ExpertSpecialisation
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.checkpoint.entries import split_experts
-from nlgmoe.checkpoint.reading import TensorFiles
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data import BatchRampUp, PileDataModule
@@ -124,11 +124,11 @@ def test_ranks_compute_what_one_process_computes(
     ends = [folder / f"{cell.name} at the end.ckpt" for folder in (tmp_path, checkpoint.parent / str(ranks))]
     first, other = (
         {name: files.read(name) for name in files.shapes if not name.startswith("step")}
-        for files in (TensorFiles(end, "optimizer") for end in ends)
+        for files in (Checkpoint(end).tensors("optimizer") for end in ends)
     )
     buffers = [
         {name: files.read(name) for name in files.shapes if ".router." in name and not name.endswith("weight")}
-        for files in (TensorFiles(end, "model") for end in ends)
+        for files in (Checkpoint(end).tensors("model") for end in ends)
     ]
     has_state = isinstance(cell.moe.get("router"), HashRouterConfig | nlgmoe.SigmoidRouterConfig)
     assert buffers[0].keys() == buffers[1].keys() and bool(buffers[0]) == has_state
@@ -141,10 +141,10 @@ def test_ranks_compute_what_one_process_computes(
 def test_frozen_weights_of_every_rank_stay_as_they_were(cell: Cell, found: Found, checkpoint: Path) -> None:
     assert found[on_ranks, cell.name]
     first, end = split_experts(cell.module().gpt.state_dict()), checkpoint.parent / "2" / f"{cell.name} at the end.ckpt"
-    files = TensorFiles(end, "model")
+    files = Checkpoint(end).tensors("model")
     for name, value in first.items():
         assert torch.equal(files.read(name), value) == (component_of(name) in cell.frozen), name
-    assert list(find_problems(end)) == []
+    assert list(find_problems(Checkpoint(end))) == []
 
 
 def test_evaluation_with_uneven_last_batches_equals_one_process(found: Found, checkpoint: Path, tmp_path: Path) -> None:
