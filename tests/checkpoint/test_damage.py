@@ -41,7 +41,7 @@ def flip(file: Path, position: int = -9) -> None:
 
 def drop_expert(ckpt: Path) -> None:
     tensors = load_file(ckpt / "model.safetensors")
-    del tensors["blocks.3.moe.experts.2.expand_weight"]
+    del tensors["blocks.3.moe.experts.2.up_weight"]
     save_file(tensors, ckpt / "model.safetensors")
 
 
