@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from nlgmoe.layers.moe import MoELayer
     from nlgmoe.layers.rotary import Llama3, Yarn
     from nlgmoe.layers.router import Router, Routing, RoutingContext
-    from nlgmoe.layers.routers import FrozenRouterConfig, HashRouterConfig, SigmoidRouterConfig, UniformRouterConfig
+    from nlgmoe.layers.routers import (
+        FrozenRouterConfig,
+        HashedRouterConfig,
+        HashRouterConfig,
+        QuantileRouterConfig,
+        SigmoidRouterConfig,
+        UniformRouterConfig,
+        UnitWeightRouterConfig,
+    )
     from nlgmoe.model.gpt import GPT, GPTOutput
     from nlgmoe.module import MoEGPTModule
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
@@ -52,7 +60,8 @@ _NAMES = {
     "layers.moe": "MoELayer",
     "layers.rotary": "Llama3 Yarn",
     "layers.router": "Router Routing RoutingContext",
-    "layers.routers": "FrozenRouterConfig HashRouterConfig SigmoidRouterConfig UniformRouterConfig",
+    "layers.routers": "FrozenRouterConfig HashedRouterConfig HashRouterConfig QuantileRouterConfig SigmoidRouterConfig "
+    "UniformRouterConfig UnitWeightRouterConfig",
     "model.gpt": "GPT GPTOutput",
     "module": "MoEGPTModule",
     "parallel.strategy": "ExpertParallelStrategy",

@@ -165,8 +165,8 @@ class TrainingStep(LightningModule):
         key = (self.seed, self.trainer.global_step, index)
         loss, terms, self.routings = training_loss(self.gpt, batch, key, self.loss_chunk_size, self.distiller)
         self.log("train/tokens", float(self.tokens_seen))
-        requests = [self.routings[moe_layer].tokens_per_expert for moe_layer in self._learning_routers]
-        self.window.add(batch, terms, requests)
+        statistics = [self.routings[moe_layer].step_statistic for moe_layer in self._learning_routers]
+        self.window.add(batch, terms, statistics)
         return loss
 
     @override
@@ -218,7 +218,7 @@ class TrainingStep(LightningModule):
         if (data := training_data(self.trainer)) is not None:
             data.advance(window.samples)
         if window.allowed:
-            update_routers(list(self._learning_routers.values()), window.requests)
+            update_routers(list(self._learning_routers.values()), window.statistics)
         self._set_learning_rate()
         # Call this before `should_stop` is set: at a stop Lightning validates also where no validation interval ends.
         self.resuming.note_validation(self.trainer)
@@ -263,8 +263,7 @@ class AccumulationWindow:
     Attributes:
         losses: losses of each micro-batch of this rank, `[names]`, on the device.
         names: names under which the losses are logged.
-        requests: `[E]` of each router that `after_step` updates: assignments requested of each expert, summed over the
-            micro-batches of this rank.
+        statistics: `Routing.step_statistic` of each router that `after_step` updates, summed over the micro-batches of this rank.
         samples: sequences over all ranks. Before `read`, an estimate: those of this rank times the number of ranks.
         tokens: positions over all ranks, padding included. Before `read`, an estimate as for `samples`.
         length: positions per sequence of the latest micro-batch.
@@ -274,17 +273,17 @@ class AccumulationWindow:
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
         self.names: list[str] = []
-        self.requests: list[Tensor] = []
+        self.statistics: list[Tensor] = []
         self.samples = self.tokens = self.length = 0
         self.allowed = False
         self._ranks = distributed.get_world_size() if distributed.is_initialized() else 1
 
-    def add(self, batch: Batch, losses: dict[str, Tensor], requests: Sequence[Tensor] = ()) -> None:
+    def add(self, batch: Batch, losses: dict[str, Tensor], statistics: Sequence[Tensor] = ()) -> None:
         """Add one micro-batch."""
         if self.losses and self.names != list(losses):
             raise RunError(f"a step's micro-batches have different losses: {self.names} and {list(losses)}")
         samples, self.length = batch["tokens"].shape
-        self.requests = list(map(torch.add, self.requests, requests)) if self.losses else list(requests)
+        self.statistics = list(map(torch.add, self.statistics, statistics)) if self.losses else list(statistics)
         self.names = list(losses)
         self.losses.append(torch.stack([value.detach().float() for value in losses.values()]))  # [names]
         self.samples += samples * self._ranks
@@ -308,15 +307,16 @@ class AccumulationWindow:
         return dict(zip(self.names, read, strict=False)), norm_read, signal
 
 
-def update_routers(routers: Sequence[Router], requests: Sequence[Tensor]) -> None:
+def update_routers(routers: Sequence[Router], statistics: Sequence[Tensor]) -> None:
     """Update routers after a step. A collective if there are any.
 
     Args:
         routers: those that override `after_step`.
-        requests: `[E]` of each router: assignments requested of each expert on this rank.
+        statistics: int64 tensor of each router, of this rank.
     """
     if not routers:
         return
-    everywhere = sum_over_ranks(torch.cat(list(requests)))
-    for router, own in zip(routers, everywhere.split([router.num_experts for router in routers]), strict=True):
-        router.after_step(own)
+    everywhere = sum_over_ranks(torch.cat([statistic.flatten() for statistic in statistics]))
+    parts = everywhere.split([statistic.numel() for statistic in statistics])
+    for router, statistic, part in zip(routers, statistics, parts, strict=True):
+        router.after_step(part.view_as(statistic))

@@ -75,6 +75,8 @@ class Routing:
         probs: `[N, E]` the gate's distribution; None for a router that has none, and so no balance loss.
         losses: name -> scalar; losses of the router's own, coefficients applied.
         capacity: an upper bound on the kept assignments of each expert, the same on all ranks; None: none is known.
+        statistic: int64 tensor of a fixed shape that `Router.after_step` gets, summed over the micro-batches and ranks of a step;
+            None: `tokens_per_expert`.
         expert_share: `[N]` the routed experts' share of the weights in a residual mix (the rest: the shared expert's), detached:
             c_0 of the learned mix, 1 / (1 + g) of the sigmoid one (`moe.py`); else None.
 
@@ -91,6 +93,7 @@ class Routing:
     probs: Tensor | None = None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     capacity: int | None = None
+    statistic: Tensor | None = None
     expert_share: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -108,6 +111,10 @@ class Routing:
             raise RunError(f"Routing has expert of {self.expert.dtype}; give numbers of experts, torch.int64")
         if self.kept.dtype != torch.bool:
             raise RunError(f"Routing has kept of {self.kept.dtype}, not torch.bool")
+        if self.statistic is not None and self.statistic.dtype != torch.int64:
+            raise RunError(
+                f"Routing has statistic of {self.statistic.dtype}; count in torch.int64, whose sums are exact"
+            )
         for name, loss in self.losses.items():
             if loss.dim() > 0:
                 raise RunError(f"Routing has loss {name} of {list(loss.shape)}; return a mean over tokens")
@@ -118,6 +125,11 @@ class Routing:
     def tokens_per_expert(self) -> Tensor:
         """Assignments requested of each expert, before dropping, `[E]` int64."""
         return self._requests(self.expert)
+
+    @property
+    def step_statistic(self) -> Tensor:
+        """What `Router.after_step` gets, of this micro-batch and rank."""
+        return self.tokens_per_expert if self.statistic is None else self.statistic
 
     def requests(self, choices: int) -> Tensor:
         """Count the requests by the first `choices` of each token, `[E]` int64."""
@@ -183,11 +195,12 @@ class Router(nn.Module):
         """Route the tokens `x`, `[N, H]` with N = B * T."""
         raise SettingError(f"{type(self).__name__} has no forward(x, context)")
 
-    def after_step(self, requests: Tensor) -> None:
+    def after_step(self, statistic: Tensor) -> None:
         """Update the buffers after an optimizer step.
 
         Args:
-            requests: `[E]` int64, assignments requested of each expert in the step, over all ranks and micro-batches.
+            statistic: int64, `Routing.statistic` summed over all ranks and micro-batches of the step; if `forward` gives none,
+                `[E]` assignments requested of each expert, before dropping.
         """
 
     @property
@@ -235,7 +248,7 @@ class TopKRouter(Router):
             logits = self._logits(gate_input)  # [N, E]
             probs = F.softmax(logits, dim=-1)
 
-            expert = self._choose(logits, draw)  # [N, k]
+            expert = self._choose(logits, context, draw)  # [N, k]
             capacity = self._capacity(len(x))
             kept = self._within_capacity(capacity, expert, probs, token_mask, draw)
             weight = self._scores(logits, probs).gather(1, expert)
@@ -264,7 +277,7 @@ class TopKRouter(Router):
         factor = config.train_capacity_factor if self.training else config.eval_capacity_factor
         return capacity(num_tokens, self.num_experts, config.top_k, factor, config.min_capacity)
 
-    def _choose(self, logits: Tensor, draw: RoutingNoise) -> Tensor:
+    def _choose(self, logits: Tensor, context: RoutingContext, draw: RoutingNoise) -> Tensor:
         """Choose the k experts of each token, `[N, k]`, first choice first."""
         config, training = self.config, self.training
         logits = self._within_groups(logits.detach())

@@ -20,6 +20,9 @@ LEARNING = {
     "router": nlgmoe.SigmoidRouterConfig(0.01, sequence_loss_coeff=0.1),
     "expert": SwiGLUExpert(8),
 }
+QUANTILE = {"token_dropping": False, "top_k": 2, "router": nlgmoe.QuantileRouterConfig()}
+HASHED = {"token_dropping": False, "top_k": 2}
+HASHED |= {"router": nlgmoe.HashedRouterConfig(0.01, smooth=2.0, hash_blocks=1)}
 CAPACITY = {"aux_scope": "rank", "train_capacity_factor": 1.0, "min_capacity": 1}
 ARGMAX = DROPLESS | {"top_k": 2, "second_expert": "argmax"}
 QWEN3 = {"norm": "rmsnorm", "rope_theta": 100.0, "bias": False, "tied_embeddings": False} | {
@@ -70,6 +73,8 @@ CELLS: dict[int, list[Cell]] = {  # one for each choice that ranks could get wro
         Cell("router that looks up", 2, 1, moe={"router": HashRouterConfig(1), "mlp_type": "residual"}, steps=5),
         LEARNS,
         LEARNS_DDP,
+        Cell("quantiles, recomputed", 2, 2, moe=QUANTILE, checkpointing=True, padded=True, accumulate=2, steps=5),
+        Cell("hashed choice, then smooth rule", 2, 1, experts=[4, 4], layers=4, moe=HASHED, accumulate=2, steps=5),
         *FROZEN,
         *MUON,
     ],

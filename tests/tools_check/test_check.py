@@ -11,7 +11,16 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from nlgmoe import FrozenRouterConfig, GPTConfig, HashRouterConfig, MoEConfig, SigmoidRouterConfig
+from nlgmoe import (
+    FrozenRouterConfig,
+    GPTConfig,
+    HashedRouterConfig,
+    HashRouterConfig,
+    MoEConfig,
+    QuantileRouterConfig,
+    SigmoidRouterConfig,
+    UnitWeightRouterConfig,
+)
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import RoutingContext
@@ -63,6 +72,11 @@ OURS = {
     "sigmoid, groups": replace(SIGMOID, groups=[2, 1]),
     "hash": MoEConfig(8, router=HashRouterConfig()),
     "frozen": MoEConfig(8, router=FrozenRouterConfig()),
+    "smooth": replace(SIGMOID, router=SigmoidRouterConfig(0.01, scores="sqrtsoftplus", smooth=2.0)),
+    "quantile": replace(SIGMOID, router=QuantileRouterConfig()),
+    "quantile of logits": MoEConfig(8, router=QuantileRouterConfig("logits")),
+    "hashed": replace(SIGMOID, router=HashedRouterConfig()),
+    "weight 1": MoEConfig(8, router=UnitWeightRouterConfig("ratio")),
 }
 
 
@@ -71,7 +85,7 @@ def test_check_passes_our_layers(name: str) -> None:
     ours = OURS[name]
     found = verdicts(own_layer(ours, "ours") if isinstance(ours, GPTConfig) else clean(ours), QUICK)
     assert not [f"{name}: {text}" for name, text in found.items() if text.startswith("fail")]
-    asked = {"top-1": 18, "one expert": 11, "hash": 14}.get(name, 17)
+    asked = {"top-1": 18, "one expert": 11, "hash": 14, "hashed": 16, "weight 1": 16}.get(name, 17)
     assert sum(text.startswith("pass") for text in found.values()) >= asked
 
 

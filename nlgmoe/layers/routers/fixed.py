@@ -86,7 +86,7 @@ class HashRouterConfig(_OneExpertConfig):
         if not router.table.is_meta:  # meta: the weights are counted, or read from a checkpoint
             counts = [1] * config.vocab_size if self.counts is None else read_counts(self.counts, config.vocab_size)
             seed = derive_seed("hash router", self.seed, block)
-            router.table.copy_(torch.tensor(balanced_table(counts, router.num_experts, seed)))
+            router.table.copy_(torch.tensor(balanced_table(counts, router.num_experts, seed))[:, 0])
         return router
 
 
@@ -104,16 +104,18 @@ class HashRouter(Router):
         return route_to(self.table[context.tokens], x, context, self.num_experts)
 
 
-def balanced_table(counts: Sequence[int], num_experts: int, seed: int) -> list[int]:
-    """Return the expert of each id, `[V]`; one is added to each count, so that ids without tokens are spread too."""
+def balanced_table(counts: Sequence[int], num_experts: int, seed: int, top_k: int = 1) -> list[list[int]]:
+    """Return k different experts of each id, `[V, k]`; one is added to each count, so that ids without tokens are spread too."""
     random = Random(seed)
     ids, loads = list(range(len(counts))), [(0, random.random(), expert) for expert in range(num_experts)]
     random.shuffle(ids)
     heapq.heapify(loads)
-    table = [0] * len(counts)
+    table: list[list[int]] = [[]] * len(counts)
     for token in sorted(ids, key=lambda token: -counts[token]):
-        load, _, table[token] = loads[0]
-        heapq.heapreplace(loads, (load + counts[token] + 1, random.random(), table[token]))
+        lowest = [heapq.heappop(loads) for _ in range(top_k)]
+        table[token] = [expert for _, _, expert in lowest]
+        for load, _, expert in lowest:
+            heapq.heappush(loads, (load + counts[token] + 1, random.random(), expert))
     return table
 
 

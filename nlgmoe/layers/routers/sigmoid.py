@@ -1,25 +1,31 @@
-"""Sigmoid scores, and balance by a bias on the choice instead of a loss: DeepSeek-V3's router.
+"""Scores of single experts, and balance by a bias on the choice instead of a loss: DeepSeek-V3's router.
 
-    s      = sigmoid(x W)                                         [N, E]
+    s      = sigmoid(x W)                                         [N, E]   or another of `SCORES`
     expert = the top k of s + b                                   [N, k]   b changes the choice, not the weights; with `groups`
                                                                            G, g: of the g groups with the largest sums of
                                                                            their two highest s + b
     weight = gate_scale * s[expert] / sum_k s[expert]             [N, k]   the sum if k > 1 (`normalize_weights`)
-    b     += update_rate * sign(mean load - load)                 [E]      after each optimizer step
+    b     += update_rate * sign(mean load - load)                 [E]      after each optimizer step; or by a smooth rule:
+
+    d = tanh(smooth * (mean load - load) / mean load)             [E]      `smooth` given: SMEBU
+    m = momentum * m + (1 - momentum) * (d - mean(d)),   b += update_rate * m
 
     sequence balance = sequence_loss_coeff * mean over sequences of sum_e f_e P_e
     P_e = mean_t s_te / sum_e s_te          f_e = E / k * share of the tokens t of a sequence whose top k of s include e
 
-DeepSeek-V3 (arXiv 2412.19437, section 2.1.2, equations 12 to 20); Loss-Free Balancing (arXiv 2408.15664, algorithm 1). The load
-is the number of assignments to an expert in the step, over all ranks and micro-batches, before dropping. tests/equivalence
-compares with `transformers`. `Routing.logits` is log s, whose softmax is s / sum_e s, `Routing.probs`.
+DeepSeek-V3 (arXiv 2412.19437, section 2.1.2, equations 12 to 20); Loss-Free Balancing (arXiv 2408.15664, algorithm 1); the smooth
+rule: Trinity (arXiv 2602.17004, soft-clamped momentum expert bias updates). The load is the number of assignments to an expert in
+the step, over all ranks and micro-batches, before dropping. tests/equivalence compares with `transformers`. `Routing.logits` is
+log s, whose softmax is s / sum_e s, `Routing.probs`.
 
 Letters as in `layers/router.py`, whose capacity it uses; B sequences of T tokens, N = B * T.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,13 +39,29 @@ from nlgmoe.seeding import RoutingNoise
 from nlgmoe.validation import require, require_at_least, require_valid
 
 
+def log_sqrt_softplus(z: Tensor) -> Tensor:
+    """Compute `log(sqrt(softplus(z)))`; below -15 it is z / 2 within 2e-7, where softplus would underflow."""
+    return 0.5 * torch.where(z < -15, z, F.softplus(z.clamp_min(-15)).log())
+
+
+Score = Literal["sigmoid", "sqrtsoftplus", "softmax"]
+SCORES: dict[Score, Callable[[Tensor], Tensor]] = {  # logits -> log s, `[N, E]`
+    "sigmoid": F.logsigmoid,
+    "sqrtsoftplus": log_sqrt_softplus,  # DeepSeek-V4
+    "softmax": lambda logits: F.log_softmax(logits, dim=-1),
+}
+
+
 @dataclass(frozen=True)
 class SigmoidRouterConfig(RouterConfig):
-    """Settings of a router with sigmoid scores and a balancing bias.
+    """Settings of a router with a score of each expert and a balancing bias.
 
     Attributes:
-        update_rate: change of an expert's bias after each optimizer step; 0: no balancing by biases.
+        update_rate: step of an expert's bias after each optimizer step; 0: no balancing by biases.
         sequence_loss_coeff: weight of the sequence-wise balance loss, which is summed over the MoE layers.
+        scores: function of the gate's logits: `sigmoid`, `sqrtsoftplus` or `softmax`.
+        smooth: factor of the relative error of an expert's load in the tanh of the smooth rule (Trinity: 2); null: its sign.
+        momentum: of the smooth rule, from 0 to below 1.
     """
 
     reads_fields = frozenset(
@@ -48,13 +70,20 @@ class SigmoidRouterConfig(RouterConfig):
             *("min_capacity", "random_token_selection", "groups", "normalize_weights", "gate_scale", "gate_init_std"),
         }
     )
-    ignored_in_evaluation = frozenset({"update_rate", "sequence_loss_coeff"})
+    ignored_in_evaluation = frozenset({"update_rate", "sequence_loss_coeff", "momentum"})
     update_rate: float = 1e-3
     sequence_loss_coeff: float = 0.0
+    scores: Score = "sigmoid"
+    smooth: float | None = None
+    momentum: float = 0.5
 
     def __post_init__(self) -> None:
         require_valid(self)
         require_at_least(0, self, "update_rate", "sequence_loss_coeff", remedy="; 0 turns it off")
+        require(
+            self.smooth is None or self.smooth > 0, f"smooth={self.smooth} must be above 0, or null for the sign rule"
+        )
+        require(0 <= self.momentum < 1, f"momentum={self.momentum} must be at least 0 and below 1")
 
     def check(self, moe: MoEConfig) -> None:
         counts = moe.num_experts if isinstance(moe.num_experts, list) else [moe.num_experts]
@@ -67,17 +96,33 @@ class SigmoidRouterConfig(RouterConfig):
         return SigmoidRouter(self, config, block)
 
 
-class SigmoidRouter(TopKRouter):
-    """The paper's router with sigmoid scores, and a choice by biased scores."""
+class ScoreRouter(TopKRouter):
+    """The paper's router with a score of each expert in place of the softmax: the weights, before they are normalised."""
+
+    def __init__(self, scores: Score, config: GPTConfig, block: int) -> None:
+        assert config.moe is not None
+        super().__init__(config.moe, config.hidden_size, experts_at(config, block), block)
+        self.log_scores = SCORES[scores]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.log_scores(super()._logits(x))
+
+    def _scores(self, logits: Tensor, probs: Tensor) -> Tensor:
+        return logits.exp()
+
+
+class SigmoidRouter(ScoreRouter):
+    """A choice by biased scores."""
 
     bias: Tensor
+    momentum: Tensor
 
     def __init__(self, settings: SigmoidRouterConfig, config: GPTConfig, block: int) -> None:
-        assert config.moe is not None
-        experts = experts_at(config, block)
-        super().__init__(config.moe, config.hidden_size, experts, block)
+        super().__init__(settings.scores, config, block)
         self.settings = settings
-        self.register_buffer("bias", torch.zeros(experts))
+        self.register_buffer("bias", torch.zeros(self.num_experts))
+        if settings.smooth is not None:
+            self.register_buffer("momentum", torch.zeros(self.num_experts))
 
     def forward(self, x: Tensor, context: RoutingContext = RoutingContext()) -> Routing:  # noqa: B008 (frozen)
         """Route `x`, `[N, H]`."""
@@ -90,15 +135,15 @@ class SigmoidRouter(TopKRouter):
         return replace(routing, losses={"sequence_balance_loss": loss})
 
     def after_step(self, requests: Tensor) -> None:
-        self.bias += self.settings.update_rate * (requests.sum() - self.num_experts * requests).sign()
+        settings, error = self.settings, requests.sum() - self.num_experts * requests  # [E], times E
+        if settings.smooth is None:
+            self.bias += settings.update_rate * error.sign()
+            return
+        change = torch.tanh(settings.smooth * error / requests.sum().clamp_min(1))  # [E]
+        self.momentum.lerp_(change - change.mean(), 1 - settings.momentum)
+        self.bias += settings.update_rate * self.momentum
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return F.logsigmoid(super()._logits(x))
-
-    def _scores(self, logits: Tensor, probs: Tensor) -> Tensor:
-        return logits.exp()
-
-    def _choose(self, logits: Tensor, draw: RoutingNoise) -> Tensor:
+    def _choose(self, logits: Tensor, context: RoutingContext, draw: RoutingNoise) -> Tensor:
         scores = self._within_groups(logits.detach().exp() + self.bias, summed=2)
         return scores.topk(self.config.top_k, dim=-1).indices
 

@@ -257,7 +257,8 @@ def _place_of_read(layer: Target, training: bool, device: str) -> str:
         with mode:
             output = layer.without_dispatch(module, Batch(batch.x.to(device), batch.tokens.to(device)).tracked())
             output.loss.backward()
-            layer.after_step(module, [] if output.routing is None else [output.routing])
+            if training:
+                layer.after_step(module, [] if output.routing is None else [output.routing])
     except Exception as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
         place = f"{frames[-1].filename.rpartition('/')[2]}, line {frames[-1].lineno}: {frames[-1].line}"

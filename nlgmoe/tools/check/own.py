@@ -74,7 +74,8 @@ class OwnLayer(Layer):
     def gate_weight(self, module: nn.Module) -> Tensor | None:
         """See `Layer`; None also for a weight of that shape whose product with the input does not give the logits.
 
-        A gate that normalises its input, such as a cosine, or one of two factors, computes logits that no batch can set.
+        A gate that normalises its input, such as a cosine, or one of two factors, computes logits that no batch can set. None too
+        if tokens of one id choose the same experts whatever the gate computes.
         """
         shape, router = (self.num_experts, self.hidden_size), module.router
         tensors: list[Tensor] = [*router.parameters(), *router.buffers()]  # type: ignore[union-attr]
@@ -82,7 +83,10 @@ class OwnLayer(Layer):
         if weight is None:
             return None
         with torch.no_grad():
-            one, two = (_logits(module, scale * weight) for scale in (1, 2))  # [E, E]
+            routings = [_route(module, scale * weight) for scale in (1, 2)]
+            if len(weight) > 1 and bool((routings[0].expert == routings[0].expert[0]).all()):
+                return None
+            one, two = (routing.logits for routing in routings)  # [E, E]
             if one is None or two is None:
                 return weight
             pair = torch.stack([one.flatten(), (weight @ weight.t()).flatten()])  # [2, E * E]
@@ -91,7 +95,7 @@ class OwnLayer(Layer):
 
     def gate_bias(self, module: nn.Module) -> Tensor | None:
         """See `Layer`: the logits of a token of zeros."""
-        logits = _logits(module, torch.zeros(1, self.hidden_size, dtype=next(module.parameters()).dtype))
+        logits = _route(module, torch.zeros(1, self.hidden_size, dtype=next(module.parameters()).dtype)).logits
         return None if logits is None else logits[0]
 
     def gate(self, module: nn.Module) -> list[nn.Parameter]:
@@ -122,7 +126,7 @@ class OwnLayer(Layer):
     def after_step(self, module: nn.Module, routings: Sequence[Routing]) -> bool:
         router = module.router
         assert isinstance(router, Router)
-        router.after_step(torch.stack([routing.tokens_per_expert for routing in routings]).sum(0))
+        router.after_step(torch.stack([routing.step_statistic for routing in routings]).sum(0))
         return router.learns_from_steps
 
     def odd(self) -> Layer:
@@ -150,11 +154,11 @@ class OwnLayer(Layer):
 
 
 @torch.no_grad()
-def _logits(module: nn.Module, x: Tensor) -> Tensor | None:
-    """Return the router's logits of tokens of one sequence, `[N, H] -> [N, E]`; None: it has none."""
+def _route(module: nn.Module, x: Tensor) -> Routing:
+    """Route tokens of one sequence and one id, `[N, H]`."""
     zero = torch.zeros(1, len(x), dtype=torch.long)
     routing: Routing = module.router(x, RoutingContext(zero, noise_key=(0, 0, 0), positions=zero))  # type: ignore[operator]
-    return routing.logits
+    return routing
 
 
 def own_layer(config: GPTConfig, name: str, width: int = 16, most: int = MOST_EXPERTS) -> OwnLayer:
