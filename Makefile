@@ -76,7 +76,7 @@ notebooks: develop  ## run notebooks 01 to 04 and keep what they show; trains te
 reproduce: develop  ## train the runs of the paper's claims that docs/results/reproduce.json lacks (none; all again: a day, docs/claims.md)
 	$(BIN)/python -m benchmarks.reproduce $(if $(QUESTION),--question $(QUESTION)) $(if $(SCALE),--scale $(SCALE))
 
-gate: develop  ## judge an idea about mixtures of experts: CANDIDATE=my_router.MyRouterConfig, or a YAML file; BASELINE=muon (an hour on 2 cores; docs/gate.md)
+gate: develop  ## judge an idea about mixtures of experts: CANDIDATE=my_router.MyRouterConfig, or a YAML file; BASELINE=paper (an hour on 2 cores; docs/gate.md)
 	@$(BIN)/python -m benchmarks.gate $(if $(CANDIDATE),"$(CANDIDATE)") $(if $(NAME),--name "$(NAME)") $(if $(PAIRS),--pairs $(PAIRS)) \
 		$(if $(BASELINE),--baseline "$(BASELINE)") $(if $(TUNE),--tune) $(if $(RESULTS),--results "$(RESULTS)") $(if $(AUTHOR),--author "$(AUTHOR)")
 

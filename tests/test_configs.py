@@ -78,7 +78,7 @@ def parse(*names: str) -> dict[str, Any]:
 
 
 def test_configs_have_every_row_of_the_paper_and_a_twin_of_every_family() -> None:
-    paths = [path for path in ROOT.rglob("*.yaml") if path.parent.name != "reproduce"]
+    paths = [path for path in ROOT.rglob("*.yaml") if path.parent.name not in ("reproduce", "gate")]
     files = {str(path.relative_to(ROOT).with_suffix("")) for path in paths}
     twins = {f"{family}/laptop" for family in FAMILIES}
     data = {"data/paper_blend", "data/pile_streaming"}
@@ -209,6 +209,16 @@ def test_the_laptop_twins_differ_in_nothing_but_the_architecture(family: str) ->
 
 
 GATE = sorted((ROOT.parent / "docs/examples/gate").glob("*.yaml"))
+
+
+STRONG = sorted((ROOT.parent / "docs/examples/gate/strong").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", STRONG, ids=lambda file: file.stem)
+def test_gate_configs_of_the_strong_baseline_have_its_flops(file: Path) -> None:
+    base = [ROOT / f"{name}.yaml" for name in ("reproduce/base", "reproduce/moe_16", "gate/strong")]
+    strong, config = (GPTConfig.from_dict(parse_config(files)["model"]["config"]) for files in (base, [*base, file]))
+    assert flops_per_token(config) / flops_per_token(strong) == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("file", GATE, ids=lambda file: file.stem)

@@ -30,7 +30,7 @@ from benchmarks.gate.page import RESULTS, Row, add_row, baseline_of, in_lines, m
 from benchmarks.gate.records import RUNS, Records
 from benchmarks.gate.runs import fingerprint, placed, run_of, trained_pairs
 from benchmarks.gate.search import search
-from benchmarks.gate.sides import BASELINES, PAPER, Side
+from benchmarks.gate.sides import BASELINES, STRONG, Side
 from benchmarks.gate.verdict import COSTS, PLANNED_PAIRS, TUNING_SEED, seeds_of, steps_of, verdict
 from benchmarks.reproduce.campaign import best_rate
 from benchmarks.reproduce.scale import CPU, TINY
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None, launch: Launcher | None = None) -> None:
         type=Path,
         help="JSON file of the rows; default: docs/results/gate.json; of a first look OUT/gate.json",
     )
-    parser.add_argument("--baseline", choices=[*BASELINES], default=PAPER.name, help="what the idea is compared with")
+    parser.add_argument("--baseline", choices=[*BASELINES], default=STRONG.name, help="what the idea is compared with")
     parser.add_argument("--runs", type=Path, default=RUNS, help="JSON file of the results of single runs")
     parser.add_argument("--commit", action="store_true", help="commit that file as each run ends")
     parser.add_argument("--search", action="store_true", help="search the strong baseline")

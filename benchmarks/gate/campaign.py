@@ -10,15 +10,13 @@ from pathlib import Path
 from benchmarks.documents import markdown_table
 from benchmarks.gate.candidate import read_candidate
 from benchmarks.gate.records import Records
-from benchmarks.gate.search import FACTORS, MORE, RATES, SEEDS
 from benchmarks.gate.sides import BASELINES, Side
 from benchmarks.gate.verdict import PLANNED_PAIRS, seeds_of, steps_of
 from benchmarks.reproduce.scale import CPU
 from benchmarks.runs import ROOT
 from benchmarks.training import Run
 
-SEARCH_RUNS = len(SEEDS) * (1 + len(FACTORS) + len(RATES) - 1 + MORE)  # at most
-EXAMPLES, STRONG_FILE = ROOT / "docs/examples/gate", ROOT / "configs/gate/strong.yaml"
+EXAMPLES = ROOT / "docs/examples/gate"
 SECONDS = 0.25  # of a step, before the first run has ended
 SILENT = 600  # seconds; a run that logs nothing for so long has stopped
 
@@ -37,11 +35,22 @@ class Entry:
 
 
 CARRIED = ("hash_routing", "dense", "frozen_router", "experts_32_quarter_top4")
-PLAN = (Entry(STRONG_FILE, "muon"), *(Entry(EXAMPLES / f"{name}.yaml", "strong") for name in CARRIED))
+PLAN = (
+    *(
+        Entry(EXAMPLES / f"{name}.yaml", "strong")
+        for name in ("hash_routing", "dense", "strong/muon_alone", "frozen_router")
+    ),
+    Entry(EXAMPLES / "strong/experts_32_quarter_top4.yaml", "strong"),
+    *(Entry(EXAMPLES / f"{name}.yaml", "paper") for name in ("unit_weight", "hashed_probability")),
+    *(
+        Entry(EXAMPLES / f"{name}.yaml", "strong")
+        for name in ("unit_weight", "quantile", "hashed_weights", "smooth_bias")
+    ),
+)
 
 
 def status(records: Records, out: Path, jobs: int) -> str:
-    """Return what is done, running and missing of the search and of the planned rows, and the hours that are left.
+    """Return what is done, running and missing of the planned rows, and the hours that are left.
 
     Args:
         records: results.
@@ -49,17 +58,15 @@ def status(records: Records, out: Path, jobs: int) -> str:
         jobs: runs at a time.
     """
     runs = [run for run in records.runs.values() if run["scale"] == CPU.name]
-    searched, missing = sum(run["name"].startswith("search-") for run in runs), set[tuple[str, int]]()  # side and seed
-    left = 0 if STRONG_FILE.exists() else SEARCH_RUNS - searched
-    rows: list[list[object]] = [["search", "muon", f"{searched} of at most {SEARCH_RUNS} runs", ""]]
+    missing, rows = set[tuple[str, int]](), list[list[object]]()  # side and seed
     for entry in PLAN:
         seeds = seeds_of(PLANNED_PAIRS)
-        lacking = _lacking(entry, seeds, records) if STRONG_FILE.exists() else seeds
+        lacking = _lacking(entry, seeds, records)
         missing |= {(name, seed) for seed in lacking for name in (entry.candidate.stem, entry.baseline)}
         done = f"{len(seeds) - len(lacking)} of {len(seeds)} pairs"
         rows.append([entry.candidate.stem, entry.baseline, done, ", ".join(f"seed {seed}" for seed in lacking)])
     a_step = sum(run["seconds"] / run["steps"] for run in runs) / len(runs) if runs else SECONDS
-    hours = (left + len(missing)) * CPU.steps * a_step / jobs / 3600
+    hours = len(missing) * CPU.steps * a_step / jobs / 3600
     lines = [markdown_table(["row", "baseline", "done", "missing"], rows)]
     lines.append(f"about {hours:.1f} hours left, {jobs} runs at a time")
     for folder in sorted(out.glob("*/seed*")):

@@ -30,7 +30,7 @@ from nlgmoe.tools.planner.topology import layout
 from nlgmoe.validation import RunError, SettingError, require
 
 PLACES = {RouterConfig: ("moe", "router"), ExpertConfig: ("moe", "expert"), AttentionConfig: ("attention",)}
-FREE = ("model.config.", "model.optimizer.")  # settings of an overlay
+FREE = ("model.config.", "model.optimizer.", "model.schedule.cooldown_tokens")  # settings of an overlay
 HELD = ("vocab_size", "seq_len", "moe.eval_capacity_factor", "moe.eval_token_dropping")
 PROCESS = 600_000_000  # bytes of a run's process beside the model: 0.68 GB at most with the baseline's
 ROUNDS, WARM_UP = 30, 15  # timed steps; oneDNN compiles a kernel for each number of rows, in the first ones
@@ -78,8 +78,8 @@ def _check_fixed(settings: dict[str, Any], base: Baseline) -> None:
         free = name.startswith(FREE) and (name.removeprefix("model.config.") not in HELD or name not in settings)
         require(
             free or (name in settings and name in baseline and settings[name] == baseline[name]),
-            f"{name}={settings.get(name)}: the gate holds it fixed; an overlay sets model.config, but for {', '.join(HELD)}, and "
-            "model.optimizer",
+            f"{name}={settings.get(name)}: the gate holds it fixed; an overlay sets model.config, but for {', '.join(HELD)}, "
+            "model.optimizer and model.schedule.cooldown_tokens",
         )
 
 

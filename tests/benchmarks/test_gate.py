@@ -305,7 +305,7 @@ def test_gate_writes_the_row_of_a_candidate(pocket_pile: Path, tmp_path: Path, m
     monkeypatch.setattr(candidates, "check_layer", partial(check_layer, only={"capacity is the formula"}))
     monkeypatch.setattr(command, "costs", lambda *sides: {**costs(*sides, rounds=1), "seconds": 1.01})
     words = [str(tmp_path / "top-2.yaml"), f"--out={out}", f"--results={rows}", f"--runs={tmp_path}/r.json"]
-    words += ["--scale=tiny", "--jobs=1", "--author=me", "--pairs=2"]
+    words += ["--scale=tiny", "--jobs=1", "--author=me", "--pairs=2", "--baseline=paper"]
 
     first = Here(killed=5)  # two fingerprints, then the runs
     with pytest.raises(SystemExit):
