@@ -29,7 +29,7 @@ def routed_by(name: str) -> dict[str, Any]:
     """The settings of a router, whatever the block's is."""
     reads = getattr(routers, name).reads_fields
     unread = {field.name: field.default for field in fields(MoEConfig) if field.name in ROUTER_FIELDS - reads}
-    return unread | {"router": {"class_path": f"nlgmoe.{name}"}, "top_k": 2 if reads else 1}
+    return unread | {"router": {"class_path": f"nlgmoe.{name}"}, "top_k": 2 if "normalize_weights" in reads else 1}
 
 
 PARTNERS: dict[str, dict[str, Any]] = {
