@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Benchmark, Part, Table, interleaved
-from nlgmoe import FrozenRouterConfig, HashRouterConfig, SigmoidRouterConfig, UniformRouterConfig
+from nlgmoe import (
+    FrozenRouterConfig,
+    HashedRouterConfig,
+    HashRouterConfig,
+    QuantileRouterConfig,
+    SigmoidRouterConfig,
+    UniformRouterConfig,
+    UnitWeightRouterConfig,
+)
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.feed_forward import FeedForward
@@ -35,9 +43,13 @@ ROUTERS: dict[str, tuple[int, RouterConfig | None, dict[str, Any]]] = {
     "hash": (1, HashRouterConfig(), {}),
     "uniform": (1, UniformRouterConfig(), {}),
     "frozen": (1, FrozenRouterConfig(), {}),
+    "weight 1": (1, UnitWeightRouterConfig(), {}),
+    "quantile top-1": (1, QuantileRouterConfig(), {}),
     "softmax top-2": (2, None, {}),
     "sigmoid top-2": (2, SigmoidRouterConfig(), {}),
     "sigmoid top-2, sequence loss": (2, SigmoidRouterConfig(sequence_loss_coeff=1e-4), {}),
+    "quantile top-2": (2, QuantileRouterConfig(), {}),
+    "hashed top-2": (2, HashedRouterConfig(), {}),
 }
 
 
