@@ -17,16 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Benchmark, Part, Table, interleaved
-from nlgmoe import (
-    FrozenRouterConfig,
-    HashedRouterConfig,
-    HashRouterConfig,
-    QuantileRouterConfig,
-    SigmoidRouterConfig,
-    UniformRouterConfig,
-    UnitWeightRouterConfig,
-)
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers import routers
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
@@ -39,17 +31,17 @@ PEERS = ("ours, dropless", "ours, capacity 1.0", "DeepSpeed, dropless", "DeepSpe
 ROUTERS: dict[str, tuple[int, RouterConfig | None, dict[str, Any]]] = {
     "softmax top-1": (1, None, {}),
     "softmax top-1, gate scale": (1, None, {"gate_scale": 2.0}),
-    "sigmoid top-1": (1, SigmoidRouterConfig(), {}),
-    "hash": (1, HashRouterConfig(), {}),
-    "uniform": (1, UniformRouterConfig(), {}),
-    "frozen": (1, FrozenRouterConfig(), {}),
-    "weight 1": (1, UnitWeightRouterConfig(), {}),
-    "quantile top-1": (1, QuantileRouterConfig(), {}),
+    "sigmoid top-1": (1, routers.SigmoidRouterConfig(), {}),
+    "hash": (1, routers.HashRouterConfig(), {}),
+    "uniform": (1, routers.UniformRouterConfig(), {}),
+    "frozen": (1, routers.FrozenRouterConfig(), {}),
+    "weight 1": (1, routers.UnitWeightRouterConfig(), {}),
+    "quantile top-1": (1, routers.QuantileRouterConfig(), {}),
     "softmax top-2": (2, None, {}),
-    "sigmoid top-2": (2, SigmoidRouterConfig(), {}),
-    "sigmoid top-2, sequence loss": (2, SigmoidRouterConfig(sequence_loss_coeff=1e-4), {}),
-    "quantile top-2": (2, QuantileRouterConfig(), {}),
-    "hashed top-2": (2, HashedRouterConfig(), {}),
+    "sigmoid top-2": (2, routers.SigmoidRouterConfig(), {}),
+    "sigmoid top-2, sequence loss": (2, routers.SigmoidRouterConfig(sequence_loss_coeff=1e-4), {}),
+    "quantile top-2": (2, routers.QuantileRouterConfig(), {}),
+    "hashed top-2": (2, routers.HashedRouterConfig(), {}),
 }
 
 

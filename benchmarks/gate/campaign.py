@@ -58,11 +58,11 @@ def status(records: Records, out: Path, jobs: int) -> str:
         jobs: runs at a time.
     """
     runs = [run for run in records.runs.values() if run["scale"] == CPU.name]
-    missing, rows = set[tuple[str, int]](), list[list[object]]()  # side and seed
+    missing, rows = set[tuple[str, str, int]](), list[list[object]]()
     for entry in PLAN:
         seeds = seeds_of(PLANNED_PAIRS)
         lacking = _lacking(entry, seeds, records)
-        missing |= {(name, seed) for seed in lacking for name in (entry.candidate.stem, entry.baseline)}
+        missing |= {(name, entry.baseline, seed) for seed in lacking for name in (entry.candidate.stem, entry.baseline)}
         done = f"{len(seeds) - len(lacking)} of {len(seeds)} pairs"
         rows.append([entry.candidate.stem, entry.baseline, done, ", ".join(f"seed {seed}" for seed in lacking)])
     a_step = sum(run["seconds"] / run["steps"] for run in runs) / len(runs) if runs else SECONDS

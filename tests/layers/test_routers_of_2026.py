@@ -134,7 +134,7 @@ def test_first_blocks_hash_and_later_ones_choose() -> None:
     moe = MoEConfig(4, top_k=2, expert_interval=2, router=HashedRouterConfig(hash_blocks=2), **DROPLESS)
     routers = [block.moe.router for block in GPT(GPTConfig(61, 16, 6, 16, 2, moe=moe)).blocks if block.moe is not None]
     assert [type(router) for router in routers] == [HashedRouter, HashedRouter, SigmoidRouter]
-    assert routers[2].log_scores is SCORES["sqrtsoftplus"]
+    assert routers[2].scores == "sqrtsoftplus"
 
 
 def test_square_root_of_softplus_has_values_and_gradients_everywhere() -> None:

@@ -83,10 +83,7 @@ class HashRouterConfig(_OneExpertConfig):
 
     def build(self, config: GPTConfig, block: int) -> Router:
         router = HashRouter(config.vocab_size, experts_at(config, block))
-        if not router.table.is_meta:  # meta: the weights are counted, or read from a checkpoint
-            counts = [1] * config.vocab_size if self.counts is None else read_counts(self.counts, config.vocab_size)
-            seed = derive_seed("hash router", self.seed, block)
-            router.table.copy_(torch.tensor(balanced_table(counts, router.num_experts, seed))[:, 0])
+        fill_table(router.table.unsqueeze(1), router.num_experts, self.counts, self.seed, block)
         return router
 
 
@@ -102,6 +99,20 @@ class HashRouter(Router):
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
         assert context.tokens is not None, "a hash router needs token ids"
         return route_to(self.table[context.tokens], x, context, self.num_experts)
+
+
+def fill_table(table: Tensor, num_experts: int, counts: str | None, seed: int, block: int) -> None:
+    """Write the experts of each id into `table`, `[V, k]`, unless it is on meta: it is counted, or read from a checkpoint.
+
+    Args:
+        counts: JSON file with the number of tokens of each id; None: equal numbers.
+        seed: of the configuration; blocks draw different tables.
+    """
+    if not table.is_meta:
+        vocab_size, top_k = table.shape
+        of_ids = [1] * vocab_size if counts is None else read_counts(counts, vocab_size)
+        drawn = balanced_table(of_ids, num_experts, derive_seed("hash router", seed, block), top_k)
+        table.copy_(torch.tensor(drawn))
 
 
 def balanced_table(counts: Sequence[int], num_experts: int, seed: int, top_k: int = 1) -> list[list[int]]:

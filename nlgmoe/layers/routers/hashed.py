@@ -20,10 +20,10 @@ from torch import Tensor
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.router import Router, RoutingContext
-from nlgmoe.layers.routers.fixed import balanced_table, read_counts
+from nlgmoe.layers.routers.fixed import fill_table
 from nlgmoe.layers.routers.sigmoid import Score, ScoreRouter, SigmoidRouter, SigmoidRouterConfig
 from nlgmoe.pyramid import moe_blocks
-from nlgmoe.seeding import RoutingNoise, derive_seed
+from nlgmoe.seeding import RoutingNoise
 from nlgmoe.validation import require
 
 
@@ -55,10 +55,7 @@ class HashedRouterConfig(SigmoidRouterConfig):
         if self.hash_blocks is not None and block not in list(moe_blocks(config))[: self.hash_blocks]:
             return SigmoidRouter(self, config, block)
         router = HashedRouter(self.scores, config, block)
-        if not router.table.is_meta:  # meta: the weights are counted, or read from a checkpoint
-            counts = [1] * config.vocab_size if self.counts is None else read_counts(self.counts, config.vocab_size)
-            seed = derive_seed("hash router", self.seed, block)
-            router.table.copy_(torch.tensor(balanced_table(counts, router.num_experts, seed, router.config.top_k)))
+        fill_table(router.table, router.num_experts, self.counts, self.seed, block)
         return router
 
 

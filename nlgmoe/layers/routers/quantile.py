@@ -98,7 +98,7 @@ class QuantileRouter(TopKRouter):
         exceeded = (scores + self.bias).topk(self.config.top_k + 1, dim=-1).values[:, -1:]  # [N, 1]
         bins = (self._to_unit(exceeded - scores) * BINS).long().clamp(0, BINS - 1)  # [N, E]
         counts = routing.unpadded(torch.ones_like(bins))  # [N, E]
-        return bins.new_zeros(BINS, self.num_experts).scatter_add_(0, bins, counts).t()
+        return bins.new_zeros(self.num_experts, BINS).scatter_add_(1, bins.t(), counts.t())
 
     def _to_unit(self, value: Tensor) -> Tensor:
         """Map biases to [0, 1], in which bins are equal."""

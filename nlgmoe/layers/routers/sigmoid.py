@@ -102,10 +102,10 @@ class ScoreRouter(TopKRouter):
     def __init__(self, scores: Score, config: GPTConfig, block: int) -> None:
         assert config.moe is not None
         super().__init__(config.moe, config.hidden_size, experts_at(config, block), block)
-        self.log_scores = SCORES[scores]
+        self.scores = scores
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self.log_scores(super()._logits(x))
+        return SCORES[self.scores](super()._logits(x))
 
     def _scores(self, logits: Tensor, probs: Tensor) -> Tensor:
         return logits.exp()
