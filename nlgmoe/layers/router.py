@@ -19,7 +19,7 @@ Letters: N tokens of this rank's micro-batch, E experts, k experts per token, H 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_float
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -184,6 +184,9 @@ class Router(nn.Module):
     """
 
     weight_sum: float | None = None
+    left_out: Tensor | None = (
+        None  # of `leave_out`: `[E]` bool, on the weight's device; None: every expert may be chosen
+    )
     estimated_gradient: bool = False
     not_per_expert: ClassVar[tuple[str, ...]] = ()
 
@@ -202,6 +205,29 @@ class Router(nn.Module):
             statistic: int64, `Routing.statistic` summed over all ranks and micro-batches of the step; if `forward` gives none,
                 `[E]` assignments requested of each expert, before dropping.
         """
+
+    def weights_of(self, routing: Routing, expert: Tensor, kept: Tensor) -> Tensor:
+        """Return the weights that the gate gives to other experts than it has chosen, `[N, k]`; 0 where not kept.
+
+        Args:
+            routing: the router's own, of the same tokens.
+            expert: `[N, k]`, such as a recorded choice.
+            kept: `[N, k]` bool.
+
+        Raises:
+            ValueError: the router does not define them.
+        """
+        raise SettingError(
+            f"{type(self).__name__} has no weights_of(routing, expert, kept); a choice cannot be replayed"
+        )
+
+    def leave_out(self, experts: Sequence[int]) -> None:
+        """Exclude experts from the choice, as if the router had no row for them; an empty list includes all.
+
+        Raises:
+            ValueError: the router cannot, or too few experts are left.
+        """
+        raise SettingError(f"{type(self).__name__} cannot route around experts; use removal=contribution")
 
     @property
     def learns_from_steps(self) -> bool:
@@ -246,19 +272,42 @@ class TopKRouter(Router):
             if config.noise == "jitter" and training:
                 gate_input = gate_input * (1 - JITTER + 2 * JITTER * draw(gate_input.shape))
             logits = self._logits(gate_input)  # [N, E]
+            if self.left_out is not None:
+                logits = logits.masked_fill(self.left_out, float("-inf"))
             probs = F.softmax(logits, dim=-1)
 
             expert = self._choose(logits, context, draw)  # [N, k]
             capacity = self._capacity(len(x))
             kept = self._within_capacity(capacity, expert, probs, token_mask, draw)
-            weight = self._scores(logits, probs).gather(1, expert)
-            if capacity is not None or token_mask is not None:
-                weight = torch.where(kept, weight, 0.0)
-            if config.normalizes:
-                weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
-            if config.gate_scale != 1:
-                weight = weight * config.gate_scale
+            drops = capacity is not None or token_mask is not None
+            weight = self._weigh(self._scores(logits, probs).gather(1, expert), kept if drops else None)
         return Routing(expert, weight, kept, self.num_experts, token_mask, logits, probs, {}, capacity)
+
+    def weights_of(self, routing: Routing, expert: Tensor, kept: Tensor) -> Tensor:
+        """Return the weights of given experts, `[N, k]`."""
+        assert routing.logits is not None and routing.probs is not None
+        return self._weigh(self._scores(routing.logits, routing.probs).gather(1, expert), kept)
+
+    def leave_out(self, experts: Sequence[int]) -> None:
+        """Exclude experts from the choice and from the softmax; an empty list includes all."""
+        number, chosen = self.config.groups or (1, 1)
+        size, left_out = self.num_experts // number, torch.zeros(self.num_experts, dtype=torch.bool)
+        left_out[list(experts)] = True
+        fewest = size - int(left_out.view(number, size).sum(dim=1).max())
+        require(
+            fewest * chosen >= self.config.top_k,
+            f"without: {fewest * chosen} of {self.num_experts} experts are left for a token that chooses "
+            f"top_k={self.config.top_k}; remove fewer",
+        )
+        self.left_out = left_out.to(self.weight.device) if experts else None
+
+    def _weigh(self, scores: Tensor, kept: Tensor | None) -> Tensor:
+        """Return the weights of experts with these scores, `[N, k]`; `kept` None: nothing is dropped or padding."""
+        config = self.config
+        weight = scores if kept is None else torch.where(kept, scores, 0.0)
+        if config.normalizes:
+            weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).eps)
+        return weight if config.gate_scale == 1 else weight * config.gate_scale
 
     def _logits(self, x: Tensor) -> Tensor:
         """Compute the logits, `[N, H] -> [N, E]`, in the dtype of `x`."""
@@ -280,7 +329,7 @@ class TopKRouter(Router):
     def _choose(self, logits: Tensor, context: RoutingContext, draw: RoutingNoise) -> Tensor:
         """Choose the k experts of each token, `[N, k]`, first choice first."""
         config, training = self.config, self.training
-        logits = self._within_groups(logits.detach())
+        logits = self._selectable(logits.detach())
         if config.top_k > 2:
             return logits.topk(config.top_k, dim=-1).indices
         if config.top_k == 1:
@@ -294,8 +343,13 @@ class TopKRouter(Router):
         second = logits.scatter(1, first, float("-inf")).argmax(dim=-1, keepdim=True)
         return torch.cat([first, second], dim=-1)
 
-    def _within_groups(self, scores: Tensor, summed: int = 1) -> Tensor:
-        """Replace the scores of experts outside a token's best groups by -inf, `[N, E]`; a group's is the sum of its highest."""
+    def _selectable(self, scores: Tensor, summed: int = 1) -> Tensor:
+        """Replace the scores, `[N, E]`, of experts that a token cannot choose by -inf: left out, or outside its best groups.
+
+        A group's score is the sum of its `summed` highest.
+        """
+        if self.left_out is not None:
+            scores = scores.masked_fill(self.left_out, float("-inf"))
         if self.config.groups is None:
             return scores
         number, chosen = self.config.groups

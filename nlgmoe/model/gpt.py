@@ -141,14 +141,18 @@ class GPT(nn.Module):
         """
         attention = AttentionContext.build(self.config, tokens, token_mask, documents, cache)
         ids = tokens if embedded is None else None
-        context, routings = RoutingContext(ids, token_mask, noise_key, attention.positions), []
+        context = RoutingContext(ids, token_mask, noise_key, attention.positions)
         x = self.token_embedding(tokens) if embedded is None else embedded
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
         if self.position_embedding is not None:
             x = x + self.position_embedding(attention.positions)
-        x = self.dropout(x)  # [B, T, H]
-        for block in self.blocks:
+        return self.run_blocks(0, self.dropout(x), attention, context)
+
+    def run_blocks(self, first: int, x: Tensor, attention: AttentionContext, context: RoutingContext) -> GPTOutput:
+        """Apply the blocks from number `first` on, and the final norm, to `x`, `[B, T, H]`."""
+        routings = []
+        for block in self.blocks[first:]:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, routing = checkpoint(block, x, attention, context, use_reentrant=False)
             else:

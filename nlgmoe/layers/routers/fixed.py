@@ -87,7 +87,14 @@ class HashRouterConfig(_OneExpertConfig):
         return router
 
 
-class HashRouter(Router):
+class _OneExpertRouter(Router):
+    """Gives its expert the weight 1."""
+
+    def weights_of(self, routing: Routing, expert: Tensor, kept: Tensor) -> Tensor:
+        return kept.to(routing.weight.dtype)
+
+
+class HashRouter(_OneExpertRouter):
     """Looks up the expert of each token in a table."""
 
     table: Tensor
@@ -156,7 +163,7 @@ class UniformRouterConfig(_OneExpertConfig):
         return UniformRouter(experts_at(config, block), derive_seed("uniform router", self.seed, block))
 
 
-class UniformRouter(Router):
+class UniformRouter(_OneExpertRouter):
     """Hashes token ids and positions."""
 
     seed: Tensor

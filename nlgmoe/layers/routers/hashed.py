@@ -13,6 +13,7 @@ Letters as in `fixed.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,10 @@ class HashedRouter(ScoreRouter):
     def __init__(self, scores: Score, config: GPTConfig, block: int) -> None:
         super().__init__(scores, config, block)
         self.register_buffer("table", torch.zeros(config.vocab_size, self.config.top_k, dtype=torch.int64))  # [V, k]
+
+    def leave_out(self, experts: Sequence[int]) -> None:
+        """Refuse: the table names the experts."""
+        Router.leave_out(self, experts)
 
     def _choose(self, logits: Tensor, context: RoutingContext, draw: RoutingNoise) -> Tensor:
         assert context.tokens is not None, "a hashed choice needs token ids"

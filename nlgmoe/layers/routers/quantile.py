@@ -127,4 +127,4 @@ class QuantileRouter(TopKRouter):
         return logits.detach().exp() if self.sigmoid else logits.detach()
 
     def _choose(self, logits: Tensor, context: RoutingContext, draw: RoutingNoise) -> Tensor:
-        return (self._biasable(logits) + self.bias).topk(self.config.top_k, dim=-1).indices
+        return self._selectable(self._biasable(logits) + self.bias).topk(self.config.top_k, dim=-1).indices

@@ -144,7 +144,7 @@ class SigmoidRouter(ScoreRouter):
         self.bias += settings.update_rate * self.momentum
 
     def _choose(self, logits: Tensor, context: RoutingContext, draw: RoutingNoise) -> Tensor:
-        scores = self._within_groups(logits.detach().exp() + self.bias, summed=2)
+        scores = self._selectable(logits.detach().exp() + self.bias, summed=2)
         return scores.topk(self.config.top_k, dim=-1).indices
 
 
