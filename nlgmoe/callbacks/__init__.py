@@ -3,6 +3,7 @@
 from nlgmoe.callbacks.expert_load import ExpertLoad
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.progress import TokenProgressBar
+from nlgmoe.callbacks.routing_windows import RoutingWindows
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.sample_text import SampleText
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
@@ -15,6 +16,7 @@ __all__ = [
     "ExpertLoad",
     "ExpertSpecialisation",
     "PredictionFile",
+    "RoutingWindows",
     "RunSummary",
     "SampleText",
     "SaveCheckpoints",

@@ -31,6 +31,7 @@ from nlgmoe.checkpoint.entries import (
 )
 from nlgmoe.checkpoint.reading import FORMAT, KINDS, VERSION, Checkpoint, FileRecord
 from nlgmoe.checkpoint.run_checkpoints import choose_checkpoint, find_checkpoint
+from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.validation import RunError, SettingError
 from nlgmoe.versions import versions
@@ -125,10 +126,13 @@ def load_model(path: str | Path) -> GPT:
     return build_model(find_checkpoint(path))
 
 
-def build_model(checkpoint: Checkpoint) -> GPT:
-    """Build the trained GPT of a checkpoint with valid weights, on the CPU, in evaluation mode."""
+def build_model(checkpoint: Checkpoint, config: GPTConfig | None = None) -> GPT:
+    """Build the trained GPT of a checkpoint with valid weights, on the CPU, in evaluation mode.
+
+    `config`: another one, whose model has the same weights; None: the checkpoint's.
+    """
     with torch.device("meta"):
-        model = GPT(checkpoint.config)
+        model = GPT(config or checkpoint.config)
     model.load_state_dict(join_experts(checkpoint.tensors("model").read_all()), assign=True)
     return model.eval()
 

@@ -20,6 +20,7 @@ from typing_extensions import override
 from nlgmoe.callbacks.expert_load import ExpertLoad
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.progress import TokenProgressBar
+from nlgmoe.callbacks.routing_windows import RoutingWindows
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.throughput import Throughput
@@ -49,7 +50,7 @@ class TrainCLI(LightningCLI):
         self._words = [_with_home(word) for word in (sys.argv[1:] if args is None else args)]
         self._refusal: Exception | None = None  # of the last constructor, if that raised one
         callbacks: list[Callback] = [SaveCheckpoints(), TokenProgressBar(), Throughput(), ExpertLoad()]
-        callbacks += [ExpertSpecialisation(), RunSummary(), PredictionFile()]
+        callbacks += [ExpertSpecialisation(), RoutingWindows(), RunSummary(), PredictionFile()]
         super().__init__(
             MoEGPTModule,
             PileDataModule,

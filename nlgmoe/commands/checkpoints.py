@@ -111,7 +111,7 @@ def prune_checkpoint(
     checkpoint: str,
     *,
     num_experts: int | list[int],
-    by: Literal["use", "reap"] = "use",
+    by: Literal["use", "reap", "first_order"] = "use",
     text: str | None = None,
     windows: int = 200,
     tokenizer: str | None = None,
@@ -120,17 +120,18 @@ def prune_checkpoint(
     overwrite: bool = False,
     allow_code: list[str] | None = None,
 ) -> None:
-    """Keep the experts that rank highest by use or by REAP, and print the loss before and after.
+    """Keep the experts that rank highest by use, by REAP or by the loss without them, and print the loss before and after.
 
     An expert's use is the sum of its weights over the tokens of the run's validation text, or of `text`. REAP (arXiv 2510.13999)
-    ranks by the mean over the expert's tokens of its weight times the norm of its output.
+    ranks by the mean over the expert's tokens of its weight times the norm of its output. First order ranks by the change of
+    the loss without the expert, to first order.
 
     Args:
         run: the folder of a run, or a checkpoint in it.
         checkpoint: output folder, `NAME.ckpt`.
         num_experts: experts to keep in each MoE layer, or one number for each MoE position, such as [8,8,16]; 0 where the model
             has a dense block.
-        by: ranking of the experts, use or reap.
+        by: ranking of the experts, use, reap or first_order.
         text: file of plain text on which use is measured; default: the run's validation text.
         windows: sequences measured, of at most 2,048 tokens, of each domain of the run's validation text, or of `text`.
         tokenizer: as data.tokenizer, for a checkpoint without a tokenizer.
@@ -141,13 +142,16 @@ def prune_checkpoint(
     """
     import_allowed(allow_code)
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
+    import torch
+
     from nlgmoe.checkpoint.portable import load_model
     from nlgmoe.checkpoint.reading import run_config
-    from nlgmoe.commands.measured_text import read_batches
+    from nlgmoe.eval.causes import first_order
     from nlgmoe.eval.importance import measure_use
     from nlgmoe.eval.loaded_model import load_pretrained
     from nlgmoe.model.counting import count_parameters
     from nlgmoe.surgery.prune import best_ranked, prune, pruned_config
+    from nlgmoe.tools.measured_text import measured_text
 
     check_device(device)
     loaded = load_pretrained(run, tokenizer, device, data_dir=data_dir)
@@ -156,9 +160,14 @@ def prune_checkpoint(
     before = loaded.model.config
     num_experts = _by_position(num_experts, before)
     after = pruned_config(before, num_experts)
-    batches = read_batches(run_config(Path(run)), loaded, text, windows, tokenizer)
+    batches = measured_text(run_config(Path(run)), loaded, text, windows, tokenizer).batches
     use = measure_use(loaded.model, tqdm(batches, "measuring use", mininterval=1))
-    kept = best_ranked(use.weights if by == "use" else use.saliency, after)
+    if by == "first_order":
+        changes = first_order(loaded.model, tqdm(batches, "measuring changes", mininterval=1)).layers
+        scores = [torch.from_numpy(change.mean()) for change in changes]
+    else:
+        scores = use.weights if by == "use" else use.saliency
+    kept = best_ranked(scores, after)
     path, tokens_seen = loaded.path, loaded.document["tokens_seen"]
     del loaded  # the device need not hold both models
     prune(path, checkpoint, num_experts, kept, overwrite)

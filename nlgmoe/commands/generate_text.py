@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nlgmoe.cli.arguments import check_device, import_allowed
 from nlgmoe.validation import SettingError, require
@@ -25,6 +25,9 @@ def generate_text(
     device: str = "cpu",
     precision: Literal["fp32", "bf16"] | None = None,
     chat: bool = False,
+    without: list[str] | None = None,
+    removal: Literal["route_around", "contribution"] = "route_around",
+    experts_per_token: int | None = None,
     allow_code: list[str] | None = None,
 ) -> None:
     """Continue texts until a stop token, the end of the document, `max_new_tokens`, or `seq_len`; or answer them, with `--chat`.
@@ -41,6 +44,10 @@ def generate_text(
         device: device of the model, such as cuda.
         precision: precision of weights and matrix products, fp32 or bf16; default: the stored precision.
         chat: each prompt is a message of the user, which the model answers: its chat template and stop tokens are used.
+        without: experts to remove, LAYER:EXPERT,EXPERT such as 0:3,7 (MoE layers and experts are counted from 0); may be given
+            several times.
+        removal: route_around: other experts take their tokens, as in a pruned model; contribution: their output is 0.
+        experts_per_token: in place of the model's model.config.moe.top_k.
         allow_code: module of the checkpoint's router, expert or attention to import; may be given several times.
     """
     import_allowed(allow_code)
@@ -53,7 +60,8 @@ def generate_text(
     check_device(device)
     texts = [_read_stdin()] if prompt is None else prompt
 
-    loaded = load_pretrained(checkpoint, tokenizer, device, precision)
+    changes: dict[str, Any] = {"without": without or (), "removal": removal, "experts_per_token": experts_per_token}
+    loaded = load_pretrained(checkpoint, tokenizer, device, precision, **changes)
     if chat:
         from nlgmoe.eval.chat import chat_prompts
 

@@ -23,10 +23,11 @@ COMMANDS = {
     "export": ("tools.hugging_face.commands:export_checkpoint", "write a folder for transformers"),
     "import": ("tools.hugging_face.commands:import_checkpoint", "convert a folder of transformers into a checkpoint"),
     "upcycle": ("commands.checkpoints:upcycle_checkpoint", "copy a dense model's feed-forward layers into experts"),
-    "prune": ("commands.checkpoints:prune_checkpoint", "keep the experts that rank highest by use or by REAP"),
+    "prune": ("commands.checkpoints:prune_checkpoint", "keep the experts that rank highest by use, REAP or first order"),
     "distill-logits": ("commands.distill_logits", "record a teacher's most likely next tokens for a student"),
     "student": ("commands.student", "write a student's YAML, to be used with its teacher's"),
     "evaluate": ("tools.lm_eval.evaluate", "evaluate a checkpoint on zero-shot tasks with lm-eval"),
+    "experts": ("tools.experts", "show which experts a text uses, and what happens without one"),
     "report": ("tools.report", "draw run folders as one HTML page"),
     "check": ("tools.check", "test a MoE layer or an attention for known defects"),
 }  # name -> module below `nlgmoe` (and its function, if that has another name), help

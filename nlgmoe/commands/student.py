@@ -128,13 +128,13 @@ def _write(comment: list[str], changes: dict[str, Any], output: str | None) -> N
 def _measure(
     teacher: str, file: Path, text: str | None, windows: int, tokenizer: str | None, device: str
 ) -> list[float]:
-    from nlgmoe.commands.measured_text import read_batches
     from nlgmoe.eval.importance import measure_influence
     from nlgmoe.eval.loaded_model import load_pretrained
+    from nlgmoe.tools.measured_text import measured_text
 
     check_device(device)
     loaded = load_pretrained(teacher, tokenizer, device)
-    batches = read_batches(file, loaded, text, windows, tokenizer)
+    batches = measured_text(file, loaded, text, windows, tokenizer).batches
     return measure_influence(loaded.model, tqdm(batches, "measuring influence", mininterval=1))
 
 

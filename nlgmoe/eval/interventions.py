@@ -38,8 +38,8 @@ def parse_experts(words: str | Sequence[str], config: GPTConfig, setting: str) -
     """
     counts = list(moe_blocks(config).values())
     chosen: dict[int, list[int]] = {}
-    require(bool(counts), f"{setting}: the model has no experts: it is dense")
     for word in [words] if isinstance(words, str) else words:
+        require(bool(counts), f"{setting}={word}: the model has no experts: it is dense")
         if word == "all":
             return {layer: list(range(count)) for layer, count in enumerate(counts)}
         layer_text, _, experts_text = word.partition(":")

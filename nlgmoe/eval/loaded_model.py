@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +13,13 @@ from nlgmoe.checkpoint.entries import dtype_of
 from nlgmoe.checkpoint.portable import build_model
 from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
+from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import load_tokenizer
+from nlgmoe.eval.interventions import Removal, parse_experts, remove_experts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parallel.triton_grouped_gemm import set_triton_grouped_gemm
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ def load_pretrained(
     device: str | torch.device = "cpu",
     precision: Literal["fp32", "bf16"] | None = None,
     data_dir: str | Path = "data/pocket_pile",
+    without: Sequence[str] = (),
+    removal: Removal = "route_around",
+    experts_per_token: int | None = None,
 ) -> LoadedModel:
     """Load a checkpoint with its tokenizer.
 
@@ -50,6 +56,9 @@ def load_pretrained(
         tokenizer: as `data.tokenizer`, for a checkpoint without a tokenizer.
         precision: `fp32` or `bf16`, for weights and matrix products; None: the stored precision.
         data_dir: folder of tokenizers given by name.
+        without: experts to remove, such as `0:3,7`: experts 3 and 7 of MoE layer 0 (`eval/interventions.py`).
+        removal: `route_around`: other experts take their tokens; `contribution`: their output is 0.
+        experts_per_token: in place of the model's `top_k`.
 
     Raises:
         ValueError: the checkpoint does not exist or is damaged, or its tokenizer is missing, differs from the given one, or has
@@ -62,9 +71,18 @@ def load_pretrained(
         raise SettingError(
             f"tokenizer=null: {found.path} holds none; set it to the one that the model was trained with"
         )
-    model = build_model(found).to(device, dtype_of(precision))
+    model = build_model(found, _with_top_k(found.config, experts_per_token)).to(device, dtype_of(precision))
     set_triton_grouped_gemm(model, torch.device(device))
+    remove_experts(model, parse_experts(without, model.config, "without"), removal)
     return LoadedModel(found.path, model, chosen, found.document)
+
+
+def _with_top_k(config: GPTConfig, top_k: int | None) -> GPTConfig:
+    if top_k is None:
+        return config
+    require(config.moe is not None, f"experts_per_token={top_k}: the model has no experts: it is dense")
+    assert config.moe is not None
+    return replace(config, moe=replace(config.moe, top_k=top_k))
 
 
 def choose_tokenizer(checkpoint: Checkpoint, given: Tokenizer | None) -> Tokenizer | None:

@@ -99,6 +99,9 @@ class TraceWriter:
     Args:
         eod_id: id of the end-of-document token, at which documents begin.
         weights: write the experts' weights too.
+
+    Attributes:
+        num_tokens: tokens written so far.
     """
 
     def __init__(self, path: str | Path, facts: TraceFacts, eod_id: int, weights: bool = False) -> None:
@@ -107,7 +110,7 @@ class TraceWriter:
         self._arrays: dict[
             str, tuple[IO[bytes], np.dtype, tuple[int, ...]]
         ] = {}  # file, type, shape of a token's entry
-        self._tokens, self._documents, self._stack = 0, 0, ExitStack()
+        self.num_tokens, self._documents, self._stack = 0, 0, ExitStack()
 
     def __enter__(self) -> TraceWriter:
         self._folder = Path(
@@ -124,7 +127,7 @@ class TraceWriter:
         documents = self._documents + np.cumsum(starts).reshape(starts.shape) - 1
         domain = np.broadcast_to(batch["domain"].cpu().numpy()[:, None], real.shape)
         self._documents += int(starts.sum())
-        self._tokens += int(real.sum())
+        self.num_tokens += int(real.sum())
         self._write("tokens", tokens[real].astype(np.int32))
         self._write("next_tokens", targets[real].astype(np.int32))
         self._write("document", documents[real].astype(np.int32))
@@ -165,7 +168,7 @@ class TraceWriter:
         with self._stack:
             if kind is not None:
                 return
-            if not self._tokens:
+            if not self.num_tokens:
                 raise SettingError("text: there is no token to route; give some text")
             try:
                 with atomic_write(self.path) as temporary, temporary.open("wb") as file:
@@ -178,8 +181,8 @@ class TraceWriter:
         header: dict[str, Any] = {"__metadata__": {"facts": json.dumps(asdict(self.facts))}}
         arrays, end = sorted(self._arrays.items(), key=lambda item: -item[1][1].itemsize), 0
         for name, (_, dtype, shape) in arrays:
-            begin, end = end, end + self._tokens * dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-            header[name] = {"dtype": NAMES[dtype], "shape": [self._tokens, *shape], "data_offsets": [begin, end]}
+            begin, end = end, end + self.num_tokens * dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+            header[name] = {"dtype": NAMES[dtype], "shape": [self.num_tokens, *shape], "data_offsets": [begin, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         file.write(len(text).to_bytes(8, "little") + text)

@@ -48,6 +48,9 @@ def evaluate(
     tokenizer: str | None = None,
     device: str | None = None,
     precision: Literal["fp32", "bf16"] | None = None,
+    without: list[str] | None = None,
+    removal: Literal["route_around", "contribution"] = "route_around",
+    experts_per_token: int | None = None,
     allow_code: list[str] | None = None,
 ) -> None:
     """Evaluate a checkpoint with lm-eval, and print every metric with the chance level and the paper's values.
@@ -63,6 +66,10 @@ def evaluate(
         tokenizer: as `data.tokenizer`, for a checkpoint without a tokenizer.
         device: cpu, cuda or cuda:N; default: a GPU if there is one.
         precision: precision of weights and matrix products; default: the checkpoint's.
+        without: experts to remove, LAYER:EXPERT,EXPERT such as 0:3,7 (MoE layers and experts are counted from 0); may be given
+            several times.
+        removal: route_around: other experts take their tokens, as in a pruned model; contribution: their output is 0.
+        experts_per_token: in place of the model's model.config.moe.top_k.
         allow_code: module of the checkpoint's router, expert or attention to import; may be given several times.
     """
     require_at_least(1, SimpleNamespace(limit=limit, batch_size=batch_size), "limit", "batch_size")
@@ -76,9 +83,10 @@ def evaluate(
     device = device or default_device()
     check_device(device)
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    changes: Results = {"without": without or (), "removal": removal, "experts_per_token": experts_per_token}
     with quiet(progress=True):
         selected = Tasks(names, include_path, limit)
-        loaded = load_pretrained(checkpoint, tokenizer, device, precision)
+        loaded = load_pretrained(checkpoint, tokenizer, device, precision, **changes)
         model = EvaluatedGPT(loaded.model, loaded.tokenizer, batch_size)
         for name in names:  # all before the first is evaluated, so that mistakes show at once
             selected.load(name)
@@ -87,8 +95,9 @@ def evaluate(
         for name in names:
             for key, value in selected.evaluate(model, name, BOOTSTRAP_ITERS).items():
                 results.setdefault(key, {}).update(value)
-    about = _describe_model(loaded, limit)
+    about = _describe_model(loaded, limit) | (changes if without else {})
     limited = "" if limit is None else f"; limit {limit}: a part of each task"
+    limited += f"; without experts {' '.join(without)} ({removal})" if without else ""
     print(
         f"\n{about['checkpoint']}, step {about['step']:,}, {about['tokens']:,} tokens; {about['parameters']:,} parameters, "
         f"{about['active_parameters']:,} active for a token{limited}\n\n{results_table(results)}"

@@ -66,6 +66,8 @@ ROUTER = (
     Metric("entropy", "Gate entropy (share of its maximum)"),
     Metric("confidence", "Gate's probability of the experts chosen"),
     Metric("logit_rms", "Router logits (root mean square)"),
+    Metric("saturation", "Choices in common with the last validation (share)", smooth=False),
+    Metric("saturation_shuffled", "The same, with the last choices shuffled", smooth=False),
     Metric("expert_share", "Experts' share of the weights (rest: shared expert)"),
     Metric("grad_norm_router", "Gradient norm of routers", log=True),
     Metric("grad_norm_experts", "Gradient norm of experts", log=True),

@@ -16,9 +16,12 @@ import pandas as pd
 import yaml
 from scipy.interpolate import make_interp_spline
 
+from nlgmoe.callbacks.routing_windows import recorded
 from nlgmoe.config import GPTConfig
 from nlgmoe.eval.specialisation import FILE as SPECIALISATION
 from nlgmoe.eval.specialisation import Specialisation
+from nlgmoe.eval.trace import Trace
+from nlgmoe.eval.trace_analyses import saturation
 from nlgmoe.parts import ForeignCodeError, without_parts
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.run.folder import flattened
@@ -138,6 +141,7 @@ def _read(folder: Path, name: str) -> Run:
         versions=_parsed(folder / VERSIONS, lambda text: _by_name(json.loads(text)), {}),
         samples=_parsed(folder / SAMPLES, str, ""),
     )
+    run.metrics |= _saturation(folder)
     dense = run.model is not None and run.model.moe is None
     known = {
         f"No {CONFIG}: no settings, and no names of blocks.": run.config,
@@ -154,6 +158,26 @@ def _read(folder: Path, name: str) -> Run:
         if metric in run.metrics and (count := int((~np.isfinite(run.metrics[metric])).sum())):
             run.notes.append(f"{metric} is not finite in {count:,} of {len(run.metrics[metric]):,} rows.")
     return run
+
+
+def _saturation(folder: Path) -> dict[str, pd.Series]:
+    """Return the share of the choices at each validation that the last one has too, by layer, and its shuffled control.
+
+    Validations of another text, as of another number of ranks, are left out.
+    """
+    traces = {step: Trace(file) for step, file in recorded(folder).items()}
+    if len(traces) < 2:
+        return {}
+    last = traces[max(traces)]
+    text = last.read("tokens")
+    rows = {
+        step: saturation(trace, last) for step, trace in traces.items() if np.array_equal(trace.read("tokens"), text)
+    }
+    return {
+        f"experts/{layer}/{name}": pd.Series({float(step): getattr(of[layer], field) for step, of in rows.items()})
+        for layer in range(len(last.facts.blocks))
+        for name, field in (("saturation", "value"), ("saturation_shuffled", "shuffled"))
+    }
 
 
 def _parsed(path: Path, parse: Callable[[str], T], default: T) -> T:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from nlgmoe.validation import SettingError, require
 
@@ -15,10 +16,23 @@ if TYPE_CHECKING:
 BATCH, LENGTH = 8, 2048  # sequences of a file at a time, and tokens of a sequence, at most
 
 
-def read_batches(
+@dataclass(frozen=True)
+class MeasuredText:
+    """Text in batches.
+
+    Attributes:
+        batches: a list, or a DataLoader, which can be iterated over again and does not hold them all.
+        domains: names, indexed by a batch's domain ids.
+    """
+
+    batches: Any
+    domains: list[str]
+
+
+def measured_text(
     config: Path | None, loaded: LoadedModel, text: str | None, windows: int, tokenizer: str | None
-) -> list[Batch]:
-    """Return batches of sequences: of a file at most `LENGTH` tokens long, of a run as long as its own.
+) -> MeasuredText:
+    """Return sequences: of a file at most `LENGTH` tokens long, of a run as long as its own.
 
     Args:
         config: YAML file of the run; None: there is none.
@@ -29,7 +43,7 @@ def read_batches(
     """
     require(windows >= 1, f"windows={windows} must be at least 1 sequence")
     if text is not None:
-        return list(_file_batches(text, loaded, windows))
+        return MeasuredText(list(_file_batches(text, loaded, windows)), [Path(text).name])
     if config is None:
         raise SettingError("text=null: there is no config.yaml that names its text; give --text FILE")
     from nlgmoe.experiment import ONE_PROCESS, load_config
@@ -39,7 +53,12 @@ def read_batches(
     # Of the trainer nothing is used, but it must fit this machine.
     data = load_config(config, **ONE_PROCESS, trainer__accelerator="cpu", trainer__logger=False, **changes).data
     data.prepare_data()
-    return cast("list[Batch]", list(data.val_dataloader()))
+    batches = data.val_dataloader()
+    require(
+        data.tokenizer is None or data.tokenizer.has_same_ids(loaded.tokenizer),
+        f"the run's text of {config} is of another tokenizer than the checkpoint {loaded.path}; give --text FILE",
+    )
+    return MeasuredText(batches, data.domains)
 
 
 def _file_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Batch]:

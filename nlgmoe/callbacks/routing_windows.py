@@ -1,0 +1,81 @@
+"""The choices of experts in the same text at every validation: how early they settle (router saturation)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from nlgmoe.batch import Batch
+from nlgmoe.data.training_data import training_data
+from nlgmoe.eval.trace import TraceFacts, TraceWriter
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.pyramid import moe_blocks
+from nlgmoe.validation import require
+
+FOLDER = "routing"  # in the run folder
+
+
+class RoutingWindows(Callback):
+    """Writes the trace of the first validation windows of rank 0, `routing/step-N.safetensors`, after N steps of `fit`.
+
+    The report draws the share of choices in common with the last validation. No text is routed for it but the validation's.
+
+    Args:
+        tokens: stop after the batch with which so many tokens are recorded, about 10 bytes each; 0: write nothing.
+    """
+
+    def __init__(self, tokens: int = 4096) -> None:
+        require(tokens >= 0, f"tokens={tokens} must be at least 0; 0 writes nothing")
+        self.tokens = tokens
+        self._writer: TraceWriter | None = None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the files of steps that are to be taken again."""
+        if trainer.is_global_zero:
+            for step, file in recorded(Path(trainer.default_root_dir)).items():
+                if step > trainer.global_step:
+                    file.unlink()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, MoEGPTModule)
+        blocks, data = moe_blocks(pl_module.config), training_data(trainer)
+        fits = trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not (blocks and self.tokens and fits and trainer.is_global_zero):
+            return
+        domains = ["all"] if data is None else data.domains
+        step, eod_id = trainer.global_step, -1 if data is None or data.tokenizer is None else data.tokenizer.eod_id
+        facts = TraceFacts(list(blocks), list(blocks.values()), pl_module.config.num_layers, domains, None, step)
+        folder = Path(trainer.default_root_dir) / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = TraceWriter(folder / f"step-{step}.safetensors", facts, eod_id).__enter__()
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *_: Any
+    ) -> None:
+        assert isinstance(pl_module, MoEGPTModule)
+        if self._writer is not None:
+            self._writer.add(batch, pl_module.routings)
+            if self._writer.num_tokens >= self.tokens:
+                self._close()
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(None, None, None)
+            self._writer = None
+
+
+def recorded(run: Path) -> dict[int, Path]:
+    """Return the traces of a run folder by step, in order."""
+    files = {int(file.stem.removeprefix("step-")): file for file in (run / FOLDER).glob("step-*.safetensors")}
+    return dict(sorted(files.items()))

@@ -1,0 +1,121 @@
+"""`nlgmoe experts`: which experts a text uses, what for, and what happens without one.
+
+`eval/trace.py` records, `eval/trace_analyses.py` counts, `eval/causes.py` measures removals; `tables.py` makes tables of them,
+and `page.py` a page.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from nlgmoe.cli.arguments import check_device, import_allowed
+from nlgmoe.validation import SettingError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nlgmoe.eval.loaded_model import LoadedModel
+    from nlgmoe.eval.trace import Trace
+    from nlgmoe.tools.measured_text import MeasuredText
+
+
+def experts(
+    source: str,
+    text: str | None = None,
+    windows: int = 200,
+    exact: list[str] | None = None,
+    against: str | None = None,
+    replay: str | None = None,
+    output: str | None = None,
+    trace_only: bool = False,
+    weights: bool = False,
+    layout: Literal["nlgmoe", "vllm"] = "nlgmoe",
+    tokenizer: str | None = None,
+    data_dir: str = "data/pocket_pile",
+    device: str = "cpu",
+    allow_code: list[str] | None = None,
+) -> None:
+    """Record every token's experts, and write what each expert is used for and what the loss would be without it.
+
+    The output folder gets routing.safetensors, the trace; experts.csv, a row for each expert; analyses.csv, coactivation.csv,
+    vocabulary.csv; and experts.html, a page that works offline.
+
+    Args:
+        source: the folder of a run, whose newest valid checkpoint is read, or a checkpoint.
+        text: file of plain text to read; default: the run's validation text.
+        windows: sequences read, of at most 2,048 tokens, of each domain of the run's validation text, or of `text`.
+        exact: experts whose removal is computed exactly too, one pass for each: LAYER:EXPERT,EXPERT such as 0:3,7 (MoE layers and
+            experts are counted from 0), LAYER:all, or all; may be given several times.
+        against: an earlier checkpoint of the same run: adds saturation, the share of choices that it has in common.
+        replay: trace of the same text, of this or another model of the same shape, whose choices are replayed with the weights of
+            this model's gates: adds the loss.
+        output: folder; default: experts, in the run folder, or NAME-experts beside the checkpoint NAME.ckpt.
+        trace_only: write the trace alone; no backward pass.
+        weights: store the experts' weights in the trace too.
+        layout: nlgmoe, or vllm: routed_experts with all blocks, for other programs; only with --trace-only.
+        tokenizer: as data.tokenizer, for a checkpoint without a tokenizer.
+        data_dir: folder of tokenizers given by name.
+        device: device of the model, such as cuda.
+        allow_code: module of the checkpoint's router, expert or attention to import; may be given several times.
+    """
+    import_allowed(allow_code)
+    if layout == "vllm" and not trace_only:
+        raise SettingError("layout=vllm is for other programs, and cannot be analysed here; add --trace-only")
+    check_device(device)
+    from pathlib import Path
+
+    from nlgmoe.checkpoint.reading import run_config
+    from nlgmoe.eval.interventions import parse_experts
+    from nlgmoe.eval.loaded_model import load_pretrained
+    from nlgmoe.tools.experts import page, tables
+    from nlgmoe.tools.measured_text import measured_text
+
+    loaded = load_pretrained(source, tokenizer, device, data_dir=data_dir)
+    chosen = parse_experts(exact or [], loaded.model.config, "exact")
+    folder = Path(output) if output is not None else _default_folder(Path(source), loaded.path)
+    folder.mkdir(parents=True, exist_ok=True)
+    measured = measured_text(run_config(Path(source)), loaded, text, windows, tokenizer)
+
+    found = tables.read(loaded, measured, folder / tables.TRACE, not trace_only, weights, layout)
+    print(f"{found.trace.path}: {found.trace.num_tokens:,} tokens")
+    if replay is not None:
+        _print_replayed(loaded, measured, replay)
+    if trace_only:
+        return
+    saturated = None if against is None else _saturation(loaded, measured, found.trace, against, folder, data_dir)
+    found = tables.with_exact(loaded.model, measured, found, chosen)
+    frames = tables.all_tables(loaded, found, saturated)
+    for name, frame in frames.items():
+        frame.to_csv(folder / f"{name}.csv", index=False)
+    print(tables.describe(found, frames))
+    file = page.write(folder, loaded, found, frames)
+    print(f"page: {file} ({file.stat().st_size / 1e6:.1f} MB); open it in a browser")
+
+
+def _default_folder(source: Path, checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.stem}-experts") if source.suffix == ".ckpt" else source / "experts"
+
+
+def _print_replayed(loaded: LoadedModel, measured: MeasuredText, trace: str) -> None:
+    from nlgmoe.eval.interventions import replay
+    from nlgmoe.eval.trace import Trace
+    from nlgmoe.tools.experts.tables import mean_loss
+
+    own = mean_loss(loaded.model, measured.batches)
+    with replay(loaded.model, Trace(trace)):
+        replayed = mean_loss(loaded.model, measured.batches)
+    print(f"loss {own:.4f} by its own choices, {replayed:.4f} by those of {trace} (nats per token)")
+
+
+def _saturation(
+    loaded: LoadedModel, measured: MeasuredText, trace: Trace, against: str, folder: Path, data_dir: str
+) -> Any:
+    from nlgmoe.eval.loaded_model import load_pretrained
+    from nlgmoe.eval.trace_analyses import saturation
+    from nlgmoe.tools.experts.tables import read
+
+    earlier = load_pretrained(against, device=loaded.model.unembedding.device, data_dir=data_dir)
+    if earlier.path.resolve() == loaded.path.resolve():
+        raise SettingError(f"against={against} is the checkpoint itself; give an earlier one, step-N.ckpt")
+    recorded = read(earlier, measured, folder / "routing-against.safetensors", causes=False)
+    return saturation(recorded.trace, trace)
