@@ -23,7 +23,10 @@ COMMANDS = {
     "export": ("tools.hugging_face.commands:export_checkpoint", "write a folder for transformers"),
     "import": ("tools.hugging_face.commands:import_checkpoint", "convert a folder of transformers into a checkpoint"),
     "upcycle": ("commands.checkpoints:upcycle_checkpoint", "copy a dense model's feed-forward layers into experts"),
-    "prune": ("commands.checkpoints:prune_checkpoint", "keep the experts that rank highest by use, REAP or first order"),
+    "prune": (
+        "commands.checkpoints:prune_checkpoint",
+        "keep the experts that rank highest by use, REAP or first order",
+    ),
     "distill-logits": ("commands.distill_logits", "record a teacher's most likely next tokens for a student"),
     "student": ("commands.student", "write a student's YAML, to be used with its teacher's"),
     "evaluate": ("tools.lm_eval.evaluate", "evaluate a checkpoint on zero-shot tasks with lm-eval"),

@@ -167,7 +167,7 @@ def saturation(earlier: Trace, later: Trace, choices: int | None = None) -> list
         first, last = (trace.experts_of(layer)[:, :choices] for trace in (earlier, later))
         moved = np.random.default_rng(0).permutation(first)
         uniform = first.shape[1] / num_experts
-        summaries.append(Summary(f"saturation {layer}", _in_common(first, last), _in_common(moved, last), uniform))
+        summaries.append(Summary("saturation", _in_common(first, last), _in_common(moved, last), uniform))
     return summaries
 
 

@@ -30,7 +30,11 @@ class MeasuredText:
 
 
 def measured_text(
-    config: Path | None, loaded: LoadedModel, text: str | None, windows: int, tokenizer: str | None
+    config: Path | None,
+    loaded: LoadedModel,
+    text: str | None = None,
+    windows: int = 200,
+    tokenizer: str | None = None,
 ) -> MeasuredText:
     """Return sequences: of a file at most `LENGTH` tokens long, of a run as long as its own.
 

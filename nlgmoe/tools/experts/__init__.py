@@ -1,19 +1,18 @@
 """`nlgmoe experts`: which experts a text uses, what for, and what happens without one.
 
-`eval/trace.py` records, `eval/trace_analyses.py` counts, `eval/causes.py` measures removals; `tables.py` makes tables of them,
+`eval/trace.py` records, `eval/trace_analyses.py` counts, `eval/causes.py` measures removals; `study.py` makes tables of them,
 and `page.py` a page.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from nlgmoe.cli.arguments import check_device, import_allowed
 from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from nlgmoe.eval.loaded_model import LoadedModel
     from nlgmoe.eval.trace import Trace
     from nlgmoe.tools.measured_text import MeasuredText
@@ -62,60 +61,42 @@ def experts(
     if layout == "vllm" and not trace_only:
         raise SettingError("layout=vllm is for other programs, and cannot be analysed here; add --trace-only")
     check_device(device)
-    from pathlib import Path
-
     from nlgmoe.checkpoint.reading import run_config
     from nlgmoe.eval.interventions import parse_experts
     from nlgmoe.eval.loaded_model import load_pretrained
-    from nlgmoe.tools.experts import page, tables
+    from nlgmoe.eval.trace import Trace
+    from nlgmoe.tools.experts import page, study
     from nlgmoe.tools.measured_text import measured_text
 
+    recorded = None if replay is None else Trace(replay)
     loaded = load_pretrained(source, tokenizer, device, data_dir=data_dir)
     chosen = parse_experts(exact or [], loaded.model.config, "exact")
     folder = Path(output) if output is not None else _default_folder(Path(source), loaded.path)
     folder.mkdir(parents=True, exist_ok=True)
     measured = measured_text(run_config(Path(source)), loaded, text, windows, tokenizer)
-
-    found = tables.read(loaded, measured, folder / tables.TRACE, not trace_only, weights, layout)
-    print(f"{found.trace.path}: {found.trace.num_tokens:,} tokens")
-    if replay is not None:
-        _print_replayed(loaded, measured, replay)
     if trace_only:
+        trace = study.record(loaded, measured, folder / study.TRACE, weights, layout)
+        print(f"{trace.path}: {trace.num_tokens:,} tokens")
         return
-    saturated = None if against is None else _saturation(loaded, measured, found.trace, against, folder, data_dir)
-    found = tables.with_exact(loaded.model, measured, found, chosen)
-    frames = tables.all_tables(loaded, found, saturated)
-    for name, frame in frames.items():
-        frame.to_csv(folder / f"{name}.csv", index=False)
-    print(tables.describe(found, frames))
-    file = page.write(folder, loaded, found, frames)
-    print(f"page: {file} ({file.stat().st_size / 1e6:.1f} MB); open it in a browser")
+    earlier = None if against is None else load_pretrained(against, tokenizer, device, data_dir=data_dir)
+    found = study.study_experts(loaded, measured, folder, chosen, earlier, weights)
+    for name, table in found.tables.items():
+        table.to_csv(folder / f"{name}.csv", index=False)
+    file = page.write(folder, found)
+    print(study.describe(found))
+    if recorded is not None:
+        _print_replayed(loaded, measured, recorded)
+    print(f"page: {file} ({file.stat().st_size / 1e6:.1f} MB), tables and trace in {folder}")
 
 
 def _default_folder(source: Path, checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.stem}-experts") if source.suffix == ".ckpt" else source / "experts"
 
 
-def _print_replayed(loaded: LoadedModel, measured: MeasuredText, trace: str) -> None:
+def _print_replayed(loaded: LoadedModel, measured: MeasuredText, trace: Trace) -> None:
+    from nlgmoe.eval.importance import measure_use
     from nlgmoe.eval.interventions import replay
-    from nlgmoe.eval.trace import Trace
-    from nlgmoe.tools.experts.tables import mean_loss
 
-    own = mean_loss(loaded.model, measured.batches)
-    with replay(loaded.model, Trace(trace)):
-        replayed = mean_loss(loaded.model, measured.batches)
-    print(f"loss {own:.4f} by its own choices, {replayed:.4f} by those of {trace} (nats per token)")
-
-
-def _saturation(
-    loaded: LoadedModel, measured: MeasuredText, trace: Trace, against: str, folder: Path, data_dir: str
-) -> Any:
-    from nlgmoe.eval.loaded_model import load_pretrained
-    from nlgmoe.eval.trace_analyses import saturation
-    from nlgmoe.tools.experts.tables import read
-
-    earlier = load_pretrained(against, device=loaded.model.unembedding.device, data_dir=data_dir)
-    if earlier.path.resolve() == loaded.path.resolve():
-        raise SettingError(f"against={against} is the checkpoint itself; give an earlier one, step-N.ckpt")
-    recorded = read(earlier, measured, folder / "routing-against.safetensors", causes=False)
-    return saturation(recorded.trace, trace)
+    with replay(loaded.model, trace):
+        loss = measure_use(loaded.model, measured.batches).loss
+    print(f"loss {loss:.4f} with the choices of {trace.path}")

@@ -133,11 +133,9 @@ function draw() {
   drawAnalyses();
 }
 
-const caused = facts.cards[0].some((card) => card.first_order !== undefined);
-state.order = caused ? "first_order" : "use";
 options(by("layer"), facts.layers.map((layer, index) => [String(index), `${index} (block ${layer.block}, ${layer.experts} experts)`]), "0",
   (value) => { state.layer = Number(value); state.expert = null; });
-options(by("order"), [...(caused ? [["first_order", "loss without it"]] : []), ...(facts.exact ? [["route_around", "exact loss without it"]] : []), ["use", "use"], ["expert", "number"]],
+options(by("order"), [["first_order", "loss without it"], ...(facts.exact ? [["route_around", "exact loss without it"]] : []), ["use", "use"], ["expert", "number"]],
   state.order, (value) => { state.order = value; });
 options(by("domain"), facts.domains.map((name, index) => [String(index), name]), "0", (value) => { state.domain = Number(value); });
 by("clear").onclick = () => choose(state.expert);

@@ -12,42 +12,41 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nlgmoe.eval.loaded_model import LoadedModel
 from nlgmoe.eval.trace import Trace
 from nlgmoe.files import atomic_write
-from nlgmoe.tools.experts.tables import Found
+from nlgmoe.tools.experts.study import ExpertStudy
 
 FILE = "experts.html"
 SAMPLE = 400  # tokens of each domain in the coloured text
 IDS, AROUND = 4, 10  # ids of a card with a context, and tokens on both sides
 
 
-def write(folder: Path, loaded: LoadedModel, found: Found, frames: Mapping[str, pd.DataFrame]) -> Path:
+def write(folder: Path, study: ExpertStudy) -> Path:
     """Write the page into a folder, and return its file."""
     file = folder / FILE
     with atomic_write(file) as temporary:
-        temporary.write_text(page(loaded, found, frames), encoding="utf-8")
+        temporary.write_text(page(study), encoding="utf-8")
     return file
 
 
-def page(loaded: LoadedModel, found: Found, frames: Mapping[str, pd.DataFrame]) -> str:
+def page(study: ExpertStudy) -> str:
     """Return the page's HTML."""
-    trace, decode = found.trace, loaded.tokenizer.decode
-    cards = _cards(frames, trace, decode)
+    trace, tables, decode = study.trace, study.tables, study.loaded.tokenizer.decode
     facts = {
         "layers": [
             {"block": block, "experts": count}
             for block, count in zip(trace.facts.blocks, trace.facts.experts, strict=True)
         ],
         "domains": trace.facts.domains,
-        "cards": cards,
-        "analyses": _records(frames["analyses"]),
+        "cards": _cards(tables, trace, decode),
+        "analyses": _records(tables["analyses"]),
         "texts": [_sample(trace, number, name, decode) for number, name in enumerate(trace.facts.domains)],
-        "exact": "contribution" in frames["experts"],
+        "exact": bool(study.exact),
     }
-    loss = "" if found.causes is None else f", loss {found.causes.loss:.4f} nats per token"
-    title = f"Experts of {loaded.path}"
-    about = f"{trace.num_tokens:,} tokens of {', '.join(trace.facts.domains)}{loss}."
+    title = f"Experts of {study.loaded.path}"
+    about = (
+        f"{trace.num_tokens:,} tokens of {', '.join(trace.facts.domains)}, loss {study.causes.loss:.4f} nats per token."
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -60,7 +59,7 @@ def page(loaded: LoadedModel, found: Found, frames: Mapping[str, pd.DataFrame]) 
 <body>
 <main>
 <h1>{escape(title)}</h1>
-<p>{escape(about)} <span id="note"></span></p>
+<p>{escape(about)}</p>
 <form id="controls">
 <label>MoE layer <select id="layer"></select></label>
 <label>order <select id="order"></select></label>
@@ -87,17 +86,17 @@ about the choice, with the share of them that choose the expert.</p>
 
 
 def _cards(
-    frames: Mapping[str, pd.DataFrame], trace: Trace, decode: Callable[[Sequence[int]], str]
+    tables: Mapping[str, pd.DataFrame], trace: Trace, decode: Callable[[Sequence[int]], str]
 ) -> list[list[dict[str, Any]]]:
     """Return the cards of each layer."""
     none = pd.DataFrame(columns=["layer", "expert", "of", "other", "share"])
-    vocabulary, pairs = frames.get("vocabulary", none), frames.get("coactivation", none)
+    vocabulary, pairs = tables.get("vocabulary", none), tables.get("coactivation", none)
     tokens, documents, layers = trace.read("tokens"), trace.read("document"), []
     for layer in range(len(trace.facts.blocks)):
         chosen = trace.experts_of(layer)
         words = dict(list(vocabulary[vocabulary["layer"] == layer].groupby("expert")))
         others = dict(list(pairs[pairs["layer"] == layer].groupby("expert")))
-        cards = _records(frames["experts"][frames["experts"]["layer"] == layer])
+        cards = _records(tables["experts"][tables["experts"]["layer"] == layer])
         for card in cards:
             expert = int(card["expert"])
             of_expert = words.get(expert, none)
