@@ -15,10 +15,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from nlgmoe import GPT, MoEGPTModule, WarmStart, generate, load_model
+from nlgmoe.batch import Batch
+from nlgmoe.eval.trace import Trace, TraceFacts, TraceWriter
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.optim.optimizer import AdamWConfig
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.pyramid import experts_per_layer, moe_blocks
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 from nlgmoe.tools.hugging_face.importing import import_model
@@ -63,6 +65,27 @@ def test_logits_are_those_of_transformers_also_with_padding_and_a_cache(pair: Pa
     torch.testing.assert_close(pair.ours.logits(torch.cat(parts, dim=1)), pair.theirs(ids).logits, rtol=0, atol=3e-5)
     count = count_parameters(pair.ours.config)
     assert (count.total, count.active) == parameters_of(pair.ours)
+
+
+@torch.no_grad()
+def test_a_trace_has_the_experts_that_router_logits_of_transformers_name(pair: Pair, tmp_path: Path) -> None:
+    ids, blocks = tokens(), moe_blocks(pair.ours.config)
+    if not blocks:
+        return
+    batch = Batch(
+        tokens=ids, targets=ids, token_mask=torch.ones_like(ids, dtype=torch.bool), domain=torch.zeros(3).long()
+    )
+    facts = TraceFacts(list(blocks), list(blocks.values()), pair.ours.config.num_layers, ["all"])
+    with TraceWriter(tmp_path / "trace.safetensors", facts, eod_id=-1) as writer:
+        writer.add(batch, pair.ours(ids).routings)
+    trace, moe = Trace(tmp_path / "trace.safetensors"), pair.ours.config.moe
+    biases = [value for name, value in pair.theirs.state_dict().items() if "e_score_correction_bias" in name]
+    assert moe is not None
+    for layer, logits in enumerate(pair.theirs(ids, output_router_logits=True).router_logits):
+        scores = logits.sigmoid() + biases[layer] if biases else logits  # [N, E]
+        if moe.groups is None:
+            expected = scores.topk(moe.top_k, dim=-1).indices
+            assert torch.equal(torch.from_numpy(trace.experts_of(layer)).long(), expected)
 
 
 @pytest.mark.parametrize(("variant", "wrong", "fault"), FAULTS)
