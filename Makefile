@@ -69,9 +69,9 @@ docs: develop  ## build the site: site/index.html
 	$(PIP_INSTALL) --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-notebooks: develop  ## run notebooks 01 to 04 and keep what they show; trains ten small models (05: `notebooks/execute.py`, after `make real-model`)
+notebooks: develop  ## run notebooks 01 to 04 and 06 and keep what they show; trains ten small models (05: `notebooks/execute.py`, after `make real-model`)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
-	$(BIN)/python notebooks/execute.py notebooks/0[1-4]_*.ipynb
+	$(BIN)/python notebooks/execute.py notebooks/0[1-46]_*.ipynb
 
 reproduce: develop  ## train the runs of the paper's claims that docs/results/reproduce.json lacks (none; all again: a day, docs/claims.md)
 	$(BIN)/python -m benchmarks.reproduce $(if $(QUESTION),--question $(QUESTION)) $(if $(SCALE),--scale $(SCALE))

@@ -51,9 +51,8 @@ class RoutingWindows(Callback):
         domains = ["all"] if data is None else data.domains
         step, eod_id = trainer.global_step, -1 if data is None or data.tokenizer is None else data.tokenizer.eod_id
         facts = TraceFacts(list(blocks), list(blocks.values()), pl_module.config.num_layers, domains, None, step)
-        folder = Path(trainer.default_root_dir) / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer = TraceWriter(folder / f"step-{step}.safetensors", facts, eod_id).__enter__()
+        file = Path(trainer.default_root_dir) / FOLDER / f"step-{step}.safetensors"
+        self._writer = TraceWriter(file, facts, eod_id).__enter__()
 
     @override
     def on_validation_batch_end(

@@ -113,6 +113,7 @@ class TraceWriter:
         self.num_tokens, self._documents, self._stack = 0, 0, ExitStack()
 
     def __enter__(self) -> TraceWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._folder = Path(
             self._stack.enter_context(tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".trace-"))
         )

@@ -72,7 +72,6 @@ def experts(
     loaded = load_pretrained(source, tokenizer, device, data_dir=data_dir)
     chosen = parse_experts(exact or [], loaded.model.config, "exact")
     folder = Path(output) if output is not None else _default_folder(Path(source), loaded.path)
-    folder.mkdir(parents=True, exist_ok=True)
     measured = measured_text(run_config(Path(source)), loaded, text, windows, tokenizer)
     if trace_only:
         trace = study.record(loaded, measured, folder / study.TRACE, weights, layout)
