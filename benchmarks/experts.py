@@ -114,14 +114,7 @@ def measure(kind: str, tokens: int) -> None:
                     writer.add(text, model(text["tokens"]).routings)
         else:
             first_order(model, batches(), writer.add)
-    print(
-        json.dumps(
-            {
-                "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
-                "seconds": time.monotonic() - started,
-            }
-        )
-    )
+    print(resident_bytes() / 1e6)
 
 
 PARTS = {"costs": Part(costs, costs_table, rounds=15), "memory": Part(peaks, peaks_table)}
