@@ -19,6 +19,7 @@ import torch
 from benchmarks.timing import Benchmark, Part, Table, interleaved
 from nlgmoe.batch import Batch
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.device import resident_bytes
 from nlgmoe.eval.causes import CHUNK, first_order
 from nlgmoe.eval.perplexity import batch_losses
 from nlgmoe.eval.trace import TraceFacts, TraceWriter
