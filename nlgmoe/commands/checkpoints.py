@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from nlgmoe.cli.arguments import check_device, check_new_checkpoint, import_allowed
 from nlgmoe.files import yaml_beside
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.validation import RunError, SettingError, require
 
 if TYPE_CHECKING:
+    from nlgmoe.checkpoint.reading import Checkpoint
     from nlgmoe.config import GPTConfig
     from nlgmoe.eval.importance import ExpertUse
 
@@ -43,18 +44,27 @@ def verify_checkpoint(checkpoint: str) -> None:
 
 
 def upcycle_checkpoint(
-    dense: str,
+    source: list[str],
     checkpoint: str,
     num_experts: int | list[int] = 8,
     expert_interval: int | None = None,
     top_k: int | None = None,
     mlp_type: Literal["standard", "residual"] = "standard",
     residual_mix: Literal["learned", "sum", "sigmoid"] = "learned",
+    granularity: int = 1,
+    redraw: float = 0.0,
+    rest: Literal["average", "first"] = "average",
     noise: float = 0.0,
     seed: int = 1234,
     overwrite: bool = False,
 ) -> None:
-    """Copy each block's feed-forward layer into its experts, so that the MoE model computes the same as the dense one.
+    """Make a mixture of dense models, or a larger one of a mixture.
+
+    One dense model: experts are copies of its feed-forward layers, and the mixture computes the same at first.
+    --granularity 4: shards of copies; many small experts of the same cost, which still compute the same at first.
+    --redraw 0.5: copies of which half is drawn anew; a worse start, experts that differ at once.
+    Several dense models: experts from each, to join what they have learned.
+    A mixture: each expert several times, to grow it; the same at first with --top-k as many times as large.
 
     A Llama becomes a Mixtral, a Qwen3 a Qwen3-MoE, a Granite a GraniteMoe: every block has experts, two for each token, trained
     as those families are (dropless, second expert by argmax). Other models, and residual ones, become the paper's. Other
@@ -63,43 +73,62 @@ def upcycle_checkpoint(
     Set model.config.moe to the same values in a run that starts from the result with model.warm_start.checkpoint.
 
     Args:
-        dense: the checkpoint of a dense model, or the folder of its run.
+        source: the checkpoint of a dense model or of a mixture, or the folder of its run; or several of dense models.
         checkpoint: output folder, `NAME.ckpt`.
-        num_experts: experts of each MoE block, or a list with one number for each.
+        num_experts: experts of each MoE block, shards counted, or a list with one number for each.
         expert_interval: blocks from one MoE block to the next; default: 1 for a Llama, Qwen3 or Granite, else 2.
-        top_k: experts per token; default: 2 for a Llama, Qwen3 or Granite, else 1.
+        top_k: experts per token; default: 2 for a Llama, Qwen3 or Granite, else 1, times the granularity; of a mixture: its own.
         mlp_type: standard, or residual (PR-MoE), which adds a shared expert.
         residual_mix: mix of routed experts and shared expert in a residual block, learned, sum or sigmoid.
-        noise: noise added to the experts' matrices, as a multiple of each matrix's standard deviation; it makes experts part
-            earlier, and the result computes only nearly the same as the dense model.
-        seed: seed of the noise and the gates.
+        granularity: shards of each copy; it divides num_experts, top_k and the width of the feed-forward layers.
+        redraw: share of each expert's inner units that is drawn anew (Drop-Upcycling), from 0 to 1.
+        rest: with several dense models: the weights outside the experts, their average or those of the first.
+        noise: noise added to the experts' matrices, as a multiple of each matrix's standard deviation, or for a mixture to the
+            copied rows of its gates; it makes experts part earlier, and the result computes only nearly the same.
+        seed: seed of all that is drawn, and of the gates.
         overwrite: replace an existing checkpoint.
     """
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
     from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
     from nlgmoe.config import MoEConfig
-    from nlgmoe.model.counting import count_parameters
-    from nlgmoe.surgery.upcycle import upcycle
-    from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
+    from nlgmoe.surgery.grow import grow
+    from nlgmoe.surgery.upcycle import Ways, upcycle
+    from nlgmoe.tools.hugging_face.families import family_of
 
-    found = find_checkpoint(dense)
-    family, _ = family_of(found.config)
+    parents = [find_checkpoint(path) for path in source]
+    config = parents[0].config
+    if config.moe is not None:
+        require(len(parents) == 1, f"{parents[0].path} is no dense model: it has experts; several parents are dense")
+        after = grow(parents[0].path, checkpoint, num_experts, top_k, noise, seed, overwrite)
+        _print_upcycled(parents, checkpoint, config, after)
+        return
+    family, _ = family_of(config)
     native = family is not None and mlp_type == "standard"
     if expert_interval is None:
         expert_interval = 1 if native else 2
     if top_k is None:
-        top_k = 2 if native else 1
+        top_k = (2 if native else 1) * granularity
     of_family: dict[str, Any] = {"token_dropping": False} if native else {}
     if native and top_k == 2:
         of_family["second_expert"] = "argmax"
     moe = MoEConfig(num_experts, expert_interval, top_k, mlp_type=mlp_type, residual_mix=residual_mix, **of_family)
-    upcycled = upcycle(found.path, checkpoint, moe, noise, seed, overwrite)
+    ways = Ways(granularity, redraw, rest, noise, seed)
+    _print_upcycled(
+        parents, checkpoint, config, upcycle([parent.path for parent in parents], checkpoint, moe, ways, overwrite)
+    )
 
-    before, after = (count_parameters(config) for config in (upcycled.dense_config, upcycled.config))
-    sizes = f"{after.total:,}, {after.active:,} for a token"
-    print(f"{checkpoint}: {before.total:,} parameters of {upcycled.dense} have become {sizes}")
+
+def _print_upcycled(parents: Sequence[Checkpoint], checkpoint: str, before: GPTConfig, after: GPTConfig) -> None:
+    from nlgmoe.model.counting import count_parameters
+    from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
+
+    old, new = (count_parameters(config) for config in (before, after))
+    sizes = f"{new.total:,}, {new.active:,} for a token"
+    print(
+        f"{checkpoint}: {old.total:,} parameters of {', '.join(str(parent.path) for parent in parents)} have become {sizes}"
+    )
     print(f"{yaml_beside(Path(checkpoint))}: its settings")
-    became, reason = family_of(upcycled.config)
+    became, reason = family_of(after)
     written = (
         f"with our code: {reason}" if became is None else f"as {FAMILIES[became].classes}ForCausalLM of transformers"
     )

@@ -11,7 +11,7 @@ from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.surgery.upcycle import upcycle
+from nlgmoe.surgery.upcycle import Ways, upcycle
 from nlgmoe.tools.hugging_face.families import family_of
 from tests.support.checkpoints import TOKENIZER, write
 from tests.support.commands import error_of
@@ -79,7 +79,7 @@ def assert_spread(out: Path, moe: MoEConfig, dtype: torch.dtype = torch.float32)
 def test_upcycled_mixture_computes_what_the_dense_model_does(kind: str, tmp_path: Path) -> None:
     source, out, (config, moe) = tmp_path / "dense.ckpt", tmp_path / "moe.ckpt", KINDS[kind]
     write(source, config, tokenizer=TOKENIZER.files)
-    assert upcycle(source, out, moe).config == replace(config, moe=moe)
+    assert upcycle(source, out, moe) == replace(config, moe=moe)
     assert list(find_problems(Checkpoint(out))) == [] and Checkpoint(out).tokenizer() == TOKENIZER.files
     expected = logits_of(source)
     torch.testing.assert_close(logits_of(out), expected, rtol=2e-6, atol=2e-6 * expected.abs().max().item())
@@ -96,7 +96,7 @@ def test_upcycled_gates_of_a_dense_model_in_fp16_are_not_rounded_to_zero(tmp_pat
 
 def test_upcycling_noise_is_as_large_as_its_setting(dense: Path, tmp_path: Path) -> None:
     for name, noise, seed in (("a", 0.1, 0), ("b", 0.1, 0), ("c", 0.1, 2)):
-        upcycle(dense, tmp_path / f"{name}.ckpt", MoEConfig(4, top_k=2), noise, seed)
+        upcycle(dense, tmp_path / f"{name}.ckpt", MoEConfig(4, top_k=2), Ways(noise=noise, seed=seed))
     a, b, c = (load_model(tmp_path / f"{name}.ckpt").blocks[1].moe.experts for name in "abc")
     ffn = load_model(dense).blocks[1].ffn
     for name, weight in (("up_weight", ffn.up.weight), ("down_weight", ffn.down.weight)):
@@ -156,6 +156,6 @@ def test_upcycle_command_writes_a_checkpoint_and_refuses_wrong_settings(
     (out / "manifest.json").write_text("{}")
     main(["upcycle", str(dense), str(out), "--num-experts", "4", "--overwrite"])  # also one that cannot be read
     assert load_model(out).config.moe == MoEConfig(4)
-    assert "no dense model" in error_of(capsys, "upcycle", out, tmp_path / "other.ckpt")
+    assert "no dense model" in error_of(capsys, "upcycle", dense, out, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="only the paper's router, not HashRouterConfig"):
         upcycle(dense, tmp_path / "other.ckpt", MoEConfig(4, router=HashRouterConfig()))
