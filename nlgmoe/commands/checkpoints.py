@@ -109,7 +109,7 @@ def upcycle_checkpoint(
     if top_k is None:
         top_k = (2 if native else 1) * granularity
     of_family: dict[str, Any] = {"token_dropping": False} if native else {}
-    if native and top_k == 2:
+    if top_k == 2 and (native or granularity > 1):
         of_family["second_expert"] = "argmax"
     moe = MoEConfig(num_experts, expert_interval, top_k, mlp_type=mlp_type, residual_mix=residual_mix, **of_family)
     ways = Ways(granularity, redraw, rest, noise, seed)

@@ -20,6 +20,7 @@ from nlgmoe.surgery.grow import grow
 from nlgmoe.surgery.upcycle import Ways, upcycle
 from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.families import family_of
+from nlgmoe.validation import SettingError
 from tests.checkpoint.test_upcycle import DENSE, GRANITE, LATENT, LLAMA, OPEN, TOKENS, logits_of
 from tests.support.checkpoints import TOKENIZER, write
 from tests.support.commands import error_of
@@ -222,9 +223,10 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
             "granularity=4 does not divide num_experts=6; it counts shards",
         ),
         ([dense, out, "--granularity=4", "--top-k=2"], "granularity=4 does not divide top_k=2.* set top_k=4"),
-        ([dense, out, "--granularity=2", "--top-k=2"], "a sampled second expert is no shard .* second_expert=argmax"),
         ([dense, out, "--redraw=1.5"], "redraw=1.5 must be from 0 to 1"),
         ([moe, out, "--num-experts=6"], "num_experts=6 is no multiple"),
         ([moe, out, "--num-experts=8", "--top-k=3"], "top_k=3 must be the mixture's 2, or 2 times as many, 4"),
     ):
         assert re.search(message, line := error_of(capsys, "upcycle", *words)), line
+    with pytest.raises(SettingError, match="a sampled second expert is no shard .* second_expert=argmax"):
+        upcycle(dense, out, MoEConfig(4, top_k=2), Ways(granularity=2))
