@@ -228,5 +228,5 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([moe, out, "--num-experts=8", "--top-k=3"], "top_k=3 must be the mixture's 2, or 2 times as many, 4"),
     ):
         assert re.search(message, line := error_of(capsys, "upcycle", *words)), line
-    with pytest.raises(SettingError, match="a sampled second expert is no shard .* second_expert=argmax"):
+    with pytest.raises(SettingError, match=r"a sampled second expert is no shard .* second_expert=argmax"):
         upcycle(dense, out, MoEConfig(4, top_k=2), Ways(granularity=2))
