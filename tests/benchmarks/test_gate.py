@@ -212,6 +212,25 @@ def test_the_search_keeps_what_helps_and_is_continued_on_another_processor(
     assert len(again.runs) == 2 * 2  # the rate of 8 times, and what it is compared with
 
 
+def test_effects_of_choice_and_weight_computed_by_hand() -> None:
+    def row(name: str, effect: float) -> dict[str, Any]:
+        ours = {str(seed): 3 + effect + 0.001 * (-1) ** seed for seed in range(8)}
+        losses = {"candidate": {"2400": ours}, "baseline": {"2400": dict.fromkeys(ours, 3.0)}}
+        return {"name": name, "baseline": "paper", "losses": losses, "steps": {"tokens": [2400, 2400]}}
+
+    rows = [row("unit_weight", -0.04), row("hashed_probability", 0.01), row("hash_routing", -0.06)]
+    assert not carry.choice_and_weight(rows[:2])
+    means = {name: effect.mean for name, effect in carry.choice_and_weight(rows).items()}
+    expected = {
+        "hashed choice": (0.01 - 0.06 + 0.04) / 2,
+        "weight of 1": (-0.04 - 0.06 - 0.01) / 2,
+        "interaction": -0.03,
+    }
+    assert means == pytest.approx(expected)
+    lines = carry.table_of_choice_and_weight(rows).splitlines()
+    assert sum("**there**" in line for line in lines) == 3
+
+
 def test_a_change_between_baselines_is_its_rule_on_numbers_computed_by_hand() -> None:
     def row(name: str, base: str, effect: float) -> dict[str, Any]:
         noise = [0.01 * (-1) ** seed * (base == "strong") for seed in range(8)]
