@@ -5,7 +5,7 @@
     python -m benchmarks.gate --search                               the search for the strong baseline
     python -m benchmarks.gate --campaign                             the planned rows beside it
     python -m benchmarks.gate --status                               what of both is done, running and missing
-    python -m benchmarks.gate --tables                               renew the table of docs/gate.md from docs/results/gate.json
+    python -m benchmarks.gate --tables                               renew docs/results/gate.md from gate.json
 
 It can be stopped at any time, and resumes when it is started again.
 """
@@ -149,7 +149,9 @@ def main(argv: list[str] | None = None, launch: Launcher | None = None) -> None:
         "--status", action="store_true", help="show what is done, running and missing of both; trains nothing"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gate", help="folder of the runs")
-    parser.add_argument("--tables", action="store_true", help="renew the table of docs/gate.md; trains three steps")
+    parser.add_argument(
+        "--tables", action="store_true", help="renew the table of docs/results/gate.md; trains three steps"
+    )
     parser.add_argument("--scale", choices=["cpu", "tiny"], default="cpu", help="tiny: twenty steps a run, for a test")
     args = parser.parse_args(argv)
     scale, launch = {"cpu": CPU, "tiny": TINY}[args.scale], launch or Launcher()

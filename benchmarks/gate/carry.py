@@ -97,7 +97,7 @@ def table_of_choice_and_weight(rows: Sequence[Row]) -> str:
 
 
 def tables(rows: Sequence[Row], numerics: Mapping[str, str]) -> str:
-    """Return all tables of docs/gate.md."""
+    """Return all tables of docs/results/gate.md."""
     return "\n\n".join(filter(None, [page.table(rows, numerics), table(rows), table_of_choice_and_weight(rows)]))
 
 

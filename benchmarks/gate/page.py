@@ -1,4 +1,4 @@
-"""Rows: what one candidate's gate found, in a JSON file; and the table of docs/gate.md."""
+"""Rows: what one candidate's gate found, in a JSON file; and the table of docs/results/gate.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.versions import versions
 
-RESULTS, PAGE = ROOT / "docs/results/gate.json", ROOT / "docs/gate.md"
+RESULTS, PAGE = ROOT / "docs/results/gate.json", ROOT / "docs/results/gate.md"
 BEGIN, END = "<!-- rows: python -m benchmarks.gate --tables -->", "<!-- end of rows -->"
 KINDS = {"tokens": "equal tokens", "flops": "equal FLOPs", "seconds": "equal seconds"}
 Row = dict[str, Any]
@@ -113,5 +113,5 @@ def _cell(judged: dict[str, Any]) -> str:
 
 
 def write_tables(text: str) -> None:
-    """Replace the tables of docs/gate.md."""
+    """Replace the tables of docs/results/gate.md."""
     PAGE.write_text(with_text(PAGE.read_text(), BEGIN, END, text, name=str(PAGE)))

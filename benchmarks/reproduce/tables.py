@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/claims.md and docs/results/claims.md, and the figures, from docs/results/reproduce.json."""
+"""Write the tables of docs/results/claims.md and claim_models.md, and the figures, from docs/results/reproduce.json."""
 
 from __future__ import annotations
 
@@ -28,21 +28,15 @@ from benchmarks.runs import ROOT, short
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
-PAGE, README, FIGURES = ROOT / "docs/claims.md", ROOT / "README.md", ROOT / "docs/results"
+FIGURES = ROOT / "docs/results"
+PAGE = FIGURES / "claims.md"
 BEGIN, END = "<!-- results: make reproduce-tables -->", "<!-- end of results -->"
 COLOURS = {AGREES: "tab:green", DIFFERS: "tab:red", UNRESOLVED: "tab:gray", MISSING: "tab:gray"}
 LIMITS = -0.25, 0.1  # of the axis of differences, nats
 
 
-def short_table(results: dict[str, Any]) -> str:
-    """Return the table of README.md: a row a question, four columns."""
-    head = ["question", "difference (95% interval)", "pairs", "reading"]
-    rows = [_row(answer) for key, answer in answers(results).items() if key != "faster"]
-    return markdown_table(head, rows)
-
-
 def long_table(results: dict[str, Any]) -> str:
-    """Return the table of docs/claims.md, and what is beside it."""
+    """Return the table of claims.md, and what is beside it."""
     lines = [f"Commit {results['commit'][:10]}; {results['machine']}; {len(results['runs'])} runs."]
     if "speed" in results:
         lines[0] += f" Steps were timed at {short(results['speed']['commit'])}."
@@ -55,11 +49,11 @@ def long_table(results: dict[str, Any]) -> str:
 
 
 def page_of_models(results: dict[str, Any]) -> str:
-    """Return docs/results/claims.md: a table of the models, and one of the budgets."""
+    """Return claim_models.md: a table of the models, and one of the budgets."""
     models, budgets = (markdown_table(head, rows) for head, *rows in (_models(results), _budgets(results)))
     return f"""# The models of the claims
 
-`make reproduce-tables` writes this page; [claims.md](../claims.md) has the questions.
+`make reproduce-tables` writes this page; [claims.md](claims.md) has the questions.
 Commit {results["commit"][:10]}; {results["machine"]}.
 Losses are means with standard errors, in nats per token.
 
@@ -126,15 +120,14 @@ def _budgets(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def write(results: dict[str, Any], page: Path = PAGE, readme: Path = README, figures: Path = FIGURES) -> None:
-    """Replace the tables of the page and of README.md, write the page of models beside the figures, and draw these.
+def write(results: dict[str, Any], page: Path = PAGE, figures: Path = FIGURES) -> None:
+    """Replace the table of the page, write the page of models beside the figures, and draw these.
 
     Raises:
-        ValueError: a page has no place for them.
+        ValueError: the page has no place for it.
     """
-    for file, content in ((page, long_table(results)), (readme, short_table(results))):
-        file.write_text(with_text(file.read_text(), BEGIN, END, content, name=str(file)))
-    (figures / "claims.md").write_text(page_of_models(results))
+    page.write_text(with_text(page.read_text(), BEGIN, END, long_table(results), name=str(page)))
+    (figures / "claim_models.md").write_text(page_of_models(results))
     runs = results["runs"]
     answered = answers(results) | answers_to(LARGER, runs)
     draw_differences(QUESTIONS, answered, runs, figures / "claims.png")

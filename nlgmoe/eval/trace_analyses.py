@@ -109,7 +109,7 @@ class LayerAnalysis:
         return [Summary(name, value, control[name], uniform[name]) for name, value in measured.items()]
 
     def _largest(self) -> dict[str, float]:
-        largest = {"domain": _mean_of_largest(self.by_domain.T)}
+        largest = {"domain": _mean_of_largest(self.by_domain.T)} if len(self.domains) > 1 else {}
         if self.top_k > 1:
             largest["co-activation"] = _mean_of_largest(self.pairs)
         for name, of in (("input token", "tokens"), ("next token", "next_tokens")):

@@ -28,10 +28,8 @@ from benchmarks.reproduce.tables import (
     END,
     FIGURES,
     PAGE,
-    README,
     long_table,
     page_of_models,
-    short_table,
     write,
 )
 from nlgmoe.model.counting import count_parameters
@@ -173,25 +171,22 @@ def test_the_cost_at_equal_loss_is_read_off_the_dense_line() -> None:
 
 
 def test_pages_get_the_tables_of_the_campaign(tmp_path: Path) -> None:
-    pages = tmp_path / "page.md", tmp_path / "readme.md"
-    for page in pages:
-        page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write(made_up(dense=3.8, moe_16=3.7), *pages, tmp_path)
-    for page in pages:
-        text = page.read_text()
-        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "**agrees**" in text
-    assert "| model | parameters |" in (tmp_path / "claims.md").read_text() and "- MoE-" not in pages[1].read_text()
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write(made_up(dense=3.8, moe_16=3.7), page, tmp_path)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "**agrees**" in text
+    assert "| model | parameters |" in (tmp_path / "claim_models.md").read_text()
     assert (tmp_path / "claims.png").stat().st_size > 5000 and (tmp_path / "costs.png").stat().st_size > 5000
-    pages[1].write_text("no place")
-    with pytest.raises(ValueError, match=r"readme\.md lacks the lines"):
-        write(made_up(dense=3.8), *pages, tmp_path)
+    page.write_text("no place")
+    with pytest.raises(ValueError, match=r"page\.md lacks the lines"):
+        write(made_up(dense=3.8), page, tmp_path)
 
 
 def test_committed_pages_have_the_committed_results() -> None:
     results = json.loads(RESULTS.read_text())
-    for page, text in ((PAGE, long_table(results)), (README, short_table(results))):
-        assert with_text(page.read_text(), BEGIN, END, text) == page.read_text()
-    assert page_of_models(results) == (FIGURES / "claims.md").read_text()
+    assert with_text(PAGE.read_text(), BEGIN, END, long_table(results)) == PAGE.read_text()
+    assert page_of_models(results) == (FIGURES / "claim_models.md").read_text()
     rows, page = gate.read_rows(gate.RESULTS), gate.PAGE.read_text()
     bases = sorted({gate.baseline_of(row) for row in rows})
     found = [{row["numerics"] for row in rows if gate.baseline_of(row) == base} | {"of newer code"} for base in bases]

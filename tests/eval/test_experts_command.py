@@ -25,7 +25,7 @@ from tests.support.commands import error_of, quickstart
 from tests.support.synthetic import SyntheticData
 from tests.support.trainers import trainer
 
-TEXT = "the king and the queen. " * 60
+TEXT = "the king and the queen. <!-- </script> <script> " * 40
 CONFIG = GPTConfig(TOKENIZER.vocab_size, 24, 4, 32, 2, moe=MoEConfig([3, 4], top_k=2, token_dropping=False))
 CARDS = """
 const choose = (id, value) => { document.getElementById(id).value = value; document.getElementById(id).onchange(); };
@@ -52,7 +52,7 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def test_files_agree_with_each_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found, trace = tables(folder / "small-experts"), Trace(folder / "small-experts" / "routing.safetensors")
+    found, trace = tables(folder / "small-experts-text"), Trace(folder / "small-experts-text" / "routing.safetensors")
     assert trace.num_tokens == len(TOKENIZER.encode(TEXT))
     assert trace.facts.weights_hash == hash_of_weights(Checkpoint(folder / "small.ckpt"))
     np.testing.assert_allclose(trace.read("weights").sum(axis=2), 1, rtol=1e-5)
@@ -81,18 +81,29 @@ def _loss(model: Any, ids: torch.Tensor) -> float:
 
 
 def test_page_shows_a_card_for_each_expert(folder: Path, tmp_path: Path) -> None:
-    first, second, chosen, text = look(folder / "small-experts" / "experts.html", CARDS, tmp_path)
+    first, second, chosen, text = look(folder / "small-experts-text" / "experts.html", CARDS, tmp_path)
     assert (first, second, chosen) == (3, 4, 1)
     assert text.startswith("Expert ") and "to first order" in text
 
 
 def test_replay_of_its_own_trace_has_the_same_loss(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trace = folder / "small-experts" / "routing.safetensors"
+    trace = folder / "small-experts-text" / "routing.safetensors"
     words = ["experts", str(folder / "small.ckpt"), f"--text={folder / 'text.txt'}", f"--replay={trace}"]
     main([*words, f"--output={folder / 'again'}"])
     printed = capsys.readouterr().out
     loss = next(line.split()[1] for line in printed.splitlines() if line.startswith("loss"))
     assert f"loss {loss} with the choices of" in printed
+
+
+def test_a_study_without_experts_has_the_loss_that_their_removal_adds(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = []
+    for more in ([], ["--without=1:2", "--removal=contribution"]):
+        main(["experts", str(folder / "small.ckpt"), f"--text={folder / 'text.txt'}", f"--output={tmp_path}", *more])
+        losses.append(float(re.findall(r"^loss ([\d.]+)", capsys.readouterr().out, re.MULTILINE)[0]))
+    exact = tables(folder / "small-experts-text")["experts"].set_index(["layer", "expert"])["contribution"]
+    assert losses[1] - losses[0] == pytest.approx(float(exact[1, 2]), abs=2e-4)
 
 
 def test_generation_and_loading_without_experts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

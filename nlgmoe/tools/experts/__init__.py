@@ -29,6 +29,8 @@ def experts(
     trace_only: bool = False,
     weights: bool = False,
     layout: Literal["nlgmoe", "vllm"] = "nlgmoe",
+    without: list[str] | None = None,
+    removal: Literal["route_around", "contribution"] = "route_around",
     tokenizer: str | None = None,
     data_dir: str = "data/pocket_pile",
     device: str = "cpu",
@@ -48,10 +50,14 @@ def experts(
         against: an earlier checkpoint of the same run: adds saturation, the share of choices that it has in common.
         replay: trace of the same text, of this or another model of the same shape, whose choices are replayed with the weights of
             this model's gates: adds the loss.
-        output: folder; default: experts, in the run folder, or NAME-experts beside the checkpoint NAME.ckpt.
+        output: folder; default: experts in the run folder, or NAME-experts beside the checkpoint NAME.ckpt; its name ends with
+            that of `text`.
         trace_only: write the trace alone; no backward pass.
         weights: store the experts' weights in the trace too.
         layout: nlgmoe, or vllm: routed_experts with all blocks, for other programs; only with --trace-only.
+        without: experts to remove from the model before, as for --exact; may be given several times.
+        removal: how `without` removes: route_around: other experts take their tokens, as in a pruned model; contribution: their
+            output is 0.
         tokenizer: as data.tokenizer, for a checkpoint without a tokenizer.
         data_dir: folder of tokenizers given by name.
         device: device of the model, such as cuda.
@@ -69,9 +75,9 @@ def experts(
     from nlgmoe.tools.measured_text import measured_text
 
     recorded = None if replay is None else Trace(replay)
-    loaded = load_pretrained(source, tokenizer, device, data_dir=data_dir)
+    loaded = load_pretrained(source, tokenizer, device, None, data_dir, without or (), removal)
     chosen = parse_experts(exact or [], loaded.model.config, "exact")
-    folder = Path(output) if output is not None else _default_folder(Path(source), loaded.path)
+    folder = Path(output) if output is not None else _default_folder(Path(source), loaded.path, text)
     measured = measured_text(run_config(Path(source)), loaded, text, windows, tokenizer)
     if trace_only:
         trace = study.record(loaded, measured, folder / study.TRACE, weights, layout)
@@ -88,8 +94,9 @@ def experts(
     print(f"page: {file} ({file.stat().st_size / 1e6:.1f} MB), tables and trace in {folder}")
 
 
-def _default_folder(source: Path, checkpoint: Path) -> Path:
-    return checkpoint.with_name(f"{checkpoint.stem}-experts") if source.suffix == ".ckpt" else source / "experts"
+def _default_folder(source: Path, checkpoint: Path, text: str | None) -> Path:
+    name = "experts" if text is None else f"experts-{Path(text).stem}"
+    return checkpoint.with_name(f"{checkpoint.stem}-{name}") if source.suffix == ".ckpt" else source / name
 
 
 def _print_replayed(loaded: LoadedModel, measured: MeasuredText, trace: Trace) -> None:

@@ -108,7 +108,7 @@ function drawCard(card, width) {
 function drawCards() {
   const cards = [...facts.cards[state.layer]];
   const width = Math.max(...cards.flatMap((card) => [card.use, ...facts.domains.map((domain) => card[`use/${domain}`] || 0)]));
-  if (state.order !== "expert") cards.sort((a, b) => (b[state.order] ?? -Infinity) - (a[state.order] ?? -Infinity));
+  if (state.order !== "expert") cards.sort((a, b) => (b[state.order] ?? Infinity) - (a[state.order] ?? Infinity));
   const shown = state.expert === null ? cards : cards.filter((card) => card.expert === state.expert);
   by("cards").replaceChildren(...shown.map((card) => drawCard(card, width)));
 }

@@ -38,7 +38,7 @@ from nlgmoe.validation import require
 
 TRACE = "routing.safetensors"
 LISTED = 12  # ids of an expert in the table of vocabulary
-SHOWN = 4  # experts at both ends of the order, for a terminal
+SHOWN = 3  # experts at both ends of the order, for a terminal
 DISAGREE = 0.5  # rank correlation of both halves of the text below which a note says so
 REMOVALS: tuple[Removal, ...] = ("contribution", "route_around")
 
@@ -216,23 +216,28 @@ def _vocabulary(analysis: LayerAnalysis, decode: Any) -> Iterator[dict[str, Any]
 
 
 def describe(study: ExpertStudy) -> str:
-    """Return the analyses, and the experts that the text needs most and least, for a terminal."""
-    causes = study.causes
-    lines = [study.tables["analyses"].round(3).to_string(index=False)]
-    lines.append(
-        f"loss {causes.loss:.4f} nats per token ({causes.tokens:,} tokens); without an expert, to first order:"
-    )
+    """Return the analyses, and the experts that are used most, and that change the loss most and least, for a terminal."""
+    causes, lines = study.causes, [study.tables["analyses"].round(3).to_string(index=False)]
+    lines.append(f"loss {causes.loss:.4f} nats per token ({causes.tokens:,} tokens)")
+    lines.append("change of the loss without an expert, to first order, with 95% intervals:")
     for layer, changes in enumerate(causes.layers):
         experts = study.tables["experts"]
         rows = experts[experts["layer"] == layer].sort_values("first_order", ascending=False)
         shown = min(SHOWN, len(rows) // 2)
-        most, least = (", ".join(map(_named, part.itertuples())) for part in (rows.head(shown), rows.tail(shown)))
-        lines.append(f"MoE layer {layer}: most is lost without {most}; least without {least}")
+        used = ", ".join(f"{row.expert} ({row.use:.1%})" for row in rows.nlargest(shown, "use").itertuples())
+        largest, smallest = (
+            ", ".join(f"{row.expert} {_change(row, 'first_order')}" for row in part.itertuples())
+            for part in (rows.head(shown), rows.tail(shown))
+        )
+        lines.append(f"MoE layer {layer}: most used {used}; largest change {largest}; smallest {smallest}")
         if (agreement := changes.agreement()) < DISAGREE:
             reason = f"the halves of the text disagree on the order of experts (rank correlation {agreement:.2f})"
             lines.append(f"MoE layer {layer}: {reason}; read more text, with --windows")
+        for row in rows[[(layer, number, REMOVALS[0]) in study.exact for number in rows["expert"]]].itertuples():
+            exact = ", ".join(f"{removal} {_change(row, removal)}" for removal in REMOVALS)
+            lines.append(f"MoE layer {layer}, without expert {row.expert}: {exact}")
     return "\n".join(lines)
 
 
-def _named(row: Any) -> str:
-    return f"{row.expert} ({row.first_order:+.4f} ± {row.first_order_half:.4f})"
+def _change(row: Any, name: str) -> str:
+    return f"{getattr(row, name):+.5f} ± {getattr(row, f'{name}_half'):.5f}"

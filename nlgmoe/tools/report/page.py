@@ -154,8 +154,8 @@ def clock_values(run: Run) -> dict[str, list[float | None]]:
 
 
 def _json(value: Any) -> str:
-    """Return JSON for a script element, with the end tag escaped."""
-    return json.dumps(value, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\!--")
+    """Return JSON for a script element, which `</script>` and `<!--` would end."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _own(name: str) -> str:
