@@ -22,7 +22,7 @@ from nlgmoe.layers import routers
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.router import RoutingContext
+from nlgmoe.layers.routing import RoutingContext
 from nlgmoe.parts import RouterConfig
 
 SHAPES = [(2048, 256, 8), (2048, 256, 32), (8192, 256, 64)]  # tokens, hidden size, experts; top-1

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nlgmoe.layers.mla import MLAConfig
     from nlgmoe.layers.moe import MoELayer
     from nlgmoe.layers.rotary import Llama3, Yarn
-    from nlgmoe.layers.router import Router, Routing, RoutingContext
+    from nlgmoe.layers.router import Router
     from nlgmoe.layers.routers import (
         FrozenRouterConfig,
         HashedRouterConfig,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         UniformRouterConfig,
         UnitWeightRouterConfig,
     )
+    from nlgmoe.layers.routing import Routing, RoutingContext
     from nlgmoe.model.gpt import GPT, GPTOutput
     from nlgmoe.module import MoEGPTModule
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
@@ -59,7 +60,8 @@ _NAMES = {
     "layers.mla": "MLAConfig",
     "layers.moe": "MoELayer",
     "layers.rotary": "Llama3 Yarn",
-    "layers.router": "Router Routing RoutingContext",
+    "layers.router": "Router",
+    "layers.routing": "Routing RoutingContext",
     "layers.routers": "FrozenRouterConfig HashedRouterConfig HashRouterConfig QuantileRouterConfig SigmoidRouterConfig "
     "UniformRouterConfig UnitWeightRouterConfig",
     "model.gpt": "GPT GPTOutput",

@@ -14,7 +14,7 @@ from nlgmoe.device import fork_rng
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.layers.balance import add_router_losses
 from nlgmoe.layers.losses import cross_entropy, distilled_cross_entropy
-from nlgmoe.layers.router import Routing
+from nlgmoe.layers.routing import Routing
 from nlgmoe.model.gpt import GPT, NoiseKey
 from nlgmoe.ranks import mean_over_ranks
 from nlgmoe.seeding import derive_seed

@@ -36,7 +36,8 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import length_of, training_data
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.layers.moe import moe_layers
-from nlgmoe.layers.router import Router, Routing
+from nlgmoe.layers.router import Router
+from nlgmoe.layers.routing import Routing
 from nlgmoe.lightning_state import ends_step, set_loggers_step, trainer_of
 from nlgmoe.loss import training_loss
 from nlgmoe.model.counting import flops_per_token

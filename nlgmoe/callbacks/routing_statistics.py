@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nlgmoe.layers.router import Routing
+from nlgmoe.layers.routing import Routing
 
 WITH_TOTAL = ("dropped", "entropy", "confidence", "logit_rms", "expert_share")
 

@@ -28,7 +28,7 @@ from nlgmoe.batch import Batch, loss_mask, token_mask_or_none
 from nlgmoe.eval.interventions import Experts, Removal, remove_experts
 from nlgmoe.layers.losses import cross_entropy, token_losses
 from nlgmoe.layers.moe import moe_layers
-from nlgmoe.layers.router import Routing
+from nlgmoe.layers.routing import Routing
 from nlgmoe.model.gpt import GPT, GPTOutput
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.validation import RunError

@@ -23,7 +23,7 @@ from nlgmoe.batch import Batch, loss_mask, token_mask_or_none
 from nlgmoe.eval.perplexity import batch_losses
 from nlgmoe.layers.dispatch import LocalDispatch
 from nlgmoe.layers.moe import MoELayer, moe_layers
-from nlgmoe.layers.router import Routing
+from nlgmoe.layers.routing import Routing
 from nlgmoe.model.gpt import GPT, Block
 from nlgmoe.validation import RunError
 

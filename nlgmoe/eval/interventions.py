@@ -20,7 +20,8 @@ from torch import Tensor
 from nlgmoe.config import GPTConfig
 from nlgmoe.eval.trace import Trace
 from nlgmoe.layers.moe import moe_layers
-from nlgmoe.layers.router import Router, Routing
+from nlgmoe.layers.router import Router
+from nlgmoe.layers.routing import Routing
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.validation import RunError, SettingError, require

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from nlgmoe.batch import Batch, loss_mask, token_mask_or_none
 from nlgmoe.data.training_data import TrainingData
 from nlgmoe.layers.losses import token_losses
-from nlgmoe.layers.router import Routing
+from nlgmoe.layers.routing import Routing
 from nlgmoe.model.gpt import GPT
 
 

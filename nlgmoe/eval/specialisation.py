@@ -23,7 +23,7 @@ from torchmetrics import Metric
 
 from nlgmoe.batch import Batch, token_mask_or_none
 from nlgmoe.files import atomic_write
-from nlgmoe.layers.router import Routing, count
+from nlgmoe.layers.routing import Routing, count
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.validation import RunError

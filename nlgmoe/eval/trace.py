@@ -34,7 +34,7 @@ from torch import Tensor
 
 from nlgmoe.batch import Batch
 from nlgmoe.files import atomic_write
-from nlgmoe.layers.router import Routing
+from nlgmoe.layers.routing import Routing
 from nlgmoe.validation import RunError, SettingError
 
 Layout = Literal["nlgmoe", "vllm"]

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher, Rows
 from nlgmoe.layers.grouped_gemm import fixed_slots, round_up_rows
 from nlgmoe.layers.precision import computing_dtype
-from nlgmoe.layers.router import Routing
+from nlgmoe.layers.routing import Routing
 from nlgmoe.placement import ExpertPlacement
 
 

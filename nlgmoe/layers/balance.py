@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from nlgmoe.config import MoEConfig
-from nlgmoe.layers.router import Routing
+from nlgmoe.layers.routing import Routing
 
 
 def router_losses(routings: Sequence[Routing], aux_scope: Literal["rank", "global"] = "rank") -> tuple[Tensor, Tensor]:

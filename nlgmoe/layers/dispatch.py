@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nlgmoe.layers.grouped_gemm import fixed_slots, has_slots, round_up_rows
 from nlgmoe.layers.precision import computing_dtype
-from nlgmoe.layers.router import Routing, count
+from nlgmoe.layers.routing import Routing, count
 
 
 class Rows(NamedTuple):

@@ -17,7 +17,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.layers.attention import AttentionContext, KVCache, build_attention, build_norm
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.router import Routing, RoutingContext
+from nlgmoe.layers.routing import Routing, RoutingContext
 from nlgmoe.model.initialisation import initialise
 from nlgmoe.placement import ExpertPlacement
 from nlgmoe.pyramid import experts_at

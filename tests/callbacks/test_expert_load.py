@@ -15,7 +15,8 @@ from nlgmoe.callbacks import ExpertLoad
 from nlgmoe.callbacks.expert_load import has_row
 from nlgmoe.callbacks.routing_statistics import WITH_TOTAL, routing_statistics, routing_totals
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.router import Routing, TopKRouter
+from nlgmoe.layers.router import TopKRouter
+from nlgmoe.layers.routing import Routing
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
 from tests.support.commands import rows_of

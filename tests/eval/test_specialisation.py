@@ -20,7 +20,7 @@ from nlgmoe.eval.specialisation import (
     preference,
     token_class,
 )
-from nlgmoe.layers.router import Routing
+from nlgmoe.layers.routing import Routing
 from tests.support.synthetic import Spelt, SyntheticData
 from tests.support.trainers import trainer
 

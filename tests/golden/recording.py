@@ -18,7 +18,8 @@ from nlgmoe.data.blend import BlendPart
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import OfflineTeacher
-from nlgmoe.layers.router import RoutingContext, TopKRouter
+from nlgmoe.layers.router import TopKRouter
+from nlgmoe.layers.routing import RoutingContext
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.optimizer import AdamWConfig

@@ -14,7 +14,8 @@ from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher
 from nlgmoe.layers.losses import cross_entropy, token_losses
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.router import Routing, RoutingContext, capacity
+from nlgmoe.layers.router import capacity
+from nlgmoe.layers.routing import Routing, RoutingContext
 
 WIDTH, INNER = 6, 10
 properties = settings(max_examples=50)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nlgmoe.config import MoEConfig
 from nlgmoe.layers.balance import router_losses
-from nlgmoe.layers.router import Routing, RoutingContext, TopKRouter
+from nlgmoe.layers.router import TopKRouter
+from nlgmoe.layers.routing import Routing, RoutingContext
 
 PLAIN = MoEConfig(min_capacity=0, random_token_selection=False, second_expert="argmax")
 

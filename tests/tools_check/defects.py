@@ -13,7 +13,8 @@ from torch import Tensor, distributed, nn
 from nlgmoe import GPTConfig, MoEConfig, MoELayer, Router
 from nlgmoe.layers import dispatch
 from nlgmoe.layers.experts import Experts
-from nlgmoe.layers.router import RoutingContext, TopKRouter
+from nlgmoe.layers.router import TopKRouter
+from nlgmoe.layers.routing import RoutingContext
 from nlgmoe.tools.check.layer import Layer
 from nlgmoe.tools.check.own import OwnLayer, own_layer
 

@@ -23,7 +23,7 @@ from nlgmoe import (
 )
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.router import RoutingContext
+from nlgmoe.layers.routing import RoutingContext
 from nlgmoe.tools.check.inputs import unusual_sizes_work
 from nlgmoe.tools.check.layer import Layer
 from nlgmoe.tools.check.own import own_layer

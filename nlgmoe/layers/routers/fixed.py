@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter
+from nlgmoe.layers.router import Router, TopKRouter
+from nlgmoe.layers.routing import Routing, RoutingContext
 from nlgmoe.parts import ROUTER_FIELDS, RouterConfig
 from nlgmoe.pyramid import experts_at
 from nlgmoe.seeding import derive_seed, draw_normal

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.router import Router, RoutingContext
+from nlgmoe.layers.router import Router
 from nlgmoe.layers.routers.fixed import fill_table
 from nlgmoe.layers.routers.sigmoid import Score, ScoreRouter, SigmoidRouter, SigmoidRouterConfig
+from nlgmoe.layers.routing import RoutingContext
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.seeding import RoutingNoise
 from nlgmoe.validation import require

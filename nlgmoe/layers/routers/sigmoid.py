@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter
+from nlgmoe.layers.router import Router, TopKRouter
+from nlgmoe.layers.routing import Routing, RoutingContext
 from nlgmoe.parts import RouterConfig
 from nlgmoe.pyramid import experts_at
 from nlgmoe.seeding import RoutingNoise

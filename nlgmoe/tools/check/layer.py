@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nlgmoe.layers.router import Routing
+from nlgmoe.layers.routing import Routing
 
 VOCABULARY = 61  # ids that `Batch.random` draws
 STD = 0.3  # of the weights, less for more than 16 inputs: logits of a few units

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from nlgmoe.layers.router import Routing
+from nlgmoe.layers.routing import Routing
 from nlgmoe.tools.check.layer import (
     Batch,
     Failed,

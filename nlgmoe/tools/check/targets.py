@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nlgmoe.cli.type_hints import find_class
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.router import Routing
+from nlgmoe.layers.routing import Routing
 from nlgmoe.parts import AttentionConfig, ExpertConfig, RouterConfig
 from nlgmoe.tools.check.attention import ATTENTIONS, attention_layer, layers_of_attention
 from nlgmoe.tools.check.layer import Batch, Layer, Output, Target
