@@ -97,7 +97,8 @@ def first_order(model: GPT, batches: Iterable[Batch], observe: Observer | None =
     sums: list[Tensor] = []
     tokens, domains = [], []
     with _weights_alone(model) as factors:
-        for batch in (move_data_to_device(batch, device) for batch in batches):
+        for given in batches:
+            batch: Batch = move_data_to_device(given, device)
             factors.clear()
             counted = loss_mask(batch)
             with torch.enable_grad():
@@ -109,7 +110,7 @@ def first_order(model: GPT, batches: Iterable[Batch], observe: Observer | None =
             tokens.append(counted.sum(dim=1).cpu())
             domains.append(batch["domain"].cpu())
             if observe is not None:
-                observe(batch, output.routings)
+                observe(given, output.routings)  # as it came, so that an observer copies no text back from the device
     if not (number := int(sum(part.sum() for part in tokens))):
         raise RunError("there is no text to measure experts on; give some")
     changes, read, domain = torch.cat(sums).numpy(), torch.cat(tokens).numpy(), torch.cat(domains).numpy()
