@@ -13,6 +13,7 @@ import torch
 
 from nlgmoe.commands.main import COMMANDS, TRAIN_PY, function_of
 from nlgmoe.commands.main import main as nlgmoe
+from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.experiment import load_config
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
@@ -86,14 +87,14 @@ def test_laboratory_recipes_are_models_that_compute(part: str, tmp_path: Path) -
     assert sum(p.numel() for p in model.parameters()) == count_parameters(config).total
 
 
-@pytest.mark.parametrize("page", DOCUMENTS)
-def test_a_page_has_one_sentence_a_line(page: str) -> None:
-    """In prose: not in code, tables, headings and what is generated."""
-    hidden = r"^```.*?^```|^<!-- .*?^<!-- end|``.+?``|`[^`\n]+`"
-    text = re.sub(hidden, "`", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
-    prose = re.findall(r"^(?! {4}(?! *[-*\d])|[|#<]).+", text, re.MULTILINE)
-    end = re.compile(r"(?<!^\d)[.!?][)\"'*_\]]* +[(\"'*\[]*[A-Z`]")  # not the number of an item
-    assert not [line for line in prose if end.search(line)]
+def test_router_of_the_readme_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(# my_router.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "my_router.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = pkgutil.resolve_name("my_router.UnitNormRouterConfig")()
+    model = GPT(GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(4, router=settings))).eval()
+    (routing,) = model(torch.randint(61, (2, 16))).routings
+    assert type(model.blocks[1].moe.router).__name__ == "UnitNormRouter" and routing.tokens_per_expert.sum() == 32
 
 
 def test_version_in_the_documents_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:

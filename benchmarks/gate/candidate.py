@@ -98,7 +98,7 @@ def check(candidate: Side, baseline: Side) -> str:
         for result in check_layer(layer):
             if result.verdict == "fail":
                 raise RunError(
-                    f"{candidate.name} fails `nlgmoe check`: {result.property}: {result.reason} (docs/check.md)"
+                    f"{candidate.name} fails `nlgmoe check`: {result.property}: {result.reason} (docs/extending.md)"
                 )
             verdicts.append(result.verdict)
     return f"properties: {verdicts.count('pass')} pass, {verdicts.count('not applicable')} are not applicable"

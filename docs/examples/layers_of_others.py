@@ -1,4 +1,4 @@
-"""Reproduce each failure that docs/check.md explains, by its number, with the library alone.
+"""Reproduce each failure that docs/results/layers_of_others.md explains, by its number, with the library alone.
 
 python docs/examples/layers_of_others.py
 """

@@ -119,7 +119,9 @@ def test_check_passes_a_router_with_a_capacity_and_a_learned_temperature() -> No
 
 
 def test_check_page_has_the_number_of_defects_that_are_planted() -> None:
-    assert f"add {len(DEFECTS) + 2} defects to our layer" in (ROOT / "docs/check.md").read_text()  # and the next two
+    assert (
+        f"add {len(DEFECTS) + 2} defects to our layer" in (ROOT / "docs/extending.md").read_text()
+    )  # and the next two
 
 
 def test_check_on_ranks_finds_a_wrong_gradient_of_the_gate() -> None:
@@ -189,7 +191,7 @@ def test_check_command_prints_json_and_ends_with_a_code(
     with pytest.raises(SystemExit) as end:
         nlgmoe(["check", f"{__name__}.NotANumber"])
     assert end.value.code == 1
-    assert capsys.readouterr().err == "error: 2 of 3 properties fail; docs/check.md explains each\n"
+    assert capsys.readouterr().err == "error: 2 of 3 properties fail; docs/extending.md explains each\n"
 
 
 def test_check_takes_a_layer_that_does_not_use_nlgmoe() -> None:

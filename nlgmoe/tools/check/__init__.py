@@ -37,4 +37,4 @@ def check(target: list[str], allow_code: list[str] | None = None, json: bool = F
     if json:
         print(json_format.dumps({"target": target, "failed": failed, "layers": tables}, indent=2))
     if failed:
-        raise RunError(f"{failed} of {total} properties fail; docs/check.md explains each")
+        raise RunError(f"{failed} of {total} properties fail; docs/extending.md explains each")
