@@ -1,7 +1,7 @@
 """Which experts to keep: use, REAP and first order beside random ones, before and after healing.
 
-    python -m benchmarks.pruning runs/quickstart
-    python -m benchmarks.pruning runs/real/moe.ckpt --seeds 4 --heal 20
+    python -m benchmarks.pruning runs/quickstart --batches 8 --heal 20 --windows 20
+    python -m benchmarks.pruning mixture --seeds 4 --batches 2 --heal 4 --windows 2 --rate 5e-5     # of docs/fine_tune.md
 
 For each seed a ranking of every criterion is measured on training text of its own order; half of the experts of every layer are
 routed around, which equals `nlgmoe prune` (tests/eval/test_interventions.py), and the loss of the same validation text is
@@ -43,7 +43,6 @@ from nlgmoe.pyramid import moe_blocks
 from nlgmoe.surgery.prune import best_ranked, pruned_config
 
 CRITERIA = ("use", "reap", "first_order", "random")
-RATE = 3e-4  # of AdamW in healing, without decay
 
 
 def rankings(model: GPT, batches: Sequence[Any], seed: int) -> dict[str, list[Tensor]]:
@@ -58,9 +57,9 @@ def rankings(model: GPT, batches: Sequence[Any], seed: int) -> dict[str, list[Te
     }
 
 
-def heal(model: GPT, batches: Sequence[Any]) -> None:
+def heal(model: GPT, batches: Sequence[Any], rate: float) -> None:
     """Train on each batch once."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     for batch in batches:
         output = model(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
         hidden, counted = output.hidden.flatten(0, 1), loss_mask(batch).flatten()
@@ -78,7 +77,7 @@ def half_of(config: GPTConfig) -> GPTConfig:
     return pruned_config(config, [n // 2 for n in numbers] if isinstance(numbers, list) else [n // 2 for n in counts])
 
 
-def measure(source: str, seeds: int, measured: int, healing: int, windows: int) -> dict[str, Any]:
+def measure(source: str, seeds: int, measured: int, healing: int, windows: int, rate: float) -> dict[str, Any]:
     """Return the losses by criterion and seed."""
     loaded, config = load_pretrained(source), run_config(Path(source))
     assert config is not None
@@ -100,10 +99,16 @@ def measure(source: str, seeds: int, measured: int, healing: int, windows: int) 
             pruned = copy.deepcopy(model)
             remove_experts(pruned, removed)
             losses[name]["before"].append(measure_use(pruned, validation).loss)
-            heal(pruned, batches[measured:])
+            heal(pruned, batches[measured:], rate)
             losses[name]["after"].append(measure_use(pruned, validation).loss)
         print_table(losses, whole)
-    tokens = {"measured": measured, "healing": healing, "batch": list(batches[0]["tokens"].shape), "windows": windows}
+    tokens = {
+        "measured": measured,
+        "healing": healing,
+        "batch": list(batches[0]["tokens"].shape),
+        "windows": windows,
+        "rate": rate,
+    }
     return {
         "source": source,
         "whole": whole,
@@ -139,10 +144,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--batches", type=int, default=16, help="micro-batches on which criteria are measured")
     parser.add_argument("--heal", type=int, default=40, help="micro-batches of healing, one a step")
+    parser.add_argument("--rate", type=float, default=3e-4, help="of AdamW in healing, without decay")
     parser.add_argument("--windows", type=int, default=40, help="validation windows of each domain")
     parser.add_argument("--output", default="docs/results/pruning.json", help="JSON file, to which the source is added")
     words = parser.parse_args()
-    result = measure(words.source, words.seeds, words.batches, words.heal, words.windows)
+    result = measure(words.source, words.seeds, words.batches, words.heal, words.windows, words.rate)
     file = Path(words.output)
     results = json.loads(file.read_text()) if file.exists() else {}
     write_json(file, results | {Path(words.source).name: result})
