@@ -73,7 +73,7 @@ notebooks: develop  ## run notebooks 01 to 04 and 06 and keep what they show; tr
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python notebooks/execute.py notebooks/0[1-46]_*.ipynb
 
-reproduce: develop  ## train the runs of the paper's claims that docs/results/reproduce.json lacks (none; all again: a day, docs/claims.md)
+reproduce: develop  ## train the runs of the paper's claims that docs/results/reproduce.json lacks (none; all again: a day, docs/results/claims.md)
 	$(BIN)/python -m benchmarks.reproduce $(if $(QUESTION),--question $(QUESTION)) $(if $(SCALE),--scale $(SCALE))
 
 gate: develop  ## judge an idea about mixtures of experts: CANDIDATE=my_router.MyRouterConfig, or a YAML file; BASELINE=paper (an hour on 2 cores; docs/gate.md)
@@ -111,7 +111,7 @@ test-oldest:  ### the suite with the oldest releases that pyproject.toml admits,
 test-faults: develop  ### kills at every call, two hosts (root and ip); part of test-nightly
 	$(BIN)/python -m pytest -n 0 tests/faults
 
-reproduce-tables: develop  ### tables of README.md and docs/claims.md, and the figures, from docs/results/reproduce.json
+reproduce-tables: develop  ### tables of README.md and docs/results/claims.md, and the figures, from docs/results/reproduce.json
 	$(BIN)/python -m benchmarks.reproduce --tables
 
 format: develop  ### rewrite the sources in the project's format

@@ -90,7 +90,7 @@ class Losses(Callback):
 def training(run: Run, folder: Path) -> None:
     """Compare the quickstart with its run on the CPU; save, verify, resume on GPU and CPU.
 
-    Differences of rounding grow with the steps, up to those of seeds (docs/log.md): the last steps have a wider limit than the
+    Differences of rounding grow with the steps, up to those of seeds (docs/results/log.md): the last steps have a wider limit than the
     first ones, and a resumed run takes two. Dropless: the choice of dropped tokens is drawn on the device, and a GPU draws other
     numbers than a CPU.
     """

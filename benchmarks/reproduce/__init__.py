@@ -1,1 +1,1 @@
-"""The paper's claims at a size that two CPU cores train: `make reproduce`; docs/claims.md has the results."""
+"""The paper's claims at a size that two CPU cores train: `make reproduce`; docs/results/claims.md has the results."""

@@ -59,7 +59,7 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def has_slots(device: torch.device) -> bool:
-    """Return whether experts with a capacity have slots on one device; CPUs count rows, which is faster (docs/log.md)."""
+    """Return whether experts with a capacity have slots on one device; CPUs count rows, which is faster (docs/results/log.md)."""
     return device.type != "cpu"
 
 

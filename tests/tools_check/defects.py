@@ -193,7 +193,7 @@ BY_PROPERTY: dict[str, dict[str, tuple[MoEConfig, Spoil]]] = {  # that finds the
     },
     "weights sum as declared": {
         "weights renormalised before dropping":
-            (TWO, routed("weight = torch.where(kept, weight, 0)", ("weight = torch.where(kept, weight, 0.0)", "pass"))),
+            (TWO, routed("weight = torch.where(kept, weight, 0)", ("kept if drops else None", "None"))),
     },
     "capacity is the formula": {
         "capacity off by one": (CAPACITY, router(CAPACITY_OF, ("return capacity(", "return 1 + capacity("))),
