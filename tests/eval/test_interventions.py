@@ -22,6 +22,7 @@ from nlgmoe.eval.interventions import parse_experts, remove_experts, replay
 from nlgmoe.eval.perplexity import batch_losses
 from nlgmoe.eval.trace import Trace, TraceFacts, TraceWriter
 from nlgmoe.layers.moe import moe_layers
+from nlgmoe.layers.router import Router
 from nlgmoe.parts import RouterConfig
 from nlgmoe.surgery.prune import pruned_config
 from nlgmoe.validation import SettingError
@@ -222,6 +223,8 @@ def mistakes(tmp_path: Path) -> Iterator[tuple[object, str]]:
     )
     yield lambda: _replay_other_text(top2, Trace(trace)), "the text differs from the recorded one after 0 tokens"
     yield lambda: Trace(tmp_path / "none"), "cannot be read"
+    yield lambda: Router(4).weights_of(None, None, None), r"Router has no weights_of\(.*\); a choice cannot be replayed"  # type: ignore[arg-type]
+    yield lambda: Router(4).leave_out([1]), "Router cannot route around experts; use removal=contribution"
 
 
 def _replay_other_text(model: GPT, trace: Trace) -> None:

@@ -11,8 +11,9 @@ import pytest
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from nlgmoe import MoEGPTModule
+from nlgmoe import MoEGPTModule, load_pretrained
 from nlgmoe.commands.main import main
+from nlgmoe.eval.interventions import remove_experts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.lm_eval.evaluate import Results, metrics, results_table
 from nlgmoe.tools.lm_eval.harness import EvaluatedGPT, Tasks
@@ -129,6 +130,23 @@ def test_zero_shot_command_writes_results_and_a_table(
     assert 0 <= written["results"]["piqa"]["acc,none"] <= 1
     shown = capsys.readouterr().out
     assert "limit 4" in shown and "76.71" in shown
+
+
+def test_a_model_without_experts_is_evaluated(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, scores = write_tasks(tmp_path), []
+    for more in ([], ["--without=0:1,3"], ["--without=0:1,3", "--removal=contribution"], ["--experts-per-token=2"]):
+        output = tmp_path / f"{len(scores)}.json"
+        words = ["--tasks=tiny_text", f"--include-path={folder}", "--device=cpu", f"--output={output}"]
+        main(["evaluate", str(run), *words, *more])
+        written = json.loads(output.read_text())
+        scores.append(written["results"]["tiny_text"]["bits_per_byte,none"])
+        assert written["nlgmoe"].get("without") == (["0:1,3"] if "--without=0:1,3" in more else None)
+    assert len(set(scores)) == 4
+    assert "without experts 0:1,3 (contribution)" in capsys.readouterr().out
+    model = load_pretrained(run).model
+    with remove_experts(model, {0: [1, 3]}):
+        expected = run_task(EvaluatedGPT(model, TOKENIZER, 4), "tiny_text", folder)
+    assert scores[1] == pytest.approx(expected["results"]["tiny_text"]["bits_per_byte,none"], rel=1e-6)
 
 
 def test_zero_shot_without_lm_eval_names_the_remedy(
