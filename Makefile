@@ -49,7 +49,7 @@ quickstart: install  ## train a small PR-MoE on real text, and write its report 
 	@printf '  nlgmoe prepare-data --input texts --output data/own/text --vocab-size 2000  # your own text: docs/data.md\n'
 	@printf '  nlgmoe inspect configs/pr_moe/350m_pr_moe_32_64.yaml configs/hardware/gpus_64.yaml  # plan a larger run\n'
 
-real-model: install  ## take SmolLM2, a trained open model, through import, chat, upcycling, training, pruning, export (15 minutes on 2 cores; docs/real_model.md)
+real-model: install  ## take SmolLM2, a trained open model, through import, chat, upcycling, training, pruning, export (15 minutes on 2 cores; docs/fine_tune.md)
 	@$(PIP_INSTALL) --editable '.[gguf]' --constraint constraints.txt
 	@$(BIN)/python -m benchmarks.real_model
 

@@ -3,7 +3,7 @@
     python -m benchmarks.real_model                    15 minutes on 2 cores, 10 GB of memory, 14 GB of disk
     python -m benchmarks.real_model --folder runs/own  another folder for the checkpoints and runs
 
-Each command is one of docs/real_model.md, run as a user runs it. The last lines compare what the page promises with what was
+Each command is one of docs/fine_tune.md, run as a user runs it. The last lines compare what the page promises with what was
 measured; the exit code is 0 if all of it holds. transformers, with the same file, is the reference.
 """
 

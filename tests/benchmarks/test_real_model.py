@@ -1,4 +1,4 @@
-"""The path of docs/real_model.md with the real model: nightly."""
+"""The path of docs/fine_tune.md with the real model: nightly."""
 
 import subprocess
 import sys

@@ -62,8 +62,8 @@ data.max_eval_windows: 1280  # of each part
 
 
 def words_of_script(folder: Path, variables: dict[str, str]) -> list[str]:
-    """Run the script by the lines of docs/megatron_flags.md, without their last; return the words that it would launch."""
-    page = (Path(__file__).parents[2] / "docs/megatron_flags.md").read_text()
+    """Run the script by the lines of docs/coming_from.md, without their last; return the words that it would launch."""
+    page = (Path(__file__).parents[2] / "docs/coming_from.md").read_text()
     (lines,) = re.findall(r"```bash\n(.*?)\nbash pretrain.sh", page, re.DOTALL)
     shutil.copy(Path(__file__).with_name("pretrain.sh"), folder)
     others = "ds_ssh() { yes gpu | head -n 66; }; export -f ds_ssh"

@@ -1,4 +1,4 @@
-"""Commands of docs/real_model.md on the cut; tests/benchmarks/test_real_model.py takes the whole path."""
+"""Commands of docs/fine_tune.md on the cut; tests/benchmarks/test_real_model.py takes the whole path."""
 
 import json
 import shutil

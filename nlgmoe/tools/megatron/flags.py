@@ -187,7 +187,7 @@ class Translation:
         """Return the YAML file, with the notes as comments."""
         self._note_flags_without_setting()
         lines = [
-            "# A launch of Megatron-DeepSpeed, translated by `nlgmoe from-megatron`; docs/megatron_flags.md explains it.",
+            "# A launch of Megatron-DeepSpeed, translated by `nlgmoe from-megatron`; docs/coming_from.md explains it.",
             "#   python train.py fit --config THIS_FILE",
         ]
         for note in self.notes:
