@@ -90,9 +90,9 @@ class Losses(Callback):
 def training(run: Run, folder: Path) -> None:
     """Compare the quickstart with its run on the CPU; save, verify, resume on GPU and CPU.
 
-    Differences of rounding grow with the steps, up to those of seeds (docs/results/log.md): the last steps have a wider limit than the
-    first ones, and a resumed run takes two. Dropless: the choice of dropped tokens is drawn on the device, and a GPU draws other
-    numbers than a CPU.
+    Differences of rounding grow with the steps, up to those of seeds (docs/results/log.md): the last steps have a wider limit
+    than the first ones, and a resumed run takes two. Dropless: the choice of dropped tokens is drawn on the device, and a GPU
+    draws other numbers than a CPU.
     """
     steps, more, windows = (4, 2, 4) if run.dry else (200, 2, 64)
 
