@@ -20,12 +20,11 @@ from benchmarks.timing import Benchmark, Part, Table, interleaved
 from nlgmoe.batch import Batch
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.device import resident_bytes
-from nlgmoe.eval.causes import CHUNK, first_order
-from nlgmoe.eval.perplexity import batch_losses
+from nlgmoe.eval.causes import first_order
+from nlgmoe.eval.perplexity import CHUNK, batch_losses
 from nlgmoe.eval.trace import TraceFacts, TraceWriter
 from nlgmoe.experiment import parse_config
 from nlgmoe.model.gpt import GPT
-from nlgmoe.pyramid import moe_blocks
 
 LENGTH, SEQUENCES = 128, 32  # tokens of a sequence, sequences of a batch
 MANY = (1_000_000, 10_000_000)  # tokens of the tiny model whose memory is compared
@@ -48,16 +47,14 @@ def batch_of(vocab_size: int) -> Batch:
     )
 
 
-def facts_of(model: GPT) -> TraceFacts:
-    blocks = moe_blocks(model.config)
-    return TraceFacts(list(blocks), list(blocks.values()), model.config.num_layers, ["all"])
-
-
 def costs(rounds: int) -> dict[str, float]:
     """Return the median seconds of a batch."""
     model = quickstart()
     batch = batch_of(model.config.vocab_size)
-    with tempfile.TemporaryDirectory() as folder, TraceWriter(Path(folder) / "trace", facts_of(model), 0) as writer:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        TraceWriter(Path(folder) / "trace", TraceFacts.of(model.config, ["all"]), 0) as writer,
+    ):
 
         @torch.no_grad()
         def loss() -> Any:
@@ -108,7 +105,10 @@ def measure(kind: str, tokens: int) -> None:
         for _ in range(tokens // batch["tokens"].numel()):
             yield batch
 
-    with tempfile.TemporaryDirectory() as folder, TraceWriter(Path(folder) / "trace", facts_of(model), 0) as writer:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        TraceWriter(Path(folder) / "trace", TraceFacts.of(model.config, ["all"]), 0) as writer,
+    ):
         if kind == "tiny":
             with torch.no_grad():
                 for text in batches():

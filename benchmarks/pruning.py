@@ -28,13 +28,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.runs import commit, processor
-from nlgmoe.batch import loss_mask, token_mask_or_none
+from nlgmoe.batch import loss_mask
 from nlgmoe.checkpoint.reading import run_config
 from nlgmoe.config import GPTConfig
 from nlgmoe.eval.causes import first_order
 from nlgmoe.eval.importance import measure_use
 from nlgmoe.eval.interventions import remove_experts
 from nlgmoe.eval.loaded_model import load_pretrained
+from nlgmoe.eval.perplexity import read_batch
 from nlgmoe.experiment import ONE_PROCESS, load_config
 from nlgmoe.files import write_json
 from nlgmoe.layers.losses import cross_entropy
@@ -61,7 +62,7 @@ def heal(model: GPT, batches: Sequence[Any], rate: float) -> None:
     """Train on each batch once."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     for batch in batches:
-        output = model(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
+        output = read_batch(model, batch)
         hidden, counted = output.hidden.flatten(0, 1), loss_mask(batch).flatten()
         size = model.config.vocab_size
         loss = cross_entropy(hidden, model.unembedding, size, batch["targets"].flatten(), counted, 1024)

@@ -44,13 +44,13 @@ class RoutingWindows(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, MoEGPTModule)
-        blocks, data = moe_blocks(pl_module.config), training_data(trainer)
+        config, data = pl_module.config, training_data(trainer)
         fits = trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if not (blocks and self.tokens and fits and trainer.is_global_zero):
+        if not (moe_blocks(config) and self.tokens and fits and trainer.is_global_zero):
             return
         domains = ["all"] if data is None else data.domains
         step, eod_id = trainer.global_step, -1 if data is None or data.tokenizer is None else data.tokenizer.eod_id
-        facts = TraceFacts(list(blocks), list(blocks.values()), pl_module.config.num_layers, domains, None, step)
+        facts = TraceFacts.of(config, domains, step=step)
         file = Path(trainer.default_root_dir) / FOLDER / f"step-{step}.safetensors"
         self._writer = TraceWriter(file, facts, eod_id).__enter__()
 

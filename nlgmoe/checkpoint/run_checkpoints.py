@@ -86,9 +86,12 @@ def choose_checkpoint(path: str | Path, kinds: Collection[str] = KINDS) -> Check
     raise SettingError(f"no checkpoint in {path}: {remedy}")
 
 
-def find_checkpoint(path: str | Path) -> Checkpoint:
-    """Return the checkpoint `path`, or the newest of a run folder, with valid weights, to read these. A collective."""
-    return choose_checkpoint(path, ("model",))
+def find_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
+    """Return the checkpoint `path`, or the newest of a run folder, with valid weights, to read these. A collective.
+
+    One that this function has returned is not read again.
+    """
+    return path if isinstance(path, Checkpoint) else choose_checkpoint(path, ("model",))
 
 
 def _summary(problems: list[str]) -> str:

@@ -99,7 +99,7 @@ def upcycle_checkpoint(
     config = parents[0].config
     if config.moe is not None:
         require(len(parents) == 1, f"{parents[0].path} is no dense model: it has experts; several parents are dense")
-        after = grow(parents[0].path, checkpoint, num_experts, top_k, noise, seed, overwrite)
+        after = grow(parents[0], checkpoint, num_experts, top_k, noise, seed, overwrite)
         _print_upcycled(parents, checkpoint, config, after)
         return
     family, _ = family_of(config)
@@ -113,9 +113,7 @@ def upcycle_checkpoint(
         of_family["second_expert"] = "argmax"
     moe = MoEConfig(num_experts, expert_interval, top_k, mlp_type=mlp_type, residual_mix=residual_mix, **of_family)
     ways = Ways(granularity, redraw, rest, noise, seed)
-    _print_upcycled(
-        parents, checkpoint, config, upcycle([parent.path for parent in parents], checkpoint, moe, ways, overwrite)
-    )
+    _print_upcycled(parents, checkpoint, config, upcycle(parents, checkpoint, moe, ways, overwrite))
 
 
 def _print_upcycled(parents: Sequence[Checkpoint], checkpoint: str, before: GPTConfig, after: GPTConfig) -> None:

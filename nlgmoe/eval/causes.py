@@ -24,16 +24,17 @@ from lightning.fabric.utilities import move_data_to_device
 from scipy import stats
 from torch import Tensor
 
-from nlgmoe.batch import Batch, loss_mask, token_mask_or_none
+from nlgmoe.batch import Batch, loss_mask
 from nlgmoe.eval.interventions import Experts, Removal, remove_experts
-from nlgmoe.layers.losses import cross_entropy, token_losses
+from nlgmoe.eval.perplexity import CHUNK, losses_of, read_batch
+from nlgmoe.eval.specialisation import experts_to_evaluate
+from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.routing import Routing
 from nlgmoe.model.gpt import GPT, GPTOutput
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.validation import RunError
 
-CHUNK = 1024  # tokens whose logits exist at a time
 Observer = Callable[[Batch, Sequence[Routing]], None]
 
 
@@ -92,8 +93,7 @@ def first_order(model: GPT, batches: Iterable[Batch], observe: Observer | None =
     Args:
         observe: called with each batch and its routings, such as `TraceWriter.add`.
     """
-    _require_experts(model)
-    counts, device, total = list(moe_blocks(model.config).values()), model.unembedding.device, 0.0
+    counts, device, total = experts_to_evaluate(model), model.unembedding.device, 0.0
     sums: list[Tensor] = []
     tokens, domains = [], []
     with _weights_alone(model) as factors:
@@ -102,7 +102,7 @@ def first_order(model: GPT, batches: Iterable[Batch], observe: Observer | None =
             factors.clear()
             counted = loss_mask(batch)
             with torch.enable_grad():
-                output = model(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
+                output = read_batch(model, batch)
                 loss = _summed_loss(model, output, batch["targets"], counted)
                 loss.backward()
             sums.append(_by_sequence(factors, output.routings, counts, len(counted)).cpu())
@@ -167,7 +167,7 @@ def exact_changes(
 
     The blocks before an expert's run once a batch.
     """
-    _require_experts(model)
+    experts_to_evaluate(model)
     blocks, device = list(moe_blocks(model.config)), model.unembedding.device
     sums: dict[tuple[int, int, Removal], list[Tensor]] = {
         (layer, expert, removal): [] for layer in sorted(experts) for expert in experts[layer] for removal in removals
@@ -179,7 +179,7 @@ def exact_changes(
             for layer in experts:
                 keep: Any = lambda block, given, layer=layer: inputs.__setitem__(layer, given)  # noqa: E731
                 hooks.enter_context(model.blocks[blocks[layer]].register_forward_pre_hook(keep))
-            output = model(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
+            output = read_batch(model, batch)
         losses = _by_sequence_loss(model, output, batch)  # [B]
         for (layer, expert, removal), changes in sums.items():
             with remove_experts(model, {layer: [expert]}, removal):
@@ -193,13 +193,4 @@ def exact_changes(
 
 def _by_sequence_loss(model: GPT, output: GPTOutput, batch: Batch) -> Tensor:
     """Return the summed loss of each sequence, `[B]` fp64."""
-    targets, hidden = batch["targets"], output.hidden.flatten(0, 1)
-    losses = token_losses(hidden, model.unembedding, model.config.vocab_size, targets.flatten(), CHUNK)
-    return (losses.view_as(targets).double() * loss_mask(batch)).sum(dim=1)
-
-
-def _require_experts(model: GPT) -> None:
-    if model.config.moe is None:
-        raise RunError("the model has no experts: it is dense")
-    if model.training:
-        raise RunError("the model is in training mode; call model.eval() first")
+    return (losses_of(model, output, batch).double() * loss_mask(batch)).sum(dim=1)

@@ -19,15 +19,13 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from nlgmoe.batch import Batch, loss_mask, token_mask_or_none
-from nlgmoe.eval.perplexity import batch_losses
+from nlgmoe.batch import Batch, loss_mask
+from nlgmoe.eval.perplexity import CHUNK, batch_losses, read_batch
 from nlgmoe.layers.dispatch import LocalDispatch
 from nlgmoe.layers.moe import MoELayer, moe_layers
 from nlgmoe.layers.routing import Routing
 from nlgmoe.model.gpt import GPT, Block
 from nlgmoe.validation import RunError
-
-CHUNK = 1024  # tokens whose logits exist at a time
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def measure_influence(model: GPT, batches: Iterable[Batch]) -> list[float]:
             hooks.enter_context(block.register_forward_hook(measured(index)))
         for batch in (move_data_to_device(batch, device) for batch in batches):
             mask = batch["token_mask"]
-            model(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
+            read_batch(model, batch)
             tokens += int(mask.sum())
     if not tokens:
         raise RunError("there is no text to measure the influence of blocks on; give some")

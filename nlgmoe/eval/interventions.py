@@ -118,10 +118,7 @@ def replay(model: GPT, trace: Trace) -> Iterator[None]:
         f"trace={trace.path} is of blocks {trace.facts.blocks} with {trace.facts.experts} experts, the model has MoE blocks "
         f"{list(blocks)} with {list(blocks.values())}; record a trace of such a model",
     )
-    require(
-        trace.facts.layout == "nlgmoe",
-        f"trace={trace.path} has vLLM's layout, which lacks what was kept; record it anew",
-    )
+    trace.require_choices()
     position = _Position(trace)
     with ExitStack() as hooks:
         hooks.enter_context(model.register_forward_pre_hook(position.advance, with_kwargs=True))

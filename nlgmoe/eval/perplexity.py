@@ -11,15 +11,28 @@ from nlgmoe.batch import Batch, loss_mask, token_mask_or_none
 from nlgmoe.data.training_data import TrainingData
 from nlgmoe.layers.losses import token_losses
 from nlgmoe.layers.routing import Routing
-from nlgmoe.model.gpt import GPT
+from nlgmoe.model.gpt import GPT, GPTOutput
+
+CHUNK = 1024  # tokens whose logits exist at a time, where no setting says so
+
+
+def read_batch(gpt: GPT, batch: Batch) -> GPTOutput:
+    """Apply the model to a batch on its device."""
+    output: GPTOutput = gpt(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
+    return output
+
+
+def losses_of(gpt: GPT, output: GPTOutput, batch: Batch, chunk_size: int = CHUNK) -> Tensor:
+    """Compute the loss of every token of a batch from the model's output, `[B, T]` nats; masked tokens have a loss too."""
+    hidden, targets = output.hidden.flatten(0, 1), batch["targets"]
+    losses = token_losses(hidden, gpt.unembedding, gpt.config.vocab_size, targets.flatten(), chunk_size)
+    return losses.view_as(targets)
 
 
 def batch_losses(gpt: GPT, batch: Batch, chunk_size: int) -> tuple[Tensor, list[Routing]]:
-    """Compute the loss of every token of a batch, `[B, T]` nats, and the routings; masked tokens have a loss too."""
-    output = gpt(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
-    hidden, targets = output.hidden.flatten(0, 1), batch["targets"]
-    losses = token_losses(hidden, gpt.unembedding, gpt.config.vocab_size, targets.flatten(), chunk_size)
-    return losses.view_as(targets), output.routings
+    """Compute the loss of every token of a batch, as `losses_of` does, and the routings."""
+    output = read_batch(gpt, batch)
+    return losses_of(gpt, output, batch, chunk_size), output.routings
 
 
 class DomainLoss(Metric):

@@ -21,7 +21,8 @@ from safetensors.numpy import save
 from torch import Tensor
 from torchmetrics import Metric
 
-from nlgmoe.batch import Batch, token_mask_or_none
+from nlgmoe.batch import Batch
+from nlgmoe.eval.perplexity import read_batch
 from nlgmoe.files import atomic_write
 from nlgmoe.layers.routing import Routing, count
 from nlgmoe.model.gpt import GPT
@@ -184,6 +185,19 @@ class ExpertCounts(Metric):
         return Specialisation(counts, self.domains, self.class_names, self.experts, step)
 
 
+def experts_to_evaluate(model: GPT) -> list[int]:
+    """Return the number of experts of each MoE layer of a mixture in evaluation mode.
+
+    Raises:
+        ValueError: the model is dense, or in training mode.
+    """
+    if not (experts := list(moe_blocks(model.config).values())):
+        raise RunError("the model has no experts: it is dense")
+    if model.training:
+        raise RunError("the model is in training mode; call model.eval() first")
+    return experts
+
+
 @torch.no_grad()
 def count_experts(
     model: GPT, batches: Iterable[Batch], domains: Sequence[str], spellings: Sequence[bytes] | None = None
@@ -199,14 +213,9 @@ def count_experts(
         domains: names, indexed by a batch's domain ids.
         spellings: `[V]` bytes of each token id; None: all tokens form one class.
     """
-    experts = list(moe_blocks(model.config).values())
-    if not experts:
-        raise RunError("the model has no experts: it is dense")
-    if model.training:
-        raise RunError("the model is in training mode; call model.eval() first")
+    experts = experts_to_evaluate(model)
     device = model.unembedding.device
     counts = ExpertCounts(experts, domains, spellings).to(device)
     for batch in (move_data_to_device(batch, device) for batch in batches):
-        output = model(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
-        counts.update(batch["tokens"], batch["domain"], output.routings)
+        counts.update(batch["tokens"], batch["domain"], read_batch(model, batch).routings)
     return counts.specialisation()

@@ -33,9 +33,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nlgmoe.batch import Batch
+from nlgmoe.config import GPTConfig
 from nlgmoe.files import atomic_write
 from nlgmoe.layers.routing import Routing
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.pyramid import moe_blocks
+from nlgmoe.validation import RunError, SettingError, require
 
 Layout = Literal["nlgmoe", "vllm"]
 NAMES = {np.dtype(np.uint8): "U8", np.dtype(np.int16): "I16", np.dtype(np.int32): "I32", np.dtype(np.float32): "F32"}
@@ -64,6 +66,12 @@ class TraceFacts:
     step: int | None = None
     layout: Layout = "nlgmoe"
 
+    @classmethod
+    def of(cls, config: GPTConfig, domains: list[str], **known: Any) -> TraceFacts:
+        """Return the facts of a model; `known`: further ones by name."""
+        blocks = moe_blocks(config)
+        return cls(list(blocks), list(blocks.values()), config.num_layers, domains, **known)
+
 
 class Trace:
     """A trace in a file, which is read in parts."""
@@ -82,6 +90,12 @@ class Trace:
     def read(self, name: str, rows: slice = slice(None)) -> Any:
         """Return some tokens of one of the file's arrays."""
         return self._file.get_slice(name)[rows]
+
+    def require_choices(self) -> None:
+        """Refuse vLLM's layout, which lacks what was kept."""
+        require(
+            self.facts.layout == "nlgmoe", f"trace={self.path} has vLLM's layout, for other programs; record it without"
+        )
 
     def experts_of(self, layer: int) -> np.ndarray:
         """Return the choices in a MoE layer, `[N, k]`."""
@@ -107,16 +121,14 @@ class TraceWriter:
     def __init__(self, path: str | Path, facts: TraceFacts, eod_id: int, weights: bool = False) -> None:
         self.path, self.facts, self.weights, self._eod_id = Path(path), facts, weights, eod_id
         self._dtype = torch.uint8 if max(facts.experts) <= 256 else torch.int16
-        self._arrays: dict[
-            str, tuple[IO[bytes], np.dtype, tuple[int, ...]]
-        ] = {}  # file, type, shape of a token's entry
+        # name -> file, type, shape of a token's entry
+        self._arrays: dict[str, tuple[IO[bytes], np.dtype, tuple[int, ...]]] = {}
         self.num_tokens, self._documents, self._stack = 0, 0, ExitStack()
 
     def __enter__(self) -> TraceWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(
-            self._stack.enter_context(tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".trace-"))
-        )
+        temporary = tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".trace-")
+        self._folder = Path(self._stack.enter_context(temporary))
         return self
 
     def add(self, batch: Batch, routings: Sequence[Routing]) -> None:

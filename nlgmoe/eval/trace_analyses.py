@@ -21,7 +21,7 @@ from functools import cached_property
 import numpy as np
 
 from nlgmoe.eval.trace import Trace
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import require
 
 FREQUENT = 10  # ids of fewer tokens are left out of the mean of vocabulary: a single token has the share 1
 
@@ -96,9 +96,15 @@ class LayerAnalysis:
         Args:
             of: `tokens`, which the model read, or `next_tokens`, which it had to predict.
         """
-        ids = getattr(self, of)
-        counts, tokens = self._counts(ids, int(ids.max()) + 1)
-        return _shares(counts, tokens), tokens
+        return self._vocabularies[of]
+
+    @cached_property
+    def _vocabularies(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        both = {}
+        for of, ids in (("tokens", self.tokens), ("next_tokens", self.next_tokens)):
+            counts, tokens = self._counts(ids, int(ids.max()) + 1)
+            both[of] = _shares(counts, tokens), tokens
+        return both
 
     def summaries(self) -> list[Summary]:
         """Return each analysis as one number: the mean of the largest shares, of frequent ids, of experts, or of domains."""
@@ -138,33 +144,32 @@ def _mean_of_largest(shares: np.ndarray) -> float:
 
 def analyse(trace: Trace, layer: int) -> LayerAnalysis:
     """Read one MoE layer of a trace."""
-    _require_choices(trace)
+    trace.require_choices()
     tokens, next_tokens, domain = (trace.read(name) for name in ("tokens", "next_tokens", "domain"))
     experts, facts = trace.experts_of(layer), trace.facts
     return LayerAnalysis(experts, tokens, next_tokens, domain, facts.domains, facts.experts[layer])
 
 
-def saturation(earlier: Trace, later: Trace, choices: int | None = None) -> list[Summary]:
+def saturation(earlier: Trace, later: Trace) -> list[Summary]:
     """Return the share of the choices that two checkpoints have in common on the same text, of each MoE layer.
-
-    Args:
-        choices: compare the first so many choices; None: all.
 
     Raises:
         ValueError: the text or the experts differ, or both traces are of the same weights.
     """
     for trace in (earlier, later):
-        _require_choices(trace)
+        trace.require_choices()
     same = np.array_equal(earlier.read("tokens"), later.read("tokens"))
     require(same, f"{earlier.path} and {later.path} are traces of different texts; record both from one")
     shapes = [(trace.facts.blocks, trace.facts.experts) for trace in (earlier, later)]
     require(shapes[0] == shapes[1], f"{earlier.path} and {later.path} are traces of different models")
-    hashes = {trace.facts.weights_hash for trace in (earlier, later)} - {None}
-    if len(hashes) == 1 and None not in (earlier.facts.weights_hash, later.facts.weights_hash):
-        raise SettingError(f"{earlier.path} and {later.path} are of the same weights; give an earlier checkpoint")
+    weights = earlier.facts.weights_hash
+    require(
+        weights is None or weights != later.facts.weights_hash,
+        f"{earlier.path} and {later.path} are of the same weights; give an earlier checkpoint",
+    )
     summaries = []
     for layer, num_experts in enumerate(later.facts.experts):
-        first, last = (trace.experts_of(layer)[:, :choices] for trace in (earlier, later))
+        first, last = (trace.experts_of(layer) for trace in (earlier, later))
         moved = np.random.default_rng(0).permutation(first)
         uniform = first.shape[1] / num_experts
         summaries.append(Summary("saturation", _in_common(first, last), _in_common(moved, last), uniform))
@@ -174,9 +179,3 @@ def saturation(earlier: Trace, later: Trace, choices: int | None = None) -> list
 def _in_common(first: np.ndarray, last: np.ndarray) -> float:
     common = (first[:, :, None] == last[:, None, :]).any(axis=2)  # [N, k]
     return float(common.mean())
-
-
-def _require_choices(trace: Trace) -> None:
-    require(
-        trace.facts.layout == "nlgmoe", f"trace={trace.path} has vLLM's layout, for other programs; record it without"
-    )

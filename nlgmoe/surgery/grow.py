@@ -7,7 +7,7 @@
     k' = k > 1           a token gets copies of its first choices: with k <= R the output is that of the first one alone
 
 Noise on the rows of the gate, N(0, noise * deviation of the gate's weights), lets the copies of an expert get different tokens.
-Without it the first copies get all tokens of the others. `not_per_expert` weights of a router stay.
+Without it the first copies get all tokens of the others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
+from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.parts import require_paper_parts
@@ -28,7 +29,7 @@ from nlgmoe.validation import require
 
 
 def grow(
-    mixture: str | Path,
+    mixture: str | Path | Checkpoint,
     checkpoint: str | Path,
     num_experts: int | list[int],
     top_k: int | None = None,

@@ -80,7 +80,7 @@ class Ways:
 
 
 def upcycle(
-    dense: str | Path | Sequence[str | Path],
+    dense: str | Path | Sequence[str | Path | Checkpoint],
     checkpoint: str | Path,
     moe: MoEConfig,
     ways: Ways = Ways(),
@@ -98,11 +98,8 @@ def upcycle(
     config = replace(dense_config, moe=_with_shards(moe, dense_config, ways.granularity))
     require_paper_parts(config, "upcycling supports", ("moe.expert", "moe.router"))
     read = _entry_reader([parent.tensors("model") for parent in parents], config, weight_shapes(config), ways)
-    origin, tokenizer = (
-        f"{', '.join(str(parent.path) for parent in parents)}, by `nlgmoe upcycle`",
-        parents[0].tokenizer(),
-    )
-    write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin, source=path)
+    origin = f"{', '.join(str(parent.path) for parent in parents)}, by `nlgmoe upcycle`"
+    write_weights(checkpoint, read, config, parents[0].tokenizer(), overwrite, origin, path)
     return config
 
 

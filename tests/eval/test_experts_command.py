@@ -1,6 +1,7 @@
 """`nlgmoe experts` on a small model and a run: its files agree with each other, and its mistakes are one line."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from nlgmoe import GPTConfig, MoEConfig, load_pretrained
+from nlgmoe import GPTConfig, HashRouterConfig, MoEConfig, load_pretrained
 from nlgmoe.callbacks.routing_windows import RoutingWindows, recorded
 from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.verify import hash_of_weights
@@ -187,3 +188,17 @@ def test_halves_of_a_text_that_agree_and_disagree() -> None:
     assert Changes(np.stack([order, order] * 2), np.ones(4), np.zeros(4)).agreement() == pytest.approx(1)
     assert Changes(np.stack([order, -order] * 2), np.ones(4), np.zeros(4)).agreement() == pytest.approx(-1)
     assert np.isnan(Changes(np.stack([order] * 3), np.ones(3), np.zeros(3)).agreement())
+
+
+def test_experts_of_a_table_are_removed_by_their_contribution(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moe = MoEConfig(4, router=HashRouterConfig())
+    hashed = write(tmp_path / "hashed.ckpt", replace(CONFIG, moe=moe), tokenizer=TOKENIZER.files)
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = ["experts", str(hashed), f"--text={tmp_path / 'text.txt'}", "--exact=0:1", f"--output={tmp_path / 'out'}"]
+    assert "use removal=contribution" in error_of(capsys, *words)
+    main([*words, "--removal=contribution"])
+    assert "without expert 1: contribution" in capsys.readouterr().out
+    exact = pd.read_csv(tmp_path / "out" / "experts.csv").set_index(["layer", "expert"])
+    assert exact["contribution"].notna().sum() == 1 and "route_around" not in exact

@@ -17,9 +17,9 @@ from nlgmoe import (
     SigmoidRouterConfig,
 )
 from nlgmoe.batch import Batch
-from nlgmoe.eval.causes import CHUNK, exact_changes, first_order
+from nlgmoe.eval.causes import exact_changes, first_order
 from nlgmoe.eval.interventions import parse_experts, remove_experts, replay
-from nlgmoe.eval.perplexity import batch_losses
+from nlgmoe.eval.perplexity import CHUNK, batch_losses
 from nlgmoe.eval.trace import Trace, TraceFacts, TraceWriter
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.router import Router

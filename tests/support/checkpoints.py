@@ -25,6 +25,9 @@ def write(
     model = GPT(config)
     for index, parameter in enumerate(model.parameters()):
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
-    entries = split_experts({name: value.to(dtype) for name, value in model.state_dict().items()})
+    state = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
+    }
+    entries = split_experts(state)
     write_weights(path, entries.__getitem__, config, tokenizer)
     return path

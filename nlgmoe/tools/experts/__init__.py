@@ -30,7 +30,7 @@ def experts(
     weights: bool = False,
     layout: Literal["nlgmoe", "vllm"] = "nlgmoe",
     without: list[str] | None = None,
-    removal: Literal["route_around", "contribution"] = "route_around",
+    removal: Literal["route_around", "contribution"] | None = None,
     tokenizer: str | None = None,
     data_dir: str = "data/pocket_pile",
     device: str = "cpu",
@@ -56,8 +56,8 @@ def experts(
         weights: store the experts' weights in the trace too.
         layout: nlgmoe, or vllm: routed_experts with all blocks, for other programs; only with --trace-only.
         without: experts to remove from the model before, as for --exact; may be given several times.
-        removal: how `without` removes: route_around: other experts take their tokens, as in a pruned model; contribution: their
-            output is 0.
+        removal: route_around: other experts take the tokens, as in a pruned model; contribution: the output is 0. Default:
+            route_around for `without`, both for `exact`.
         tokenizer: as data.tokenizer, for a checkpoint without a tokenizer.
         data_dir: folder of tokenizers given by name.
         device: device of the model, such as cuda.
@@ -75,7 +75,8 @@ def experts(
     from nlgmoe.tools.measured_text import measured_text
 
     recorded = None if replay is None else Trace(replay)
-    loaded = load_pretrained(source, tokenizer, device, None, data_dir, without or (), removal)
+    kind = removal or "route_around"
+    loaded = load_pretrained(source, tokenizer, device, data_dir=data_dir, without=without or (), removal=kind)
     chosen = parse_experts(exact or [], loaded.model.config, "exact")
     folder = Path(output) if output is not None else _default_folder(Path(source), loaded.path, text)
     measured = measured_text(run_config(Path(source)), loaded, text, windows, tokenizer)
@@ -84,7 +85,8 @@ def experts(
         print(f"{trace.path}: {trace.num_tokens:,} tokens")
         return
     earlier = None if against is None else load_pretrained(against, tokenizer, device, data_dir=data_dir)
-    found = study.study_experts(loaded, measured, folder, chosen, earlier, weights)
+    removals = study.REMOVALS if removal is None else (removal,)
+    found = study.study_experts(loaded, measured, folder, chosen, earlier, weights, removals)
     for name, table in found.tables.items():
         table.to_csv(folder / f"{name}.csv", index=False)
     file = page.write(folder, found)

@@ -135,7 +135,7 @@ function draw() {
 
 options(by("layer"), facts.layers.map((layer, index) => [String(index), `${index} (block ${layer.block}, ${layer.experts} experts)`]), "0",
   (value) => { state.layer = Number(value); state.expert = null; });
-options(by("order"), [["first_order", "loss without it"], ...(facts.exact ? [["route_around", "exact loss without it"]] : []), ["use", "use"], ["expert", "number"]],
+options(by("order"), [["first_order", "loss without it"], ...(facts.routed_around ? [["route_around", "exact loss without it"]] : []), ["use", "use"], ["expert", "number"]],
   state.order, (value) => { state.order = value; });
 options(by("domain"), facts.domains.map((name, index) => [String(index), name]), "0", (value) => { state.domain = Number(value); });
 by("clear").onclick = () => choose(state.expert);

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pandas as pd
 from nlgmoe.eval.trace import Trace
 from nlgmoe.files import atomic_write
 from nlgmoe.tools.experts.study import ExpertStudy
+from nlgmoe.tools.html import html_page
 
 FILE = "experts.html"
 SAMPLE = 400  # tokens of each domain in the coloured text
@@ -41,24 +40,13 @@ def page(study: ExpertStudy) -> str:
         "cards": _cards(tables, trace, decode),
         "analyses": _records(tables["analyses"]),
         "texts": [_sample(trace, number, name, decode) for number, name in enumerate(trace.facts.domains)],
-        "exact": bool(study.exact),
+        "routed_around": any(removal == "route_around" for _, _, removal in study.exact),
     }
     title = f"Experts of {study.loaded.path}"
     about = (
         f"{trace.num_tokens:,} tokens of {', '.join(trace.facts.domains)}, loss {study.causes.loss:.4f} nats per token."
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{escape(title)}</title>
-<style>{_own("page.css")}</style>
-</head>
-<body>
-<main>
-<h1>{escape(title)}</h1>
+    body = f"""<h1>{escape(title)}</h1>
 <p>{escape(about)}</p>
 <form id="controls">
 <label>MoE layer <select id="layer"></select></label>
@@ -76,13 +64,8 @@ about the choice, with the share of them that choose the expert.</p>
 <div id="cards"></div>
 <h2>Analyses</h2>
 <p>Means of the largest shares; shuffled: the same choices at random tokens. A value near its shuffled one shows nothing.</p>
-<div id="analyses"></div>
-</main>
-<script id="facts" type="application/json">{_json(facts)}</script>
-<script>{_own("page.js")}</script>
-</body>
-</html>
-"""
+<div id="analyses"></div>"""
+    return html_page(title, "nlgmoe.tools.experts", body, facts)
 
 
 def _cards(
@@ -155,12 +138,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.5g}") if np.isfinite(value) else None
     return value
-
-
-def _json(value: Any) -> str:
-    """Return JSON for a script element, which `</script>` and `<!--` would end."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _own(name: str) -> str:
-    return files("nlgmoe.tools.experts").joinpath(name).read_text(encoding="utf-8")

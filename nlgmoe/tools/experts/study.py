@@ -24,12 +24,12 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from tqdm import tqdm
 
-from nlgmoe.batch import token_mask_or_none
 from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.verify import hash_of_weights
 from nlgmoe.eval.causes import Changes, FirstOrder, exact_changes, first_order
-from nlgmoe.eval.interventions import Experts, Removal
+from nlgmoe.eval.interventions import Experts, Removal, remove_experts
 from nlgmoe.eval.loaded_model import LoadedModel
+from nlgmoe.eval.perplexity import read_batch
 from nlgmoe.eval.trace import Layout, Trace, TraceFacts, TraceWriter
 from nlgmoe.eval.trace_analyses import FREQUENT, LayerAnalysis, Summary, analyse, saturation
 from nlgmoe.pyramid import moe_blocks
@@ -69,6 +69,7 @@ def study_experts(
     exact: Experts = MappingProxyType({}),
     against: LoadedModel | None = None,
     weights: bool = False,
+    removals: Sequence[Removal] = REMOVALS,
 ) -> ExpertStudy:
     """Read a text forwards and backwards, and count and measure what each expert does.
 
@@ -82,6 +83,7 @@ def study_experts(
         exact: experts of MoE layers whose changes are computed exactly too, one pass for each and for each removal.
         against: an earlier checkpoint of the same run, for the analysis of saturation.
         weights: store the experts' weights in the trace too.
+        removals: of `exact`; a router that cannot route around experts has `contribution` only.
     """
     if against is not None:
         is_same = against.path.resolve() == loaded.path.resolve()
@@ -89,6 +91,10 @@ def study_experts(
         same_ids = against.tokenizer.has_same_ids(loaded.tokenizer)
         require(same_ids, f"against={against.path} has another tokenizer than {loaded.path}; give one of the same run")
     path, model = Path(folder) / TRACE, loaded.model
+    for layer, expert, removal in (
+        (layer, expert, kind) for layer in exact for expert in exact[layer] for kind in removals
+    ):
+        remove_experts(model, {layer: [expert]}, removal).close()  # a router refuses before the text is read
     with TraceWriter(path, _facts(loaded, measured.domains), loaded.tokenizer.eod_id, weights) as writer:
         causes = first_order(model, _shown(measured.batches, "reading forwards and backwards"), writer.add)
     trace, saturated, changes = Trace(path), None, {}
@@ -97,7 +103,7 @@ def study_experts(
             saturated = saturation(record(against, measured, Path(temporary) / TRACE), trace)
     if exact:
         number = sum(map(len, exact.values()))
-        changes = exact_changes(model, _shown(measured.batches, f"removing {number} experts in turn"), exact, REMOVALS)
+        changes = exact_changes(model, _shown(measured.batches, f"removing {number} experts in turn"), exact, removals)
     tables = _tables(trace, causes, changes, saturated, loaded.tokenizer.decode)
     return ExpertStudy(loaded, trace, causes, changes, tables)
 
@@ -111,17 +117,15 @@ def record(
     with TraceWriter(path, facts, loaded.tokenizer.eod_id, weights) as writer:
         for batch in _shown(measured.batches, "routing"):
             moved = move_data_to_device(batch, model.unembedding.device)
-            output = model(moved["tokens"], token_mask_or_none(moved), documents=moved.get("document"))
-            writer.add(batch, output.routings)
+            writer.add(batch, read_batch(model, moved).routings)
     return Trace(path)
 
 
 def _facts(loaded: LoadedModel, domains: list[str], layout: Layout = "nlgmoe") -> TraceFacts:
-    blocks, step = moe_blocks(loaded.model.config), loaded.document.get("global_step")
-    require(bool(blocks), f"{loaded.path} has no experts: it is a dense model")
+    config, step = loaded.model.config, loaded.document.get("global_step")
+    require(bool(moe_blocks(config)), f"{loaded.path} has no experts: it is a dense model")
     weights_hash = hash_of_weights(Checkpoint(loaded.path))
-    num_blocks = loaded.model.config.num_layers
-    return TraceFacts(list(blocks), list(blocks.values()), num_blocks, domains, weights_hash, step, layout)
+    return TraceFacts.of(config, domains, weights_hash=weights_hash, step=step, layout=layout)
 
 
 def _shown(batches: Any, name: str) -> Any:
@@ -233,9 +237,10 @@ def describe(study: ExpertStudy) -> str:
         if (agreement := changes.agreement()) < DISAGREE:
             reason = f"the halves of the text disagree on the order of experts (rank correlation {agreement:.2f})"
             lines.append(f"MoE layer {layer}: {reason}; read more text, with --windows")
-        for row in rows[[(layer, number, REMOVALS[0]) in study.exact for number in rows["expert"]]].itertuples():
-            exact = ", ".join(f"{removal} {_change(row, removal)}" for removal in REMOVALS)
-            lines.append(f"MoE layer {layer}, without expert {row.expert}: {exact}")
+        for row in rows.itertuples():
+            removals = [removal for removal in REMOVALS if (layer, row.expert, removal) in study.exact]
+            if exact := ", ".join(f"{removal} {_change(row, removal)}" for removal in removals):
+                lines.append(f"MoE layer {layer}, without expert {row.expert}: {exact}")
     return "\n".join(lines)
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from plotly.offline import get_plotlyjs
 
 from nlgmoe.cli.arguments import require_folder
 from nlgmoe.files import atomic_write
+from nlgmoe.tools.html import html_page, json_in_script
 from nlgmoe.tools.report import figures, groups, tables
 from nlgmoe.tools.report.drawing import Chart, rounded
 from nlgmoe.tools.report.runs import CLOCKS, Run
@@ -73,25 +71,7 @@ def page(runs: Sequence[Run], group_by: str | None = None, verdict: str | None =
         f"<h3>Versions</h3>{tables.versions(runs)}",
         "</section>",
     ]
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{escape(title)}</title>
-<style>{_own("page.css")}</style>
-</head>
-<body>
-<main>
-{chr(10).join(body)}
-</main>
-<script id="facts" type="application/json">{_json(facts)}</script>
-<script>{get_plotlyjs()}</script>
-<script>{_own("page.js")}</script>
-</body>
-</html>
-"""
+    return html_page(title, "nlgmoe.tools.report", "\n".join(body), facts, [get_plotlyjs()])
 
 
 def section(name: str, charts: Sequence[Chart]) -> str:
@@ -100,7 +80,8 @@ def section(name: str, charts: Sequence[Chart]) -> str:
     for chart in charts:
         panels = "".join(
             f'<div class="panel"><h4>{escape(panel.title)}</h4><div class="plot" style="height: {panel.height}px">'
-            f'<script type="application/json">{_json({"data": panel.traces, "layout": panel.layout})}</script></div></div>'
+            '<script type="application/json">'
+            f"{json_in_script({'data': panel.traces, 'layout': panel.layout})}</script></div></div>"
             for panel in chart.panels
         )
         parts.append(
@@ -151,12 +132,3 @@ def clock_values(run: Run) -> dict[str, list[float | None]]:
     knots = steps[np.unique(np.linspace(0, len(steps) - 1, MAX_KNOTS).round().astype(int))]
     clocks = {name: values for name in CLOCKS if (values := run.clock(name, knots)) is not None}
     return {"steps": rounded(knots, 9)} | {name: rounded(values, 9) for name, values in clocks.items()}
-
-
-def _json(value: Any) -> str:
-    """Return JSON for a script element, which `</script>` and `<!--` would end."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _own(name: str) -> str:
-    return files("nlgmoe.tools.report").joinpath(name).read_text(encoding="utf-8")
