@@ -91,10 +91,10 @@ def study_experts(
         same_ids = against.tokenizer.has_same_ids(loaded.tokenizer)
         require(same_ids, f"against={against.path} has another tokenizer than {loaded.path}; give one of the same run")
     path, model = Path(folder) / TRACE, loaded.model
-    for layer, expert, removal in (
-        (layer, expert, kind) for layer in exact for expert in exact[layer] for kind in removals
-    ):
-        remove_experts(model, {layer: [expert]}, removal).close()  # a router refuses before the text is read
+    for layer, numbers in exact.items():
+        for removal in removals:  # a router refuses before the text is read
+            for expert in numbers:
+                remove_experts(model, {layer: [expert]}, removal).close()
     with TraceWriter(path, _facts(loaded, measured.domains), loaded.tokenizer.eod_id, weights) as writer:
         causes = first_order(model, _shown(measured.batches, "reading forwards and backwards"), writer.add)
     trace, saturated, changes = Trace(path), None, {}
