@@ -85,7 +85,7 @@ bench: develop  ## measure ranks, checkpoints, layers, steps, data, generation, 
 	for name in scaling parity ranks checkpoint layer step data generation; do \
 		$(BIN)/python -m benchmarks.$$name $(if $(ROUNDS),--rounds $(ROUNDS)) || exit 1; done
 
-gpu: develop  ## shows on a machine with one GPU that results are the CPU's, and how fast (at most 17 minutes); DRY_RUN=1: tiny, on the CPU; docs/gpu.md
+gpu: develop  ## shows on a machine with one GPU that results are the CPU's, and how fast (at most 17 minutes); DRY_RUN=1: tiny, on the CPU; docs/scaling.md
 	@$(BIN)/python -m benchmarks.gpu $(if $(DRY_RUN),--dry-run)
 
 clean:  ## remove the virtual environment and caches; data and runs stay

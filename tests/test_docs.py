@@ -63,8 +63,8 @@ def test_guides_are_pages_of_the_site() -> None:
     assert pages == made | {path.name for path in (ROOT / "docs").glob("*.md")}
 
 
-def test_predictions_of_the_planning_guide_can_be_repeated() -> None:
-    commands = [words for words in commands_in((ROOT / "docs/planning.md").read_text()) if words[0] == "inspect"]
+def test_predictions_of_the_scaling_guide_can_be_repeated() -> None:
+    commands = [words for words in commands_in((ROOT / "docs/scaling.md").read_text()) if words[0] == "inspect"]
     assert len(commands) > 2
     for words in commands:
         if "--simulate" not in words:

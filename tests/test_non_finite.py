@@ -229,7 +229,7 @@ def test_a_validation_loss_that_is_not_finite_is_a_warning(tmp_path: Path) -> No
 
 
 def test_logged_metrics_are_the_documented_ones(tmp_path: Path) -> None:
-    documented = set(re.findall(r"`([\w/]+)`", (Path(__file__).parents[1] / "docs/metrics.md").read_text()))
+    documented = set(re.findall(r"`([\w/]+)`", (Path(__file__).parents[1] / "docs/report.md").read_text()))
     validation = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
     for moe in (MoEConfig([2, 4]), MoEConfig([2, 4], router=SigmoidRouterConfig(sequence_loss_coeff=0.01))):
         module = MoEGPTModule(replace(CONFIG, moe=moe), curriculum=SequenceCurriculum(tokens=64, start=8))

@@ -4,7 +4,7 @@
     python -m benchmarks.gpu --only parity waiting    some of them
     python -m benchmarks.gpu --dry-run                all steps at tiny shapes on the CPU, in this process
 
-It needs no network and no installed nlgmoe: a copy of the repository, its dependencies and the tokenised text (docs/gpu.md).
+It needs no network and no installed nlgmoe: a copy of the repository, its dependencies and the tokenised text (docs/scaling.md).
 
 Exit code: 0; 1 if a figure of correctness is missed, or a step fails or runs out of time; 2 if there is no GPU. Figures of speed
 and memory are judged on an H100 or H200 and change no exit code.

@@ -40,7 +40,7 @@ def has_row(interval: int) -> bool:
 
 
 class ExpertLoad(Callback):
-    """Logs load, drops, router statistics and gradient norms per MoE layer, as `experts/MOE_LAYER/...` (docs/metrics.md).
+    """Logs load, drops, router statistics and gradient norms per MoE layer, as `experts/MOE_LAYER/...` (docs/report.md).
 
     A value covers a logging interval, over restarts too, and all ranks and micro-batches; skipped steps are excluded. Gradient
     norms are of the logged step.

@@ -1,6 +1,6 @@
 """Routing statistics of a MoE layer: their sums over the tokens of a micro-batch, and the statistics of an interval.
 
-The sums are computed on the device, and added over micro-batches and ranks; the statistics (docs/metrics.md) on the host. A new
+The sums are computed on the device, and added over micro-batches and ranks; the statistics (docs/report.md) on the host. A new
 one that needs a sum has it in `WITH_TOTAL` and `routing_totals`.
 
 Letters: N tokens of a micro-batch, E experts of a layer, k experts per token, S statistics with a sum.

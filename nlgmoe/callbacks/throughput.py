@@ -20,7 +20,7 @@ from nlgmoe.validation import require
 
 
 class Throughput(Callback):
-    """Logs throughput, time of a step and memory once per logging interval (docs/metrics.md).
+    """Logs throughput, time of a step and memory once per logging interval (docs/report.md).
 
     `train/tokens_per_second`, `train/tflops_per_second` and `train/mfu` cover all ranks, `time/data` and `time/step` are means
     over ranks, in seconds per step, `memory/...` the maximum over ranks. Only `time/elapsed` includes validation and checkpoints.

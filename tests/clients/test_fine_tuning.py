@@ -125,8 +125,8 @@ def test_trl_trains_an_export_on_packed_documents(folders: dict[str, Path], tmp_
 def test_docs_example_of_fine_tuning_writes_a_model_that_is_imported(
     name: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (Path(__file__).parents[2] / "docs/hugging_face.md").read_text()
-    code = re.search(r"## Fine-tune .*?```python\n(.*?)```", page, re.DOTALL)
+    page = (Path(__file__).parents[2] / "docs/open_moes.md").read_text()
+    code = re.search(r"## Fine-tune an export .*?```python\n(.*?)```", page, re.DOTALL)
     assert code is not None
     (tmp_path / "exported").symlink_to(folders[name])
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))

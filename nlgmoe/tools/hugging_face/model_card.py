@@ -1,6 +1,6 @@
 """What the reader of an exported folder must know: its model card (README.md), and limits of other programs with it.
 
-Named are programs that refuse our code, compute another model, or refuse our tokenizers; docs/hugging_face.md has the versions
+Named are programs that refuse our code, compute another model, or refuse our tokenizers; docs/open_moes.md has the versions
 that were tried.
 """
 
@@ -135,4 +135,4 @@ def client_limits(config: GPTConfig, family: str | None, own_tokenizer: bool) ->
     if config.rotary_scaling is not None and family in ("minimax_m2", "mixtral", "qwen3_moe"):
         yield f"mlx-lm computes another model: for {family} it ignores scaled positions"
     if own_tokenizer:
-        yield "llama.cpp converts tokenizers of published models alone; docs/hugging_face.md has a remedy"
+        yield "llama.cpp converts tokenizers of published models alone; docs/open_moes.md has a remedy"

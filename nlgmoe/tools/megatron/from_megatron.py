@@ -159,7 +159,7 @@ def _data(job: Translation) -> None:
         for name, value in zip(("start", "increment", "tokens"), (*numbers[:2], numbers[2] * job.seq_len), strict=True):
             job.set(f"data.batch_ramp_up.{name}", value)
         job.notes.append(
-            "start and increment of the ramp-up must be multiples of a step's micro-batches (docs/growth.md)."
+            "start and increment of the ramp-up must be multiples of a step's micro-batches (docs/scaling.md)."
         )
     job.set("data.seed", arguments.value("--seed"))
 

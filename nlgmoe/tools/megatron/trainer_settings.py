@@ -75,7 +75,7 @@ def _parse(config: dict[str, Any], arguments: Arguments) -> DeepSpeedConfig:
     if (config.get("curriculum_learning") or {}).get("enabled"):
         refuse(
             "has curriculum_learning, whose sequences grow by steps there and by tokens here; turn it off, and set "
-            "model.curriculum (docs/growth.md)"
+            "model.curriculum (docs/scaling.md)"
         )
     if fp16.get("enabled") and (fp16.get("loss_scale") or fp16.get("min_loss_scale") not in (None, 1)):
         refuse("has a loss_scale or a min_loss_scale: fp16's loss scale is dynamic here, and may fall to 1; remove it")

@@ -4,7 +4,7 @@
     communication  bytes that one rank sends in one optimizer step
     step time      compute + all-to-all + gradient reduction beyond the last backward pass + weight gathering + optimizer
 
-docs/planning.md documents the formulas, sources, assumptions and checks.
+docs/results/scaling.md documents the formulas, sources, assumptions and checks.
 """
 
 from __future__ import annotations

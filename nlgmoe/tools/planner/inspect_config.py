@@ -64,7 +64,7 @@ def inspect_config(
         activation_checkpointing: recompute blocks in the backward pass, even if the files do not set it.
         hardware: v100-32, a100-40, a100-80, h100 or h200; default: this machine. Its accelerator's speed is predicted if it
             is one of these; a CPU's never.
-        utilisation: achieved fraction of peak FLOP/s in matrix products; docs/planning.md documents the default.
+        utilisation: achieved fraction of peak FLOP/s in matrix products; docs/results/scaling.md documents the default.
         simulate: also run one rank's optimizer step without values, and compare.
         rank: of --simulate: number of the rank.
         json: print one JSON object instead of a table.
