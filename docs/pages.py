@@ -16,7 +16,9 @@ import nlgmoe
 from nlgmoe.commands.main import COMMANDS, TRAIN_PY, main
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = {"README.md": "index.md"} | {name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")}
+DOCUMENTS = {"README.md": "index.md"} | {
+    name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "RELEASING.md")
+}
 SETTINGS = {  # section of a configuration -> its class
     "model": "nlgmoe.module.MoEGPTModule",
     "model.config": "nlgmoe.config.GPTConfig",
@@ -32,18 +34,22 @@ SETTINGS = {  # section of a configuration -> its class
     "trainer.strategy": "nlgmoe.parallel.strategy.ExpertParallelStrategy",
     "trainer.callbacks": "nlgmoe.run.save_checkpoints.SaveCheckpoints",
 }
-LINKED = (
-    "CITATION.cff",
-    "LICENSE",
-    *(f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))),
-)  # from documents
+LINK = re.compile(r"\]\(([\w./-]+)")
+
+
+def linked() -> set[str]:
+    """Return the files outside `docs/` that its guides and the documents link to."""
+    guides = [*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in DOCUMENTS)]
+    links = {(guide.parent / link).resolve() for guide in guides for link in LINK.findall(guide.read_text())}
+    outside = {str(link.relative_to(ROOT)) for link in links if link.is_file() and ROOT / "docs" not in link.parents}
+    return outside - {*DOCUMENTS}
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages."""
     for name, page in DOCUMENTS.items():
         files.append(File.generated(config, page, content=(ROOT / name).read_text()))
-    for name in LINKED:
+    for name in sorted(linked()):
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     files.append(File.generated(config, "commands.md", content=commands()))
     files.append(File.generated(config, "reference.md", content=reference()))

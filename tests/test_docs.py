@@ -59,7 +59,16 @@ def test_files_tests_make_targets_and_links_in_the_documents_exist(name: str) ->
 
 def test_guides_are_pages_of_the_site() -> None:
     pages = set(re.findall(r" ([\w.]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    made = {"index.md", "settings.md", "reference.md", "commands.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"}
+    made = {
+        "index.md",
+        "settings.md",
+        "reference.md",
+        "commands.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "RELEASING.md",
+    }
     assert pages == made | {path.name for path in (ROOT / "docs").glob("*.md")}
 
 
