@@ -24,8 +24,7 @@ from nlgmoe.layers.feed_forward import FeedForward, expert_network
 from nlgmoe.layers.precision import fp32_products, without_autocast
 from nlgmoe.layers.router import build_router
 from nlgmoe.layers.routing import Routing, RoutingContext
-from nlgmoe.placement import ExpertPlacement
-from nlgmoe.pyramid import experts_at
+from nlgmoe.pyramid import ExpertPlacement, experts_at
 from nlgmoe.validation import RunError
 
 
