@@ -151,7 +151,7 @@ class TemperatureConfig(RouterConfig):
 
 
 class Temperature(TopKRouter):
-    roles: ClassVar[Any] = {**TopKRouter.roles, "temperature": "scale"}
+    roles: ClassVar[Any] = {"temperature": "scale"}  # added to those of TopKRouter
 
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
