@@ -33,7 +33,7 @@ from nlgmoe import ExpertParallelStrategy
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.placement import ExpertPlacement
+from nlgmoe.pyramid import ExpertPlacement
 from nlgmoe.tools.planner.topology import read_settings
 from tests.support.devices import draw, error, seconds, synchronize
 from tests.support.spawn import spawn

@@ -27,7 +27,7 @@ from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer, freeze
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.parallel.triton_grouped_gemm import set_triton_grouped_gemm
 from nlgmoe.parts import IGNORED_IN_EVALUATION
-from nlgmoe.placement import ExpertPlacement, PlacesExperts
+from nlgmoe.pyramid import ExpertPlacement, PlacesExperts
 from nlgmoe.ranks import AllRanksError
 from nlgmoe.run import checks
 from nlgmoe.step import TrainingStep

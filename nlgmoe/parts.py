@@ -20,7 +20,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from nlgmoe.validation import SettingError, require
@@ -163,18 +162,6 @@ class ExpertConfig:
         initial standard deviation is divided by `sqrt(2 * num_layers)`.
         """
         raise SettingError(f"{type(self).__name__} has no weights(hidden_size, ffn_size)")
-
-    def stacks(self, hidden_size: int, ffn_size: int) -> Mapping[str, Stack]:
-        """Return the matrices that `weights` declares."""
-        name, stacks = type(self).__name__, self.weights(hidden_size, ffn_size)
-        require(isinstance(stacks, Mapping), f"{name}.weights returned a {type(stacks).__name__}; return a dictionary")
-        for key, stack in stacks.items():
-            *sizes, role = stack if isinstance(stack, tuple | list) and len(stack) == 3 else (None,)
-            whole = len(sizes) == 2 and all(isinstance(size, Integral) and size > 0 for size in sizes)
-            remedy = "write name: (inputs, outputs, 'weight' or 'output', formerly 'expand' and 'project'), with whole numbers"
-            known = whole and role in ("weight", "output") and str(key).isidentifier()
-            require(known, f"{name}.weights has {key!r}: {stack}; {remedy}")
-        return stacks
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply the network to rows sorted by expert, `[M, H] -> [M, H]`; `linear(name, x)` applies each row's matrix `name`."""

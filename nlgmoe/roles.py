@@ -6,8 +6,9 @@
     bias      0                                        no
     scale     1                                        no             of norms
 
-A module with parameters of its own declares them in an attribute `roles`, name -> role; torch's linear, embedding and norm
-layers are known. Its attribute `init_std`, if it has one that is not None, replaces the model's.
+A module with parameters of its own declares them in an attribute `roles`, name -> role, to which those of its base classes are
+added; torch's linear, embedding and norm layers are known. Its attribute `init_std`, if it has one that is not None, replaces the
+model's.
 """
 
 import re
@@ -34,10 +35,18 @@ COMPONENTS: dict[Component, re.Pattern[str]] = {
 }
 
 
+def declared_roles(module: nn.Module) -> dict[str, Role]:
+    """Return the roles that a module and its classes declare, those of base classes included."""
+    declared: dict[str, Role] = {}
+    for holder in (*reversed(type(module).__mro__), module):
+        declared |= vars(holder).get("roles", {})
+    return declared
+
+
 def role_of(name: str, module: nn.Module) -> Role:
     """Return the role of a parameter of `module` by its full name, such as `blocks.0.ffn.down.weight`."""
     leaf = name.rpartition(".")[2]
-    declared: dict[str, Role] = getattr(module, "roles", {})
+    declared = declared_roles(module)
     if leaf in declared:
         if declared[leaf] not in get_args(Role):
             declaration = f"{type(module).__name__} declares {leaf} as {declared[leaf]!r}"

@@ -18,7 +18,7 @@ ROOT = Path(nlgmoe.__file__).parent
 # A module may import modules of its own line or of those above it. `data` and `optim` stand beside `model`.
 LINES = """
 seeding process device hardware versions parts config without_effect batch files ranks roles validation lightning_state
-pyramid placement
+pyramid
 layers
 model optim data
 checkpoint non_finite

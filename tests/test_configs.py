@@ -15,7 +15,7 @@ from nlgmoe.data import StreamedText
 from nlgmoe.data.sampling import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.experiment import parse_config
 from nlgmoe.model.counting import count_parameters, flops_per_token
-from nlgmoe.model.initialisation import initialise
+from nlgmoe.model.gpt import initialise
 from nlgmoe.tools.hugging_face.families import FAMILIES as OPEN_FAMILIES
 
 ROOT = Path(__file__).parents[1] / "configs"

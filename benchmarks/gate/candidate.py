@@ -14,7 +14,7 @@ from benchmarks.gate.sides import BASELINES, Baseline, Side
 from benchmarks.reproduce.scale import Scale
 from benchmarks.step import whole_step
 from benchmarks.timing import interleaved
-from nlgmoe.cli.type_hints import find_class
+from nlgmoe.cli.given_settings import find_class
 from nlgmoe.cli.yaml_places import ConfigLoader
 from nlgmoe.device import available_memory
 from nlgmoe.experiment import load_config, parse_config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
@@ -195,7 +194,7 @@ def prune_checkpoint(
     else:
         scores = use.weights if by == "use" else use.saliency
     kept = best_ranked(scores, after)
-    path, tokens_seen = loaded.path, loaded.document["tokens_seen"]
+    path = loaded.path
     del loaded  # the device need not hold both models
     prune(path, checkpoint, num_experts, kept, overwrite)
     _print_kept(before, kept, use)
@@ -204,8 +203,6 @@ def prune_checkpoint(
     sizes = [count_parameters(config).total for config in (before, after)]
     print(f"{checkpoint}: {sizes[0]:,} parameters of {path} have become {sizes[1]:,}")
     print(f"{yaml_beside(Path(checkpoint))}: its settings")
-    if (config := run_config(Path(run))) is not None and config.name == "config.yaml":
-        print(f"to train it further: {_command(config, Path(checkpoint), path, tokens_seen)}")
 
 
 def _by_position(num_experts: int | list[int], before: GPTConfig) -> list[int]:
@@ -224,29 +221,3 @@ def _print_kept(before: GPTConfig, kept: Sequence[Sequence[int]], use: ExpertUse
         share = float(weights[experts].sum() / weights.sum())
         numbers = " ".join(map(str, experts))
         print(f"block {block}: {len(experts)} of {len(weights)} experts, with {share:.1%} of the weight: {numbers}")
-
-
-def _command(config: Path, checkpoint: Path, unpruned: Path, trained: int) -> str:
-    """Return the command that trains a pruned model further, with the unpruned one as teacher.
-
-    Its cosine falls over a tenth of the tokens, from the rate at which the run ended, or a tenth of the peak where that was 0.
-    The text has another order: a run begins with the text that the model was trained on first.
-    """
-    from nlgmoe.experiment import parse_config
-    from nlgmoe.optim.token_schedule import LearningRateSchedule, learning_rate
-
-    settings = parse_config(config)
-    model, tokens = settings["model"], max(1, trained // 10)
-    peak = model["optimizer"]["lr"]
-    rate = learning_rate(trained, peak, LearningRateSchedule(**model["schedule"])) or peak / 10
-    options = {
-        "model.optimizer.lr": f"{rate:.3g}",
-        "model.schedule.shape": "cosine",
-        "model.schedule.decay_tokens": tokens,
-        "model.train_tokens": tokens,
-        "data.seed": settings["data"]["seed"] + 1,
-        "model.distiller": "nlgmoe.MixtureOfStudents",
-        "model.distiller.init_args.teacher": quote(str(unpruned)),
-    }
-    files = [f"--config {quote(str(file))}" for file in (config, yaml_beside(checkpoint))]  # the later one overrides
-    return " ".join(["nlgmoe fit", *files, *(f"--{name} {value}" for name, value in options.items())])

@@ -27,8 +27,7 @@ from nlgmoe.layers.losses import SoftTargets, TeacherTargets
 from nlgmoe.layers.precision import cast_by_autocast
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parallel.triton_grouped_gemm import set_triton_grouped_gemm
-from nlgmoe.placement import PlacesExperts
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.pyramid import PlacesExperts, experts_per_layer
 from nlgmoe.ranks import raise_on_all_ranks
 from nlgmoe.validation import require
 

@@ -25,7 +25,7 @@ from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher, Rows
 from nlgmoe.layers.grouped_gemm import fixed_slots, round_up_rows
 from nlgmoe.layers.precision import computing_dtype
 from nlgmoe.layers.routing import Routing
-from nlgmoe.placement import ExpertPlacement
+from nlgmoe.pyramid import ExpertPlacement
 
 
 class AllToAllDispatcher(LocalDispatcher):

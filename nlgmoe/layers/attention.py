@@ -138,9 +138,7 @@ def attention_config(config: GPTConfig) -> AttentionConfig:
 def build_attention(config: GPTConfig, block: int) -> nn.Module:
     """Build the attention of a block."""
     settings = attention_config(config)
-    module = settings.build(settings.as_read(config), block)
-    if not isinstance(module, nn.Module):
-        raise SettingError(f"{type(settings).__name__}.build returned a {type(module).__name__}; return an nn.Module")
+    module: nn.Module = settings.build(settings.as_read(config), block)
     return module
 
 

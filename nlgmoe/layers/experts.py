@@ -10,7 +10,6 @@ Letters: E experts held here, M rows (assignments sorted by expert), S slots for
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from nlgmoe.layers.grouped_gemm import GroupedGEMM, choose_grouped_gemm, compute
 from nlgmoe.layers.precision import cast_by_autocast
 from nlgmoe.parts import ExpertConfig, Linear
 from nlgmoe.roles import Role
-from nlgmoe.validation import RunError
 
 FEW_ROWS = 8  # up to this many rows without gradients, a loop over experts is faster on a CPU than a grouped GEMM
 BIAS_WIDTH = 8  # inner width of the product that adds biases: grouped_mm requires rows of 16 bytes
@@ -53,7 +51,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.first, self.count, self.network, self.bias = first, count, network, bias
-        self.stacks = network.stacks(hidden_size, ffn_size)
+        self.stacks = network.weights(hidden_size, ffn_size)
         self.widths = tuple({width for inputs, outputs, _ in self.stacks.values() for width in (inputs, outputs)})
         self.roles: dict[str, Role] = {}
         for name, (inputs, outputs, role) in self.stacks.items():
@@ -73,23 +71,14 @@ class Experts(nn.Module):
             return _uncompiled(self, x, tokens_per_expert)
         if tokens_per_expert is None or not len(x):  # grouped kernels are never called without rows
             rows = x.flatten(0, -2)  # [M, H], as networks expect them
-            return self._apply_network(rows, self._in_slots(len(rows) // self.count)).view_as(x)
+            return self.network.forward(rows, self._in_slots(len(rows) // self.count)).view_as(x)
         if not torch.is_grad_enabled() and x.device.type == "cpu" and len(x) <= FEW_ROWS:
             return self._loop(x, tokens_per_expert)  # generation: reads the weights of the chosen experts only
         has_triton = self.triton_grouped_gemm is not None
         chosen = choose_grouped_gemm(x.dtype, self.widths, compute_capability(x.device), False, has_triton)
         if chosen == "loop":
             return self._loop(x, tokens_per_expert)
-        return self._apply_network(x, self._grouped(chosen, x, tokens_per_expert))
-
-    def _apply_network(self, x: Tensor, linear: Linear) -> Tensor:
-        """Apply the network, and check that it returned a row for each row of `x`, `[M, H]`."""
-        y: Any = self.network.forward(x, linear)
-        if not isinstance(y, Tensor) or y.shape != x.shape:
-            returned = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
-            name = type(self.network).__name__
-            raise RunError(f"{name}.forward returned {returned} for rows of {list(x.shape)}; return one row for each")
-        return y
+        return self.network.forward(x, self._grouped(chosen, x, tokens_per_expert))
 
     def _in_slots(self, slots: int) -> Linear:
         """Return `linear` for rows in slots, as one batched product."""
@@ -137,7 +126,7 @@ class Experts(nn.Module):
         named = {name: stack for name in self.roles if (stack := getattr(self, name)) is not None}  # PEFT computes them
         stacks = {name: stack.unbind() if learns else stack for name, stack in named.items()}
         parts = [
-            self._apply_network(part, _dense(lambda name, e=e: stacks[name][e] if name in stacks else None))  # type: ignore[misc]
+            self.network.forward(part, _dense(lambda name, e=e: stacks[name][e] if name in stacks else None))  # type: ignore[misc]
             for e, part in zip(chosen, rows, strict=True)
         ]
         return torch.cat(parts)

@@ -11,7 +11,6 @@ Letters: B sequences, T positions, N = B * T tokens, H hidden size, k experts pe
 """
 
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,8 +23,7 @@ from nlgmoe.layers.feed_forward import FeedForward, expert_network
 from nlgmoe.layers.precision import fp32_products, without_autocast
 from nlgmoe.layers.router import build_router
 from nlgmoe.layers.routing import Routing, RoutingContext
-from nlgmoe.placement import ExpertPlacement
-from nlgmoe.pyramid import experts_at
+from nlgmoe.pyramid import ExpertPlacement, experts_at
 from nlgmoe.validation import RunError
 
 
@@ -82,10 +80,8 @@ class MoELayer(nn.Module):
             y = y + shared
         return y.to(x.dtype).view_as(x), routing
 
-    def _require_fit(self, routing: Any, num_tokens: int) -> Routing:
+    def _require_fit(self, routing: Routing, num_tokens: int) -> Routing:
         name, shape, num_experts = type(self.router).__name__, (num_tokens, self.top_k), self.router.num_experts
-        if not isinstance(routing, Routing):
-            raise RunError(f"{name} returned a {type(routing).__name__}; return an nlgmoe.Routing")
         if routing.expert.shape != shape:
             raise RunError(
                 f"{name} returned expert of {list(routing.expert.shape)}, not [tokens, top_k] = {list(shape)}; set "

@@ -1,10 +1,11 @@
-"""The decoder: embeddings, blocks, final norm, and the head.
+"""The decoder: embeddings, blocks, final norm, the head, and their initial weights.
 
 Letters in shape comments: B sequences, T new positions, H hidden size, V vocabulary, P rows of the padded table.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.attention import AttentionContext, KVCache, build_attention, build_norm
+from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.routing import Routing, RoutingContext
-from nlgmoe.model.initialisation import initialise
-from nlgmoe.placement import ExpertPlacement
-from nlgmoe.pyramid import experts_at
+from nlgmoe.pyramid import ExpertPlacement, experts_at
+from nlgmoe.roles import role_of
+from nlgmoe.seeding import draw_normal, key_of_draws
 
 NoiseKey = tuple[int, ...]
 
@@ -86,7 +88,7 @@ class GPT(nn.Module):
         block_class: class of the blocks.
 
     Args:
-        seed: seed of the initial weights (`initialisation.py`).
+        seed: seed of the initial weights (`initialise`).
         activation_checkpointing: keep only each block's input for the backward pass, and recompute the rest.
         placements: the experts that this rank holds, by block number; a block that is not named holds all of its experts.
     """
@@ -175,3 +177,27 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits, `[..., H] -> [..., V]`. Training uses `layers/losses.py` instead, which never holds them all."""
         return (hidden @ self.unembedding.to(hidden.dtype).t())[..., : self.config.vocab_size]
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, config: GPTConfig, seed: int) -> None:
+    """Draw the initial value of every parameter by its role (`roles.py`).
+
+    Each tensor, and each expert of a stack, has its own generator, seeded by its name: ranks that hold other experts draw the
+    same values, and dense components do not depend on the experts.
+    """
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
+            role = role_of(name, module)
+            if role in ("scale", "bias"):
+                parameter.fill_(1 if role == "scale" else 0)
+                continue
+            key = key_of_draws(name)
+            std = getattr(module, "init_std", None) or config.init_std  # a router may have one of its own
+            if role == "output":
+                std /= math.sqrt(2 * config.num_layers)
+            if isinstance(module, Experts):
+                for index, expert in enumerate(parameter):
+                    expert.copy_(draw_normal(expert.shape, seed, key, module.first + index) * std)
+            else:
+                parameter.copy_(draw_normal(parameter.shape, seed, key) * std)

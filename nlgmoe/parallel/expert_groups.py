@@ -14,8 +14,7 @@ from torch.distributed import ProcessGroup
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.counting import count_parameters
-from nlgmoe.placement import ExpertPlacement, expert_parallel_degree
-from nlgmoe.pyramid import experts_per_layer, moe_blocks
+from nlgmoe.pyramid import ExpertPlacement, expert_parallel_degree, experts_per_layer, moe_blocks
 from nlgmoe.ranks import AllRanksSettingError
 
 

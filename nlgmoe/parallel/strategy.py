@@ -29,7 +29,7 @@ from nlgmoe.lightning_state import init_deepspeed, started_processes, weights_dt
 from nlgmoe.non_finite import StepGradients
 from nlgmoe.optim.optimizer import AdamWConfig
 from nlgmoe.parallel.expert_groups import ExpertGroups, describe_degrees, expert_placements, layer_degrees, make_groups
-from nlgmoe.placement import ExpertPlacement
+from nlgmoe.pyramid import ExpertPlacement
 from nlgmoe.ranks import AllRanksError, AllRanksSettingError
 from nlgmoe.roles import component_of
 from nlgmoe.surgery.warm_start import load_initial_weights

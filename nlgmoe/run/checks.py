@@ -19,7 +19,7 @@ from nlgmoe.data.training_data import TrainingData, training_data
 from nlgmoe.lightning_state import set_validation_interval, validates_by_time
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.parts import IGNORED_IN_EVALUATION
-from nlgmoe.placement import PlacesExperts
+from nlgmoe.pyramid import PlacesExperts
 from nlgmoe.ranks import AllRanksError
 from nlgmoe.validation import RunError, SettingError, list_differences
 

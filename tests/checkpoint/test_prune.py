@@ -1,7 +1,6 @@
 """Pruning: which experts stay, that nothing else changes, and that a run heals the result with the whole model as teacher."""
 
 import re
-import shlex
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -152,7 +151,7 @@ class TemperatureConfig(RouterConfig):
 
 
 class Temperature(TopKRouter):
-    roles: ClassVar[Any] = {**TopKRouter.roles, "temperature": "scale"}
+    roles: ClassVar[Any] = {"temperature": "scale"}  # added to those of TopKRouter
 
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
@@ -205,16 +204,11 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     assert data["document_attention"] and data["tokenizer"] == str(small) and data["data_dir"] == str(pocket_pile)
     corpus = data["corpus"]
     assert corpus["class_path"] == "nlgmoe.data.PocketPile" and corpus["init_args"]["domains"] == ["code"]
-    arguments = shlex.split(said.rstrip().splitlines()[-1].rpartition("nlgmoe ")[2])
-    train([*arguments, f"--trainer.default_root_dir={healed}", "--trainer.max_steps=2"])
+    files = ["--config", str(run / "config.yaml"), "--config", str(small.with_suffix(".yaml"))]
+    teacher = ["--model.distiller=nlgmoe.MixtureOfStudents", f"--model.distiller.init_args.teacher={run}"]
+    ends = ["--model.train_tokens=28", "--trainer.max_steps=2"]
+    train(["fit", *files, *teacher, *ends, f"--trainer.default_root_dir={healed}"])
     assert load_pretrained(healed).model.config.moe.num_experts == [2]
-    # It begins at the rate at which the run ended, lasts a tenth of it, and takes other text first.
-    settings, seed = yaml.safe_load((healed / "config.yaml").read_text()), elsewhere["data"]["seed"]
-    model = settings["model"]
-    assert settings["data"]["seed"] == seed + 1
-    assert (model["optimizer"]["lr"], model["train_tokens"], model["curriculum"]) == (2e-4, 28, None)
-    expected = {"shape": "cosine", "min_lr": 0.0, "warmup_tokens": 0, "decay_tokens": 28, "cooldown_tokens": None}
-    assert model["schedule"] == expected
 
 
 def test_pruning_refuses_models_and_numbers_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,7 +244,6 @@ def test_pruning_reads_text_as_prepare_data_does(tmp_path: Path, capsys: pytest.
     said = capsys.readouterr()
     assert f"loss {loss:.4f} -> " in said.out
     assert "measuring use: 100%" in said.err and "measuring loss: 100%" in said.err
-    assert "to train it further" not in said.out  # no run tells a rate and a length
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.optimizer import AdamWConfig
-from nlgmoe.placement import ExpertPlacement
+from nlgmoe.pyramid import ExpertPlacement
 from nlgmoe.surgery.warm_start import WarmStart, load_initial_weights
 from nlgmoe.surgery.write_weights import write_weights
 from nlgmoe.tools.hugging_face.export import export

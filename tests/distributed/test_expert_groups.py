@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from nlgmoe import GPTConfig, MoEConfig
 from nlgmoe.parallel.expert_groups import layer_degrees
-from nlgmoe.placement import expert_parallel_degree
+from nlgmoe.pyramid import expert_parallel_degree
 
 
 @pytest.mark.parametrize(

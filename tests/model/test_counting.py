@@ -11,8 +11,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.mla import MLAConfig
 from nlgmoe.model.counting import count_parameters, flops_per_token, parameters_of
 from nlgmoe.model.gpt import GPT
-from nlgmoe.placement import ExpertPlacement
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.pyramid import ExpertPlacement, experts_per_layer
 
 SMALL = [
     GPTConfig(61, 16, 4, 16, 2),

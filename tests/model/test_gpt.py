@@ -17,8 +17,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.attention import AttentionContext, KVCache, attend
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
-from nlgmoe.model.gpt import GPT, GPTOutput
-from nlgmoe.model.initialisation import initialise
+from nlgmoe.model.gpt import GPT, GPTOutput, initialise
 from nlgmoe.optim.optimizer import AdamWConfig, build_optimizer
 
 # Wide enough for a standard deviation to be measured to a few percent.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nlgmoe.layers.routing import Routing
+from nlgmoe.roles import declared_roles
 
 VOCABULARY = 61  # ids that `Batch.random` draws
 STD = 0.3  # of the weights, less for more than 16 inputs: logits of a few units
@@ -118,7 +119,7 @@ class Target:
         generator = torch.Generator("cpu").manual_seed(seed)
         for child in module.modules():
             scales = {"weight"} if isinstance(child, nn.LayerNorm | nn.RMSNorm) else set()
-            scales |= {name for name, role in getattr(child, "roles", {}).items() if role == "scale"}
+            scales |= {name for name, role in declared_roles(child).items() if role == "scale"}
             for name, parameter in child.named_parameters(recurse=False):
                 draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 width = parameter.shape[-1] if parameter.dim() > 1 else 1

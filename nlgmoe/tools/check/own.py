@@ -19,8 +19,7 @@ from nlgmoe.layers.balance import add_router_losses, router_losses
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import Router, TopKRouter
 from nlgmoe.layers.routing import Routing, RoutingContext
-from nlgmoe.placement import ExpertPlacement
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.pyramid import ExpertPlacement, experts_per_layer
 from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, Output, gradients, require_close, trained
 from nlgmoe.validation import SettingError
 

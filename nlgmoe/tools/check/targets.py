@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nlgmoe.cli.type_hints import find_class
+from nlgmoe.cli.given_settings import find_class
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.routing import Routing
 from nlgmoe.parts import AttentionConfig, ExpertConfig, RouterConfig

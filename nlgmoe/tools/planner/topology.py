@@ -14,8 +14,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.device import default_device, product_name
 from nlgmoe.hardware import HARDWARE, RESERVED, Hardware, board_of, hardware
 from nlgmoe.optim.muon import MuonConfig
-from nlgmoe.placement import expert_parallel_degree
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer
 from nlgmoe.validation import SettingError, require, require_at_least
 
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true"]

@@ -30,7 +30,7 @@ from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.parallel.sharded_checkpoint import LOSS_SCALE_KEYS
-from nlgmoe.placement import ExpertPlacement
+from nlgmoe.pyramid import ExpertPlacement
 from tests.support.cells import DROPLESS, LEARNS, PLAIN
 from tests.support.jobs import Found, Jobs, allow_fp16, error_of, saves_at_start
 from tests.support.non_finite import Spoils, Undo
