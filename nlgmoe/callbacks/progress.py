@@ -14,8 +14,9 @@ from nlgmoe.module import MoEGPTModule
 class TokenProgressBar(TQDMProgressBar):
     """Lightning's progress bar in tokens, since a curriculum changes the tokens of a batch.
 
-    The bar has a total if the run ends at a token count or a step count. If standard output is a file, it is updated every ten
-    seconds; bars of evaluation are not. It shows the loss, the validation loss and the learning rate, no metric of other code.
+    The bar has a total if the run ends at a number of tokens or steps: at the one that comes first. If standard output is a file,
+    it is updated every ten seconds; bars of evaluation are not. It shows the loss, the validation loss and the learning rate, no
+    metric of other code.
 
     Args:
         refresh_rate: micro-batches between updates; 0 hides the bar.
@@ -44,9 +45,9 @@ class TokenProgressBar(TQDMProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         module, bar = _module(trainer), self.train_progress_bar
-        if module.train_tokens is None and trainer.max_steps > 0 and trainer.global_step > 0:
-            # later steps may have more tokens
-            bar.total = module.tokens_seen * trainer.max_steps // trainer.global_step
+        if trainer.max_steps > 0 and trainer.global_step > 0:  # later steps may have more tokens
+            of_steps = module.tokens_seen * trainer.max_steps // trainer.global_step
+            bar.total = of_steps if module.train_tokens is None else min(of_steps, module.train_tokens)
         if self.is_enabled and (batch_idx + 1) % self.refresh_rate == 0:
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             if bar.total is not None:

@@ -95,7 +95,7 @@ def test_sample_texts_need_a_tokenizer(tmp_path: Path) -> None:
 
 
 def test_progress_counts_tokens_to_the_end(tmp_path: Path) -> None:
-    for tokens, steps, end in ((300, -1, 320), (None, 3, 192)):
+    for tokens, steps, end in ((300, -1, 320), (None, 3, 192), (300, 3, 192)):
         bar, module = TokenProgressBar(), MoEGPTModule(CONFIG, train_tokens=tokens)
         trainer(tmp_path, bar, enable_progress_bar=True, max_steps=steps).fit(module, SyntheticData())
         shown = bar.train_progress_bar
