@@ -110,7 +110,7 @@ def whole_step(files: Sequence[str], **overrides: Any) -> Callable[[], None]:
         optimizer.zero_grad(set_to_none=True)
         for router, routing in zip(routers, routings, strict=True):
             if router.learns_from_steps:
-                router.after_step(routing.tokens_per_expert)
+                router.after_step(routing.step_statistic)
 
     return step
 
