@@ -40,7 +40,7 @@ PLAN = (
         Entry(EXAMPLES / f"{name}.yaml", "strong")
         for name in ("hash_routing", "dense", "strong/muon_alone", "frozen_router")
     ),
-    Entry(EXAMPLES / "strong/experts_32_quarter_top4.yaml", "strong"),
+    *(Entry(EXAMPLES / f"strong/{name}.yaml", "strong") for name in ("experts_32_quarter_top4", "second_half")),
     *(Entry(EXAMPLES / f"{name}.yaml", "paper") for name in ("unit_weight", "hashed_probability")),
     *(
         Entry(EXAMPLES / f"{name}.yaml", "strong")
