@@ -80,9 +80,9 @@ gate: develop  ## judge an idea about mixtures of experts: CANDIDATE=my_router.M
 	@$(BIN)/python -m benchmarks.gate $(if $(CANDIDATE),"$(CANDIDATE)") $(if $(NAME),--name "$(NAME)") $(if $(PAIRS),--pairs $(PAIRS)) \
 		$(if $(BASELINE),--baseline "$(BASELINE)") $(if $(TUNE),--tune) $(if $(RESULTS),--results "$(RESULTS)") $(if $(AUTHOR),--author "$(AUTHOR)")
 
-bench: develop  ## measure ranks, checkpoints, layers, steps, data, generation, and renew the tables of docs/results (15 minutes on 2 quiet cores; ROUNDS=1: a trial)
+bench: develop  ## measure ranks, layers and steps, and renew the tables of docs/results (15 minutes on 2 quiet cores; ROUNDS=1: a trial)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
-	for name in scaling parity ranks checkpoint layer step data generation; do \
+	for name in scaling parity ranks layer step; do \
 		$(BIN)/python -m benchmarks.$$name $(if $(ROUNDS),--rounds $(ROUNDS)) || exit 1; done
 
 gpu: develop  ## shows on a machine with one GPU that results are the CPU's, and how fast (at most 17 minutes); DRY_RUN=1: tiny, on the CPU; docs/scaling.md

@@ -2,9 +2,7 @@
 
     python -m benchmarks.gate my_router.MyRouterConfig               a router, an expert or an attention, by class_path
     python -m benchmarks.gate mine.yaml --pairs 2                    an overlay of settings; a first look
-    python -m benchmarks.gate --search                               the search for the strong baseline
-    python -m benchmarks.gate --campaign                             the planned rows beside it
-    python -m benchmarks.gate --status                               what of both is done, running and missing
+    python -m benchmarks.gate --status                               what of the planned rows is done, running and missing
     python -m benchmarks.gate --tables                               renew docs/results/gate.md from gate.json
 
 It can be stopped at any time, and resumes when it is started again.
@@ -24,12 +22,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from benchmarks.gate import carry
-from benchmarks.gate.campaign import PLAN, status
+from benchmarks.gate.campaign import status
 from benchmarks.gate.candidate import check, costs, memory, read_candidate
-from benchmarks.gate.page import RESULTS, Row, add_row, baseline_of, in_lines, make_row, read_rows, write_tables
+from benchmarks.gate.page import RESULTS, Row, add_row, in_lines, make_row, read_rows, write_tables
 from benchmarks.gate.records import RUNS, Records
-from benchmarks.gate.runs import fingerprint, placed, run_of, trained_pairs
-from benchmarks.gate.search import search
+from benchmarks.gate.runs import placed, run_of, trained_pairs
 from benchmarks.gate.sides import BASELINES, STRONG, Side
 from benchmarks.gate.verdict import COSTS, PLANNED_PAIRS, TUNING_SEED, seeds_of, steps_of, verdict
 from benchmarks.reproduce.campaign import best_rate
@@ -143,15 +140,9 @@ def main(argv: list[str] | None = None, launch: Launcher | None = None) -> None:
     parser.add_argument("--baseline", choices=[*BASELINES], default=STRONG.name, help="what the idea is compared with")
     parser.add_argument("--runs", type=Path, default=RUNS, help="JSON file of the results of single runs")
     parser.add_argument("--commit", action="store_true", help="commit that file as each run ends")
-    parser.add_argument("--search", action="store_true", help="search the strong baseline")
-    parser.add_argument("--campaign", action="store_true", help="train the planned rows beside the strong baseline")
-    parser.add_argument(
-        "--status", action="store_true", help="show what is done, running and missing of both; trains nothing"
-    )
+    parser.add_argument("--status", action="store_true", help="show what of the planned rows is missing")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gate", help="folder of the runs")
-    parser.add_argument(
-        "--tables", action="store_true", help="renew the table of docs/results/gate.md; trains three steps"
-    )
+    parser.add_argument("--tables", action="store_true", help="renew the tables of docs/results/gate.md")
     parser.add_argument("--scale", choices=["cpu", "tiny"], default="cpu", help="tiny: twenty steps a run, for a test")
     args = parser.parse_args(argv)
     scale, launch = {"cpu": CPU, "tiny": TINY}[args.scale], launch or Launcher()
@@ -159,9 +150,7 @@ def main(argv: list[str] | None = None, launch: Launcher | None = None) -> None:
     with one_line_errors():
         if args.tables:
             rows = read_rows(RESULTS)
-            sides = [Side(name, scale, BASELINES[name]) for name in dict.fromkeys(map(baseline_of, rows))]
-            numerics = {side.name: fingerprint(side, args.out.resolve(), launch) for side in sides}
-            write_tables(carry.tables(rows, numerics))
+            write_tables(carry.tables(rows))
             if carry.changes(rows):
                 carry.draw(rows, RESULTS.parent / carry.FIGURE)
             return
@@ -170,17 +159,12 @@ def main(argv: list[str] | None = None, launch: Launcher | None = None) -> None:
         if args.status:
             print(status(records, out, args.jobs))
             return
-        planned = [(str(entry.candidate), entry.baseline) for entry in PLAN] if args.campaign else []
-        wanted = [(args.candidate, args.baseline)] if args.candidate else planned
-        require(bool(wanted) or args.search, "no candidate: give a class_path or a YAML file")
+        require(args.candidate is not None, "no candidate: give a class_path or a YAML file")
         out.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(out / ".lock", timeout=0):
-                if args.search:
-                    search(records, scale, out, args.jobs, launch)
-                for text, baseline in wanted:
-                    candidate = read_candidate(text, args.name, scale, BASELINES[baseline])
-                    print(in_lines(enter(candidate, args, records, out, launch)))
+                candidate = read_candidate(args.candidate, args.name, scale, BASELINES[args.baseline])
+                print(in_lines(enter(candidate, args, records, out, launch)))
         except Timeout:
             raise SettingError(f"--out={out}: another process works in it; wait for it, or name another one") from None
 

@@ -1,6 +1,6 @@
-"""Do verdicts carry over from one baseline to another? And is it the choice of experts that counts, or their weight?
+"""Do verdicts carry over from one baseline to another?
 
-The rules were committed before the runs.
+The rule was committed before the runs.
 
 For each idea of `CARRIED`, D = d beside `strong` - d beside `paper`, of the same seeds at equal tokens. The reading is
 
@@ -8,19 +8,15 @@ For each idea of `CARRIED`, D = d beside `strong` - d beside `paper`, of the sam
     no change shown   otherwise; half of the 95% interval says which change would not have shown
 
 Printed intervals are not corrected. A loss is of one processor and commit in each d; D compares differences of both.
-
-Choice and weight, beside `paper`: u, h and b are the differences of `WEIGHT_1` (learned choice, weight 1), `HASHED` (hashed
-choice, weight p) and `BOTH` to the baseline (learned, p), by seed; an effect is there if its 95% interval excludes 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from scipy import stats
 
 from benchmarks.documents import markdown_table
@@ -33,7 +29,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 LEVEL, FIGURE = 0.05, "baselines.png"
-WEIGHT_1, HASHED, BOTH = "unit_weight", "hashed_probability", "hash_routing"
 PLACES = {"paper": "tab:gray", "strong": "tab:blue", "strong_2x": "tab:green"}
 
 
@@ -74,31 +69,9 @@ def table(rows: Sequence[Row]) -> str:
     return f"Do verdicts carry over to `strong`?\n\n{markdown_table(head, lines)}" if lines else ""
 
 
-def choice_and_weight(rows: Sequence[Row]) -> dict[str, PairedDifference]:
-    """Return the effects of a hashed choice and of a weight of 1, and their interaction; empty without all rows."""
-    of = {row["name"]: effects(row) for row in rows if baseline_of(row) == "paper"}
-    if not {WEIGHT_1, HASHED, BOTH} <= of.keys():
-        return {}
-    seeds = sorted(of[WEIGHT_1].keys() & of[HASHED].keys() & of[BOTH].keys())
-    u, h, b = (np.array([of[name][seed] for seed in seeds]) for name in (WEIGHT_1, HASHED, BOTH))
-    sums = {"hashed choice": (h + b - u) / 2, "weight of 1": (u + b - h) / 2, "interaction": b - h - u}
-    return {name: paired_difference(values.tolist(), [0.0] * len(seeds)) for name, values in sums.items()}
-
-
-def table_of_choice_and_weight(rows: Sequence[Row]) -> str:
-    """Return the table of the effects; empty without all rows."""
-    lines = []
-    for name, effect in choice_and_weight(rows).items():
-        low, high = effect.interval()
-        there = "there" if low > 0 or high < 0 else "not shown"
-        lines.append([name, f"{effect.mean:+.3f} ({low:+.3f} to {high:+.3f})", f"**{there}**", effect.pairs])
-    head = ["effect", "nats (95% interval)", "reading", "pairs"]
-    return f"Choice or weight, beside `paper`\n\n{markdown_table(head, lines)}" if lines else ""
-
-
-def tables(rows: Sequence[Row], numerics: Mapping[str, str]) -> str:
+def tables(rows: Sequence[Row]) -> str:
     """Return all tables of docs/results/gate.md."""
-    return "\n\n".join(filter(None, [page.table(rows, numerics), table(rows), table_of_choice_and_weight(rows)]))
+    return "\n\n".join(filter(None, [page.table(rows), table(rows)]))
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:

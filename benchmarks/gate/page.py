@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,20 +89,27 @@ def summary(rows: Sequence[Row]) -> str:
     return markdown_table(["idea, at equal tokens", "by", *(f"beside `{name}`" for name in names)], lines)
 
 
-def table(rows: Sequence[Row], numerics: Mapping[str, str]) -> str:
-    """Return the tables of all rows; those of other numerics than today's, by baseline, are marked."""
-    head = ["idea", "baseline", "commit", "parameters (active)", "FLOPs", "seconds", *KINDS.values(), "pairs"]
+def table(rows: Sequence[Row]) -> str:
+    """Return the tables of all rows."""
+    head = [
+        "idea",
+        "baseline",
+        "commit",
+        "processor",
+        "parameters (active)",
+        "FLOPs",
+        "seconds",
+        *KINDS.values(),
+        "pairs",
+    ]
     lines = []
     for row in rows:
-        mark = "" if row["numerics"] == numerics.get(baseline_of(row)) else " *"
         size, costs, verdicts = row["parameters"], row["costs"], row["verdicts"]
-        cells = [row["name"], baseline_of(row), short(row["commit"]) + mark]
+        cells = [row["name"], baseline_of(row), short(row["commit"]), row["machine"].partition(",")[0]]
         cells += [f"{size['total'] / 1e6:.2f}M ({size['active'] / 1e6:.2f}M)"]
         cells += [f"{costs[kind]:.2f}" for kind in ("flops", "seconds")]
         lines.append([*cells, *(_cell(verdicts[kind]) for kind in KINDS), verdicts["tokens"]["pairs"]])
     text = f"{len(rows)} rows: if no idea changed the loss, {CHANCE * len(rows):.2f} of them would be better by chance."
-    marked = " * has other numerics than the code and machine that wrote this table: its verdicts are of its commit."
-    text += marked if any(row["numerics"] != numerics.get(baseline_of(row)) for row in rows) else ""
     return f"{summary(rows)}\n\nAll verdicts, by row:\n\n{markdown_table(head, lines)}\n\n{text}"
 
 

@@ -31,11 +31,8 @@ class Baseline:
 RATE = json.loads((ROOT / "docs/results/reproduce.json").read_text())["runs"]["moe_16@1-seed1"]["learning_rate"]
 MOE_16 = tuple(str(ROOT / CONFIGS / f"{name}.yaml") for name in ("base", "moe_16"))
 PAPER = Baseline("paper", (*MOE_16, json.dumps({"model": {"optimizer": {"lr": RATE}}})))
-MUON = Baseline(
-    "muon", (*PAPER.files, str(ROOT / "docs/examples/gate/muon.yaml"))
-)  # the search for the next began here
 STRONG = Baseline("strong", (*MOE_16, str(ROOT / "configs/gate/strong.yaml")))
-BASELINES = {baseline.name: baseline for baseline in (PAPER, MUON, STRONG)}
+BASELINES = {baseline.name: baseline for baseline in (PAPER, STRONG)}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from nlgmoe.validation import require, require_valid
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of x -> a x + b x^3 + c x^5 on singular values; torch's default
 EPS = 1e-7  # smallest norm that a matrix is divided by; torch's default
-STACKED = 2**18  # values of matrices of one shape that are multiplied together (benchmarks/muon.py)
+STACKED = 2**18  # values of matrices of one shape that are multiplied together (docs/results/performance.md)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.timing import RESULTS, Benchmark, Part, interleaved
 
-NAMES = ("checkpoint", "data", "generation", "layer", "parity", "ranks", "scaling", "step")
+NAMES = ("layer", "parity", "ranks", "scaling", "step")
 
 
 @pytest.mark.parametrize("name", NAMES)
