@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 # pip compiles 17,000 files on one core, in 40 s; compileall takes all cores. Examples inside packages do not compile.
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+# Without tests/conftest.py, whose packages only the suite needs.
+GPU_TESTS := -o addopts= --confcutdir=tests/gpu tests/gpu
+DRY := $(if $(DRY_RUN),NLGMOE_GPU_DRY_RUN=1)
 COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
 .PHONY: help help-developers install develop quickstart real-model test check docs notebooks reproduce gate bench gpu clean \
@@ -86,7 +89,9 @@ bench: develop  ## measure ranks, layers and steps, and renew the tables of docs
 		$(BIN)/python -m benchmarks.$$name $(if $(ROUNDS),--rounds $(ROUNDS)) || exit 1; done
 
 gpu: develop  ## shows on a machine with one GPU that results are the CPU's, and how fast (at most 17 minutes); DRY_RUN=1: tiny, on the CPU; docs/scaling.md
-	@$(BIN)/python -m benchmarks.gpu $(if $(DRY_RUN),--dry-run)
+	@$(DRY) $(BIN)/python -c 'import os, sys, torch; sys.exit(None if torch.cuda.is_available() or os.environ.get("NLGMOE_GPU_DRY_RUN") else "no GPU, PyTorch without CUDA, or an old driver; make gpu DRY_RUN=1 runs all at tiny shapes on the CPU")'
+	$(DRY) $(BIN)/python -m pytest $(GPU_TESTS) $(if $(DRY_RUN),,--junitxml=docs/results/gpu.xml)
+	$(DRY) $(BIN)/python -m benchmarks.gpu
 
 clean:  ## remove the virtual environment and caches; data and runs stay
 	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

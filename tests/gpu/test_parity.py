@@ -1,4 +1,4 @@
-"""Layers, losses and the whole model on a GPU against the same code on the CPU in fp32. `make gpu` runs this as a step.
+"""Layers, losses and the whole model on a GPU against the same code on the CPU in fp32.
 
 A GPU draws other random numbers than a CPU: the routing's are drawn on the CPU here. Memory is full of NaN beforehand
 (conftest.py).
