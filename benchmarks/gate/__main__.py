@@ -28,9 +28,9 @@ from benchmarks.gate.page import RESULTS, Row, add_row, in_lines, make_row, read
 from benchmarks.gate.records import RUNS, Records
 from benchmarks.gate.runs import placed, run_of, trained_pairs
 from benchmarks.gate.sides import BASELINES, STRONG, Side
-from benchmarks.gate.verdict import COSTS, PLANNED_PAIRS, TUNING_SEED, seeds_of, steps_of, verdict
+from benchmarks.gate.verdict import COSTS, TUNING_SEED, seeds_of, steps_of, verdict
 from benchmarks.reproduce.campaign import best_rate
-from benchmarks.reproduce.scale import CPU, TINY
+from benchmarks.reproduce.scale import TINY
 from benchmarks.runs import ROOT
 from benchmarks.training import Launcher, train
 from nlgmoe.cli.errors import one_line_errors
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None, launch: Launcher | None = None) -> None:
         "candidate", nargs="?", help="class_path of a RouterConfig, ExpertConfig or AttentionConfig, or YAML"
     )
     parser.add_argument("--name", help="of the row; default: that of the class or file")
-    parser.add_argument("--pairs", type=int, default=PLANNED_PAIRS, help="seeds; fewer than 8 are a first look")
+    parser.add_argument("--pairs", type=int, help="seeds; default: 8, of strong_2x 4; fewer are a first look")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--tune", action="store_true", help="search the learning rate: three runs of half the tokens")
     parser.add_argument("--author", help="default: git's user.name")
@@ -143,9 +143,12 @@ def main(argv: list[str] | None = None, launch: Launcher | None = None) -> None:
     parser.add_argument("--status", action="store_true", help="show what of the planned rows is missing")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gate", help="folder of the runs")
     parser.add_argument("--tables", action="store_true", help="renew the tables of docs/results/gate.md")
-    parser.add_argument("--scale", choices=["cpu", "tiny"], default="cpu", help="tiny: twenty steps a run, for a test")
+    parser.add_argument(
+        "--scale", choices=["whole", "tiny"], default="whole", help="tiny: twenty steps a run, for a test"
+    )
     args = parser.parse_args(argv)
-    scale, launch = {"cpu": CPU, "tiny": TINY}[args.scale], launch or Launcher()
+    base, launch = BASELINES[args.baseline], launch or Launcher()
+    scale, pairs = TINY if args.scale == "tiny" else base.scale, base.pairs if args.pairs is None else args.pairs
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which devices there are
     with one_line_errors():
         if args.tables:
@@ -154,7 +157,7 @@ def main(argv: list[str] | None = None, launch: Launcher | None = None) -> None:
             if carry.changes(rows):
                 carry.draw(rows, RESULTS.parent / carry.FIGURE)
             return
-        require(args.pairs > 0 and args.jobs > 0, "--pairs and --jobs must be at least 1")
+        require(pairs > 0 and args.jobs > 0, "--pairs and --jobs must be at least 1")
         out, records = args.out.resolve(), Records(args.runs.resolve(), args.commit)
         if args.status:
             print(status(records, out, args.jobs))
@@ -163,16 +166,16 @@ def main(argv: list[str] | None = None, launch: Launcher | None = None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(out / ".lock", timeout=0):
-                candidate = read_candidate(args.candidate, args.name, scale, BASELINES[args.baseline])
-                print(in_lines(enter(candidate, args, records, out, launch)))
+                candidate = read_candidate(args.candidate, args.name, scale, base)
+                print(in_lines(enter(candidate, args, pairs, records, out, launch)))
         except Timeout:
             raise SettingError(f"--out={out}: another process works in it; wait for it, or name another one") from None
 
 
-def enter(candidate: Side, args: argparse.Namespace, records: Records, out: Path, launch: Launcher) -> Row:
+def enter(candidate: Side, args: argparse.Namespace, pairs: int, records: Records, out: Path, launch: Launcher) -> Row:
     """Judge a candidate, and add its row to the file."""
-    row = make_row(candidate, args.author, **judge(candidate, records, out, args.pairs, args.jobs, args.tune, launch))
-    whole = candidate.scale is CPU and args.pairs >= PLANNED_PAIRS
+    row = make_row(candidate, args.author, **judge(candidate, records, out, pairs, args.jobs, args.tune, launch))
+    whole = candidate.scale is not TINY and pairs >= candidate.base.pairs
     add_row(args.results or (RESULTS if whole else out / "gate.json"), row)
     return row
 

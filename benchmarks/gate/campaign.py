@@ -11,7 +11,7 @@ from benchmarks.documents import markdown_table
 from benchmarks.gate.candidate import read_candidate
 from benchmarks.gate.records import Records
 from benchmarks.gate.sides import BASELINES, Side
-from benchmarks.gate.verdict import PLANNED_PAIRS, seeds_of, steps_of
+from benchmarks.gate.verdict import seeds_of, steps_of
 from benchmarks.reproduce.scale import CPU
 from benchmarks.runs import ROOT
 from benchmarks.training import Run
@@ -46,6 +46,7 @@ PLAN = (
         Entry(EXAMPLES / f"{name}.yaml", "strong")
         for name in ("unit_weight", "quantile", "hashed_weights", "smooth_bias")
     ),
+    *(Entry(EXAMPLES / f"{name}.yaml", "strong_2x") for name in ("dense", "hash_routing")),
 )
 
 
@@ -60,13 +61,14 @@ def status(records: Records, out: Path, jobs: int) -> str:
     runs = [run for run in records.runs.values() if run["scale"] == CPU.name]
     missing, rows = set[tuple[str, str, int]](), list[list[object]]()
     for entry in PLAN:
-        seeds = seeds_of(PLANNED_PAIRS)
+        base = BASELINES[entry.baseline]
+        seeds = seeds_of(base.pairs)
         lacking = _lacking(entry, seeds, records)
-        missing |= {(name, entry.baseline, seed) for seed in lacking for name in (entry.candidate.stem, entry.baseline)}
+        missing |= {(name, base.name, seed) for seed in lacking for name in (entry.candidate.stem, base.name)}
         done = f"{len(seeds) - len(lacking)} of {len(seeds)} pairs"
         rows.append([entry.candidate.stem, entry.baseline, done, ", ".join(f"seed {seed}" for seed in lacking)])
     a_step = sum(run["seconds"] / run["steps"] for run in runs) / len(runs) if runs else SECONDS
-    hours = len(missing) * CPU.steps * a_step / jobs / 3600
+    hours = sum(BASELINES[base].scale.steps for _, base, _ in missing) * a_step / jobs / 3600
     lines = [markdown_table(["row", "baseline", "done", "missing"], rows)]
     lines.append(f"about {hours:.1f} hours left, {jobs} runs at a time")
     for folder in sorted(out.glob("*/seed*")):
@@ -80,7 +82,7 @@ def status(records: Records, out: Path, jobs: int) -> str:
 def _lacking(entry: Entry, seeds: Sequence[int], records: Records) -> list[int]:
     """Return the seeds whose pairs are not stored."""
     base = BASELINES[entry.baseline]
-    sides = read_candidate(str(entry.candidate), None, CPU, base), Side(base.name, CPU, base)
+    sides = read_candidate(str(entry.candidate), None, base.scale, base), Side(base.name, base.scale, base)
     measured = records.costs_of(sides[0], numerics="")
-    lengths = [*steps_of(measured, CPU.steps).values()] if measured else [(CPU.steps, CPU.steps)]
+    lengths = [*steps_of(measured, base.scale.steps).values()] if measured else [(base.scale.steps, base.scale.steps)]
     return [seed for seed in seeds if not records.pair(sides, seed, lengths, today="")]

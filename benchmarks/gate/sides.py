@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reproduce.scale import CONFIGS, Scale, run_settings
+from benchmarks.gate.verdict import PLANNED_PAIRS
+from benchmarks.reproduce.scale import CONFIGS, CPU, CPU_2X, Scale, run_settings
 from benchmarks.runs import ROOT
 from nlgmoe.config import GPTConfig
 from nlgmoe.experiment import parse_config
@@ -21,10 +22,14 @@ class Baseline:
     Attributes:
         name: of rows and folders.
         files: of settings, or their text as JSON.
+        scale: size of the runs.
+        pairs: seeds of a row.
     """
 
     name: str
     files: tuple[str, ...]
+    scale: Scale = CPU
+    pairs: int = PLANNED_PAIRS
 
 
 # The learning rate of the claims' MoE-16, which was interpolated between searched ones.
@@ -32,7 +37,8 @@ RATE = json.loads((ROOT / "docs/results/reproduce.json").read_text())["runs"]["m
 MOE_16 = tuple(str(ROOT / CONFIGS / f"{name}.yaml") for name in ("base", "moe_16"))
 PAPER = Baseline("paper", (*MOE_16, json.dumps({"model": {"optimizer": {"lr": RATE}}})))
 STRONG = Baseline("strong", (*MOE_16, str(ROOT / "configs/gate/strong.yaml")))
-BASELINES = {baseline.name: baseline for baseline in (PAPER, STRONG)}
+STRONG_2X = Baseline("strong_2x", (*STRONG.files, str(ROOT / "configs/gate/strong_2x.yaml")), CPU_2X, 4)
+BASELINES = {baseline.name: baseline for baseline in (PAPER, STRONG, STRONG_2X)}
 
 
 @dataclass(frozen=True)

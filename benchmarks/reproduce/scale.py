@@ -20,7 +20,7 @@ class Scale:
     """The size of the runs.
 
     Attributes:
-        name: `cpu`, or `tiny` for a test.
+        name: `cpu`, `cpu_2x` with twice the tokens, or `tiny` for a test.
         steps: optimizer steps of the whole budget.
         step_tokens: tokens of a step.
         settings: override those of the files, nested as in YAML.
@@ -37,7 +37,7 @@ class Scale:
         return round(min(BUDGETS) * (1 - COOLDOWN) * self.steps)
 
 
-CPU = Scale("cpu", STEPS, STEP_TOKENS)
+CPU, CPU_2X = (Scale(name, factor * STEPS, STEP_TOKENS) for name, factor in (("cpu", 1), ("cpu_2x", 2)))
 TINY = Scale(
     "tiny",
     20,
