@@ -75,19 +75,18 @@ def write_files(folder: Path, ending: str, records: list[dict[str, Any]]) -> Pat
     return folder
 
 
-def streamed(folder: Path, **options: Any) -> StreamedText:
+def streamed(folder: Path) -> StreamedText:
     """Return a stream of the files."""
     *names, validation = sorted(path.name for path in folder.iterdir())
     files = {"train": names, "validation": validation}
     sizes = {"num_streams": STREAMS, "shuffle_buffer": BUFFER, "evaluation_tokens": SEQ_LEN}
-    return StreamedText(str(folder), data_files=files, **sizes, **options)
+    return StreamedText(str(folder), data_files=files, **sizes)
 
 
 def reading(rounds: int) -> dict[str, dict[str, float]]:
     """Return tokens per second by corpus and number of workers; in each round a candidate continues where it stopped."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     texts, tokenizer, wanted = corpus_texts(), load_tokenizer("gpt2", DATA), BATCHES * BATCH * SEQ_LEN
-    ids = [tokenizer.encode(text) for text in texts]
     groups = cycle(range(0, len(texts), 16))
     encoded = 0
 
@@ -102,13 +101,12 @@ def reading(rounds: int) -> dict[str, dict[str, float]]:
     with TemporaryDirectory() as name:
         folder = Path(name)
         with IndexedWriter(folder / "indexed", token_dtype(tokenizer.vocab_size)) as writer:
-            for document in ids:
-                writer.add_document([*document, tokenizer.eod_id])
-        by_text, by_ids = [{"text": text} for text in texts], [{"input_ids": document} for document in ids]
+            for text in texts:
+                writer.add_document([*tokenizer.encode(text), tokenizer.eod_id])
+        by_text = [{"text": text} for text in texts]
         corpora: dict[str, Corpus] = {
             "text, `.jsonl.zst`": streamed(write_files(folder / "text", "jsonl.zst", by_text)),
             "text, `.parquet`": streamed(write_files(folder / "text parquet", "parquet", by_text)),
-            "ids, `.parquet`": streamed(write_files(folder / "ids", "parquet", by_ids), ids_field="input_ids"),
             "the indexed format": MegatronIndexed(str(folder / "indexed"), (98, 2, 0)),
         }
         for workers in WORKERS:
