@@ -222,7 +222,7 @@ def part_from_dict(values: dict[str, Any], base: type) -> Any:
     path = str(values.get("class_path"))
     module_name, _, name = path.rpartition(".")
     if module_name.split(".")[0] == "nlgmoe":
-        # In an exported folder, whose modules are flat files (`tools/hugging_face/bundle.py`).
+        # In an exported folder, whose modules are flat files (`tools/hugging_face/export.py`).
         if __name__ != "nlgmoe.parts":
             module_name = f"{__name__.rpartition('.')[0]}.{module_name.replace('.', '_')}"
         with suppress(ModuleNotFoundError):

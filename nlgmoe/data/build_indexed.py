@@ -172,7 +172,6 @@ def _chunks(files: Sequence[str], fields: Fields, skip: Skip | None) -> Iterator
     count_empty = partial(left_out.update, ["empty"])
     for number, file in enumerate(files):
         for record in read_documents(file, fields, skip=skip and count, count_empty=count_empty):
-            assert isinstance(record.content, str)
             texts.append(record.content)
             size += len(record.content)
             if size >= CHUNK_CHARACTERS:

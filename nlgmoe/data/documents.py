@@ -1,7 +1,7 @@
 """Read the documents of a file in order, from any of them on, in constant memory: JSON lines, Parquet, plain text.
 
-A document without text is left out and counted: nothing but white space, a blank line of JSON lines, an empty list of ids, an
-empty file of plain text. It keeps its number in the file.
+A document without text is left out and counted: nothing but white space, a blank line of JSON lines, an empty file of
+plain text. It keeps its number in the file.
 
 JSON lines and plain text may be compressed (.gz, .zst). pyarrow decompresses them, since it detects truncated streams, which
 zstandard's reader does not. Its JSON reader is not used: it reports no line numbers.
@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
@@ -52,19 +51,12 @@ class Fields:
     """
 
     text: str = "text"  # a string
-    ids: str | None = None  # a list of token ids, read in place of `text`; None: read the text
     domain: str | None = None
-    vocab_size: int | None = None  # ids must be below it; None: unchecked
     max_bytes: int = MAX_DOCUMENT_BYTES  # of a document's line, or of its text in Parquet and plain text
     # Bytes without a token in the tokenizer; a text that has one cannot be used.
     missing_bytes: bytes = field(default=b"", repr=False)
     # Plain text is cut at the ends of lines into documents of at least so many bytes; None: one document a file.
     text_bytes: int | None = field(default=None, repr=False)
-
-    @property
-    def content(self) -> str:
-        """The field that is read."""
-        return self.text if self.ids is None else self.ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +64,9 @@ class Record:
     """One document of a file."""
 
     number: int  # index in its file, unusable documents and those without text included
-    content: str | np.ndarray  # its text, or its token ids as int64 [N]
+    content: str  # its text
     domain: str | None
-    bytes: int  # uncompressed size of its line or text; in Parquet, characters of its text, or four for each token id
+    bytes: int  # uncompressed size of its line or text; in Parquet, characters of its text
 
 
 def read_documents(
@@ -112,14 +104,14 @@ def read_documents(
                 if number in shard:
                     try:
                         content, domain = parsed()
-                        if isinstance(content, str) and (reason := byte_without_token(content, fields.missing_bytes)):
+                        if reason := byte_without_token(content, fields.missing_bytes):
                             raise UnusableError(reason)
                     except NoTextError:
                         count_empty()
                     except UnusableError as error:
                         refuse(f"{path}{unit and f', {unit} {number + 1:,}'}", error)
                     else:
-                        yield Record(number, content, domain, size or len(content) * (1 if fields.ids is None else 4))
+                        yield Record(number, content, domain, size or len(content))
                 number += 1
         if number == 0 and unit:
             raise UnusableError("empty file")
@@ -145,7 +137,7 @@ def _require_damage(failure: Exception, place: str) -> str:
 
 
 # Readers yield the number of each document from `start` on, its bytes, and a function that parses it.
-_Content = tuple[str | np.ndarray, str | None]  # and domain
+_Content = tuple[str, str | None]  # and domain
 _Documents = Iterator[tuple[int, int, Callable[[], _Content]]]
 
 
@@ -184,7 +176,7 @@ def _read_parquet(opened: Any, path: str, fields: Fields, start: int) -> _Docume
     """Skip the row groups before `start`; hold a row group's bytes of two columns."""
     file = pq.ParquetFile(opened)
     known = file.schema_arrow.names
-    if (column := fields.content.split(".")[0]) not in known:
+    if (column := fields.text.split(".")[0]) not in known:
         raise UnusableError(f"no such column ({column}; there are {', '.join(known)})")
     columns = {column} | ({fields.domain.split(".")[0]} & set(known) if fields.domain else set())
     number = 0
@@ -251,13 +243,12 @@ def _parse_record(record: Any, fields: Fields) -> _Content:
     if not isinstance(record, dict):
         raise UnusableError(f"no JSON object ({ONE_A_LINE})")
     domain = None if fields.domain is None else _look_up(record, fields.domain)
-    content = _look_up(record, fields.content, _MISSING)
+    content = _look_up(record, fields.text, _MISSING)
     if content is _MISSING:
-        raise UnusableError(f"no such field ({fields.content})")
+        raise UnusableError(f"no such field ({fields.text})")
     if content is None:
         raise NoTextError("empty document")
-    checked = _check_text(content, fields) if fields.ids is None else _check_ids(content, fields)
-    return checked, None if domain is None else str(domain)
+    return _check_text(content, fields), None if domain is None else str(domain)
 
 
 def _look_up(record: Any, name: str, missing: Any = None) -> Any:
@@ -270,7 +261,7 @@ def _look_up(record: Any, name: str, missing: Any = None) -> Any:
 
 def _check_text(value: Any, fields: Fields) -> str:
     if not isinstance(value, str):
-        raise UnusableError(f"not text ({fields.content} is of type {type(value).__name__})")
+        raise UnusableError(f"not text ({fields.text} is of type {type(value).__name__})")
     try:
         length = len(value) if _with_text(value).isascii() else len(value.encode())
     except UnicodeEncodeError as error:  # JSON can spell half a character: "\ud800"
@@ -278,21 +269,6 @@ def _check_text(value: Any, fields: Fields) -> str:
     if length > fields.max_bytes:
         raise _too_long(length, fields)
     return value
-
-
-def _check_ids(value: Any, fields: Fields) -> np.ndarray:
-    try:
-        ids = np.asarray(value)
-    except ValueError:  # lists of different lengths
-        ids = np.asarray(None)
-    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise UnusableError(f"not token ids ({fields.content} is no list of whole numbers)")
-    if ids.size == 0:
-        raise NoTextError("empty document")
-    if ids.min() < 0 or (fields.vocab_size is not None and ids.max() >= fields.vocab_size):
-        known = "" if fields.vocab_size is None else f"; the tokenizer has {fields.vocab_size:,}"
-        raise UnusableError(f"token ids of another tokenizer (from {ids.min()} to {ids.max()}{known})")
-    return ids.astype(np.int64)
 
 
 def _too_long(length: int, fields: Fields) -> UnusableError:

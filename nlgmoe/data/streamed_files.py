@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -30,7 +30,6 @@ from nlgmoe.validation import RunError, SettingError
 HASHED_PIECES = 1024  # of 32 KB, about, of all training files
 TRAINING_BYTES, TRAINING_FILES = 8_000_000, 64  # about, and at most, for statistics and the domains' shares
 SEARCHED_BYTES = 100_000_000  # of text, for the next document of a domain that lacks some
-CHECKED_DOCUMENTS = 16  # documents of ids that are compared with the tokenizer
 SPLITS = ("train", "validation", "test")
 
 
@@ -40,10 +39,6 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], con
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "files.json").unlink(missing_ok=True)
-    if config.fields.ids is not None:
-        records = (record for file in files["train"] for record in read_documents(file.path, config.fields))
-        first = [np.asarray(record.content) for record in islice(records, CHECKED_DOCUMENTS)]
-        config.tokenizer.check_documents(first, f"ids_field={config.fields.ids}")
     for split, found in files.items():
         trains = split == "train"
         documents = _training_sample(found, config) if trains else _first_of_each_domain(found, config, limit)

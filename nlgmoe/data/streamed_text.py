@@ -26,7 +26,7 @@ OTHER = "other"
 
 
 class StreamedText:
-    """JSON lines (plain, .gz or .zst) or Parquet, with text that data workers tokenise and pack, or with token ids.
+    """JSON lines (plain, .gz or .zst) or Parquet, whose text data workers tokenise and pack.
 
     Training reads `num_streams` streams, which do not depend on ranks and workers, and resumes at its position.
     `prepare` stores the first documents of each domain's validation and test files, for evaluation, in
@@ -39,7 +39,6 @@ class StreamedText:
             their names, in a folder or on the hub.
         revision: branch, tag or commit of a data set on the hub; None: the newest.
         text_field: field of a record's text.
-        ids_field: field of a record's token ids of `data.tokenizer`, read instead of its text.
         domain_field: field of a record's domain, such as `meta.pile_set_name`; None: one domain for all.
         domains: names of the domains; documents of other domains, or without one, are in the domain "other".
         num_streams: streams; see docs/data.md for a good number.
@@ -55,7 +54,6 @@ class StreamedText:
         data_files: dict[str, str | list[str]] | None = None,
         revision: str | None = None,
         text_field: str = "text",
-        ids_field: str | None = None,
         domain_field: str | None = None,
         domains: Sequence[str] | None = None,
         num_streams: int = 64,
@@ -73,7 +71,7 @@ class StreamedText:
         self.path = path.removeprefix("file://").rstrip("/") or path
         self.data_files = data_files
         self.revision = revision
-        self.fields = Fields(text_field, ids_field, domain_field, max_bytes=max_document_bytes)
+        self.fields = Fields(text_field, domain_field, max_bytes=max_document_bytes)
         self.domains = None if domains is None else list(domains)
         self.num_streams = num_streams
         self.shuffle_buffer = shuffle_buffer
@@ -127,7 +125,7 @@ class StreamedText:
         return ["text"] if self.domains is None else [*self.domains, OTHER]
 
     def _config(self, tokenizer: Tokenizer, files: Sequence[str]) -> StreamConfig:
-        fields = replace(self.fields, vocab_size=tokenizer.vocab_size, missing_bytes=tokenizer.missing_bytes)
+        fields = replace(self.fields, missing_bytes=tokenizer.missing_bytes)
         return StreamConfig(files, fields, self._names(), tokenizer, self.num_streams, self.shuffle_buffer)
 
     def _folder(self, data_dir: Path, tokenizer: Tokenizer) -> Path:

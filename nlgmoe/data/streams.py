@@ -27,7 +27,7 @@ from nlgmoe.ranks import gather
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import RunError
 
-BLOCK_LENGTH = 1 << 26  # characters or token ids; a block of books ends early, so that it fits into memory
+BLOCK_LENGTH = 1 << 26  # characters; a block of books ends early, so that it fits into memory
 
 
 class Cursor(NamedTuple):
@@ -70,8 +70,7 @@ class StreamConfig:
 
     def tokens(self, record: Record) -> np.ndarray:
         """Return the tokens of a document, closed by the end-of-document token, int64 [N]."""
-        content = record.content
-        (ids,) = self.tokenizer.encode_batch([content]) if isinstance(content, str) else [content]
+        (ids,) = self.tokenizer.encode_batch([record.content])
         return np.asarray(self.tokenizer.closed(ids), dtype=np.int64)
 
     def domain(self, record: Record) -> int:

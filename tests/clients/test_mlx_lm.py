@@ -1,4 +1,4 @@
-"""mlx-lm, on a CPU, computes exported families as `transformers` does, refuses them, or an export names its limit."""
+"""mlx-lm, on a CPU, computes exported families as `transformers` does, refuses them, or has a limit of docs/open_moes.md."""
 
 from pathlib import Path
 
@@ -17,15 +17,16 @@ REFUSED = (  # variants with tied embeddings, dense blocks or widths of heads th
     *("qwen2_moe, a dense block", "glm4_moe, norms of heads", "glm4_moe_lite, dense blocks", "granitemoe, wide heads"),
     *("granitemoeshared", "deepseek_v3, whole queries", "deepseek_v2, groups"),
 )
+IGNORED = ("minimax_m2", "mixtral", "qwen3_moe")  # families whose scaled positions mlx-lm ignores
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_mlx_lm_logits_and_greedy_texts_are_equal_or_its_limit_is_named(variant: str, tmp_path: Path) -> None:
+def test_mlx_lm_logits_and_greedy_texts_are_equal_or_its_limit_is_known(variant: str, tmp_path: Path) -> None:
     theirs, prompt = their_model(variant), [5, 6, 7, 8]
     theirs.save_pretrained(tmp_path / "theirs")
     import_model(str(tmp_path / "theirs"), tmp_path / "ours.ckpt")
-    exported = export(tmp_path / "ours.ckpt", tmp_path / "exported")
+    export(tmp_path / "ours.ckpt", tmp_path / "exported")
     if variant.startswith(REFUSED):
         with pytest.raises((ValueError, AttributeError)):
             load_model(tmp_path / "exported")
@@ -33,7 +34,7 @@ def test_mlx_lm_logits_and_greedy_texts_are_equal_or_its_limit_is_named(variant:
     model, _ = load_model(tmp_path / "exported")
     expected = theirs(tokens()).logits.numpy()
     error = np.abs(np.array(model(mx.array(tokens().numpy()))) - expected).max()
-    if any(line.startswith("mlx-lm") for line in exported.limits):
+    if theirs.config.rope_parameters["rope_type"] != "default" and variant.startswith(IGNORED):
         assert error > 0.5
         return
     assert error < (1e-4 if variant.startswith("glm4_moe_lite") else 1e-5)

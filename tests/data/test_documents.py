@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -48,16 +47,7 @@ def test_documents_are_read_once_from_any_place_in_any_share(tmp_path: Path, end
         assert read(path, shard=range(2, sys.maxsize, 4), start=first + 1) == [r for r in shares[2] if r.number > first]
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_documents_of_ids_are_read_as_arrays(tmp_path: Path, ending: str) -> None:
-    lists = [[1, 2, 3], [0], list(range(50))]
-    path = write_records(tmp_path / f"data.{ending}", [{"input_ids": ids} for ids in lists])
-    records = read(path, Fields(ids="input_ids", vocab_size=50))
-    assert [(record.content.tolist(), record.domain) for record in records] == [(ids, None) for ids in lists]  # type: ignore[union-attr]
-    assert all(isinstance(record.content, np.ndarray) and record.content.dtype == np.int64 for record in records)
-
-
-GOOD, GOOD_IDS = b'{"text": "good"}', b'{"ids": [49]}'
+GOOD = b'{"text": "good"}'
 BAD_LINES = [
     (b'{"text": "\xff"}', "not UTF-8", "from byte 10 on"),
     (b'{"text": "cut o', "not JSON", "Unterminated string"),
@@ -66,15 +56,13 @@ BAD_LINES = [
     (b'{"content": "good"}', "no such field", "(text)"),
     (b'{"text": ["good"]}', "not text", "text is of type list"),
     (b'{"text": "' + b"x" * 200_000 + b'"}', "document too long", "200,012 bytes; at most 150,000 are allowed"),
-    (b'{"ids": [1, 50]}', "token ids of another tokenizer", "from 1 to 50; the tokenizer has 50"),
 ]
 
 
 @pytest.mark.parametrize(("line", "kind", "details"), BAD_LINES)
 def test_a_bad_line_is_named_or_skipped(tmp_path: Path, line: bytes, kind: str, details: str) -> None:
-    good, ids = (GOOD_IDS, "ids") if b"ids" in line else (GOOD, None)
-    fields = Fields(ids=ids, vocab_size=50, max_bytes=150_000)
-    path = write_lines(tmp_path / "data.jsonl.zst", [good, line, good, line])
+    fields = Fields(max_bytes=150_000)
+    path = write_lines(tmp_path / "data.jsonl.zst", [GOOD, line, GOOD, line])
     with pytest.raises(RunError) as error:
         read(path, fields)
     assert str(error.value).startswith(f"{path}, line 2: {kind}") and details in str(error.value)
@@ -166,8 +154,6 @@ def test_a_document_without_text_is_left_out_and_counted(tmp_path: Path) -> None
             counted: list[None] = []
             found = read(path, shard=share, start=start, count_empty=lambda counted=counted: counted.append(None))
             assert [record.number for record in found] == numbers and len(counted) == empty, path
-    by_ids = [write_records(tmp_path / f"ids.{ending}", [{"ids": [1]}, {"ids": []}]) for ending in ("jsonl", "parquet")]
-    assert [[record.number for record in read(path, Fields(ids="ids"))] for path in by_ids] == [[0], [0]]
     (path := tmp_path / "blank.txt").write_bytes(b"\xef\xbb\xbf \n \n")
     for fields in (PILE, Fields(text_bytes=2)):
         counted = []

@@ -17,11 +17,9 @@ from nlgmoe.cli.errors import describe
 from nlgmoe.data import StreamedText
 from nlgmoe.data import streamed_files as prepared_files
 from nlgmoe.data.streams import Cursors
-from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.validation import SettingError
 from tests.support.corpora import rows, tokens_of
-from tests.support.documents import SEQ_LEN, make_texts, write, write_records
+from tests.support.documents import SEQ_LEN, make_texts, write
 from tests.support.spawn import spawn
 from tests.support.trainers import trainer as quiet_trainer
 
@@ -170,44 +168,6 @@ def gather() -> list[list[int]]:
 def test_stream_state_of_a_rank_has_the_cursors_of_all(tmp_path: Path) -> None:
     expected = [[0, 5, 50], [1, 3, 30], [2, 4, 30], [9, 7, 0]]
     assert spawn(2, gather, folder=tmp_path) == [expected, expected]
-
-
-def write_ids(folder: Path, tokenizer: Tokenizer, closed: bool = True, extra: tuple[int, ...] = ()) -> None:
-    end = [*extra, *([tokenizer.eod_id] if closed else [])]
-    for name in ("train", "validation"):
-        records = [{"input_ids": [*tokenizer.encode(text), *end]} for text in make_texts(40, name)]
-        write_records(folder / f"{name}.jsonl", records)
-
-
-@pytest.mark.parametrize("closed", [False, True])
-def test_stream_of_ids_is_trained_on_as_their_text_is(
-    tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer, closed: bool
-) -> None:
-    write_ids(tmp_path, tokenizer, closed)
-    for name in ("train", "validation"):
-        write(tmp_path / "text" / f"{name}.jsonl", make_texts(40, name))
-    loaded = []
-    files: Any = {"train": "train.jsonl", "validation": "validation.jsonl"}
-    for folder, ids_field in ((tmp_path / "text", None), (tmp_path, "input_ids")):
-        corpus = StreamedText(str(folder), files, ids_field=ids_field, num_streams=3)
-        corpus.prepare(tmp_path / "built", str(tiny_corpus / "tokenizer"))
-        opened = corpus.open(tmp_path / "built", str(tiny_corpus / "tokenizer"))
-        evaluated = opened.tokens["validation"]
-        assert "test" not in opened.tokens
-        source = opened.training_source(SEQ_LEN, 1)
-        loaded.append(([source.sample(i)["targets"].tolist() for i in range(30)], evaluated[0].tolist()))
-    assert loaded[0] == loaded[1]
-
-
-def test_stream_refuses_ids_of_another_tokenizer(tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    corpus = StreamedText(str(tmp_path), ids_field="input_ids")
-    write_ids(tmp_path, tokenizer, extra=(tokenizer.vocab_size,))
-    with pytest.raises(ValueError, match=r"train\.jsonl, line 1: token ids of another tokenizer"):
-        corpus.prepare(tmp_path, str(tiny_corpus / "tokenizer"))
-    backend = train_byte_level_bpe(iter(["another language altogether, " * 9]), vocab_size=300)
-    write_ids(tmp_path, Tokenizer(backend, "another"))
-    with pytest.raises(ValueError, match=r"ids_field=input_ids holds another tokenizer's ids: \d+ of \d+ sampled"):
-        corpus.prepare(tmp_path, str(tiny_corpus / "tokenizer"))
 
 
 def test_stream_errors_name_the_setting(tiny_corpus: Path, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import FAMILIES, family_of
 from nlgmoe.tools.hugging_face.importing import import_model
-from nlgmoe.tools.hugging_face.model_card import client_limits
 from tests.support.open_models import LATENT_YARN, SHAPE, scaled, their_model
 
 NATIVE = GPTConfig(
@@ -70,25 +69,6 @@ def test_a_model_is_native_only_if_a_family_computes_it(
         assert config.moe is None or made.moe.normalizes == config.moe.normalizes
         known = replace(made, moe=None, init_std=config.init_std, num_kv_heads=None, ffn_hidden_size=None)
         assert known == replace(config, moe=None)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"qk_norm": "projection", "moe": {"normalize_weights": False}}, []),
-        ({"qk_norm": "projection"}, ["norm_topk_prob=true"]),
-        ({"qk_norm": "head"}, []),
-        ({"moe": {"gate_scale": 2.0}}, ["llama.cpp, vLLM and mlx-lm refuse"]),
-    ],
-)
-def test_limits_of_other_programs_are_named_where_they_concern_the_model(
-    change: dict[str, Any], words: list[str]
-) -> None:
-    config = changed({"tied_embeddings": False} | change)
-    family, _ = family_of(config)
-    lines = list(client_limits(config, family, own_tokenizer=False))
-    assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True)), lines
-    assert len(list(client_limits(config, family, own_tokenizer=True))) - len(lines) == (family is not None)
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [  # family, settings, message

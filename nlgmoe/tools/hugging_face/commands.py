@@ -54,8 +54,6 @@ def export_checkpoint(
     if "tokenizer.json" not in files:
         print("without a tokenizer, and so without the token that ends a text: add the one of training by --tokenizer,")
         print("or copy the tokenizer and generation_config.json of an imported model into the folder")
-    for line in done.limits:
-        print(line)
 
 
 def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> None:

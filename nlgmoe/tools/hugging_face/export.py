@@ -5,7 +5,7 @@
     tokenizer.json, tokenizer_config.json      if the checkpoint has a tokenizer; of an imported model its own files, with its
                                                chat template, unchanged
     README.md                                  the model card
-    modeling_nlgmoe.py, ...                    the model's sources (`bundle.py`), unless a family has the model
+    modeling_nlgmoe.py, ...                    the model's sources (`bundled_sources`), unless a family has the model
 
 A model that a family of `families/` computes is written in that family's format, with its names of tensors. Others keep our
 names and shapes, with the prefix `model.gpt.`; a layer's experts are one tensor, and tables have no padding rows. At most one
@@ -15,6 +15,7 @@ file of weights is in memory at a time.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+import nlgmoe
 from nlgmoe.checkpoint.entries import dtype_of
 from nlgmoe.checkpoint.reading import Checkpoint
 from nlgmoe.checkpoint.run_checkpoints import find_checkpoint
@@ -36,13 +38,17 @@ from nlgmoe.data.model_files import CONFIG, GENERATION, IDS, TOKENIZER_CONFIG, n
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.eval.loaded_model import choose_tokenizer
 from nlgmoe.model.gpt import GPT
-from nlgmoe.parts import PARTS, require_paper_parts
-from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_parts, bundled_sources
+from nlgmoe.parts import MODEL_PARTS, PARTS, require_paper_parts
 from nlgmoe.tools.hugging_face.families import FAMILIES, chosen_family
 from nlgmoe.tools.hugging_face.families.tensors import own_layout
-from nlgmoe.tools.hugging_face.model_card import client_limits, model_card
+from nlgmoe.tools.hugging_face.model_card import model_card
 from nlgmoe.validation import RunError, SettingError
+from nlgmoe.versions import versions
 
+HERE = "nlgmoe.tools.hugging_face"
+MODEL, CONFIGURATION = "modeling_nlgmoe", "configuration_nlgmoe"
+_ROOT = Path(nlgmoe.__file__).parents[1]
+_IMPORT = re.compile(r"^(\s*)from (nlgmoe\.[\w.]+) import\b", re.MULTILINE)
 Weights = tuple[dict[str, Tensor], Callable[[str], Tensor]]  # tensors on the meta device, and a function that reads one
 
 
@@ -53,7 +59,6 @@ class Exported:
     checkpoint: Path  # the exported checkpoint
     family: str | None  # whose class loads it; None: ours, because of `reason`
     reason: str  # settings that no family has; empty if our code was asked for
-    limits: list[str]  # lines about limits of other programs
 
 
 def export(
@@ -84,7 +89,6 @@ def export(
     meta, read = _weights(found, family, dtype_of(precision))
     files = {} if tokenizer is None else tokenizer.files
     ids = special_ids(files)
-    limits = list(client_limits(config, family, own_tokenizer=tokenizer is not None and ids is None))
     if ids is None:  # of our own making: one token begins, ends and pads texts
         ids = dict.fromkeys(IDS, None if tokenizer is None else tokenizer.eod_id)
     kind = {
@@ -101,7 +105,7 @@ def export(
     texts |= {name: json.dumps(values, indent=2) + "\n" for name, values in settings.items()}
     texts |= {name: text for name, text in files.items() if name != CONFIG}
     padding = None if tokenizer is None or "pad_token" in named_tokens(texts) else tokenizer.decode([tokenizer.eod_id])
-    texts["README.md"] = model_card(folder.name, path, document, tokenizer is not None, family, padding)
+    texts["README.md"] = model_card(folder.name, document, tokenizer is not None, family, padding)
     try:
         with new_folder(folder) as temporary:
             _write_weights(temporary, meta, read, max_shard_size)
@@ -113,7 +117,7 @@ def export(
     except (OSError, SafetensorError) as error:
         problem = write_error_reason(error)
         raise RunError(f"{folder} cannot be written ({problem}); make room, or name another folder") from error
-    return Exported(path, family, reason, limits)
+    return Exported(path, family, reason)
 
 
 def _own_settings(config: GPTConfig) -> dict[str, Any]:
@@ -128,6 +132,48 @@ def _own_settings(config: GPTConfig) -> dict[str, Any]:
         "model_type": "nlgmoe",
         **config.to_dict(),
     }
+
+
+def bundled_parts(config: GPTConfig) -> dict[str, Any]:
+    """Return the parts of a model, by the names of `PARTS`, whose code a folder may contain: attention and scaling of nlgmoe's.
+
+    Routers are none of them, because a folder has no buffers.
+    """
+    parts = {name: getattr(config, name) for name in MODEL_PARTS}
+    return {name: part for name, part in parts.items() if type(part).__module__.startswith("nlgmoe.")}
+
+
+def bundled_sources(config: GPTConfig) -> dict[str, str]:
+    """Return file names and texts of a model's module and of all project modules that it imports: flat files.
+
+        nlgmoe/layers/router.py           nlgmoe_layers_router.py
+        from nlgmoe.config import X       from .nlgmoe_config import X
+
+    `transformers` copies `modeling_nlgmoe.py` and the files that it imports by `from .x import` into a package; it does not
+    follow folders (`dynamic_module_utils.py`, 5.24). They need only torch and `transformers` (`tests/checkpoint/load_alone.py`).
+    The configuration imports the parts that the model names (`bundled_parts`).
+    """
+    classes = [type(part) for part in bundled_parts(config).values()]
+    named = "".join(f"\nfrom {kind.__module__} import {kind.__name__}  # in config.json\n" for kind in classes)
+    sources: dict[str, str] = {}
+    queue = [f"{HERE}.{MODEL}"]
+    while queue:
+        module = queue.pop()
+        name = f"{flat_name(module)}.py"
+        if name not in sources:
+            file = f"{module.replace('.', '/')}.py"
+            text = (_ROOT / file).read_text(encoding="utf-8") + named * (module == f"{HERE}.{CONFIGURATION}")
+            queue += [match[2] for match in _IMPORT.finditer(text)]
+            sources[name] = (
+                f"# {file} of nlgmoe {versions()['nlgmoe']}, copied by `nlgmoe export`; only its imports differ.\n"
+                "# SPDX-License-Identifier: Apache-2.0\n"
+            ) + _IMPORT.sub(lambda m: f"{m[1]}from .{flat_name(m[2])} import", text)
+    return sources
+
+
+def flat_name(module: str) -> str:
+    """Return a module's name in an exported folder; modules of this package keep their own name."""
+    return module.rpartition(".")[2] if module.startswith(f"{HERE}.") else module.replace(".", "_")
 
 
 def _tokenizer_settings(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import logging
 import os
 import random
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -33,13 +32,13 @@ try:
     from lm_eval.evaluator import evaluate as run_tasks
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import handle_non_serializable
+    from lm_eval.utils import handle_non_serializable, make_table
 except ModuleNotFoundError as missing:
     raise SettingError(
         f"zero-shot evaluation needs lm-eval ({missing.name} is missing): pip install -e '.[eval]' in the project's folder"
     ) from missing
 
-__all__ = ["EvaluatedGPT", "Tasks", "describe", "handle_non_serializable", "quiet"]
+__all__ = ["EvaluatedGPT", "Tasks", "describe", "handle_non_serializable", "make_table", "quiet"]
 
 SEED = 1234  # lm-eval's
 
@@ -174,7 +173,7 @@ class Tasks:
         return self._loaded.setdefault(name, loaded)
 
     def evaluate(self, model: EvaluatedGPT, name: str, bootstrap_iters: int = 0) -> dict[str, Any]:
-        """Return lm-eval's results, with `chance` by task; seeds the random generators. All ranks evaluate all documents.
+        """Return lm-eval's results; seeds the random generators. All ranks evaluate all documents.
 
         `bootstrap_iters` are the draws for standard errors without a formula, such as perplexity's; 0: no standard errors.
         """
@@ -188,7 +187,6 @@ class Tasks:
             results: dict[str, Any] = run_tasks(
                 lm=model, task_dict=loaded, limit=self._limit, bootstrap_iters=bootstrap_iters, log_samples=False
             )
-            results["chance"] = {task_name: chance(task) for task_name, task in loaded["tasks"].items()}
         except RuntimeError:  # of a forward pass, such as a lack of memory
             raise
         except Exception as error:
@@ -202,24 +200,3 @@ def describe(error: BaseException) -> str:
     """Format an exception in one line; the type is left out for errors that are written for users."""
     text = " ".join(str(error).split())
     return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
-
-
-def chance(task: Any) -> dict[str, float]:
-    """Return the chance levels of an evaluated task; empty if it computes its scores in a way of its own.
-
-    For multiple choice, `guess` is the mean of right choices / choices, `constant` the accuracy of always giving the most
-    frequent answer, where there are several. For generated text, `guess` is 0.
-    """
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return {"guess": 0.0}
-    if callable(task.config.process_results):  # such as truthfulqa_mc2's share of probability
-        return {}
-    documents = {instance.doc_id: instance.doc for instance in task.instances}
-    targets = [task.doc_to_target(document) for document in documents.values()]
-    right = [len(set(target)) if isinstance(target, list) else 1 for target in targets]
-    choices = [len(task.doc_to_choice(document)) for document in documents.values()]
-    levels = {"guess": float(np.mean(np.divide(right, choices)))}
-    answers = Counter(target for target in targets if isinstance(target, int))
-    if answers.total() == len(targets) and len(answers) > 1:
-        levels["constant"] = max(answers.values()) / len(targets)
-    return levels

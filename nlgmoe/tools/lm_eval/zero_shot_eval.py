@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -15,7 +17,6 @@ from typing_extensions import override
 from nlgmoe.data.training_data import training_data
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.ranks import AllRanksError
-from nlgmoe.tools.lm_eval.evaluate import metrics
 from nlgmoe.validation import require_at_least
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class ZeroShotEval(Callback):
             for name in self.names:
                 try:
                     results = self._tasks.evaluate(model, name)
-                    values |= {f"zero_shot/{task}/{metric}": value for task, metric, value, _ in metrics(results)}
+                    values |= {f"zero_shot/{task}/{metric}": value for task, metric, value in _metrics(results)}
                 except Exception as error:
                     if isinstance(error, RuntimeError) and trainer.world_size > 1:
                         raise  # of this rank's forward pass, in which the others wait
@@ -106,3 +107,13 @@ class ZeroShotEval(Callback):
             rank_zero_warn(f"ZeroShotEval: {name} failed, and is left out: {describe(errors[name])}")
         self._warned |= errors.keys()
         return values | ({"zero_shot/failed_tasks": float(len(errors))} if self._warned else {})
+
+
+def _metrics(results: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Yield task (or group), metric and value of each metric; METRIC/FILTER if a task has several of lm-eval's filters."""
+    for task, values in results["results"].items():
+        keys = [key.split(",") for key, value in values.items() if "," in key and isinstance(value, int | float)]
+        names = Counter(metric for metric, _ in keys)
+        for metric, name in keys:
+            if not metric.endswith("_stderr"):
+                yield task, f"{metric}/{name}" if names[metric] > 1 else metric, float(values[f"{metric},{name}"])
