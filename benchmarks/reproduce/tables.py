@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ PAGE = FIGURES / "claims.md"
 BEGIN, END = "<!-- results: make reproduce-tables -->", "<!-- end of results -->"
 COLOURS = {AGREES: "tab:green", DIFFERS: "tab:red", UNRESOLVED: "tab:gray", MISSING: "tab:gray"}
 LIMITS = -0.25, 0.1  # of the axis of differences, nats
+# Questions that the gate answers beside its strong baseline: the row, and the sign that turns it into the question's difference.
+STRONG = {"experts": ("dense", -1), "everywhere": ("second_half", 1)}
 
 
 def long_table(results: dict[str, Any]) -> str:
@@ -138,7 +141,9 @@ def write(results: dict[str, Any], page: Path = PAGE, figures: Path = FIGURES) -
 def draw_differences(
     questions: Sequence[Question], answered: dict[str, Answer], runs: dict[str, Any], file: Path
 ) -> None:
-    """Draw a forest plot: paired differences with 95% intervals, and the margin of "as good as"."""
+    """Draw paired differences with 95% intervals and the margin of "as good as"; blue: beside the gate's strong baseline."""
+    gate = json.loads((FIGURES / "gate.json").read_text())
+    strong = {row["name"]: row["verdicts"]["tokens"] for row in gate if row.get("baseline") == "strong"}
     figure, axis = pyplot.subplots(figsize=(8.4, 0.42 * len(questions) + 1.0), layout="constrained")
     for row, question in enumerate(reversed(questions)):
         paired = difference(runs, question.first, question.second, question.pairs)
@@ -151,6 +156,11 @@ def draw_differences(
         axis.plot(paired.mean, row, "o", color=colour, fillstyle="none" if missing else "full")
         if question.rule == "not worse":
             axis.fill_betweenx([row - 0.4, row + 0.4], LIMITS[0], MARGIN, color="tab:green", alpha=0.08, linewidth=0)
+        if question.key in STRONG:
+            name, sign = STRONG[question.key]
+            mean, *ends = (sign * strong[name][key] for key in ("mean", "low", "high"))
+            axis.plot(ends, [row - 0.25] * 2, color="tab:blue", linewidth=2)
+            axis.plot(mean, row - 0.25, "s", color="tab:blue", markersize=5)
         axis.annotate(f"{answer.reading}, {answer.pairs} pairs", (1.01, row), xycoords=("axes fraction", "data"),
                       va="center", fontsize=8, color=colour)  # fmt: skip
     axis.axvline(0, color="black", linewidth=0.8)
@@ -161,6 +171,8 @@ def draw_differences(
         f"difference in validation loss (nats/token), 95% interval\nleft: better; shaded: as good as, margin {MARGIN}",
         fontsize=8,
     )
+    axis.plot([], [], "s-", color="tab:blue", label="beside the gate's strong baseline")
+    axis.legend(fontsize=8, loc="lower left")
     axis.grid(axis="x", alpha=0.3)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
