@@ -41,7 +41,7 @@ def paper_files() -> list[Path]:
 
 
 def predict(_: int) -> list[dict[str, Any]]:
-    """Return size, memory of a rank and speed of every model."""
+    """Return size, memory and all-to-all of a rank of every model."""
     rows = []
     models = [(file.stem, *read_settings([str(file)])) for file in paper_files()]
     for name, config, settings in sorted(
@@ -53,7 +53,7 @@ def predict(_: int) -> list[dict[str, Any]]:
             degrees = "/".join(str(degree) for degree in dict.fromkeys(topology.degrees(config)) if degree)
             row = {"model": name, "parameters": count.total, "active": count.active, "gpus": gpus, "degrees": degrees}
             row |= {"micro_batch_size": topology.micro_batch_size, "memory": cost.memory.total}
-            row |= {"all_to_all": cost.communication.all_to_all, "tokens_per_second": cost.tokens_per_second}
+            row |= {"all_to_all": cost.communication.all_to_all}
             rows.append(row)
     return rows
 
@@ -66,9 +66,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
             "; ".join(f"{row[key] / 2**30:.{digits}f}" for row in both)
             for key, digits in (("memory", 1), ("all_to_all", 2))
         )
-        speed = "; ".join(f"{row['tokens_per_second'] / 1e6:.2f} M" for row in both)
-        cells.append([both[0]["model"], *sizes, memory, sent, speed])
-    return ["64; 128 GPUs", "parameters", "active", "memory of a rank, GiB", "all-to-all, GiB/step", "tokens/s"], cells
+        cells.append([both[0]["model"], *sizes, memory, sent])
+    return ["64; 128 GPUs", "parameters", "active", "memory of a rank, GiB", "all-to-all, GiB/step"], cells
 
 
 def simulate(_: int) -> list[dict[str, Any]]:

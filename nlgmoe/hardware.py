@@ -1,8 +1,6 @@
-"""Published peak rates of GPUs, for `cost.py` and MFU.
+"""Published memory and peak rates of GPUs, for the planner and for MFU.
 
-Source: NVIDIA's data sheets of the SXM boards (V100, A100, H100 and H200 Tensor Core GPU): dense rates without sparsity, one
-direction of a link. Network rates are those of NVIDIA's 8-GPU servers: DGX-1 4 x 100 Gbit/s, DGX A100 8 x 200, DGX H100 and
-H200 8 x 400. Other clusters may be slower.
+Source: NVIDIA's data sheets of the SXM boards (V100, A100, H100 and H200 Tensor Core GPU), dense rates without sparsity.
 """
 
 from __future__ import annotations
@@ -15,36 +13,28 @@ from nlgmoe.validation import require
 
 @dataclass(frozen=True)
 class Hardware:
-    """A GPU in its usual server.
+    """A GPU.
 
     Attributes:
         half_flops: peak FLOP/s of fp16 and bf16 matrix products.
         fp32_flops: peak FLOP/s of fp32 matrix products (not TF32, which is off in PyTorch by default).
         memory: bytes.
-        memory_bandwidth: bytes/s of the GPU's memory.
-        nvlink: bytes/s that one GPU sends within its node.
-        network: bytes/s that one GPU sends to other nodes while all GPUs of the node send.
         compute_capability: CUDA compute capability, which determines the available kernels.
-        gpus_per_node: GPUs joined by NVLink.
     """
 
     half_flops: float
     fp32_flops: float
     memory: float
-    memory_bandwidth: float
-    nvlink: float
-    network: float
     compute_capability: tuple[int, int]
-    gpus_per_node: int = 8
 
 
 # A marketing "40 GB" of a GPU is 40 GiB of memory.
 HARDWARE = {
-    "v100-32": Hardware(125e12, 15.7e12, 32 * 2**30, 0.9e12, 150e9, 6.25e9, (7, 0)),
-    "a100-40": Hardware(312e12, 19.5e12, 40 * 2**30, 1.555e12, 300e9, 25e9, (8, 0)),
-    "a100-80": Hardware(312e12, 19.5e12, 80 * 2**30, 2.039e12, 300e9, 25e9, (8, 0)),
-    "h100": Hardware(989e12, 67e12, 80 * 2**30, 3.35e12, 450e9, 50e9, (9, 0)),
-    "h200": Hardware(989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9, (9, 0)),
+    "v100-32": Hardware(125e12, 15.7e12, 32 * 2**30, (7, 0)),
+    "a100-40": Hardware(312e12, 19.5e12, 40 * 2**30, (8, 0)),
+    "a100-80": Hardware(312e12, 19.5e12, 80 * 2**30, (8, 0)),
+    "h100": Hardware(989e12, 67e12, 80 * 2**30, (9, 0)),
+    "h200": Hardware(989e12, 67e12, 141e9, (9, 0)),
 }
 
 RESERVED = 2 * 2**30

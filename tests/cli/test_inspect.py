@@ -41,7 +41,6 @@ def test_inspect_reads_a_configuration_as_train_py_does(capsys: pytest.CaptureFi
     assert found["fits"] is True and found["options"] == []
     parts = ("weights", "gradients", "optimizer", "activations")
     assert found["memory"]["total"] == sum(found["memory"][part] for part in parts)
-    assert found["step_seconds"] == pytest.approx(sum(found["step_seconds_by_part"].values()))
 
 
 def test_inspect_says_how_many_parameters_each_optimizer_has_and_what_muon_adds(capsys: pytest.CaptureFixture) -> None:
@@ -85,20 +84,7 @@ def test_inspect_without_hardware_judges_by_this_machine(capsys: pytest.CaptureF
     found = inspect_json(capsys, LAPTOP, "--gpus=1")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - RESERVED
     assert (found["inputs"]["hardware"], found["memory"]["available"]) == ("this machine's CPU", memory)
-    assert found["step_seconds"] is None and found["fits"] == (found["memory"]["total"] <= memory)
-
-
-def test_inspect_takes_the_network_between_the_files_nodes(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    def seconds(devices: Any, nodes: int, *options: str) -> float:
-        strategy = {"class_path": "nlgmoe.ExpertParallelStrategy", "init_args": {"expert_parallel_size": 16}}
-        trainer = {"accelerator": "gpu", "devices": devices, "num_nodes": nodes, "strategy": strategy}
-        (tmp_path / "nodes.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
-        found = inspect_json(capsys, LAPTOP, str(tmp_path / "nodes.yaml"), "--hardware=a100-80", *options)
-        assert found["inputs"]["topology"]["gpus"] == 16
-        return found["step_seconds_by_part"]["all_to_all"]
-
-    one, two = (seconds(16 // nodes, nodes) for nodes in (1, 2))
-    assert one < two == seconds("auto", 2, "--gpus=16")  # nodes as sold
+    assert found["fits"] == (found["memory"]["total"] <= memory)
 
 
 def test_inspect_takes_a_checkpoint_folder_too(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -112,7 +98,7 @@ def test_inspect_says_which_options_make_a_run_fit(capsys: pytest.CaptureFixture
     args = (str(ROOT / "configs/moe/1.3b_moe_128.yaml"), "--gpus=64", "--zero=1", "--hardware=a100-40")
     text = inspect(capsys, *args)
     assert "52.4" in text and "does not fit: needs" in text
-    rows = [line.split("tokens/s  ")[1].split("  ") for line in text.partition("\noptions ")[2].splitlines()]
+    rows = [line.split("iB  ")[1].split("  ") for line in text.partition("\noptions ")[2].splitlines()]
     smallest = {row[-1]: row[0].strip() for row in rows}
     everything = "--expert-parallel 64 --activation-checkpointing --micro-batch 1"
     assert [*smallest][:1] == ["as given"] and [*smallest][-1:] == [everything]

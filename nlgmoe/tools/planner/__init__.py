@@ -1,1 +1,1 @@
-"""Memory and step time of a run by arithmetic, before it is started: `nlgmoe inspect`."""
+"""Memory and communication of a run by arithmetic, before it is started: `nlgmoe inspect`."""

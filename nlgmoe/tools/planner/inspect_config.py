@@ -11,7 +11,7 @@ from nlgmoe.hardware import HARDWARE, RESERVED
 from nlgmoe.layers.grouped_gemm import describe_grouped_gemms
 from nlgmoe.model.counting import count_parameters, flops_per_token
 from nlgmoe.pyramid import experts_per_layer, moe_blocks
-from nlgmoe.tools.planner.cost import UTILISATION, Cost, Parts, estimate
+from nlgmoe.tools.planner.cost import Communication, Cost, estimate
 from nlgmoe.tools.planner.memory import Memory, memory_options, parameter_groups
 from nlgmoe.tools.planner.muon import muon_step
 from nlgmoe.tools.planner.topology import Machine, Topology, layout, machine_of, read_settings
@@ -44,12 +44,11 @@ def inspect_config(
     precision: str | None = None,
     activation_checkpointing: bool = False,
     hardware: str | None = None,
-    utilisation: float = UTILISATION,
     simulate: bool = False,
     rank: int = 0,
     json: bool = False,
 ) -> None:
-    """Predict a run's parameters, memory, communication and speed, and whether it fits, without running it.
+    """Predict a run's parameters, memory and communication, and whether it fits, without running it.
 
     Args:
         files: YAML files of train.py, later ones override earlier ones; or one folder of a checkpoint or run, of which
@@ -62,9 +61,7 @@ def inspect_config(
         precision: Lightning's name, such as bf16-mixed; default: the files' setting, and bf16-mixed if they set neither
             trainer.precision nor trainer.accelerator.
         activation_checkpointing: recompute blocks in the backward pass, even if the files do not set it.
-        hardware: v100-32, a100-40, a100-80, h100 or h200; default: this machine. Its accelerator's speed is predicted if it
-            is one of these; a CPU's never.
-        utilisation: achieved fraction of peak FLOP/s in matrix products; docs/results/scaling.md documents the default.
+        hardware: v100-32, a100-40, a100-80, h100 or h200; default: this machine.
         simulate: also run one rank's optimizer step without values, and compare.
         rank: of --simulate: number of the rank.
         json: print one JSON object instead of a table.
@@ -81,21 +78,21 @@ def inspect_config(
     }
     topology = layout(settings, {name: value for name, value in given.items() if value is not None})
     machine = machine_of(settings, topology, hardware)
-    cost = estimate(model, topology, machine, utilisation)
+    cost = estimate(model, topology, machine)
     changes = memory_options(model, topology) if cost.fits is False else []
-    options = [(change, estimate(model, replace(topology, **change), machine, utilisation)) for change in changes]
+    options = [(change, estimate(model, replace(topology, **change), machine)) for change in changes]
     simulation = {}
     if simulate:
         from nlgmoe.tools.planner.simulate import simulate as simulate_rank  # imports DeepSpeed, which takes seconds
 
         simulation = simulation_as_json(model, topology, cost, simulate_rank(files, settings, topology, rank))
     if json:
-        inputs = {"files": files, "hardware": machine.name, "utilisation": utilisation}
+        inputs = {"files": files, "hardware": machine.name}
         print(json_format.dumps(as_json(model, topology, machine, cost, options, inputs) | simulation, indent=2))
         return
     if hardware is not None and settings.get("trainer", {}).get("accelerator") == "cpu":
-        print(f"note                   the files set a CPU; speed and memory below are those of {hardware}")
-    print(as_text(model, topology, machine, cost, options, utilisation))
+        print(f"note                   the files set a CPU; the memory below is that of {hardware}")
+    print(as_text(model, topology, machine, cost, options))
     if simulate:
         print(simulation_as_text(simulation))
 
@@ -103,8 +100,8 @@ def inspect_config(
 def as_json(
     config: GPTConfig, topology: Topology, machine: Machine, cost: Cost, options: Options, inputs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return all results, in bytes, seconds, FLOPs and counts; null where the machine's memory or rates are unknown."""
-    count, memory, sent, time = count_parameters(config), cost.memory, cost.communication, cost.time
+    """Return all results, in bytes, FLOPs and counts; null where the machine's memory is unknown."""
+    count, memory, sent = count_parameters(config), cost.memory, cost.communication
     return {
         "inputs": inputs | {"model": config.to_dict(), "topology": asdict(topology)},
         "params_total": count.total,
@@ -117,18 +114,9 @@ def as_json(
         "memory": asdict(memory)
         | {"activations": memory.activations, "total": memory.total, "available": machine.memory},
         "communication": asdict(sent) | {"total": sent.total},
-        "step_seconds": time and time.total,
-        "step_seconds_by_part": time and asdict(time),
-        "samples_per_second": cost.samples_per_second,
-        "tokens_per_second": cost.tokens_per_second,
         "fits": cost.fits,
         "options": [
-            {
-                "changes": change,
-                "memory_total": changed.memory.total,
-                "tokens_per_second": changed.tokens_per_second,
-                "fits_on": gpus_that_fit(changed.memory),
-            }
+            {"changes": change, "memory_total": changed.memory.total, "fits_on": gpus_that_fit(changed.memory)}
             for change, changed in options
         ],
     }
@@ -151,9 +139,7 @@ def simulation_as_json(config: GPTConfig, topology: Topology, cost: Cost, simula
 # ---- tables
 
 
-def as_text(
-    config: GPTConfig, topology: Topology, machine: Machine, cost: Cost, options: Options, utilisation: float
-) -> str:
+def as_text(config: GPTConfig, topology: Topology, machine: Machine, cost: Cost, options: Options) -> str:
     """Format the results as a table."""
     memory, sent, count = cost.memory, cost.communication, count_parameters(config)
     parts = {"embedding": count.embedding, "attention": count.attention, "norms": count.norms}
@@ -174,7 +160,6 @@ def as_text(
         *_table("memory per rank", memory.total, memory_parts, _bytes),
         *([("", f"and {_bytes(memory.host)} of optimizer in the host's memory")] if memory.host else []),
         *_table("sent per rank and step", sent.total, _named(sent), _bytes),
-        *_speed(cost, utilisation),
         ("result", _verdict(cost, machine)),
         *(_option_rows(cost, options) if options else []),
     ]
@@ -214,22 +199,13 @@ def _muon(config: GPTConfig, topology: Topology) -> list[tuple[str, str]]:
 
 
 def _products(config: GPTConfig, topology: Topology, machine: Machine) -> list[tuple[str, str]]:
-    if config.moe is None or (machine.rates is None and not machine.is_cpu):
+    if config.moe is None or (machine.gpu is None and not machine.is_cpu):
         return []
-    capability = None if machine.rates is None else machine.rates.compute_capability
+    capability = None if machine.gpu is None else machine.gpu.compute_capability
     tokens = topology.micro_batch_size * topology.length(config)
     uses_slots = [not machine.is_cpu or degree > 1 for degree in topology.degrees(config) if degree]
     text = describe_grouped_gemms(config, tokens, topology.precision, uses_slots, capability)
     return [("experts", f"{text} (docs/performance.md)")]
-
-
-def _speed(cost: Cost, utilisation: float) -> list[tuple[str, str]]:
-    if cost.time is None or cost.tokens_per_second is None:
-        return [("step time", f"predicted only with --hardware {', '.join(HARDWARE)}, whose rates are published")]
-    return [
-        *_table("step time", cost.time.total, _named(cost.time), _seconds, f"at {utilisation:.0%} of peak"),
-        ("speed", f"{_si(cost.tokens_per_second)}tokens/s, {cost.samples_per_second:,.1f} samples/s on all GPUs"),
-    ]
 
 
 def _verdict(cost: Cost, machine: Machine) -> str:
@@ -247,20 +223,19 @@ def gpus_that_fit(memory: Memory) -> list[str]:
 
 
 def _option_rows(cost: Cost, options: Options) -> list[tuple[str, str]]:
-    """Return a row for the run as given and one for each option: memory, speed, GPU with the least memory that it fits."""
+    """Return a row for the run as given and one for each option: memory, GPU with the least memory that it fits."""
     rows = [("as given", cost)]
     for change, changed in options:
         words = [OPTIONS[name] if value is True else f"{OPTIONS[name]} {value}" for name, value in change.items()]
         rows.append((" ".join(words), changed))
     texts = [
-        f"{_bytes(row.memory.total):>10}  {f'{_si(row.tokens_per_second):>6}tokens/s  ' if row.tokens_per_second else ''}"
-        f"{next(iter(gpus_that_fit(row.memory)), 'fits none'):<9}  {name}"
+        f"{_bytes(row.memory.total):>10}  {next(iter(gpus_that_fit(row.memory)), 'fits none'):<9}  {name}"
         for name, row in rows
     ]
     return [("" if index else "options", text) for index, text in enumerate(texts)]
 
 
-def _named(parts: Parts) -> dict[str, float]:
+def _named(parts: Communication) -> dict[str, int]:
     names = {"all_to_all": "all-to-all"}
     return {names.get(name, name.replace("_", " ")): value for name, value in asdict(parts).items()}
 
@@ -301,7 +276,3 @@ def _count(value: float) -> str:
 
 def _bytes(value: float) -> str:
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 / 10 else f"{value / 2**20:.2f} MiB"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3f} s" if value >= 1 else f"{value * 1e3:.3f} ms"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -109,7 +109,7 @@ class Machine:
 
     name: str  # in words
     memory: int | None  # bytes for tensors; None: unknown
-    rates: Hardware | None  # published rates; None: unknown, so that no time is predicted
+    gpu: Hardware | None  # its published figures; None: unknown
     is_cpu: bool = False  # it is a CPU
 
 
@@ -120,17 +120,11 @@ def named_machine(name: str) -> Machine:
 
 
 def machine_of(settings: dict[str, Any], topology: Topology, name: str | None) -> Machine:
-    """Return what each rank runs on: the GPU called `name`, or this machine's, with as many GPUs in a node as the run has."""
+    """Return what each rank runs on: the GPU called `name`, or this machine's."""
+    if name is not None:
+        return named_machine(name)
     trainer = settings.get("trainer", {})
-    nodes, devices = trainer.get("num_nodes") or 1, _named_devices(trainer.get("devices"))
-    if name is None:
-        machine = _this_machine(trainer.get("accelerator") or "auto", max(1, topology.gpus // nodes))
-    else:
-        machine = named_machine(name)
-    if machine.rates is None or devices is None:
-        return machine
-    joined = devices if nodes > 1 else max(devices, machine.rates.gpus_per_node)
-    return replace(machine, rates=replace(machine.rates, gpus_per_node=joined))
+    return _this_machine(trainer.get("accelerator") or "auto", max(1, topology.gpus // (trainer.get("num_nodes") or 1)))
 
 
 def _this_machine(accelerator: str, ranks_per_node: int) -> Machine:
