@@ -1,6 +1,6 @@
 """The model's configuration: two frozen dataclasses that check their fields.
 
-Names follow DeepSpeed's tutorial; nlgmoe/tools/megatron/flags.yaml maps each flag of Megatron-DeepSpeed to a field here.
+Names follow DeepSpeed's tutorial; docs/coming_from.md maps the flags of Megatron-DeepSpeed to fields.
 """
 
 from __future__ import annotations

@@ -115,7 +115,6 @@ def test_layers_need_torch_alone() -> None:
         (["--help"], ("torch", "lightning", "deepspeed", "jsonargparse")),
         (["--version"], ("torch", "lightning", "deepspeed")),
         (["verify", "--help"], ("lightning", "deepspeed", "datasets", "transformers", "lm_eval", "plotly")),
-        (["from-megatron", "--help"], ("lightning", "deepspeed", "datasets", "transformers")),
     ],
     ids=" ".join,
 )

@@ -52,15 +52,14 @@ class CommandParser(argparse.ArgumentParser):
             self.add_argument(option, dest=key, required=required, **options)
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
-        """Return the arguments by name; words after a bare `--` are values of `--flags`."""
-        end = words.index("--") if "--" in words else len(words)
-        for word in words[:end]:
+        """Return the arguments by name."""
+        for word in words:
             option = word.partition("=")[0]
             if option.startswith("--") and option not in self.options:
                 if close := did_you_mean(option, self.options):
                     raise SettingError(f"unknown option {option}{close}")
                 self.error(f"unknown option {option}")
-        return vars(self.parse_intermixed_args([*words[:end], *(f"--flags={word}" for word in words[end + 1 :])]))
+        return vars(self.parse_intermixed_args(words))
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""

@@ -16,8 +16,7 @@ TRAIN_PY = ("fit", "validate", "test", "predict")
 COMMANDS = {
     "configs": ("commands.configs", "list the package's configuration files, or copy them into a folder"),
     "prepare-data": ("commands.prepare_data", "build the pocket Pile, or a corpus of your own text"),
-    "inspect": ("tools.planner.inspect_config", "predict a run's parameters, memory, communication and speed"),
-    "from-megatron": ("tools.megatron.from_megatron", "translate a launch of Megatron-DeepSpeed into YAML"),
+    "inspect": ("tools.planner.inspect_config", "predict a run's parameters, memory and communication"),
     "verify": ("commands.checkpoints:verify_checkpoint", "check every byte of a checkpoint"),
     "generate": ("commands.generate_text", "continue texts"),
     "export": ("tools.hugging_face.commands:export_checkpoint", "write a folder for transformers"),

@@ -1,1 +1,0 @@
-"""Megatron-DeepSpeed: its flags as our configurations."""
