@@ -31,7 +31,7 @@ COMMANDS = {
     "evaluate": ("tools.lm_eval.evaluate", "evaluate a checkpoint on zero-shot tasks with lm-eval"),
     "experts": ("tools.experts", "show which experts a text uses, and what happens without one"),
     "report": ("tools.report", "draw run folders as one HTML page"),
-    "check": ("tools.check", "test a MoE layer or an attention for known defects"),
+    "check": ("tools.check", "test a MoE layer for known defects"),
 }  # name -> module below `nlgmoe` (and its function, if that has another name), help
 
 

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from window_attention import WindowAttentionConfig
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.attention import KVCache
+from nlgmoe.layers.mla import MLAConfig
 from nlgmoe.model.gpt import GPT
 
 DROPLESS = MoEConfig(4, top_k=2, second_expert="argmax", mlp_type="residual", token_dropping=False)
@@ -16,6 +18,8 @@ CONFIG = GPTConfig(50, 24, 4, 32, 2, init_std=0.2, vocab_size_multiple=16, moe=D
 TURNED = replace(
     CONFIG, rope_theta=100.0, rotary_dim=8, qkv_bias=False, moe=replace(DROPLESS, residual_mix="sigmoid", groups=[2, 1])
 )
+LATENT = replace(CONFIG, rope_theta=100.0, attention=MLAConfig(12, 8, 4, 6, q_lora_rank=10))
+WINDOW = replace(CONFIG, attention=WindowAttentionConfig(6))
 LENGTHS = [[3, 8, 1, 12], [24, 0, 0, 0]]  # of the documents in each sequence
 
 
@@ -26,7 +30,7 @@ def packed() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("config", [CONFIG, TURNED], ids=["gpt", "turned"])
+@pytest.mark.parametrize("config", [CONFIG, TURNED, LATENT, WINDOW], ids=["gpt", "turned", "latent", "window"])
 def test_documents_in_a_sequence_are_computed_as_if_alone(
     config: GPTConfig, dtype: torch.dtype, tolerance: float, training: bool
 ) -> None:
@@ -46,8 +50,9 @@ def test_documents_in_a_sequence_are_computed_as_if_alone(
                 assert torch.equal(chosen, routing.expert)
 
 
-def test_padding_beside_documents_is_not_seen_nor_counted() -> None:
-    model = GPT(CONFIG).double().eval()
+@pytest.mark.parametrize("config", [CONFIG, LATENT, WINDOW], ids=["gpt", "latent", "window"])
+def test_padding_beside_documents_is_not_seen_nor_counted(config: GPTConfig) -> None:
+    model = GPT(config).double().eval()
     tokens, documents = packed()
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[0, [4, 11, 13]] = False  # inside the second document, the third one whole, and near the start of the fourth
@@ -58,11 +63,15 @@ def test_padding_beside_documents_is_not_seen_nor_counted() -> None:
         torch.testing.assert_close(found[0, start:end][real], alone, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("moe", [None, DROPLESS], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    "config",
+    [replace(CONFIG, moe=None), CONFIG, TURNED, LATENT, WINDOW],
+    ids=["dense", "moe", "turned", "latent", "window"],
+)
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @torch.no_grad()
-def test_padded_batches_equal_the_sequences_alone_with_and_without_cache(side: str, moe: MoEConfig | None) -> None:
-    gpt = GPT(replace(CONFIG, num_layers=3, moe=moe)).eval()
+def test_padded_batches_equal_the_sequences_alone_with_and_without_cache(side: str, config: GPTConfig) -> None:
+    gpt = GPT(replace(config, num_layers=3)).eval()
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(50, (n,), generator=generator) for n in (3, 12, 7)]
     padded, mask = torch.full((3, 14), 9), torch.zeros(3, 14, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""`nlgmoe check`: properties that any MoE layer or attention must have, of this project or of a user's."""
+"""`nlgmoe check`: properties that any MoE layer must have, of this project or of a user's."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from nlgmoe.validation import RunError
 
 
 def check(target: list[str], allow_code: list[str] | None = None, json: bool = False) -> None:
-    """Test a MoE layer or an attention: gradients, capacity, padding, cache, ranks, state, types. 10 to 60 seconds on a CPU.
+    """Test a MoE layer: gradients, capacity, padding, ranks, state, types. 10 to 60 seconds on a CPU.
 
     Args:
-        target: YAML files of train.py; a checkpoint or run folder; a class_path of a RouterConfig, ExpertConfig or
-            AttentionConfig, or of a whole MoE layer; or a name: multi-head, mla.
+        target: YAML files of train.py; a checkpoint or run folder; a class_path of a RouterConfig or
+            ExpertConfig, or of a whole MoE layer.
         allow_code: module of the checkpoint's router, expert or attention to import; may be given several times.
         json: print one JSON object instead of a table.
     """

@@ -17,7 +17,6 @@ from nlgmoe.tools.check.layer import (
     Layer,
     NotApplicable,
     Output,
-    Target,
     collapsed,
     gradients,
     require_close,
@@ -41,12 +40,12 @@ def evaluation_does_not_see_neighbours(layer: Layer) -> str:
 
 
 @torch.no_grad()
-def sees_no_later_token(layer: Target) -> str:
+def sees_no_later_token(layer: Layer) -> str:
     """Change the tokens from some position on, and compare the outputs before it.
 
     In evaluation and, with the same random numbers, in training; a mode that may drop tokens is left out.
     """
-    length, tested, dropping = 48, [], []  # longer than the window of an attention under test
+    length, tested, dropping = 48, [], []
     batch, other = (replace(Batch.random(layer, 2, length, seed), noise_key=(0, 0, 0)) for seed in (0, 5))
     for training in (False, True):
         module, mode = layer.make(training=training), "training" if training else "evaluation"
@@ -65,10 +64,8 @@ def sees_no_later_token(layer: Target) -> str:
     return "; ".join([f"{length} tokens, {' and '.join(tested)}", *dropping])
 
 
-def _may_drop(layer: Target, output: Output, training: bool) -> bool:
+def _may_drop(layer: Layer, output: Output, training: bool) -> bool:
     """Return True if experts have a capacity, or may have one that the layer does not declare."""
-    if not isinstance(layer, Layer):
-        return False
     if not training:
         return layer.drops_in_evaluation
     if layer.drops is not None:
@@ -181,7 +178,7 @@ def micro_batches_add_up(layer: Layer) -> str:
     return f"worst relative error {max(errors):.0e}"
 
 
-def half_precision_is_close(layer: Target) -> str:
+def half_precision_is_close(layer: Layer) -> str:
     """Compare outputs in bf16 and fp16 with those in fp32."""
 
     def output(dtype: torch.dtype) -> torch.Tensor:
@@ -203,7 +200,7 @@ def half_precision_is_close(layer: Target) -> str:
     return f"median relative error: {', '.join(errors)}"
 
 
-def types_do_not_leak(layer: Target) -> str:
+def types_do_not_leak(layer: Layer) -> str:
     """Check the types of outputs, gradients, weights and auxiliary loss, with each type and under autocast."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         batch = Batch.random(layer, 2, 16, dtype=dtype).tracked()
@@ -231,7 +228,7 @@ def types_do_not_leak(layer: Target) -> str:
     return "fp64, fp32, bf16, and fp32 under autocast to bf16"
 
 
-def host_reads_nothing(layer: Target) -> str:
+def host_reads_nothing(layer: Layer) -> str:
     """Run forward, backward and `after_step` on fake tensors, which have no values: reading one is an error.
 
     They are on a CPU, because PyTorch has no autocast for `meta`. A layer of the user's may read values in a branch for CPUs:
@@ -239,14 +236,14 @@ def host_reads_nothing(layer: Target) -> str:
     """
     for training in (True, False):
         place = _place_of_read(layer, training, "cpu")
-        if place and type(layer).without_dispatch is Target.without_dispatch:
+        if place and type(layer).without_dispatch is Layer.without_dispatch:
             place = _place_of_read(layer, training, "meta")
         if place:
             raise Failed(f"the host reads the device ({place})")
     return "forward and backward, on tensors without values"
 
 
-def _place_of_read(layer: Target, training: bool, device: str) -> str:
+def _place_of_read(layer: Layer, training: bool, device: str) -> str:
     """Return the line that reads a value; empty: none does."""
     module, mode = layer.make(torch.bfloat16, training), FakeTensorMode(allow_non_fake_inputs=True)
     batch = Batch.random(layer, 2, 16, dtype=torch.bfloat16)
@@ -268,7 +265,7 @@ def _place_of_read(layer: Target, training: bool, device: str) -> str:
     return ""
 
 
-def gpu_agrees_with_cpu(layer: Target) -> str:
+def gpu_agrees_with_cpu(layer: Layer) -> str:
     """Compare output and gradient of the input with those of the CPU, in fp32."""
     device = default_device()
     if device == "cpu":

@@ -35,12 +35,11 @@ class Batch:
     x: Tensor  # `[B, T, H]` hidden states
     tokens: Tensor  # `[B, T]` ids, for routers that read them
     mask: Tensor | None = None  # `[B, T]` bool, False at padding; None: no padding
-    documents: Tensor | None = None  # `[B, T]` int64, for attention: `GPT.forward`; None: one document
     first_position: int = 0  # of each sequence
     noise_key: tuple[int, ...] | None = None  # `RoutingContext.noise_key`; None: draw from torch's global generator
 
     @staticmethod
-    def random(layer: Target, sequences: int, length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
+    def random(layer: Layer, sequences: int, length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
         """Draw a batch from N(0, 1)."""
         generator = torch.Generator("cpu").manual_seed(seed)
         x = torch.randn(sequences, length, layer.hidden_size, generator=generator, dtype=torch.float64)
@@ -49,8 +48,8 @@ class Batch:
 
     def __getitem__(self, index: Any) -> Batch:
         """Return some of the sequences, or of `[sequences, positions]`."""
-        mask, documents = (value if value is None else value[index] for value in (self.mask, self.documents))
-        return replace(self, x=self.x[index], tokens=self.tokens[index], mask=mask, documents=documents)
+        mask = None if self.mask is None else self.mask[index]
+        return replace(self, x=self.x[index], tokens=self.tokens[index], mask=mask)
 
     def tracked(self) -> Batch:
         """Return the batch with an `x` that gets a gradient."""
@@ -83,17 +82,27 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Target:
-    """A kind of layer, with experts or of attention; a subclass builds and calls it."""
+class Layer:
+    """A kind of MoE layer; a subclass builds and calls it. Properties that need a fact it leaves out are "not applicable"."""
 
     name: str  # in the table
     hidden_size: int = 16  # H
+    num_experts: int = 8  # E
+    top_k: int = 1  # k
+    # Sum of a token's weights over kept choices; `free` where they are not normalised; None: not declared.
+    weight_sum: float | Literal["free"] | None = None
+    # Order in which assignments take the capacity of an expert: `position` has the first choices of all tokens first.
+    order: Literal["random", "position", "score"] | None = None  # None: not declared
+    takes_mask: bool = False  # `forward` reads `Batch.mask`
+    drops: bool | None = None  # training has a capacity, `capacity`, or drops nothing; None: not declared
+    drops_in_evaluation: bool = False  # evaluation is declared to drop tokens
+    estimated_gradient: bool = False  # gradients of the gate, and through it, are declared an estimate
     takes_key: bool = False  # `forward` passes `Batch.noise_key` on; random numbers then depend on nothing else
 
     @property
     def sizes(self) -> str:
         """Return the sizes of the layer, for the heading of the table."""
-        return f"width {self.hidden_size}"
+        return f"{self.num_experts} experts, top_k {self.top_k}, width {self.hidden_size}"
 
     def build(self) -> nn.Module:
         """Make the module, on the default device."""
@@ -131,27 +140,6 @@ class Target:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             return self.forward(module, batch)
-
-
-@dataclass(frozen=True)
-class Layer(Target):
-    """A kind of MoE layer. Properties that need a fact it leaves out are "not applicable"."""
-
-    num_experts: int = 8  # E
-    top_k: int = 1  # k
-    # Sum of a token's weights over kept choices; `free` where they are not normalised; None: not declared.
-    weight_sum: float | Literal["free"] | None = None
-    # Order in which assignments take the capacity of an expert: `position` has the first choices of all tokens first.
-    order: Literal["random", "position", "score"] | None = None  # None: not declared
-    takes_mask: bool = False  # `forward` reads `Batch.mask`
-    drops: bool | None = None  # training has a capacity, `capacity`, or drops nothing; None: not declared
-    drops_in_evaluation: bool = False  # evaluation is declared to drop tokens
-    estimated_gradient: bool = False  # gradients of the gate, and through it, are declared an estimate
-
-    @property
-    def sizes(self) -> str:
-        """See `Target`."""
-        return f"{self.num_experts} experts, top_k {self.top_k}, width {self.hidden_size}"
 
     def capacity(self, tokens: int) -> int:
         """Return the declared capacity of an expert in training."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from nlgmoe.tools.check import attention, inputs, own, routing, training
-from nlgmoe.tools.check.layer import Failed, Layer, NotApplicable, Target
+from nlgmoe.tools.check import inputs, own, routing, training
+from nlgmoe.tools.check.layer import Failed, Layer, NotApplicable
 
-Test = Callable[[Any], str]  # takes the layer, returns the reason of a pass, and raises `Failed` or `NotApplicable`
+Test = Callable[[Layer], str]  # takes the layer, returns the reason of a pass, and raises `Failed` or `NotApplicable`
 PROPERTIES: dict[str, tuple[Test, ...]] = {
     "gradients equal finite differences": (training.gradients_are_finite_differences,),
     "the losses reach the gate": (training.output_reaches_the_gate, training.auxiliary_loss_reaches_the_gate),
@@ -37,18 +37,6 @@ PROPERTIES: dict[str, tuple[Test, ...]] = {
     "the host reads no device": (inputs.host_reads_nothing,),
     "the GPU agrees with the CPU": (inputs.gpu_agrees_with_cpu,),
 }
-OF_ATTENTION: dict[str, tuple[Test, ...]] = {
-    "gradients equal finite differences": (training.gradients_are_finite_differences,),
-    "a token sees no later one": (inputs.sees_no_later_token,),
-    "a cache changes no output": (attention.cache_changes_nothing,),
-    "padding changes no output": (attention.padding_is_not_seen,),
-    "documents do not see each other": (attention.documents_are_apart,),
-    "types are kept": (inputs.half_precision_is_close, inputs.types_do_not_leak, attention.autocast_is_close),
-    "recomputation changes no gradient": (attention.recomputation_changes_nothing,),
-    "the host reads no device": (inputs.host_reads_nothing,),
-    "a resumed run is the same to the bit": (training.forward_writes_no_state, training.a_resumed_run_is_the_same),
-    "the GPU agrees with the CPU": (inputs.gpu_agrees_with_cpu,),
-}
 
 
 @dataclass(frozen=True)
@@ -60,12 +48,12 @@ class Result:
     reason: str
 
 
-def check_layer(layer: Target, only: set[str] | None = None) -> Iterator[Result]:
+def check_layer(layer: Layer, only: set[str] | None = None) -> Iterator[Result]:
     """Test the properties, or `only` some, one after the other.
 
     A property fails if one of its tests does, and is not applicable if none of them is applicable.
     """
-    for name, tests in (PROPERTIES if isinstance(layer, Layer) else OF_ATTENTION).items():
+    for name, tests in PROPERTIES.items():
         if only is not None and name not in only:
             continue
         reasons = {"fail": "", "pass": "", "not applicable": ""}

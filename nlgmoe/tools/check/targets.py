@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from nlgmoe.cli.given_settings import find_class
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.routing import Routing
-from nlgmoe.parts import AttentionConfig, ExpertConfig, RouterConfig
-from nlgmoe.tools.check.attention import ATTENTIONS, attention_layer, layers_of_attention
-from nlgmoe.tools.check.layer import Batch, Layer, Output, Target
+from nlgmoe.parts import ExpertConfig, RouterConfig
+from nlgmoe.tools.check.layer import Batch, Layer, Output
 from nlgmoe.tools.check.own import own_layer
 from nlgmoe.tools.planner.topology import read_settings
 from nlgmoe.validation import RunError, SettingError, require
 from nlgmoe.without_effect import without_effect
 
-KINDS = "RouterConfig, ExpertConfig, AttentionConfig or nn.Module"
+KINDS = "RouterConfig, ExpertConfig or nn.Module"
 
 
 @dataclass(frozen=True)
@@ -71,18 +70,16 @@ def _gate(module: nn.Module) -> Any:
     return getattr(module, "router", getattr(module, "gate", None))
 
 
-def find_layers(words: Sequence[str]) -> Sequence[Target]:
+def find_layers(words: Sequence[str]) -> Sequence[Layer]:
     """Return the layers to test."""
     if all(word.endswith((".yaml", ".yml", ".json")) for word in words):
         return _of_config(" ".join(words), read_settings(words)[0])
-    require(len(words) == 1, f"{' '.join(words)}: give YAML files, or one checkpoint, class_path or name")
+    require(len(words) == 1, f"{' '.join(words)}: give YAML files, or one checkpoint or class_path")
     (word,) = words
-    if word in ATTENTIONS:
-        return layers_of_attention(word, ATTENTIONS[word])
     if Path(word).is_dir() or word.endswith(".ckpt"):
         return _of_config(word, read_settings(words)[0])
     if "." not in word or os.sep in word:
-        raise SettingError(f"{word} is no YAML file, checkpoint or class_path, and none of {', '.join(ATTENTIONS)}")
+        raise SettingError(f"{word} is no YAML file, checkpoint or class_path; give one")
     try:
         kind = find_class(word)
     except ValueError as error:
@@ -90,17 +87,14 @@ def find_layers(words: Sequence[str]) -> Sequence[Target]:
     return _of_class(word, kind)
 
 
-def _of_config(name: str, config: GPTConfig) -> list[Target]:
+def _of_config(name: str, config: GPTConfig) -> list[Layer]:
     if line := without_effect(config):
         print(line, file=sys.stderr)
-    layers: list[Target] = [own_layer(config, name)] if config.moe is not None else []
-    if config.attention is not None:
-        layers.append(attention_layer(config, f"{name}, {type(config.attention).__name__}"))
-    require(bool(layers), f"{name} has no MoE layer and names no attention; set model.config.moe, or check multi-head")
-    return layers
+    require(config.moe is not None, f"{name} has no MoE layer; set model.config.moe")
+    return [own_layer(config, name)]
 
 
-def _of_class(path: str, kind: Any) -> Sequence[Target]:
+def _of_class(path: str, kind: Any) -> Sequence[Layer]:
     require(callable(kind), f"{path} is no class and no function; give one that makes a {KINDS}")
     try:
         part = kind()
@@ -109,10 +103,8 @@ def _of_class(path: str, kind: Any) -> Sequence[Target]:
             f"{path} cannot be made without arguments ({type(error).__name__}: {error}); give a function that makes one, or a "
             "configuration that names it"
         ) from error
-    if isinstance(part, Target):
+    if isinstance(part, Layer):
         return [part]
-    if isinstance(part, AttentionConfig):
-        return layers_of_attention(path, part)
     if isinstance(part, RouterConfig):
         return _of_router(path, part)
     if isinstance(part, ExpertConfig):

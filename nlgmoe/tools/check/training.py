@@ -17,7 +17,6 @@ from nlgmoe.tools.check.layer import (
     Layer,
     NotApplicable,
     Output,
-    Target,
     batch_of_logits,
     gradients,
     require_choice,
@@ -30,7 +29,7 @@ TOLERANCE = 1e-2
 STEPS = 50  # after which the load is balanced
 
 
-def gradients_are_finite_differences(layer: Target) -> str:
+def gradients_are_finite_differences(layer: Layer) -> str:
     """Compare directional derivatives of output plus auxiliary loss, for the input and each parameter.
 
     A gradient is right if it is that of one of `DIFFERENCES`: one is small enough to cross no kink, one large enough for fp32.
@@ -45,7 +44,7 @@ def gradients_are_finite_differences(layer: Target) -> str:
 
     loss, base = value()
     named, without = {"the input": batch.x, **trained(module)}, ""
-    if isinstance(layer, Layer) and layer.estimated_gradient:
+    if layer.estimated_gradient:
         gate = {id(parameter) for parameter in layer.gate(module)} | {id(batch.x)}
         named = {name: value for name, value in named.items() if id(value) not in gate}
         without = "; not of input and gate, whose gradients are declared an estimate"
@@ -86,13 +85,12 @@ def _values_beside(
     return values
 
 
-def _separated(layer: Target, module: nn.Module) -> Batch:
+def _separated(layer: Layer, module: nn.Module) -> Batch:
     """Return a batch whose logits are far apart, so that a small step changes no choice."""
-    if isinstance(layer, Layer):
-        generator = torch.Generator("cpu").manual_seed(3)
-        ranks = torch.rand(24, layer.num_experts, generator=generator).argsort(dim=1).double()
-        with suppress(NotApplicable):
-            return batch_of_logits(layer, module, ranks * 0.4 - 1, sequences=2)
+    generator = torch.Generator("cpu").manual_seed(3)
+    ranks = torch.rand(24, layer.num_experts, generator=generator).argsort(dim=1).double()
+    with suppress(NotApplicable):
+        return batch_of_logits(layer, module, ranks * 0.4 - 1, sequences=2)
     return Batch.random(layer, 2, 12)
 
 
@@ -145,7 +143,7 @@ def auxiliary_loss_reaches_the_gate(layer: Layer) -> str:
     return f"of the auxiliary loss {max(_norms(output.aux, gate).values()):.2g}"
 
 
-def forward_writes_no_state(layer: Target) -> str:
+def forward_writes_no_state(layer: Layer) -> str:
     """Check that `forward` changes no parameter or buffer, and gives equal results twice, as activation checkpointing needs."""
     for training in (True, False):
         module, batch = layer.make(training=training), replace(Batch.random(layer, 2, 16), noise_key=(0, 0, 0))
@@ -203,7 +201,7 @@ def steps_follow_the_requests(layer: Layer) -> str:
 class Training:
     """A few steps of Adam towards a fixed map of random data, in fp32."""
 
-    def __init__(self, layer: Target, module: nn.Module) -> None:
+    def __init__(self, layer: Layer, module: nn.Module) -> None:
         self.layer, self.module = layer, module
         self.optimizer = torch.optim.Adam(trained(module).values(), lr=1e-2)
 
@@ -226,7 +224,7 @@ class Training:
         return learns
 
 
-def a_resumed_run_is_the_same(layer: Target) -> str:
+def a_resumed_run_is_the_same(layer: Layer) -> str:
     """Compare five steps with three, a save, a load into a new module, and two more."""
     whole, resumed = (Training(layer, layer.make(torch.float32, seed=seed)) for seed in (0, 9))
     whole.steps(range(3))
