@@ -1,24 +1,21 @@
-"""Change the routing of a model in evaluation.
+"""Remove experts of a model in evaluation.
 
     contribution   an expert's output is 0; choices and weights stay
     route_around   an expert is left out of the choice and of the softmax, as if it had been pruned: others take its tokens
-    replay         a recorded choice of experts, with the weights that the model's own gate gives them (R3, arXiv 2510.11370)
 
 Layers are MoE layers, counted from 0 by depth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.eval.trace import Trace
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.router import Router
 from nlgmoe.layers.routing import Routing
@@ -103,66 +100,3 @@ def _require_left_out(router: Router, inputs: Any, routing: Routing) -> None:
     """Check the choice: a subclass may choose in a way of its own."""
     if router.left_out is not None and bool(router.left_out[routing.expert].any()):
         raise RunError(f"{type(router).__name__} chose an expert that is left out; use removal=contribution")
-
-
-@contextmanager
-def replay(model: GPT, trace: Trace) -> Iterator[None]:
-    """Route the trace's text, batch after batch in its order, by the recorded choice.
-
-    Raises:
-        ValueError: the text or the model's experts are not the trace's, or a router has no `weights_of`.
-    """
-    blocks = moe_blocks(model.config)
-    require(
-        (trace.facts.blocks, trace.facts.experts) == (list(blocks), list(blocks.values())),
-        f"trace={trace.path} is of blocks {trace.facts.blocks} with {trace.facts.experts} experts, the model has MoE blocks "
-        f"{list(blocks)} with {list(blocks.values())}; record a trace of such a model",
-    )
-    trace.require_choices()
-    position = _Position(trace)
-    with ExitStack() as hooks:
-        hooks.enter_context(model.register_forward_pre_hook(position.advance, with_kwargs=True))
-        for layer, moe in enumerate(moe_layers(model)):
-            hooks.enter_context(moe.router.register_forward_hook(_Replay(position, layer)))
-        yield
-
-
-class _Position:
-    """The rows of a trace that the tokens of a forward pass have."""
-
-    def __init__(self, trace: Trace) -> None:
-        self.trace, self.end, self.experts, self.kept = trace, 0, torch.empty(0), torch.empty(0)
-
-    def advance(self, model: GPT, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = args[0] if args else kwargs["tokens"]
-        mask = args[1] if len(args) > 1 else kwargs.get("token_mask")
-        real = (tokens.flatten() if mask is None else tokens[mask]).cpu()
-        rows = slice(self.end, self.end + len(real))
-        recorded = torch.from_numpy(self.trace.read("tokens", rows)).long()
-        if not torch.equal(recorded, real):
-            raise SettingError(
-                f"trace={self.trace.path}: the text differs from the recorded one after {rows.start:,} tokens; give the "
-                "same text, tokenizer and windows"
-            )
-        self.end, device = rows.stop, tokens.device
-        self.experts = torch.from_numpy(self.trace.read("experts", rows)).long().to(device)  # [n, L, k]
-        self.kept = torch.from_numpy(self.trace.read("kept", rows)).to(device)
-
-
-class _Replay:
-    """A forward hook that puts the recorded choice of a layer in place of the router's."""
-
-    def __init__(self, position: _Position, layer: int) -> None:
-        self.position, self.layer = position, layer
-
-    def __call__(self, router: Router, inputs: Any, routing: Routing) -> Routing:
-        expert, kept = (
-            self._place(of, at[:, self.layer], routing.token_mask)
-            for of, at in ((routing.expert, self.position.experts), (routing.kept, self.position.kept))
-        )
-        weight = router.weights_of(routing, expert, kept)
-        return replace(routing, expert=expert, kept=kept, weight=weight, capacity=None)
-
-    @staticmethod
-    def _place(own: Tensor, recorded: Tensor, token_mask: Tensor | None) -> Tensor:
-        return recorded if token_mask is None else own.masked_scatter(token_mask.unsqueeze(-1), recorded)

@@ -9,8 +9,7 @@
     document      [N]         int32, counted from 0; a document ends at an end-of-document token, or with its sequence
     facts         metadata    `TraceFacts`, as JSON
 
-It is written as the text is read; the memory does not depend on the text's length. With `layout` vllm the file has
-`routed_experts` `[N, blocks, k]` in place of `experts` and `kept`, 0 in blocks without experts (vLLM's pull request 28284).
+It is written as the text is read; the memory does not depend on the text's length.
 
 Letters: N tokens, L MoE layers, k experts per token, B sequences of T tokens.
 """
@@ -25,7 +24,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -37,9 +36,8 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.files import atomic_write
 from nlgmoe.layers.routing import Routing
 from nlgmoe.pyramid import moe_blocks
-from nlgmoe.validation import RunError, SettingError, require
+from nlgmoe.validation import RunError, SettingError
 
-Layout = Literal["nlgmoe", "vllm"]
 NAMES = {np.dtype(np.uint8): "U8", np.dtype(np.int16): "I16", np.dtype(np.int32): "I32", np.dtype(np.float32): "F32"}
 NAMES[np.dtype(np.bool_)] = "BOOL"  # safetensors' names of types
 
@@ -55,7 +53,6 @@ class TraceFacts:
         domains: names.
         weights_hash: hash of the model's weights (`checkpoint/verify.py`); None: unknown.
         step: optimizer steps that the model had taken; None: unknown.
-        layout: `nlgmoe` or `vllm`.
     """
 
     blocks: list[int]
@@ -64,7 +61,6 @@ class TraceFacts:
     domains: list[str]
     weights_hash: str | None = None
     step: int | None = None
-    layout: Layout = "nlgmoe"
 
     @classmethod
     def of(cls, config: GPTConfig, domains: list[str], **known: Any) -> TraceFacts:
@@ -90,12 +86,6 @@ class Trace:
     def read(self, name: str, rows: slice = slice(None)) -> Any:
         """Return some tokens of one of the file's arrays."""
         return self._file.get_slice(name)[rows]
-
-    def require_choices(self) -> None:
-        """Refuse vLLM's layout, which lacks what was kept."""
-        require(
-            self.facts.layout == "nlgmoe", f"trace={self.path} has vLLM's layout, for other programs; record it without"
-        )
 
     def experts_of(self, layer: int) -> np.ndarray:
         """Return the choices in a MoE layer, `[N, k]`."""
@@ -163,10 +153,6 @@ class TraceWriter:
             dtype = np.dtype(str(column.dtype).removeprefix("torch."))
             arrays[name] = data[begin : begin + size].view(dtype).reshape(shape)
             begin += size
-        if self.facts.layout == "vllm":
-            experts, _ = arrays.pop("experts"), arrays.pop("kept")
-            arrays["routed_experts"] = np.zeros((shape[0], self.facts.num_blocks, shape[2]), experts.dtype)
-            arrays["routed_experts"][:, self.facts.blocks] = experts
         return arrays
 
     def _write(self, name: str, values: np.ndarray) -> None:

@@ -144,7 +144,6 @@ def _mean_of_largest(shares: np.ndarray) -> float:
 
 def analyse(trace: Trace, layer: int) -> LayerAnalysis:
     """Read one MoE layer of a trace."""
-    trace.require_choices()
     tokens, next_tokens, domain = (trace.read(name) for name in ("tokens", "next_tokens", "domain"))
     experts, facts = trace.experts_of(layer), trace.facts
     return LayerAnalysis(experts, tokens, next_tokens, domain, facts.domains, facts.experts[layer])
@@ -156,8 +155,6 @@ def saturation(earlier: Trace, later: Trace) -> list[Summary]:
     Raises:
         ValueError: the text or the experts differ, or both traces are of the same weights.
     """
-    for trace in (earlier, later):
-        trace.require_choices()
     same = np.array_equal(earlier.read("tokens"), later.read("tokens"))
     require(same, f"{earlier.path} and {later.path} are traces of different texts; record both from one")
     shapes = [(trace.facts.blocks, trace.facts.experts) for trace in (earlier, later)]

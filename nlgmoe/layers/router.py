@@ -87,21 +87,6 @@ class Router(nn.Module):
                 `[E]` assignments requested of each expert, before dropping.
         """
 
-    def weights_of(self, routing: Routing, expert: Tensor, kept: Tensor) -> Tensor:
-        """Return the weights that the gate gives to other experts than it has chosen, `[N, k]`; 0 where not kept.
-
-        Args:
-            routing: the router's own, of the same tokens.
-            expert: `[N, k]`, such as a recorded choice.
-            kept: `[N, k]` bool.
-
-        Raises:
-            ValueError: the router does not define them.
-        """
-        raise SettingError(
-            f"{type(self).__name__} has no weights_of(routing, expert, kept); a choice cannot be replayed"
-        )
-
     def leave_out(self, experts: Sequence[int]) -> None:
         """Exclude experts from the choice, as if the router had no row for them; an empty list includes all.
 
@@ -163,11 +148,6 @@ class TopKRouter(Router):
             drops = capacity is not None or token_mask is not None
             weight = self._weigh(self._scores(logits, probs).gather(1, expert), kept if drops else None)
         return Routing(expert, weight, kept, self.num_experts, token_mask, logits, probs, {}, capacity)
-
-    def weights_of(self, routing: Routing, expert: Tensor, kept: Tensor) -> Tensor:
-        """Return the weights of given experts, `[N, k]`."""
-        assert routing.logits is not None and routing.probs is not None
-        return self._weigh(self._scores(routing.logits, routing.probs).gather(1, expert), kept)
 
     def leave_out(self, experts: Sequence[int]) -> None:
         """Exclude experts from the choice and from the softmax; an empty list includes all."""

@@ -87,15 +87,6 @@ def test_page_shows_a_card_for_each_expert(folder: Path, tmp_path: Path) -> None
     assert text.startswith("Expert ") and "to first order" in text
 
 
-def test_replay_of_its_own_trace_has_the_same_loss(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trace = folder / "small-experts-text" / "routing.safetensors"
-    words = ["experts", str(folder / "small.ckpt"), f"--text={folder / 'text.txt'}", f"--replay={trace}"]
-    main([*words, f"--output={folder / 'again'}"])
-    printed = capsys.readouterr().out
-    loss = next(line.split()[1] for line in printed.splitlines() if line.startswith("loss"))
-    assert f"loss {loss} with the choices of" in printed
-
-
 def test_a_study_without_experts_has_the_loss_that_their_removal_adds(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,10 +117,8 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
             ["experts", small, text, f"--against={small}"],
             f"against={small} is the checkpoint itself; give an earlier one",
         ),
-        (["experts", small, text, "--layout=vllm"], "add --trace-only"),
         (["experts", small], "give --text FILE"),
         (["experts", dense, text], "has no experts: it is a dense model"),
-        (["experts", small, text, f"--replay={folder / 'text.txt'}"], "is no trace"),
         (["generate", small, "--prompt=a", "--without=0:0,1"], "1 of 3 experts are left .* remove fewer"),
         (["generate", dense, "--prompt=a", "--experts-per-token=2"], "the model has no experts"),
         (["generate", small, "--prompt=a", "--experts-per-token=9"], "top_k=9"),

@@ -1,4 +1,4 @@
-"""Removed and replayed experts, against models that are changed in the same way by hand, and pruned checkpoints."""
+"""Removed experts, against models that are changed in the same way by hand, and pruned checkpoints."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +11,15 @@ from nlgmoe import (
     GPT,
     GPTConfig,
     HashedRouterConfig,
-    HashRouterConfig,
     MoEConfig,
     QuantileRouterConfig,
     SigmoidRouterConfig,
 )
 from nlgmoe.batch import Batch
 from nlgmoe.eval.causes import exact_changes, first_order
-from nlgmoe.eval.interventions import parse_experts, remove_experts, replay
+from nlgmoe.eval.interventions import parse_experts, remove_experts
 from nlgmoe.eval.perplexity import CHUNK, batch_losses
-from nlgmoe.eval.trace import Trace, TraceFacts, TraceWriter
+from nlgmoe.eval.trace import Trace
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.router import Router
 from nlgmoe.parts import RouterConfig
@@ -173,63 +172,16 @@ def test_exact_changes_are_differences_of_whole_passes() -> None:
         torch.testing.assert_close(torch.from_numpy(change.sums).float(), after - before, rtol=1e-4, atol=1e-4)
 
 
-def record(model: GPT, path: Path) -> Trace:
-    facts = TraceFacts([1, 3], [4, 4], 4, ["a", "b"])
-    with TraceWriter(path, facts, EOD) as writer, torch.no_grad():
-        for batch in batches_of():
-            writer.add(batch, model(batch["tokens"], batch["token_mask"]).routings)
-    return Trace(path)
-
-
-ROUTERS: dict[str, MoEConfig] = MOES | {"hash": moe(HashRouterConfig()), "hashed": moe(HashedRouterConfig(), top_k=2)}
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_a_replayed_trace_of_its_own_changes_nothing(name: str, tmp_path: Path) -> None:
-    model = model_of(ROUTERS[name])
-    before, trace = losses(model), record(model, tmp_path / "trace.safetensors")
-    with replay(model, trace):
-        torch.testing.assert_close(losses(model), before, rtol=0, atol=1e-6)
-
-
-def test_a_replayed_choice_has_the_weights_of_the_current_gate(tmp_path: Path) -> None:
-    model = model_of(MOES["top-2"])
-    trace = record(model, tmp_path / "trace.safetensors")
-    with torch.no_grad():
-        moe_layers(model)[0].router.weight.neg_()
-    batch = batches_of()[0]
-    with replay(model, trace), torch.no_grad():
-        routing = model(batch["tokens"], batch["token_mask"]).routings[0]
-    rows = len(batch["token_mask"][batch["token_mask"]])
-    chosen = torch.from_numpy(trace.read("experts", slice(rows))[:, 0]).long()
-    assert torch.equal(routing.expert[batch["token_mask"].flatten()], chosen)
-    expected = routing.logits.softmax(dim=1).gather(1, routing.expert)
-    torch.testing.assert_close(routing.weight, expected / expected.sum(dim=1, keepdim=True))
-
-
 def mistakes(tmp_path: Path) -> Iterator[tuple[object, str]]:
-    top2, hashed, trace = model_of(MOES["top-2"]), model_of(ROUTERS["hashed"]), tmp_path / "trace.safetensors"
-    record(top2, trace)
-    pruned_model = pruned(top2, 0, 1)
+    top2, hashed = model_of(MOES["top-2"]), model_of(moe(HashedRouterConfig(), top_k=2))
     config = top2.config
     yield lambda: remove_experts(top2, {0: [0, 1, 2]}), "without: 1 of 4 experts are left .* top_k=2; remove fewer"
     yield lambda: remove_experts(hashed, {0: [1]}), "HashedRouter cannot route around .* removal=contribution"
     yield lambda: parse_experts("0:4", config, "without"), "without=0:4: MoE layer 0 has no expert 4; it has 4"
     yield lambda: parse_experts(["2:0"], config, "exact"), "exact=2:0: there is no MoE layer 2; the model has 2"
     yield lambda: parse_experts("three", config, "exact"), "exact=three is not LAYER:EXPERT"
-    yield (
-        lambda: replay(pruned_model, Trace(trace)).__enter__(),
-        r"is of blocks \[1, 3\] with \[4, 4\] experts, the model",
-    )
-    yield lambda: _replay_other_text(top2, Trace(trace)), "the text differs from the recorded one after 0 tokens"
     yield lambda: Trace(tmp_path / "none"), "cannot be read"
-    yield lambda: Router(4).weights_of(None, None, None), r"Router has no weights_of\(.*\); a choice cannot be replayed"  # type: ignore[arg-type]
     yield lambda: Router(4).leave_out([1]), "Router cannot route around experts; use removal=contribution"
-
-
-def _replay_other_text(model: GPT, trace: Trace) -> None:
-    with replay(model, trace), torch.no_grad():
-        model(batches_of(seed=7)[0]["tokens"])
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
 
 from nlgmoe import GPT, GPTConfig, MoEConfig
 from nlgmoe.batch import Batch
@@ -17,7 +16,16 @@ from nlgmoe.eval.specialisation import count_experts
 from nlgmoe.eval.trace import Trace, TraceFacts, TraceWriter
 from nlgmoe.eval.trace_analyses import LayerAnalysis, analyse, saturation
 from nlgmoe.validation import SettingError
-from tests.eval.test_interventions import EOD, MOES, batches_of, model_of, record
+from tests.eval.test_interventions import EOD, MOES, batches_of, model_of
+
+
+def record(model: GPT, path: Path) -> Trace:
+    facts = TraceFacts([1, 3], [4, 4], 4, ["a", "b"])
+    with TraceWriter(path, facts, EOD) as writer, torch.no_grad():
+        for batch in batches_of():
+            writer.add(batch, model(batch["tokens"], batch["token_mask"]).routings)
+    return Trace(path)
+
 
 # Six tokens, k = 2, three experts; ids 5, 5, 7, 7, 7, 9 of two domains.
 SIX = LayerAnalysis(
@@ -106,17 +114,6 @@ def test_documents_end_at_their_token_and_with_their_sequence(tmp_path: Path) ->
     assert trace.read("experts").dtype == np.int16  # 300 experts
     assert np.array_equal(trace.read("weights")[:7, 0], routings[0].weight[mask.flatten()].numpy())
     assert trace.read("next_tokens")[:4].tolist() == [1, EOD, 2, EOD]
-
-
-def test_vllms_layout_has_every_block(tmp_path: Path) -> None:
-    model, path = model_of(MOES["top-2"]), tmp_path / "trace.safetensors"
-    with TraceWriter(path, TraceFacts([1, 3], [4, 4], 4, ["a", "b"], layout="vllm"), EOD) as writer, torch.no_grad():
-        for batch in batches_of():
-            writer.add(batch, model(batch["tokens"], batch["token_mask"]).routings)
-    arrays, own = load_file(path), record(model, tmp_path / "own.safetensors")
-    assert arrays["routed_experts"].shape == (57, 4, 2) and arrays["routed_experts"].dtype == np.uint8
-    assert np.array_equal(arrays["routed_experts"][:, [1, 3]], own.read("experts"))
-    assert not arrays["routed_experts"][:, [0, 2]].any()
 
 
 def test_saturation(tmp_path: Path) -> None:

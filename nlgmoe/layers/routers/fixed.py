@@ -88,14 +88,7 @@ class HashRouterConfig(_OneExpertConfig):
         return router
 
 
-class _OneExpertRouter(Router):
-    """Gives its expert the weight 1."""
-
-    def weights_of(self, routing: Routing, expert: Tensor, kept: Tensor) -> Tensor:
-        return kept.to(routing.weight.dtype)
-
-
-class HashRouter(_OneExpertRouter):
+class HashRouter(Router):
     """Looks up the expert of each token in a table."""
 
     table: Tensor
@@ -164,7 +157,7 @@ class UniformRouterConfig(_OneExpertConfig):
         return UniformRouter(experts_at(config, block), derive_seed("uniform router", self.seed, block))
 
 
-class UniformRouter(_OneExpertRouter):
+class UniformRouter(Router):
     """Hashes token ids and positions."""
 
     seed: Tensor

@@ -7,15 +7,9 @@ and `page.py` a page.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from nlgmoe.cli.arguments import check_device, import_allowed
-from nlgmoe.validation import SettingError
-
-if TYPE_CHECKING:
-    from nlgmoe.eval.loaded_model import LoadedModel
-    from nlgmoe.eval.trace import Trace
-    from nlgmoe.tools.measured_text import MeasuredText
 
 
 def experts(
@@ -24,11 +18,9 @@ def experts(
     windows: int = 200,
     exact: list[str] | None = None,
     against: str | None = None,
-    replay: str | None = None,
     output: str | None = None,
     trace_only: bool = False,
     weights: bool = False,
-    layout: Literal["nlgmoe", "vllm"] = "nlgmoe",
     without: list[str] | None = None,
     removal: Literal["route_around", "contribution"] | None = None,
     tokenizer: str | None = None,
@@ -48,13 +40,10 @@ def experts(
         exact: experts whose removal is computed exactly too, one pass for each: LAYER:EXPERT,EXPERT such as 0:3,7 (MoE layers and
             experts are counted from 0), LAYER:all, or all; may be given several times.
         against: an earlier checkpoint of the same run: adds saturation, the share of choices that it has in common.
-        replay: trace of the same text, of this or another model of the same shape, whose choices are replayed with the weights of
-            this model's gates: adds the loss.
         output: folder; default: experts in the run folder, or NAME-experts beside the checkpoint NAME.ckpt; its name ends with
             that of `text`.
         trace_only: write the trace alone; no backward pass.
         weights: store the experts' weights in the trace too.
-        layout: nlgmoe, or vllm: routed_experts with all blocks, for other programs; only with --trace-only.
         without: experts to remove from the model before, as for --exact; may be given several times.
         removal: route_around: other experts take the tokens, as in a pruned model; contribution: the output is 0. Default:
             route_around for `without`, both for `exact`.
@@ -64,24 +53,20 @@ def experts(
         allow_code: module of the checkpoint's router, expert or attention to import; may be given several times.
     """
     import_allowed(allow_code)
-    if layout == "vllm" and not trace_only:
-        raise SettingError("layout=vllm is for other programs, and cannot be analysed here; add --trace-only")
     check_device(device)
     from nlgmoe.checkpoint.reading import run_config
     from nlgmoe.eval.interventions import parse_experts
     from nlgmoe.eval.loaded_model import load_pretrained
-    from nlgmoe.eval.trace import Trace
     from nlgmoe.tools.experts import page, study
     from nlgmoe.tools.measured_text import measured_text
 
-    recorded = None if replay is None else Trace(replay)
     kind = removal or "route_around"
     loaded = load_pretrained(source, tokenizer, device, data_dir=data_dir, without=without or (), removal=kind)
     chosen = parse_experts(exact or [], loaded.model.config, "exact")
     folder = Path(output) if output is not None else _default_folder(Path(source), loaded.path, text)
     measured = measured_text(run_config(Path(source)), loaded, text, windows, tokenizer)
     if trace_only:
-        trace = study.record(loaded, measured, folder / study.TRACE, weights, layout)
+        trace = study.record(loaded, measured, folder / study.TRACE, weights)
         print(f"{trace.path}: {trace.num_tokens:,} tokens")
         return
     earlier = None if against is None else load_pretrained(against, tokenizer, device, data_dir=data_dir)
@@ -91,20 +76,9 @@ def experts(
         table.to_csv(folder / f"{name}.csv", index=False)
     file = page.write(folder, found)
     print(study.describe(found))
-    if recorded is not None:
-        _print_replayed(loaded, measured, recorded)
     print(f"page: {file} ({file.stat().st_size / 1e6:.1f} MB), tables and trace in {folder}")
 
 
 def _default_folder(source: Path, checkpoint: Path, text: str | None) -> Path:
     name = "experts" if text is None else f"experts-{Path(text).stem}"
     return checkpoint.with_name(f"{checkpoint.stem}-{name}") if source.suffix == ".ckpt" else source / name
-
-
-def _print_replayed(loaded: LoadedModel, measured: MeasuredText, trace: Trace) -> None:
-    from nlgmoe.eval.importance import measure_use
-    from nlgmoe.eval.interventions import replay
-
-    with replay(loaded.model, trace):
-        loss = measure_use(loaded.model, measured.batches).loss
-    print(f"loss {loss:.4f} with the choices of {trace.path}")

@@ -30,7 +30,7 @@ from nlgmoe.eval.causes import Changes, FirstOrder, exact_changes, first_order
 from nlgmoe.eval.interventions import Experts, Removal, remove_experts
 from nlgmoe.eval.loaded_model import LoadedModel
 from nlgmoe.eval.perplexity import read_batch
-from nlgmoe.eval.trace import Layout, Trace, TraceFacts, TraceWriter
+from nlgmoe.eval.trace import Trace, TraceFacts, TraceWriter
 from nlgmoe.eval.trace_analyses import FREQUENT, LayerAnalysis, Summary, analyse, saturation
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.tools.measured_text import MeasuredText
@@ -109,11 +109,9 @@ def study_experts(
 
 
 @torch.no_grad()
-def record(
-    loaded: LoadedModel, measured: MeasuredText, path: Path, weights: bool = False, layout: Layout = "nlgmoe"
-) -> Trace:
+def record(loaded: LoadedModel, measured: MeasuredText, path: Path, weights: bool = False) -> Trace:
     """Record the trace of a text, without a backward pass."""
-    model, facts = loaded.model, _facts(loaded, measured.domains, layout)
+    model, facts = loaded.model, _facts(loaded, measured.domains)
     with TraceWriter(path, facts, loaded.tokenizer.eod_id, weights) as writer:
         for batch in _shown(measured.batches, "routing"):
             moved = move_data_to_device(batch, model.unembedding.device)
@@ -121,11 +119,11 @@ def record(
     return Trace(path)
 
 
-def _facts(loaded: LoadedModel, domains: list[str], layout: Layout = "nlgmoe") -> TraceFacts:
+def _facts(loaded: LoadedModel, domains: list[str]) -> TraceFacts:
     config, step = loaded.model.config, loaded.document.get("global_step")
     require(bool(moe_blocks(config)), f"{loaded.path} has no experts: it is a dense model")
     weights_hash = hash_of_weights(Checkpoint(loaded.path))
-    return TraceFacts.of(config, domains, weights_hash=weights_hash, step=step, layout=layout)
+    return TraceFacts.of(config, domains, weights_hash=weights_hash, step=step)
 
 
 def _shown(batches: Any, name: str) -> Any:
