@@ -22,7 +22,6 @@ from nlgmoe.model.counting import count_parameters, flops_per_token
 from nlgmoe.parts import AttentionConfig, ExpertConfig, RouterConfig
 from nlgmoe.process import keep_freed_memory
 from nlgmoe.run.folder import flattened
-from nlgmoe.tools.check.attention import attention_layer
 from nlgmoe.tools.check.own import own_layer
 from nlgmoe.tools.check.properties import check_layer
 from nlgmoe.tools.planner.memory import memory_of
@@ -92,15 +91,14 @@ def check(candidate: Side, baseline: Side) -> str:
     config, verdicts = candidate.config, []
     if config == baseline.config:
         return "properties: left out, since the model is the baseline's"
-    layers: list[Any] = [own_layer(config, candidate.name)] if config.moe is not None else []
-    layers += [attention_layer(config, candidate.name)] if config.attention is not None else []
-    for layer in layers:
-        for result in check_layer(layer):
-            if result.verdict == "fail":
-                raise RunError(
-                    f"{candidate.name} fails `nlgmoe check`: {result.property}: {result.reason} (docs/extending.md)"
-                )
-            verdicts.append(result.verdict)
+    if config.moe is None:
+        return "properties: left out, since the model has no MoE layer"
+    for result in check_layer(own_layer(config, candidate.name)):
+        if result.verdict == "fail":
+            raise RunError(
+                f"{candidate.name} fails `nlgmoe check`: {result.property}: {result.reason} (docs/extending.md)"
+            )
+        verdicts.append(result.verdict)
     return f"properties: {verdicts.count('pass')} pass, {verdicts.count('not applicable')} are not applicable"
 
 
