@@ -239,9 +239,19 @@ def train(walk: Walk) -> None:
 def shrink(walk: Walk) -> None:
     """Prune the mixture to half of its experts, and teach a student of 25 of the 30 blocks; train both."""
     words = ["--num-experts", "2", "--windows", "5", "--overwrite"]
-    said = walk.run("prune", walk.path("mixture"), walk.path("pruned.ckpt"), *words)
-    (printed,) = (line.rpartition("nlgmoe ")[2] for line in said.splitlines() if "nlgmoe fit" in line)
-    before, after = walk.fit("pruned", shlex.split(printed)[1:])
+    walk.run("prune", walk.path("mixture"), walk.path("pruned.ckpt"), *words)
+    # As docs/open_moes.md says: a tenth of the run's tokens, a cosine from its last rate, other text, and the run as teacher.
+    configs = (f"{walk.path('mixture')}/config.yaml", walk.path("pruned.yaml"))
+    options = {
+        "--model.schedule.shape": "cosine",
+        "--model.schedule.decay_tokens": "2048",
+        "--model.train_tokens": "2048",
+        "--data.seed": "1",
+        "--model.distiller": "nlgmoe.MixtureOfStudents",
+        "--model.distiller.init_args.teacher": walk.path("mixture"),
+    }
+    words = [word for config in configs for word in ("--config", config)]
+    before, after = walk.fit("pruned", words + [word for option in options.items() for word in option])
     walk.promise("prune, heal", "no higher", f"{before:.4f} to {after:.4f} nats per token", after <= before)
     student = walk.folder / "student.yaml"
     student.unlink(missing_ok=True)
