@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from nlgmoe.distill.offline_teacher import OfflineTeacher
     from nlgmoe.eval.generation import generate
     from nlgmoe.eval.loaded_model import LoadedModel, load_pretrained
-    from nlgmoe.eval.specialisation import Specialisation, count_experts
     from nlgmoe.experiment import Experiment, load_config
     from nlgmoe.layers.attention import AttentionContext
     from nlgmoe.layers.mla import MLAConfig
@@ -54,7 +53,6 @@ _NAMES = {
     "distill.offline_teacher": "OfflineTeacher",
     "eval.generation": "generate",
     "eval.loaded_model": "LoadedModel load_pretrained",
-    "eval.specialisation": "Specialisation count_experts",
     "experiment": "Experiment load_config",
     "layers.attention": "AttentionContext",
     "layers.mla": "MLAConfig",

@@ -1,7 +1,8 @@
-"""The choices of experts in the same text at every validation: how early they settle (router saturation)."""
+"""The choices of experts in the same text at every validation: for which domains, and how early they settle (saturation)."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,20 @@ FOLDER = "routing"  # in the run folder
 
 
 class RoutingWindows(Callback):
-    """Writes the trace of the first validation windows of rank 0, `routing/step-N.safetensors`, after N steps of `fit`.
+    """Writes the trace of each domain's first validation windows on rank 0, `routing/step-N.safetensors`, after N steps of `fit`.
 
-    The report draws the share of choices in common with the last validation. No text is routed for it but the validation's.
+    The report draws which domains choose an expert, and the share of choices in common with the last validation. No text is
+    routed for it but the validation's.
 
     Args:
-        tokens: stop after the batch with which so many tokens are recorded, about 10 bytes each; 0: write nothing.
+        tokens: tokens of each domain, rounded up to whole windows, about 10 bytes each; 0: write nothing.
     """
 
     def __init__(self, tokens: int = 4096) -> None:
         require(tokens >= 0, f"tokens={tokens} must be at least 0; 0 writes nothing")
         self.tokens = tokens
         self._writer: TraceWriter | None = None
+        self._counts: Counter[int] = Counter()  # tokens of each domain
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,23 +55,27 @@ class RoutingWindows(Callback):
         step, eod_id = trainer.global_step, -1 if data is None or data.tokenizer is None else data.tokenizer.eod_id
         facts = TraceFacts.of(config, domains, step=step)
         file = Path(trainer.default_root_dir) / FOLDER / f"step-{step}.safetensors"
-        self._writer = TraceWriter(file, facts, eod_id).__enter__()
+        self._writer, self._counts = TraceWriter(file, facts, eod_id).__enter__(), Counter()
 
     @override
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
         assert isinstance(pl_module, MoEGPTModule)
-        if self._writer is not None:
-            self._writer.add(batch, pl_module.routings)
-            if self._writer.num_tokens >= self.tokens:
-                self._close()
+        if self._writer is None:
+            return
+        mask, wanted = batch["token_mask"].clone(), False  # [B, T]
+        for row, domain in enumerate(batch["domain"].tolist()):
+            if self._counts[domain] < self.tokens:
+                self._counts[domain] += int(mask[row].sum())
+                wanted = True
+            else:
+                mask[row] = False
+        if wanted:
+            self._writer.add({**batch, "token_mask": mask}, pl_module.routings)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
-
-    def _close(self) -> None:
         if self._writer is not None:
             self._writer.__exit__(None, None, None)
             self._writer = None

@@ -1,7 +1,5 @@
 """Text generated at each validation and at the end of training."""
 
-import re
-from pathlib import Path
 from textwrap import shorten
 
 from lightning import LightningModule, Trainer
@@ -12,13 +10,12 @@ from typing_extensions import override
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.training_data import training_data
 from nlgmoe.eval.generation import Sampling, generate
-from nlgmoe.files import atomic_write
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.validation import SettingError, require
 
 
 class SampleText(Callback):
-    """Continues each prompt after every validation of `fit` and at its end; appends the texts to `samples.txt` in the run folder.
+    """Continues each prompt after every validation of `fit` and at its end.
 
     Prints the first text on one line after a validation, and all texts at the end.
 
@@ -48,12 +45,6 @@ class SampleText(Callback):
             problem = f"a prompt of {longest} tokens and max_new_tokens={self.max_new_tokens} do not fit"
             raise SettingError(f"SampleText: {problem} seq_len={pl_module.config.seq_len}; lower max_new_tokens")
         self._last = None
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the texts of steps that a resumed run takes again, and in a new run those of another one."""
-        if trainer.is_global_zero and (file := Path(trainer.default_root_dir, "samples.txt")).exists():
-            _end_with("", file, trainer.global_step + 1)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,24 +77,9 @@ class SampleText(Callback):
         module.train(was_training)
         parts = (f"--- {prompt!r}\n{text}\n" for prompt, text in zip(self.prompts, texts, strict=True))
         self._last = trainer.global_step, "\n".join(parts)
-        if trainer.is_global_zero:
-            text = f"=== step {trainer.global_step:,}\n\n{self._last[1]}\n"
-            _end_with(text, Path(trainer.default_root_dir, "samples.txt"), trainer.global_step)
         return texts[0]
 
 
 def _tokenizer(trainer: Trainer) -> Tokenizer | None:
     data = training_data(trainer)
     return None if data is None else data.tokenizer
-
-
-def _end_with(text: str, file: Path, step: int) -> None:
-    """Let a file have the texts of the steps before `step`, and then `text`."""
-    kept = file.read_text(encoding="utf-8") if file.exists() else ""
-    for heading in re.finditer(r"^=== step ([\d,]+)$", kept, re.MULTILINE):
-        if int(heading[1].replace(",", "")) >= step:
-            kept = kept[: heading.start()]
-            break
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(file) as part:
-        part.write_text(kept + text, encoding="utf-8")

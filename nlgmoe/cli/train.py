@@ -18,11 +18,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.callbacks.expert_load import ExpertLoad
-from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.progress import TokenProgressBar
 from nlgmoe.callbacks.routing_windows import RoutingWindows
 from nlgmoe.callbacks.run_summary import RunSummary
-from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.cli.errors import did_you_mean, is_wrong_setting, one_line, one_line_errors
 from nlgmoe.cli.given_settings import GivenSettings
@@ -39,10 +37,11 @@ from nlgmoe.run.trainer import RunTrainer
 from nlgmoe.validation import SettingError
 
 PACKAGE = Path(__file__).parents[1]
+SUBCOMMANDS = ("fit", "validate", "test")
 
 
 class TrainCLI(LightningCLI):
-    """fit, validate, test and predict from YAML files and flags."""
+    """fit, validate and test from YAML files and flags."""
 
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
         name_deepspeeds_device()  # parsing a strategy imports DeepSpeed
@@ -50,7 +49,7 @@ class TrainCLI(LightningCLI):
         self._words = [_with_home(word) for word in (sys.argv[1:] if args is None else args)]
         self._refusal: Exception | None = None  # of the last constructor, if that raised one
         callbacks: list[Callback] = [SaveCheckpoints(), TokenProgressBar(), Throughput(), ExpertLoad()]
-        callbacks += [ExpertSpecialisation(), RoutingWindows(), RunSummary(), PredictionFile()]
+        callbacks += [RoutingWindows(), RunSummary()]
         super().__init__(
             MoEGPTModule,
             PileDataModule,
@@ -92,17 +91,18 @@ class TrainCLI(LightningCLI):
     @override
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return Lightning's subcommands without unused arguments of `Trainer`; only the given one, if any, to save time."""
-        skipped_arguments = {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+        all_of_them = LightningCLI.subcommands()
+        skipped_arguments = {name: all_of_them[name] | {"weights_only"} for name in SUBCOMMANDS}
         given = self._words[0] if self._words else None
         return {given: skipped_arguments[given]} if given in skipped_arguments else skipped_arguments
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, then check the settings before objects are built."""
-        names, first = list(LightningCLI.subcommands()), next(iter(self._words), "")
-        if self._runs and first not in (*names, "-h", "--help"):
-            problem = f"unknown subcommand {first}{did_you_mean(first, names)}" if first else "no subcommand"
-            raise SettingError(f"{problem} (the first word is one of {', '.join(names)})")
+        first = next(iter(self._words), "")
+        if self._runs and first not in (*SUBCOMMANDS, "-h", "--help"):
+            problem = f"unknown subcommand {first}{did_you_mean(first, SUBCOMMANDS)}" if first else "no subcommand"
+            raise SettingError(f"{problem} (the first word is one of {', '.join(SUBCOMMANDS)})")
         self._given = GivenSettings(self._takes)
         words = self._words[:1] if self._runs else []
         words += self._given.read(self._words[len(words) :])
@@ -149,7 +149,7 @@ class TrainCLI(LightningCLI):
         if _settings(self.config).get("ckpt_path") is None and self.model.warm_start is None:
             rank_zero_warn("no --ckpt_path: this evaluates an untrained model")
 
-    before_test = before_predict = before_validate
+    before_test = before_validate
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -12,7 +12,7 @@ from nlgmoe.process import prepare_process
 from nlgmoe.validation import SettingError
 from nlgmoe.versions import versions
 
-TRAIN_PY = ("fit", "validate", "test", "predict")
+TRAIN_PY = ("fit", "validate", "test")
 COMMANDS = {
     "configs": ("commands.configs", "list the package's configuration files, or copy them into a folder"),
     "prepare-data": ("commands.prepare_data", "build the pocket Pile, or a corpus of your own text"),

@@ -1,1 +1,1 @@
-"""Evaluation of a model: loss and bits per byte by domain, expert specialisation, text generation."""
+"""Evaluation of a model: loss and bits per byte by domain, the choices of experts, text generation."""

@@ -27,7 +27,6 @@ from torch import Tensor
 from nlgmoe.batch import Batch, loss_mask
 from nlgmoe.eval.interventions import Experts, Removal, remove_experts
 from nlgmoe.eval.perplexity import CHUNK, losses_of, read_batch
-from nlgmoe.eval.specialisation import experts_to_evaluate
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.routing import Routing
@@ -93,7 +92,7 @@ def first_order(model: GPT, batches: Iterable[Batch], observe: Observer | None =
     Args:
         observe: called with each batch and its routings, such as `TraceWriter.add`.
     """
-    counts, device, total = experts_to_evaluate(model), model.unembedding.device, 0.0
+    counts, device, total = _experts_to_evaluate(model), model.unembedding.device, 0.0
     sums: list[Tensor] = []
     tokens, domains = [], []
     with _weights_alone(model) as factors:
@@ -167,7 +166,7 @@ def exact_changes(
 
     The blocks before an expert's run once a batch.
     """
-    experts_to_evaluate(model)
+    _experts_to_evaluate(model)
     blocks, device = list(moe_blocks(model.config)), model.unembedding.device
     sums: dict[tuple[int, int, Removal], list[Tensor]] = {
         (layer, expert, removal): [] for layer in sorted(experts) for expert in experts[layer] for removal in removals
@@ -194,3 +193,12 @@ def exact_changes(
 def _by_sequence_loss(model: GPT, output: GPTOutput, batch: Batch) -> Tensor:
     """Return the summed loss of each sequence, `[B]` fp64."""
     return (losses_of(model, output, batch).double() * loss_mask(batch)).sum(dim=1)
+
+
+def _experts_to_evaluate(model: GPT) -> list[int]:
+    """Return the number of experts of each MoE layer of a mixture in evaluation mode."""
+    if not (experts := list(moe_blocks(model.config).values())):
+        raise RunError("the model has no experts: it is dense")
+    if model.training:
+        raise RunError("the model is in training mode; call model.eval() first")
+    return experts

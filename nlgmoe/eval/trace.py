@@ -128,7 +128,7 @@ class TraceWriter:
         starts = tokens == self._eod_id
         starts[:, 0] = True
         documents = self._documents + np.cumsum(starts).reshape(starts.shape) - 1
-        domain = np.broadcast_to(batch["domain"].cpu().numpy()[:, None], real.shape)
+        domain = np.broadcast_to(batch["domain"].cpu().numpy()[:, None], real.shape) * (len(self.facts.domains) > 1)
         self._documents += int(starts.sum())
         self.num_tokens += int(real.sum())
         self._write("tokens", tokens[real].astype(np.int32))

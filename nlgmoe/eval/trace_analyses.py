@@ -79,6 +79,13 @@ class LayerAnalysis:
         return _shares(*self._counts(self.domain, len(self.domains)))
 
     @cached_property
+    def preference(self) -> np.ndarray:
+        """Return the shares by domain over their mean, `[D, E]`; 1: no preference; NaN without tokens or choices."""
+        seen = self.by_domain[~np.isnan(self.by_domain).all(axis=1)]
+        mean = seen.mean(axis=0)
+        return self.by_domain / np.where(mean > 0, mean, np.nan)
+
+    @cached_property
     def pairs(self) -> np.ndarray:
         """Return N_ij / N_i, `[E, E]`; NaN on the diagonal and for unused experts."""
         together = np.zeros((self.num_experts, self.num_experts), np.int64)

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import re
 import signal
 from pathlib import Path
 
@@ -33,14 +32,10 @@ def test_lightning_launches_ranks_and_torchrun_resumes_what_they_saved(pocket_pi
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["steps"], summary["tokens"]) == (4, 1024)
     assert len(list((run / "checkpoints" / "last.ckpt").glob("model-*"))) == 2
-    samples = run / "samples.txt"
-    assert samples.read_text().count("---") == 6  # three prompts at two validations
-    with samples.open("a") as file:
-        file.write("=== step 5\n\nof a run that was killed after its last checkpoint\n")
+    assert said.count("--- '") == 3  # the prompts, on one rank
     done = train_py("fit", *settings, "--model.train_tokens=1536", "--ckpt_path=last", launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
-    assert re.findall("=== step .", samples.read_text()) == ["=== step 2", "=== step 4", "=== step 6"]
 
 
 def test_deepspeeds_launcher_trains_on_two_nodes(pocket_pile: Path, tmp_path: Path) -> None:

@@ -147,7 +147,8 @@ def test_a_run_is_compared_with_an_earlier_checkpoint(
 
 
 def test_windows_of_every_validation_are_kept(tmp_path: Path) -> None:
-    module, text = MoEGPTModule(GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 4], top_k=2))), SyntheticData(padded=True)
+    config = GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 4], top_k=2))
+    module, text = MoEGPTModule(config), SyntheticData(padded=True)
     validation = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}
     trainer(tmp_path, RoutingWindows(), max_steps=6, **validation).fit(module, text)
     traces = recorded(tmp_path)
@@ -160,6 +161,10 @@ def test_windows_of_every_validation_are_kept(tmp_path: Path) -> None:
         routing = module.gpt(batches[0]["tokens"], batches[0]["token_mask"]).routings[0]
     first = routing.expert[batches[0]["token_mask"].flatten()].numpy()
     assert np.array_equal(last.experts_of(0)[: len(first)], first)
+    few = trainer(tmp_path / "few", RoutingWindows(20), max_steps=2, **validation)
+    few.fit(MoEGPTModule(config), SyntheticData(padded=True))
+    counts = np.bincount(Trace(recorded(tmp_path / "few")[2]).read("domain"))
+    assert len(counts) == 2 and all(20 <= count < 20 + 16 for count in counts)  # of each domain, in whole windows
 
 
 def test_intervals_of_a_mean_by_hand() -> None:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from nlgmoe import GPT, GPTConfig, MoEConfig
 from nlgmoe.batch import Batch
-from nlgmoe.eval.specialisation import count_experts
 from nlgmoe.eval.trace import Trace, TraceFacts, TraceWriter
 from nlgmoe.eval.trace_analyses import LayerAnalysis, analyse, saturation
 from nlgmoe.validation import SettingError
@@ -93,10 +92,15 @@ def test_a_trace_holds_what_the_router_chose(tmp_path: Path) -> None:
         chosen.append(torch.stack([routing.expert[real] for routing in routings], 1))
     assert torch.equal(torch.from_numpy(trace.read("experts")).long(), torch.cat(chosen))
     assert trace.read("kept").all()
-    counted = count_experts(model, batches_of(), ["a", "b"])
     for layer in (0, 1):
-        shares = counted.by_domain(layer) / np.bincount(trace.read("domain"))[:, None]
-        np.testing.assert_allclose(analyse(trace, layer).by_domain, shares)
+        analysis, experts = analyse(trace, layer), trace.experts_of(layer)
+        for domain in (0, 1):
+            of_domain = experts[trace.read("domain") == domain]
+            share = [(of_domain == expert).any(1).mean() for expert in range(analysis.num_experts)]
+            np.testing.assert_allclose(analysis.by_domain[domain], share)
+        chosen = analysis.use > 0
+        np.testing.assert_allclose(np.mean(analysis.preference, 0)[chosen], 1)
+        assert np.isnan(analysis.preference[:, ~chosen]).all()
 
 
 def test_documents_end_at_their_token_and_with_their_sequence(tmp_path: Path) -> None:

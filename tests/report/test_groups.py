@@ -92,17 +92,6 @@ def test_last_validation_that_is_not_finite_gives_no_loss_and_no_earlier_one(run
     assert "|3 (1 without a finite loss)|" in text and "|3.7700|" in text and "4.680" not in text
 
 
-def test_losses_of_other_tokens_are_named(runs: list[Path]) -> None:
-    words = "Losses per token of these runs may not be comparable: "
-    assert words not in page(read_runs(runs))
-    for run in runs[3:]:
-        change(run, "data", tokenizer="pocket-1k", micro_batch_size=4)
-    assert f"{words}data.tokenizer differs; compare bits per byte.<" in page(read_runs(runs))
-    change(runs[5], "trainer", limit_val_batches=2)
-    all_three = "data.micro_batch_size and data.tokenizer and trainer.limit_val_batches differ.<"
-    assert f"{words}{all_three}" in page(read_runs(runs))
-
-
 def test_paired_differences_are_scipys() -> None:
     difference = paired_difference(*LOSSES.values())
     theirs = stats.ttest_rel(*LOSSES.values())

@@ -13,14 +13,14 @@ import pytest
 import yaml
 
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, WriteReport
-from nlgmoe.callbacks import ExpertLoad, ExpertSpecialisation, RunSummary, Throughput
+from nlgmoe.callbacks import ExpertLoad, RoutingWindows, RunSummary, Throughput
 from nlgmoe.commands.main import main
 from nlgmoe.run.folder import RunCSVLogger
 from nlgmoe.tools.report.figures import experts, specialisation, training
 from nlgmoe.tools.report.runs import read_runs
 from tests.report.browser import look
 from tests.support.programs import needs
-from tests.support.synthetic import Spelt
+from tests.support.synthetic import SyntheticData
 from tests.support.trainers import trainer
 
 # For the scripts of tests. `drawn`: shapes that plotly made of data, titles of axes, and the legend, of each chart.
@@ -44,7 +44,7 @@ const choose = (selector, value) => {
 };
 const values = (chart, trace, axis) => [...$(`#${chart} .plot`).data[trace][axis]];  // of its first panel
 """
-ALL = ["loss", "bits-per-byte", "optimisation", "speed", "router", "information"]
+ALL = ["loss", "bits-per-byte", "optimisation", "speed", "router"]
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a tiny PR-MoE, with all that writes into its folder."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     config = GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 4], mlp_type="residual"))
-    looks = WriteReport(), ExpertLoad(), ExpertSpecialisation(), Throughput(), RunSummary()
+    looks = WriteReport(), ExpertLoad(), RoutingWindows(), Throughput(), RunSummary()
     validation = {"val_check_interval": 4, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}
     run = trainer(folder, *looks, max_steps=12, log_every_n_steps=2, logger=RunCSVLogger(folder), **validation)
-    run.fit(MoEGPTModule(config), Spelt())
+    run.fit(MoEGPTModule(config), SyntheticData())
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"config": config.to_dict(), "note": "</script><b>"}}))
     return folder
 
@@ -84,12 +84,12 @@ def copies(run: Path, folder: Path, names: list[str]) -> list[Path]:
 def test_report_is_written_at_the_end_of_a_run(shown: Callable[..., Any], run: Path) -> None:
     """`WriteReport` saw no config.yaml yet: blocks have no names, and the page says so."""
     drawn, text = shown(run / "report.html", "return [drawn(), text()];")
-    assert list(drawn) == [*ALL[:-1], "load-0", "information", "preference-0"]
+    assert list(drawn) == [*ALL, "load-0", "preference-0"]
     for name, chart in drawn.items():
         assert chart["shapes"] > 0 and chart["inside"], name
-    titles = {"loss": ["nats per token"], "load-0": ["expert"], "information": ["bits"], "router": []}
+    titles = {"loss": ["nats per token"], "load-0": ["expert"], "router": []}
     assert {name: drawn[name]["y"] for name in titles} == titles
-    assert (drawn["load-0"]["shapes"], drawn["preference-0"]["shapes"]) == (2, 4)
+    assert (drawn["load-0"]["shapes"], drawn["preference-0"]["shapes"]) == (2, 2)
     summary = json.loads((run / "summary.json").read_text())
     assert "No config.yaml" in text and "steps\t12" in text and "tokens\t768" in text and "even" in text
     assert f"{summary['train_loss']:.3f}" in text and f"{summary['val_loss']:.3f}" in text
@@ -117,7 +117,7 @@ def test_page_shows_two_runs_over_every_x_axis(shown: Callable[..., Any], run: P
         return { tokens, steps, seconds, flops: { drawn: choose("input[value=flops]"), hidden: $("#hidden").value } };""",
     )
     drawn = seen["tokens"]["drawn"]
-    assert list(drawn) == [*ALL[:-1], "load-0", "load-1", "information", "preference-0", "preference-1"]
+    assert list(drawn) == [*ALL, "load-0", "load-1", "preference-0", "preference-1"]
     assert all(chart["shapes"] > 0 for chart in drawn.values())
     assert drawn["loss"]["x"] == ["tokens"]
     logged = pd.read_csv(run / "metrics.csv").dropna(subset="train/loss")

@@ -76,7 +76,6 @@ def test_missing_files_of_a_run_are_named(tmp_path: Path) -> None:
     [
         ("metrics.csv", "step,train/loss\n0,1.5\n2,x\n", "could not convert string to float: 'x'"),
         ("config.yaml", "model: [", "while parsing"),
-        ("specialisation.safetensors", "x", "validate the run again"),
     ],
 )
 def test_damaged_file_of_a_run_is_one_line_with_its_path(
@@ -102,7 +101,7 @@ def test_settings_that_differ_between_runs_are_listed(tmp_path: Path) -> None:
 
 def test_report_escapes_all_text_of_a_run(tmp_path: Path) -> None:
     evil = "</script><img src=x>"
-    files = {"metrics__csv": f"step,val/bits_per_byte/{evil}\n0,1\n", "samples__txt": evil}
+    files = {"metrics__csv": f"step,val/bits_per_byte/{evil}\n0,1\n"}
     runs = []
     for name in "ab":
         files |= {"config__yaml": json.dumps({"model": {evil: name}}), "versions__json": json.dumps({evil: name})}
@@ -112,7 +111,6 @@ def test_report_escapes_all_text_of_a_run(tmp_path: Path) -> None:
     parser.handle_starttag = lambda tag, attributes: tags.add(tag)  # type: ignore[method-assign]
     html = page(read_runs(runs))
     parser.feed(html)
-    assert "texts by step</summary><pre>&lt;/script&gt;&lt;img" in html
     assert "script" in tags and "table" in tags and "img" not in tags
 
 

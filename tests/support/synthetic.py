@@ -10,8 +10,6 @@ from torch.utils.data import DataLoader, Dataset
 from nlgmoe.batch import truncate
 from nlgmoe.data import TrainingData
 from nlgmoe.data.sampling import collate
-from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.data.tokenizer_loading import train_byte_level_bpe
 from nlgmoe.seeding import derive_seed
 
 
@@ -143,7 +141,3 @@ class NumberedData(SyntheticData):
 def _with_numbers(samples: list[dict[str, Any]]) -> dict[str, Any]:
     numbers = [sample.pop("samples") for sample in samples]
     return collate(samples) | {"samples": numbers}
-
-
-class Spelt(SyntheticData):
-    tokenizer = Tokenizer(train_byte_level_bpe(iter(["the king"]), 257), "bytes")

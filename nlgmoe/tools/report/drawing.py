@@ -7,7 +7,7 @@ group and `runs` for a run, of which the page shows either.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,17 +101,4 @@ def ratio_heat_map(ratio: np.ndarray) -> Trace:
         "zmin": 0,
         "zmax": RATIO_MAX,
         "colorbar": {"thickness": 8, "tickvals": [0, 1, 2, 4], "ticktext": ["0", "1", "2", "≥ 4"], "outlinewidth": 0},
-    }
-
-
-def bar(run: Run, names: Sequence[str], values: Iterable[float]) -> Trace:
-    """Return a bar of a run for each name."""
-    return {
-        "type": "bar",
-        "x": list(names),
-        "y": rounded(values),
-        "name": run.name,
-        "marker": {"color": run.colour},
-        "meta": {"run": run.key},
-        "hovertemplate": "%{y:.3f}",
     }

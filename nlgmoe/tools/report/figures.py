@@ -1,4 +1,4 @@
-"""Charts of training, speed, routers, expert loads over time, and expert specialisation by domain and token class."""
+"""Charts of training, speed, routers, expert loads over time, and the domains that choose an expert."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from plotly.colors import sample_colorscale
 
-from nlgmoe.eval.specialisation import Specialisation, entropy, mutual_information, preference
-from nlgmoe.tools.report.drawing import HOVER, RATIO_MAX, Chart, Panel, Trace, bar, line, points_of, ratio_heat_map
+from nlgmoe.eval.trace import Trace as RoutingTrace
+from nlgmoe.eval.trace_analyses import LayerAnalysis, analyse
+from nlgmoe.tools.report.drawing import HOVER, RATIO_MAX, Chart, Panel, Trace, line, points_of, ratio_heat_map
 from nlgmoe.tools.report.runs import BITS, Run
 
 MAX_CELLS = 60_000  # in all heat maps of a run together
@@ -205,68 +206,37 @@ def _load_maps(run: Run) -> Chart:
 
 def specialisation(runs: Sequence[Run]) -> list[Chart]:
     """Return the charts of expert specialisation that the runs have data for."""
-    known = [(run, run.specialisation) for run in runs if run.specialisation is not None]
-    if not known:
-        return []
-    return [_information(known), *(_preferences(run, counted) for run, counted in known)]
+    return [_preferences(run, run.trace) for run in runs if run.trace is not None and len(run.trace.facts.domains) > 1]
 
 
-def _information(known: Sequence[tuple[Run, Specialisation]]) -> Chart:
-    domains, classes = [], []
-    for run, counted in known:
-        layers = range(len(counted.experts))
-        names = [run.layer(layer) for layer in layers]
-        domains.append(bar(run, names, [mutual_information(counted.by_domain(layer)) for layer in layers]))
-        classes.append(bar(run, names, [mutual_information(counted.by_class(layer)) for layer in layers]))
-    limits = [
-        f"{run.name}: domain {entropy(counted.by_domain(0)):.2f}, class {entropy(counted.by_class(0)):.2f}"
-        for run, counted in known
-    ]
+def _preferences(run: Run, trace: RoutingTrace) -> Chart:
+    layers = range(len(trace.facts.blocks))
+    panels = [_preference(run.layer(layer), analyse(trace, layer)) for layer in layers]
     text = (
-        "Mutual information of the chosen expert and the token's domain or class: 0 for experts without preferences; the upper "
-        f"bounds are {'; '.join(limits)} bits."
+        f"Validation text after {trace.facts.step:,} steps: the share of a domain's tokens that choose an expert, over the mean "
+        f"of the domains. White is no preference, red more (dark red {RATIO_MAX:g} times and above), blue less, black "
+        "none; grey: an unused expert. Experts are sorted by the domain that prefers them."
     )
-    layout = {"yaxis": {"title": {"text": "bits"}, "rangemode": "tozero"}}
-    panels = [Panel("about the domain", domains, layout), Panel("about the class of token", classes, layout)]
-    return Chart("information", "How specialised experts are (bits)", text, panels, 480)
-
-
-def _preferences(run: Run, counted: Specialisation) -> Chart:
-    panels = []
-    for layer in range(len(counted.experts)):
-        for kind, names, counts in (
-            ("domain", counted.domains, counted.by_domain(layer)),
-            ("class of token", counted.classes, counted.by_class(layer)),
-        ):
-            if counts.any():
-                panels.append(_preference(f"{run.layer(layer)}: {kind}", np.array(names), counts))
-    step = "" if counted.step is None else f" after {counted.step:,} steps"
-    text = (
-        f"Validation text{step}: a group's share of assignments to an expert, relative to the share of all tokens. White is no "
-        f"preference, red more (dark red {RATIO_MAX:g} times and above), blue less, black none; grey: an unused expert. "
-        "Experts are sorted by the group that prefers them."
-    )
-    title = f"What experts are used for (times the share of all tokens): {run.name}"
+    title = f"What experts are used for (times the mean of the domains): {run.name}"
     return Chart(f"preference-{run.key}", title, text, panels, 480)
 
 
-def _preference(title: str, names: np.ndarray, counts: np.ndarray) -> Panel:
-    """Return a heat map of the preferences of domains or classes, `names` `[G]`, with the assignments `counts` `[G, E]`."""
-    seen = counts.sum(axis=1) > 0
-    names, counts = names[seen], counts[seen]
-    ratio = preference(counts)  # [G, E]
+def _preference(title: str, analysis: LayerAnalysis) -> Panel:
+    """Return a heat map of a MoE layer's preferences by domain."""
+    seen = ~np.isnan(analysis.by_domain).all(axis=1)
+    names, shares, ratio = (
+        np.array(analysis.domains)[seen],
+        analysis.by_domain[seen],
+        analysis.preference[seen],
+    )  # [D], [D, E]
     known = np.nan_to_num(ratio, nan=-1.0)
     order = np.lexsort((-known.max(axis=0), known.argmax(axis=0), np.isnan(ratio).all(axis=0)))  # [E]
-    shares = counts / counts.sum(axis=1, keepdims=True)
-    details = [
-        [[int(expert), round(float(row[expert]), 4), int(tokens[expert])] for expert in order]
-        for row, tokens in zip(shares, counts, strict=True)
-    ]
+    details = [[[int(expert), round(float(row[expert]), 4)] for expert in order] for row in shares]
     heat_map = ratio_heat_map(ratio[:, order]) | {
         "y": names.tolist(),
         "customdata": details,
-        "hovertemplate": "%{y}, expert %{customdata[0]}: %{z:.2f} times the share of all tokens<br>%{customdata[1]:.1%} of the "
-        "group, %{customdata[2]:,} tokens<extra></extra>",
+        "hovertemplate": "%{y}, expert %{customdata[0]}: %{z:.2f} times the mean of the domains<br>%{customdata[1]:.1%} of the "
+        "domain's tokens<extra></extra>",
     }
     axis = {"showgrid": False, "title": {"text": "expert", "standoff": 4}, "tickangle": 0, "tickfont": {"size": 9}}
     axis |= {"tickvals": list(range(len(order))), "ticktext": [str(expert) for expert in order]}

@@ -18,8 +18,6 @@ from scipy.interpolate import make_interp_spline
 
 from nlgmoe.callbacks.routing_windows import recorded
 from nlgmoe.config import GPTConfig
-from nlgmoe.eval.specialisation import FILE as SPECIALISATION
-from nlgmoe.eval.specialisation import Specialisation
 from nlgmoe.eval.trace import Trace
 from nlgmoe.eval.trace_analyses import saturation
 from nlgmoe.parts import ForeignCodeError, without_parts
@@ -28,7 +26,7 @@ from nlgmoe.run.folder import flattened
 from nlgmoe.validation import RunError, SettingError
 
 T = TypeVar("T")
-CONFIG, SUMMARY, VERSIONS, SAMPLES = "config.yaml", "summary.json", "versions.json", "samples.txt"
+CONFIG, SUMMARY, VERSIONS = "config.yaml", "summary.json", "versions.json"
 METRICS, LOADS = "metrics.csv", "expert_load.csv"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 BITS = "val/bits_per_byte"  # of all text; with /NAME of a domain
@@ -46,11 +44,10 @@ class Run:
     path: Path  # the run folder
     metrics: dict[str, pd.Series] = field(default_factory=dict)  # over optimizer steps taken; NaN and infinity are kept
     loads: list[pd.DataFrame] = field(default_factory=list)  # of each MoE layer, see `loads_of`
-    specialisation: Specialisation | None = None  # at the last validation
+    trace: Trace | None = None  # choices of experts at the last validation
     config: dict[str, Any] = field(default_factory=dict)  # the resolved configuration of the last start, nested
     summary: dict[str, Any] = field(default_factory=dict)  # `summary.json`, by dotted names
     versions: dict[str, str] = field(default_factory=dict)
-    samples: str = ""  # generated texts
     notes: list[str] = field(default_factory=list)  # missing files and values that are not finite, a sentence each
     key: str = ""  # identifies the run, or the group, in the page
     colour: str = PALETTE[0]  # in all charts
@@ -110,7 +107,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
             raise SettingError(f"{path} does not exist; give the folder of a run (its trainer.default_root_dir)")
         if folder.is_file():
             continue
-        if not any((folder / name).is_file() for name in (METRICS, SUMMARY, CONFIG, SPECIALISATION)):
+        if not any((folder / name).is_file() for name in (METRICS, SUMMARY, CONFIG)):
             raise SettingError(
                 f"{path} is no run folder: it has no {METRICS}, {SUMMARY} or {CONFIG}; give a run's trainer.default_root_dir"
             )
@@ -130,18 +127,18 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def _read(folder: Path, name: str) -> Run:
+    traces = {step: Trace(file) for step, file in recorded(folder).items()}
     run = Run(
         name,
         folder,
         metrics=_parsed(folder / METRICS, metrics_of, {}),
         loads=_parsed(folder / LOADS, loads_of, []),
-        specialisation=Specialisation.load(folder) if (folder / SPECIALISATION).exists() else None,
+        trace=traces[max(traces)] if traces else None,
         config=_parsed(folder / CONFIG, lambda text: _by_name(yaml.load(text, LOADER)), {}),
         summary=_parsed(folder / SUMMARY, lambda text: flattened(_by_name(json.loads(text))), {}),
         versions=_parsed(folder / VERSIONS, lambda text: _by_name(json.loads(text)), {}),
-        samples=_parsed(folder / SAMPLES, str, ""),
     )
-    run.metrics |= _saturation(folder)
+    run.metrics |= _saturation(traces)
     dense = run.model is not None and run.model.moe is None
     known = {
         f"No {CONFIG}: no settings, and no names of blocks.": run.config,
@@ -151,7 +148,7 @@ def _read(folder: Path, name: str) -> Run:
         "A dense model: it has no experts to show.": not dense,
         f"No {LOADS}: no heat maps of load. The callback ExpertLoad writes it while the run trains.": dense
         or run.loads,
-        f"No {SPECIALISATION}: no specialisation. A run writes it whenever it validates.": dense or run.specialisation,
+        "No traces in routing/: no specialisation. A run writes one at every validation.": dense or run.trace,
     }
     run.notes = [note for note, is_known in known.items() if not is_known]
     for metric in ("train/loss", "val/loss", "train/grad_norm"):
@@ -160,12 +157,11 @@ def _read(folder: Path, name: str) -> Run:
     return run
 
 
-def _saturation(folder: Path) -> dict[str, pd.Series]:
+def _saturation(traces: dict[int, Trace]) -> dict[str, pd.Series]:
     """Return the share of the choices at each validation that the last one has too, by layer, and its shuffled control.
 
     Validations of another text, as of another number of ranks, are left out.
     """
-    traces = {step: Trace(file) for step, file in recorded(folder).items()}
     if len(traces) < 2:
         return {}
     last = traces[max(traces)]

@@ -5,31 +5,17 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
-from jsonargparse import ArgumentError
 
-from nlgmoe.data.tokenizer_loading import fingerprint_of, tokenizer_of
 from nlgmoe.run.folder import flattened
 from nlgmoe.tools.report.runs import BITS, Run
 from nlgmoe.validation import as_yaml
 
 UNKNOWN = "–"
 whole, decimal, decimal_4 = "{:,.0f}".format, "{:.3f}".format, "{:.4f}".format
-# Settings that determine which tokens are evaluated, and those that do so where trainer.limit_val_batches counts batches.
-EVALUATED = (
-    "data.tokenizer",
-    "data.corpus",
-    "data.max_eval_windows",
-    "data.mask_eod_loss",
-    "data.seq_len",
-    "trainer.limit_val_batches",
-)
-OF_BATCHES = ("data.micro_batch_size", "data.eval_micro_batch_size", "trainer.devices", "trainer.num_nodes")
-TOKENIZER = ("data.tokenizer", "data.corpus.init_args.tokenizer")
 PER_RUN = ("trainer.default_root_dir", "ckpt_path")  # settings that differ between all runs
 Row = tuple[str, Callable[[Any], str], list[Any]]  # name, format, and a value of each column; None is unknown
 
@@ -96,45 +82,12 @@ def differences(runs: Sequence[Run]) -> str:
     return table("settings", runs, rows, "settings") if rows else "<p>All runs have the same settings.</p>"
 
 
-def other_tokens(runs: Sequence[Run]) -> str:
-    """Return a note that validation losses may be of other tokens; empty if they are not."""
-    flat = [flattened(run.config) for run in runs if run.config]
-    limited = any(settings.get("trainer.limit_val_batches") is not None for settings in flat)
-    evaluated = EVALUATED + OF_BATCHES * limited
-    known = dict.fromkeys(name for settings in flat for name in settings if name.startswith(evaluated))
-    names = [name for name in known if len({str(settings.get(name)) for settings in flat}) > 1]
-    if any(name in TOKENIZER for name in names) and len({_tokenizer(run) for run in runs if run.config}) == 1:
-        names = [name for name in names if name not in TOKENIZER]  # one tokenizer under several names
-    if not names:
-        return ""
-    remedy = "; compare bits per byte" if set(names) <= set(TOKENIZER) else ""
-    return (
-        f'<p class="notes">Losses per token of these runs may not be comparable: {" and ".join(names)} '
-        f"differ{'s' * (len(names) == 1)}{remedy}.</p>"
-    )
-
-
-def _tokenizer(run: Run) -> str:
-    """Return what identifies the ids of a run's tokenizer: its fingerprint, or its name if it cannot be read here."""
-    data = run.config["data"]
-    try:
-        return fingerprint_of(tokenizer_of(data), Path(str(data.get("data_dir"))))
-    except (ValueError, ArgumentError):  # the corpus is not here, or of another version
-        return str(data)
-
-
 def settings(runs: Sequence[Run]) -> str:
     """Return the full configuration of each run, folded."""
     return "\n".join(
         _folded(run, "all settings", yaml.safe_dump(run.config, sort_keys=False) if run.config else "not known")
         for run in runs
     )
-
-
-def samples(runs: Sequence[Run]) -> str:
-    """Return the generated texts of each run that has them, folded; empty if none has."""
-    parts = [_folded(run, "texts by step", run.samples) for run in runs if run.samples]
-    return f"<section><h2>Generated text</h2>{''.join(parts)}</section>" if parts else ""
 
 
 def _folded(run: Run, title: str, text: str) -> str:
