@@ -56,7 +56,7 @@ real-model: install  ## take SmolLM2, a trained open model, through import, chat
 	@$(PIP_INSTALL) --editable '.[gguf]' --constraint constraints.txt
 	@$(BIN)/python -m benchmarks.real_model
 
-test: develop  ## the suite (8 minutes on 2 cores)
+test: develop  ## the suite (7 minutes on 2 cores)
 	@$(MAKE) --no-print-directory browser || true  # the rest of the suite does without
 	$(BIN)/python -m pytest
 

@@ -24,8 +24,10 @@ TINY = SIX_LAYERS | {"model__config__num_layers": 2, "model__config__moe__num_ex
 DOCUMENTS = {"data__document_attention": True, "data__mask_eod_loss": True}  # changes what is computed, or counted
 CHECKS = {  # of its variables, after a notebook
     "02_routing": """
-for layer in range(len(found.experts)):
-    use = found.by_domain(layer).sum(axis=0) / study.trace.num_tokens
+for layer in range(layers):
+    analysis = analyse(study.trace, layer)
+    shares = np.bincount(analysis.domain, minlength=len(facts.domains)) / study.trace.num_tokens
+    use = np.nan_to_num(analysis.by_domain).T @ shares
     assert np.allclose(experts[experts["layer"] == layer]["use"], use)
 """,
     "03_mixture_of_students": """
@@ -52,7 +54,7 @@ def parameters(name: str, data: Path, runs: Path) -> dict[str, Any]:
     values = {"DATA": str(data), "TOKENS": 512}
     if name == "01_first_prmoe":
         return values | {"RUN": str(runs / "first"), "SETTINGS": DEEPER, "PROMPTS": ["The", "In the year"]}
-    if name == "02_routing":  # its configuration's last callback writes samples
+    if name == "02_routing":
         settings = DEEPER | DOCUMENTS | {"trainer__callbacks": [], "model__config__moe__top_k": 2}
         return values | {"RUN": str(runs / "routing"), "SETTINGS": settings, "WINDOWS": 4}
     if name == "04_laboratory":
