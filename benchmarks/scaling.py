@@ -20,9 +20,9 @@ from typing import Any
 from benchmarks.timing import ROOT, Benchmark, Part, Table
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.tools.planner.cost import estimate
-from nlgmoe.tools.planner.topology import Topology, layout, named_machine, read_settings
+from nlgmoe.tools.planner.topology import Topology, layout, read_settings
 
-GPU, GPUS = named_machine("a100-40"), (64, 128)
+GPUS = (64, 128)
 
 
 def spread(settings: dict[str, Any], gpus: int) -> Topology:
@@ -49,7 +49,7 @@ def predict(_: int) -> list[dict[str, Any]]:
     ):
         for gpus in GPUS:
             topology, count = spread(settings, gpus), count_parameters(config)
-            cost = estimate(config, topology, GPU)
+            cost = estimate(config, topology)
             degrees = "/".join(str(degree) for degree in dict.fromkeys(topology.degrees(config)) if degree)
             row = {"model": name, "parameters": count.total, "active": count.active, "gpus": gpus, "degrees": degrees}
             row |= {"micro_batch_size": topology.micro_batch_size, "memory": cost.memory.total}
@@ -98,9 +98,8 @@ def simulated_table(rows: list[dict[str, Any]]) -> Table:
             [row["model"], row["gpus"], *(f"{peak / 2**30:.2f}" for peak in peaks), f"{peaks[0] / peaks[1] - 1:+.1%}"]
         )
         cells[-1] += ["; ".join(f"{size / 1e9:.2f}" for size in sent[0].values()), f"{apart:.0e}"]
-        cells[-1].append(len(found["communicators"]))
     head = ["model", "GPUs", "predicted peak, GiB", "simulated", "", "sent in a step, GB", "largest difference"]
-    return [*head, "communicators"], cells
+    return head, cells
 
 
 BENCHMARK = Benchmark(

@@ -19,29 +19,27 @@ class Hardware:
         half_flops: peak FLOP/s of fp16 and bf16 matrix products.
         fp32_flops: peak FLOP/s of fp32 matrix products (not TF32, which is off in PyTorch by default).
         memory: bytes.
-        compute_capability: CUDA compute capability, which determines the available kernels.
     """
 
     half_flops: float
     fp32_flops: float
     memory: float
-    compute_capability: tuple[int, int]
 
 
 # A marketing "40 GB" of a GPU is 40 GiB of memory.
 HARDWARE = {
-    "v100-32": Hardware(125e12, 15.7e12, 32 * 2**30, (7, 0)),
-    "a100-40": Hardware(312e12, 19.5e12, 40 * 2**30, (8, 0)),
-    "a100-80": Hardware(312e12, 19.5e12, 80 * 2**30, (8, 0)),
-    "h100": Hardware(989e12, 67e12, 80 * 2**30, (9, 0)),
-    "h200": Hardware(989e12, 67e12, 141e9, (9, 0)),
+    "v100-32": Hardware(125e12, 15.7e12, 32 * 2**30),
+    "a100-40": Hardware(312e12, 19.5e12, 40 * 2**30),
+    "a100-80": Hardware(312e12, 19.5e12, 80 * 2**30),
+    "h100": Hardware(989e12, 67e12, 80 * 2**30),
+    "h200": Hardware(989e12, 67e12, 141e9),
 }
 
 RESERVED = 2 * 2**30
 """Bytes of a GPU unavailable to tensors: CUDA context, cuBLAS workspace, NCCL buffers, fragmentation. An estimate."""
 
 
-def hardware(name: str) -> Hardware:
+def hardware_named(name: str) -> Hardware:
     """Return the GPU called `name`."""
     require(name in HARDWARE, f"hardware={name} is not known; choose one of {', '.join(HARDWARE)}")
     return HARDWARE[name]

@@ -12,11 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.data.training_data import training_data
 from nlgmoe.device import peak_memory_bytes
 from nlgmoe.files import write_json
-from nlgmoe.layers.grouped_gemm import compute_capability, describe_grouped_gemms
-from nlgmoe.layers.moe import moe_layers
 from nlgmoe.lightning_state import ends_step
 from nlgmoe.model.counting import parameters_of
 from nlgmoe.module import MoEGPTModule
@@ -57,7 +54,7 @@ class RunSummary(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, MoEGPTModule)
         total, active = parameters_of(pl_module.gpt)
-        rank_zero_info(f"{total:,} parameters, {active:,} of them active for a token{_products(trainer, pl_module)}")
+        rank_zero_info(f"{total:,} parameters, {active:,} of them active for a token")
         if _leaves_out_domains(trainer):
             problem = f"trainer.limit_val_batches={trainer.limit_val_batches} validates only the first domains"
             remedy = "remove it and set data.max_eval_windows, which limits each domain"
@@ -118,20 +115,6 @@ class RunSummary(Callback):
             "validation_seconds": module.clock.seconds("validation"),
             "versions": versions(),
         }
-
-
-def _products(trainer: Trainer, module: MoEGPTModule) -> str:
-    """Return the computation of the experts, for the log; empty for a dense model."""
-    moes = moe_layers(module.gpt)
-    if not moes:
-        return ""
-    data, device = training_data(trainer), trainer.strategy.root_device
-    tokens = module.seq_len * getattr(data, "micro_batch_size", 1)
-    between_ranks, on_rank = data is not None and data.has_equal_batches(), device.type != "cpu"
-    uses_slots = [on_rank if moe.placement.group is None else between_ranks for moe in moes]
-    has_triton, capability = moes[0].experts.triton_grouped_gemm is not None, compute_capability(device)
-    products = describe_grouped_gemms(module.config, tokens, trainer.precision, uses_slots, capability, has_triton)
-    return f"; experts: {products}"
 
 
 def _leaves_out_domains(trainer: Trainer) -> bool:

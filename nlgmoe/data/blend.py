@@ -3,8 +3,7 @@
 import heapq
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +17,7 @@ from nlgmoe.data.corpus import Corpus, Fingerprint, OpenCorpus, own_tokenizer
 from nlgmoe.data.samples import Sample, TokenSource
 from nlgmoe.data.tokens import Tokens
 from nlgmoe.seeding import derive_seed
-from nlgmoe.validation import RunError, SettingError, error_type_like, require
+from nlgmoe.validation import SettingError, require
 
 
 @dataclass(frozen=True)
@@ -63,15 +62,11 @@ class Blend:
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
         """Prepare every part."""
         for part in self.parts:
-            with _naming(part.name):
-                part.corpus.prepare(data_dir, tokenizer)
+            part.corpus.prepare(data_dir, tokenizer)
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
         """Open every part, and check that tokenizers agree and names of domains differ."""
-        opened = []
-        for part in self.parts:
-            with _naming(part.name):
-                opened.append(part.corpus.open(data_dir, tokenizer))
+        opened = [part.corpus.open(data_dir, tokenizer) for part in self.parts]
         weights = integer_weights([part.weight for part in self.parts])
         names = [part.name for part in self.parts]
         return OpenBlend.of([_Part(*part) for part in zip(names, weights, opened, strict=True)])
@@ -127,10 +122,9 @@ class OpenBlend(OpenCorpus):
         """Return the parts' samples in turn, each part with a seed of its own; log how often each part is repeated."""
         sources, total = [], sum(part.weight for part in self.parts)
         for name, weight, corpus in self.parts:
-            with _naming(name):
-                source = corpus.training_source(seq_len, derive_seed(seed, name))
-                remedy = "tokenise it in advance with nlgmoe prepare-data"
-                require(not source.has_cursors, f"corpus is a stream, which a blend cannot read; {remedy}")
+            source = corpus.training_source(seq_len, derive_seed(seed, name))
+            remedy = "tokenise it in advance with nlgmoe prepare-data"
+            require(not source.has_cursors, f"the part {name!r} is a stream, which a blend cannot read; {remedy}")
             epoch = ""
             if windows := getattr(source, "num_windows", None):
                 epoch = f", used up every {round(windows * seq_len * total / weight):,} tokens of the blend"
@@ -228,12 +222,3 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
     exact = [Fraction(repr(float(weight))) for weight in weights]
     unit = math.lcm(*(weight.denominator for weight in exact))
     return [int(weight * unit) for weight in exact]
-
-
-@contextmanager
-def _naming(part: str) -> Iterator[None]:
-    """Add the name of the part to errors of the block."""
-    try:
-        yield
-    except (SettingError, RunError) as error:
-        raise error_type_like(error)(f"In the part {part!r} of the blend: {error}") from error

@@ -3,8 +3,8 @@
 import glob
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,9 +53,8 @@ def describe_file(path: str) -> DataFile:
         if is_local(path):
             status = os.stat(path)
             return DataFile(path, status.st_size, status.st_mtime)
-        with _named_errors(path):
-            file_system, name = url_to_fs(path)
-            info = file_system.info(name)
+        file_system, name = url_to_fs(path)
+        info = file_system.info(name)
     except FileNotFoundError:
         return DataFile(path, 0)
     version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
@@ -64,13 +63,13 @@ def describe_file(path: str) -> DataFile:
 
 def find_addressed(source: str) -> list[str]:
     """Return the files, sorted, that an address of fsspec names: a file, the files of a folder or of a pattern."""
-    with _named_errors(source), suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):
         file_system, name = url_to_fs(source)
         file_system.invalidate_cache()  # of a listing earlier in this process
         if not glob.has_magic(name) and (has_records(source) or is_plain_text(source)):
             return [source]  # a folder of http is told from a file by reading all of it
         if "::" in source:
-            raise ValueError("patterns and folders of chained addresses are not read, only single files")
+            raise SettingError(f"{source}: patterns and folders of chained addresses are not read, only single files")
         files = file_system.glob(name) if glob.has_magic(name) else file_system.ls(name, detail=False)
         return sorted(str(file_system.unstrip_protocol(file)).removeprefix("file://") for file in files)
     return []
@@ -79,19 +78,6 @@ def find_addressed(source: str) -> list[str]:
 def is_local(path: str) -> bool:
     """Return whether a file is named by a path, not by an address."""
     return "://" not in path
-
-
-@contextmanager
-def _named_errors(source: str) -> Iterator[None]:
-    """Raise any error of a file system with the name of what it was to read: each has errors of its own library."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        remedy = "give paths, or install the package that fsspec needs for the address, and set what it needs to log in"
-        raise SettingError(f"{source} cannot be read here ({reason}); {remedy}") from error
 
 
 def input_files(given: str | Sequence[str]) -> list[str]:

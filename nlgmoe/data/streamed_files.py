@@ -16,7 +16,6 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
-from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
 from nlgmoe.data.corpus import hash_of_pieces
@@ -116,10 +115,7 @@ def _prefix(folder: Path, domain: int, split: str) -> Path:
 
 
 def find_files(
-    path: str,
-    data_files: Mapping[str, str | list[str]] | None,
-    revision: str | None,
-    known: Mapping[str, list[DataFile]] | None = None,
+    path: str, data_files: Mapping[str, str | list[str]] | None, revision: str | None
 ) -> dict[str, list[DataFile]]:
     """Return the files of each split by name.
 
@@ -127,14 +123,7 @@ def find_files(
         path: a folder, a data set on the hub, or the address of a folder that fsspec reads, such as `s3://bucket/pile`.
         data_files: as in `datasets.load_dataset`; patterns in `path`, or addresses of their own.
         revision: as in `datasets.load_dataset`.
-        known: an earlier result. It is returned if `revision` on the hub is still its commit. Other files are listed again; those
-            whose size and modification time are known are not hashed again, unless their number has changed.
     """
-    hub = f"hf://datasets/{path}@"
-    if known and (before := known["train"][0].path).startswith(hub):
-        commit = before.removeprefix(hub).partition("/")[0]
-        if revision == commit or _commit(path, revision) == commit:
-            return {**known}
     patterns = {split: [given] if isinstance(given, str) else given for split, given in (data_files or {}).items()}
     if further := patterns.keys() - set(SPLITS):
         raise SettingError(f"data_files.{min(further)}: splits are {', '.join(SPLITS)}")
@@ -157,20 +146,10 @@ def find_files(
         raise SettingError(f"path={path}: {problem}; give other names or patterns in data_files")
     described = {split: [describe_file(file) for file in files] for split, files in files_by_split.items()}
     pieces = max(2, HASHED_PIECES // len(described["train"]))
-    hashed = known["train"] if known and len(known["train"]) == len(described["train"]) else []  # in as many pieces
-    hashes = {replace(file, contents=""): file.contents for file in hashed}
     for place, file in enumerate(described["train"]):
-        contents = file.path if file.path.startswith(hub) else file.contents or hashes.get(file)
+        contents = file.path if file.path.startswith(f"hf://datasets/{path}@") else file.contents
         described["train"][place] = replace(file, contents=contents or hash_of_pieces(file.path, pieces))
     return described
-
-
-def _commit(path: str, revision: str | None) -> str | None:
-    try:
-        return HfApi().dataset_info(path, revision=revision).sha
-    except (OSError, HTTPError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"path={path}: {reason}; start again when the hub can be reached") from error
 
 
 def _find_by_datasets(

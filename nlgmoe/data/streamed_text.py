@@ -16,7 +16,7 @@ from typing_extensions import override
 from nlgmoe.data.corpus import Fingerprint, OpenCorpus, build_lock, hash_of
 from nlgmoe.data.documents import MAX_DOCUMENT_BYTES, Fields
 from nlgmoe.data.samples import TokenSource
-from nlgmoe.data.streamed_files import cache_eval_tokens, find_files, open_eval_cache, read_files
+from nlgmoe.data.streamed_files import cache_eval_tokens, find_files, open_eval_cache
 from nlgmoe.data.streams import StreamConfig, StreamedSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.tokenizer_loading import load_tokenizer
@@ -85,7 +85,7 @@ class StreamedText:
         with build_lock(data_dir):
             loaded = self._tokenizer(data_dir, tokenizer)
         folder = self._folder(data_dir, loaded)
-        files = find_files(self.path, self.data_files, self.revision, read_files(folder))
+        files = find_files(self.path, self.data_files, self.revision)
         with build_lock(data_dir):
             cache_eval_tokens(folder, files, self._config(loaded, []), self.evaluation_tokens)
         cache = open_eval_cache(folder, len(self._names()))

@@ -11,7 +11,6 @@ else: CPUs in fp32, bf16, fp16           `grouped_mm`  `F.grouped_mm`
 On other GPUs and in other types `F.grouped_mm` is a loop too, in which the host waits at each call.
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -19,14 +18,12 @@ from torch import Tensor
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.router import capacity
-from nlgmoe.pyramid import moe_blocks
 
 GroupedGEMM = Literal["bmm", "grouped_mm", "triton", "loop"]
 
 ROW_MULTIPLE = 32  # of an expert, on CPUs in half precision (docs/performance.md)
 MAX_SLOTS = 1.25  # per assignment; with more, padding costs more than what slots save
 HALF = (torch.bfloat16, torch.float16)
-TYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
 
 
 def choose_grouped_gemm(
@@ -104,34 +101,3 @@ def training_slots(config: GPTConfig, num_experts: int, tokens: int) -> int | No
         return None
     limit = capacity(tokens, num_experts, moe.top_k, moe.train_capacity_factor, moe.min_capacity)
     return fixed_slots(limit, num_experts, tokens * moe.top_k)
-
-
-def describe_grouped_gemms(
-    config: GPTConfig,
-    tokens: int,
-    precision: str,
-    uses_slots: Sequence[bool],
-    compute_capability: tuple[int, int] | None,
-    has_triton: bool = True,
-) -> str:
-    """Name the kernels of training and evaluation, by `choose_grouped_gemm`.
-
-    Args:
-        tokens: N of a micro-batch.
-        precision: Lightning's name, such as `bf16-mixed`.
-        uses_slots: of each MoE layer: training dispatches to a fixed number of slots, on a GPU, or between ranks whose batches
-            are equal.
-    """
-    in_slots = [
-        slots and training_slots(config, experts, tokens) is not None
-        for slots, experts in zip(uses_slots, moe_blocks(config).values(), strict=True)
-    ]
-    widths = (config.hidden_size, config.expert_ffn_size)
-    dtype = TYPES.get(precision.split("-")[0])
-    if dtype is None:  # of another precision plugin
-        return f"chosen by the type of the weights, which precision={precision} does not name"
-    chosen = {choose_grouped_gemm(dtype, widths, compute_capability, slots, has_triton) for slots in in_slots}
-    evaluation = choose_grouped_gemm(dtype, widths, compute_capability, False, has_triton)
-    if chosen == {evaluation}:
-        return f"{evaluation} in training and evaluation"
-    return f"{' and '.join(sorted(chosen))} in training, {evaluation} in evaluation"

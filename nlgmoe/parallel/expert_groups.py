@@ -13,7 +13,6 @@ from torch import distributed
 from torch.distributed import ProcessGroup
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.model.counting import count_parameters
 from nlgmoe.pyramid import ExpertPlacement, expert_parallel_degree, experts_per_layer, moe_blocks
 from nlgmoe.ranks import AllRanksSettingError
 
@@ -88,20 +87,3 @@ def expert_placements(
             group = groups[degree].parallel
             placements[block] = ExpertPlacement(distributed.get_rank(group) * count, count, group)
     return placements
-
-
-def describe_degrees(config: GPTConfig, degrees: dict[int, int], world_size: int, model_name: str) -> str:
-    """Describe each kind of layer in a line: blocks (counted from 0), degree, experts of a rank, ranks of an expert."""
-    experts = experts_per_layer(config)
-    kinds: dict[tuple[int, int], list[int]] = {}  # (experts, degree) -> blocks
-    for block, degree in degrees.items():
-        kinds.setdefault((experts[block], degree), []).append(block)
-    lines, parameters = [], count_parameters(config).experts
-    for (count, degree), blocks in sorted(kinds.items()):
-        per_rank = count // degree
-        size = parameters // sum(experts) * per_rank * len(blocks)
-        lines.append(
-            f"blocks {', '.join(map(str, blocks))} of the {model_name}: {count} experts, expert-parallel degree {degree}, "
-            f"{per_rank} a rank ({size / 1e6:,.1f}M parameters), each on {world_size // degree}"
-        )
-    return "\n".join(lines)

@@ -28,7 +28,7 @@ from nlgmoe.layers.moe import moe_layers
 from nlgmoe.lightning_state import init_deepspeed, started_processes, weights_dtype
 from nlgmoe.non_finite import StepGradients
 from nlgmoe.optim.optimizer import AdamWConfig
-from nlgmoe.parallel.expert_groups import ExpertGroups, describe_degrees, expert_placements, layer_degrees, make_groups
+from nlgmoe.parallel.expert_groups import ExpertGroups, expert_placements, layer_degrees, make_groups
 from nlgmoe.pyramid import ExpertPlacement
 from nlgmoe.ranks import AllRanksError, AllRanksSettingError
 from nlgmoe.roles import component_of
@@ -145,7 +145,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
                 self._groups[degree] = make_groups(degree, self._collective_timeout)
                 register_groups(self._groups[degree])
         if degrees:
-            rank_zero_info(describe_degrees(config, degrees, self.world_size, model_name))
+            rank_zero_info(f"expert-parallel degree of each MoE block of the {model_name}: {degrees}")
         return expert_placements(config, degrees, self._groups)
 
     @property

@@ -76,7 +76,6 @@ def test_simulated_step_sends_what_is_predicted(
         assert simulated["bytes"][kind] == pytest.approx(sent, rel=1e-3), kind
         assert sent > 0 or kind == {64: "expert_gradients", 512: "muon_matrices"}[ranks]
     assert 1 <= predicted["peak_bytes"] / simulated["peak_bytes"] < 1.15
-    assert set(predicted["communicators"]) <= set(simulated["communicators"])
 
 
 def test_simulation_refuses_what_training_refuses_in_the_same_line(

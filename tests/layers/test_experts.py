@@ -1,7 +1,6 @@
 """The two computations of experts agree with each other and with a loop over rows; which is chosen; what is never read."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import NETWORKS, FeedForward
-from nlgmoe.layers.grouped_gemm import choose_grouped_gemm, describe_grouped_gemms
+from nlgmoe.layers.grouped_gemm import choose_grouped_gemm
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import compile_dense_parts
@@ -145,26 +144,6 @@ def test_triton_needs_a_c_compiler_and_pythons_headers(
     if header:
         (tmp_path / "Python.h").touch()
     assert (triton_grouped_gemm.triton_grouped_gemm(torch.device("cuda")) is not None) == bool(compiler and header)
-
-
-def test_products_are_named_for_training_and_evaluation() -> None:
-    model = GPTConfig(64, 128, 4, 64, 2, moe=MoEConfig([4, 8], train_capacity_factor=1.24, min_capacity=100))
-    dropless = replace(model, moe=MoEConfig(8, token_dropping=False))
-    hopper = {"precision": "bf16-mixed", "uses_slots": [True, True], "compute_capability": (9, 0)}
-    cpu = hopper | {"uses_slots": [False, False], "compute_capability": None}
-    # of 512 tokens, the layer of 8 experts has 800 slots: more than 1.25 a token
-    assert describe_grouped_gemms(model, 512, **hopper) == "bmm and grouped_mm in training, grouped_mm in evaluation"
-    assert describe_grouped_gemms(model, 2048, **hopper) == "bmm in training, grouped_mm in evaluation"
-    assert describe_grouped_gemms(dropless, 2048, **hopper) == "grouped_mm in training and evaluation"
-    fp16 = hopper | {"precision": "16-mixed"}
-    assert describe_grouped_gemms(dropless, 2048, **fp16) == "triton in training and evaluation"
-    assert describe_grouped_gemms(model, 2048, **cpu) == "grouped_mm in training and evaluation"
-    other = cpu | {"precision": "transformer-engine"}
-    assert describe_grouped_gemms(model, 2048, **other).startswith(
-        "chosen by the type of the weights, which precision=transf"
-    )
-    some = cpu | {"uses_slots": [False, True]}  # experts of the second layer alone are on several ranks
-    assert describe_grouped_gemms(model, 2048, **some).startswith("bmm and grouped_mm in training")
 
 
 def test_moe_layer_reads_no_number_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

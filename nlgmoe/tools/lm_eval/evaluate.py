@@ -6,13 +6,10 @@ import json
 import os
 from importlib.metadata import version
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from nlgmoe.cli.arguments import check_device, check_output, import_allowed, write_whole
 from nlgmoe.validation import require_at_least
-
-if TYPE_CHECKING:
-    from nlgmoe.eval.loaded_model import LoadedModel
 
 BOOTSTRAP_ITERS = 1000  # for standard errors without a formula; their relative error is then about 2%
 
@@ -57,7 +54,9 @@ def evaluate(
     import_allowed(allow_code)
     from nlgmoe.device import default_device
     from nlgmoe.eval.loaded_model import load_pretrained
+    from nlgmoe.model.counting import count_parameters
     from nlgmoe.tools.lm_eval.harness import EvaluatedGPT, Tasks, handle_non_serializable, make_table, quiet
+    from nlgmoe.versions import versions
 
     device = device or default_device()
     check_device(device)
@@ -74,7 +73,10 @@ def evaluate(
         for name in names:
             for key, value in selected.evaluate(model, name, BOOTSTRAP_ITERS).items():
                 results.setdefault(key, {}).update(value)
-    about = _describe_model(loaded, limit) | (changes if without else {})
+    count, document = count_parameters(loaded.model.config), loaded.document
+    about = {"checkpoint": str(loaded.path), "step": document["global_step"], "tokens": document["tokens_seen"]}
+    about |= {"parameters": count.total, "active_parameters": count.active, "limit": limit}
+    about |= {"versions": versions() | {"lm_eval": version("lm_eval")}} | (changes if without else {})
     limited = "" if limit is None else f"; limit {limit}: a part of each task"
     limited += f"; without experts {' '.join(without)} ({removal})" if without else ""
     print(
@@ -86,23 +88,3 @@ def evaluate(
         document = json.loads(text, parse_constant=lambda name: None)  # NaN and infinity, which JSON lacks
         write_whole(output, json.dumps(document, indent=2) + "\n")
         print(f"written to {output}")
-
-
-def _describe_model(loaded: LoadedModel, limit: int | None) -> dict[str, Any]:
-    from nlgmoe.model.counting import count_parameters
-    from nlgmoe.versions import versions
-
-    count = count_parameters(loaded.model.config)
-    return {
-        "checkpoint": str(loaded.path),
-        "step": loaded.document["global_step"],
-        "tokens": loaded.document["tokens_seen"],
-        "parameters": count.total,
-        "active_parameters": count.active,
-        "model_config": loaded.model.config.to_dict(),
-        "tokenizer": loaded.tokenizer.fingerprint,
-        "precision": str(loaded.model.unembedding.dtype).removeprefix("torch."),
-        "device": str(loaded.model.unembedding.device),
-        "limit": limit,
-        "versions": versions() | {"lm_eval": version("lm_eval")},
-    }

@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass
 from nlgmoe.config import GPTConfig
 from nlgmoe.tools.planner.memory import Memory, ParameterGroup, memory_of, parameter_groups
 from nlgmoe.tools.planner.muon import muon_step
-from nlgmoe.tools.planner.topology import Machine, Topology
+from nlgmoe.tools.planner.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,14 @@ class Communication:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of an optimizer step on a machine."""
+    """Cost of an optimizer step."""
 
     memory: Memory  # of a rank
     communication: Communication  # of a rank
-    fits: bool | None  # the machine has the memory; None: unknown
 
 
-def estimate(config: GPTConfig, topology: Topology, machine: Machine) -> Cost:
-    """Estimate the cost of one optimizer step, as far as a rank's machine is known."""
+def estimate(config: GPTConfig, topology: Topology) -> Cost:
+    """Estimate the cost of one optimizer step."""
     memory, groups = memory_of(config, topology), parameter_groups(config, topology)
     dense, *experts = [_all_reduce_bytes(group, topology) for group in groups]
     communication = Communication(
@@ -52,8 +51,7 @@ def estimate(config: GPTConfig, topology: Topology, machine: Machine) -> Cost:
         gathered_weights=sum(_all_gather_bytes(group, topology) for group in groups),
         muon_matrices=muon_step(config, topology).sent,
     )
-    fits = None if machine.memory is None else memory.total <= machine.memory
-    return Cost(memory, communication, fits)
+    return Cost(memory, communication)
 
 
 def _all_to_all_bytes(config: GPTConfig, topology: Topology, degree: int) -> int:

@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import json as json_format
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.hardware import HARDWARE, RESERVED
-from nlgmoe.layers.grouped_gemm import describe_grouped_gemms
+from nlgmoe.hardware import HARDWARE, RESERVED, hardware_named
 from nlgmoe.model.counting import count_parameters, flops_per_token
 from nlgmoe.pyramid import experts_per_layer, moe_blocks
 from nlgmoe.tools.planner.cost import Communication, Cost, estimate
-from nlgmoe.tools.planner.memory import Memory, memory_options, parameter_groups
+from nlgmoe.tools.planner.memory import Memory, parameter_groups
 from nlgmoe.tools.planner.muon import muon_step
-from nlgmoe.tools.planner.topology import Machine, Topology, layout, machine_of, read_settings
+from nlgmoe.tools.planner.topology import Topology, layout, read_settings
 from nlgmoe.without_effect import without_effect
 
 if TYPE_CHECKING:
     from nlgmoe.tools.planner.simulate import Simulated
 
-COMMUNICATOR = 688e6
-"""Bytes of a NCCL communicator, on A100s (github.com/NVIDIA/nccl/issues/964); an estimate, as `hardware.RESERVED` is."""
-
-# The command-line option for each setting that `memory_options` changes.
-OPTIONS = {
-    "zero_stage": "--zero",
-    "expert_parallel_size": "--expert-parallel",
-    "micro_batch_size": "--micro-batch",
-    "activation_checkpointing": "--activation-checkpointing",
-}
 NOT_SHOWN = "not simulated: speed of kernels, stragglers, NCCL's own memory, bandwidth, a teacher, text, callbacks"
-Options = list[tuple[dict[str, Any], Cost]]  # changes of the topology, and the cost with them
 
 
 def inspect_config(
@@ -61,7 +49,7 @@ def inspect_config(
         precision: Lightning's name, such as bf16-mixed; default: the files' setting, and bf16-mixed if they set neither
             trainer.precision nor trainer.accelerator.
         activation_checkpointing: recompute blocks in the backward pass, even if the files do not set it.
-        hardware: v100-32, a100-40, a100-80, h100 or h200; default: this machine.
+        hardware: GPU of each rank, v100-32, a100-40, a100-80, h100 or h200; default: names those that have the memory.
         simulate: also run one rank's optimizer step without values, and compare.
         rank: of --simulate: number of the rank.
         json: print one JSON object instead of a table.
@@ -77,28 +65,24 @@ def inspect_config(
         "precision": precision,
     }
     topology = layout(settings, {name: value for name, value in given.items() if value is not None})
-    machine = machine_of(settings, topology, hardware)
-    cost = estimate(model, topology, machine)
-    changes = memory_options(model, topology) if cost.fits is False else []
-    options = [(change, estimate(model, replace(topology, **change), machine)) for change in changes]
+    available = None if hardware is None else int(hardware_named(hardware).memory - RESERVED)
+    cost = estimate(model, topology)
     simulation = {}
     if simulate:
         from nlgmoe.tools.planner.simulate import simulate as simulate_rank  # imports DeepSpeed, which takes seconds
 
         simulation = simulation_as_json(model, topology, cost, simulate_rank(files, settings, topology, rank))
     if json:
-        inputs = {"files": files, "hardware": machine.name}
-        print(json_format.dumps(as_json(model, topology, machine, cost, options, inputs) | simulation, indent=2))
+        inputs = {"files": files, "hardware": hardware}
+        print(json_format.dumps(as_json(model, topology, available, cost, inputs) | simulation, indent=2))
         return
-    if hardware is not None and settings.get("trainer", {}).get("accelerator") == "cpu":
-        print(f"note                   the files set a CPU; the memory below is that of {hardware}")
-    print(as_text(model, topology, machine, cost, options))
+    print(as_text(model, topology, hardware, available, cost))
     if simulate:
         print(simulation_as_text(simulation))
 
 
 def as_json(
-    config: GPTConfig, topology: Topology, machine: Machine, cost: Cost, options: Options, inputs: dict[str, Any]
+    config: GPTConfig, topology: Topology, available: int | None, cost: Cost, inputs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return all results, in bytes, FLOPs and counts; null where the machine's memory is unknown."""
     count, memory, sent = count_parameters(config), cost.memory, cost.communication
@@ -111,27 +95,17 @@ def as_json(
         "muon": asdict(muon_step(config, topology)),
         "experts_per_layer": experts_per_layer(config),
         "expert_parallel_degrees": topology.degrees(config),
-        "memory": asdict(memory)
-        | {"activations": memory.activations, "total": memory.total, "available": machine.memory},
+        "memory": asdict(memory) | {"activations": memory.activations, "total": memory.total, "available": available},
         "communication": asdict(sent) | {"total": sent.total},
-        "fits": cost.fits,
-        "options": [
-            {"changes": change, "memory_total": changed.memory.total, "fits_on": gpus_that_fit(changed.memory)}
-            for change, changed in options
-        ],
+        "fits": None if available is None else memory.total <= available,
+        "fits_on": gpus_that_fit(cost.memory),
     }
 
 
 def simulation_as_json(config: GPTConfig, topology: Topology, cost: Cost, simulated: Simulated) -> dict[str, Any]:
     """Return prediction and simulation under the same keys; bytes and counts."""
-    groups = topology.communicators(config)
     sent = asdict(cost.communication) | {"muon_matrices": muon_step(config, topology, simulated.rank).sent}
-    predicted: dict[str, Any] = {
-        "peak_bytes": cost.memory.total,
-        "bytes": sent,
-        "communicators": groups,
-        "communicator_bytes": int(COMMUNICATOR * len(groups)),
-    }
+    predicted: dict[str, Any] = {"peak_bytes": cost.memory.total, "bytes": sent}
     measured = asdict(simulated) | {"bytes": dict.fromkeys(predicted["bytes"], 0) | simulated.bytes}
     return {"predicted": predicted, "simulated": measured}
 
@@ -139,7 +113,7 @@ def simulation_as_json(config: GPTConfig, topology: Topology, cost: Cost, simula
 # ---- tables
 
 
-def as_text(config: GPTConfig, topology: Topology, machine: Machine, cost: Cost, options: Options) -> str:
+def as_text(config: GPTConfig, topology: Topology, hardware: str | None, available: int | None, cost: Cost) -> str:
     """Format the results as a table."""
     memory, sent, count = cost.memory, cost.communication, count_parameters(config)
     parts = {"embedding": count.embedding, "attention": count.attention, "norms": count.norms}
@@ -152,16 +126,14 @@ def as_text(config: GPTConfig, topology: Topology, machine: Machine, cost: Cost,
     lines = [
         ("model", _model(config, topology.length(config))),
         *([("", line)] if (line := without_effect(config)) else []),
-        ("run", _run(topology, machine.name)),
+        ("run", _run(topology, hardware)),
         *_table("parameters", count.total, parts, _count, f"{_count(count.active)} active"),
         ("FLOPs per token", f"{_si(flops_per_token(config, topology.length(config)))}FLOP, forward and backward"),
         *_muon(config, topology),
-        *_products(config, topology, machine),
         *_table("memory per rank", memory.total, memory_parts, _bytes),
         *([("", f"and {_bytes(memory.host)} of optimizer in the host's memory")] if memory.host else []),
         *_table("sent per rank and step", sent.total, _named(sent), _bytes),
-        ("result", _verdict(cost, machine)),
-        *(_option_rows(cost, options) if options else []),
+        ("result", _verdict(memory, available)),
     ]
     return "\n".join(f"{title:<23}{text}" for title, text in lines)
 
@@ -178,11 +150,6 @@ def simulation_as_text(report: dict[str, Any]) -> str:
     peaks = [values["peak_bytes"] for values in (predicted, simulated)]
     texts = [*(f"{peak / 2**30:>14.2f}" for peak in peaks), f"  {peaks[0] / peaks[1] - 1:+.1%}"]
     lines.append(("peak memory, GiB", "".join(texts)))
-    sizes = [f"{len(values['communicators']):>14}" for values in (predicted, simulated)]
-    ranks = ", ".join(map(str, simulated["communicators"]))
-    gib = predicted["communicator_bytes"] / 2**30
-    text = f"{''.join(sizes)}  of {ranks} ranks; about {gib:.1f} GiB of NCCL's, beyond the tensors"
-    lines.append(("communicators", text))
     return "\n".join(f"{title:<23}{text}" for title, text in lines) + f"\n{NOT_SHOWN}"
 
 
@@ -198,41 +165,17 @@ def _muon(config: GPTConfig, topology: Topology) -> list[tuple[str, str]]:
     ]
 
 
-def _products(config: GPTConfig, topology: Topology, machine: Machine) -> list[tuple[str, str]]:
-    if config.moe is None or (machine.gpu is None and not machine.is_cpu):
-        return []
-    capability = None if machine.gpu is None else machine.gpu.compute_capability
-    tokens = topology.micro_batch_size * topology.length(config)
-    uses_slots = [not machine.is_cpu or degree > 1 for degree in topology.degrees(config) if degree]
-    text = describe_grouped_gemms(config, tokens, topology.precision, uses_slots, capability)
-    return [("experts", f"{text} (docs/performance.md)")]
-
-
-def _verdict(cost: Cost, machine: Machine) -> str:
-    total = cost.memory.total
-    if machine.memory is None:
-        fitting = ", ".join(gpus_that_fit(cost.memory)) or "no GPU that is known"
-        return f"fits {fitting}; this machine has no accelerator, name the run's with --hardware"
-    verdict = f"fits: uses {total / machine.memory:.0%}" if cost.fits else f"does not fit: needs {_bytes(total)}"
-    return f"{verdict} of the {_bytes(machine.memory)} available on {machine.name}"
+def _verdict(memory: Memory, available: int | None) -> str:
+    fitting = f"fits {', '.join(gpus_that_fit(memory)) or 'no GPU that is known'}"
+    if available is None:
+        return fitting
+    share = f"{_bytes(memory.total)} of {_bytes(available)}, {memory.total / available:.0%}"
+    return f"uses {share}" if memory.total <= available else f"does not fit: needs {share}; {fitting}"
 
 
 def gpus_that_fit(memory: Memory) -> list[str]:
     """Return the GPUs of `HARDWARE` that have this memory."""
     return [name for name, gpu in HARDWARE.items() if memory.total <= gpu.memory - RESERVED]
-
-
-def _option_rows(cost: Cost, options: Options) -> list[tuple[str, str]]:
-    """Return a row for the run as given and one for each option: memory, GPU with the least memory that it fits."""
-    rows = [("as given", cost)]
-    for change, changed in options:
-        words = [OPTIONS[name] if value is True else f"{OPTIONS[name]} {value}" for name, value in change.items()]
-        rows.append((" ".join(words), changed))
-    texts = [
-        f"{_bytes(row.memory.total):>10}  {next(iter(gpus_that_fit(row.memory)), 'fits none'):<9}  {name}"
-        for name, row in rows
-    ]
-    return [("" if index else "options", text) for index, text in enumerate(texts)]
 
 
 def _named(parts: Communication) -> dict[str, int]:
@@ -249,13 +192,13 @@ def _model(config: GPTConfig, seq_len: int) -> str:
     return f"{'residual ' if moe.mlp_type == 'residual' else ''}MoE, {shape}; experts: {pyramid}, top-{moe.top_k}"
 
 
-def _run(topology: Topology, hardware: str) -> str:
+def _run(topology: Topology, hardware: str | None) -> str:
     factors = f"{topology.gpus} x {topology.micro_batch_size} x {topology.accumulation}"
     batch = f"batch {topology.global_batch_size} = {factors} (GPUs x micro-batch x accumulation)"
     flags = ", activation checkpointing" if topology.activation_checkpointing else ""
     parallel = f"expert parallel up to {topology.expert_parallel_size}, ZeRO {topology.zero_stage}, "
     parallel = parallel if topology.deepspeed else ""
-    return f"{topology.gpus} x {hardware}, {parallel}{topology.precision}, {batch}{flags}"
+    return f"{topology.gpus} x {hardware or 'rank'}, {parallel}{topology.precision}, {batch}{flags}"
 
 
 def _table(title: str, total: float, parts: dict[str, Any], form: Any, note: str = "") -> list[tuple[str, str]]:

@@ -11,10 +11,9 @@ padded table; r and c are the bytes of a value in the residual stream and inside
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from operator import add
-from typing import Any
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.attention import attention_config
@@ -119,22 +118,6 @@ def memory_of(config: GPTConfig, topology: Topology) -> Memory:
         step=muon.memory + (copies * sharded if sharded_step and not in_fp32 else 0),
         host=optimizer if topology.offload_optimizer else 0,
     )
-
-
-def memory_options(config: GPTConfig, topology: Topology) -> list[dict[str, Any]]:
-    """Return changes of `topology` that lower a rank's memory: every setting alone at its lowest memory, then all together."""
-    changes: dict[str, Any] = {}
-    if topology.deepspeed and topology.gpus > 1 and topology.zero_stage < 2 and topology.accumulation > 1:
-        changes["zero_stage"] = 2
-    widest = max(topology.expert_parallel_size, min(topology.gpus, max(experts_per_layer(config))))
-    degrees = replace(topology, expert_parallel_size=widest).degrees(config)
-    if topology.deepspeed and degrees != topology.degrees(config):
-        changes["expert_parallel_size"] = widest
-    if not topology.activation_checkpointing:
-        changes["activation_checkpointing"] = True
-    if topology.micro_batch_size > 1:
-        changes["micro_batch_size"] = 1
-    return [{name: value} for name, value in changes.items()] + ([changes] if len(changes) > 1 else [])
 
 
 def activations_by_pass(config: GPTConfig, topology: Topology) -> tuple[int, int]:

@@ -58,7 +58,6 @@ class Simulated:
     peak_bytes: int  # of tensors, in the step
     bytes: dict[str, int]  # that the rank sends in the step by kind of collective, as rings send them
     calls: dict[str, int]  # of collectives by kind
-    communicators: list[int]  # ranks of each process group that had a collective, those of one rank aside
 
 
 class Recorder(TorchDispatchMode):
@@ -69,7 +68,6 @@ class Recorder(TorchDispatchMode):
         self.live = self.peak = 0  # bytes now, and their maximum since `begin`
         self.calls: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
-        self.groups: dict[str, int] = {}  # name -> ranks
         self._known: set[int] = set()  # storages
 
     def begin(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
@@ -118,7 +116,6 @@ class Recorder(TorchDispatchMode):
         ranks, size = group.size(), tensor.numel() * tensor.element_size()
         if ranks < 2:
             return
-        self.groups[group.group_name] = ranks
         kind, share = "other", 1.0
         if func is FUNCTIONAL.all_to_all_single.default:
             kind = "all_to_all"
@@ -156,8 +153,7 @@ def simulate(files: list[str], settings: dict[str, Any], topology: Topology, ran
             run.module.on_train_batch_start = partial(recorder.begin, run.trainer)  # type: ignore[method-assign]
             Trainer.fit(run.trainer, run.module, datamodule=data)  # not `RunTrainer`'s, which makes a folder
         gc.unfreeze()
-    groups = sorted(recorder.groups.values(), reverse=True)
-    return Simulated(rank, recorder.peak, dict(recorder.sent), dict(recorder.calls), groups)
+    return Simulated(rank, recorder.peak, dict(recorder.sent), dict(recorder.calls))
 
 
 @contextmanager

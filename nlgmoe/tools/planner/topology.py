@@ -1,18 +1,13 @@
-"""The layout of a run over ranks and what each rank runs on, as train.py's settings have them: the input of the cost model."""
+"""The layout of a run over ranks, as train.py's settings have it: the input of the cost model."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-
 from nlgmoe.config import GPTConfig
-from nlgmoe.device import default_device, product_name
-from nlgmoe.hardware import HARDWARE, RESERVED, Hardware, board_of, hardware
 from nlgmoe.optim.muon import MuonConfig
 from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer
 from nlgmoe.validation import SettingError, require, require_at_least
@@ -85,12 +80,6 @@ class Topology:
             return BytesPer(4, 4, 4, 0, 8, 2, 4, 2)
         return BytesPer(2, 2, 2, 0, 4, 0, 2, 2)
 
-    def communicators(self, config: GPTConfig) -> list[int]:
-        """Return the ranks of each process group with a communicator: of all ranks, and of the experts of each degree."""
-        degrees = sorted(set(self.degrees(config)) - {0, 1})
-        sizes = [self.gpus, *degrees, *(self.gpus // degree for degree in degrees)]
-        return sorted((size for size in sizes if size > 1), reverse=True)
-
     def length(self, config: GPTConfig) -> int:
         """Return the tokens of a sequence."""
         return config.seq_len if self.seq_len is None else self.seq_len
@@ -101,46 +90,6 @@ class Topology:
             expert_parallel_degree(experts, self.gpus, self.expert_parallel_size) if experts else 0
             for experts in experts_per_layer(config)
         ]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What each rank runs on."""
-
-    name: str  # in words
-    memory: int | None  # bytes for tensors; None: unknown
-    gpu: Hardware | None  # its published figures; None: unknown
-    is_cpu: bool = False  # it is a CPU
-
-
-def named_machine(name: str) -> Machine:
-    """Return a GPU of `HARDWARE`."""
-    gpu = hardware(name)
-    return Machine(name, int(gpu.memory - RESERVED), gpu)
-
-
-def machine_of(settings: dict[str, Any], topology: Topology, name: str | None) -> Machine:
-    """Return what each rank runs on: the GPU called `name`, or this machine's."""
-    if name is not None:
-        return named_machine(name)
-    trainer = settings.get("trainer", {})
-    return _this_machine(trainer.get("accelerator") or "auto", max(1, topology.gpus // (trainer.get("num_nodes") or 1)))
-
-
-def _this_machine(accelerator: str, ranks_per_node: int) -> Machine:
-    """Return this machine's accelerator or CPU; a GPU of which nothing is known if the run needs one and there is none.
-
-    Lightning's `accelerator` `auto` means a CPU only for one rank. Ranks of a node share a CPU's memory.
-    """
-    device = torch.device(default_device())
-    if accelerator == "cpu" or (device.type == "cpu" and accelerator == "auto" and ranks_per_node == 1):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Machine("this machine's CPU", memory // ranks_per_node - RESERVED, None, is_cpu=True)
-    if device.type == "cpu":
-        return Machine("GPU", None, None)
-    name = product_name(device) or device.type
-    memory, board = torch.get_device_module(device).get_device_properties(device).total_memory, board_of(name)
-    return Machine(f"this machine's {name}", memory - RESERVED, None if board is None else HARDWARE[board])
 
 
 def read_settings(paths: Sequence[str]) -> tuple[GPTConfig, dict[str, Any]]:

@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 from nlgmoe.callbacks import StopOnSignal
 from nlgmoe.layers import all_to_all
 from nlgmoe.tools.planner.cost import estimate
-from nlgmoe.tools.planner.topology import Topology, named_machine
+from nlgmoe.tools.planner.topology import Topology
 from tests.support.cells import CAPACITY, DROPLESS, PLAIN
 from tests.support.jobs import Found, Jobs
 from tests.support.ranks import SAMPLES, Cell, make_trainer, on_ranks, strategy_of
@@ -115,7 +115,7 @@ JOBS: Jobs = {2: [(traffic, cell) for cell in TRAFFIC] + [(engine_facts, PLAIN)]
 def test_step_sends_the_bytes_of_the_cost_model_and_the_host_waits_once(cell: Cell, found: Found) -> None:
     settings = {"activation_checkpointing": cell.checkpointing, "precision": cell.precision, "deepspeed": True}
     topology = Topology(2, 2, cell.stage, SAMPLES // 2, SAMPLES, **settings)  # type: ignore[arg-type]
-    predicted = estimate(cell.module().config, topology, named_machine("a100-80")).communication
+    predicted = estimate(cell.module().config, topology).communication
     counted = found[traffic, cell.name]
     rows, assignments, elsewhere = (
         sum(rank[name] for rank in counted) for name in ("rows", "assignments", "elsewhere")
