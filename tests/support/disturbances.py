@@ -36,14 +36,13 @@ class KillsAllInASave(Callback):
     """Rank 0 kills all processes of its group while it writes the second checkpoint."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        saves = 0
+        written: set[str] = set()
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            """Count the files of moments that are opened; Python reports a call before it makes it (PEP 578)."""
-            nonlocal saves
+            """Collect the files of moments that are opened, one a checkpoint; Python reports a call before it makes it (PEP 578)."""
             if event == "open" and ".ckpt.writing/optimizer" in str(arguments[0]):
-                saves += 1
-                if saves == 2:
+                written.add(str(arguments[0]))
+                if len(written) == 2:
                     os.killpg(os.getpgrp(), signal.SIGKILL)
 
         if trainer.global_rank == 0:
