@@ -39,7 +39,7 @@ class KillsAllInASave(Callback):
         written: set[str] = set()
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            """Collect the files of moments that are opened, one a checkpoint; Python reports a call before it makes it (PEP 578)."""
+            """Collect the files of moments, one a checkpoint; Python reports a call before it makes it (PEP 578)."""
             if event == "open" and ".ckpt.writing/optimizer" in str(arguments[0]):
                 written.add(str(arguments[0]))
                 if len(written) == 2:

@@ -160,6 +160,14 @@ def test_check_passes_routers_of_the_documents(target: str, tmp_path: Path, monk
         assert found[HOST].startswith("pass")
 
 
+def test_check_tests_each_router_of_a_model(tmp_path: Path) -> None:
+    moe = replace(DROPLESS, top_k=2, expert_interval=2, router=HashedRouterConfig(hash_blocks=1))
+    layers = find_layers([str(write(tmp_path / "a.ckpt", GPTConfig(64, 16, 4, 16, 2, moe=moe)))])
+    assert [layer.name.rpartition(", ")[2] for layer in layers] == ["HashedRouter", "SigmoidRouter"]
+    for layer in layers:
+        assert type(layer.make().router).__name__ == layer.name.rpartition(", ")[2]
+
+
 def test_check_excuses_the_gate_alone_for_a_declared_gradient_estimate() -> None:
     name, (layer,) = "gradients equal finite differences", find_layers(["dense_mixer.DenseMixerConfig"])
     assert verdicts(replace(layer, estimated_gradient=False), {name})[name].startswith("fail: gradient of")

@@ -30,7 +30,7 @@ RANKS = 2
 
 @dataclass(frozen=True)
 class OwnLayer(Layer):
-    """The layer of a configuration of one MoE block, number 0."""
+    """The last MoE layer of a configuration."""
 
     config: GPTConfig = GPTConfig(1)  # noqa: RUF009 (frozen)
 
@@ -41,7 +41,7 @@ class OwnLayer(Layer):
         return self.config.moe
 
     def build(self) -> nn.Module:
-        return MoELayer(self.config, 0)
+        return MoELayer(self.config, self.config.num_layers - 1)
 
     def forward(self, module: nn.Module, batch: Batch) -> Output:
         y, routing = module(batch.x, self._context(batch))
@@ -130,20 +130,24 @@ class OwnLayer(Layer):
         return router.learns_from_steps
 
     def odd(self) -> Layer:
-        return own_layer(replace(self.config, hidden_size=15, ffn_hidden_size=13), self.name, width=15)
+        return own_layer(
+            replace(self.config, hidden_size=15, ffn_hidden_size=13), self.name, width=15, layers=self.config.num_layers
+        )
 
     def on_ranks(self) -> OwnLayer:
         """Return the layer with experts that the ranks divide, and a balance loss of each micro-batch."""
         multiple = math.lcm(RANKS, (self.moe.groups or (1, 1))[0])
         experts = multiple * -(-self.num_experts // multiple)
         moe = replace(self.moe, num_experts=experts, aux_scope="rank")
-        return own_layer(replace(self.config, moe=moe), self.name, most=experts)
+        return own_layer(replace(self.config, moe=moe), self.name, most=experts, layers=self.config.num_layers)
 
     def build_on_rank(self, whole: nn.Module) -> nn.Module:
         """Make this rank's share of `whole`, with its weights. A collective."""
         count = self.num_experts // distributed.get_world_size()
         first = distributed.get_rank() * count
-        share = MoELayer(self.config, 0, ExpertPlacement(first, count, distributed.group.WORLD))
+        share = MoELayer(
+            self.config, self.config.num_layers - 1, ExpertPlacement(first, count, distributed.group.WORLD)
+        )
         share.dispatcher.equal_batches = True  # as in training on `PileDataModule`
         values = whole.state_dict()
         for name in values:
@@ -161,8 +165,8 @@ def _route(module: nn.Module, x: Tensor) -> Routing:
     return routing
 
 
-def own_layer(config: GPTConfig, name: str, width: int = 16, most: int = MOST_EXPERTS) -> OwnLayer:
-    """Return the MoE layer of a configuration, at small widths.
+def own_layer(config: GPTConfig, name: str, width: int = 16, most: int = MOST_EXPERTS, layers: int = 1) -> OwnLayer:
+    """Return the last of the first `layers` MoE layers of a configuration, at small widths.
 
     It has at most 8 experts, or twice `top_k`, or the next number that the groups divide, with two experts a group.
     """
@@ -178,7 +182,7 @@ def own_layer(config: GPTConfig, name: str, width: int = 16, most: int = MOST_EX
     small = replace(
         config,
         seq_len=64,
-        num_layers=1,
+        num_layers=layers,
         hidden_size=width,
         num_heads=1,
         ffn_hidden_size=inner,
@@ -187,7 +191,7 @@ def own_layer(config: GPTConfig, name: str, width: int = 16, most: int = MOST_EX
         moe=moe,
         **dict.fromkeys(UNREAD),  # type: ignore[arg-type]
     )
-    router = MoELayer(small, 0).router
+    router = MoELayer(small, layers - 1).router
     order, drops = None, None
     if isinstance(router, TopKRouter) and type(router)._within_capacity is TopKRouter._within_capacity:
         order = {1: "random" if moe.random_token_selection else "position", 2: "position"}.get(top_k, "score")

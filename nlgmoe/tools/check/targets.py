@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nlgmoe.cli.given_settings import find_class
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.routing import Routing
 from nlgmoe.parts import ExpertConfig, RouterConfig
+from nlgmoe.pyramid import moe_blocks
 from nlgmoe.tools.check.layer import Batch, Layer, Output
 from nlgmoe.tools.check.own import own_layer
 from nlgmoe.tools.planner.topology import read_settings
@@ -91,7 +94,14 @@ def _of_config(name: str, config: GPTConfig) -> list[Layer]:
     if line := without_effect(config):
         print(line, file=sys.stderr)
     require(config.moe is not None, f"{name} has no MoE layer; set model.config.moe")
-    return [own_layer(config, name)]
+    kinds: dict[type, int] = {}  # of routers -> MoE layers up to the first of this kind
+    with torch.device("meta"):
+        for number, block in enumerate(moe_blocks(config), 1):
+            kinds.setdefault(type(MoELayer(config, block).router), number)
+    return [
+        own_layer(config, name + f", {kind.__name__}" * (len(kinds) > 1), layers=number)
+        for kind, number in kinds.items()
+    ]
 
 
 def _of_class(path: str, kind: Any) -> Sequence[Layer]:
