@@ -65,6 +65,7 @@ NIGHTLY = (
     "tests/benchmarks/test_gpu_command.py",
     "tests/benchmarks/test_gate.py::test_gate_names_a_loss_that_is_not_finite_in_one_line",
     "tests/benchmarks/test_gate.py::test_gate_writes_the_row_of_a_candidate",
+    "tests/benchmarks/test_gate.py::test_models_of_a_release_are_those_of_the_runs_in_half_precision",
     "tests/benchmarks/test_reproduce.py::test_campaign_resumes_trunks_and_logits_and_repeats_no_run",
 )
 IN_BOTH = ("tests/distributed/test_commands.py::test_lightning_launches_ranks_and_torchrun_resumes_what_they_saved",)

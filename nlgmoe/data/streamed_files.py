@@ -51,10 +51,7 @@ def read_files(folder: Path) -> dict[str, list[DataFile]] | None:
     path = folder / "files.json"
     if not path.exists():
         return None
-    try:
-        return {split: [DataFile(**file) for file in files] for split, files in json.loads(path.read_text()).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete {folder} to build it again") from error
+    return {split: [DataFile(**file) for file in files] for split, files in json.loads(path.read_text()).items()}
 
 
 def open_eval_cache(folder: Path, domains: int) -> tuple[dict[str, list[DataFile]], dict[str, list[np.ndarray]]] | None:

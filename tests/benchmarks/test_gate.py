@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.gate import __main__ as command
 from benchmarks.gate import candidate as candidates
-from benchmarks.gate import carry, page
+from benchmarks.gate import carry, models, page
 from benchmarks.gate.__main__ import main as gate
 from benchmarks.gate.candidate import check, costs, memory
 from benchmarks.gate.records import Records, described
@@ -24,7 +25,7 @@ from benchmarks.gate.verdict import AS_GOOD, BETTER, UNRESOLVED, WORSE, seeds_of
 from benchmarks.reproduce.scale import CPU, TINY
 from benchmarks.training import Launcher, train
 from docs.examples.cosine_router import CosineRouter, CosineRouterConfig
-from nlgmoe import Router, Routing, RoutingContext
+from nlgmoe import Router, Routing, RoutingContext, load_model
 from nlgmoe.tools.check.properties import check_layer
 from nlgmoe.tools.report.runs import read_runs
 from nlgmoe.validation import RunError, SettingError
@@ -275,3 +276,19 @@ def test_gate_writes_the_row_of_a_candidate(pocket_pile: Path, tmp_path: Path, m
         line.split(" | ") for line in text.splitlines() if line.startswith(("| top-2 | me", "| other | me"))
     )
     assert [bool(cell.strip(" |")) for cell in (*first[2:], *second[2:])] == [True, False, False, True]
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_models_of_a_release_are_those_of_the_runs_in_half_precision(
+    pocket_pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "IDEAS", ("hash_routing",))
+    monkeypatch.setattr(models, "SEEDS", (2,))
+    models.main([str(tmp_path / "release"), f"--out={tmp_path}/runs", "--scale=tiny", "--jobs=1"], Here(killed=0))
+    trained = load_model(tmp_path / "runs/hash_routing-seed2").state_dict()
+    released = load_model(tmp_path / "release/hash_routing-seed2.ckpt")
+    for name, value in released.state_dict().items():
+        expected = trained[name]
+        assert value.dtype == (torch.float16 if expected.is_floating_point() else torch.int64)
+        assert torch.equal(value, expected.to(value.dtype)), name
+    assert released.float()(torch.zeros(1, 4, dtype=torch.int64)).hidden.isfinite().all()
