@@ -81,9 +81,7 @@ def expert_placements(
     placements = {}
     for block, degree in degrees.items():
         count = experts_per_layer(config)[block] // degree
-        if degree == 1:
-            placements[block] = ExpertPlacement(first=0, count=count)
-        else:
-            group = groups[degree].parallel
-            placements[block] = ExpertPlacement(distributed.get_rank(group) * count, count, group)
+        group = groups[degree].parallel if degree > 1 else None
+        first = 0 if group is None else distributed.get_rank(group) * count
+        placements[block] = ExpertPlacement(first, count, group)
     return placements

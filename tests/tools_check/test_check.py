@@ -18,6 +18,8 @@ from nlgmoe import (
     HashRouterConfig,
     MoEConfig,
     QuantileRouterConfig,
+    Router,
+    RouterConfig,
     SigmoidRouterConfig,
     UnitWeightRouterConfig,
 )
@@ -29,6 +31,7 @@ from nlgmoe.tools.check.layer import Layer
 from nlgmoe.tools.check.own import own_layer
 from nlgmoe.tools.check.properties import PROPERTIES, check_layer
 from nlgmoe.tools.check.targets import ForeignLayer, find_layers
+from nlgmoe.validation import SettingError
 from tests.support.checkpoints import write
 from tests.support.processes import ROOT
 from tests.tools_check import defects
@@ -166,6 +169,22 @@ def test_check_tests_each_router_of_a_model(tmp_path: Path) -> None:
     assert [layer.name.rpartition(", ")[2] for layer in layers] == ["HashedRouter", "SigmoidRouter"]
     for layer in layers:
         assert type(layer.make().router).__name__ == layer.name.rpartition(", ")[2]
+
+
+class NoRole(Router):
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.scale = nn.Parameter(torch.ones(3))
+
+
+class NoRoleConfig(RouterConfig):
+    def build(self, config: GPTConfig, block: int) -> nn.Module:
+        return NoRole()
+
+
+def test_check_names_a_parameter_without_a_role() -> None:
+    with pytest.raises(SettingError, match=r"router\.scale: NoRole does not declare its parameter scale; add roles = "):
+        find_layers([f"{__name__}.NoRoleConfig"])
 
 
 def test_check_excuses_the_gate_alone_for_a_declared_gradient_estimate() -> None:

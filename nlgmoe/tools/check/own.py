@@ -19,6 +19,7 @@ from nlgmoe.layers.balance import add_router_losses, router_losses
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import Router, TopKRouter
 from nlgmoe.layers.routing import Routing, RoutingContext
+from nlgmoe.model.gpt import initialise
 from nlgmoe.pyramid import ExpertPlacement, experts_per_layer
 from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, Output, gradients, require_close, trained
 from nlgmoe.validation import SettingError
@@ -191,7 +192,9 @@ def own_layer(config: GPTConfig, name: str, width: int = 16, most: int = MOST_EX
         moe=moe,
         **dict.fromkeys(UNREAD),  # type: ignore[arg-type]
     )
-    router = MoELayer(small, layers - 1).router
+    layer = MoELayer(small, layers - 1)
+    initialise(layer, small, 0)  # refuses a parameter without a role, as training does
+    router = layer.router
     order, drops = None, None
     if isinstance(router, TopKRouter) and type(router)._within_capacity is TopKRouter._within_capacity:
         order = {1: "random" if moe.random_token_selection else "position", 2: "position"}.get(top_k, "score")

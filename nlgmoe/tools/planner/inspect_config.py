@@ -179,8 +179,7 @@ def gpus_that_fit(memory: Memory) -> list[str]:
 
 
 def _named(parts: Communication) -> dict[str, int]:
-    names = {"all_to_all": "all-to-all"}
-    return {names.get(name, name.replace("_", " ")): value for name, value in asdict(parts).items()}
+    return {name.replace("all_to_all", "all-to-all").replace("_", " "): size for name, size in asdict(parts).items()}
 
 
 def _model(config: GPTConfig, seq_len: int) -> str:
