@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-text = Path(sys.argv[1]).read_text(encoding="utf-8")
+text = Path(sys.argv[1]).read_text(encoding="utf-8").replace(f"{Path.cwd()}/", "")
 lines = [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line.rstrip("\r").rpartition("\r")[2]) for line in text.splitlines()]
 lines = ["", *lines[next(number for number, line in enumerate(lines) if line.startswith("2 of 2")) :]]
 shown = [
