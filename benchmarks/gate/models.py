@@ -1,4 +1,4 @@
-"""Train ten of the gate's models again, and write their weights: files of a release, in fp16, of 1 to 6 MB each.
+"""Train ten of the gate's models again, and write their weights: files of a release, in fp16, of 0.5 to 2.7 MB each.
 
     python -m benchmarks.gate.models FOLDER [--jobs 2]      an hour on two cores; stopped, the same command continues
 
@@ -11,14 +11,13 @@ others are the ideas of docs/examples/gate, trained as their rows beside `strong
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
+from benchmarks.gate.candidate import read_candidate
 from benchmarks.gate.sides import STRONG, Side
 from benchmarks.reproduce.scale import CPU, TINY, Scale
 from benchmarks.runs import ROOT
@@ -32,9 +31,11 @@ IDEAS, SEEDS = ("strong", "dense", "hash_routing", "hashed_weights", "experts_32
 
 def run_of(idea: str, seed: int, scale: Scale, out: Path) -> Run:
     """Return the run of an idea; its checkpoints are kept."""
-    file = ROOT / f"docs/examples/gate/{idea}.yaml"
-    overlays = (json.dumps(yaml.safe_load(file.read_text())),) if idea != STRONG.name else ()
-    name, side = f"{idea}-seed{seed}", Side(idea, scale, STRONG, overlays)
+    if idea == STRONG.name:
+        side = Side(idea, scale, STRONG)
+    else:
+        side = read_candidate(str(ROOT / f"docs/examples/gate/{idea}.yaml"), None, scale, STRONG)
+    name = f"{idea}-seed{seed}"
     return Run(name, out / name, tuple(side.files(scale.steps, seed)), scale.steps, keep=True)
 
 

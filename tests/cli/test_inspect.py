@@ -88,7 +88,8 @@ def test_inspect_takes_a_checkpoint_folder_too(capsys: pytest.CaptureFixture, tm
 
 def test_inspect_judges_by_the_hardware_and_names_what_fits(capsys: pytest.CaptureFixture) -> None:
     args = (str(ROOT / "configs/moe/1.3b_moe_128.yaml"), "--gpus=64", "--zero=1", "--expert-parallel=64")
-    assert "fits a100-80, h100, h200" in inspect(capsys, *args)
+    text = inspect(capsys, *args)
+    assert "52.4" in text and "fits a100-80, h100, h200" in text
     assert "does not fit: needs" in inspect(capsys, *args, "--hardware=a100-40")
     smaller = ("--activation-checkpointing", "--micro-batch=1", "--hardware=v100-32")
     assert "result                 uses " in inspect(capsys, *args, *smaller)

@@ -27,7 +27,7 @@ def test_commands_of_the_open_moes_page_leave_what_it_says(pocket_pile: Path, tm
         start = [sys.executable] if program == "python" else [sys.executable, "-m", "nlgmoe"]
         done = subprocess.run([*start, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    left = "tiny-experts-open_moes/experts.html report.html tiny/checkpoints/step-10.ckpt tiny_student_2/summary.json"
-    assert all((tmp_path / name).exists() for name in left.split())
+    left = ("tiny-experts-open_moes/experts.html", "report.html", "tiny/checkpoints/step-10.ckpt")
+    assert all((tmp_path / name).exists() for name in (*left, "pruned/summary.json", "tiny_student_2/summary.json"))
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned_olmoe")
     assert type(pruned).__name__ == "OlmoeForCausalLM" and pruned.config.num_experts == 6

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nlgmoe.cli.given_settings import find_class
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.moe import MoELayer
+from nlgmoe.layers.router import build_router
 from nlgmoe.layers.routing import Routing
 from nlgmoe.parts import ExpertConfig, RouterConfig
 from nlgmoe.pyramid import moe_blocks
@@ -97,7 +97,7 @@ def _of_config(name: str, config: GPTConfig) -> list[Layer]:
     kinds: dict[type, int] = {}  # of routers -> MoE layers up to the first of this kind
     with torch.device("meta"):
         for number, block in enumerate(moe_blocks(config), 1):
-            kinds.setdefault(type(MoELayer(config, block).router), number)
+            kinds.setdefault(type(build_router(config, block)), number)
     return [
         own_layer(config, name + f", {kind.__name__}" * (len(kinds) > 1), layers=number)
         for kind, number in kinds.items()
